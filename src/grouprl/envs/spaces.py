@@ -1,0 +1,413 @@
+"""Gymnasium spaces at the two ends of a policy: observations into arrays, sampled actions into what ``env.step`` gets.
+
+Both codecs are built from the space of a *single* environment and work on batches as vector environments give them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from grouprl.envs.distributions import (
+    Categorical,
+    DiagonalGaussian,
+    Distribution,
+    IndependentBernoulli,
+    MultiCategorical,
+)
+from grouprl.errors import UsageError
+
+Array: TypeAlias = npt.NDArray[Any]
+Space: TypeAlias = spaces.Space[Any]
+Path: TypeAlias = tuple[Any, ...]
+
+_MIN_IMAGE_SIDE = 16
+_MAX_IMAGE_CHANNELS = 16
+
+
+def _name(path: Path) -> str:
+    """A path as one string, escaped as a JSON pointer (RFC 6901): different paths get different names."""
+    return "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in path)
+
+
+def _image_layout(space: Space) -> Literal["HW", "HWC", "CHW"] | None:
+    """How a Box holds an image, or None if it is no image.
+
+    An image is uint8, [H, W] or with one channel axis, first or last: the smaller of the two, last if they are equal
+    (as Gymnasium renders), of at most 16 channels; H and W are at least 16. A stack of frames (4, 84, 84) is CHW.
+    """
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3):
+        return None
+    layout: Literal["HW", "HWC", "CHW"]
+    if len(space.shape) == 2:
+        layout, channels, sides = "HW", 1, space.shape
+    elif space.shape[0] < space.shape[2]:
+        layout, channels, sides = "CHW", space.shape[0], space.shape[1:]
+    else:
+        layout, channels, sides = "HWC", space.shape[2], space.shape[:2]
+    return layout if 1 <= channels <= _MAX_IMAGE_CHANNELS and min(sides) >= _MIN_IMAGE_SIDE else None
+
+
+def _leaves(space: Space, path: Path = ()) -> Iterator[tuple[Path, Space]]:
+    """The leaves of a nested space with their paths; UsageError for a leaf without a fixed array form."""
+    if isinstance(space, spaces.Dict):
+        for key, part in space.spaces.items():
+            yield from _leaves(part, (*path, key))
+    elif isinstance(space, spaces.Tuple):
+        for index, part in enumerate(space.spaces):
+            yield from _leaves(part, (*path, index))
+    elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        yield path, space
+    else:
+        fix = (
+            "gymnasium.wrappers.FlattenObservation, or map it yourself with gymnasium.wrappers.TransformObservation"
+            if space.is_np_flattenable
+            else "gymnasium.wrappers.TransformObservation with a function to one of these spaces"
+        )
+        where = f"leaf {_name(path)!r} of the observation space" if path else "observation space"
+        raise UsageError(
+            f"The {where} is {type(space).__name__}: {space}. Allowed are Box, Discrete, MultiDiscrete, MultiBinary, "
+            f"and Dict or Tuple of these. Wrap the environment in {fix}."
+        )
+
+
+def _take(observation: Any, path: Path) -> Any:
+    for key in path:
+        observation = observation[key]
+    return observation
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A flat leaf copied into columns [start, stop)."""
+
+    path: Path
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def write(self, flat: Array, values: Array) -> None:
+        flat[:, self.start : self.stop] = values.reshape(len(values), self.stop - self.start)
+
+
+@dataclass(frozen=True, eq=False)
+class _OneHots:
+    """A leaf of integers; component i sets one of the ``sizes[i]`` columns from ``columns[i]``."""
+
+    path: Path
+    shape: tuple[int, ...]
+    lowest: Array
+    sizes: Array
+    columns: Array
+
+    def write(self, flat: Array, values: Array) -> None:
+        index = values.reshape(len(values), len(self.sizes)).astype(np.int64)
+        index -= self.lowest
+        # As unsigned numbers negative ones are huge: one comparison finds both, and none spills into another leaf.
+        if (index.view(np.uint64) >= self.sizes).any():
+            raise UsageError(
+                f"An observation{f' at {_name(self.path)!r}' if self.path else ''} lies outside its space: allowed are "
+                f"{self.lowest.tolist()} to {(self.lowest + self.sizes.astype(np.int64) - 1).tolist()}, given were "
+                f"{values.min()} to {values.max()}. Correct the environment's observation or its observation_space."
+            )
+        index += self.columns
+        flat[np.arange(len(flat))[:, None], index] = 1.0
+
+
+@dataclass(frozen=True)
+class _Image:
+    path: Path
+    shape: tuple[int, ...]
+    layout: Literal["HW", "HWC", "CHW"]
+
+    def channels_first(self, values: Array) -> Array:
+        if self.layout == "HWC":
+            return values.transpose(0, 3, 1, 2)
+        return values[:, None] if self.layout == "HW" else values
+
+
+class ObservationCodec:
+    """Turns batched observations into the arrays a policy reads.
+
+    Box (any shape and number dtype), Discrete and MultiDiscrete (one-hot, any start), MultiBinary, and Dict or Tuple of
+    these, nested. All but images are concatenated into "flat" float32 [n, D]; each image (see ``_image_layout``: uint8
+    of at least 16 x 16) stays apart as "image:<path>" [n, C, H, W] in its own dtype.
+
+    A leaf ``mask_key`` at the top level of a Dict, of zeros and ones, is the action mask and no input. ``mask_size`` is
+    the size the action space needs: 0 means that it takes no masks, so the leaf is an input; None accepts any size.
+
+    Raises UsageError for an unsupported leaf, a mask of another size, or a space without any input.
+    """
+
+    def __init__(self, space: Space, mask_key: str = "action_mask", mask_size: int | None = None) -> None:
+        self.space = space
+        self._mask_path: Path | None = _mask_path(space, mask_key, mask_size)
+        self._flat: list[_Numbers | _OneHots] = []
+        self._images: dict[str, _Image] = {}
+        self._shapes: list[tuple[Path, tuple[int, ...]]] = []
+        normalise: list[npt.NDArray[np.bool_]] = []
+        n_flat = 0
+        for path, leaf in _leaves(space):
+            shape = tuple(leaf.shape or ())
+            self._shapes.append((path, shape))
+            layout = _image_layout(leaf)
+            if path == self._mask_path:
+                continue
+            if layout is not None:
+                self._images[f"image:{_name(path)}"] = _Image(path, shape, layout)
+                continue
+            if isinstance(leaf, spaces.Discrete | spaces.MultiDiscrete):
+                sizes = np.atleast_1d(leaf.n if isinstance(leaf, spaces.Discrete) else leaf.nvec).ravel()
+                columns = n_flat + np.cumsum(sizes, dtype=np.int64) - sizes
+                lowest = np.broadcast_to(leaf.start, shape).ravel().astype(np.int64)
+                self._flat.append(_OneHots(path, shape, lowest, sizes.astype(np.uint64), columns.astype(np.int64)))
+                width = int(sizes.sum())
+            else:
+                width = prod(shape)
+                self._flat.append(_Numbers(path, shape, n_flat, n_flat + width))
+            normalise.append(np.full(width, isinstance(leaf, spaces.Box)))
+            n_flat += width
+        self._n_flat = n_flat
+        self._normalise = np.concatenate(normalise) if normalise else np.zeros(0, dtype=np.bool_)
+        if n_flat == 0 and not self._images:
+            raise UsageError(
+                f"The observation space {space} holds no number to learn from; allowed is a space with at least one. "
+                "Give the environment an observation, for instance a constant Box of shape (1,)."
+            )
+
+    @property
+    def n_flat(self) -> int:
+        """Width D of "flat"; 0 if there is none."""
+        return self._n_flat
+
+    @property
+    def images(self) -> dict[str, tuple[int, int, int]]:
+        """Shape (C, H, W) of each image, by its key."""
+        shapes = {key: image.channels_first(np.empty((1, *image.shape))).shape for key, image in self._images.items()}
+        return {key: (c, h, w) for key, (_, c, h, w) in shapes.items()}
+
+    @property
+    def normalise(self) -> npt.NDArray[np.bool_]:
+        """[D], True where a flat component is real-valued (from a Box) and may be normalised."""
+        return self._normalise
+
+    def encode(self, observations: Any) -> dict[str, Array]:
+        """The arrays of n observations in Gymnasium's batched layout (dicts and tuples of arrays [n, ...]).
+
+        A single flat float32 Box and every image come back as views of what was given: copy what is kept.
+        Values are not checked for NaN. Raises UsageError for a Discrete value outside its space.
+        """
+        encoded: dict[str, Array] = {}
+        if len(self._flat) == 1 and isinstance(self._flat[0], _Numbers):
+            values = np.asarray(_take(observations, self._flat[0].path), dtype=np.float32)
+            if values.ndim != 2:
+                values = values.reshape(len(values), self._n_flat)
+            encoded["flat"] = values
+        elif self._n_flat:
+            arrays = [np.asarray(_take(observations, leaf.path)) for leaf in self._flat]
+            flat = np.zeros((len(arrays[0]), self._n_flat), dtype=np.float32)
+            for leaf, array in zip(self._flat, arrays, strict=True):
+                leaf.write(flat, array)
+            encoded["flat"] = flat
+        for key, image in self._images.items():
+            encoded[key] = image.channels_first(np.asarray(_take(observations, image.path)))
+        return encoded
+
+    def encode_single(self, observation: Any) -> dict[str, Array]:
+        """The arrays, with n = 1, of one observation of a single environment."""
+        return self.encode(self.batch_of_one(observation))
+
+    def batch_of_one(self, observation: Any) -> Any:
+        """One observation with a batch axis of 1 on every leaf."""
+        return _with_batch_axis(self.space, observation)
+
+    def mask(self, observations: Any) -> npt.NDArray[np.bool_] | None:
+        """The action mask [n, actions] of n observations, True where allowed; None if the space has none."""
+        if self._mask_path is None:
+            return None
+        values = np.asarray(_take(observations, self._mask_path))
+        return values.reshape(len(values), -1) != 0
+
+    def is_batched(self, observation: Any) -> bool:
+        """Whether this is a batch [n, ...] (True) or one observation (False); UsageError if it is neither."""
+        try:
+            given = {path: np.shape(_take(observation, path)) for path, _ in self._shapes}
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"The observation given ({type(observation).__name__}) is not laid out as its space {self.space}: "
+                f"{type(error).__name__}: {error}. Give one observation of that space or a batch of them "
+                "(a dict or tuple of arrays [n, ...])."
+            ) from error
+        if all(given[path] == shape for path, shape in self._shapes):
+            return False
+        batched = all(len(given[path]) == len(shape) + 1 and given[path][1:] == shape for path, shape in self._shapes)
+        if batched and len({shape[0] for shape in given.values()}) == 1:
+            return True
+        shown = ", ".join(f"{_name(path)!r} " * bool(path) + str(shape) for path, shape in given.items())
+        wanted = ", ".join(f"{_name(path)!r} " * bool(path) + str(shape) for path, shape in self._shapes)
+        raise UsageError(
+            f"The observation given has shapes {shown}; allowed are {wanted} for one observation, or the same with one "
+            "leading batch axis of equal length everywhere. Reshape it to either."
+        )
+
+
+def _mask_path(space: Space, key: str, size: int | None) -> Path | None:
+    leaf = space.spaces.get(key) if isinstance(space, spaces.Dict) else None
+    is_mask = isinstance(leaf, spaces.MultiBinary) or (
+        isinstance(leaf, spaces.Box) and bool((leaf.low >= 0).all() and (leaf.high <= 1).all())
+    )
+    if leaf is None or not is_mask or size == 0:
+        return None
+    if size is not None and prod(leaf.shape or ()) != size:
+        raise UsageError(
+            f"The observation {key!r} has shape {leaf.shape}; allowed is ({size},), one entry for each action of the "
+            "action space. Correct its shape, or rename it if it is an ordinary observation."
+        )
+    return (key,)
+
+
+def _with_batch_axis(space: Space, observation: Any) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _with_batch_axis(part, observation[key]) for key, part in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(_with_batch_axis(part, observation[index]) for index, part in enumerate(space.spaces))
+    return np.asarray(observation)[None]
+
+
+class ActionCodec:
+    """The action distribution of an action space, and the way from its samples to what ``env.step`` gets.
+
+    Discrete, MultiDiscrete (any start and shape), MultiBinary, and Box of floats (any shape; finite, infinite or mixed
+    bounds). Any other space raises UsageError.
+
+    A Box component with two finite bounds is sampled in a unit in which they are -1 and 1; any other in its own unit.
+    Samples are unbounded: log-probabilities are those of the sample, only the environment gets it clipped.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.distribution: Distribution = _distribution(space)
+        if isinstance(space, spaces.Box):
+            self._compute_dtype = np.result_type(np.float32, space.dtype)
+            low = space.low.ravel().astype(self._compute_dtype)
+            high = space.high.ravel().astype(self._compute_dtype)
+            bounded = np.isfinite(low) & np.isfinite(high)
+            self._low, self._high = low, high
+            self._middle = np.where(bounded, np.where(bounded, low, 0) / 2 + np.where(bounded, high, 0) / 2, 0)
+            self._half_range = np.where(bounded, np.where(bounded, high, 0) / 2 - np.where(bounded, low, 0) / 2, 1)
+
+    @property
+    def mask_size(self) -> int:
+        """Entries of one action mask; 0 if this space takes none."""
+        distribution = self.distribution
+        return distribution.n_params if isinstance(distribution, Categorical | MultiCategorical) else 0
+
+    def to_env(self, actions: Array) -> Array:
+        """Sampled actions [n, ...] as a batch for ``env.step``, always inside the action space.
+
+        Discrete: plus start. Box: middle + half_range * clip(a, -1, 1) where both bounds are finite, else a clipped to
+        the finite bound, if any. MultiDiscrete and MultiBinary: plus start, in the space's shape and dtype.
+        """
+        space = self.space
+        if isinstance(space, spaces.Discrete):
+            return actions if space.start == 0 else actions + np.int64(space.start)
+        shape = (len(actions), *(space.shape or ()))
+        if isinstance(space, spaces.Box):
+            # Clipping after the affine map equals clipping to [-1, 1] before it, and holds against rounding.
+            scaled = np.multiply(actions, self._half_range, dtype=self._compute_dtype)
+            scaled += self._middle
+            np.maximum(scaled, self._low, out=scaled)
+            np.minimum(scaled, self._high, out=scaled)
+            return scaled.astype(space.dtype, copy=False).reshape(shape)
+        shaped = actions.reshape(shape).astype(space.dtype)
+        return shaped + space.start if isinstance(space, spaces.MultiDiscrete) else shaped
+
+
+def _distribution(space: Space) -> Distribution:
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n))
+    size = prod(space.shape or ())
+    if isinstance(space, spaces.MultiDiscrete) and size:
+        return MultiCategorical(tuple(space.nvec.ravel().tolist()))
+    if isinstance(space, spaces.MultiBinary) and size:
+        return IndependentBernoulli(size)
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating) and size:
+        return DiagonalGaussian(size)
+    fix = (
+        "Declare integer actions as MultiDiscrete"
+        if isinstance(space, spaces.Box) and size
+        else "Wrap the environment in gymnasium.wrappers.TransformAction with a function from one of these spaces"
+    )
+    raise UsageError(
+        f"The action space is {space}. Allowed are Discrete, MultiDiscrete, MultiBinary and Box of floats, with at "
+        f"least one component. {fix}."
+    )
+
+
+def space_to_json(space: Space) -> dict[str, Any]:
+    """A supported space as plain JSON values; ``space_from_json`` gives an equal space back.
+
+    Bounds equal everywhere are stored once. Infinite bounds are the strings "inf" and "-inf", which JSON has no number
+    for. Raises UsageError for an unsupported space.
+    """
+    if isinstance(space, spaces.Dict):
+        return {"type": "Dict", "spaces": [[key, space_to_json(part)] for key, part in space.spaces.items()]}
+    if isinstance(space, spaces.Tuple):
+        return {"type": "Tuple", "spaces": [space_to_json(part) for part in space.spaces]}
+    kind: dict[str, Any] = {"type": type(space).__name__, "shape": list(space.shape or ()), "dtype": str(space.dtype)}
+    if isinstance(space, spaces.Box):
+        return {**kind, "type": "Box", "low": _compact(space.low), "high": _compact(space.high)}
+    if isinstance(space, spaces.Discrete):
+        return {"type": "Discrete", "dtype": kind["dtype"], "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {**kind, "type": "MultiDiscrete", "nvec": _compact(space.nvec), "start": _compact(space.start)}
+    if isinstance(space, spaces.MultiBinary):
+        return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
+    raise UsageError(
+        f"The space {space} cannot be saved. Allowed are Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple "
+        "of these; wrap the environment so that it has one of them."
+    )
+
+
+def space_from_json(data: dict[str, Any]) -> Space:
+    """The space that ``space_to_json`` described; UsageError if the description is of no supported space."""
+    match data.get("type"):
+        case "Dict":  # an OrderedDict, because Gymnasium sorts the keys of a plain one
+            return spaces.Dict(OrderedDict((key, space_from_json(part)) for key, part in data["spaces"]))
+        case "Tuple":
+            return spaces.Tuple([space_from_json(part) for part in data["spaces"]])
+        case "Box":
+            shape, dtype = tuple(data["shape"]), np.dtype(data["dtype"])
+            low, high = _expand(data["low"], shape, dtype), _expand(data["high"], shape, dtype)
+            return spaces.Box(low, high, shape, dtype.type)
+        case "Discrete":
+            dtype_option = {} if data["dtype"] == "int64" else {"dtype": np.dtype(data["dtype"]).type}
+            return spaces.Discrete(data["n"], start=data["start"], **dtype_option)
+        case "MultiDiscrete":
+            shape, dtype = tuple(data["shape"]), np.dtype(data["dtype"])
+            nvec, start = _expand(data["nvec"], shape, dtype), _expand(data["start"], shape, dtype)
+            return spaces.MultiDiscrete(nvec, dtype=dtype.type, start=start)
+        case "MultiBinary":
+            return spaces.MultiBinary(data["n"])
+        case other:
+            raise UsageError(
+                f"A saved space has type {other!r}; allowed are Box, Discrete, MultiDiscrete, MultiBinary, Dict or "
+                "Tuple. The file is damaged or comes from another version: save the model again."
+            )
+
+
+def _compact(values: Array) -> Any:
+    """One value if all are equal, else the raveled list; infinities as strings."""
+    numbers = [str(v) if v in (float("inf"), float("-inf")) else v for v in values.ravel().tolist()]
+    return numbers[0] if numbers and len(set(numbers)) == 1 else numbers
+
+
+def _expand(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    if isinstance(value, list):
+        return np.array([float(v) if isinstance(v, str) else v for v in value], dtype=dtype).reshape(shape)
+    return np.full(shape, float(value) if isinstance(value, str) else value, dtype=dtype)
