@@ -1,0 +1,130 @@
+"""Files that are either whole or absent.
+
+Everything a run leaves behind is written to a temporary file in the same folder, flushed to the disk and then moved
+over its destination in one step: a crash, a full disk or Ctrl-C leaves the previous version untouched.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from grouprl.errors import GrouprlError, TrainingError, UsageError
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+
+
+def explain_os_error(error: OSError, path: Path) -> GrouprlError:
+    """The error of ours that says what kept `path` from being written: TrainingError for the disk, else UsageError."""
+    reason = error.strerror or str(error)
+    if error.errno in _DISK_ERRORS:
+        return TrainingError(f"Cannot write {path}: {reason}. Free some space or choose a folder on another disk.")
+    return UsageError(f"Cannot write {path}: {reason}. Choose a path that you may write to.")
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the path of an empty temporary file beside `path`, with its suffix; move it over `path` on success.
+
+    The folder is made if it is missing. If the block raises, the temporary file is removed and `path` is as it was.
+
+    Raises:
+        UsageError: the path cannot be written (permission, a folder in the way, ...).
+        TrainingError: the disk is full or broken.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # some writers make files that only their owner can read
+        _flush_to_disk(temporary)
+        os.replace(temporary, target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        raise explain_os_error(error, target) from error
+    finally:
+        with suppress(OSError):  # after success there is nothing left to remove
+            temporary.unlink()
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` atomically. Raises as `atomic_path` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` atomically as UTF-8, line ends as they are. Raises as `atomic_path` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` to `path` atomically as indented JSON.
+
+    JSON has no NaN and no infinity; they become null, so that a run without one complete episode still has a summary
+    that every reader accepts. Raises UsageError if `obj` holds something JSON cannot, else as `atomic_path` does.
+    """
+    try:
+        text = json.dumps(_finite(obj), indent=2, allow_nan=False, default=plain_number)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"Cannot write {path} as JSON: {error}. Give numbers, strings, lists and mappings.") from error
+    write_text(path, text + "\n")
+
+
+def write_yaml(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` to `path` atomically as YAML, keys in their own order, plain types only.
+
+    Raises UsageError if `obj` holds something plain YAML cannot (an object, a Path, ...), else as `atomic_path` does.
+    """
+    import yaml
+
+    try:
+        text = yaml.safe_dump(obj, sort_keys=False, allow_unicode=True, width=120)
+    except yaml.YAMLError as error:
+        raise UsageError(f"Cannot write {path} as YAML: {error}. Give numbers, strings, lists and mappings.") from error
+    write_text(path, text)
+
+
+def plain_number(value: Any) -> Any:
+    """The Python number inside a NumPy or torch scalar, for `json.dumps(default=...)`; TypeError for anything else."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not a number, a string, a list or a mapping")
+
+
+def _finite(obj: Any) -> Any:
+    if isinstance(obj, Mapping):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_finite(value) for value in obj]
+    if not isinstance(obj, (str, bool, int, float)) and obj is not None:
+        obj = plain_number(obj)
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    # The rename itself must reach the disk too. Windows cannot open folders, and some network disks cannot flush them.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,187 @@
+"""The folder of one run: where its files are, how it is made, opened and read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grouprl.errors import UsageError
+from grouprl.runs.files import explain_os_error, write_json, write_yaml
+from grouprl.runs.state import read_meta
+
+_CHECKPOINT = re.compile(r"step_(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run. Make it with `create` or `open`, which check; the files are made as the run goes on."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any], *, overwrite: bool = False) -> RunFolder:
+        """Make the folder and write `config` (plain types) as its config.yaml.
+
+        With `overwrite` an older run in the same folder is deleted first; any other folder is never deleted.
+
+        Raises UsageError if the folder holds anything already, or cannot be made.
+        """
+        folder = cls(Path(path))
+        try:
+            if folder.path.is_dir() and any(folder.path.iterdir()):
+                folder._clear(overwrite)
+            (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise explain_os_error(error, folder.path) from error
+        write_yaml(folder.config_path, dict(config))
+        return folder
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """The run in `path`. Raises UsageError if there is none."""
+        folder = cls(Path(path))
+        if not folder.path.is_dir():
+            raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
+        if not folder.config_path.is_file():
+            raise UsageError(
+                f"{path} is not a run folder: it holds no config.yaml. Give one that `grouprl train` made."
+            )
+        return folder
+
+    @property
+    def config_path(self) -> Path:
+        """What reproduces the run (YAML)."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One row per update (CSV)."""
+        return self.path / "metrics.csv"
+
+    @property
+    def model_path(self) -> Path:
+        """The model the run leaves (safetensors)."""
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """The folder of the states a run can be resumed from."""
+        return self.path / "checkpoints"
+
+    @property
+    def curve_path(self) -> Path:
+        """The learning curve (PNG)."""
+        return self.path / "curve.png"
+
+    @property
+    def video_path(self) -> Path:
+        """An episode of the trained model (MP4)."""
+        return self.path / "episode.mp4"
+
+    @property
+    def summary_path(self) -> Path:
+        """The result of the run (JSON)."""
+        return self.path / "summary.json"
+
+    @property
+    def tensorboard_path(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    def read_config(self) -> dict[str, Any]:
+        """The mapping in config.yaml. Raises UsageError if it is missing, not YAML or no mapping."""
+        import yaml
+
+        try:
+            config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UsageError(f"Cannot read {self.config_path}: {error}") from error
+        return _mapping(config, self.config_path)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json; NaN and infinities become null. Raises as `write_json` does."""
+        write_json(self.summary_path, summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        """The mapping in summary.json. Raises UsageError if it is missing (a run that has not ended) or damaged."""
+        if not self.summary_path.is_file():
+            raise UsageError(f"{self.path} has no summary.json: the run has not ended. `grouprl resume` continues it.")
+        try:
+            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"Cannot read {self.summary_path}: {error}") from error
+        return _mapping(summary, self.summary_path)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint taken after `step` steps belongs."""
+        return self.checkpoints_path / f"step_{step:012d}.safetensors"
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        if not self.checkpoints_path.is_dir():
+            return []
+        matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in self.checkpoints_path.iterdir()]
+        return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that can be read, or None; warns by name of each newer one that cannot."""
+        for path in reversed(self.checkpoints()):
+            try:
+                read_meta(path)
+            except UsageError as error:
+                warnings.warn(f"Skipped an unreadable checkpoint: {error}", RuntimeWarning, stacklevel=2)
+            else:
+                return path
+        return None
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Delete all but the `keep` newest checkpoints. Raises UsageError if `keep` < 1."""
+        if keep < 1:
+            raise UsageError(f"Cannot keep {keep} checkpoints: keep at least 1.")
+        for path in self.checkpoints()[:-keep]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise explain_os_error(error, path) from error
+
+    def _clear(self, overwrite: bool) -> None:
+        if not self.config_path.is_file():
+            raise UsageError(f"{self.path} is not empty and holds no run. Choose another folder.")
+        if not overwrite:
+            raise UsageError(
+                f"{self.path} already holds a run. Choose another folder, continue that run with "
+                f"`grouprl resume {self.path}`, or ask to overwrite it."
+            )
+        for folder in (self.checkpoints_path, self.tensorboard_path):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        # config.yaml last: a run folder that is half deleted is still recognised as one.
+        files = (self.metrics_path, self.model_path, self.curve_path, self.video_path, self.summary_path)
+        for file in (*files, self.config_path):
+            file.unlink(missing_ok=True)
+
+
+def default_run_path(root: str | os.PathLike[str], name: str, seed: int) -> Path:
+    """A path that does not exist yet: root/NAME-seedSEED-DATE-TIME, with -2, -3, ... after it if that is taken."""
+    safe_name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    stem = f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(root) / stem
+    number = 2
+    while path.exists():
+        path = Path(root) / f"{stem}-{number}"
+        number += 1
+    return path
+
+
+def _mapping(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} must hold a mapping, got {type(value).__name__}.")
+    return value

@@ -1,0 +1,161 @@
+"""The metrics of a run: a CSV file, one row per update, that two identical runs write identically."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, SupportsFloat, TextIO
+
+from grouprl.errors import UsageError
+from grouprl.runs.files import explain_os_error, write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MetricRow = Mapping[str, float | int | None]
+
+
+class MetricsLog:
+    """Appends rows to a CSV file; opens one that exists and goes on from its last whole row.
+
+    The columns are those of the first row, in its order. A key that comes later adds a column, blank in older rows.
+    Every row is flushed to the operating system, so a crash of the process loses none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open or create `path`. Raises UsageError if it is no CSV file of ours or cannot be written."""
+        self.path = Path(path)
+        self._file: TextIO | None = None
+        self._columns: list[str] = []
+        if self.path.exists():
+            text = _read(self.path)
+            whole = _whole_lines(text)
+            self._columns, _ = _parse(self.path, whole)
+            if whole != text:
+                write_text(self.path, whole)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the file, empty before the first row."""
+        return tuple(self._columns)
+
+    def append(self, row: MetricRow) -> None:
+        """Write one row. None and missing keys are blank; floats are written so that they read back exactly."""
+        new = [key for key in row if key not in self._columns]
+        if new:
+            self._rewrite([*self._columns, *new], self._rows())
+        line = _to_csv([[_format(row.get(column)) for column in self._columns]])
+        try:
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8", newline="")
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+
+    def truncate_after(self, key: str, value: float) -> None:
+        """Drop the rows whose `key` exceeds `value`; a blank never does. A log without rows has nothing to drop.
+
+        Raises UsageError if there is no column `key`.
+        """
+        if not self._columns:
+            return
+        if key not in self._columns:
+            raise UsageError(f"{self.path} has no column {key!r}; it has {', '.join(self._columns)}.")
+        index = self._columns.index(key)
+        rows = self._rows()
+        kept = [row for row in rows if not _to_float(row[index]) > value]
+        if len(kept) < len(rows):
+            self._rewrite(self._columns, kept)
+
+    def close(self) -> None:
+        """Close the file; `append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _rows(self) -> list[list[str]]:
+        return _parse(self.path, _read(self.path))[1] if self._columns else []
+
+    def _rewrite(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        self.close()
+        blank = [""] * len(columns)
+        write_text(self.path, _to_csv([columns, *([*row, *blank][: len(columns)] for row in rows)]))
+        self._columns = list(columns)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]:
+    """The columns of a metrics file as arrays [rows], blanks as NaN; a torn last line is left out.
+
+    Raises UsageError if the file is missing or not a metrics file.
+    """
+    import numpy as np
+
+    path = Path(path)
+    columns, rows = _parse(path, _whole_lines(_read(path)))
+    try:
+        values = np.array([[_to_float(cell) for cell in row] for row in rows], dtype=np.float64)
+    except ValueError as error:
+        raise UsageError(f"{path} is not a metrics file: {error}.") from error
+    return {column: values[:, i].copy() if rows else np.empty(0) for i, column in enumerate(columns)}
+
+
+def _format(value: SupportsFloat | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, Integral) else repr(float(value))
+
+
+def _to_float(cell: str) -> float:
+    return float(cell) if cell else float("nan")
+
+
+def _to_csv(rows: Iterable[Sequence[str]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def _whole_lines(text: str) -> str:
+    """Without what stands after the last line end: a crash tore that row."""
+    return text[: text.rfind("\n") + 1]
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no metrics file {path}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a metrics file: it is not text.") from error
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _parse(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
+    lines = list(csv.reader(io.StringIO(text, newline="")))
+    if not lines:
+        return [], []
+    columns, rows = lines[0], lines[1:]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(columns):
+            raise UsageError(
+                f"{path} is not a metrics file or is damaged: line {number} has {len(row)} values "
+                f"for {len(columns)} columns."
+            )
+    return columns, rows

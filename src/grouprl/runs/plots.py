@@ -1,0 +1,229 @@
+"""Learning curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grouprl.errors import UsageError
+from grouprl.runs.files import atomic_path
+from grouprl.runs.folder import RunFolder
+from grouprl.runs.metrics import read_metrics
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+_GRID_POINTS = 200
+_BOOTSTRAP_SAMPLES = 1000
+_AXIS_NAMES = {
+    "step": "Steps",
+    "update": "Updates",
+    "return_mean": "Return (mean of recent training episodes)",
+    "train_seconds": "Training time (s)",
+    "eval_return": "Return in evaluation",
+}
+# Colours that people with colour blindness can tell apart (Okabe and Ito, 2008), the darkest first.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: dict[str, Any]
+    curve: tuple[Array, Array]  # x and y, each [rows with both]
+    evaluation: tuple[Array, Array]
+
+
+def plot_run(folder: RunFolder, *, threshold: float | None = None) -> Path:
+    """Draw the learning curve of one run into its folder and return the path. Raises as `plot_runs` does."""
+    plot_runs([folder.path], folder.curve_path, threshold=threshold)
+    return folder.curve_path
+
+
+def plot_runs(
+    run_paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    x: str = "step",
+    y: str = "return_mean",
+    threshold: float | None = None,
+    group_by: str = "seed",
+) -> None:
+    """Draw the learning curves of runs into the picture `out`, one line per configuration.
+
+    Runs whose configurations differ only in `group_by` share a line: their mean, with a 95 % bootstrap interval of the
+    mean, over the steps that all of them reached. A lone run is shown as it is, faintly, under its moving average.
+    Evaluations (column eval_return), where there are any, are dots. `threshold` is a dashed line.
+
+    Raises UsageError if a run has no rows, or lacks the columns `x` or `y`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not run_paths:
+        raise UsageError("No runs to plot. Give at least one run folder.")
+    runs = [_load(RunFolder.open(path), x, y) for path in run_paths]
+    groups = _group(runs, group_by)
+    labels = _labels([group[0].config for group in groups], group_by)
+
+    figure = Figure(figsize=(7.0, 4.3), dpi=150, layout="tight")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
+        _draw(axes, group, label, _COLOURS[number % len(_COLOURS)], show_evaluation=y != "eval_return")
+    if threshold is not None:
+        axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
+    _dress(axes, runs, x, y)
+    with atomic_path(out) as temporary:
+        try:
+            figure.savefig(temporary)
+        except ValueError as error:
+            raise UsageError(f"Cannot write the picture {out}: {error}") from error
+
+
+def _load(folder: RunFolder, x: str, y: str) -> _Run:
+    import numpy as np
+
+    metrics = read_metrics(folder.metrics_path)
+    if not metrics or not len(next(iter(metrics.values()))):
+        raise UsageError(f"{folder.path} has no metrics yet: there is nothing to plot.")
+    for column in (x, y):
+        if column not in metrics:
+            raise UsageError(f"{folder.metrics_path} has no column {column!r}. Choose from: {', '.join(metrics)}.")
+
+    def points(column: str) -> tuple[Array, Array]:
+        values = metrics.get(column, np.full_like(metrics[x], np.nan))
+        present = np.isfinite(metrics[x]) & np.isfinite(values)
+        return metrics[x][present], values[present]
+
+    curve = points(y)
+    if not len(curve[0]):
+        raise UsageError(f"{folder.path} has no value of {y!r} yet: there is nothing to plot.")
+    return _Run(folder.read_config(), curve, points("eval_return"))
+
+
+def _flatten(config: Mapping[str, Any], group_by: str, prefix: str = "") -> dict[str, Any]:
+    """{"config": {"lr": 1}} -> {"config.lr": 1}, without the keys called `group_by`."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == group_by or prefix + key == group_by:
+            continue
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, group_by, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _group(runs: Sequence[_Run], group_by: str) -> list[list[_Run]]:
+    groups: dict[str, list[_Run]] = {}
+    for run in runs:
+        identity = json.dumps(_flatten(run.config, group_by), sort_keys=True, default=str)
+        groups.setdefault(identity, []).append(run)
+    return list(groups.values())
+
+
+def _labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
+    """For each configuration its env_id and, if others have the same env_id, the settings that tell it from them."""
+    flat = [_flatten(config, group_by) for config in configs]
+    labels = []
+    for own in flat:
+        rivals = [other for other in flat if other.get("env_id") == own.get("env_id")]
+        keys = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
+        settings = [f"{key.rsplit('.', 1)[-1]}={own[key]}" for key in keys[:3]] + (["..."] if len(keys) > 3 else [])
+        labels.append(", ".join([str(own.get("env_id", "")), *settings]).strip(", ") or "run")
+    return labels
+
+
+def _draw(axes: Axes, group: Sequence[_Run], label: str, colour: str, *, show_evaluation: bool) -> None:
+    import numpy as np
+
+    if len(group) == 1:
+        xs, ys = group[0].curve
+        window = max(1, len(ys) // 20)
+        if window > 1:
+            axes.plot(xs, ys, color=colour, alpha=0.3, linewidth=0.8)
+            axes.plot(xs, _moving_average(ys, window), color=colour, linewidth=1.8, label=f"{label} (smoothed)")
+        else:
+            axes.plot(xs, ys, color=colour, linewidth=1.8, label=label, marker="o" if len(xs) == 1 else None)
+    else:
+        xs, values = _common_grid([run.curve for run in group])
+        low, high = _bootstrap(values)
+        axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(
+            xs, values.mean(0), color=colour, linewidth=1.8, label=f"{label}: mean of {len(group)}, 95 % interval"
+        )
+    eval_x = np.concatenate([run.evaluation[0] for run in group])
+    eval_y = np.concatenate([run.evaluation[1] for run in group])
+    if show_evaluation and len(eval_x):
+        points = np.unique(eval_x)
+        means = [eval_y[eval_x == point].mean() for point in points]
+        axes.plot(
+            points, means, "o", color=colour, markeredgecolor="white", markersize=5.5, label="evaluation", zorder=3
+        )
+
+
+def _moving_average(values: Array, window: int) -> Array:
+    """Centred mean over `window` values, over fewer at the ends. [n] -> [n]"""
+    import numpy as np
+
+    kernel = np.ones(window)
+    total = np.convolve(values, kernel, mode="same")
+    count = np.convolve(np.ones_like(values), kernel, mode="same")
+    averages: Array = total / count
+    return averages
+
+
+def _common_grid(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Curves read off at the same points: (x [P], y [runs, P]), between what all of them cover."""
+    import numpy as np
+
+    start = max(xs.min() for xs, _ in curves)
+    stop = min(xs.max() for xs, _ in curves)
+    if start > stop:
+        raise UsageError("Runs of one configuration have no steps in common; plot them one by one.")
+    grid = np.linspace(start, stop, _GRID_POINTS if stop > start else 1)
+    rows = []
+    for xs, ys in curves:
+        order = np.argsort(xs, kind="stable")
+        rows.append(np.interp(grid, xs[order], ys[order]))
+    return grid, np.stack(rows)
+
+
+def _bootstrap(values: Array) -> tuple[Array, Array]:
+    """Bounds of the 95 % percentile bootstrap interval of the mean over runs: [runs, P] -> [P], [P]."""
+    import numpy as np
+
+    runs = values.shape[0]
+    picks = np.random.default_rng(0).integers(runs, size=(_BOOTSTRAP_SAMPLES, runs))
+    weights = np.stack([(picks == run).mean(1) for run in range(runs)], axis=1)  # [samples, runs]
+    low, high = np.percentile(weights @ values, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    environments = {run.config.get("env_id") for run in runs}
+    x_name = _AXIS_NAMES.get(x, x)
+    if x == "step" and None not in environments:
+        x_name = "Environment steps"
+    axes.set_xlabel(x_name)
+    axes.set_ylabel(_AXIS_NAMES.get(y, y))
+    if x == "step":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if len(environments) == 1 and None not in environments:
+        axes.set_title(str(next(iter(environments))), fontsize=11)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, loc="best")

@@ -1,0 +1,151 @@
+"""Where metrics are shown while a run goes on: TensorBoard, Weights & Biases, or nowhere.
+
+The metrics file is written whatever the trackers are; it is the record, they are the view.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from urllib.parse import urlparse
+
+from grouprl.errors import UsageError
+from grouprl.runs.files import explain_os_error
+from grouprl.runs.metrics import MetricRow
+
+TRACKERS = ("tensorboard", "wandb", "none")
+WandbMode = Literal["online", "offline", "shared", "disabled"]
+
+
+class Tracker(Protocol):
+    """Something that shows metrics."""
+
+    def log(self, metrics: MetricRow, step: int) -> None:
+        """Show `metrics` as those of `step`; None is left out."""
+
+    def close(self) -> None:
+        """Write what is pending; nothing may be logged afterwards."""
+
+
+class TensorBoardTracker:
+    """Writes scalars as TensorBoard's event files, each `log` flushed.
+
+    The files are written with the tensorboard package alone: torch.utils.tensorboard takes longer to import and loads
+    TensorFlow where that is installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Start a new event file in `folder`. Raises UsageError if it cannot be written."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder = Path(folder)
+        now = time.time()
+        file = folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._resumed = any(folder.glob("events.out.tfevents.*"))
+            self._records = RecordWriter(file.open("wb"))
+        except OSError as error:
+            raise explain_os_error(error, file) from error
+        self._path = file
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+
+    def log(self, metrics: MetricRow, step: int) -> None:
+        """Write all of `metrics` as one event."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if self._resumed:  # makes readers drop what an earlier process logged from this step on
+            self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
+            self._resumed = False
+        values = [Summary.Value(tag=k, simple_value=float(v)) for k, v in metrics.items() if v is not None]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._records.close()
+
+    def _write(self, event: Any) -> None:
+        try:
+            self._records.write(event.SerializeToString())
+            self._records.flush()
+        except OSError as error:
+            raise explain_os_error(error, self._path) from error
+
+
+class WandbTracker:
+    """Logs to Weights & Biases; without an account it writes an offline run, which `wandb sync` can upload later."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        project: str,
+        name: str,
+        config: Mapping[str, Any],
+        mode: WandbMode | None = None,
+    ) -> None:
+        """Start a run whose files are in `folder`/wandb.
+
+        `mode` None means: what WANDB_MODE says, else online if there is a key or a login, else offline.
+
+        Raises UsageError if wandb is not installed.
+        """
+        try:
+            import wandb
+        except ImportError as error:
+            raise UsageError("Tracker 'wandb' needs Weights & Biases: pip install 'grouprl[wandb]'") from error
+        if mode is None and "WANDB_MODE" not in os.environ and not _wandb_login():
+            mode = "offline"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(dir=str(folder), project=project, name=name, config=dict(config), mode=mode)
+
+    def log(self, metrics: MetricRow, step: int) -> None:
+        """Log `metrics` at `step`."""
+        self._run.log({key: value for key, value in metrics.items() if value is not None}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def make_trackers(
+    names: Sequence[str],
+    *,
+    tensorboard_folder: str | os.PathLike[str],
+    wandb_folder: str | os.PathLike[str],
+    project: str,
+    name: str,
+    config: Mapping[str, Any],
+) -> list[Tracker]:
+    """The trackers called `names`, each once. "none" stands for no tracker and must stand alone.
+
+    Raises UsageError for a name that is not in TRACKERS, or if a tracker's package is missing.
+    """
+    unknown = [n for n in names if n not in TRACKERS]
+    if unknown:
+        raise UsageError(f"Unknown tracker {', '.join(map(repr, unknown))}. Allowed: {', '.join(TRACKERS)}.")
+    if "none" in names and len(set(names)) > 1:
+        raise UsageError(f"Tracker 'none' excludes the others, got {', '.join(names)}. Leave out one or the other.")
+    trackers: list[Tracker] = []
+    if "tensorboard" in names:
+        trackers.append(TensorBoardTracker(tensorboard_folder))
+    if "wandb" in names:
+        trackers.append(WandbTracker(wandb_folder, project, name, config))
+    return trackers
+
+
+def _wandb_login() -> bool:
+    """Whether wandb could upload without asking: it knows a key from the environment or from a login."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
