@@ -1,0 +1,70 @@
+"""The mathematics of group-relative policy optimisation: pure functions on packed tensors.
+
+Packed means: N samples of lengths n_1..n_N are stored end to end. Every per-step quantity is a tensor [S], S = sum n_i,
+beside `lengths` [N] (int64 step counts) and `group` [N] (int64 ids of the groups that may be compared). There is no
+padding and so no mask. A sample is one contiguous run of steps: a completion of a prompt, an episode or a piece of it.
+
+    rewards [S] -> advantages [S]             returns, advantages, baseline
+    log-probabilities [S] -> losses [S]       surrogates, divergences
+    lengths [N] -> weights [S]                weights;  loss = (weights * losses).sum()
+
+Since a weight belongs to its step, any split of the steps into micro-batches adds up to the same gradient.
+"""
+
+from grouprl.objective.advantages import (
+    degenerate_fraction,
+    leave_one_out,
+    outcome,
+    standardise,
+    timestep,
+    tutorial,
+)
+from grouprl.objective.baseline import BaselineFit, RandomFeatures, fit_baseline
+from grouprl.objective.divergences import bernoulli_kl, categorical_kl, gaussian_kl, k1, k2, k3, sampled_kl_loss
+from grouprl.objective.packed import (
+    discounted_suffix_sum,
+    last_index,
+    position,
+    remaining,
+    segment_ids,
+    segment_sum,
+)
+from grouprl.objective.returns import gae, returns_to_go
+from grouprl.objective.surrogates import clip_fraction, clipped, dual_clipped, ratio, spo
+from grouprl.objective.weights import constant_length, group_mean, sample_mean, token_mean
+
+__all__ = [
+    "BaselineFit",
+    "RandomFeatures",
+    "bernoulli_kl",
+    "categorical_kl",
+    "clip_fraction",
+    "clipped",
+    "constant_length",
+    "degenerate_fraction",
+    "discounted_suffix_sum",
+    "dual_clipped",
+    "fit_baseline",
+    "gae",
+    "gaussian_kl",
+    "group_mean",
+    "k1",
+    "k2",
+    "k3",
+    "last_index",
+    "leave_one_out",
+    "outcome",
+    "position",
+    "ratio",
+    "remaining",
+    "returns_to_go",
+    "sample_mean",
+    "sampled_kl_loss",
+    "segment_ids",
+    "segment_sum",
+    "spo",
+    "standardise",
+    "timestep",
+    "token_mean",
+    "tutorial",
+]

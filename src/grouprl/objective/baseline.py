@@ -1,0 +1,211 @@
+"""A state-dependent baseline in closed form: ridge regression on random features, refitted on every batch.
+
+No network, no optimiser, no value loss: the return expected at a state is phi(state) . w, and w is solved for on the
+group's own samples. To call a spade a spade: this is a linear critic, fitted by least squares instead of by gradient.
+Sources: linear-feature baselines, Duan et al. 2016, arXiv 1604.06778; random features, Rahimi and Recht 2007;
+generalised advantages, Schulman et al. 2016, arXiv 1506.02438.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.objective.packed import check_packed, check_per_sample
+from grouprl.objective.returns import gae
+
+_OBSERVATION_LIMIT = 10.0
+_TIME_SCALE = 4.0  # elapsed lies in [0, 1]: stretched to the spread of a normalised observation
+_SMALLEST_POWER = 1e-3  # of a feature, where the ridge is scaled by it: a feature that is all but 0 stays tame
+_CONSTANT_RIDGE = 1e-6  # the mean return must not be shrunk; this only keeps the matrix regular
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+
+
+@dataclass(frozen=True)
+class RandomFeatures:
+    """phi(s, u) = [tanh((s, 4u) W + c), s, s^2, u, u^2, 1] with W and c drawn once and fixed.
+
+    weight [D+1, d] ~ N(0, 1) / sqrt(max(1, D/4)) and offset [d] ~ U(-2, 2); D observation entries, d random features.
+    """
+
+    weight: Tensor
+    offset: Tensor
+
+    @classmethod
+    def create(cls, n_observation: int, n_features: int, seed: int) -> "RandomFeatures":
+        """Draw W and c; the same seed gives the same features. Raises UsageError if a size is below 1."""
+        if n_observation < 1 or n_features < 1:
+            raise UsageError(
+                f"n_observation and n_features must be at least 1, got {n_observation} and {n_features}; "
+                "128 features suit most tasks."
+            )
+        rng = np.random.default_rng(seed)
+        weight = rng.standard_normal((n_observation + 1, n_features)) / math.sqrt(max(1.0, n_observation / 4.0))
+        offset = rng.uniform(-2.0, 2.0, n_features)
+        return cls(torch.from_numpy(weight).float(), torch.from_numpy(offset).float())
+
+    @property
+    def n_outputs(self) -> int:
+        """F = d + 2 D + 3, the number of features including the constant, which is the last."""
+        n_inputs, n_features = self.weight.shape
+        return n_features + 2 * (n_inputs - 1) + 3
+
+    @torch.no_grad()
+    def __call__(self, observations: Tensor, elapsed: Tensor) -> Tensor:
+        """[S, F] float32 from observations [S, D] and elapsed [S].
+
+        Observations come normalised and are clipped to +-10; elapsed is the time in the episode over its horizon.
+        Raises UsageError on shapes that do not fit.
+        """
+        n_observation = self.weight.shape[0] - 1
+        if observations.ndim != 2 or observations.shape[1] != n_observation:
+            raise UsageError(
+                f"observations must have shape [S, {n_observation}], got {list(observations.shape)}; "
+                "flatten each observation to one row."
+            )
+        if elapsed.shape != observations.shape[:1]:
+            raise UsageError(
+                f"elapsed must have shape [{observations.shape[0]}], one per observation, got {list(elapsed.shape)}."
+            )
+        s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT)
+        u = elapsed.to(s).unsqueeze(1)
+        weight, offset = self.weight.to(s.device), self.offset.to(s.device)
+        hidden = torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight)
+        if hidden.device.type == "cpu":  # numpy's tanh is vectorised, torch's is some 20 times slower in float32
+            np.tanh(hidden.numpy(), out=hidden.numpy())
+        else:
+            hidden.tanh_()
+        return torch.cat((hidden, s, s.square(), u, u.square(), torch.ones_like(u)), 1)
+
+
+@dataclass(frozen=True)
+class BaselineFit:
+    """What one fit leaves: weights [F] for the next one, and the batch's values and advantages under the fit."""
+
+    weights: Tensor
+    values: Tensor  # [S] V(s_t)
+    last_values: Tensor  # [N] V after each sample's last step, 0 where it terminated
+    advantages: Tensor  # [S] GAE with these values, neither centred nor scaled
+    explained_variance: float  # 1 - var(G - V) / var(G), G = V + A the lambda-returns of the same batch; at most 1
+
+
+@torch.no_grad()
+def fit_baseline(
+    phi: Tensor,
+    phi_last: Tensor,
+    rewards: Tensor,
+    lengths: Tensor,
+    terminated: Tensor,
+    weights: Tensor | None,
+    gamma: float,
+    lam: float,
+    ridge: float = 1e-3,
+    sweeps: int = 2,
+    max_fit_rows: int = 16384,
+) -> BaselineFit:
+    """Fit V(s) = phi(s) . w to the batch's own lambda-returns and return the values and advantages it gives.
+
+    phi [S, F], the last feature constant 1; phi_last [N, F] of the state after each sample's last step; rewards [S];
+    lengths [N]; terminated [N] bool: True where nothing follows the last step, False where the episode was truncated or
+    the batch cut, so that V(phi_last) stands in for the rest; weights [F] of the previous fit, None at the first.
+
+    Each sweep regresses y = V + GAE(V), V from the weights so far, over n rows:
+        w = (Phi'Phi + n ridge diag(max(diag(Phi'Phi) / n, 1e-3)))^-1 Phi'y        (constant feature: n 1e-6 instead)
+    The matrix is the same in every sweep and factored once, in float64. Without previous weights V starts at 0 and two
+    sweeps are added. Of more than max_fit_rows steps, that many enter the fit, one from each of as many equal strata of
+    the batch: they over-determine a few hundred weights many times, and the matrix product is what a fit costs.
+    Values and advantages are computed for all steps.
+
+    Raises UsageError on shapes or settings that do not fit, TrainingError if the fit is not finite.
+    """
+    _check(phi, phi_last, rewards, lengths, terminated, weights, ridge, sweeps, max_fit_rows)
+    rows = _strata(phi.shape[0], max_fit_rows, phi.device)
+    fit_phi = phi if rows is None else phi[rows]
+    factor = _factor(fit_phi, ridge)
+
+    def evaluate(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values = phi @ w
+        last_values = torch.where(terminated, 0.0, phi_last @ w)
+        return values, last_values, gae(rewards, values, last_values, lengths, gamma, lam)
+
+    rewards = rewards.to(phi.dtype)
+    w = phi.new_zeros(phi.shape[1]) if weights is None else weights.to(phi)
+    for _ in range(sweeps if weights is not None else sweeps + 2):
+        values, _, advantages = evaluate(w)
+        target = values + advantages
+        moment = fit_phi.T @ (target if rows is None else target[rows])
+        w = torch.cholesky_solve(moment.to(factor).unsqueeze(1), factor).squeeze(1).to(phi)
+    values, last_values, advantages = evaluate(w)
+    if not bool(torch.isfinite(advantages).all()):
+        raise TrainingError(
+            "the baseline fit is not finite: a reward, an observation or the previous weights are nan or too large; "
+            "check the environment's rewards and observations."
+        )
+    spread = float((values + advantages).var(correction=0))
+    explained = 1.0 - float(advantages.var(correction=0)) / spread if spread > 0.0 else 0.0
+    return BaselineFit(w, values, last_values, advantages, explained)
+
+
+def _factor(phi: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor [F, F], float64 on the CPU, of the regularised Gram matrix of phi [n, F]."""
+    info = torch.ones(())
+    for dtype in (phi.dtype, torch.float64):
+        # float32 products are exact enough unless features all but coincide; then once more in float64.
+        rows = phi if dtype == phi.dtype else phi.cpu().to(dtype)
+        gram = (rows.T @ rows).to("cpu", torch.float64)
+        if not bool(torch.isfinite(gram).all()):
+            raise TrainingError("the baseline's features are not finite; check the environment's observations.")
+        n = rows.shape[0]
+        penalty = ridge * gram.diagonal().clamp(min=n * _SMALLEST_POWER)
+        penalty[-1] = n * _CONSTANT_RIDGE
+        gram.diagonal().add_(penalty)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if int(info) == 0:
+            return torch.as_tensor(factor)
+    raise TrainingError(f"the baseline's features are linearly dependent and ridge={ridge} is too small; raise ridge.")
+
+
+def _strata(steps: int, wanted: int, device: torch.device) -> Tensor | None:
+    """[wanted] int64: one row from each of `wanted` equal strata of 0..steps-1; None for all rows."""
+    if steps <= wanted:
+        return None
+    # The place within a stratum moves by the golden ratio: a fixed stride that divides the samples' length would see
+    # the same few moments of every sample only.
+    k = torch.arange(wanted, dtype=torch.float64)
+    rows = ((k + (k * _GOLDEN) % 1.0) * (steps / wanted)).long().clamp(max=steps - 1)
+    return rows.to(device)
+
+
+def _check(
+    phi: Tensor,
+    phi_last: Tensor,
+    rewards: Tensor,
+    lengths: Tensor,
+    terminated: Tensor,
+    weights: Tensor | None,
+    ridge: float,
+    sweeps: int,
+    max_fit_rows: int,
+) -> None:
+    total = check_packed(lengths, phi=phi, rewards=rewards)
+    check_per_sample(lengths, phi_last=phi_last, terminated=terminated)
+    if phi.ndim != 2 or phi_last.ndim != 2 or phi.shape[1] != phi_last.shape[1]:
+        raise UsageError(
+            f"phi and phi_last must be [S, F] and [N, F], got shapes {list(phi.shape)} and {list(phi_last.shape)}."
+        )
+    if weights is not None and weights.shape != phi.shape[1:]:
+        raise UsageError(
+            f"weights has shape {list(weights.shape)} but there are {phi.shape[1]} features; "
+            "pass the weights of a fit with the same features, or None."
+        )
+    if terminated.dtype != torch.bool:
+        raise UsageError(f"terminated must be a boolean tensor, got {terminated.dtype}; convert with .bool().")
+    if total == 0:
+        raise UsageError("the baseline needs at least one step, got none.")
+    if ridge < 0.0 or sweeps < 1 or max_fit_rows < 1:
+        raise UsageError(
+            f"ridge must be at least 0, sweeps and max_fit_rows at least 1, got {ridge}, {sweeps}, {max_fit_rows}."
+        )
