@@ -197,7 +197,7 @@ class MultiCategorical:
     def kl(self, params_p: torch.Tensor, params_q: torch.Tensor) -> torch.Tensor:
         """Exact KL(p || q), [m], in nats."""
         rows_p, rows_q = self._tensor_rows(params_p), self._tensor_rows(params_q)
-        return categorical_kl(rows_p.flatten(0, 1), rows_q.flatten(0, 1)).unflatten(0, rows_p.shape[:2]).sum(-1)
+        return categorical_kl(rows_p.flatten(0, 1), rows_q.flatten(0, 1)).reshape(rows_p.shape[:2]).sum(-1)
 
     def apply_mask(self, params: ArrayOrTensor, mask: Any) -> ArrayOrTensor:
         """Logits [n, K] with those of forbidden choices (False in mask [n, K]) set to MASKED_LOGIT."""
@@ -226,7 +226,7 @@ class MultiCategorical:
 
     def _tensor_rows(self, params: torch.Tensor) -> torch.Tensor:
         if len(set(self.nvec)) == 1:
-            return params.unflatten(-1, (len(self.nvec), self.nvec[0]))
+            return params.reshape(-1, len(self.nvec), self.nvec[0])
         index = torch.from_numpy(_padding_index(self.nvec)).to(params.device)
         return pad(params, (0, 1), value=_PADDING_LOGIT)[:, index]
 
@@ -267,8 +267,8 @@ class DiagonalGaussian:
 
     def log_prob(self, params: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Log-densities [m] of actions [m, A]."""
-        mean, log_std = params.split(self.n, -1)
-        z = (actions - mean) * (-log_std).exp()
+        mean, log_std = params[:, : self.n], params[:, self.n :]
+        z: torch.Tensor = (actions - mean) * (-log_std).exp()
         return (-0.5 * z.square() - log_std).sum(-1) - self.n * _HALF_LOG_2PI
 
     def entropy(self, params: torch.Tensor) -> torch.Tensor:
@@ -277,7 +277,8 @@ class DiagonalGaussian:
 
     def kl(self, params_p: torch.Tensor, params_q: torch.Tensor) -> torch.Tensor:
         """Exact KL(p || q), [m], in nats."""
-        return gaussian_kl(*params_p.split(self.n, -1), *params_q.split(self.n, -1))
+        n = self.n
+        return gaussian_kl(params_p[:, :n], params_p[:, n:], params_q[:, :n], params_q[:, n:])
 
     def apply_mask(self, params: ArrayOrTensor, mask: Any) -> ArrayOrTensor:
         """Raise UsageError: continuous actions cannot be masked."""

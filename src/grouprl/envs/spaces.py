@@ -44,6 +44,7 @@ def _image_layout(space: Space) -> Literal["HW", "HWC", "CHW"] | None:
     if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3):
         return None
     layout: Literal["HW", "HWC", "CHW"]
+    sides: tuple[int, ...]
     if len(space.shape) == 2:
         layout, channels, sides = "HW", 1, space.shape
     elif space.shape[0] < space.shape[2]:
@@ -149,6 +150,7 @@ class ObservationCodec:
         self._mask_path: Path | None = _mask_path(space, mask_key, mask_size)
         self._flat: list[_Numbers | _OneHots] = []
         self._images: dict[str, _Image] = {}
+        self._image_shapes: dict[str, tuple[int, int, int]] = {}
         self._shapes: list[tuple[Path, tuple[int, ...]]] = []
         normalise: list[npt.NDArray[np.bool_]] = []
         n_flat = 0
@@ -159,7 +161,10 @@ class ObservationCodec:
             if path == self._mask_path:
                 continue
             if layout is not None:
-                self._images[f"image:{_name(path)}"] = _Image(path, shape, layout)
+                key = f"image:{_name(path)}"
+                self._images[key] = _Image(path, shape, layout)
+                _, channels, height, width = self._images[key].channels_first(np.empty((1, *shape), np.uint8)).shape
+                self._image_shapes[key] = (channels, height, width)
                 continue
             if isinstance(leaf, spaces.Discrete | spaces.MultiDiscrete):
                 sizes = np.atleast_1d(leaf.n if isinstance(leaf, spaces.Discrete) else leaf.nvec).ravel()
@@ -188,8 +193,7 @@ class ObservationCodec:
     @property
     def images(self) -> dict[str, tuple[int, int, int]]:
         """Shape (C, H, W) of each image, by its key."""
-        shapes = {key: image.channels_first(np.empty((1, *image.shape))).shape for key, image in self._images.items()}
-        return {key: (c, h, w) for key, (_, c, h, w) in shapes.items()}
+        return self._image_shapes
 
     @property
     def normalise(self) -> npt.NDArray[np.bool_]:
@@ -231,7 +235,7 @@ class ObservationCodec:
         if self._mask_path is None:
             return None
         values = np.asarray(_take(observations, self._mask_path))
-        return values.reshape(len(values), -1) != 0
+        return values.reshape(len(values), -1).astype(np.bool_)
 
     def is_batched(self, observation: Any) -> bool:
         """Whether this is a batch [n, ...] (True) or one observation (False); UsageError if it is neither."""
@@ -293,13 +297,13 @@ class ActionCodec:
         self.space = space
         self.distribution: Distribution = _distribution(space)
         if isinstance(space, spaces.Box):
-            self._compute_dtype = np.result_type(np.float32, space.dtype)
-            low = space.low.ravel().astype(self._compute_dtype)
-            high = space.high.ravel().astype(self._compute_dtype)
+            compute = np.result_type(np.float32, space.dtype)
+            low, high = space.low.ravel().astype(compute), space.high.ravel().astype(compute)
             bounded = np.isfinite(low) & np.isfinite(high)
+            half_low, half_high = np.where(bounded, low, 0) / 2, np.where(bounded, high, 0) / 2
             self._low, self._high = low, high
-            self._middle = np.where(bounded, np.where(bounded, low, 0) / 2 + np.where(bounded, high, 0) / 2, 0)
-            self._half_range = np.where(bounded, np.where(bounded, high, 0) / 2 - np.where(bounded, low, 0) / 2, 1)
+            self._middle = (half_low + half_high).astype(compute)
+            self._half_range = np.where(bounded, half_high - half_low, 1).astype(compute)
 
     @property
     def mask_size(self) -> int:
@@ -316,16 +320,18 @@ class ActionCodec:
         space = self.space
         if isinstance(space, spaces.Discrete):
             return actions if space.start == 0 else actions + np.int64(space.start)
-        shape = (len(actions), *(space.shape or ()))
+        shaped: Array = actions.reshape(len(actions), *(space.shape or ()))
         if isinstance(space, spaces.Box):
             # Clipping after the affine map equals clipping to [-1, 1] before it, and holds against rounding.
-            scaled = np.multiply(actions, self._half_range, dtype=self._compute_dtype)
+            scaled: Array = np.multiply(actions, self._half_range, dtype=self._low.dtype)
             scaled += self._middle
             np.maximum(scaled, self._low, out=scaled)
             np.minimum(scaled, self._high, out=scaled)
-            return scaled.astype(space.dtype, copy=False).reshape(shape)
-        shaped = actions.reshape(shape).astype(space.dtype)
-        return shaped + space.start if isinstance(space, spaces.MultiDiscrete) else shaped
+            return scaled.astype(space.dtype, copy=False).reshape(shaped.shape)
+        shaped = shaped.astype(space.dtype)
+        if isinstance(space, spaces.MultiDiscrete):
+            shaped += space.start
+        return shaped
 
 
 def _distribution(space: Space) -> Distribution:
@@ -356,16 +362,21 @@ def space_to_json(space: Space) -> dict[str, Any]:
     for. Raises UsageError for an unsupported space.
     """
     if isinstance(space, spaces.Dict):
+        strange = [key for key in space.spaces if not isinstance(key, str | int)]
+        if strange:
+            raise UsageError(
+                f"The Dict space has the key {strange[0]!r}; only strings and integers can be saved. Rename it."
+            )
         return {"type": "Dict", "spaces": [[key, space_to_json(part)] for key, part in space.spaces.items()]}
     if isinstance(space, spaces.Tuple):
         return {"type": "Tuple", "spaces": [space_to_json(part) for part in space.spaces]}
-    kind: dict[str, Any] = {"type": type(space).__name__, "shape": list(space.shape or ()), "dtype": str(space.dtype)}
+    array = {"shape": list(space.shape or ()), "dtype": str(space.dtype)}
     if isinstance(space, spaces.Box):
-        return {**kind, "type": "Box", "low": _compact(space.low), "high": _compact(space.high)}
+        return {"type": "Box", **array, "low": _compact(space.low), "high": _compact(space.high)}
     if isinstance(space, spaces.Discrete):
-        return {"type": "Discrete", "dtype": kind["dtype"], "n": int(space.n), "start": int(space.start)}
+        return {"type": "Discrete", "dtype": array["dtype"], "n": int(space.n), "start": int(space.start)}
     if isinstance(space, spaces.MultiDiscrete):
-        return {**kind, "type": "MultiDiscrete", "nvec": _compact(space.nvec), "start": _compact(space.start)}
+        return {"type": "MultiDiscrete", **array, "nvec": _compact(space.nvec), "start": _compact(space.start)}
     if isinstance(space, spaces.MultiBinary):
         return {"type": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
     raise UsageError(
