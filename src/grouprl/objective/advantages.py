@@ -89,7 +89,7 @@ def leave_one_out(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
     """[S]: A_it = R_i - mean_{j != i} R_j = G/(G-1) (R_i - mean_g R) at every step of sample i.
 
     The baseline does not depend on the sample it is subtracted from, so the policy gradient stays unbiased. A group of
-    one has nothing to compare with: exactly 0, as have equal returns. Source: RLOO, arXiv 2402.14740 equation 6.
+    one has nothing to compare with: exactly 0, as have equal returns. Source: RLOO, arXiv 2402.14740.
     Raises UsageError on shapes that do not fit, TrainingError on non-finite returns.
     """
     g = _groups(rewards, lengths, group)
@@ -102,7 +102,7 @@ def timestep(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float = 1.0
 
     G is the discounted return-to-go without bootstrap. leave_one_out=False takes the mean over all samples, i included,
     which shrinks the advantage by (G-1)/G. Groups of one, and steps where the whole group has the same return-to-go,
-    give exactly 0. Source: the time-step group mean of arXiv 2609.19850.
+    give exactly 0. Sources: GR2PO, arXiv 2609.19850; GPG, 2510.03679.
     Raises UsageError on shapes that do not fit, TrainingError on non-finite returns.
     """
     g = _groups(rewards, lengths, group)

@@ -66,7 +66,7 @@ def dual_clipped(
 ) -> Tensor:
     """[S]: `clipped`, but where A < 0 no larger than -dual_clip A: bounds the loss of a bad step grown likely.
 
-    Source: arXiv 1912.09729 equation 5. Raises UsageError as `clipped` does, or if dual_clip <= 1 + clip_high.
+    Source: arXiv 1912.09729. Raises UsageError as `clipped` does, or if dual_clip <= 1 + clip_high.
     """
     if dual_clip <= 1.0 + clip_high:
         raise UsageError(f"dual_clip must exceed 1 + clip_high = {1.0 + clip_high}, got {dual_clip}; 3.0 is usual.")

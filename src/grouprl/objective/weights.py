@@ -32,7 +32,7 @@ def sample_mean(lengths: Tensor) -> Tensor:
 
 
 def token_mean(lengths: Tensor) -> Tensor:
-    """[S]: 1 / S: mean over all steps, so long samples weigh more (DAPO, arXiv 2503.14476 equation 8)."""
+    """[S]: 1 / S: mean over all steps, so long samples weigh more (DAPO, arXiv 2503.14476 section 3.3)."""
     total = _steps(lengths)
     return torch.full((total,), 1.0 / total, device=lengths.device)
 

@@ -1,0 +1,207 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.objective import (
+    degenerate_fraction,
+    leave_one_out,
+    outcome,
+    returns_to_go,
+    standardise,
+    timestep,
+    tutorial,
+)
+
+# Returns 3, 1 | 5, 5; groups interleaved on purpose.
+REWARDS = torch.tensor([1.0, 2.0, 5.0, 1.0, 2.0, 3.0])
+LENGTHS = torch.tensor([2, 1, 1, 2])
+GROUP = torch.tensor([7, -3, 7, -3])
+
+
+def test_outcome_is_the_group_z_score_at_every_step():
+    # group 7: mean 2, std sqrt(2); group -3: equal
+    z = 1.0 / math.sqrt(2.0)
+    assert_close(outcome(REWARDS, LENGTHS, GROUP), torch.tensor([z, z, 0.0, -z, 0.0, 0.0]))
+
+
+def test_outcome_with_ddof_zero_divides_by_the_population_std():
+    assert_close(outcome(REWARDS, LENGTHS, GROUP, ddof=0), torch.tensor([1.0, 1.0, 0.0, -1.0, 0.0, 0.0]))
+
+
+def test_outcome_unscaled_is_the_distance_from_the_group_mean():
+    assert outcome(REWARDS, LENGTHS, GROUP, scale=False).tolist() == [1.0, 1.0, 0.0, -1.0, 0.0, 0.0]
+
+
+def test_outcome_adds_eps_to_the_std():
+    got = outcome(REWARDS, LENGTHS, GROUP, ddof=0, eps=1.0)
+    assert_close(got, torch.tensor([0.5, 0.5, 0.0, -0.5, 0.0, 0.0]))
+
+
+def test_leave_one_out_by_hand():
+    rewards = torch.tensor([1.0, 4.0, 10.0])
+    got = leave_one_out(rewards, torch.tensor([1, 1, 1]), torch.zeros(3, dtype=torch.int64))
+    assert_close(got, torch.tensor([1.0 - 7.0, 4.0 - 5.5, 10.0 - 2.5]))
+
+
+def test_timestep_compares_equal_times_and_counts_ended_peers_as_zero():
+    rewards = torch.tensor([1.0, 1.0, 1.0, 4.0, 2.0, 2.0])  # to go: 3 2 1 | 4 | 4 2
+    lengths, group = torch.tensor([3, 1, 2]), torch.zeros(3, dtype=torch.int64)
+    got = timestep(rewards, lengths, group)
+    # t=0: 3-4, 4-3.5, 4-3.5; t=1: 2-(0+2)/2, 2-(2+0)/2; t=2: 1-0
+    assert_close(got, torch.tensor([-1.0, 1.0, 1.0, 0.5, 0.5, 1.0]))
+    mean_of_all = timestep(rewards, lengths, group, leave_one_out=False)
+    assert_close(mean_of_all, got * 2.0 / 3.0)
+
+
+def test_timestep_discounts_the_return_to_go():
+    got = timestep(torch.tensor([0.0, 4.0, 1.0]), torch.tensor([2, 1]), torch.zeros(2, dtype=torch.int64), gamma=0.5)
+    assert_close(got, torch.tensor([1.0, 4.0, -1.0]))
+
+
+def test_timestep_sees_credit_inside_an_episode_where_outcome_does_not():
+    rewards, lengths = torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([2, 2])
+    group = torch.zeros(2, dtype=torch.int64)
+    assert outcome(rewards, lengths, group).tolist() == [0.0] * 4
+    assert timestep(rewards, lengths, group).tolist() == [0.0, -1.0, 0.0, 1.0]
+
+
+def test_tutorial_is_the_batch_standardised_return_to_go():
+    rewards, lengths = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 1])
+    # to go at .5: 2, 2, 4; mean 8/3, variance ((2/3)^2 * 2 + (4/3)^2) / 2 = 4/3
+    std = math.sqrt(4.0 / 3.0)
+    expected = torch.tensor([-2.0 / 3.0 / std, -2.0 / 3.0 / std, 4.0 / 3.0 / std])
+    assert_close(tutorial(rewards, lengths, 0.5), expected)
+
+
+def test_standardise_uses_only_the_steps_asked_for():
+    where = torch.tensor([True, True, False])
+    # mean 2, std sqrt(2) from the first two; the third is shifted and scaled alike
+    got = standardise(torch.tensor([1.0, 3.0, 8.0]), where)
+    assert_close(got, torch.tensor([-1.0, 1.0, 6.0]) / math.sqrt(2.0))
+
+
+@pytest.mark.parametrize("where", [None, torch.tensor([True, True, True]), torch.tensor([False, True, False])])
+def test_standardise_gives_exactly_zero_where_there_is_nothing_to_tell_apart(where):
+    assert standardise(torch.full((3,), 0.1), where).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_standardise_does_not_blow_up_rounding():
+    a = torch.tensor([1.0, 1.0 + 2**-23, 1.0])
+    assert standardise(a).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_standardise_refuses_a_mask_that_is_none():
+    with pytest.raises(UsageError, match="where"):
+        standardise(torch.ones(3), torch.ones(3))
+    with pytest.raises(UsageError, match="where"):
+        standardise(torch.ones(3), torch.ones(2, dtype=torch.bool))
+
+
+EPISODE = [outcome, leave_one_out, lambda r, n, g: outcome(r, n, g, scale=False), timestep]
+
+
+@pytest.mark.parametrize("estimate", EPISODE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reward", [0.1, 1.0 / 3.0, 1e6 + 0.1, -7.7])
+def test_a_group_of_equal_rewards_gets_exactly_zero(estimate, dtype, reward):
+    rewards = torch.full((9,), reward, dtype=dtype)  # sums of 0.1 * 3 leave a residue against their own mean
+    got = estimate(rewards, torch.full((3,), 3), torch.zeros(3, dtype=torch.int64))
+    assert torch.equal(got, torch.zeros(9, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_returns_that_differ_by_rounding_get_exactly_zero(dtype):
+    rewards = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.1], dtype=dtype)  # 0.1 + 0.2 is not 0.3 in binary
+    lengths, group = torch.tensor([2, 1, 2]), torch.zeros(3, dtype=torch.int64)
+    assert torch.equal(outcome(rewards, lengths, group), torch.zeros(5, dtype=dtype))
+    assert degenerate_fraction(rewards, lengths, group) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_step_more_in_a_long_episode_is_a_difference(dtype):
+    lengths = torch.tensor([500, 499])
+    got = outcome(torch.ones(999, dtype=dtype), lengths, torch.zeros(2, dtype=torch.int64), scale=False)
+    assert got[0] == 0.5
+    assert got[-1] == -0.5
+
+
+@pytest.mark.parametrize("estimate", EPISODE)
+def test_a_group_of_one_gets_exactly_zero(estimate):
+    got = estimate(torch.tensor([0.1, 0.7]), torch.tensor([2]), torch.tensor([4]))
+    assert got.tolist() == [0.0, 0.0]
+
+
+def test_tutorial_of_equal_returns_to_go_is_exactly_zero():
+    assert tutorial(torch.full((5,), 0.1), torch.ones(5, dtype=torch.int64), 0.99).tolist() == [0.0] * 5
+
+
+def test_tutorial_of_a_single_step_is_zero_and_not_nan():
+    assert tutorial(torch.tensor([3.0]), torch.tensor([1]), 0.99).tolist() == [0.0]
+
+
+def test_degenerate_fraction_counts_groups_not_samples():
+    rewards = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 9.0])
+    group = torch.tensor([0, 0, 0, 1, 1, 2])  # equal | different | alone
+    assert degenerate_fraction(rewards, torch.ones(6, dtype=torch.int64), group) == pytest.approx(2.0 / 3.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_named_by_its_sample(bad):
+    rewards = torch.tensor([1.0, 2.0, bad])
+    with pytest.raises(TrainingError, match="sample 1 has return"):
+        outcome(rewards, torch.tensor([2, 1]), torch.tensor([0, 0]))
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(UsageError, match="group has shape"):
+        outcome(REWARDS, LENGTHS, GROUP[:3])
+    with pytest.raises(UsageError, match="ddof"):
+        outcome(REWARDS, LENGTHS, GROUP, ddof=2)
+    with pytest.raises(UsageError, match="floating-point"):
+        outcome(REWARDS.long(), LENGTHS, GROUP)
+
+
+@st.composite
+def batches(draw):
+    samples = draw(st.integers(1, 8))
+    lengths = draw(st.lists(st.integers(1, 6), min_size=samples, max_size=samples))
+    group = draw(st.lists(st.integers(0, 2), min_size=samples, max_size=samples))
+    rewards = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
+    return rewards.double(), torch.tensor(lengths), torch.tensor(group)
+
+
+@given(batches(), st.randoms(use_true_random=False))
+def test_permuting_the_samples_permutes_the_advantages(batch, random):
+    rewards, lengths, group = batch
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    permuted = (torch.cat([rewards.split(lengths.tolist())[i] for i in order]), lengths[order], group[order])
+    for estimate in EPISODE:
+        pieces = estimate(*batch).split(lengths.tolist())
+        assert_close(estimate(*permuted), torch.cat([pieces[i] for i in order]), rtol=1e-9, atol=1e-9)
+
+
+@given(batches())
+def test_leave_one_out_is_the_centred_return_times_g_over_g_minus_one(batch):
+    size = (batch[2][:, None] == batch[2][None, :]).sum(1)
+    factor = torch.repeat_interleave(size / (size - 1).clamp(min=1), batch[1])
+    assert_close(leave_one_out(*batch), factor * outcome(*batch, scale=False), rtol=1e-9, atol=1e-9)
+
+
+@given(batches())
+def test_timestep_equals_a_loop_over_peers(batch):
+    rewards, lengths, group = batch
+    to_go = [x.tolist() for x in returns_to_go(rewards, lengths, 0.9).split(lengths.tolist())]
+    expected = []
+    for i, own in enumerate(to_go):
+        peers = [to_go[j] for j in range(len(to_go)) if j != i and group[j] == group[i]]
+        for t, g in enumerate(own):
+            others = [peer[t] if t < len(peer) else 0.0 for peer in peers]
+            expected.append(g - sum(others) / len(others) if others else 0.0)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    assert_close(timestep(*batch, gamma=0.9), expected, rtol=1e-9, atol=1e-9)

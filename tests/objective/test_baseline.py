@@ -1,0 +1,207 @@
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.objective import RandomFeatures, fit_baseline, gae, returns_to_go
+
+
+def flags(*values):
+    return torch.tensor(values, dtype=torch.bool)
+
+
+def chain(copies=1):
+    """Three states in a row with rewards 1, 2, 3 and an end: at gamma .5 worth 2.75, 3.5 and 3."""
+    states = torch.cat((torch.eye(3), torch.ones(3, 1)), 1).double().repeat(copies, 1)
+    rewards = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).repeat(copies)
+    return states, rewards, torch.full((copies,), 3)
+
+
+def test_features_are_what_the_formula_says():
+    features = RandomFeatures.create(2, 5, seed=3)
+    observations, elapsed = torch.tensor([[0.5, -2.0], [50.0, 0.0]]), torch.tensor([0.25, 1.0])
+    phi = features(observations, elapsed)
+    assert phi.shape == (2, features.n_outputs) == (2, 5 + 4 + 3)
+    w, c = features.weight.numpy(), features.offset.numpy()
+    assert_close(phi[0, :5], torch.from_numpy(np.tanh(np.array([0.5, -2.0, 1.0]) @ w + c)).float())
+    assert phi[0, 5:].tolist() == [0.5, -2.0, 0.25, 4.0, 0.25, 0.0625, 1.0]
+    assert phi[1, 5:].tolist() == [10.0, 0.0, 100.0, 0.0, 1.0, 1.0, 1.0]  # clipped at 10
+
+
+def test_features_are_fixed_by_their_seed():
+    first, again, other = (RandomFeatures.create(3, 8, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.weight, again.weight)
+    assert torch.equal(first.offset, again.offset)
+    assert not torch.equal(first.weight, other.weight)
+
+
+def test_features_have_the_stated_spread():
+    features = RandomFeatures.create(16, 4000, seed=0)
+    assert features.weight.std().item() == pytest.approx(0.5, rel=0.02)  # 1 / sqrt(16 / 4)
+    assert features.offset.min().item() >= -2.0
+    assert features.offset.max().item() <= 2.0
+    assert features.offset.std().item() == pytest.approx(4.0 / 12**0.5, rel=0.03)
+
+
+def test_features_do_not_change_what_they_are_given():
+    observations, elapsed = torch.full((2, 3), 20.0), torch.ones(2)
+    RandomFeatures.create(3, 4, seed=0)(observations, elapsed)
+    assert torch.equal(observations, torch.full((2, 3), 20.0))
+
+
+def test_features_refuse_shapes_that_do_not_fit():
+    features = RandomFeatures.create(3, 4, seed=0)
+    with pytest.raises(UsageError, match=r"\[S, 3\]"):
+        features(torch.zeros(5, 2), torch.zeros(5))
+    with pytest.raises(UsageError, match="elapsed"):
+        features(torch.zeros(5, 3), torch.zeros(5, 1))
+    with pytest.raises(UsageError, match="n_features"):
+        RandomFeatures.create(3, 0, seed=0)
+
+
+def test_the_fit_recovers_the_values_of_a_chain():
+    phi, rewards, lengths = chain(copies=4)
+    phi_last = torch.ones(4, 4, dtype=torch.float64)  # must not matter: the end is terminal
+    fit = fit_baseline(phi, phi_last, rewards, lengths, flags(1, 1, 1, 1), None, gamma=0.5, lam=1.0, ridge=1e-9)
+    assert_close(fit.values[:3], torch.tensor([2.75, 3.5, 3.0], dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    assert fit.last_values.tolist() == [0.0] * 4
+    assert_close(fit.advantages, torch.zeros(12, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert fit.explained_variance == pytest.approx(1.0, abs=1e-6)
+
+
+def test_sweeps_carry_the_end_of_the_chain_back_to_its_start():
+    phi, rewards, lengths = chain()
+    # lambda 0 moves values one step back per sweep: three sweeps are needed, four are made at first
+    fit = fit_baseline(phi, phi[:1], rewards, lengths, flags(1), None, gamma=0.5, lam=0.0, ridge=1e-9)
+    assert_close(fit.values, torch.tensor([2.75, 3.5, 3.0], dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    short = fit_baseline(phi, phi[:1], rewards, lengths, flags(1), torch.zeros(4), gamma=0.5, lam=0.0, ridge=1e-9)
+    assert short.values[0].item() == pytest.approx(1.0 + 0.5 * 2.0, abs=1e-5)  # two sweeps: V_1 knew of r_1 alone
+
+
+def test_values_linear_in_the_features_are_recovered_in_float32():
+    lengths = torch.tensor([50, 30, 20])
+    to_end = torch.cat([torch.arange(n, 0, -1) for n in lengths.tolist()]).float() / 50.0
+    phi = torch.stack((to_end, torch.ones(100)), 1)
+    rewards = torch.full((100,), 1.0 / 50.0)
+    fit = fit_baseline(phi, phi[:3], rewards, lengths, flags(1, 1, 1), None, gamma=1.0, lam=1.0, ridge=1e-7)
+    assert_close(fit.values, to_end, rtol=1e-4, atol=1e-4)
+
+
+def test_truncation_bootstraps_and_termination_does_not():
+    # reward 1 for ever at gamma .9 is worth 10; a constant is the only feature
+    ones, lengths = torch.ones(3, 1, dtype=torch.float64), torch.tensor([3])
+    rewards, previous = ones[:, 0], torch.tensor([10.0], dtype=torch.float64)
+    cut = fit_baseline(ones, ones[:1], rewards, lengths, flags(0), previous, gamma=0.9, lam=1.0)
+    assert cut.weights.item() == pytest.approx(10.0, abs=1e-4)
+    assert cut.last_values.item() == pytest.approx(10.0, abs=1e-4)
+    assert_close(cut.advantages, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-4)
+    ended = fit_baseline(ones, ones[:1], rewards, lengths, flags(1), previous, gamma=0.9, lam=1.0)
+    assert ended.weights.item() == pytest.approx((1.0 + 1.9 + 2.71) / 3.0, abs=1e-4)
+    assert ended.last_values.item() == 0.0
+    assert_close(ended.advantages, torch.tensor([2.71, 1.9, 1.0], dtype=torch.float64) - 1.87, rtol=0, atol=1e-4)
+
+
+def test_the_ridge_is_the_one_stated():
+    # a feature orthogonal to the constant: w = sum(x y) / (sum(x x) (1 + ridge)); the constant: mean(y) / (1 + 1e-6)
+    x = torch.tensor([2.0, -2.0], dtype=torch.float64)
+    phi = torch.stack((x, torch.ones_like(x)), 1)
+    rewards, lengths = torch.tensor([5.0, 1.0], dtype=torch.float64), torch.tensor([1, 1])
+    fit = fit_baseline(phi, phi, rewards, lengths, flags(1, 1), None, gamma=0.9, lam=0.9, ridge=0.5)
+    assert fit.weights.tolist() == pytest.approx([(10.0 - 2.0) / (8.0 * 1.5), 3.0 / (1.0 + 1e-6)], rel=1e-12)
+
+
+def test_a_feature_that_is_nearly_zero_is_held_by_the_floor_of_the_ridge():
+    x = torch.tensor([1e-3, -1e-3], dtype=torch.float64)
+    phi = torch.stack((x, torch.ones_like(x)), 1)
+    rewards, lengths = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.tensor([1, 1])
+    fit = fit_baseline(phi, phi, rewards, lengths, flags(1, 1), None, gamma=0.9, lam=0.9, ridge=1.0)
+    # 2e-3 / (2e-6 + 2 * 1e-3), where the feature's own power would have given 2e-3 / 4e-6 = 500
+    assert fit.weights[0].item() == pytest.approx(2e-3 / (2e-6 + 2e-3), rel=1e-9)
+
+
+def test_advantages_and_explained_variance_are_those_of_the_values_returned():
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.cat((torch.randn(60, 5, generator=generator), torch.ones(60, 1)), 1)
+    rewards, lengths = torch.randn(60, generator=generator), torch.tensor([10, 20, 30])
+    fit = fit_baseline(phi, phi[:3], rewards, lengths, flags(1, 0, 0), None, gamma=0.9, lam=0.8)
+    assert fit.last_values[0].item() == 0.0
+    assert_close(fit.values, phi @ fit.weights)
+    assert_close(fit.last_values[1:], (phi[:3] @ fit.weights)[1:])
+    assert torch.equal(fit.advantages, gae(rewards, fit.values, fit.last_values, lengths, 0.9, 0.8))
+    target = fit.values + fit.advantages
+    expected = 1.0 - (target - fit.values).var() / target.var()
+    assert fit.explained_variance == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_rows_left_out_of_the_fit_do_not_lock_onto_the_period_of_the_samples():
+    # 32 samples of 64 steps, one row in 16 fitted: a fixed stride would see 4 of the 64 moments
+    moments, copies = 64, 32
+    phi = torch.cat((torch.eye(moments), torch.ones(moments, 1)), 1).double().repeat(copies, 1)
+    rewards = torch.arange(moments).double().repeat(copies)
+    lengths, ended = torch.full((copies,), moments), torch.ones(copies, dtype=torch.bool)
+    args = (phi, phi[:copies], rewards, lengths, ended, None, 0.5, 1.0, 1e-9)
+    fit = fit_baseline(*args, max_fit_rows=moments * copies // 16)
+    expected = returns_to_go(rewards, lengths, 0.5)
+    known = (fit.values - expected).abs() < 1e-3
+    assert fit.values.shape == expected.shape
+    assert known.double().mean() > 0.75
+
+
+def test_linear_values_survive_a_fit_on_a_part_of_the_rows():
+    to_end = torch.arange(100, 0, -1).double().repeat(10) / 100.0
+    phi = torch.stack((to_end, torch.ones(1000, dtype=torch.float64)), 1)
+    lengths, ended = torch.full((10,), 100), torch.ones(10, dtype=torch.bool)
+    rewards = torch.full((1000,), 0.01, dtype=torch.float64)
+    fit = fit_baseline(phi, phi[:10], rewards, lengths, ended, None, 1.0, 1.0, ridge=1e-9, max_fit_rows=77)
+    assert_close(fit.values, to_end, rtol=1e-4, atol=1e-4)
+
+
+def test_coinciding_features_are_no_obstacle():
+    phi = torch.ones(5000, 200)
+    rewards, lengths = torch.ones(5000), torch.full((50,), 100)
+    ended = torch.ones(50, dtype=torch.bool)
+    fit = fit_baseline(phi, phi[:50], rewards, lengths, ended, None, gamma=0.0, lam=0.9)
+    assert_close(fit.values, torch.ones(5000), rtol=1e-3, atol=1e-3)
+
+
+def test_a_constant_target_has_nothing_to_explain():
+    phi = torch.ones(4, 1)
+    fit = fit_baseline(phi, phi[:1], torch.zeros(4), torch.tensor([4]), flags(1), None, gamma=0.9, lam=0.9)
+    assert fit.explained_variance == 0.0
+    assert fit.advantages.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_fit_that_is_not_finite_is_a_training_error(bad):
+    phi, rewards, lengths = chain()
+    with pytest.raises(TrainingError, match="baseline fit is not finite"):
+        fit_baseline(phi, phi[:1], rewards * bad, lengths, flags(1), None, 0.9, 0.9)
+    with pytest.raises(TrainingError, match="features are not finite"):
+        fit_baseline(phi * bad, phi[:1], rewards, lengths, flags(1), None, 0.9, 0.9)
+
+
+def test_dependent_features_without_a_ridge_are_a_training_error():
+    phi = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 1.0]])
+    with pytest.raises(TrainingError, match="raise ridge"):
+        fit_baseline(phi, phi, torch.ones(2), torch.tensor([1, 1]), flags(1, 1), None, 0.9, 0.9, ridge=0.0)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    phi, rewards, lengths = chain()
+    good = {
+        "phi": phi, "phi_last": phi[:1], "rewards": rewards, "lengths": lengths,
+        "terminated": flags(1), "weights": None, "gamma": 0.9, "lam": 0.9,
+    }  # fmt: skip
+    for change, message in [
+        ({"rewards": rewards[:2]}, "rewards has shape"),
+        ({"phi_last": phi[:2]}, "phi_last has shape"),
+        ({"phi_last": phi[:1, :2]}, "phi and phi_last"),
+        ({"weights": torch.zeros(3)}, "weights has shape"),
+        ({"terminated": torch.zeros(1)}, "boolean"),
+        ({"ridge": -1.0}, "ridge"),
+        ({"sweeps": 0}, "sweeps"),
+        ({"gamma": 1.5}, "gamma"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            fit_baseline(**(good | change))

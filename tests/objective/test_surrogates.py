@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from grouprl.errors import UsageError
+from grouprl.objective import clip_fraction, clipped, dual_clipped, ratio, spo
+
+SURROGATES = [clipped, dual_clipped, spo]
+
+
+def at_ratios(ratios):
+    logp = torch.tensor(ratios, dtype=torch.float64).log()
+    return logp.requires_grad_(), torch.zeros(len(ratios), dtype=torch.float64)
+
+
+def approx(*expected):
+    return pytest.approx(list(expected), abs=1e-12)
+
+
+def test_clipped_by_hand():
+    logp, old = at_ratios([1.0, 1.5, 0.5, 1.5, 0.5])
+    a = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0], dtype=torch.float64)
+    loss = clipped(logp, old, a)
+    assert loss.tolist() == approx(-2.0, -2.4, -1.0, 3.0, 1.6)
+    loss.sum().backward()
+    # gradient -rho A where the clip does not bind, 0 where it does
+    assert logp.grad.tolist() == approx(-2.0, 0.0, -1.0, 3.0, 0.0)
+
+
+def test_the_two_clips_are_set_apart():
+    logp, old = at_ratios([1.25, 0.75])
+    a = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert clipped(logp, old, a, clip_low=0.2, clip_high=0.28).tolist() == approx(-1.25, 0.8)
+
+
+def test_dual_clipped_bounds_the_loss_of_bad_steps_only():
+    logp, old = at_ratios([5.0, 5.0, 2.0])
+    a = torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64)
+    loss = dual_clipped(logp, old, a, dual_clip=3.0)
+    assert loss.tolist() == approx(3.0, -1.2, 2.0)
+    loss.sum().backward()
+    assert logp.grad.tolist() == approx(0.0, 0.0, 2.0)
+
+
+def test_spo_by_hand():
+    logp, old = at_ratios([1.0, 1.2, 1.4, 0.8])
+    a = torch.tensor([2.0, 2.0, 2.0, -2.0], dtype=torch.float64)
+    loss = spo(logp, old, a)
+    # -(rho A - |A| / .4 (rho - 1)^2)
+    assert loss.tolist() == approx(-2.0, -2.2, -2.0, 1.8)
+    loss.sum().backward()
+    # d/dlogp = -rho (A - |A| (rho - 1) / .2): flat on the edge of the range, back inwards outside it
+    assert logp.grad.tolist() == approx(-2.0, 0.0, 2.8, 0.0)
+
+
+def test_clip_fraction_marks_the_steps_without_gradient():
+    logp, old = at_ratios([1.0, 1.5, 0.5, 1.5, 0.5, 1.5])
+    a = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, 0.0], dtype=torch.float64)
+    assert clip_fraction(logp, old, a).tolist() == [False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=6))
+def test_at_ratio_one_the_gradient_is_minus_the_advantage(surrogate, advantages):
+    a = torch.tensor(advantages, dtype=torch.float64)
+    logp = torch.linspace(-3.0, -0.1, len(a), dtype=torch.float64, requires_grad=True)
+    surrogate(logp, logp.detach(), a).sum().backward()
+    assert_close(logp.grad, -a)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("gap", [1000.0, -1000.0])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_an_overflowing_ratio_leaves_loss_and_gradient_finite(surrogate, gap, advantage):
+    logp = torch.tensor([gap], requires_grad=True)
+    loss = surrogate(logp, torch.zeros(1), torch.tensor([advantage]))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(logp.grad).all()
+    if advantage == 0.0:
+        assert logp.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_log_probabilities_give_a_finite_float32_loss(surrogate, dtype):
+    logp = torch.tensor([60.0, -60.0, -1.0], dtype=dtype)
+    loss = surrogate(logp, torch.zeros(3, dtype=dtype), torch.tensor([-1.0, 1.0, 1.0]))
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss).all()
+
+
+def test_a_bad_step_grown_far_too_likely_is_still_pushed_down():
+    logp = torch.tensor([50.0], requires_grad=True)
+    clipped(logp, torch.zeros(1), torch.tensor([-1.0])).sum().backward()
+    assert logp.grad.item() == pytest.approx(math.exp(20.0), rel=1e-5)
+
+
+def test_ratio_is_exact_below_its_cap():
+    assert_close(ratio(torch.tensor([0.0, 19.0]), torch.zeros(2)), torch.tensor([1.0, math.exp(19.0)]))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_no_gradient_flows_into_the_old_policy_or_the_advantages(surrogate):
+    logp, old, a = (torch.tensor([0.1], requires_grad=True) for _ in range(3))
+    surrogate(logp, old, a).sum().backward()
+    assert old.grad is None
+    assert a.grad is None
+
+
+def test_shapes_and_clips_that_do_not_fit_are_refused():
+    one, two = torch.zeros(1), torch.zeros(2)
+    with pytest.raises(UsageError, match="logp_old"):
+        clipped(one, two, one)
+    with pytest.raises(UsageError, match="advantages"):
+        spo(one, one, two)
+    with pytest.raises(UsageError, match="clip_low"):
+        clipped(one, one, one, clip_low=1.5)
+    with pytest.raises(UsageError, match="dual_clip"):
+        dual_clipped(one, one, one, dual_clip=1.0)
+    with pytest.raises(UsageError, match="clip must"):
+        spo(one, one, one, clip=0.0)

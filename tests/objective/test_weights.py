@@ -1,0 +1,74 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from grouprl.errors import UsageError
+from grouprl.objective import clipped, constant_length, group_mean, sample_mean, token_mean
+
+LENGTHS = torch.tensor([1, 3])
+
+
+def test_sample_mean_by_hand():
+    assert_close(sample_mean(LENGTHS), torch.tensor([1 / 2, 1 / 6, 1 / 6, 1 / 6]))
+
+
+def test_token_mean_by_hand():
+    assert token_mean(LENGTHS).tolist() == [0.25] * 4
+
+
+def test_constant_length_by_hand():
+    assert_close(constant_length(LENGTHS, 10), torch.full((4,), 0.05))
+
+
+def test_group_mean_by_hand():
+    lengths, group = torch.tensor([1, 2, 3]), torch.tensor([5, 2, 5])  # group 5 has 4 steps, group 2 has 2
+    assert_close(group_mean(lengths, group), torch.tensor([1 / 8, 1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8]))
+
+
+def test_a_mean_over_no_steps_is_refused():
+    with pytest.raises(UsageError, match="sample 1 has length 0"):
+        sample_mean(torch.tensor([2, 0]))
+    with pytest.raises(UsageError, match="group 9 has no steps"):
+        group_mean(torch.tensor([2, 0]), torch.tensor([3, 9]))
+    with pytest.raises(UsageError, match="no step to weigh"):
+        token_mean(torch.tensor([0]))
+
+
+def test_a_constant_length_must_be_positive():
+    with pytest.raises(UsageError, match="length"):
+        constant_length(LENGTHS, 0)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**31))
+def test_every_mean_has_weights_that_sum_to_one(lengths, seed):
+    packed = torch.tensor(lengths)
+    group = torch.randint(0, 3, (len(lengths),), generator=torch.Generator().manual_seed(seed))
+    for weights in (sample_mean(packed), token_mean(packed), group_mean(packed, group)):
+        assert_close(weights.sum(), torch.tensor(1.0))
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.lists(st.integers(0, 54), max_size=5),
+    st.integers(0, 2**31),
+)
+def test_the_gradient_is_the_same_for_every_split_into_micro_batches(lengths, cuts, seed):
+    packed, generator = torch.tensor(lengths), torch.Generator().manual_seed(seed)
+    group = torch.randint(0, 3, (len(lengths),), generator=generator)
+    steps = sum(lengths)
+    features = torch.randn(steps, 4, generator=generator, dtype=torch.float64)
+    old, advantages = torch.randn(2, steps, generator=generator, dtype=torch.float64)
+    edges = [0, *sorted(c for c in cuts if c <= steps), steps]
+    for weights in (sample_mean(packed), token_mean(packed), constant_length(packed, 9), group_mean(packed, group)):
+        gradients = []
+        for spans in ([(0, steps)], list(pairwise(edges))):
+            theta = torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)
+            for a, b in spans:
+                losses = clipped(features[a:b] @ theta, old[a:b], advantages[a:b])
+                (weights[a:b] * losses).sum().backward()
+            gradients.append(theta.grad)
+        assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-12)
