@@ -38,10 +38,10 @@ class RunFolder:
         try:
             if folder.path.is_dir() and any(folder.path.iterdir()):
                 folder._clear(overwrite)
-            (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_yaml(folder.config_path, dict(config))
+            folder.checkpoints_path.mkdir(exist_ok=True)
         except OSError as error:
             raise explain_os_error(error, folder.path) from error
-        write_yaml(folder.config_path, dict(config))
         return folder
 
     @classmethod

@@ -70,7 +70,7 @@ class MetricsLog:
             raise UsageError(f"{self.path} has no column {key!r}; it has {', '.join(self._columns)}.")
         index = self._columns.index(key)
         rows = self._rows()
-        kept = [row for row in rows if not _to_float(row[index]) > value]
+        kept = [row for row in rows if not _to_float(row[index], self.path) > value]
         if len(kept) < len(rows):
             self._rewrite(self._columns, kept)
 
@@ -107,10 +107,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]
 
     path = Path(path)
     columns, rows = _parse(path, _whole_lines(_read(path)))
-    try:
-        values = np.array([[_to_float(cell) for cell in row] for row in rows], dtype=np.float64)
-    except ValueError as error:
-        raise UsageError(f"{path} is not a metrics file: {error}.") from error
+    values = np.array([[_to_float(cell, path) for cell in row] for row in rows], dtype=np.float64)
     return {column: values[:, i].copy() if rows else np.empty(0) for i, column in enumerate(columns)}
 
 
@@ -120,8 +117,11 @@ def _format(value: SupportsFloat | None) -> str:
     return str(int(value)) if isinstance(value, Integral) else repr(float(value))
 
 
-def _to_float(cell: str) -> float:
-    return float(cell) if cell else float("nan")
+def _to_float(cell: str, path: Path) -> float:
+    try:
+        return float(cell) if cell else float("nan")
+    except ValueError as error:
+        raise UsageError(f"{path} is not a metrics file: {cell!r} is not a number.") from error
 
 
 def _to_csv(rows: Iterable[Sequence[str]]) -> str:

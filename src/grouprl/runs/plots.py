@@ -33,6 +33,8 @@ _AXIS_NAMES = {
 # Colours that people with colour blindness can tell apart (Okabe and Ito, 2008), the darkest first.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+_EVALUATION_STYLE: dict[str, Any] = {"markeredgecolor": "white", "markersize": 5.5}
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -80,6 +82,8 @@ def plot_runs(
         _draw(axes, group, label, _COLOURS[number % len(_COLOURS)], show_evaluation=y != "eval_return")
     if threshold is not None:
         axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
+    if y != "eval_return" and any(len(run.evaluation[0]) for run in runs):
+        axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label="evaluation")
     _dress(axes, runs, x, y)
     with atomic_path(out) as temporary:
         try:
@@ -131,14 +135,15 @@ def _group(runs: Sequence[_Run], group_by: str) -> list[list[_Run]]:
 
 
 def _labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
-    """For each configuration its env_id and, if others have the same env_id, the settings that tell it from them."""
+    """For each configuration the settings that tell it from others with the same env_id, and the env_id if it must."""
     flat = [_flatten(config, group_by) for config in configs]
     labels = []
     for own in flat:
         rivals = [other for other in flat if other.get("env_id") == own.get("env_id")]
         keys = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
         settings = [f"{key.rsplit('.', 1)[-1]}={own[key]}" for key in keys[:3]] + (["..."] if len(keys) > 3 else [])
-        labels.append(", ".join([str(own.get("env_id", "")), *settings]).strip(", ") or "run")
+        environment = [str(own["env_id"])] if "env_id" in own and (not settings or len(rivals) < len(flat)) else []
+        labels.append(", ".join([*environment, *settings]) or "run")
     return labels
 
 
@@ -160,14 +165,12 @@ def _draw(axes: Axes, group: Sequence[_Run], label: str, colour: str, *, show_ev
         axes.plot(
             xs, values.mean(0), color=colour, linewidth=1.8, label=f"{label}: mean of {len(group)}, 95 % interval"
         )
-    eval_x = np.concatenate([run.evaluation[0] for run in group])
-    eval_y = np.concatenate([run.evaluation[1] for run in group])
-    if show_evaluation and len(eval_x):
-        points = np.unique(eval_x)
+    if show_evaluation:
+        eval_x = np.concatenate([run.evaluation[0] for run in group])
+        eval_y = np.concatenate([run.evaluation[1] for run in group])
+        points = [point for point in np.unique(eval_x) if point <= xs[-1]]
         means = [eval_y[eval_x == point].mean() for point in points]
-        axes.plot(
-            points, means, "o", color=colour, markeredgecolor="white", markersize=5.5, label="evaluation", zorder=3
-        )
+        axes.plot(points, means, "o", color=colour, **_EVALUATION_STYLE, zorder=3)
 
 
 def _moving_average(values: Array, window: int) -> Array:
@@ -224,6 +227,4 @@ def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, frameon=False, loc="best")

@@ -43,6 +43,7 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
     with atomic_path(path) as temporary:
         try:
             save_file(stored, str(temporary), metadata=header)
+            _sort_header(temporary)
         except SafetensorError as error:  # it wraps the operating system's own errors, such as a full disk
             raise TrainingError(f"Cannot write {path}: {error}.") from error
 
@@ -81,6 +82,18 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror or error}. {_EXPECTED}") from error
     return _parse_header(path, header)
+
+
+def _sort_header(path: Path) -> None:
+    """Put the header's own entries in a fixed order; safetensors' is random, and equal states should be equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # always so: the same text in another order
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _parse_header(path: Path, header: Mapping[str, str]) -> dict[str, Any]:

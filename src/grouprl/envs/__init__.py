@@ -1,0 +1,1 @@
+"""Gymnasium environments: collection, policies, the GRPO agent, evaluation."""

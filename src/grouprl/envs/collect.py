@@ -1,0 +1,365 @@
+"""Collection: step many environments with the current policy, and pack what happened.
+
+The loop keeps plain lists of arrays, one entry per vector step; all bookkeeping (samples, episode returns, time in the
+episode) is done afterwards, for the whole batch at once.
+
+The three autoreset modes of Gymnasium give the same samples here. NEXT_STEP: the step after an end only resets; its row
+is no step of any episode and is dropped. SAME_STEP: the last observation comes in ``info["final_obs"]``. DISABLED: ended
+environments are reset with ``options={"reset_mask": ...}``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import concatenate, create_empty_array
+
+from grouprl.envs.config import GRPOConfig
+from grouprl.envs.policy import Policy
+from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.vector import autoreset_mode, environment_error
+from grouprl.errors import TrainingError, UsageError
+from grouprl.rollouts import Rollout
+
+CHECK_EVERY = 16
+"""Vector steps between two looks at whether an auto-sized batch is complete."""
+
+MAX_EPISODE = 100_000
+"""Steps after which an episode that has not ended is taken for one that never will (whole-episode collection)."""
+
+Array = npt.NDArray[Any]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass
+class Trace:
+    """What one collection has seen, one entry per vector step; ``final*`` one entry per step on which episodes ended."""
+
+    encoded: list[dict[str, Array]] = field(default_factory=list)
+    actions: list[Array] = field(default_factory=list)
+    behaviour: list[Array] = field(default_factory=list)
+    masks: list[Array] = field(default_factory=list)
+    repeated: list[Bools] = field(default_factory=list)
+    rewards: list[Array] = field(default_factory=list)
+    terminated: list[Bools] = field(default_factory=list)
+    done: list[Bools] = field(default_factory=list)
+    valid: list[Bools] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    final_keys: list[Array] = field(default_factory=list)
+    final: list[dict[str, Array]] = field(default_factory=list)
+
+    def signals(self) -> int:
+        """Steps with an unusual reward (not the median) plus terminations: events there is something to learn from."""
+        valid = np.stack(self.valid)
+        rewards = np.stack(self.rewards)[valid]
+        unusual = int((np.abs(rewards - np.median(rewards)) > 1e-9).sum())
+        return unusual + int(np.stack(self.terminated)[valid].sum())
+
+
+class Collector:
+    """Steps a ``VectorEnv`` and turns what happens into :class:`~grouprl.rollouts.Rollout` batches."""
+
+    def __init__(
+        self,
+        venv: VectorEnv[Any, Any, Any],
+        observations: ObservationCodec,
+        actions: ActionCodec,
+        config: GRPOConfig,
+        rng: np.random.Generator,
+    ) -> None:
+        self.venv, self.observations, self.actions, self.config, self.rng = venv, observations, actions, config, rng
+        self.n = int(venv.num_envs)
+        self.mode = autoreset_mode(venv)
+        self.sticky_envs = np.arange(self.n) >= self.n * (1 - config.sticky_share) - 1e-9
+        self._seed: int | list[int] | None = None
+        self._obs: Any = None
+        self._info: dict[str, Any] = {}
+        self._waiting = np.zeros(self.n, bool)  # NEXT_STEP: the coming step only resets
+        self._fresh = np.ones(self.n, bool)  # the coming valid step is the first of its episode
+        self._elapsed = np.zeros(self.n, np.int64)
+        self._return = np.zeros(self.n, np.float64)
+        self._last_action: Array | None = None
+
+    # --- starting ------------------------------------------------------------------------------------------------
+    def restart(self, seed: int) -> None:
+        """Make the next batch begin with fresh episodes drawn from ``seed``, whatever came before."""
+        self._seed = seed
+        self._obs = None
+
+    def _reset(self, seed: int | list[int] | None) -> None:
+        try:
+            self._obs, self._info = self.venv.reset(seed=seed)
+        except Exception as error:
+            raise environment_error(error, "in reset") from error
+        self._waiting = np.zeros(self.n, bool)
+        self._fresh = np.ones(self.n, bool)
+        self._elapsed[:] = 0
+        self._return[:] = 0
+
+    def _start(self) -> None:
+        if self._obs is None:
+            seed, self._seed = self._seed, None
+            self._reset(seed)
+
+    def _new_round(self) -> None:
+        """Fresh episodes everywhere; in groups, those of a group from one start."""
+        if self.config.group_size is None:
+            seed, self._seed = self._seed, None
+            self._reset(seed)
+        else:
+            self._seed = None
+            starts = self.rng.integers(0, 2**31 - 1, self.n // self.config.group_size)
+            self._reset([int(s) for s in np.repeat(starts, self.config.group_size)])
+
+    def warm_up(self, policy: Policy, n_steps: int) -> int:
+        """Step at random to start the observation statistics of ``policy``; returns the number of steps taken."""
+        if not policy.normalize or n_steps == 0:
+            return 0
+        self._start()
+        seed = self.rng.integers(2**31 - 1)
+        rows, taken = [], 0
+        distribution = self.actions.distribution
+        zeros = np.zeros((self.n, distribution.n_params), np.float32)
+        for _ in range(max(8, -(-n_steps // self.n))):
+            valid = ~self._waiting
+            rows.append(self.observations.encode(self._obs)["flat"][valid].copy())
+            taken += int(valid.sum())
+            mask = self._mask()
+            params = zeros if mask is None else distribution.apply_mask(zeros, mask)
+            self._advance(self.actions.to_env(distribution.sample(params, self.rng)), valid)
+        policy.observe(np.concatenate(rows))
+        self.restart(int(seed))
+        return taken
+
+    # --- one vector step -----------------------------------------------------------------------------------------
+    def _mask(self) -> Bools | None:
+        mask = self.observations.mask(self._obs)
+        if mask is None:
+            if "action_mask" not in self._info:
+                return None
+            mask = np.asarray(self._info["action_mask"])
+            given = self._info.get("_action_mask")
+            if given is not None and not np.all(given):
+                mask = np.where(np.asarray(given)[:, None], mask, True)
+        mask = mask.reshape(self.n, -1).astype(bool)
+        if mask.shape[1] != self.actions.mask_size:
+            raise UsageError(
+                f"action_mask has {mask.shape[1]} entries per environment, the action space has {self.actions.mask_size} "
+                "actions to mask; give one entry per action"
+            )
+        if not mask.any(1).all():
+            raise TrainingError(
+                f"action_mask leaves environment {int(np.argmin(mask.any(1)))} no valid action; an environment with nothing "
+                "left to do should terminate instead"
+            )
+        return mask
+
+    def _advance(self, env_actions: Any, valid: Bools) -> tuple[Array, Bools, Bools, Array, dict[str, Array] | None]:
+        """Step once.
+
+        Returns rewards, terminated and done ``[n]``, and for the valid rows on which an episode ended: their numbers and
+        the encoded observation they ended with.
+        """
+        try:
+            obs, rewards, terminated, truncated, info = self.venv.step(env_actions)
+            done = np.logical_or(terminated, truncated)
+            ended = np.flatnonzero(done & valid)
+            final = None
+            if len(ended):
+                if self.mode is AutoresetMode.SAME_STEP:
+                    final = self.observations.encode(_rows_of(self.venv.single_observation_space, info["final_obs"], ended))
+                else:
+                    final = {key: value[ended].copy() for key, value in self.observations.encode(obs).items()}
+            if self.mode is AutoresetMode.DISABLED and done.any():
+                obs, info = self.venv.reset(options={"reset_mask": done.copy()})
+        except Exception as error:
+            raise environment_error(error, "in step") from error
+        if self.mode is AutoresetMode.NEXT_STEP:
+            self._fresh, self._waiting = self._waiting, done
+        else:
+            self._fresh = done
+        self._obs, self._info = obs, info
+        return rewards, terminated, done, ended, final
+
+    def _step(self, policy: Policy, trace: Trace, running: Bools, sticky: float) -> Bools:
+        valid = running & ~self._waiting
+        encoded = {key: value.copy() for key, value in self.observations.encode(self._obs).items()}
+        params = policy.infer(policy.prepare(encoded))
+        mask = self._mask()
+        if mask is not None:
+            params = self.actions.distribution.apply_mask(params, mask)
+            trace.masks.append(mask)
+        actions = self.actions.distribution.sample(params, self.rng)
+        env_actions = self.actions.to_env(actions)
+        if sticky > 0:
+            repeat = (self.rng.random(self.n) < sticky) & self.sticky_envs & ~self._fresh & valid
+            if self._last_action is None or mask is not None:
+                repeat = np.zeros(self.n, bool)
+            else:
+                env_actions = env_actions.copy()
+                env_actions[repeat] = self._last_action[repeat]
+            self._last_action = env_actions
+            trace.repeated.append(repeat)
+        rewards, terminated, done, ended, final = self._advance(env_actions, valid)
+        if final is not None:
+            trace.final_keys.append(len(trace.rewards) * self.n + ended)
+            trace.final.append(final)
+        trace.encoded.append(encoded)
+        trace.actions.append(actions)
+        trace.behaviour.append(params)
+        trace.rewards.append(np.array(rewards, np.float32))
+        trace.terminated.append(np.array(terminated, bool))
+        trace.done.append(done)
+        trace.valid.append(valid)
+        return done
+
+    # --- one batch -----------------------------------------------------------------------------------------------
+    def collect(self, policy: Policy, sticky: float = 0.0) -> Rollout:
+        """Collect one batch with ``policy``; ``sticky`` is the current probability of repeating an action.
+
+        Raises:
+            TrainingError: the environment raised or died, or gave an observation or a reward that is not finite.
+        """
+        trace = Trace()
+        if self.config.whole_episodes:
+            self._collect_episodes(policy, trace, sticky)
+        else:
+            self._collect_segments(policy, trace, sticky)
+        return self._pack(policy, trace)
+
+    def _collect_segments(self, policy: Policy, trace: Trace, sticky: float) -> None:
+        config = self.config
+        if config.reset_each_batch and self._obs is not None:
+            self._reset(None)
+        self._start()
+        running = np.ones(self.n, bool)
+        if config.collect == "segments":
+            for _ in range(config.n_steps):
+                self._step(policy, trace, running, sticky)
+        else:
+            taken = complete = 0
+            while taken < config.max_steps:
+                done = self._step(policy, trace, running, sticky)
+                taken += int(trace.valid[-1].sum())
+                complete += int(done.sum())
+                if taken >= config.min_steps and len(trace.rewards) % CHECK_EVERY == 0:
+                    wanted = config.min_signals
+                    if complete >= wanted or trace.signals() >= wanted:
+                        break
+        trace.rounds = [0] * len(trace.rewards)
+
+    def _collect_episodes(self, policy: Policy, trace: Trace, sticky: float) -> None:
+        taken = round_number = 0
+        while round_number == 0 or taken < self.config.min_steps:
+            self._new_round()
+            running = np.ones(self.n, bool)
+            start = len(trace.rewards)
+            while running.any():
+                done = self._step(policy, trace, running, sticky)
+                taken += int(trace.valid[-1].sum())
+                running &= ~done
+                if len(trace.rewards) - start > MAX_EPISODE:
+                    raise TrainingError(
+                        f"an episode has not ended after {MAX_EPISODE} steps, and this configuration waits for whole episodes; "
+                        "use collect=segments with advantage=baseline, or give the environment a time limit"
+                    )
+            trace.rounds += [round_number] * (len(trace.rewards) - start)
+            round_number += 1
+
+    def _pack(self, policy: Policy, trace: Trace) -> Rollout:
+        valid = np.stack(trace.valid)
+        order = valid.T  # packed order: environment by environment, each in time
+
+        def pick(rows: list[Array]) -> Array:
+            return np.stack(rows).swapaxes(0, 1)[order]
+
+        env, time = np.nonzero(order)
+        done = pick(trace.done)
+        end = done.copy()
+        end[np.flatnonzero(np.append(env[1:] != env[:-1], True))] = True
+        last = np.flatnonzero(end)
+        lengths = np.diff(last, prepend=-1)
+        sample_env, sample_time, sample_done = env[last], time[last], done[last]
+        terminated = pick(trace.terminated)[last]
+        continued = np.append(True, sample_env[1:] != sample_env[:-1])  # may carry on an episode of the last batch
+        rewards = pick(trace.rewards)
+
+        elapsed_before = np.where(continued, self._elapsed[sample_env], 0)
+        first = last + 1 - lengths
+        elapsed = np.arange(len(env)) - np.repeat(first - elapsed_before, lengths)
+        returns = np.add.reduceat(rewards, first, dtype=np.float64) + np.where(continued, self._return[sample_env], 0.0)
+        total_length = elapsed_before + lengths
+        finished = np.flatnonzero(sample_done)
+        finished = finished[np.argsort(sample_time[finished], kind="stable")]
+        self._elapsed[sample_env] = np.where(sample_done, 0, total_length)
+        self._return[sample_env] = np.where(sample_done, 0.0, returns)
+
+        raw = {key: pick([e[key] for e in trace.encoded]) for key in trace.encoded[0]}
+        now = self.observations.encode(self._obs)
+        keys = np.concatenate([*trace.final_keys, len(valid) * self.n + np.arange(self.n)])
+        wanted = np.where(sample_done, sample_time * self.n + sample_env, len(valid) * self.n + sample_env)
+        at = np.searchsorted(keys, wanted)
+        raw_last = {key: np.concatenate([*(f[key] for f in trace.final), now[key]])[at] for key in raw}
+        self._check_finite(raw, raw_last, rewards, env, time)
+
+        inputs, last_inputs = policy.prepare(raw), policy.prepare(raw_last)
+        if "flat" in raw:
+            policy.observe(raw["flat"])
+        per_group = self.config.group_size
+        group = np.asarray(trace.rounds)[sample_time] * (self.n // per_group) + sample_env // per_group if per_group else 0 * last
+        repeated = pick(trace.repeated) if trace.repeated else np.zeros(len(env), bool)
+        tensor = torch.from_numpy
+        return Rollout(
+            inputs={key: tensor(value) for key, value in inputs.items()},
+            last_inputs={key: tensor(value) for key, value in last_inputs.items()},
+            actions=tensor(pick(trace.actions)),
+            behaviour=tensor(pick(trace.behaviour)),
+            mask=tensor(pick(trace.masks)) if trace.masks else None,
+            trainable=tensor(~repeated),
+            rewards=tensor(rewards),
+            elapsed=tensor(elapsed),
+            last_elapsed=tensor(total_length),
+            lengths=tensor(lengths),
+            group=tensor(group),
+            terminated=tensor(terminated),
+            truncated=tensor(sample_done & ~terminated),
+            episode_returns=returns[finished].tolist(),
+            episode_lengths=total_length[finished].tolist(),
+            episode_envs=sample_env[finished].tolist(),
+        )
+
+    def _check_finite(
+        self, raw: dict[str, Array], raw_last: dict[str, Array], rewards: Array, env: Array, time: Array
+    ) -> None:
+        if not np.isfinite(rewards).all():
+            i = int(np.argmin(np.isfinite(rewards)))
+            raise TrainingError(
+                f"environment {env[i]} returned the reward {rewards[i]} on step {time[i]} of this batch; rewards must be finite "
+                "numbers: fix the environment, or wrap it in gymnasium.wrappers.TransformReward"
+            )
+        for flat in (raw.get("flat"), raw_last.get("flat")):
+            if flat is not None and not np.isfinite(flat).all():
+                i, column = (int(x[0]) for x in np.nonzero(~np.isfinite(flat)))
+                where = f"environment {env[i]} on step {time[i]} of this batch" if flat is raw["flat"] else "an episode's last step"
+                raise TrainingError(
+                    f"the observation of {where} holds {flat[i, column]} in component {column}; observations must be finite: "
+                    "fix the environment, or wrap it in gymnasium.wrappers.TransformObservation"
+                )
+
+
+def _rows_of(space: Any, final_obs: Any, rows: Array) -> Any:
+    """The observations of ``rows`` as one batch, from Gymnasium's object array or from an already batched one."""
+    final = np.asarray(final_obs) if not isinstance(final_obs, dict | tuple) else final_obs
+    if isinstance(final, np.ndarray) and final.dtype == object:
+        items = [final[i] for i in rows]
+        return concatenate(space, items, create_empty_array(space, len(items)))
+    if isinstance(final, dict):
+        return {key: _rows_of(space[key], final[key], rows) for key in space.spaces}
+    if isinstance(final, tuple):
+        return tuple(_rows_of(s, f, rows) for s, f in zip(space.spaces, final, strict=True))
+    return final[rows]

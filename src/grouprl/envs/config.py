@@ -1,0 +1,168 @@
+"""The one configuration of the environment arena: frozen, validated, and the only place where defaults live."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from grouprl.errors import UsageError
+
+NEEDS_WHOLE_EPISODES = ("outcome", "leave_one_out", "timestep")
+
+
+class GRPOConfig(BaseModel):
+    """Every choice of a training run in the environment arena.
+
+    The defaults are the *robust default*: the one configuration meant for an environment nobody tuned.
+    Build one with :func:`make_config`, whose errors say what was given, what is allowed and how to fix it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    # --- collection: which steps a batch holds -------------------------------------------------------------------
+    n_envs: int = Field(16, ge=1, description="environments stepped side by side")
+    vectorization: Literal["auto", "sync", "async", "vector_entry_point", "envpool"] = Field(
+        "auto", description="how they are stepped; auto = the environment's own vectorised version, else sync"
+    )
+    collect: Literal["auto", "segments", "episodes"] = Field(
+        "auto",
+        description="segments = n_steps per environment; episodes = whole episodes; "
+        "auto = until the batch holds min_steps and enough signal",
+    )
+    n_steps: int = Field(128, ge=1, description="steps per environment and batch (collect=segments)")
+    min_steps: int = Field(4096, ge=1, description="least steps per batch (collect=auto or episodes)")
+    max_steps: int = Field(16384, ge=1, description="most steps per batch (collect=auto)")
+    min_signals: int = Field(
+        8, ge=0, description="complete episodes, or steps with an unusual reward or a termination, that a batch waits for"
+    )
+    group_size: int | None = Field(
+        None, ge=2, description="episodes per group that share one start (the reset seed); needs collect=episodes"
+    )
+    reset_each_batch: bool = Field(False, description="start every batch from fresh episodes")
+    sticky: float = Field(0.9, ge=0, lt=1, description="initial probability of repeating the previous action")
+    sticky_share: float = Field(0.5, ge=0, le=1, description="share of the environments that repeat actions")
+    sticky_until: float = Field(0.5, gt=0, le=1, description="fraction of the budget after which sticky has faded to 0")
+    sticky_guard: bool = Field(True, description="halve sticky whenever the sticky environments return less than the others")
+    warmup_steps: int = Field(2048, ge=0, description="random steps that start the observation statistics; counted")
+
+    # --- advantages ----------------------------------------------------------------------------------------------
+    advantage: Literal["baseline", "outcome", "leave_one_out", "timestep", "tutorial"] = Field(
+        "baseline", description="estimator: closed-form group baseline, DeepSeekMath outcome, RLOO, time-step group, the chapter's"
+    )
+    gamma: float = Field(0.99, ge=0, le=1, description="discount")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the generalised advantage on the baseline")
+    scale_by_std: bool = Field(True, description="divide outcome advantages by the group's standard deviation")
+    baseline_features: int = Field(128, ge=1, description="random features of the closed-form baseline")
+    baseline_ridge: float = Field(1e-4, gt=0, description="ridge of its regression, relative to each feature's power")
+    baseline_sweeps: int = Field(2, ge=1, description="regressions per batch, each on the targets of the last")
+    skip_without_signal: bool = Field(True, description="no update from a batch whose rewards say nothing")
+
+    # --- objective -----------------------------------------------------------------------------------------------
+    surrogate: Literal["clip", "dual_clip", "spo"] = Field("clip", description="policy surrogate")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - clip_low")
+    clip_high: float = Field(0.2, gt=0, description="ratio is clipped above 1 + clip_high; epsilon of spo")
+    dual_clip: float = Field(3.0, gt=1, description="bound c of dual_clip for negative advantages")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the reference policy")
+    kl: Literal["exact", "exact_forward", "k1", "k2", "k3"] = Field(
+        "exact", description="KL(policy || reference) in closed form, KL(reference || policy), or a sampled estimate"
+    )
+    reference: str = Field("initial", description="old | initial | periodic | the path of a saved model")
+    reference_every: int = Field(10, ge=1, description="updates between refreshes of a periodic reference")
+
+    # --- update --------------------------------------------------------------------------------------------------
+    epochs: int = Field(10, ge=1, description="passes over a batch")
+    minibatch_size: int = Field(256, ge=1, description="steps per gradient step")
+    minibatch_remainder: Literal["spread", "keep"] = Field(
+        "spread", description="what is left over: spread evenly, or kept as a last small minibatch"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Adam step size (the first one, if it adapts)")
+    lr_schedule: Literal["constant", "linear", "adaptive"] = Field(
+        "adaptive", description="constant, linear to lr_final, or adapted to keep the KL of an update near kl_target"
+    )
+    lr_final: float = Field(0.02, ge=0, le=1, description="last learning rate of the linear schedule, as a fraction")
+    lr_max: float = Field(1e-2, gt=0, description="upper bound of an adaptive learning rate")
+    kl_target: float = Field(0.02, gt=0, description="KL(old || new) per update an adaptive learning rate aims at")
+    kl_stop: float | None = Field(None, gt=0, description="end the epochs once KL(old || new) exceeds this")
+    max_grad_norm: float = Field(0.5, gt=0, description="bound on the global gradient norm")
+    adam_eps: float = Field(1e-5, gt=0, description="Adam epsilon")
+
+    # --- policy --------------------------------------------------------------------------------------------------
+    hidden_sizes: tuple[int, ...] = Field((64, 64), description="widths of the hidden layers")
+    activation: Literal["tanh", "relu"] = Field("tanh", description="their activation")
+    hidden_gain: float = Field(math.sqrt(2), gt=0, description="orthogonal gain of the hidden layers")
+    output_gain: float = Field(0.01, gt=0, description="orthogonal gain of the last layer")
+    log_std_init: float = Field(0.0, description="initial log standard deviation of continuous actions")
+    normalize_observations: bool = Field(True, description="running mean and variance, part of the model")
+
+    # --- run -----------------------------------------------------------------------------------------------------
+    seed: int = Field(0, ge=0, description="of every random stream")
+    device: str = Field("cpu", description="torch device of the learner")
+    threads: int = Field(2, ge=1, le=64, description="threads a minibatch's gradient is shared among")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GRPOConfig:
+        if self.group_size is not None:
+            if self.collect == "segments":
+                raise ValueError(
+                    "group_size needs whole episodes but collect is 'segments'; set collect=episodes (or drop group_size)"
+                )
+            if self.n_envs % self.group_size:
+                raise ValueError(
+                    f"n_envs={self.n_envs} is not a multiple of group_size={self.group_size}; "
+                    f"use n_envs={math.ceil(self.n_envs / self.group_size) * self.group_size}"
+                )
+        if self.advantage in NEEDS_WHOLE_EPISODES and self.collect == "segments":
+            raise ValueError(
+                f"advantage={self.advantage!r} compares whole episodes but collect is 'segments'; "
+                "set collect=episodes, or advantage=baseline or tutorial"
+            )
+        if self.advantage in NEEDS_WHOLE_EPISODES and self.group_size is None and self.n_envs < 2:
+            raise ValueError(
+                f"advantage={self.advantage!r} compares at least 2 episodes but n_envs=1 and there is no group_size; "
+                "set n_envs=2 or more"
+            )
+        if self.max_steps < self.min_steps:
+            raise ValueError(f"max_steps={self.max_steps} is below min_steps={self.min_steps}; raise one or lower the other")
+        if any(width < 1 for width in self.hidden_sizes):
+            raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")
+        if self.beta > 0 and self.kl == "k1":
+            raise ValueError(
+                "kl=k1 as a loss has zero expected gradient, so it would regularise nothing; use kl=exact, k2 or k3"
+            )
+        return self
+
+    @property
+    def whole_episodes(self) -> bool:
+        """Whether a batch holds complete episodes only."""
+        return self.collect == "episodes" or self.group_size is not None or self.advantage in NEEDS_WHOLE_EPISODES
+
+
+def make_config(values: Mapping[str, Any]) -> GRPOConfig:
+    """Validate ``values`` into a :class:`GRPOConfig`.
+
+    Raises:
+        UsageError: an unknown name (with the closest known one), or a value that is not allowed.
+    """
+    known = GRPOConfig.model_fields
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(sorted(known))}"
+            raise UsageError(f"unknown setting {name!r}; {hint}")
+    try:
+        return GRPOConfig(**values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"][:1])
+            message = problem["msg"].removeprefix("Value error, ")
+            if name:
+                field = known[name]
+                message = f"{name}={problem['input']!r}: {message} ({field.description}; default {field.get_default()!r})"
+            lines.append(message)
+        raise UsageError("; ".join(lines)) from None

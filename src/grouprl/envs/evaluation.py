@@ -1,0 +1,132 @@
+"""Evaluation: complete episodes, raw rewards, frozen statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode
+
+from grouprl.envs.grpo import GRPO
+from grouprl.envs.vector import EnvLike, autoreset_mode, environment_error, make_vector
+from grouprl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Undiscounted returns and lengths of complete episodes."""
+
+    returns: list[float]
+    lengths: list[int]
+
+    def summary(self) -> dict[str, float]:
+        """episodes, mean_return, std_return (over episodes, ddof 0), min, max, mean_length."""
+        returns = np.asarray(self.returns)
+        return {
+            "episodes": len(returns),
+            "mean_return": float(returns.mean()),
+            "std_return": float(returns.std()),
+            "min": float(returns.min()),
+            "max": float(returns.max()),
+            "mean_length": float(np.mean(self.lengths)),
+        }
+
+
+class Evaluator:
+    """Holds environments of its own, so that evaluating never disturbs training.
+
+    Every environment plays a fixed share of the episodes, so that short ones are not counted more often than long ones.
+    """
+
+    def __init__(
+        self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None, n_envs: int = 16, vectorization: str = "auto"
+    ) -> None:
+        self.venv = make_vector(env, n_envs, "auto" if vectorization == "async" else vectorization, env_kwargs, seed=12345)
+
+    def run(self, agent: GRPO, episodes: int = 100, deterministic: bool = True, seed: int = 0) -> Evaluation:
+        """Play ``episodes`` with the agent's policy, from starts drawn from ``seed``.
+
+        Raises:
+            UsageError: fewer than one episode.
+            TrainingError: the environment failed.
+        """
+        if episodes < 1:
+            raise UsageError(f"episodes={episodes} must be at least 1")
+        venv, n = self.venv, self.venv.num_envs
+        mode = autoreset_mode(venv)
+        left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
+        returns: list[float] = []
+        lengths: list[int] = []
+        total, length = np.zeros(n), np.zeros(n, np.int64)
+        waiting = np.zeros(n, bool)
+        rng = np.random.default_rng(seed)
+        try:
+            obs, info = venv.reset(seed=seed)
+            while left.any():
+                params = agent.policy.infer(agent.policy.prepare(agent.observations.encode(obs)))
+                mask = agent.observations.mask(obs)
+                if mask is None and "action_mask" in info:
+                    mask = np.asarray(info["action_mask"])
+                if mask is not None:
+                    params = agent.policy.distribution.apply_mask(params, mask.reshape(n, -1).astype(bool))
+                distribution = agent.policy.distribution
+                actions = distribution.mode(params) if deterministic else distribution.sample(params, rng)
+                obs, rewards, terminated, truncated, info = venv.step(agent.actions.to_env(actions))
+                done = np.logical_or(terminated, truncated)
+                total += np.where(waiting, 0.0, rewards)
+                length += ~waiting
+                for i in np.flatnonzero(done & (left > 0)):
+                    returns.append(float(total[i]))
+                    lengths.append(int(length[i]))
+                    left[i] -= 1
+                total[done], length[done] = 0.0, 0
+                if mode is AutoresetMode.NEXT_STEP:
+                    waiting = done
+                elif mode is AutoresetMode.DISABLED and done.any():
+                    obs, info = venv.reset(options={"reset_mask": done.copy()})
+        except Exception as error:
+            raise environment_error(error, "during evaluation") from error
+        return Evaluation(returns, lengths)
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.venv.close()
+
+
+def evaluate(
+    agent: GRPO,
+    env: EnvLike | None = None,
+    episodes: int = 100,
+    *,
+    deterministic: bool = True,
+    seed: int = 0,
+    env_kwargs: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Play complete episodes with ``agent`` and return what they returned.
+
+    Args:
+        agent: a trained (or not) :class:`~grouprl.envs.grpo.GRPO`.
+        env: where; default: the id or callable the agent was trained on.
+        episodes: how many.
+        deterministic: greedy actions; else sampled ones.
+        seed: of the starts (and of the sampled actions).
+
+    Raises:
+        UsageError: no environment to make, fewer than one episode.
+    """
+    target = env if env is not None else (agent.env or agent.env_id)
+    kwargs = env_kwargs if env is not None else agent.env_kwargs
+    evaluator = Evaluator(target, kwargs, n_envs=min(episodes, 100 if _is_vectorised(target) else 16) or 1)
+    try:
+        return evaluator.run(agent, episodes, deterministic, seed)
+    finally:
+        if isinstance(target, str) or callable(target):
+            evaluator.close()
+
+
+def _is_vectorised(env: EnvLike) -> bool:
+    import gymnasium as gym
+
+    return isinstance(env, str) and ":" not in env and gym.spec(env).vector_entry_point is not None

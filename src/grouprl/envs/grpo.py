@@ -1,0 +1,443 @@
+"""GRPO for Gymnasium environments, in the shape Stable-Baselines3 made familiar. No critic network anywhere."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import Space
+from gymnasium.vector import VectorEnv
+
+from grouprl.envs import presets
+from grouprl.envs.collect import Collector
+from grouprl.envs.config import GRPOConfig, make_config
+from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
+from grouprl.envs.learner import Learner, single_threaded_kernels
+from grouprl.envs.policy import Network, Policy
+from grouprl.envs.spaces import ActionCodec, ObservationCodec, space_from_json, space_to_json
+from grouprl.envs.vector import EnvLike, env_name, horizon, make_vector
+from grouprl.errors import UsageError
+from grouprl.objective import RandomFeatures
+from grouprl.rollouts import Rollout
+from grouprl.runs.progress import Progress
+from grouprl.runs.state import load_state, save_state
+
+Metrics = dict[str, float]
+Callback = Callable[["GRPO", Metrics], bool | None]
+"""Told of every update, with the agent and the named values; returning False stops training."""
+
+RECENT_EPISODES = 100
+STICKY_OFF = 0.06
+
+
+class GRPO:
+    """Group Relative Policy Optimization on a Gymnasium environment.
+
+    Example:
+        >>> agent = GRPO("CartPole-v1", seed=1).learn(100_000)  # doctest: +SKIP
+        >>> action, _ = agent.predict(observation, deterministic=True)  # doctest: +SKIP
+
+    Args:
+        env: a Gymnasium id, a callable returning an ``Env``, an ``Env``, or a ``VectorEnv``.
+        preset: ``"auto"`` takes the preset named like the environment, if there is one; a name takes that preset;
+            None takes the robust default.
+        env_kwargs: passed to the environment's constructor (ids only).
+        network: builds the policy's network from (inputs, outputs); default: an MLP of ``hidden_sizes``.
+        **settings: any field of :class:`~grouprl.envs.config.GRPOConfig`; they win over the preset's.
+
+    Raises:
+        UsageError: unknown setting or environment, a space that is not supported, a missing extra.
+    """
+
+    def __init__(
+        self,
+        env: EnvLike,
+        *,
+        preset: str | None = "auto",
+        env_kwargs: Mapping[str, Any] | None = None,
+        network: Network | None = None,
+        **settings: Any,
+    ) -> None:
+        chosen = presets.resolve(env_name(env), preset)
+        config = make_config({**(chosen.config if chosen else {}), **settings})
+        kwargs = {**(chosen.env_kwargs if chosen else {}), **(env_kwargs or {})}
+        env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
+        venv = make_vector(env, config.n_envs, config.vectorization, kwargs, env_seed)
+        self._build(config, venv.single_observation_space, venv.single_action_space, network)
+        self.env_kwargs = kwargs
+        self._attach(env, venv)
+
+    def _build(self, config: GRPOConfig, observation: Space[Any], action: Space[Any], network: Network | None) -> None:
+        if config.device.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"device={config.device!r} but no CUDA device is available; use device=cpu")
+        init, act, shuffle, starts = np.random.SeedSequence(config.seed).spawn(4)
+        self.config = config
+        self.observation_space, self.action_space = observation, action
+        self.actions = ActionCodec(action)
+        self.observations = ObservationCodec(observation, mask_size=self.actions.mask_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(init.generate_state(1)[0]))
+            self.policy = Policy(self.observations, self.actions, config, network).to(config.device)
+        self._act_rng, self._start_rng = np.random.default_rng(act), np.random.default_rng(starts)
+        self.learner = Learner(self.policy, config, np.random.default_rng(shuffle))
+        self.baseline: Baseline | None = None
+        self._custom_network = network is not None
+        self._env: EnvLike | None = None
+        self._venv: VectorEnv[Any, Any, Any] | None = None
+        self._collector: Collector | None = None
+        self.env_id: str = ""
+        self.env_kwargs: dict[str, Any] = {}
+        self.num_timesteps = 0
+        self.train_seconds = 0.0
+        self._warm = False
+        self._signal_steps = 0
+        self._sticky_scale = 1.0
+        self._guard: tuple[list[float], list[float]] = ([], [])
+        self.recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self.recent_lengths: deque[int] = deque(maxlen=RECENT_EPISODES)
+
+    # --- environment -------------------------------------------------------------------------------------------------
+    def _attach(self, env: EnvLike, venv: VectorEnv[Any, Any, Any]) -> None:
+        self._env, self._venv = env, venv
+        self.env_id = env_name(env)
+        self._collector = Collector(venv, self.observations, self.actions, self.config, self._act_rng)
+        self._collector.restart(int(self._start_rng.integers(2**31 - 1)))
+        if self.config.advantage == "baseline" and self.baseline is None:
+            width = n_summary(self.observations.n_flat, dict(self.observations.images))
+            features = RandomFeatures.create(width, self.config.baseline_features, self.config.seed)
+            self.baseline = Baseline(features, horizon(venv) or DEFAULT_HORIZON)
+
+    def set_env(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Train on another environment with the same spaces from now on; its next batch starts with fresh episodes.
+
+        Raises:
+            UsageError: its spaces differ from those the policy was built for.
+        """
+        kwargs = dict(env_kwargs or {})
+        venv = make_vector(env, self.config.n_envs, self.config.vectorization, kwargs, self.config.seed)
+        for name, ours, theirs in (
+            ("observation", self.observation_space, venv.single_observation_space),
+            ("action", self.action_space, venv.single_action_space),
+        ):
+            if ours != theirs:
+                raise UsageError(f"the new environment's {name} space {theirs} differs from the policy's {ours}; "
+                                 "build a new GRPO(env) for it")  # fmt: skip
+        if self._venv is not None and self._venv is not venv:
+            self._venv.close()
+        self.env_kwargs = kwargs
+        self._attach(env, venv)
+
+    def get_env(self) -> VectorEnv[Any, Any, Any] | None:
+        """The vector environment batches are collected from, or None after :meth:`load` without one."""
+        return self._venv
+
+    @property
+    def env(self) -> EnvLike | None:
+        """The environment as it was given."""
+        return self._env
+
+    def _ready(self) -> Collector:
+        if self._collector is None:
+            if not self.env_id:
+                raise UsageError("this agent was loaded without an environment; call agent.set_env(env) before learn")
+            self.set_env(self.env_id, self.env_kwargs)
+        assert self._collector is not None
+        return self._collector
+
+    # --- training ----------------------------------------------------------------------------------------------------
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: Callback | Sequence[Callback] | None = None,
+        progress_bar: bool = False,
+    ) -> GRPO:
+        """Train for ``total_timesteps`` environment steps (the last batch may go over) and return ``self``.
+
+        Args:
+            total_timesteps: steps of this call, over all environments; warm-up steps count.
+            callback: called as ``callback(agent, metrics)`` after every update; returning False stops training.
+                A list calls each.
+            progress_bar: show return, steps per second and time left.
+
+        Raises:
+            UsageError: ``total_timesteps`` is not positive.
+            TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
+                after the last good update.
+        """
+        if total_timesteps < 1:
+            raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
+        start = self.num_timesteps
+        return self._learn(start, start + int(total_timesteps), callback, progress_bar)
+
+    def _learn(
+        self, start: int, end: int, callback: Callback | Sequence[Callback] | None, progress_bar: bool | None
+    ) -> GRPO:
+        """Train until ``end`` total steps on schedules that run from ``start`` to ``end``."""
+        callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
+        self._ready()
+        with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
+            while self.num_timesteps < end:
+                metrics = self._iterate((self.num_timesteps - start) / (end - start))
+                bar.update(self.num_timesteps - start, episode_return=metrics["return_mean"])
+                verdicts = [call(self, metrics) for call in callbacks]
+                if any(verdict is False for verdict in verdicts):
+                    break
+        return self
+
+    def _iterate(self, progress: float) -> Metrics:
+        """Collect a batch, learn from it, and say what happened."""
+        began = perf_counter()
+        config, collector = self.config, self._ready()
+        if not self._warm:
+            self.num_timesteps += collector.warm_up(self.policy, config.warmup_steps)
+            self._warm = True
+        sticky = self._sticky(progress)
+        rollout = collector.collect(self.policy, sticky)
+        collected = perf_counter()
+        self.num_timesteps += rollout.n_steps
+        self.recent_returns.extend(rollout.episode_returns)
+        self.recent_lengths.extend(rollout.episode_lengths)
+        metrics = self._describe(rollout)
+        if has_signal(rollout) or not config.skip_without_signal:
+            self._signal_steps += rollout.n_steps
+            advantage, info = advantages(rollout, config, self.baseline)
+            estimated = perf_counter()
+            stats = self.learner.learn(rollout, advantage, progress)
+            metrics |= info | {key: float(value) for key, value in asdict(stats).items()}
+            metrics["time_advantages"] = estimated - collected
+            metrics["time_update"] = perf_counter() - estimated
+        if sticky > 0 and config.sticky_guard:
+            self._guard_sticky(rollout)
+        seconds = perf_counter() - began
+        self.train_seconds += seconds
+        metrics |= {
+            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            "sticky": sticky,
+            "time_collect": collected - began,
+            "train_seconds": self.train_seconds,
+            "steps_per_second": rollout.n_steps / seconds,
+        }
+        return metrics
+
+    def _describe(self, rollout: Rollout) -> Metrics:
+        distribution = self.policy.distribution
+        recent = np.asarray(self.recent_returns, float)
+        return {
+            "update": self.learner.updates + 1,
+            "step": self.num_timesteps,
+            "return_mean": float(recent.mean()) if len(recent) else float("nan"),
+            "return_batch": float(np.mean(rollout.episode_returns)) if rollout.episode_returns else float("nan"),
+            "length_mean": float(np.mean(self.recent_lengths)) if self.recent_lengths else float("nan"),
+            "episodes": len(rollout.episode_returns),
+            "batch_steps": rollout.n_steps,
+            "policy_entropy": float(distribution.entropy(rollout.behaviour).mean()),
+            "reward_mean": float(rollout.rewards.mean()),
+        }
+
+    # --- sticky exploration ------------------------------------------------------------------------------------------
+    def _sticky(self, progress: float) -> float:
+        """Probability of repeating an action now: fades with the part of the budget that carried a signal."""
+        config = self.config
+        if config.sticky == 0 or self._sticky_scale == 0:
+            return 0.0
+        used = progress * self._signal_steps / max(self.num_timesteps, 1) if config.skip_without_signal else progress
+        return config.sticky * max(0.0, 1.0 - used / config.sticky_until) * self._sticky_scale
+
+    def _guard_sticky(self, rollout: Rollout) -> None:
+        """Halve the probability whenever episodes that repeat actions return less than those that do not."""
+        assert self._collector is not None
+        for env, value in zip(rollout.episode_envs, rollout.episode_returns, strict=True):
+            self._guard[int(self._collector.sticky_envs[env])].append(value)
+        plain, sticky = self._guard
+        enough = max(1, self._collector.n // 4)
+        if len(plain) >= enough and len(sticky) >= enough:
+            if np.mean(sticky) < np.mean(plain) - 1e-6:
+                self._sticky_scale = self._sticky_scale / 2 if self._sticky_scale > STICKY_OFF else 0.0
+            self._guard = ([], [])
+
+    # --- acting ------------------------------------------------------------------------------------------------------
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: Any = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray[Any, Any] | None = None,
+    ) -> tuple[Any, Any]:
+        """The policy's action for one observation or a batch of them.
+
+        Args:
+            observation: as the environment gives it, or a batch of ``n`` along a first axis.
+            state, episode_start: accepted for Stable-Baselines3's interface; the policy has no memory.
+            deterministic: the most likely action instead of a sample.
+            action_masks: valid actions, for spaces that can be masked.
+
+        Returns:
+            The action (or ``n`` of them), ready for ``env.step``, and ``state``.
+
+        Raises:
+            UsageError: the observation does not fit the observation space.
+        """
+        batched = self.observations.is_batched(observation)
+        encoded = self.observations.encode(observation) if batched else self.observations.encode_single(observation)
+        params = self.policy.infer(self.policy.prepare(encoded))
+        mask = action_masks if action_masks is not None else self.observations.mask(
+            observation if batched else self.observations.batch_of_one(observation)
+        )  # fmt: skip
+        if mask is not None:
+            params = self.policy.distribution.apply_mask(params, np.asarray(mask, bool).reshape(len(params), -1))
+        distribution = self.policy.distribution
+        actions = distribution.mode(params) if deterministic else distribution.sample(params, self._act_rng)
+        env_actions = self.actions.to_env(actions)
+        return (env_actions if batched else env_actions[0]), state
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+    def _meta(self, kind: str) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "env_id": self.env_id,
+            "env_kwargs": self.env_kwargs,
+            "config": self.config.model_dump(mode="json"),
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "custom_network": self._custom_network,
+            "num_timesteps": self.num_timesteps,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the policy, its normalisation statistics, spaces and configuration to ``path`` (``.safetensors``).
+
+        Returns the path written, with the suffix added where it was missing.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            path = path.with_name(path.name + ".safetensors")
+        save_state(path, self.policy.state_dict(), self._meta("model"))
+        return path
+
+    @classmethod
+    def load(
+        cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None, **settings: Any
+    ) -> GRPO:
+        """Read what :meth:`save` wrote, from that file or from a run folder.
+
+        Args:
+            path: the file (suffix optional) or the run folder.
+            env: environment to go on training in; without it the saved id is made on the first ``learn``.
+            network: the same builder as at construction, where there was one.
+            **settings: override saved settings.
+
+        Raises:
+            UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "model.safetensors"
+        elif path.suffix != ".safetensors" and not path.exists():
+            path = path.with_name(path.name + ".safetensors")
+        tensors, meta = load_state(path)
+        agent = cls._from_meta(path, tensors, meta, network, settings)
+        if env is not None:
+            agent.set_env(env)
+        return agent
+
+    @classmethod
+    def _from_meta(
+        cls,
+        path: Path,
+        tensors: Mapping[str, torch.Tensor],
+        meta: Mapping[str, Any],
+        network: Network | None,
+        settings: Mapping[str, Any],
+    ) -> GRPO:
+        missing = {"config", "observation_space", "action_space", "env_id"} - set(meta)
+        if missing:
+            raise UsageError(f"{path} is not a saved environment policy (it lacks {', '.join(sorted(missing))})")
+        if meta.get("custom_network") and network is None:
+            raise UsageError(f"{path} was trained with a custom network; pass the same builder as network=...")
+        agent = cls.__new__(cls)
+        config = make_config({**meta["config"], **settings})
+        spaces = (space_from_json(meta["observation_space"]), space_from_json(meta["action_space"]))
+        agent._build(config, *spaces, network)
+        agent.env_id, agent.env_kwargs = meta["env_id"], dict(meta["env_kwargs"])
+        agent.num_timesteps = int(meta["num_timesteps"])
+        agent._warm = True
+        policy = {key.removeprefix("policy."): value for key, value in tensors.items() if key.startswith("policy.")}
+        try:
+            agent.policy.load_state_dict(policy or dict(tensors))
+        except RuntimeError as error:
+            raise UsageError(f"{path} does not fit the policy its own configuration describes: {error}") from None
+        agent.policy.refresh()
+        return agent
+
+    def checkpoint(self, path: str | Path) -> None:
+        """Write everything a resumed run needs to go on as if it had never stopped.
+
+        The environments themselves cannot be written without pickling user code, so a checkpoint is also a point at which
+        every environment starts afresh from a seed drawn here, in this run as in a resumed one: episodes in flight are cut
+        (and bootstrapped, like any cut), and both runs continue with the same numbers.
+        """
+        collector = self._ready()
+        seed = int(self._start_rng.integers(2**31 - 1))
+        collector.restart(seed)
+        tensors = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
+        learner_tensors, learner_values = self.learner.state()
+        tensors |= learner_tensors
+        if self.baseline is not None and self.baseline.weights is not None:
+            tensors["baseline.weights"] = self.baseline.weights
+        state = {
+            "learner": learner_values,
+            "restart_seed": seed,
+            "rng": {name: rng.bit_generator.state for name, rng in self._streams().items()},
+            "train_seconds": self.train_seconds,
+            "warm": self._warm,
+            "signal_steps": self._signal_steps,
+            "sticky_scale": self._sticky_scale,
+            "guard": self._guard,
+            "recent_returns": list(self.recent_returns),
+            "recent_lengths": list(self.recent_lengths),
+        }
+        save_state(Path(path), tensors, {**self._meta("checkpoint"), "state": state})
+
+    def _streams(self) -> dict[str, np.random.Generator]:
+        return {"act": self._act_rng, "starts": self._start_rng, "shuffle": self.learner.rng}
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None) -> GRPO:
+        """Read what :meth:`checkpoint` wrote, ready for ``learn`` to go on.
+
+        Raises:
+            UsageError: not a checkpoint, or a corrupt one.
+        """
+        path = Path(path)
+        tensors, meta = load_state(path)
+        if meta.get("kind") != "checkpoint":
+            raise UsageError(f"{path} is a saved model, not a checkpoint; GRPO.load reads it")
+        agent = cls._from_meta(path, tensors, meta, network, {})
+        agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
+        state = meta["state"]
+        agent.learner.load(tensors, state["learner"])
+        if agent.baseline is not None and "baseline.weights" in tensors:
+            agent.baseline.weights = tensors["baseline.weights"]
+        for name, rng in agent._streams().items():
+            rng.bit_generator.state = state["rng"][name]
+        agent.train_seconds, agent._warm = state["train_seconds"], state["warm"]
+        agent._signal_steps, agent._sticky_scale = state["signal_steps"], state["sticky_scale"]
+        agent._guard = (list(state["guard"][0]), list(state["guard"][1]))
+        agent.recent_returns.extend(state["recent_returns"])
+        agent.recent_lengths.extend(state["recent_lengths"])
+        assert agent._collector is not None
+        agent._collector.restart(state["restart_seed"])
+        return agent
+
+    def close(self) -> None:
+        """Close the environments."""
+        if self._venv is not None:
+            self._venv.close()
+            self._venv = self._collector = None

@@ -1,0 +1,201 @@
+"""What turns a rollout and its advantages into better parameters: optimizer, learning-rate rule, reference policy."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from grouprl.envs.config import GRPOConfig
+from grouprl.envs.policy import Policy
+from grouprl.objective import sampled_kl_loss
+from grouprl.rollouts import Rollout
+from grouprl.update import FlatParameters, Terms, UpdateSettings, UpdateStats, update
+
+LR_MIN = 1e-4
+LR_STEP = 1.5
+IMAGE_MICRO_BATCH = 512
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory instead of returning every large block to the kernel.
+
+    Each micro-batch allocates and frees the same few megabytes; handing them back costs page faults worth a third of
+    the update's time. A no-op where the C library is not glibc.
+    """
+    if sys.platform == "linux":
+        try:
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+        except (OSError, AttributeError):
+            return
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, 1 << 30)
+
+
+@contextmanager
+def single_threaded_kernels() -> Iterator[None]:
+    """Within, every torch and BLAS call runs on its caller's thread; minibatches are shared among our own threads.
+
+    The arrays of this arena are small: waking a kernel's helper threads costs more than they save, while half a minibatch
+    is work enough for a thread.
+    """
+    keep_freed_memory()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Learner:
+    """Owns the policy's parameters and how they change."""
+
+    def __init__(self, policy: Policy, config: GRPOConfig, rng: np.random.Generator) -> None:
+        self.policy, self.config, self.rng = policy, config, rng
+        self.parameters = FlatParameters(policy)
+        self.optimizer = torch.optim.Adam(
+            [self.parameters.vector], lr=config.learning_rate, eps=config.adam_eps, fused=True
+        )
+        self.learning_rate = config.learning_rate
+        self.updates = 0
+        self.reference: Policy | None = None
+        if config.beta > 0 and config.reference != "old":
+            self.reference = copy.deepcopy(policy)
+        self.pool = ThreadPoolExecutor(config.threads - 1) if config.threads > 1 else None
+        c = config
+        self.settings = UpdateSettings(
+            epochs=c.epochs,
+            minibatch_size=c.minibatch_size,
+            minibatch_remainder=c.minibatch_remainder,
+            surrogate=c.surrogate,
+            clip_low=c.clip_low,
+            clip_high=c.clip_high,
+            dual_clip=c.dual_clip,
+            beta=c.beta,
+            entropy_coef=c.entropy_coef,
+            max_grad_norm=c.max_grad_norm,
+            kl_stop=2 * c.kl_target if c.lr_schedule == "adaptive" and c.kl_stop is None else c.kl_stop,
+            micro_batch=IMAGE_MICRO_BATCH if policy.encoders else UpdateSettings.micro_batch,
+        )
+
+    def learn(self, rollout: Rollout, advantages: Tensor, progress: float) -> UpdateStats:
+        """One update of the policy from one batch; ``progress`` in [0, 1] drives the schedules."""
+        keep = torch.nonzero(rollout.trainable)[:, 0]
+        every = len(keep) == rollout.n_steps
+        device = self.policy.mean.device
+
+        def rows(x: Tensor) -> Tensor:
+            return (x if every else x[keep]).to(device)
+
+        inputs = {key: rows(value) for key, value in rollout.inputs.items()}
+        actions, behaviour = rows(rollout.actions), rows(rollout.behaviour)
+        mask = None if rollout.mask is None else rows(rollout.mask)
+        distribution = self.policy.distribution
+        logp_old = distribution.log_prob(behaviour, actions)
+        reference = self._reference_params(inputs, behaviour, mask)
+        kl_kind, entropy_coef = self.config.kl, self.config.entropy_coef
+
+        def evaluate(index: Tensor) -> Terms:
+            params = self.policy({key: value[index] for key, value in inputs.items()})
+            if mask is not None:
+                params = distribution.apply_mask(params, mask[index])
+            logp = distribution.log_prob(params, actions[index])
+            kl = None
+            if reference is not None:
+                other = reference[index]
+                if kl_kind == "exact":
+                    kl = distribution.kl(params, other)
+                elif kl_kind == "exact_forward":
+                    kl = distribution.kl(other, params)
+                else:
+                    kl = sampled_kl_loss(
+                        logp, distribution.log_prob(other, actions[index]), kl_kind, logp_old=logp_old[index]
+                    )
+            return Terms(logp, distribution.entropy(params) if entropy_coef > 0 else None, kl)
+
+        self._set_learning_rate(progress)
+        stats = update(
+            evaluate,
+            self.parameters,
+            self.optimizer,
+            logp_old,
+            rows(advantages),
+            torch.ones_like(logp_old),
+            self.settings,
+            self.rng,
+            self.pool,
+            self.config.threads,
+        )
+        self._adapt(stats.approx_kl, progress)
+        self.updates += 1
+        if self.config.reference == "periodic" and self.updates % self.config.reference_every == 0:
+            self.refresh_reference()
+        return stats
+
+    def refresh_reference(self) -> None:
+        """Make the current policy the reference policy."""
+        if self.reference is not None:
+            self.reference.load_state_dict(self.policy.state_dict())
+            self.reference.refresh()
+
+    def _reference_params(self, inputs: Mapping[str, Tensor], behaviour: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Distribution parameters ``[S, K]`` of the reference policy, or None without a KL term."""
+        if self.config.beta == 0:
+            return None
+        if self.reference is None:
+            return behaviour
+        with torch.no_grad():
+            params = self.reference(self.reference.translate(inputs, self.policy))
+            return params if mask is None else self.policy.distribution.apply_mask(params, mask)
+
+    def _set_learning_rate(self, progress: float) -> None:
+        rate = self.learning_rate
+        if self.config.lr_schedule == "linear":
+            rate = self.config.learning_rate * max(1.0 - progress, self.config.lr_final)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _adapt(self, approx_kl: float, progress: float) -> None:
+        """Keep the KL of an update near a target that shrinks over the run (the rule of 1707.06347, section 4, on the step)."""
+        if self.config.lr_schedule != "adaptive":
+            return
+        target = self.config.kl_target * max(1.0 - progress, self.config.lr_final)
+        if approx_kl > LR_STEP * target:
+            self.learning_rate = max(self.learning_rate / LR_STEP, LR_MIN)
+        elif approx_kl < target / LR_STEP:
+            self.learning_rate = min(self.learning_rate * LR_STEP, self.config.lr_max)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Everything a resumed run needs besides the policy: tensors and plain values."""
+        tensors: dict[str, Tensor] = {}
+        for key, value in self.optimizer.state[self.parameters.vector].items():
+            tensors[f"optimizer.{key}"] = value
+        if self.reference is not None:
+            tensors |= {f"reference.{key}": value for key, value in self.reference.state_dict().items()}
+        return tensors, {"learning_rate": self.learning_rate, "updates": self.updates}
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:
+        """The inverse of :meth:`state`; the policy must have been loaded before."""
+        optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        if optimizer:
+            self.optimizer.state[self.parameters.vector] = optimizer
+        if self.reference is not None:
+            prefix = "reference."
+            self.reference.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            self.reference.refresh()
+        self.learning_rate = float(values["learning_rate"])  # type: ignore[arg-type]
+        self.updates = int(values["updates"])  # type: ignore[call-overload]

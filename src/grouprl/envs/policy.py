@@ -1,0 +1,186 @@
+"""The policy: observation normalisation, a small network, and the parameters of an action distribution.
+
+There is no value head: nothing in this file estimates a return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grouprl.envs.config import GRPOConfig
+from grouprl.envs.distributions import DiagonalGaussian
+from grouprl.envs.spaces import ActionCodec, ObservationCodec
+
+Network = Callable[[int, int], nn.Module]
+"""Builds a network from (inputs, outputs): takes ``[m, inputs]`` to ``[m, outputs]``."""
+
+CLIP_OBSERVATION = 10.0
+
+
+class MLP(nn.Module):
+    """Fully connected layers with orthogonal initialisation and zero biases."""
+
+    def __init__(
+        self, n_inputs: int, n_outputs: int, hidden: tuple[int, ...], activation: str, hidden_gain: float, output_gain: float
+    ) -> None:
+        super().__init__()
+        sizes = (n_inputs, *hidden, n_outputs)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.tanh = activation == "tanh"
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
+            nn.init.orthogonal_(layer.weight, output_gain if i == len(self.layers) - 1 else hidden_gain)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i < last:
+                x = torch.tanh_(x) if self.tanh else torch.relu_(x)
+        return x
+
+    def infer(self, x: np.ndarray) -> np.ndarray:
+        """The same numbers without torch: at the few rows of a vector step its call overhead is most of the time."""
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
+            x = x @ layer.weight.detach().numpy().T
+            x += layer.bias.detach().numpy()
+            if i < last:
+                x = np.tanh(x, out=x) if self.tanh else np.maximum(x, 0, out=x)
+        return x
+
+
+class ImageEncoder(nn.Module):
+    """Small CNN: ``[m, C, H, W]`` of 0..255 to ``[m, 128]``; three strided convolutions, pooled to 4 x 4, one linear layer."""
+
+    n_outputs = 128
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 16, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(32 * 16, self.n_outputs),
+            nn.ReLU(),
+        )
+        for layer in self.body:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(layer.weight, np.sqrt(2))
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x.float() / 255.0)
+        return out
+
+
+class Policy(nn.Module):
+    """pi(a | o): maps prepared inputs to the parameters ``[m, K]`` of the action distribution.
+
+    ``inputs`` are what :class:`~grouprl.envs.spaces.ObservationCodec` encodes, after :meth:`prepare`. The
+    normalisation statistics are buffers of the model: saved with it, and frozen unless :meth:`observe` is called.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(
+        self, observations: ObservationCodec, actions: ActionCodec, config: GRPOConfig, network: Network | None = None
+    ) -> None:
+        super().__init__()
+        self.observations = observations
+        self.distribution = actions.distribution
+        self.gaussian = isinstance(self.distribution, DiagonalGaussian)
+        n_out = self.distribution.n if isinstance(self.distribution, DiagonalGaussian) else self.distribution.n_params
+        self.encoders = nn.ModuleDict(
+            {key.replace(".", "_"): ImageEncoder(shape[0]) for key, shape in observations.images.items()}
+        )
+        n_in = observations.n_flat + ImageEncoder.n_outputs * len(self.encoders)
+        self.network = (
+            MLP(n_in, n_out, config.hidden_sizes, config.activation, config.hidden_gain, config.output_gain)
+            if network is None
+            else network(n_in, n_out)
+        )
+        if self.gaussian:
+            self.log_std = nn.Parameter(torch.full((n_out,), config.log_std_init))
+        self.normalize = config.normalize_observations and bool(observations.normalise.any())
+        d = observations.n_flat
+        self.register_buffer("mean", torch.zeros(d, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(d, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.refresh()
+
+    # --- normalisation -------------------------------------------------------------------------------------------
+    def refresh(self) -> None:
+        """Recompute what :meth:`prepare` uses from the buffers; call after loading them."""
+        real = self.observations.normalise
+        self._shift = np.where(real, self.mean.cpu().numpy(), 0.0).astype(np.float32)
+        self._scale = np.where(real, 1.0 / np.sqrt(self.variance.cpu().numpy() + 1e-8), 1.0).astype(np.float32)
+
+    def observe(self, flat: np.ndarray) -> None:
+        """Merge the rows of ``flat [m, D]`` (raw) into the running mean and variance (Chan et al. 1979)."""
+        if not self.normalize or len(flat) == 0:
+            return
+        n = float(self.count)
+        m = len(flat)
+        mean = torch.from_numpy(flat.mean(0, dtype=np.float64))
+        variance = torch.from_numpy(flat.var(0, dtype=np.float64))
+        delta = mean - self.mean
+        self.mean += delta * (m / (n + m))
+        self.variance.mul_(n / (n + m)).add_(variance * (m / (n + m)) + delta**2 * (n * m / (n + m) ** 2))
+        self.count += m
+        self.refresh()
+
+    def prepare(self, encoded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Normalise the flat part with the current statistics; images pass through."""
+        inputs = dict(encoded)
+        if self.normalize and "flat" in inputs:
+            flat = inputs["flat"] - self._shift
+            flat *= self._scale
+            inputs["flat"] = np.clip(flat, -CLIP_OBSERVATION, CLIP_OBSERVATION, out=flat)
+        return inputs
+
+    def translate(self, inputs: Mapping[str, Tensor], other: Policy) -> dict[str, Tensor]:
+        """Inputs prepared by ``other`` as this policy would have prepared them (their statistics may differ)."""
+        out = dict(inputs)
+        if "flat" in out and not (np.array_equal(self._shift, other._shift) and np.array_equal(self._scale, other._scale)):
+            shift, scale, shift_o, scale_o = (
+                torch.from_numpy(a).to(out["flat"]) for a in (self._shift, self._scale, other._shift, other._scale)
+            )
+            out["flat"] = ((out["flat"] / scale_o + shift_o - shift) * scale).clamp(-CLIP_OBSERVATION, CLIP_OBSERVATION)
+        return out
+
+    # --- network -------------------------------------------------------------------------------------------------
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Distribution parameters ``[m, K]`` for ``m`` prepared inputs."""
+        parts = [inputs["flat"]] if "flat" in inputs else []
+        parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders.values(), strict=True)]
+        out: Tensor = self.network(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        if self.gaussian:
+            out = torch.cat([out, self.log_std.expand_as(out)], 1)
+        return out
+
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """:meth:`forward` for acting: numpy in, numpy out, no gradient."""
+        device = self.mean.device
+        if isinstance(self.network, MLP) and not self.encoders and device.type == "cpu":
+            out = self.network.infer(inputs["flat"])
+            if self.gaussian:
+                out = np.concatenate([out, np.broadcast_to(self.log_std.detach().numpy(), out.shape)], 1)
+            return out
+        with torch.inference_mode():
+            tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in inputs.items()}
+            return self.forward(tensors).cpu().numpy()

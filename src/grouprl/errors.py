@@ -1,0 +1,13 @@
+"""The two kinds of error a user can meet. Every message says what was given, what is allowed and how to fix it."""
+
+
+class GrouprlError(Exception):
+    """Base of every error grouprl raises on purpose; the command line prints its message without a traceback."""
+
+
+class UsageError(GrouprlError, ValueError):
+    """What was asked for cannot be done: a bad value, an unknown name, a missing extra, a foreign file."""
+
+
+class TrainingError(GrouprlError, RuntimeError):
+    """Something broke while training ran: an environment died, or a number stopped being finite."""

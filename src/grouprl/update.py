@@ -1,0 +1,231 @@
+"""The one learning loop, shared by both arenas: epochs, minibatches, ratio, clip, KL, gradient clip, early stop.
+
+The loop knows neither environments nor language models. It is given a function that re-evaluates steps under the
+current parameters and the numbers that were fixed when the batch was sampled. Every step carries a weight; the loss
+of an optimizer step is the weighted sum over its steps, so splitting a minibatch into parts, for memory or for threads,
+changes nothing but the order of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grouprl.errors import TrainingError
+from grouprl.objective import clip_fraction, clipped, dual_clipped, k3, spo
+
+MIN_PART = 2048
+"""Rows under which a second thread costs more than it saves (waking one takes tens of microseconds)."""
+
+
+class Terms(NamedTuple):
+    """What the current policy says of ``m`` steps, with gradients: ``logp [m]``, ``entropy [m]``, ``kl [m]`` or None."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+
+
+Evaluate = Callable[[Tensor], Terms]
+"""Maps step indices ``[m]`` (int64) to :class:`Terms` under the current parameters."""
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How a batch is learned from; field meanings as in the arenas' configurations."""
+
+    epochs: int
+    minibatch_size: int
+    minibatch_remainder: Literal["spread", "keep"] = "spread"
+    surrogate: Literal["clip", "dual_clip", "spo"] = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0
+    beta: float = 0.0
+    entropy_coef: float = 0.0
+    max_grad_norm: float = 0.5
+    kl_stop: float | None = None
+    micro_batch: int = 8192
+    """Most steps evaluated at once by one thread."""
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Means over the optimizer steps taken: what is worth plotting of an update.
+
+    ``approx_kl`` is KL(old || new) after the last epoch on a sample of the batch (k3); ``kl`` is the divergence to the
+    reference policy (0 when beta is 0).
+    """
+
+    policy_loss: float
+    kl: float
+    entropy: float
+    clip_fraction: float
+    grad_norm: float
+    approx_kl: float
+    epochs: int
+    optimizer_steps: int
+
+
+class FlatParameters:
+    """All trainable parameters of a module as one vector.
+
+    Each parameter becomes a view of ``vector``, so one fused Adam call and one norm serve any policy.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.tensors = [p for p in module.parameters() if p.requires_grad]
+        self.vector = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in self.tensors]))
+        self.vector.grad = torch.zeros_like(self.vector)
+        with torch.no_grad():
+            offset = 0
+            for p in self.tensors:
+                p.data = self.vector.data[offset : offset + p.numel()].view(p.shape)
+                offset += p.numel()
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """d loss / d vector, ``[P]``; parameters the loss does not reach get 0. Safe to call from several threads."""
+        grads = torch.autograd.grad(loss, self.tensors, allow_unused=True)
+        return torch.cat([
+            (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, self.tensors, strict=True)
+        ])
+
+
+def minibatches(n: int, size: int, remainder: str, rng: np.random.Generator) -> list[Tensor]:
+    """A random partition of ``range(n)`` into minibatches of about (``spread``) or exactly (``keep``) ``size``."""
+    order = torch.from_numpy(rng.permutation(n))
+    if remainder == "keep":
+        return list(order.split(size))
+    return list(order.tensor_split(max(1, round(n / size))))
+
+
+def surrogate_loss(settings: UpdateSettings, logp: Tensor, logp_old: Tensor, advantages: Tensor) -> Tensor:
+    """The configured surrogate, per step, ``[m]``."""
+    if settings.surrogate == "clip":
+        return clipped(logp, logp_old, advantages, settings.clip_low, settings.clip_high)
+    if settings.surrogate == "dual_clip":
+        return dual_clipped(logp, logp_old, advantages, settings.clip_low, settings.clip_high, settings.dual_clip)
+    return spo(logp, logp_old, advantages, settings.clip_high)
+
+
+def update(
+    evaluate: Evaluate,
+    parameters: FlatParameters,
+    optimizer: torch.optim.Optimizer,
+    logp_old: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    settings: UpdateSettings,
+    rng: np.random.Generator,
+    pool: ThreadPoolExecutor | None = None,
+    threads: int = 1,
+) -> UpdateStats:
+    """Learn from one batch of ``S`` steps.
+
+    Args:
+        evaluate: the current policy's view of any steps.
+        parameters: what the optimizer owns; its ``vector`` must be the optimizer's only parameter.
+        logp_old: log-probabilities under the policy that sampled the steps, ``[S]``.
+        advantages: ``[S]``, fixed for the whole update.
+        weights: ``[S]`` with mean 1: relative weight of a step. A minibatch of m steps weighs its steps
+            ``weights / m``, fixed before any of it is evaluated.
+        settings: see :class:`UpdateSettings`.
+        rng: the stream that shuffles.
+        pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order.
+
+    Raises:
+        TrainingError: the gradient is not finite; the parameters are left as they were before that step.
+    """
+    n = logp_old.shape[0]
+    probe = torch.from_numpy(rng.permutation(n)[:2048])
+    totals = torch.zeros(4, device=logp_old.device)
+    steps = 0
+    norm_total = 0.0
+    epoch = 0
+    approx_kl = 0.0
+    for epoch in range(1, settings.epochs + 1):  # noqa: B007  (reported after the loop)
+        for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
+            gradient, sums = _gradient(
+                evaluate, parameters, index, logp_old, advantages, weights, settings, pool, threads
+            )
+            norm = float(gradient.norm())
+            if not np.isfinite(norm):
+                raise TrainingError(
+                    f"the gradient is not finite (norm {norm}) in epoch {epoch}; rewards or observations are probably too "
+                    "large: scale the reward, keep normalize_observations on, or lower learning_rate"
+                )
+            if norm > settings.max_grad_norm:
+                gradient.mul_(settings.max_grad_norm / (norm + 1e-6))
+            parameters.vector.grad = gradient
+            optimizer.step()
+            totals += sums
+            norm_total += norm
+            steps += 1
+        if epoch == settings.epochs or settings.kl_stop is not None:
+            with torch.no_grad():
+                approx_kl = float(k3(logp_old[probe], evaluate(probe).logp).mean())
+            if settings.kl_stop is not None and approx_kl > settings.kl_stop:
+                break
+    policy_loss, kl, entropy, clip = (totals / steps).tolist()
+    return UpdateStats(policy_loss, kl, entropy, clip, norm_total / steps, approx_kl, epoch, steps)
+
+
+def _gradient(
+    evaluate: Evaluate,
+    parameters: FlatParameters,
+    index: Tensor,
+    logp_old: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    settings: UpdateSettings,
+    pool: ThreadPoolExecutor | None,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradient ``[P]`` of one minibatch's loss and the sums [policy loss, kl, entropy, clip fraction]."""
+    denominator = index.shape[0]
+
+    def part(rows: Tensor) -> tuple[Tensor, Tensor]:
+        gradient: Tensor | None = None
+        sums = torch.zeros(4, device=logp_old.device)
+        for i in rows.split(settings.micro_batch):
+            terms = evaluate(i)
+            old, advantage, weight = logp_old[i], advantages[i], weights[i] / denominator
+            policy_loss = (weight * surrogate_loss(settings, terms.logp, old, advantage)).sum()
+            loss = policy_loss
+            if terms.kl is not None and settings.beta > 0:
+                kl = (weight * terms.kl).sum()
+                loss = loss + settings.beta * kl
+                sums[1] += kl.detach()
+            if terms.entropy is not None:
+                entropy = (weight * terms.entropy).sum()
+                if settings.entropy_coef > 0:
+                    loss = loss - settings.entropy_coef * entropy
+                sums[2] += entropy.detach()
+            with torch.no_grad():
+                sums[0] += policy_loss.detach()
+                sums[3] += clip_fraction(
+                    terms.logp, old, advantage, settings.clip_low, settings.clip_high
+                ).sum() / denominator
+            g = parameters.gradient(loss)
+            gradient = g if gradient is None else gradient.add_(g)
+        assert gradient is not None
+        return gradient, sums
+
+    n_parts = min(threads, max(1, denominator // MIN_PART)) if pool is not None else 1
+    if n_parts == 1:
+        return part(index)
+    assert pool is not None
+    parts = index.tensor_split(n_parts)
+    waiting = [pool.submit(part, rows) for rows in parts[1:]]
+    gradient, sums = part(parts[0])
+    for other in waiting:  # always in the same order: the sum of floats depends on it
+        g, s = other.result()
+        gradient.add_(g)
+        sums.add_(s)
+    return gradient, sums

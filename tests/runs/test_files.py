@@ -1,0 +1,110 @@
+import errno
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.runs.files import atomic_path, write_bytes, write_json, write_text, write_yaml
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failure_in_the_middle_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    write_text(target, "old")
+    with pytest.raises(RuntimeError, match="broken"), atomic_path(target) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError("broken")
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_an_interrupt_in_the_middle_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "file.txt") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_the_temporary_file_is_in_the_same_folder_and_has_the_same_suffix(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "curve.png") as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".png"
+        assert not (tmp_path / "curve.png").exists()
+    assert names(tmp_path) == ["curve.png"]
+
+
+def test_a_file_the_writer_made_private_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with atomic_path(tmp_path / "file") as temporary:
+        temporary.chmod(0o600)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a" / "b" / "file", b"\x00\xff")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"\x00\xff"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, TrainingError), (errno.EDQUOT, TrainingError), (errno.EACCES, UsageError)],
+)
+def test_an_error_of_the_system_becomes_one_that_names_the_path(
+    tmp_path: Path, number: int, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=r"file\.txt"), atomic_path(tmp_path / "file.txt"):
+        raise OSError(number, "the reason")
+    assert names(tmp_path) == []
+
+
+def test_a_file_too_large_for_the_disk_leaves_the_old_one(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="file size limits are a POSIX feature")
+    target = tmp_path / "file"
+    write_bytes(target, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        with pytest.raises(TrainingError, match="Cannot write"):
+            write_bytes(target, bytes(2 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert target.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_path_below_a_file_or_on_a_folder_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="Cannot write"):
+        write_text(tmp_path / "file" / "below", "x")
+    with pytest.raises(UsageError, match="Cannot write"):
+        write_text(tmp_path / "folder", "x")
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_json_turns_nan_and_infinities_into_null_and_numpy_numbers_into_numbers(tmp_path: Path) -> None:
+    value = {"a": math.nan, "b": [math.inf, 1.5], "c": np.float32(0.5), "d": np.int64(3), "e": np.float64("nan")}
+    write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [None, 1.5], "c": 0.5, "d": 3, "e": None}
+
+
+@pytest.mark.parametrize("write", [write_json, write_yaml])
+def test_an_object_that_is_no_plain_data_is_refused_before_anything_is_written(tmp_path: Path, write) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError, match="Cannot write"):
+        write(tmp_path / "x", {"a": object()})
+    assert names(tmp_path) == []
+
+
+def test_yaml_keeps_the_order_of_keys_and_exact_floats(tmp_path: Path) -> None:
+    value = {"z": 1e-05, "a": {"lr": 3e-4, "name": "é"}, "n": None, "big": 1e22}
+    write_yaml(tmp_path / "x.yaml", value)
+    read = yaml.safe_load((tmp_path / "x.yaml").read_text(encoding="utf-8"))
+    assert read == value
+    assert list(read) == ["z", "a", "n", "big"]

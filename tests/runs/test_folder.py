@@ -1,0 +1,142 @@
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from grouprl.errors import UsageError
+from grouprl.runs import RunFolder, default_run_path, save_state
+
+CONFIG = {"env_id": "CartPole-v1", "seed": 1, "config": {"learning_rate": 3e-4, "hidden": [64, 64]}}
+
+
+def test_a_created_folder_opens_again_with_the_same_configuration(tmp_path: Path) -> None:
+    created = RunFolder.create(tmp_path / "deep" / "run", CONFIG)
+    opened = RunFolder.open(tmp_path / "deep" / "run")
+    assert opened == created
+    assert opened.read_config() == CONFIG
+
+
+def test_every_path_is_where_the_layout_says(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    paths = [
+        run.config_path, run.metrics_path, run.tensorboard_path, run.model_path, run.checkpoint_path(12345),
+        run.curve_path, run.video_path, run.summary_path,
+    ]  # fmt: skip
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+        "config.yaml", "metrics.csv", "tensorboard", "model.safetensors", "checkpoints/step_000000012345.safetensors",
+        "curve.png", "episode.mp4", "summary.json",
+    ]  # fmt: skip
+
+
+def test_a_folder_that_holds_a_run_is_not_created_again(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, CONFIG)
+    with pytest.raises(UsageError, match=r"already holds a run.*grouprl resume"):
+        RunFolder.create(tmp_path, {})
+    assert RunFolder.open(tmp_path).read_config() == CONFIG
+
+
+def test_overwriting_leaves_nothing_of_the_older_run_and_nothing_else_is_deleted(tmp_path: Path) -> None:
+    old = RunFolder.create(tmp_path, CONFIG)
+    save_state(old.checkpoint_path(5), {}, {})
+    for path in (old.metrics_path, old.model_path, old.summary_path, tmp_path / "notes.txt"):
+        path.write_text("old")
+    new = RunFolder.create(tmp_path, {"seed": 2}, overwrite=True)
+    assert new.read_config() == {"seed": 2}
+    assert new.checkpoints() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "notes.txt"]
+
+
+def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="Choose another folder"):
+        RunFolder.create(tmp_path, CONFIG, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_in_the_way_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="Cannot write"):
+        RunFolder.create(tmp_path / "file", CONFIG)
+
+
+def test_a_configuration_that_yaml_cannot_hold_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="YAML"):
+        RunFolder.create(tmp_path / "run", {"path": Path("x")})
+    assert not (tmp_path / "run").exists()
+
+
+def test_opening_what_is_missing_or_no_run_says_which(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no run folder"):
+        RunFolder.open(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"holds no config\.yaml"):
+        RunFolder.open(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", ""], ids=["syntax", "list", "empty"])
+def test_a_damaged_configuration_is_a_usage_error_naming_the_file(tmp_path: Path, text: str) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    run.config_path.write_text(text)
+    with pytest.raises(UsageError, match=r"config\.yaml"):
+        run.read_config()
+
+
+def test_the_summary_comes_back_and_its_absence_says_the_run_has_not_ended(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    with pytest.raises(UsageError, match="has not ended"):
+        run.read_summary()
+    run.write_summary({"eval_return": 500.0, "solved_at": float("nan")})
+    assert run.read_summary() == {"eval_return": 500.0, "solved_at": None}
+    run.summary_path.write_text("{")
+    with pytest.raises(UsageError, match=r"summary\.json"):
+        run.read_summary()
+
+
+def test_checkpoints_are_sorted_by_step_and_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    steps = [20, 3, 10**13, 100]  # the third has more digits than the name is padded to
+    for step in steps:
+        save_state(run.checkpoint_path(step), {}, {"step": step})
+    (run.checkpoints_path / ".step_000000000099.abcd.tmp.safetensors").touch()
+    (run.checkpoints_path / "notes.txt").touch()
+    assert run.checkpoints() == [run.checkpoint_path(step) for step in sorted(steps)]
+
+
+def test_the_latest_checkpoint_skips_unreadable_ones_and_names_them(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    for step in (1, 2, 3):
+        save_state(run.checkpoint_path(step), {"a": torch.ones(100)}, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run.latest_checkpoint() == run.checkpoint_path(3)
+    run.checkpoint_path(3).write_bytes(run.checkpoint_path(3).read_bytes()[:-10])
+    with pytest.warns(RuntimeWarning, match="step_000000000003"):
+        assert run.latest_checkpoint() == run.checkpoint_path(2)
+
+
+def test_without_checkpoints_there_is_no_latest_one(tmp_path: Path) -> None:
+    assert RunFolder.create(tmp_path, CONFIG).latest_checkpoint() is None
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    for step in (1, 2, 3, 4):
+        save_state(run.checkpoint_path(step), {}, {})
+    run.prune_checkpoints(9)
+    assert len(run.checkpoints()) == 4
+    run.prune_checkpoints(2)
+    assert run.checkpoints() == [run.checkpoint_path(3), run.checkpoint_path(4)]
+    with pytest.raises(UsageError, match="at least 1"):
+        run.prune_checkpoints(0)
+
+
+def test_default_paths_are_readable_unique_and_one_folder_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grouprl.runs.folder.time.strftime", lambda form: "20260101-120000")
+    first = default_run_path(tmp_path, "ALE/Pong-v5", 1)
+    assert first == tmp_path / "ALE-Pong-v5-seed1-20260101-120000"
+    first.mkdir()
+    second = default_run_path(tmp_path, "ALE/Pong-v5", 1)
+    assert second.name == "ALE-Pong-v5-seed1-20260101-120000-2"
+    second.mkdir()
+    assert default_run_path(tmp_path, "ALE/Pong-v5", 1).name == "ALE-Pong-v5-seed1-20260101-120000-3"
+    assert default_run_path(tmp_path, "../..", 1).parent == tmp_path

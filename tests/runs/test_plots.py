@@ -1,0 +1,135 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from grouprl.errors import UsageError
+from grouprl.runs import MetricsLog, RunFolder
+from grouprl.runs.plots import (
+    _bootstrap,
+    _common_grid,
+    _flatten,
+    _group,
+    _labels,
+    _moving_average,
+    _Run,
+    plot_run,
+    plot_runs,
+)
+
+EMPTY = (np.empty(0), np.empty(0))
+
+
+def make_run(path: Path, seed: int = 0, rows: int = 40, env_id: str = "CartPole-v1", **settings: object) -> RunFolder:
+    run = RunFolder.create(path, {"env_id": env_id, "seed": seed, "config": {**settings, "seed": seed}})
+    with MetricsLog(run.metrics_path) as log:
+        for i in range(rows):
+            evaluation = 500.0 if i % 10 == 9 else None
+            log.append({"update": i, "step": 2048 * (i + 1), "return_mean": 10.0 * i, "eval_return": evaluation})
+    return run
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height from a PNG's own header."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(data) > 10_000
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+def test_the_curve_of_one_run_is_a_picture_in_its_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert plot_run(run, threshold=475) == run.curve_path
+    assert picture_size(run.curve_path) == (1050, 645)
+
+
+def test_runs_of_several_configurations_lengths_and_seeds_share_a_picture(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"{lr}-{seed}", seed, 40 + seed, lr=lr) for lr in (0.1, 0.2) for seed in range(3)]
+    runs.append(make_run(tmp_path / "one", rows=1, env_id="Acrobot-v1"))
+    plot_runs([run.path for run in runs], tmp_path / "all.png", x="update", y="eval_return")
+    assert picture_size(tmp_path / "all.png") == (1050, 645)
+
+
+def test_drawing_does_not_import_pyplot(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    code = f"""
+import sys
+from pathlib import Path
+from grouprl.runs import RunFolder
+heavy = {{"torch", "matplotlib", "tensorboard", "imageio_ffmpeg", "wandb"}}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+from grouprl.runs.plots import plot_run
+plot_run(RunFolder(Path({str(run.path)!r})))
+assert "matplotlib.pyplot" not in sys.modules
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run.curve_path.exists()
+
+
+def test_a_run_without_rows_is_refused_by_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "idle", rows=0)
+    run.metrics_path.write_text("step,return_mean\n")
+    with pytest.raises(UsageError, match=r"idle.*no metrics yet"):
+        plot_run(run)
+    run.metrics_path.write_text("step,return_mean\n1,\n")
+    with pytest.raises(UsageError, match="no value of 'return_mean'"):
+        plot_run(run)
+    run.metrics_path.unlink()
+    with pytest.raises(UsageError, match="no metrics file"):
+        plot_run(run)
+    assert not run.curve_path.exists()
+
+
+def test_bad_requests_say_what_is_allowed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(UsageError, match="No runs"):
+        plot_runs([], tmp_path / "x.png")
+    with pytest.raises(UsageError, match="update, step, return_mean, eval_return"):
+        plot_runs([run.path], tmp_path / "x.png", y="reward")
+    with pytest.raises(UsageError, match="picture"):
+        plot_runs([run.path], tmp_path / "x.docx")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_runs_that_differ_only_in_the_seed_share_a_line() -> None:
+    configs = [
+        {"env_id": "A", "seed": seed, "config": {"lr": lr, "seed": seed}} for lr in (0.1, 0.2) for seed in (1, 2, 3)
+    ]
+    groups = _group([_Run(config, EMPTY, EMPTY) for config in configs], "seed")
+    assert [[run.config["seed"] for run in group] for group in groups] == [[1, 2, 3], [1, 2, 3]]
+    assert _flatten(configs[0], "seed") == {"env_id": "A", "config.lr": 0.1}
+
+
+def test_a_label_says_what_tells_a_configuration_from_the_others() -> None:
+    a1 = {"env_id": "A", "seed": 1, "config": {"lr": 0.1, "n": 8}}
+    a2 = {"env_id": "A", "seed": 1, "config": {"lr": 0.2, "n": 8}}
+    b = {"env_id": "B", "seed": 1, "config": {"lr": 0.3, "n": 4}}
+    assert _labels([a1], "seed") == ["A"]
+    assert _labels([a1, a2], "seed") == ["lr=0.1", "lr=0.2"]
+    assert _labels([a1, b], "seed") == ["A", "B"]
+    assert _labels([a1, a2, b], "seed") == ["A, lr=0.1", "A, lr=0.2", "B"]
+    assert _labels([{"seed": 1}], "seed") == ["run"]
+
+
+def test_the_moving_average_is_centred_and_shorter_at_the_ends() -> None:
+    assert _moving_average(np.array([0.0, 3.0, 6.0, 0.0]), 3).tolist() == [1.5, 3.0, 3.0, 3.0]
+
+
+def test_curves_are_compared_where_all_of_them_are_known() -> None:
+    xs, ys = _common_grid(
+        [(np.array([0.0, 10.0]), np.array([0.0, 10.0])), (np.array([4.0, 8.0]), np.array([1.0, 3.0]))]
+    )
+    assert (xs[0], xs[-1]) == (4.0, 8.0)
+    assert ys[:, [0, -1]].tolist() == [[4.0, 8.0], [1.0, 3.0]]
+    with pytest.raises(UsageError, match="in common"):
+        _common_grid([(np.array([0.0, 1.0]), np.zeros(2)), (np.array([2.0, 3.0]), np.zeros(2))])
+
+
+def test_the_bootstrap_interval_of_two_runs_spans_them_and_of_equal_runs_is_a_point() -> None:
+    # Of two runs a quarter of the samples is the lower one twice and a quarter the higher one twice.
+    low, high = _bootstrap(np.array([[1.0, 5.0], [3.0, 5.0]]))
+    assert low.tolist() == [1.0, 5.0]
+    assert high.tolist() == [3.0, 5.0]
