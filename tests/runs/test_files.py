@@ -15,20 +15,24 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def write_half(target: Path, error: BaseException) -> None:
+    with atomic_path(target) as temporary:
+        temporary.write_text("half of the n")
+        raise error
+
+
 def test_a_failure_in_the_middle_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     write_text(target, "old")
-    with pytest.raises(RuntimeError, match="broken"), atomic_path(target) as temporary:
-        temporary.write_text("half of the n")
-        raise RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        write_half(target, RuntimeError("broken"))
     assert target.read_text() == "old"
     assert names(tmp_path) == ["file.txt"]
 
 
 def test_an_interrupt_in_the_middle_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "file.txt") as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_half(tmp_path / "file.txt", KeyboardInterrupt())
     assert names(tmp_path) == []
 
 
