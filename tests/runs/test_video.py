@@ -85,7 +85,7 @@ def test_an_environment_that_fails_in_the_middle_leaves_the_old_video(tmp_path: 
 
 
 def test_what_ffmpeg_complains_of_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="ffmpeg failed: .*Unable to choose an output format"):
+    with pytest.raises(TrainingError, match=r"ffmpeg failed: .*Unable to choose an output format"):
         write_video(some_frames(5), tmp_path / "v.nosuchformat", fps=10)
     assert list(tmp_path.iterdir()) == []
 
