@@ -165,6 +165,15 @@ def test_coinciding_features_are_no_obstacle():
     assert_close(fit.values, torch.ones(5000), rtol=1e-3, atol=1e-3)
 
 
+def test_features_too_alike_for_float32_are_told_apart_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(400, 1, generator=generator)
+    phi = torch.cat((shared + 1e-4 * torch.randn(400, 30, generator=generator), torch.ones(400, 1)), 1)
+    lengths, ended = torch.full((4,), 100), torch.ones(4, dtype=torch.bool)
+    fit = fit_baseline(phi, phi[:4], shared[:, 0], lengths, ended, None, gamma=0.0, lam=0.9, ridge=1e-10)
+    assert fit.explained_variance > 0.99
+
+
 def test_a_constant_target_has_nothing_to_explain():
     phi = torch.ones(4, 1)
     fit = fit_baseline(phi, phi[:1], torch.zeros(4), torch.tensor([4]), flags(1), None, gamma=0.9, lam=0.9)

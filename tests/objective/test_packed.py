@@ -32,6 +32,11 @@ def test_segment_sum_adds_each_sample():
     assert segment_sum(torch.arange(6), LENGTHS).tolist() == [1, 2, 12]
 
 
+def test_segment_sum_of_many_steps_keeps_float32_accuracy():
+    got = segment_sum(torch.full((200_000,), 0.1), torch.tensor([200_000]))
+    assert got.item() == pytest.approx(20_000.0, rel=1e-6)
+
+
 def test_an_empty_sample_has_sum_zero_and_no_steps():
     lengths = torch.tensor([0, 2, 0])
     assert segment_sum(torch.tensor([1.0, 2.0]), lengths).tolist() == [0.0, 3.0, 0.0]
