@@ -10,6 +10,7 @@ environments are reset with ``options={"reset_mask": ...}``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +85,11 @@ class Collector:
         self._elapsed = np.zeros(self.n, np.int64)
         self._return = np.zeros(self.n, np.float64)
         self._last_action: Array | None = None
+        self._started_from: int | list[int] | None = None
+        self._history: list[Array] = []  # every action since the last seeded reset: replaying them restores the environments
 
     # --- starting ------------------------------------------------------------------------------------------------
-    def restart(self, seed: int) -> None:
+    def restart(self, seed: int | list[int] | None) -> None:
         """Make the next batch begin with fresh episodes drawn from ``seed``, whatever came before."""
         self._seed = seed
         self._obs = None
@@ -100,6 +103,8 @@ class Collector:
         self._fresh = np.ones(self.n, bool)
         self._elapsed[:] = 0
         self._return[:] = 0
+        self._last_action = None
+        self._started_from, self._history = seed, []
 
     def _start(self) -> None:
         if self._obs is None:
@@ -108,13 +113,41 @@ class Collector:
 
     def _new_round(self) -> None:
         """Fresh episodes everywhere; in groups, those of a group from one start."""
-        if self.config.group_size is None:
-            seed, self._seed = self._seed, None
-            self._reset(seed)
+        size, self._seed = self.config.group_size, None
+        if size is None:
+            self._reset(int(self.rng.integers(2**31 - 1)))
         else:
-            self._seed = None
-            starts = self.rng.integers(0, 2**31 - 1, self.n // self.config.group_size)
-            self._reset([int(s) for s in np.repeat(starts, self.config.group_size)])
+            starts = self.rng.integers(0, 2**31 - 1, self.n // size)
+            self._reset([int(s) for s in np.repeat(starts, size)])
+
+    @property
+    def steps_since_reset(self) -> int:
+        """Vector steps a resumed run would have to repeat."""
+        return len(self._history)
+
+    def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Where the environments are, as something that can be written down: a seed and the actions since."""
+        if self._obs is None:
+            return {}, {"seed": self._seed, "replay": False}
+        arrays = {"elapsed": self._elapsed.copy(), "episode_return": self._return.copy()}
+        if self._history:
+            arrays["actions"] = np.stack(self._history)
+        return arrays, {"seed": self._started_from, "replay": True}
+
+    def load(self, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`: reset from the seed and repeat the actions.
+
+        Exact for environments that are deterministic given a seed, as Gymnasium asks of them.
+        """
+        self.restart(values["seed"])
+        if not values["replay"]:
+            return
+        self._start()
+        everywhere = np.ones(self.n, bool)
+        for actions in arrays.get("actions", []):
+            self._advance(actions, everywhere)
+            self._last_action = actions
+        self._elapsed, self._return = arrays["elapsed"].copy(), arrays["episode_return"].copy()
 
     def warm_up(self, policy: Policy, n_steps: int) -> int:
         """Step at random to start the observation statistics of ``policy``; returns the number of steps taken."""
@@ -165,6 +198,7 @@ class Collector:
         Returns rewards, terminated and done ``[n]``, and for the valid rows on which an episode ended: their numbers and
         the encoded observation they ended with.
         """
+        self._history.append(np.array(env_actions))
         try:
             obs, rewards, terminated, truncated, info = self.venv.step(env_actions)
             done = np.logical_or(terminated, truncated)
@@ -234,8 +268,8 @@ class Collector:
 
     def _collect_segments(self, policy: Policy, trace: Trace, sticky: float) -> None:
         config = self.config
-        if config.reset_each_batch and self._obs is not None:
-            self._reset(None)
+        if config.reset_each_batch:
+            self._new_round()
         self._start()
         running = np.ones(self.n, bool)
         if config.collect == "segments":

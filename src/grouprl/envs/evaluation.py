@@ -10,8 +10,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from grouprl.envs.grpo import GRPO
-from grouprl.envs.vector import EnvLike, autoreset_mode, environment_error, make_vector
+from grouprl.envs.vector import EnvLike, autoreset_mode, environment_error, horizon, make_vector
 from grouprl.errors import UsageError
+
+MAX_STEPS = 5000
+"""Where an environment has no time limit, a greedy policy that runs in circles would never end an episode."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Evaluator:
     ) -> None:
         self.venv = make_vector(env, n_envs, "auto" if vectorization == "async" else vectorization, env_kwargs, seed=12345)
 
+    @property
+    def step_limit(self) -> int:
+        """Steps after which an evaluation episode is cut: the environment's own limit, or ``MAX_STEPS`` if it has none."""
+        return horizon(self.venv) or MAX_STEPS
+
     def run(self, agent: GRPO, episodes: int = 100, deterministic: bool = True, seed: int = 0) -> Evaluation:
         """Play ``episodes`` with the agent's policy, from starts drawn from ``seed``.
 
@@ -62,6 +70,7 @@ class Evaluator:
         total, length = np.zeros(n), np.zeros(n, np.int64)
         waiting = np.zeros(n, bool)
         rng = np.random.default_rng(seed)
+        limit = self.step_limit
         try:
             obs, info = venv.reset(seed=seed)
             while left.any():
@@ -77,11 +86,12 @@ class Evaluator:
                 done = np.logical_or(terminated, truncated)
                 total += np.where(waiting, 0.0, rewards)
                 length += ~waiting
-                for i in np.flatnonzero(done & (left > 0)):
+                cut = length >= limit
+                for i in np.flatnonzero((done | cut) & (left > 0)):
                     returns.append(float(total[i]))
                     lengths.append(int(length[i]))
                     left[i] -= 1
-                total[done], length[done] = 0.0, 0
+                total[done | cut], length[done | cut] = 0.0, 0
                 if mode is AutoresetMode.NEXT_STEP:
                     waiting = done
                 elif mode is AutoresetMode.DISABLED and done.any():

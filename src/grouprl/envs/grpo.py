@@ -34,6 +34,8 @@ Callback = Callable[["GRPO", Metrics], bool | None]
 
 RECENT_EPISODES = 100
 STICKY_OFF = 0.06
+RESTART_AFTER = 10
+"""Time limits after which a scheduled checkpoint starts fresh episodes: cuts about a tenth of them, bounds the replay."""
 
 
 class GRPO:
@@ -95,6 +97,7 @@ class GRPO:
         self.env_kwargs: dict[str, Any] = {}
         self.num_timesteps = 0
         self.train_seconds = 0.0
+        self.extra: dict[str, Any] = {}
         self._warm = False
         self._signal_steps = 0
         self._sticky_scale = 1.0
@@ -376,24 +379,32 @@ class GRPO:
         agent.policy.refresh()
         return agent
 
-    def checkpoint(self, path: str | Path) -> None:
+    def checkpoint(
+        self, path: str | Path, *, may_restart: bool = False, extra: Mapping[str, Any] | None = None
+    ) -> None:
         """Write everything a resumed run needs to go on as if it had never stopped.
 
-        The environments themselves cannot be written without pickling user code, so a checkpoint is also a point at which
-        every environment starts afresh from a seed drawn here, in this run as in a resumed one: episodes in flight are cut
-        (and bootstrapped, like any cut), and both runs continue with the same numbers.
+        The environments themselves cannot be written without pickling user code. Written instead is the seed they were
+        last reset from and every action since; resuming repeats these. So that the repetition stays short,
+        ``may_restart`` lets a checkpoint taken on schedule begin fresh episodes once the last reset lies more than
+        ``RESTART_AFTER`` time limits back: this run and a resumed one then go on from the same new seed.
+
+        ``extra`` is JSON the caller gets back from :meth:`from_checkpoint` as ``agent.extra``.
         """
         collector = self._ready()
-        seed = int(self._start_rng.integers(2**31 - 1))
-        collector.restart(seed)
+        limit = horizon(collector.venv) or DEFAULT_HORIZON
+        if may_restart and collector.steps_since_reset > RESTART_AFTER * limit:
+            collector.restart(int(self._start_rng.integers(2**31 - 1)))
         tensors = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
         learner_tensors, learner_values = self.learner.state()
+        collector_arrays, collector_values = collector.state()
         tensors |= learner_tensors
+        tensors |= {f"collector.{key}": torch.from_numpy(value) for key, value in collector_arrays.items()}
         if self.baseline is not None and self.baseline.weights is not None:
             tensors["baseline.weights"] = self.baseline.weights
         state = {
             "learner": learner_values,
-            "restart_seed": seed,
+            "collector": collector_values,
             "rng": {name: rng.bit_generator.state for name, rng in self._streams().items()},
             "train_seconds": self.train_seconds,
             "warm": self._warm,
@@ -402,6 +413,7 @@ class GRPO:
             "guard": self._guard,
             "recent_returns": list(self.recent_returns),
             "recent_lengths": list(self.recent_lengths),
+            "extra": dict(extra or {}),
         }
         save_state(Path(path), tensors, {**self._meta("checkpoint"), "state": state})
 
@@ -432,8 +444,10 @@ class GRPO:
         agent._guard = (list(state["guard"][0]), list(state["guard"][1]))
         agent.recent_returns.extend(state["recent_returns"])
         agent.recent_lengths.extend(state["recent_lengths"])
-        assert agent._collector is not None
-        agent._collector.restart(state["restart_seed"])
+        agent.extra = state["extra"]
+        prefix = "collector."
+        arrays = {k.removeprefix(prefix): v.numpy() for k, v in tensors.items() if k.startswith(prefix)}
+        agent._ready().load(arrays, state["collector"])
         return agent
 
     def close(self) -> None:

@@ -117,6 +117,7 @@ class Policy(nn.Module):
         if self.gaussian:
             self.log_std = nn.Parameter(torch.full((n_out,), config.log_std_init))
         self.normalize = config.normalize_observations and bool(observations.normalise.any())
+        self._rescale = config.normalize_observations and bool((self.normalize | (observations.scale != 1)).any())
         d = observations.n_flat
         self.register_buffer("mean", torch.zeros(d, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(d, dtype=torch.float64))
@@ -128,7 +129,9 @@ class Policy(nn.Module):
         """Recompute what :meth:`prepare` uses from the buffers; call after loading them."""
         real = self.observations.normalise
         self._shift = np.where(real, self.mean.cpu().numpy(), 0.0).astype(np.float32)
-        self._scale = np.where(real, 1.0 / np.sqrt(self.variance.cpu().numpy() + 1e-8), 1.0).astype(np.float32)
+        deviation = np.sqrt(self.variance.cpu().numpy() + 1e-8)
+        self._bound = np.where(real, np.float32(CLIP_OBSERVATION), np.float32(np.inf))
+        self._scale = np.where(real, 1.0 / deviation, self.observations.scale).astype(np.float32)
 
     def observe(self, flat: np.ndarray) -> None:
         """Merge the rows of ``flat [m, D]`` (raw) into the running mean and variance (Chan et al. 1979)."""
@@ -147,10 +150,10 @@ class Policy(nn.Module):
     def prepare(self, encoded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Normalise the flat part with the current statistics; images pass through."""
         inputs = dict(encoded)
-        if self.normalize and "flat" in inputs:
+        if self._rescale and "flat" in inputs:
             flat = inputs["flat"] - self._shift
             flat *= self._scale
-            inputs["flat"] = np.clip(flat, -CLIP_OBSERVATION, CLIP_OBSERVATION, out=flat)
+            inputs["flat"] = np.clip(flat, -self._bound, self._bound, out=flat)
         return inputs
 
     def translate(self, inputs: Mapping[str, Tensor], other: Policy) -> dict[str, Tensor]:
@@ -160,7 +163,8 @@ class Policy(nn.Module):
             shift, scale, shift_o, scale_o = (
                 torch.from_numpy(a).to(out["flat"]) for a in (self._shift, self._scale, other._shift, other._scale)
             )
-            out["flat"] = ((out["flat"] / scale_o + shift_o - shift) * scale).clamp(-CLIP_OBSERVATION, CLIP_OBSERVATION)
+            bound = torch.from_numpy(self._bound).to(out["flat"])
+            out["flat"] = ((out["flat"] / scale_o + shift_o - shift) * scale).clamp(-bound, bound)
         return out
 
     # --- network -------------------------------------------------------------------------------------------------

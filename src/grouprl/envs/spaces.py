@@ -153,6 +153,7 @@ class ObservationCodec:
         self._image_shapes: dict[str, tuple[int, int, int]] = {}
         self._shapes: list[tuple[Path, tuple[int, ...]]] = []
         normalise: list[npt.NDArray[np.bool_]] = []
+        scale: list[Array] = []
         n_flat = 0
         for path, leaf in _leaves(space):
             shape = tuple(leaf.shape or ())
@@ -172,13 +173,16 @@ class ObservationCodec:
                 lowest = np.broadcast_to(leaf.start, shape).ravel().astype(np.int64)
                 self._flat.append(_OneHots(path, shape, lowest, sizes.astype(np.uint64), columns.astype(np.int64)))
                 width = int(sizes.sum())
+                scale.append(np.repeat(np.sqrt(sizes), sizes).astype(np.float32))
             else:
                 width = prod(shape)
                 self._flat.append(_Numbers(path, shape, n_flat, n_flat + width))
+                scale.append(np.ones(width, np.float32))
             normalise.append(np.full(width, isinstance(leaf, spaces.Box)))
             n_flat += width
         self._n_flat = n_flat
         self._normalise = np.concatenate(normalise) if normalise else np.zeros(0, dtype=np.bool_)
+        self._scale = np.concatenate(scale) if scale else np.zeros(0, dtype=np.float32)
         if n_flat == 0 and not self._images:
             raise UsageError(
                 f"The observation space {space} holds no number to learn from; allowed is a space with at least one. "
@@ -199,6 +203,11 @@ class ObservationCodec:
     def normalise(self) -> npt.NDArray[np.bool_]:
         """[D], True where a flat component is real-valued (from a Box) and may be normalised."""
         return self._normalise
+
+    @property
+    def scale(self) -> Array:
+        """[D], what gives a component unit root mean square if all values are equally likely: sqrt(n) in a one-hot of n."""
+        return self._scale
 
     def encode(self, observations: Any) -> dict[str, Array]:
         """The arrays of n observations in Gymnasium's batched layout (dicts and tuples of arrays [n, ...]).

@@ -1,0 +1,295 @@
+"""A run: train an agent and leave a folder anyone understands. What the command line's train and resume do."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+import grouprl
+from grouprl.envs import presets
+from grouprl.envs.evaluation import Evaluator
+from grouprl.envs.grpo import GRPO, Metrics
+from grouprl.envs.vector import reward_threshold
+from grouprl.envs.watch import record_episode
+from grouprl.errors import TrainingError, UsageError
+from grouprl.runs import MetricsLog, RunFolder, make_trackers
+
+CHAPTER_EPISODES = 20
+"""Episodes in the chapter's avg_reward."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run does beside learning.
+
+    Attributes:
+        total_timesteps: environment steps to train for.
+        eval_every: steps between periodic greedy evaluations (counted from 0); each update at most once.
+        eval_episodes: episodes of a periodic evaluation; final_episodes: of the last one.
+        checkpoint_every: steps between checkpoints; keep_checkpoints: how many of the newest stay.
+        track: ``tensorboard``, ``wandb`` or ``none``.
+        video: whether to film one episode at the end.
+    """
+
+    total_timesteps: int
+    eval_every: int
+    eval_episodes: int = 20
+    final_episodes: int = 100
+    checkpoint_every: int = 100_000
+    keep_checkpoints: int = 3
+    track: tuple[str, ...] = ("tensorboard",)
+    video: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("total_timesteps", "eval_every", "eval_episodes", "final_episodes", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished (or interrupted) run left behind."""
+
+    folder: RunFolder
+    agent: GRPO
+    summary: dict[str, Any] | None
+    notes: list[str]
+
+    @property
+    def finished(self) -> bool:
+        """False if the run was interrupted and can be resumed."""
+        return self.summary is not None
+
+
+class Recorder:
+    """A callback that evaluates, logs, tracks and writes checkpoints; told of every update."""
+
+    def __init__(self, folder: RunFolder, run: RunSettings, agent: GRPO, threshold: float | None, stack: ExitStack) -> None:
+        self.folder, self.run, self.threshold = folder, run, threshold
+        self.stopped = False
+        self.solved_at: tuple[int, float] | None = None
+        self._next_eval = run.eval_every
+        self._next_checkpoint = run.checkpoint_every
+        self.evaluator = Evaluator(agent.env_id, agent.env_kwargs, n_envs=min(run.eval_episodes, 20))
+        stack.callback(self.evaluator.close)
+        self.log = stack.enter_context(MetricsLog(folder.metrics_path))
+        self.trackers = make_trackers(
+            run.track,
+            tensorboard_folder=folder.tensorboard_path,
+            wandb_folder=folder.path,
+            project="grouprl",
+            name=folder.path.name,
+            config=folder.read_config(),
+        )
+        for tracker in self.trackers:
+            stack.callback(tracker.close)
+        self._restore(agent)
+
+    def _restore(self, agent: GRPO) -> None:
+        """Take up where the checkpoint the agent came from left off; nothing to do for a new agent."""
+        if not agent.extra:
+            return
+        self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
+        solved = agent.extra["solved_at"]
+        self.solved_at = None if solved is None else (solved[0], solved[1])
+        self.log.truncate_after("step", agent.num_timesteps)
+
+    def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
+        step = agent.num_timesteps
+        if step >= self._next_eval:
+            self._next_eval = step - step % self.run.eval_every + self.run.eval_every
+            mean = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1).summary()["mean_return"]
+            metrics["eval_return"] = mean
+            if self.solved_at is None and self.threshold is not None and mean >= self.threshold:
+                self.solved_at = (step, agent.train_seconds)
+        else:
+            metrics["eval_return"] = float("nan")
+        self.log.append(metrics)
+        recent = list(agent.recent_returns)[-CHAPTER_EPISODES:]
+        chapter = {"avg_reward": float(np.mean(recent))} if recent else {}
+        if "kl" in metrics:
+            chapter["kl_divergence"] = metrics["kl"] if agent.config.beta > 0 else metrics["approx_kl"]
+        shown = {key: value for key, value in (metrics | chapter).items() if np.isfinite(value)}
+        for tracker in self.trackers:
+            tracker.log(shown, step)
+        if step >= self._next_checkpoint and step < self.run.total_timesteps:
+            self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
+            self.checkpoint(agent, may_restart=True)
+        return not self.stopped
+
+    def checkpoint(self, agent: GRPO, *, may_restart: bool = False) -> None:
+        """Write a checkpoint now and drop the oldest ones."""
+        extra = {"next_eval": self._next_eval, "next_checkpoint": self._next_checkpoint, "solved_at": self.solved_at}
+        agent.checkpoint(self.folder.checkpoint_path(agent.num_timesteps), may_restart=may_restart, extra=extra)
+        self.folder.prune_checkpoints(self.run.keep_checkpoints)
+
+
+def train(
+    env_id: str,
+    out: str | os.PathLike[str],
+    *,
+    preset: str | None = "auto",
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress_bar: bool | None = None,
+) -> RunResult:
+    """Train on ``env_id`` and leave a run folder at ``out``.
+
+    Args:
+        env_id: a Gymnasium id.
+        out: the run folder; must not exist, or be empty, unless ``overwrite``.
+        preset: as for :class:`~grouprl.envs.grpo.GRPO`.
+        steps: environment steps; default: the preset's, or 500,000.
+        seed: overrides the configuration's.
+        settings: fields of :class:`~grouprl.envs.config.GRPOConfig`.
+        env_kwargs: for the environment's constructor.
+        run: fields of :class:`RunSettings`.
+        progress_bar: True, False, or None for "if standard error is a terminal".
+
+    Raises:
+        UsageError: something asked for is not possible; nothing is left behind.
+        TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed.
+    """
+    chosen = presets.resolve(env_id, preset)
+    values = dict(settings or {})
+    if seed is not None:
+        values["seed"] = seed
+    agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
+    total = steps if steps is not None else chosen.total_timesteps if chosen else 500_000
+    options: dict[str, Any] = {
+        "total_timesteps": total,
+        "eval_every": (chosen.eval_every if chosen else None) or max(1, total // 20),
+        "checkpoint_every": max(1, total // 10),
+    } | dict(run or {})
+    try:
+        run_settings = RunSettings(**options)
+    except TypeError as error:
+        raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
+    config = {
+        "grouprl": grouprl.__version__,
+        "env_id": env_id,
+        "preset": chosen.name if chosen else None,
+        "seed": agent.config.seed,
+        "env_kwargs": agent.env_kwargs,
+        "run": {**run_settings.__dict__, "track": list(run_settings.track)},
+        "config": agent.config.model_dump(mode="json"),
+    }
+    folder = RunFolder.create(out, config, overwrite=overwrite)
+    return _run(folder, run_settings, agent, progress_bar)
+
+
+def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
+    """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
+
+    Args:
+        path: the run folder.
+        steps: a new total number of steps, to make a finished run longer (its schedules then differ from those of a run
+            planned that long).
+
+    Raises:
+        UsageError: no run folder, no readable checkpoint, or a run that is already finished.
+    """
+    folder = RunFolder.open(path)
+    config = folder.read_config()
+    try:
+        options = config["run"] | {"track": tuple(config["run"]["track"])} | ({"total_timesteps": steps} if steps else {})
+        run_settings = RunSettings(**options)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
+    checkpoint = folder.latest_checkpoint()
+    if checkpoint is None:
+        raise UsageError(f"{folder.path} holds no readable checkpoint; train anew with another --out")
+    agent = GRPO.from_checkpoint(checkpoint)
+    if agent.num_timesteps >= run_settings.total_timesteps:
+        raise UsageError(
+            f"{folder.path} has done all of its {run_settings.total_timesteps} steps; give a larger total with --steps"
+        )
+    if steps:
+        from grouprl.runs.files import write_yaml
+
+        write_yaml(folder.config_path, config | {"run": config["run"] | {"total_timesteps": steps}})
+    return _run(folder, run_settings, agent, progress_bar)
+
+
+def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | None) -> RunResult:
+    with ExitStack() as stack:
+        stack.callback(agent.close)
+        recorder = Recorder(folder, run, agent, reward_threshold(agent.env_id), stack)
+
+        def stop() -> None:
+            recorder.stopped = True
+
+        with stopping_on_signals(stop):
+            try:
+                agent._learn(0, run.total_timesteps, recorder, progress_bar)
+            except TrainingError as error:
+                last = folder.latest_checkpoint()
+                kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+                raise TrainingError(f"{error} (after {agent.num_timesteps} steps; {kept})") from error
+        agent.save(folder.model_path)
+        recorder.checkpoint(agent)
+        if recorder.stopped and agent.num_timesteps < run.total_timesteps:
+            return RunResult(folder, agent, None, [])
+        return _finish(folder, run, agent, recorder)
+
+
+def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> RunResult:
+    """Evaluate, and leave summary, curve and video."""
+    from grouprl.runs.plots import plot_run
+
+    notes: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
+        final = recorder.evaluator.run(agent, run.final_episodes, seed=agent.config.seed + 2).summary()
+        if run.video:
+            notes += record_episode(agent, folder.video_path)
+        curve.result()
+    summary = {
+        "env_id": agent.env_id,
+        "seed": agent.config.seed,
+        "total_steps": agent.num_timesteps,
+        "train_seconds": agent.train_seconds,
+        "steps_per_second": agent.num_timesteps / agent.train_seconds,
+        "reward_threshold": recorder.threshold,
+        "solved_at_steps": recorder.solved_at[0] if recorder.solved_at else None,
+        "solved_at_seconds": recorder.solved_at[1] if recorder.solved_at else None,
+        "eval": final,
+    }
+    folder.write_summary(summary)
+    return RunResult(folder, agent, summary, notes)
+
+
+@contextmanager
+def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Within, the first Ctrl-C or SIGTERM calls ``stop`` and lets the current update end; a second one acts at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop()
+        for n, old in previous.items():
+            signal.signal(n, old)
+
+    try:
+        previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever owns it handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for n, old in previous.items():
+            signal.signal(n, old)
+
+

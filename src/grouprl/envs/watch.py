@@ -1,0 +1,99 @@
+"""Watching a policy: one episode as a video file, or live in a window."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from grouprl.envs.grpo import GRPO
+from grouprl.envs.vector import environment_error, missing_extra_message, unknown_id_message
+from grouprl.errors import UsageError
+
+MAX_FRAMES = 2000
+DEFAULT_FPS = 30
+
+
+def has_screen() -> bool:
+    """Whether a window could be shown here."""
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
+    """One environment like the agent's, that renders.
+
+    Raises:
+        UsageError: it cannot be made by id, or does not render in that mode.
+    """
+    if not agent.env_id:
+        raise UsageError("the agent's environment has no id, so it cannot be made again to be watched")
+    env_id = agent.env_id.removeprefix("envpool:")
+    if not has_screen():
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame complains about the missing screen
+    try:
+        env = gym.make(env_id, render_mode=render_mode, **agent.env_kwargs)
+    except gym.error.DependencyNotInstalled as error:
+        raise UsageError(missing_extra_message(env_id, str(gym.spec(env_id).entry_point), error)) from None
+    except (gym.error.Error, ImportError) as error:
+        raise UsageError(unknown_id_message(env_id, error)) from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{env_id} cannot render with render_mode={render_mode!r}: {error}") from None
+    if env.render_mode != render_mode:
+        env.close()
+        raise UsageError(f"{env_id} does not support render_mode={render_mode!r}; it offers {env.metadata.get('render_modes')}")
+    return env
+
+
+def play_episode(agent: GRPO, env: gym.Env[Any, Any], seed: int, deterministic: bool = True) -> Iterator[float]:
+    """Play one episode and yield the return so far after each step."""
+    total = 0.0
+    try:
+        observation, info = env.reset(seed=seed)
+        for _ in range(100_000):
+            mask = info.get("action_mask")
+            action, _ = agent.predict(observation, deterministic=deterministic, action_masks=mask)
+            observation, reward, terminated, truncated, info = env.step(action)
+            total += float(reward)
+            yield total
+            if terminated or truncated:
+                return
+    except UsageError:
+        raise
+    except Exception as error:
+        raise environment_error(error, "while playing") from error
+
+
+def record_episode(agent: GRPO, path: Path, seed: int = 0, deterministic: bool = True) -> list[str]:
+    """Film one episode; returns notes for the user: why there is no film, or that it was cut."""
+    from grouprl.runs.video import write_video
+
+    try:
+        env = make_rendering(agent, "rgb_array")
+    except UsageError as error:
+        return [f"no video: {error}"]
+    notes: list[str] = []
+
+    def frames() -> Iterator[np.ndarray[Any, Any]]:
+        for count, _ in enumerate(play_episode(agent, env, seed, deterministic)):
+            frame = env.render()
+            if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+                raise UsageError(f"{agent.env_id} renders {type(frame).__name__}, not pictures")
+            yield frame
+            if count + 1 == MAX_FRAMES:
+                notes.append(f"the video shows the first {MAX_FRAMES} steps of the episode")
+                return
+
+    try:
+        write_video(frames(), path, float(env.metadata.get("render_fps") or DEFAULT_FPS))
+    except UsageError as error:
+        return [f"no video: {error}"]
+    finally:
+        with suppress(Exception):  # some renderers fail on closing what they never opened
+            env.close()
+    return notes
