@@ -19,7 +19,7 @@ from grouprl.envs import presets
 from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.grpo import GRPO, Metrics
 from grouprl.envs.vector import reward_threshold
-from grouprl.envs.watch import record_episode
+from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 
@@ -255,7 +255,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
         final = recorder.evaluator.run(agent, run.final_episodes, seed=agent.config.seed + 2).summary()
         if run.video:
-            notes += record_episode(agent, folder.video_path)
+            notes += record_episodes(agent, folder.video_path)
         curve.result()
     summary = {
         "env_id": agent.env_id,

@@ -69,8 +69,14 @@ def play_episode(agent: GRPO, env: gym.Env[Any, Any], seed: int, deterministic: 
         raise environment_error(error, "while playing") from error
 
 
-def record_episode(agent: GRPO, path: Path, seed: int = 0, deterministic: bool = True) -> list[str]:
-    """Film one episode; returns notes for the user: why there is no film, or that it was cut."""
+def record_episodes(
+    agent: GRPO, path: Path, episodes: int = 1, seed: int = 0, deterministic: bool = True
+) -> list[str]:
+    """Film episodes into one video; returns notes for the user: why there is no film, or that it was cut.
+
+    Raises:
+        TrainingError: the environment failed, or the disk is full; a video already at ``path`` stays.
+    """
     from grouprl.runs.video import write_video
 
     try:
@@ -80,14 +86,17 @@ def record_episode(agent: GRPO, path: Path, seed: int = 0, deterministic: bool =
     notes: list[str] = []
 
     def frames() -> Iterator[np.ndarray[Any, Any]]:
-        for count, _ in enumerate(play_episode(agent, env, seed, deterministic)):
-            frame = env.render()
-            if not isinstance(frame, np.ndarray) or frame.ndim != 3:
-                raise UsageError(f"{agent.env_id} renders {type(frame).__name__}, not pictures")
-            yield frame
-            if count + 1 == MAX_FRAMES:
-                notes.append(f"the video shows the first {MAX_FRAMES} steps of the episode")
-                return
+        count = 0
+        for episode in range(episodes):
+            for _ in play_episode(agent, env, seed + episode, deterministic):
+                frame = env.render()
+                if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+                    raise UsageError(f"{agent.env_id} renders {type(frame).__name__}, not pictures")
+                yield frame
+                count += 1
+                if count == MAX_FRAMES * episodes:
+                    notes.append(f"the video ends after {count} steps")
+                    return
 
     try:
         write_video(frames(), path, float(env.metadata.get("render_fps") or DEFAULT_FPS))

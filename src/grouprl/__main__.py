@@ -1,0 +1,5 @@
+"""``python -m grouprl``: the command line."""
+
+from grouprl.cli import main
+
+main()
