@@ -98,6 +98,11 @@ class Collector:
         try:
             self._obs, self._info = self.venv.reset(seed=seed)
         except Exception as error:
+            if isinstance(seed, list):
+                raise UsageError(
+                    f"group_size needs a seed per environment, which this vector environment does not take ({error}); "
+                    "use vectorization=sync"
+                ) from error
             raise environment_error(error, "in reset") from error
         self._waiting = np.zeros(self.n, bool)
         self._fresh = np.ones(self.n, bool)

@@ -130,9 +130,14 @@ class GRPOConfig(BaseModel):
             raise ValueError(f"max_steps={self.max_steps} is below min_steps={self.min_steps}; raise one or lower the other")
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")
-        if self.beta > 0 and self.kl == "k1":
+        if self.surrogate == "dual_clip" and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(
-                "kl=k1 as a loss has zero expected gradient, so it would regularise nothing; use kl=exact, k2 or k3"
+                f"dual_clip={self.dual_clip} must exceed 1 + clip_high = {1 + self.clip_high}; 3.0 is usual"
+            )
+        if self.group_size is not None and self.vectorization in ("vector_entry_point", "envpool"):
+            raise ValueError(
+                f"group_size needs a reset seed for each environment, which vectorization={self.vectorization} cannot "
+                "give; use vectorization=sync or async (or drop group_size)"
             )
         return self
 
@@ -140,6 +145,11 @@ class GRPOConfig(BaseModel):
     def whole_episodes(self) -> bool:
         """Whether a batch holds complete episodes only."""
         return self.collect == "episodes" or self.group_size is not None or self.advantage in NEEDS_WHOLE_EPISODES
+
+    @property
+    def how_to_vectorize(self) -> str:
+        """``vectorization``; groups need a seed per environment, which an environment's own vector version may not take."""
+        return "sync" if self.vectorization == "auto" and self.group_size is not None else self.vectorization
 
 
 def make_config(values: Mapping[str, Any]) -> GRPOConfig:

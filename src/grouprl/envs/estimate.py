@@ -16,6 +16,9 @@ from grouprl.rollouts import Rollout
 DEFAULT_HORIZON = 1000
 """Steps that scale the time feature where the environment names no time limit."""
 
+EQUAL = 1e-6
+"""Relative difference up to which returns summed in float32 count as equal."""
+
 
 @dataclass
 class Baseline:
@@ -76,6 +79,10 @@ def advantages(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) 
         )
         baseline.weights = fit.weights
         raw, info = fit.advantages, {"explained_variance": fit.explained_variance}
+        lowest, highest = torch.aminmax(fit.values + raw)
+        if float(highest - lowest) <= EQUAL * float(torch.maximum(highest.abs(), lowest.abs())):
+            # What the ridge leaves over of equal returns is no signal; scaled to unit variance it would pass for one.
+            raw = torch.zeros_like(raw)
     elif config.advantage == "tutorial":
         return objective.tutorial(rewards, lengths, config.gamma), {}
     else:

@@ -70,7 +70,7 @@ class GRPO:
         config = make_config({**(chosen.config if chosen else {}), **settings})
         kwargs = {**(chosen.env_kwargs if chosen else {}), **(env_kwargs or {})}
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
-        venv = make_vector(env, config.n_envs, config.vectorization, kwargs, env_seed)
+        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
         self._build(config, venv.single_observation_space, venv.single_action_space, network)
         self.env_kwargs = kwargs
         self._attach(env, venv)
@@ -123,7 +123,7 @@ class GRPO:
             UsageError: its spaces differ from those the policy was built for.
         """
         kwargs = dict(env_kwargs or {})
-        venv = make_vector(env, self.config.n_envs, self.config.vectorization, kwargs, self.config.seed)
+        venv = make_vector(env, self.config.n_envs, self.config.how_to_vectorize, kwargs, self.config.seed)
         for name, ours, theirs in (
             ("observation", self.observation_space, venv.single_observation_space),
             ("action", self.action_space, venv.single_action_space),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.policy import Policy
+from grouprl.errors import UsageError
 from grouprl.objective import sampled_kl_loss
 from grouprl.rollouts import Rollout
+from grouprl.runs.state import load_state
 from grouprl.update import FlatParameters, Terms, UpdateSettings, UpdateStats, update
 
 LR_MIN = 1e-4
@@ -74,6 +77,7 @@ class Learner:
         self.reference: Policy | None = None
         if config.beta > 0 and config.reference != "old":
             self.reference = copy.deepcopy(policy)
+        self._reference_file = config.reference if config.reference not in ("old", "initial", "periodic") else None
         self.pool = ThreadPoolExecutor(config.threads - 1) if config.threads > 1 else None
         c = config
         self.settings = UpdateSettings(
@@ -157,9 +161,32 @@ class Learner:
             return None
         if self.reference is None:
             return behaviour
+        if self._reference_file is not None:
+            self._read_reference(Path(self._reference_file))
         with torch.no_grad():
-            params = self.reference(self.reference.translate(inputs, self.policy))
+            prepared = self.reference.translate(inputs, self.policy)
+            parts = torch.split(torch.arange(behaviour.shape[0]), self.settings.micro_batch)
+            params = torch.cat([self.reference({key: value[i] for key, value in prepared.items()}) for i in parts])
             return params if mask is None else self.policy.distribution.apply_mask(params, mask)
+
+    def _read_reference(self, path: Path) -> None:
+        """Take the reference policy from the file or run folder ``path``; read at the first update, not to act."""
+        assert self.reference is not None
+        file = path / "model.safetensors" if path.is_dir() else path
+        if not file.exists() and file.suffix != ".safetensors":
+            file = file.with_name(file.name + ".safetensors")
+        if not file.exists():
+            raise UsageError(
+                f"reference={self.config.reference!r} is neither old, initial, periodic nor a saved model: "
+                f"there is no {file}"
+            )
+        tensors, _ = load_state(file)
+        try:
+            self.reference.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UsageError(f"the reference policy in {file} does not fit this policy: {error}") from None
+        self.reference.refresh()
+        self._reference_file = None
 
     def _set_learning_rate(self, progress: float) -> None:
         rate = self.learning_rate
@@ -174,7 +201,7 @@ class Learner:
             return
         target = self.config.kl_target * max(1.0 - progress, self.config.lr_final)
         if approx_kl > LR_STEP * target:
-            self.learning_rate = max(self.learning_rate / LR_STEP, LR_MIN)
+            self.learning_rate = max(self.learning_rate / LR_STEP, min(LR_MIN, self.config.learning_rate))
         elif approx_kl < target / LR_STEP:
             self.learning_rate = min(self.learning_rate * LR_STEP, self.config.lr_max)
 
@@ -194,6 +221,7 @@ class Learner:
         if optimizer:
             self.optimizer.state[self.parameters.vector] = optimizer
         if self.reference is not None:
+            self._reference_file = None
             prefix = "reference."
             self.reference.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             self.reference.refresh()

@@ -256,7 +256,10 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         final = recorder.evaluator.run(agent, run.final_episodes, seed=agent.config.seed + 2).summary()
         if run.video:
             notes += record_episodes(agent, folder.video_path)
-        curve.result()
+        try:
+            curve.result()
+        except UsageError as error:  # a run too short for one complete episode
+            notes.append(f"no curve: {error}")
     summary = {
         "env_id": agent.env_id,
         "seed": agent.config.seed,

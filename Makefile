@@ -1,0 +1,58 @@
+# The few commands people use. Each can be repeated; setting up happens once, and again when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+ENV    ?= CartPole-v1
+SEED   ?= 0
+
+.PHONY: help setup train test lint types bench-envs bench-envs-learning docs clean
+
+help:
+	@echo "make train       set up and train CartPole-v1 (ENV=... SEED=... for another one)"
+	@echo "make test        set up, lint, check types, run the tests"
+	@echo "make setup       set up only"
+	@echo "make bench-envs  measure speed beside other libraries (installs them in $(VENV)-peers)"
+	@echo "make docs        rebuild the pages that are made from the code"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) --editable '.[dev,all-envs]'
+	@touch $@
+
+setup: $(VENV)/.core
+
+train: setup
+	$(BIN)/grouprl train $(ENV) --seed $(SEED)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest -n 2 --dist loadfile
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/build.py
+
+bench-envs: $(VENV)/.dev $(VENV)-peers/.ready
+	$(BIN)/python benchmarks/envs_speed.py
+
+$(VENV)-peers/.ready: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-peers build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

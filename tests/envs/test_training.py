@@ -1,0 +1,203 @@
+"""A run leaves what it promises, and a resumed run is the run that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from grouprl import GRPO, UsageError
+from grouprl.envs import training
+from grouprl.errors import TrainingError
+from grouprl.runs import read_metrics
+from grouprl.runs.state import load_state
+
+TIMING = {"train_seconds", "steps_per_second", "time_collect", "time_advantages", "time_update"}
+SMALL: dict[str, Any] = {"n_envs": 4, "collect": "segments", "n_steps": 64, "minibatch_size": 64, "epochs": 2, "warmup_steps": 64}
+QUIET: dict[str, Any] = {"eval_every": 1000, "eval_episodes": 2, "final_episodes": 2, "video": False, "track": ("none",)}
+
+
+def small_run(out: Path, env: str = "CartPole-v1", steps: int = 3000, **extra: Any) -> training.RunResult:
+    run = QUIET | {"checkpoint_every": 700, "keep_checkpoints": 99} | extra.pop("run", {})
+    return training.train(env, out, preset=None, steps=steps, seed=3, settings=SMALL | extra.pop("settings", {}), run=run, **extra)
+
+
+def same_metrics(one: Path, other: Path) -> None:
+    a, b = read_metrics(one / "metrics.csv"), read_metrics(other / "metrics.csv")
+    assert a.keys() == b.keys()
+    assert len(a["step"]) > 3
+    for name in a.keys() - TIMING:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def same_weights(one: Path, other: Path) -> None:
+    a, b = load_state(one / "model.safetensors")[0], load_state(other / "model.safetensors")[0]
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_folder_holds_everything_it_promises(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = training.train(
+        "CartPole-v1", out, preset=None, steps=2000, seed=1, settings=SMALL,
+        run={"eval_every": 500, "eval_episodes": 2, "final_episodes": 3, "checkpoint_every": 600},
+    )  # fmt: skip
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.yaml", "metrics.csv", "model.safetensors", "checkpoints", "tensorboard", "curve.png", "episode.mp4", "summary.json",
+    }  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"env_id", "seed", "total_steps", "train_seconds", "steps_per_second", "solved_at_steps", "solved_at_seconds", "eval"} <= set(
+        summary
+    )
+    assert summary["env_id"] == "CartPole-v1"
+    assert summary["seed"] == 1
+    assert summary["eval"]["episodes"] == 3
+    assert {"mean_return", "std_return", "min", "max"} <= set(summary["eval"])
+    assert result.finished
+    metrics = read_metrics(out / "metrics.csv")
+    assert metrics["step"][-1] == summary["total_steps"] >= 2000
+    assert np.isfinite(metrics["eval_return"]).sum() >= 3
+    assert GRPO.load(out).num_timesteps == summary["total_steps"]
+
+
+def test_config_yaml_reproduces_the_run(tmp_path: Path) -> None:
+    small_run(tmp_path / "a")
+    saved = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    run = dict(saved["run"]) | {"track": tuple(saved["run"]["track"])}
+    steps = run.pop("total_timesteps")
+    training.train(saved["env_id"], tmp_path / "b", preset=None, steps=steps, settings=saved["config"], run=run)
+    same_metrics(tmp_path / "a", tmp_path / "b")
+    same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [
+        ("CartPole-v1", {}),
+        ("CartPole-v1", {"vectorization": "sync", "sticky": 0.5, "sticky_until": 1.0, "skip_without_signal": False}),
+        ("CartPole-v1", {"collect": "episodes", "min_steps": 100, "advantage": "outcome", "group_size": 2}),
+        ("CartPole-v1", {"beta": 0.01, "reference": "periodic", "reference_every": 2, "lr_schedule": "adaptive"}),
+        ("Pendulum-v1", {"vectorization": "async"}),
+        ("LunarLander-v3", {}),
+        ("HalfCheetah-v5", {"n_steps": 32}),
+    ],
+)
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, env: str, settings: dict[str, Any]) -> None:
+    steps = 1200 if env == "HalfCheetah-v5" else 3000
+    run = {"checkpoint_every": 400 if env == "HalfCheetah-v5" else 700, "eval_every": 600}
+    small_run(tmp_path / "whole", env, steps, settings=settings, run=run)
+    small_run(tmp_path / "cut", env, steps, settings=settings, run=run)
+    checkpoints = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    assert len(checkpoints) >= 3
+    for later in checkpoints[2:]:  # as if the run had been killed after its second checkpoint
+        later.unlink()
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    training.resume(tmp_path / "cut")
+    same_metrics(tmp_path / "whole", tmp_path / "cut")
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_saves_and_its_resumed_run_is_exact(tmp_path: Path, number: signal.Signals) -> None:
+    settings = [f"--set={key}={value}" for key, value in SMALL.items()]
+    run = ["--set=eval_every=1000", "--set=eval_episodes=2", "--set=final_episodes=2", "--no-video", "--track=none"]
+    command = [sys.executable, "-m", "grouprl", "train", "CartPole-v1", "--preset=default", "--seed=3", "--steps=30000", *settings, *run]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "cut" / "metrics.csv"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert process.poll() is None
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"grouprl resume {tmp_path / 'cut'}" in output
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    training.resume(tmp_path / "cut")
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    same_metrics(tmp_path / "whole", tmp_path / "cut")
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_checkpoint_far_from_the_last_reset_starts_fresh_and_stays_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grouprl.envs.grpo.RESTART_AFTER", 0.1)
+    run = {"checkpoint_every": 700}
+    small_run(tmp_path / "whole", run=run)
+    small_run(tmp_path / "cut", run=run)
+    checkpoints = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    assert not any(key == "collector.actions" for key in load_state(checkpoints[1])[0])
+    for later in checkpoints[2:]:
+        later.unlink()
+    training.resume(tmp_path / "cut")
+    same_metrics(tmp_path / "whole", tmp_path / "cut")
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_corrupt_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    small_run(tmp_path / "whole")
+    small_run(tmp_path / "cut")
+    checkpoints = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    for later in checkpoints[3:]:
+        later.unlink()
+    checkpoints[2].write_bytes(checkpoints[2].read_bytes()[:1000])
+    with pytest.warns(RuntimeWarning, match=checkpoints[2].name):
+        training.resume(tmp_path / "cut")
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path: Path) -> None:
+    small_run(tmp_path / "run", steps=1500)
+    with pytest.raises(UsageError, match="--steps"):
+        training.resume(tmp_path / "run")
+    result = training.resume(tmp_path / "run", steps=2500)
+    assert result.agent.num_timesteps >= 2500
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["total_timesteps"] == 2500
+
+
+def test_a_run_folder_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:
+    small_run(tmp_path / "run", steps=600)
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="already holds a run"):
+        small_run(tmp_path / "run", steps=600)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_usage_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="group_size"):
+        training.train("CartPole-v1", tmp_path / "run", settings={"group_size": 1})
+    with pytest.raises(UsageError, match="eval_evry"):
+        training.train("CartPole-v1", tmp_path / "run", run={"eval_evry": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_that_fails_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
+    import gymnasium as gym
+    from gymnasium.envs.classic_control import CartPoleEnv
+
+    class Breaks(CartPoleEnv):  # type: ignore[misc]
+        steps_taken = 0
+
+        def step(self, action: Any) -> Any:
+            Breaks.steps_taken += 1
+            observation, reward, terminated, truncated, info = super().step(action)
+            return observation, float("nan") if Breaks.steps_taken > 2500 else reward, terminated, truncated, info
+
+    gym.register("Breaks-v0", entry_point=lambda **kwargs: Breaks(**kwargs), max_episode_steps=100)
+    try:
+        with pytest.raises(TrainingError, match=r"reward nan .*the last good checkpoint is .*step_\d+"):
+            small_run(tmp_path / "run", "Breaks-v0", run={"eval_every": 10**9})
+    finally:
+        del gym.registry["Breaks-v0"]
+    checkpoint = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    tensors, _ = load_state(checkpoint)
+    assert all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
+    assert list((tmp_path / "run").rglob("*.tmp*")) == []
