@@ -141,9 +141,9 @@ def test_the_step_before_a_truncation_is_not_taught_to_be_worse(shows_time):
     def make():
         return probes.Truncated(cost=0.5, shows_time=shows_time)
 
-    agent = GRPO(make, **{**probes.FAST, "gamma": 0.9, "baseline_features": 128, "n_steps": 880})
-    for _ in range(3):
-        rollout = batch_of(agent)
+    agent = GRPO(make, **{**probes.FAST, "gamma": 0.9, "baseline_features": 128, "n_steps": 440})
+    for _ in range(9):
+        rollout = agent._ready().collect(agent.policy)
         advantage, _ = advantages(rollout, agent.config, agent.baseline)
     early, late = rollout.elapsed < 3, rollout.elapsed >= 7
     for action, sign in ((0, 1), (1, -1)):
