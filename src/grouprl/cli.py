@@ -26,14 +26,18 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as train leaves it, or a model.safetensors.")]
 Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
-Sampled = Annotated[bool, typer.Option("--sampled", help="Sample actions from the policy instead of taking the likeliest.")]
+Sampled = Annotated[
+    bool, typer.Option("--sampled", help="Sample actions from the policy instead of taking the likeliest.")
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting; may be repeated. See: grouprl settings"),
 ]
 EnvAssignments = Annotated[
     list[str] | None,
-    typer.Option("--env", "-e", metavar="KEY=VALUE", help="An argument of the environment's constructor; may be repeated."),
+    typer.Option(
+        "--env", "-e", metavar="KEY=VALUE", help="An argument of the environment's constructor; may be repeated."
+    ),
 ]
 
 
@@ -52,7 +56,8 @@ def train(
         list[str] | None, typer.Option(help="tensorboard (default), wandb, or none; may be repeated.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A config.yaml that an earlier run left: the same run again, unless told otherwise.")
+        Path | None,
+        typer.Option(help="A config.yaml that an earlier run left: the same run again, unless told otherwise."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
     video: Annotated[bool, typer.Option(help="Film one episode at the end.")] = True,
@@ -76,7 +81,9 @@ def train(
     settings, run = _split(_assigned(assignments))
     env_kwargs = _assigned(env_assignments)
     if config is not None:
-        env, preset, steps, seed, settings, env_kwargs, run = _from_file(config, env, steps, seed, settings, env_kwargs, run)
+        env, preset, steps, seed, settings, env_kwargs, run = _from_file(
+            config, env, steps, seed, settings, env_kwargs, run
+        )
     if env is None:
         raise UsageError("say what to train on: grouprl train ENV, or --config FILE")
     if track:
@@ -118,10 +125,11 @@ def evaluate(
 
     agent = GRPO.load(run)
     result = evaluate_agent(agent, env, episodes, deterministic=not sampled, seed=seed).summary()
+    kind = "sampled" if sampled else "greedy"
     print(
-        f"{env or agent.env_id}: mean return {result['mean_return']:.2f} +- {result['std_return']:.2f} (std over episodes), "
-        f"min {result['min']:.2f}, max {result['max']:.2f}, {result['episodes']:.0f} {'sampled' if sampled else 'greedy'} "
-        f"episodes of {result['mean_length']:.0f} steps on average"
+        f"{env or agent.env_id}: mean return {result['mean_return']:.2f} +- {result['std_return']:.2f} "
+        f"(std over episodes), min {result['min']:.2f}, max {result['max']:.2f}, "
+        f"{result['episodes']:.0f} {kind} episodes of {result['mean_length']:.0f} steps on average"
     )
 
 
@@ -161,7 +169,9 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; runs that differ only in their seed share a curve.")],
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("curves.png"),
     x: Annotated[str, typer.Option(help="Column of metrics.csv across: step, train_seconds, ...")] = "step",
-    y: Annotated[str, typer.Option(help="Column of metrics.csv upwards: return_mean, eval_return, ...")] = "return_mean",
+    y: Annotated[
+        str, typer.Option(help="Column of metrics.csv upwards: return_mean, eval_return, ...")
+    ] = "return_mean",
 ) -> None:
     """Draw learning curves, with a band over seeds."""
     from grouprl.envs.vector import reward_threshold
@@ -190,7 +200,9 @@ def presets_command(
     print(f"{'preset':28s} {'environment':28s} {'steps':>10s}  expect (mean greedy return)")
     for known in presets.names():
         preset = presets.load(known)
-        print(f"{known:28s} {preset.env_id:28s} {preset.total_timesteps:>10,d}  {preset.expect.get('mean_return', '-')}")
+        print(
+            f"{known:28s} {preset.env_id:28s} {preset.total_timesteps:>10,d}  {preset.expect.get('mean_return', '-')}"
+        )
 
 
 @app.command()
@@ -287,7 +299,9 @@ def _report(result: RunResult) -> None:
     for note in result.notes:
         print(f"note: {note}")
     if result.summary is None:
-        print(f"stopped after {result.agent.num_timesteps} steps; nothing is lost. Go on with:\n  grouprl resume {folder}")
+        print(
+            f"stopped after {result.agent.num_timesteps} steps; nothing is lost. Go on with:\n  grouprl resume {folder}"
+        )
         raise typer.Exit(130)
     summary, final = result.summary, result.summary["eval"]
     solved = summary["solved_at_steps"]

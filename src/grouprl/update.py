@@ -25,7 +25,7 @@ MIN_PART = 2048
 
 
 class Terms(NamedTuple):
-    """What the current policy says of ``m`` steps, with gradients: ``logp [m]``, ``entropy [m]``, ``kl [m]`` or None."""
+    """What the current policy says of ``m`` steps, with gradients; each ``[m]``, the last two may be None."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -92,16 +92,16 @@ class FlatParameters:
     def gradient(self, loss: Tensor) -> Tensor:
         """d loss / d vector, ``[P]``; parameters the loss does not reach get 0. Safe to call from several threads."""
         grads = torch.autograd.grad(loss, self.tensors, allow_unused=True)
-        return torch.cat([
-            (torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, self.tensors, strict=True)
-        ])
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, self.tensors, strict=True)]
+        )
 
 
 def minibatches(n: int, size: int, remainder: str, rng: np.random.Generator) -> list[Tensor]:
     """A random partition of ``range(n)`` into minibatches of about (``spread``) or exactly (``keep``) ``size``."""
     order = torch.from_numpy(rng.permutation(n))
     if remainder == "keep":
-        return list(order.split(size))
+        return list(torch.split(order, size))
     return list(order.tensor_split(max(1, round(n / size))))
 
 
@@ -149,7 +149,7 @@ def update(
     norm_total = 0.0
     epoch = 0
     approx_kl = 0.0
-    for epoch in range(1, settings.epochs + 1):  # noqa: B007  (reported after the loop)
+    for epoch in range(1, settings.epochs + 1):
         for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
             gradient, sums = _gradient(
                 evaluate, parameters, index, logp_old, advantages, weights, settings, pool, threads
@@ -157,8 +157,8 @@ def update(
             norm = float(gradient.norm())
             if not np.isfinite(norm):
                 raise TrainingError(
-                    f"the gradient is not finite (norm {norm}) in epoch {epoch}; rewards or observations are probably too "
-                    "large: scale the reward, keep normalize_observations on, or lower learning_rate"
+                    f"the gradient is not finite (norm {norm}) in epoch {epoch}; rewards or observations are probably "
+                    "too large: scale the reward, keep normalize_observations on, or lower learning_rate"
                 )
             if norm > settings.max_grad_norm:
                 gradient.mul_(settings.max_grad_norm / (norm + 1e-6))
@@ -193,7 +193,7 @@ def _gradient(
     def part(rows: Tensor) -> tuple[Tensor, Tensor]:
         gradient: Tensor | None = None
         sums = torch.zeros(4, device=logp_old.device)
-        for i in rows.split(settings.micro_batch):
+        for i in torch.split(rows, settings.micro_batch):
             terms = evaluate(i)
             old, advantage, weight = logp_old[i], advantages[i], weights[i] / denominator
             policy_loss = (weight * surrogate_loss(settings, terms.logp, old, advantage)).sum()
@@ -209,9 +209,9 @@ def _gradient(
                 sums[2] += entropy.detach()
             with torch.no_grad():
                 sums[0] += policy_loss.detach()
-                sums[3] += clip_fraction(
-                    terms.logp, old, advantage, settings.clip_low, settings.clip_high
-                ).sum() / denominator
+                sums[3] += (
+                    clip_fraction(terms.logp, old, advantage, settings.clip_low, settings.clip_high).sum() / denominator
+                )
             g = parameters.gradient(loss)
             gradient = g if gradient is None else gradient.add_(g)
         assert gradient is not None

@@ -1,28 +1,26 @@
-"""Collection: step many environments with the current policy, and pack what happened.
+"""Collection: step many environments with the current policy.
 
-The loop keeps plain lists of arrays, one entry per vector step; all bookkeeping (samples, episode returns, time in the
-episode) is done afterwards, for the whole batch at once.
+The loop keeps plain lists of arrays, one entry per vector step; all bookkeeping is done afterwards, in
+:func:`grouprl.envs.trace.pack`, for the whole batch at once.
 
-The three autoreset modes of Gymnasium give the same samples here. NEXT_STEP: the step after an end only resets; its row
-is no step of any episode and is dropped. SAME_STEP: the last observation comes in ``info["final_obs"]``. DISABLED: ended
-environments are reset with ``options={"reset_mask": ...}``.
+The three autoreset modes of Gymnasium give the same samples here. NEXT_STEP: the step after an end only resets; its
+row is no step of any episode and is dropped. SAME_STEP: the last observation comes in ``info["final_obs"]``. DISABLED:
+ended environments are reset with ``options={"reset_mask": ...}``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array
 
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.policy import Policy
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.trace import Array, Bools, Trace, pack
 from grouprl.envs.vector import autoreset_mode, environment_error
 from grouprl.errors import TrainingError, UsageError
 from grouprl.rollouts import Rollout
@@ -32,34 +30,6 @@ CHECK_EVERY = 16
 
 MAX_EPISODE = 100_000
 """Steps after which an episode that has not ended is taken for one that never will (whole-episode collection)."""
-
-Array = npt.NDArray[Any]
-Bools = npt.NDArray[np.bool_]
-
-
-@dataclass
-class Trace:
-    """What one collection has seen, one entry per vector step; ``final*`` one entry per step on which episodes ended."""
-
-    encoded: list[dict[str, Array]] = field(default_factory=list)
-    actions: list[Array] = field(default_factory=list)
-    behaviour: list[Array] = field(default_factory=list)
-    masks: list[Array] = field(default_factory=list)
-    repeated: list[Bools] = field(default_factory=list)
-    rewards: list[Array] = field(default_factory=list)
-    terminated: list[Bools] = field(default_factory=list)
-    done: list[Bools] = field(default_factory=list)
-    valid: list[Bools] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)
-    final_keys: list[Array] = field(default_factory=list)
-    final: list[dict[str, Array]] = field(default_factory=list)
-
-    def signals(self) -> int:
-        """Steps with an unusual reward (not the median) plus terminations: events there is something to learn from."""
-        valid = np.stack(self.valid)
-        rewards = np.stack(self.rewards)[valid]
-        unusual = int((np.abs(rewards - np.median(rewards)) > 1e-9).sum())
-        return unusual + int(np.stack(self.terminated)[valid].sum())
 
 
 class Collector:
@@ -86,7 +56,9 @@ class Collector:
         self._return = np.zeros(self.n, np.float64)
         self._last_action: Array | None = None
         self._started_from: int | list[int] | None = None
-        self._history: list[Array] = []  # every action since the last seeded reset: replaying them restores the environments
+        self._history: list[
+            Array
+        ] = []  # every action since the last seeded reset: replaying them restores the environments
 
     # --- starting ------------------------------------------------------------------------------------------------
     def restart(self, seed: int | list[int] | None) -> None:
@@ -96,7 +68,7 @@ class Collector:
 
     def _reset(self, seed: int | list[int] | None) -> None:
         try:
-            self._obs, self._info = self.venv.reset(seed=seed)
+            self._obs, self._info = self.venv.reset(seed=seed)  # type: ignore[arg-type]  # a list is allowed
         except Exception as error:
             if isinstance(seed, list):
                 raise UsageError(
@@ -187,21 +159,21 @@ class Collector:
         mask = mask.reshape(self.n, -1).astype(bool)
         if mask.shape[1] != self.actions.mask_size:
             raise UsageError(
-                f"action_mask has {mask.shape[1]} entries per environment, the action space has {self.actions.mask_size} "
-                "actions to mask; give one entry per action"
+                f"action_mask has {mask.shape[1]} entries per environment, the action space has "
+                f"{self.actions.mask_size} actions to mask; give one entry per action"
             )
         if not mask.any(1).all():
             raise TrainingError(
-                f"action_mask leaves environment {int(np.argmin(mask.any(1)))} no valid action; an environment with nothing "
-                "left to do should terminate instead"
+                f"action_mask leaves environment {int(np.argmin(mask.any(1)))} no valid action; an environment with "
+                "nothing left to do should terminate instead"
             )
         return mask
 
     def _advance(self, env_actions: Any, valid: Bools) -> tuple[Array, Bools, Bools, Array, dict[str, Array] | None]:
         """Step once.
 
-        Returns rewards, terminated and done ``[n]``, and for the valid rows on which an episode ended: their numbers and
-        the encoded observation they ended with.
+        Returns rewards, terminated and done ``[n]``, and for the valid rows on which an episode ended: their numbers
+        and the encoded observation they ended with.
         """
         self._history.append(np.array(env_actions))
         try:
@@ -211,7 +183,9 @@ class Collector:
             final = None
             if len(ended):
                 if self.mode is AutoresetMode.SAME_STEP:
-                    final = self.observations.encode(_rows_of(self.venv.single_observation_space, info["final_obs"], ended))
+                    final = self.observations.encode(
+                        _rows_of(self.venv.single_observation_space, info["final_obs"], ended)
+                    )
                 else:
                     final = {key: value[ended].copy() for key, value in self.observations.encode(obs).items()}
             if self.mode is AutoresetMode.DISABLED and done.any():
@@ -269,7 +243,11 @@ class Collector:
             self._collect_episodes(policy, trace, sticky)
         else:
             self._collect_segments(policy, trace, sticky)
-        return self._pack(policy, trace)
+        now = self.observations.encode(self._obs)
+        rollout, self._elapsed, self._return = pack(
+            trace, policy, now, self._elapsed, self._return, self.config.group_size
+        )
+        return rollout
 
     def _collect_segments(self, policy: Policy, trace: Trace, sticky: float) -> None:
         config = self.config
@@ -304,91 +282,11 @@ class Collector:
                 running &= ~done
                 if len(trace.rewards) - start > MAX_EPISODE:
                     raise TrainingError(
-                        f"an episode has not ended after {MAX_EPISODE} steps, and this configuration waits for whole episodes; "
+                        f"an episode has not ended after {MAX_EPISODE} steps, and whole episodes are asked for; "
                         "use collect=segments with advantage=baseline, or give the environment a time limit"
                     )
             trace.rounds += [round_number] * (len(trace.rewards) - start)
             round_number += 1
-
-    def _pack(self, policy: Policy, trace: Trace) -> Rollout:
-        valid = np.stack(trace.valid)
-        order = valid.T  # packed order: environment by environment, each in time
-
-        def pick(rows: list[Array]) -> Array:
-            return np.stack(rows).swapaxes(0, 1)[order]
-
-        env, time = np.nonzero(order)
-        done = pick(trace.done)
-        end = done.copy()
-        end[np.flatnonzero(np.append(env[1:] != env[:-1], True))] = True
-        last = np.flatnonzero(end)
-        lengths = np.diff(last, prepend=-1)
-        sample_env, sample_time, sample_done = env[last], time[last], done[last]
-        terminated = pick(trace.terminated)[last]
-        continued = np.append(True, sample_env[1:] != sample_env[:-1])  # may carry on an episode of the last batch
-        rewards = pick(trace.rewards)
-
-        elapsed_before = np.where(continued, self._elapsed[sample_env], 0)
-        first = last + 1 - lengths
-        elapsed = np.arange(len(env)) - np.repeat(first - elapsed_before, lengths)
-        returns = np.add.reduceat(rewards, first, dtype=np.float64) + np.where(continued, self._return[sample_env], 0.0)
-        total_length = elapsed_before + lengths
-        finished = np.flatnonzero(sample_done)
-        finished = finished[np.argsort(sample_time[finished], kind="stable")]
-        self._elapsed[sample_env] = np.where(sample_done, 0, total_length)
-        self._return[sample_env] = np.where(sample_done, 0.0, returns)
-
-        raw = {key: pick([e[key] for e in trace.encoded]) for key in trace.encoded[0]}
-        now = self.observations.encode(self._obs)
-        keys = np.concatenate([*trace.final_keys, len(valid) * self.n + np.arange(self.n)])
-        wanted = np.where(sample_done, sample_time * self.n + sample_env, len(valid) * self.n + sample_env)
-        at = np.searchsorted(keys, wanted)
-        raw_last = {key: np.concatenate([*(f[key] for f in trace.final), now[key]])[at] for key in raw}
-        self._check_finite(raw, raw_last, rewards, env, time)
-
-        inputs, last_inputs = policy.prepare(raw), policy.prepare(raw_last)
-        if "flat" in raw:
-            policy.observe(raw["flat"])
-        per_group = self.config.group_size
-        group = np.asarray(trace.rounds)[sample_time] * (self.n // per_group) + sample_env // per_group if per_group else 0 * last
-        repeated = pick(trace.repeated) if trace.repeated else np.zeros(len(env), bool)
-        tensor = torch.from_numpy
-        return Rollout(
-            inputs={key: tensor(value) for key, value in inputs.items()},
-            last_inputs={key: tensor(value) for key, value in last_inputs.items()},
-            actions=tensor(pick(trace.actions)),
-            behaviour=tensor(pick(trace.behaviour)),
-            mask=tensor(pick(trace.masks)) if trace.masks else None,
-            trainable=tensor(~repeated),
-            rewards=tensor(rewards),
-            elapsed=tensor(elapsed),
-            last_elapsed=tensor(total_length),
-            lengths=tensor(lengths),
-            group=tensor(group),
-            terminated=tensor(terminated),
-            truncated=tensor(sample_done & ~terminated),
-            episode_returns=returns[finished].tolist(),
-            episode_lengths=total_length[finished].tolist(),
-            episode_envs=sample_env[finished].tolist(),
-        )
-
-    def _check_finite(
-        self, raw: dict[str, Array], raw_last: dict[str, Array], rewards: Array, env: Array, time: Array
-    ) -> None:
-        if not np.isfinite(rewards).all():
-            i = int(np.argmin(np.isfinite(rewards)))
-            raise TrainingError(
-                f"environment {env[i]} returned the reward {rewards[i]} on step {time[i]} of this batch; rewards must be finite "
-                "numbers: fix the environment, or wrap it in gymnasium.wrappers.TransformReward"
-            )
-        for flat in (raw.get("flat"), raw_last.get("flat")):
-            if flat is not None and not np.isfinite(flat).all():
-                i, column = (int(x[0]) for x in np.nonzero(~np.isfinite(flat)))
-                where = f"environment {env[i]} on step {time[i]} of this batch" if flat is raw["flat"] else "an episode's last step"
-                raise TrainingError(
-                    f"the observation of {where} holds {flat[i, column]} in component {column}; observations must be finite: "
-                    "fix the environment, or wrap it in gymnasium.wrappers.TransformObservation"
-                )
 
 
 def _rows_of(space: Any, final_obs: Any, rows: Array) -> Any:
@@ -396,7 +294,7 @@ def _rows_of(space: Any, final_obs: Any, rows: Array) -> Any:
     final = np.asarray(final_obs) if not isinstance(final_obs, dict | tuple) else final_obs
     if isinstance(final, np.ndarray) and final.dtype == object:
         items = [final[i] for i in rows]
-        return concatenate(space, items, create_empty_array(space, len(items)))
+        return concatenate(space, items, create_empty_array(space, len(items)))  # type: ignore[arg-type]
     if isinstance(final, dict):
         return {key: _rows_of(space[key], final[key], rows) for key in space.spaces}
     if isinstance(final, tuple):

@@ -37,7 +37,9 @@ class GRPOConfig(BaseModel):
     min_steps: int = Field(4096, ge=1, description="least steps per batch (collect=auto or episodes)")
     max_steps: int = Field(16384, ge=1, description="most steps per batch (collect=auto)")
     min_signals: int = Field(
-        8, ge=0, description="complete episodes, or steps with an unusual reward or a termination, that a batch waits for"
+        8,
+        ge=0,
+        description="complete episodes, or steps with an unusual reward or a termination, that a batch waits for",
     )
     group_size: int | None = Field(
         None, ge=2, description="episodes per group that share one start (the reset seed); needs collect=episodes"
@@ -46,12 +48,15 @@ class GRPOConfig(BaseModel):
     sticky: float = Field(0.9, ge=0, lt=1, description="initial probability of repeating the previous action")
     sticky_share: float = Field(0.5, ge=0, le=1, description="share of the environments that repeat actions")
     sticky_until: float = Field(0.5, gt=0, le=1, description="fraction of the budget after which sticky has faded to 0")
-    sticky_guard: bool = Field(True, description="halve sticky whenever the sticky environments return less than the others")
+    sticky_guard: bool = Field(
+        True, description="quarter sticky whenever the sticky environments return less than the others"
+    )
     warmup_steps: int = Field(2048, ge=0, description="random steps that start the observation statistics; counted")
 
     # --- advantages ----------------------------------------------------------------------------------------------
     advantage: Literal["baseline", "outcome", "leave_one_out", "timestep", "tutorial"] = Field(
-        "baseline", description="estimator: closed-form group baseline, DeepSeekMath outcome, RLOO, time-step group, the chapter's"
+        "baseline",
+        description="estimator: closed-form group baseline, DeepSeekMath outcome, RLOO, time-step group, the chapter's",
     )
     gamma: float = Field(0.99, ge=0, le=1, description="discount")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the generalised advantage on the baseline")
@@ -66,7 +71,7 @@ class GRPOConfig(BaseModel):
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="ratio is clipped above 1 + clip_high; epsilon of spo")
     dual_clip: float = Field(3.0, gt=1, description="bound c of dual_clip for negative advantages")
-    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus")
+    entropy_coef: float = Field(0.01, ge=0, description="weight of the entropy bonus")
     beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the reference policy")
     kl: Literal["exact", "exact_forward", "k1", "k2", "k3"] = Field(
         "exact", description="KL(policy || reference) in closed form, KL(reference || policy), or a sampled estimate"
@@ -96,7 +101,9 @@ class GRPOConfig(BaseModel):
     activation: Literal["tanh", "relu"] = Field("tanh", description="their activation")
     hidden_gain: float = Field(math.sqrt(2), gt=0, description="orthogonal gain of the hidden layers")
     output_gain: float = Field(0.01, gt=0, description="orthogonal gain of the last layer")
-    log_std_init: float = Field(0.0, description="initial log standard deviation of continuous actions")
+    log_std_init: float | None = Field(
+        None, description="initial log standard deviation of continuous actions; default: -0.5 - log(dimensions) / 2"
+    )
     normalize_observations: bool = Field(True, description="running mean and variance, part of the model")
 
     # --- run -----------------------------------------------------------------------------------------------------
@@ -109,7 +116,7 @@ class GRPOConfig(BaseModel):
         if self.group_size is not None:
             if self.collect == "segments":
                 raise ValueError(
-                    "group_size needs whole episodes but collect is 'segments'; set collect=episodes (or drop group_size)"
+                    "group_size needs whole episodes, collect is 'segments'; set collect=episodes or drop group_size"
                 )
             if self.n_envs % self.group_size:
                 raise ValueError(
@@ -127,7 +134,9 @@ class GRPOConfig(BaseModel):
                 "set n_envs=2 or more"
             )
         if self.max_steps < self.min_steps:
-            raise ValueError(f"max_steps={self.max_steps} is below min_steps={self.min_steps}; raise one or lower the other")
+            raise ValueError(
+                f"max_steps={self.max_steps} is below min_steps={self.min_steps}; raise one or lower the other"
+            )
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")
         if self.surrogate == "dual_clip" and self.dual_clip <= 1 + self.clip_high:
@@ -148,7 +157,7 @@ class GRPOConfig(BaseModel):
 
     @property
     def how_to_vectorize(self) -> str:
-        """``vectorization``; groups need a seed per environment, which an environment's own vector version may not take."""
+        """``vectorization``, but sync for groups: their seeds an environment's own vector version may not take."""
         return "sync" if self.vectorization == "auto" and self.group_size is not None else self.vectorization
 
 
@@ -173,6 +182,8 @@ def make_config(values: Mapping[str, Any]) -> GRPOConfig:
             message = problem["msg"].removeprefix("Value error, ")
             if name:
                 field = known[name]
-                message = f"{name}={problem['input']!r}: {message} ({field.description}; default {field.get_default()!r})"
+                message = (
+                    f"{name}={problem['input']!r}: {message} ({field.description}; default {field.get_default()!r})"
+                )
             lines.append(message)
         raise UsageError("; ".join(lines)) from None

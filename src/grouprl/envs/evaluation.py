@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from grouprl.envs.grpo import GRPO
-from grouprl.envs.vector import EnvLike, autoreset_mode, environment_error, horizon, make_vector
+from grouprl.envs.vector import EnvLike, autoreset_mode, environment_error, horizon, is_vectorised, make_vector
 from grouprl.errors import UsageError
 
 MAX_STEPS = 5000
@@ -46,11 +46,13 @@ class Evaluator:
     def __init__(
         self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None, n_envs: int = 16, vectorization: str = "auto"
     ) -> None:
-        self.venv = make_vector(env, n_envs, "auto" if vectorization == "async" else vectorization, env_kwargs, seed=12345)
+        self.venv = make_vector(
+            env, n_envs, "auto" if vectorization == "async" else vectorization, env_kwargs, seed=12345
+        )
 
     @property
     def step_limit(self) -> int:
-        """Steps after which an evaluation episode is cut: the environment's own limit, or ``MAX_STEPS`` if it has none."""
+        """Steps after which an episode is cut: the environment's own limit, or ``MAX_STEPS`` if it has none."""
         return horizon(self.venv) or MAX_STEPS
 
     def run(self, agent: GRPO, episodes: int = 100, deterministic: bool = True, seed: int = 0) -> Evaluation:
@@ -128,15 +130,9 @@ def evaluate(
     """
     target = env if env is not None else (agent.env or agent.env_id)
     kwargs = env_kwargs if env is not None else agent.env_kwargs
-    evaluator = Evaluator(target, kwargs, n_envs=min(episodes, 100 if _is_vectorised(target) else 16) or 1)
+    evaluator = Evaluator(target, kwargs, n_envs=min(episodes, 100 if is_vectorised(target) else 16) or 1)
     try:
         return evaluator.run(agent, episodes, deterministic, seed)
     finally:
         if isinstance(target, str) or callable(target):
             evaluator.close()
-
-
-def _is_vectorised(env: EnvLike) -> bool:
-    import gymnasium as gym
-
-    return isinstance(env, str) and ":" not in env and gym.spec(env).vector_entry_point is not None

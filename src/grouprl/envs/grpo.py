@@ -33,9 +33,9 @@ Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
 
 RECENT_EPISODES = 100
-STICKY_OFF = 0.06
+STICKY_OFF = 0.05
 RESTART_AFTER = 10
-"""Time limits after which a scheduled checkpoint starts fresh episodes: cuts about a tenth of them, bounds the replay."""
+"""Time limits after which a scheduled checkpoint starts fresh episodes: cuts few of them, bounds the replay."""
 
 
 class GRPO:
@@ -72,7 +72,7 @@ class GRPO:
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
         venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
         self._build(config, venv.single_observation_space, venv.single_action_space, network)
-        self.env_kwargs = kwargs
+        self.env_kwargs |= kwargs
         self._attach(env, venv)
 
     def _build(self, config: GRPOConfig, observation: Space[Any], action: Space[Any], network: Network | None) -> None:
@@ -253,7 +253,7 @@ class GRPO:
         return config.sticky * max(0.0, 1.0 - used / config.sticky_until) * self._sticky_scale
 
     def _guard_sticky(self, rollout: Rollout) -> None:
-        """Halve the probability whenever episodes that repeat actions return less than those that do not."""
+        """Quarter the probability whenever episodes that repeat actions return less than those that do not."""
         assert self._collector is not None
         for env, value in zip(rollout.episode_envs, rollout.episode_returns, strict=True):
             self._guard[int(self._collector.sticky_envs[env])].append(value)
@@ -261,7 +261,7 @@ class GRPO:
         enough = max(1, self._collector.n // 4)
         if len(plain) >= enough and len(sticky) >= enough:
             if np.mean(sticky) < np.mean(plain) - 1e-6:
-                self._sticky_scale = self._sticky_scale / 2 if self._sticky_scale > STICKY_OFF else 0.0
+                self._sticky_scale = self._sticky_scale / 4 if self._sticky_scale > STICKY_OFF else 0.0
             self._guard = ([], [])
 
     # --- acting ------------------------------------------------------------------------------------------------------

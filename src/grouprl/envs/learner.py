@@ -50,8 +50,8 @@ def keep_freed_memory() -> None:
 def single_threaded_kernels() -> Iterator[None]:
     """Within, every torch and BLAS call runs on its caller's thread; minibatches are shared among our own threads.
 
-    The arrays of this arena are small: waking a kernel's helper threads costs more than they save, while half a minibatch
-    is work enough for a thread.
+    The arrays of this arena are small: waking a kernel's helper threads costs more than they save, while half a
+    minibatch is work enough for a thread.
     """
     keep_freed_memory()
     threads = torch.get_num_threads()
@@ -196,7 +196,7 @@ class Learner:
             group["lr"] = rate
 
     def _adapt(self, approx_kl: float, progress: float) -> None:
-        """Keep the KL of an update near a target that shrinks over the run (the rule of 1707.06347, section 4, on the step)."""
+        """Keep an update's KL near a target that shrinks over the run (1707.06347, section 4, on the step size)."""
         if self.config.lr_schedule != "adaptive":
             return
         target = self.config.kl_target * max(1.0 - progress, self.config.lr_final)
@@ -223,7 +223,9 @@ class Learner:
         if self.reference is not None:
             self._reference_file = None
             prefix = "reference."
-            self.reference.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            self.reference.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            )
             self.reference.refresh()
         self.learning_rate = float(values["learning_rate"])  # type: ignore[arg-type]
         self.updates = int(values["updates"])  # type: ignore[call-overload]

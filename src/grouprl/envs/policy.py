@@ -5,7 +5,9 @@ There is no value head: nothing in this file estimates a return.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -25,11 +27,17 @@ class MLP(nn.Module):
     """Fully connected layers with orthogonal initialisation and zero biases."""
 
     def __init__(
-        self, n_inputs: int, n_outputs: int, hidden: tuple[int, ...], activation: str, hidden_gain: float, output_gain: float
+        self,
+        n_inputs: int,
+        n_outputs: int,
+        hidden: tuple[int, ...],
+        activation: str,
+        hidden_gain: float,
+        output_gain: float,
     ) -> None:
         super().__init__()
         sizes = (n_inputs, *hidden, n_outputs)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.tanh = activation == "tanh"
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, nn.Linear)
@@ -57,7 +65,7 @@ class MLP(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Small CNN: ``[m, C, H, W]`` of 0..255 to ``[m, 128]``; three strided convolutions, pooled to 4 x 4, one linear layer."""
+    """Small CNN: ``[m, C, H, W]`` of 0..255 to ``[m, 128]``; three convolutions, pooling to 4 x 4, one linear layer."""
 
     n_outputs = 128
 
@@ -115,7 +123,9 @@ class Policy(nn.Module):
             else network(n_in, n_out)
         )
         if self.gaussian:
-            self.log_std = nn.Parameter(torch.full((n_out,), config.log_std_init))
+            # The same length of the noise vector whatever the number of dimensions.
+            start = -0.5 - 0.5 * math.log(n_out) if config.log_std_init is None else config.log_std_init
+            self.log_std = nn.Parameter(torch.full((n_out,), start))
         self.normalize = config.normalize_observations and bool(observations.normalise.any())
         self._rescale = config.normalize_observations and bool((self.normalize | (observations.scale != 1)).any())
         d = observations.n_flat
@@ -159,7 +169,9 @@ class Policy(nn.Module):
     def translate(self, inputs: Mapping[str, Tensor], other: Policy) -> dict[str, Tensor]:
         """Inputs prepared by ``other`` as this policy would have prepared them (their statistics may differ)."""
         out = dict(inputs)
-        if "flat" in out and not (np.array_equal(self._shift, other._shift) and np.array_equal(self._scale, other._scale)):
+        if "flat" in out and not (
+            np.array_equal(self._shift, other._shift) and np.array_equal(self._scale, other._scale)
+        ):
             shift, scale, shift_o, scale_o = (
                 torch.from_numpy(a).to(out["flat"]) for a in (self._shift, self._scale, other._shift, other._scale)
             )
@@ -171,7 +183,9 @@ class Policy(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Distribution parameters ``[m, K]`` for ``m`` prepared inputs."""
         parts = [inputs["flat"]] if "flat" in inputs else []
-        parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders.values(), strict=True)]
+        parts += [
+            encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders.values(), strict=True)
+        ]
         out: Tensor = self.network(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
         if self.gaussian:
             out = torch.cat([out, self.log_std.expand_as(out)], 1)

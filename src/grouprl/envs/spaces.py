@@ -206,7 +206,7 @@ class ObservationCodec:
 
     @property
     def scale(self) -> Array:
-        """[D], what gives a component unit root mean square if all values are equally likely: sqrt(n) in a one-hot of n."""
+        """[D], what gives a component unit root mean square: sqrt(n) in a one-hot of n equally likely values."""
         return self._scale
 
     def encode(self, observations: Any) -> dict[str, Array]:

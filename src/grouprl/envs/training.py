@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +21,7 @@ from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
+from grouprl.runs.trackers import check_trackers
 
 CHAPTER_EPISODES = 20
 """Episodes in the chapter's avg_reward."""
@@ -50,9 +50,17 @@ class RunSettings:
     video: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("total_timesteps", "eval_every", "eval_episodes", "final_episodes", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "total_timesteps",
+            "eval_every",
+            "eval_episodes",
+            "final_episodes",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+        check_trackers(self.track)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,9 @@ class RunResult:
 class Recorder:
     """A callback that evaluates, logs, tracks and writes checkpoints; told of every update."""
 
-    def __init__(self, folder: RunFolder, run: RunSettings, agent: GRPO, threshold: float | None, stack: ExitStack) -> None:
+    def __init__(
+        self, folder: RunFolder, run: RunSettings, agent: GRPO, threshold: float | None, stack: ExitStack
+    ) -> None:
         self.folder, self.run, self.threshold = folder, run, threshold
         self.stopped = False
         self.solved_at: tuple[int, float] | None = None
@@ -107,7 +117,9 @@ class Recorder:
         step = agent.num_timesteps
         if step >= self._next_eval:
             self._next_eval = step - step % self.run.eval_every + self.run.eval_every
-            mean = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1).summary()["mean_return"]
+            mean = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1).summary()[
+                "mean_return"
+            ]
             metrics["eval_return"] = mean
             if self.solved_at is None and self.threshold is not None and mean >= self.threshold:
                 self.solved_at = (step, agent.train_seconds)
@@ -205,7 +217,9 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     folder = RunFolder.open(path)
     config = folder.read_config()
     try:
-        options = config["run"] | {"track": tuple(config["run"]["track"])} | ({"total_timesteps": steps} if steps else {})
+        options = (
+            config["run"] | {"track": tuple(config["run"]["track"])} | ({"total_timesteps": steps} if steps else {})
+        )
         run_settings = RunSettings(**options)
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
@@ -294,5 +308,3 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for n, old in previous.items():
             signal.signal(n, old)
-
-

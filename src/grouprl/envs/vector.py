@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from grouprl.errors import TrainingError, UsageError
@@ -47,7 +49,9 @@ def make_vector(
             return _make_envpool(env.removeprefix("envpool:"), n_envs, kwargs, seed)
         return _make_from_id(env, n_envs, vectorization, kwargs)
     if kwargs:
-        raise UsageError(f"env_kwargs={kwargs} only goes with an environment id; pass a callable such as lambda: MyEnv(...)")
+        raise UsageError(
+            f"env_kwargs={kwargs} only goes with an environment id; pass a callable such as lambda: MyEnv(...)"
+        )
     if isinstance(env, VectorEnv):
         return env
     if isinstance(env, gym.Env):
@@ -65,13 +69,9 @@ def make_vector(
 def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
     mode = None if vectorization == "auto" else vectorization
     vector_kwargs: dict[str, Any] = {}
-    try:
-        spec = gym.spec(env_id)
-    except (gym.error.Error, ImportError) as error:
-        raise UsageError(unknown_id_message(env_id, error)) from None
+    spec = find_spec(env_id)
     if mode is None:
-        usable = spec.vector_entry_point is not None and not spec.additional_wrappers
-        mode = "vector_entry_point" if usable else "sync"
+        mode = "vector_entry_point" if is_vectorised(env_id) else "sync"
     if mode == "vector_entry_point" and spec.vector_entry_point is None:
         raise UsageError(f"{env_id} has no vector entry point; use vectorization=auto, sync or async")
     if mode == "sync":
@@ -88,6 +88,29 @@ def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str
         raise UsageError(f"{env_id} does not accept env_kwargs={kwargs}: {error}") from None
     except gym.error.Error as error:
         raise UsageError(f"cannot make {env_id}: {error}") from None
+
+
+def find_spec(env_id: str) -> EnvSpec:
+    """The registered specification of ``"Env-v0"`` or ``"package:Env-v0"`` (the package is imported first).
+
+    Raises:
+        UsageError: no such package or id, with the closest ids.
+    """
+    package, _, name = env_id.rpartition(":")
+    try:
+        if package:
+            import_module(package)
+        return gym.spec(name)
+    except (gym.error.Error, ImportError) as error:
+        raise UsageError(unknown_id_message(env_id, error)) from None
+
+
+def is_vectorised(env: EnvLike) -> bool:
+    """Whether ``env`` is an id whose environment brings a vectorised version of its own, which ``auto`` uses."""
+    if not isinstance(env, str) or env.startswith("envpool:"):
+        return False
+    spec = find_spec(env)
+    return spec.vector_entry_point is not None and not spec.additional_wrappers
 
 
 def _make_envpool(env_id: str, n_envs: int, kwargs: dict[str, Any], seed: int) -> VectorEnv[Any, Any, Any]:
@@ -158,8 +181,8 @@ def reward_threshold(env: EnvLike) -> float | None:
     """The mean return at which Gymnasium's registry calls the environment solved, or None."""
     if isinstance(env, str):
         try:
-            return gym.spec(env.removeprefix("envpool:")).reward_threshold
-        except (gym.error.Error, ImportError):
+            return find_spec(env.removeprefix("envpool:")).reward_threshold
+        except UsageError:  # EnvPool knows ids that Gymnasium does not
             return None
     threshold = getattr(getattr(env, "spec", None), "reward_threshold", None)
     return None if threshold is None else float(threshold)
@@ -169,10 +192,12 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
     """What to say of an id Gymnasium does not know."""
     if isinstance(error, ImportError):
         return f"cannot import the module named in {env_id!r}: {error}; install the package that registers it"
-    close = difflib.get_close_matches(env_id, list(gym.registry), n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "see gymnasium.pprint_registry() for the ids installed here"
+    close = difflib.get_close_matches(env_id.rpartition(":")[2], list(gym.registry), n=3)
+    hint = (
+        f"did you mean {' or '.join(close)}?" if close else "gymnasium.pprint_registry() lists the ids installed here."
+    )
     return (
-        f"no environment {env_id!r} is registered ({str(error).rstrip('.')}); {hint} "
+        f"no environment {env_id!r} is registered; {hint} "
         "An environment of another package needs that package's name in front: 'package:Env-v0'."
     )
 

@@ -46,7 +46,9 @@ def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
         raise UsageError(f"{env_id} cannot render with render_mode={render_mode!r}: {error}") from None
     if env.render_mode != render_mode:
         env.close()
-        raise UsageError(f"{env_id} does not support render_mode={render_mode!r}; it offers {env.metadata.get('render_modes')}")
+        raise UsageError(
+            f"{env_id} does not support render_mode={render_mode!r}; it offers {env.metadata.get('render_modes')}"
+        )
     return env
 
 
@@ -69,9 +71,7 @@ def play_episode(agent: GRPO, env: gym.Env[Any, Any], seed: int, deterministic: 
         raise environment_error(error, "while playing") from error
 
 
-def record_episodes(
-    agent: GRPO, path: Path, episodes: int = 1, seed: int = 0, deterministic: bool = True
-) -> list[str]:
+def record_episodes(agent: GRPO, path: Path, episodes: int = 1, seed: int = 0, deterministic: bool = True) -> list[str]:
     """Film episodes into one video; returns notes for the user: why there is no film, or that it was cut.
 
     Raises:

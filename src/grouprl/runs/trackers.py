@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
@@ -114,6 +115,17 @@ class WandbTracker:
         self._run.finish()
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises UsageError for a name that is not in TRACKERS, or if a tracker's package is missing."""
+    unknown = [n for n in names if n not in TRACKERS]
+    if unknown:
+        raise UsageError(f"Unknown tracker {', '.join(map(repr, unknown))}. Allowed: {', '.join(TRACKERS)}.")
+    if "none" in names and len(set(names)) > 1:
+        raise UsageError(f"Tracker 'none' excludes the others, got {', '.join(names)}. Leave out one or the other.")
+    if "wandb" in names and find_spec("wandb") is None:
+        raise UsageError("Tracker 'wandb' needs Weights & Biases: pip install 'grouprl[wandb]'")
+
+
 def make_trackers(
     names: Sequence[str],
     *,
@@ -125,13 +137,9 @@ def make_trackers(
 ) -> list[Tracker]:
     """The trackers called `names`, each once. "none" stands for no tracker and must stand alone.
 
-    Raises UsageError for a name that is not in TRACKERS, or if a tracker's package is missing.
+    Raises UsageError as `check_trackers` does.
     """
-    unknown = [n for n in names if n not in TRACKERS]
-    if unknown:
-        raise UsageError(f"Unknown tracker {', '.join(map(repr, unknown))}. Allowed: {', '.join(TRACKERS)}.")
-    if "none" in names and len(set(names)) > 1:
-        raise UsageError(f"Tracker 'none' excludes the others, got {', '.join(names)}. Leave out one or the other.")
+    check_trackers(names)
     trackers: list[Tracker] = []
     if "tensorboard" in names:
         trackers.append(TensorBoardTracker(tensorboard_folder))

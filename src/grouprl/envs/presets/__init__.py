@@ -16,8 +16,8 @@ from grouprl.errors import UsageError
 class Preset:
     """A named configuration.
 
-    ``config`` holds only what differs from :class:`~grouprl.envs.config.GRPOConfig`'s defaults; ``env_kwargs`` go to the
-    environment; ``expect`` says what it reached, over which seeds, and the command that shows it.
+    ``config`` holds only what differs from :class:`~grouprl.envs.config.GRPOConfig`'s defaults; ``env_kwargs`` go to
+    the environment; ``expect`` says what it reached, over which seeds, and the command that shows it.
     """
 
     name: str

@@ -1,0 +1,154 @@
+"""The command line, as a person types it: each command once for real, and the mistakes people make."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grouprl import cli
+
+FAST = [
+    "--set", "n_envs=4", "--set", "collect=segments", "--set", "n_steps=64", "--set", "epochs=1", "--set", "warmup_steps=0",
+    "--set", "eval_episodes=2", "--set", "final_episodes=2", "--preset", "default",
+]  # fmt: skip
+
+
+def call(*arguments: str | Path) -> int:
+    """Run the entry point as the shell would; returns the exit status."""
+    argv, sys.argv = sys.argv, ["grouprl", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = argv
+    return 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert call("train", "CartPole-v1", "--seed", "1", "--steps", "1000", "--out", out, *FAST) == 0
+    return out
+
+
+def test_train_says_where_the_run_is_and_what_to_type_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r"
+    assert call("train", "CartPole-v1", "--steps", "500", "--out", out, "--no-video", *FAST) == 0
+    text = capsys.readouterr()
+    assert f"run folder: {out}" in text.out
+    for command in ("play", "evaluate", "plot"):
+        assert f"grouprl {command} {out}" in text.out
+    assert text.err == ""  # no progress bar where nobody watches
+    assert not (out / "episode.mp4").exists()
+
+
+def test_evaluate_prints_the_return(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("evaluate", run, "--episodes", "3") == 0
+    assert "CartPole-v1: mean return" in capsys.readouterr().out
+
+
+def test_evaluate_reads_a_model_file_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("evaluate", run / "model.safetensors", "--episodes", "2", "--sampled") == 0
+    assert "2 sampled episodes" in capsys.readouterr().out
+
+
+def test_play_without_a_screen_writes_a_video(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert call("play", run, "--episodes", "1") == 0
+    assert (run / "play.mp4").stat().st_size > 1000
+
+
+def test_plot_draws_several_runs(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert call("train", "CartPole-v1", "--seed", "2", "--steps", "1000", "--out", other, "--no-video", *FAST) == 0
+    assert call("plot", run, other, "--out", tmp_path / "both.png") == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_resume_refuses_a_finished_run_and_lengthens_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("resume", run) == 2
+    assert "--steps" in capsys.readouterr().err
+    assert call("resume", run, "--steps", "1500") == 0
+    assert json.loads((run / "summary.json").read_text())["total_steps"] >= 1500
+
+
+def test_a_config_file_starts_the_same_run_again(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    assert call("train", "--config", run / "config.yaml", "--steps", "500", "--out", out, "--set", "epochs=2") == 0
+    mine, theirs = (yaml.safe_load((p / "config.yaml").read_text()) for p in (out, run))
+    assert mine["config"] == theirs["config"] | {"epochs": 2}
+    assert mine["run"]["total_timesteps"] == 500
+
+
+def test_presets_and_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("presets") == 0
+    assert "CartPole-v1" in capsys.readouterr().out
+    assert call("presets", "tutorial") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["config"]["advantage"] == "tutorial"
+    assert call("settings") == 0
+    assert "learning_rate" in capsys.readouterr().out
+
+
+def test_numbers_without_a_dot_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    assert (
+        call("train", "CartPole-v1", "--steps", "300", "--out", out, "--no-video", "--set", "learning_rate=1e-4", *FAST)
+        == 0
+    )
+    assert yaml.safe_load((out / "config.yaml").read_text())["config"]["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "say what to train on"),
+        (["train", "CartPole-v9"], "CartPole-v9"),
+        (["train", "CartPol-v1"], "CartPole-v1"),
+        (["train", "nowhere:Env-v0"], "cannot import the module"),
+        (["train", "CartPole-v1", "--preset", "CartPole"], "did you mean CartPole-v1"),
+        (["train", "CartPole-v1", "--set", "learning_rat=1"], "did you mean 'learning_rate'"),
+        (["train", "CartPole-v1", "--set", "learning_rate=-1"], "learning_rate=-1"),
+        (["train", "CartPole-v1", "--set", "learning_rate=fast"], "learning_rate='fast'"),
+        (["train", "CartPole-v1", "--set", "group_size=1"], "group_size=1"),
+        (["train", "CartPole-v1", "--set", "advantage=outcome", "--set", "collect=segments"], "whole episodes"),
+        (["train", "CartPole-v1", "--set", "n_envs"], "KEY=VALUE"),
+        (["train", "CartPole-v1", "--env", "gravity=1"], "gravity"),
+        (["train", "CartPole-v1", "--track", "sheet"], "tensorboard"),
+        (["train", "CartPole-v1", "--steps", "0"], "total_timesteps=0"),
+        (["evaluate", "nothing-here"], "nothing-here"),
+        (["resume", "nothing-here"], "nothing-here"),
+        (["plot", "nothing-here"], "nothing-here"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "grouprl", "--help"], capture_output=True, text=True, check=True)
+    for command in ("train", "resume", "evaluate", "play", "plot", "presets", "settings"):
+        assert command in result.stdout
+    probe = "import sys, grouprl.cli; print('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
