@@ -20,7 +20,7 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.policy import Policy
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
-from grouprl.envs.trace import Array, Bools, Trace, pack
+from grouprl.envs.trace import Array, Bools, Trace, check_observations, pack
 from grouprl.envs.vector import autoreset_mode, environment_error
 from grouprl.errors import TrainingError, UsageError
 from grouprl.rollouts import Rollout
@@ -138,8 +138,9 @@ class Collector:
         for _ in range(max(8, -(-n_steps // self.n))):
             valid = ~self._waiting
             rows.append(self.observations.encode(self._obs)["flat"][valid].copy())
+            check_observations({"flat": rows[-1]}, np.flatnonzero(valid), np.full(len(rows[-1]), len(rows) - 1))
             taken += int(valid.sum())
-            mask = self._mask()
+            mask = valid_actions(self.observations, self.actions, self._obs, self._info, valid)
             params = zeros if mask is None else distribution.apply_mask(zeros, mask)
             self._advance(self.actions.to_env(distribution.sample(params, self.rng)), valid)
         policy.observe(np.concatenate(rows))
@@ -147,28 +148,6 @@ class Collector:
         return taken
 
     # --- one vector step -----------------------------------------------------------------------------------------
-    def _mask(self) -> Bools | None:
-        mask = self.observations.mask(self._obs)
-        if mask is None:
-            if "action_mask" not in self._info:
-                return None
-            mask = np.asarray(self._info["action_mask"])
-            given = self._info.get("_action_mask")
-            if given is not None and not np.all(given):
-                mask = np.where(np.asarray(given)[:, None], mask, True)
-        mask = mask.reshape(self.n, -1).astype(bool)
-        if mask.shape[1] != self.actions.mask_size:
-            raise UsageError(
-                f"action_mask has {mask.shape[1]} entries per environment, the action space has "
-                f"{self.actions.mask_size} actions to mask; give one entry per action"
-            )
-        if not mask.any(1).all():
-            raise TrainingError(
-                f"action_mask leaves environment {int(np.argmin(mask.any(1)))} no valid action; an environment with "
-                "nothing left to do should terminate instead"
-            )
-        return mask
-
     def _advance(self, env_actions: Any, valid: Bools) -> tuple[Array, Bools, Bools, Array, dict[str, Array] | None]:
         """Step once.
 
@@ -189,7 +168,8 @@ class Collector:
                 else:
                     final = {key: value[ended].copy() for key, value in self.observations.encode(obs).items()}
             if self.mode is AutoresetMode.DISABLED and done.any():
-                obs, info = self.venv.reset(options={"reset_mask": done.copy()})
+                obs, fresh = self.venv.reset(options={"reset_mask": done.copy()})
+                info = merge_masks(info, fresh, done)
         except Exception as error:
             raise environment_error(error, "in step") from error
         if self.mode is AutoresetMode.NEXT_STEP:
@@ -203,10 +183,12 @@ class Collector:
         valid = running & ~self._waiting
         encoded = {key: value.copy() for key, value in self.observations.encode(self._obs).items()}
         params = policy.infer(policy.prepare(encoded))
-        mask = self._mask()
+        mask = valid_actions(self.observations, self.actions, self._obs, self._info, valid)
+        if mask is None and trace.masks:
+            mask = np.ones_like(trace.masks[0])
         if mask is not None:
             params = self.actions.distribution.apply_mask(params, mask)
-            trace.masks.append(mask)
+            trace.masks += [np.ones_like(mask)] * (len(trace.rewards) - len(trace.masks)) + [mask]
         actions = self.actions.distribution.sample(params, self.rng)
         env_actions = self.actions.to_env(actions)
         if sticky > 0:
@@ -256,7 +238,7 @@ class Collector:
         self._start()
         running = np.ones(self.n, bool)
         if config.collect == "segments":
-            for _ in range(config.n_steps):
+            while len(trace.rewards) < config.n_steps or not any(valid.any() for valid in trace.valid):
                 self._step(policy, trace, running, sticky)
         else:
             taken = complete = 0
@@ -287,6 +269,47 @@ class Collector:
                     )
             trace.rounds += [round_number] * (len(trace.rewards) - start)
             round_number += 1
+
+
+def valid_actions(
+    observations: ObservationCodec, actions: ActionCodec, obs: Any, info: Mapping[str, Any], valid: Bools
+) -> Bools | None:
+    """Valid actions now, ``[n, M]``, or None where the environment names none.
+
+    They come from the observation's ``action_mask`` or from ``info["action_mask"]``. Rows not in ``valid [n]`` (they
+    only reset) and rows that name none allow every action.
+
+    Raises:
+        UsageError: a mask of another size than the action space, or one that leaves no action.
+    """
+    mask = observations.mask(obs)
+    given = valid
+    if mask is None:
+        if "action_mask" not in info:
+            return None
+        mask = np.asarray(info["action_mask"])
+        given = valid & np.asarray(info.get("_action_mask", valid))
+    mask = np.array(mask, bool).reshape(len(valid), -1)
+    if mask.shape[1] != actions.mask_size:
+        raise UsageError(
+            f"action_mask has {mask.shape[1]} entries per environment, the action space has {actions.mask_size} "
+            "actions to mask; give one entry per action"
+        )
+    mask[~given] = True
+    actions.distribution.check_mask(mask)
+    return mask
+
+
+def merge_masks(info: dict[str, Any], fresh: dict[str, Any], reset: Bools) -> dict[str, Any]:
+    """``fresh``, the info of a partial reset, with the masks ``info`` held for the environments that went on."""
+    if "action_mask" not in info:
+        return fresh
+    given = np.asarray(info.get("_action_mask", np.ones(len(reset), bool))) & ~reset
+    mask = np.array(info["action_mask"])
+    if "action_mask" in fresh:
+        given = given | reset
+        mask[reset] = np.asarray(fresh["action_mask"])[reset]
+    return {**fresh, "action_mask": mask, "_action_mask": given}
 
 
 def _rows_of(space: Any, final_obs: Any, rows: Array) -> Any:

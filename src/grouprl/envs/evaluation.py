@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from grouprl.envs.collect import merge_masks, valid_actions
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.vector import EnvLike, autoreset_mode, environment_error, horizon, is_vectorised, make_vector
-from grouprl.errors import UsageError
+from grouprl.errors import GrouprlError, UsageError
 
 MAX_STEPS = 5000
 """Where an environment has no time limit, a greedy policy that runs in circles would never end an episode."""
@@ -77,11 +78,9 @@ class Evaluator:
             obs, info = venv.reset(seed=seed)
             while left.any():
                 params = agent.policy.infer(agent.policy.prepare(agent.observations.encode(obs)))
-                mask = agent.observations.mask(obs)
-                if mask is None and "action_mask" in info:
-                    mask = np.asarray(info["action_mask"])
+                mask = valid_actions(agent.observations, agent.actions, obs, info, ~waiting)
                 if mask is not None:
-                    params = agent.policy.distribution.apply_mask(params, mask.reshape(n, -1).astype(bool))
+                    params = agent.policy.distribution.apply_mask(params, mask)
                 distribution = agent.policy.distribution
                 actions = distribution.mode(params) if deterministic else distribution.sample(params, rng)
                 obs, rewards, terminated, truncated, info = venv.step(agent.actions.to_env(actions))
@@ -97,7 +96,10 @@ class Evaluator:
                 if mode is AutoresetMode.NEXT_STEP:
                     waiting = done
                 elif mode is AutoresetMode.DISABLED and done.any():
-                    obs, info = venv.reset(options={"reset_mask": done.copy()})
+                    obs, fresh = venv.reset(options={"reset_mask": done.copy()})
+                    info = merge_masks(info, fresh, done)
+        except GrouprlError:
+            raise
         except Exception as error:
             raise environment_error(error, "during evaluation") from error
         return Evaluation(returns, lengths)

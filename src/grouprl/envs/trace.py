@@ -102,9 +102,9 @@ def pack(
     keys = np.concatenate([*trace.final_keys, n_steps * n + np.arange(n)])
     at = np.searchsorted(keys, np.where(sample_done, sample_time, n_steps) * n + sample_env)
     raw_last = {key: np.concatenate([*(f[key] for f in trace.final), now[key]])[at] for key in raw}
-    _check_finite(rewards, env, time)
-    _check_finite_observations(raw, env, time)
-    _check_finite_observations(raw_last, sample_env, sample_time + 1)
+    _check_rewards(rewards, env, time)
+    check_observations(raw, env, time)
+    check_observations(raw_last, sample_env, sample_time + 1)
     inputs, last_inputs = policy.prepare(raw), policy.prepare(raw_last)
     if "flat" in raw:
         policy.observe(raw["flat"])
@@ -135,7 +135,7 @@ def pack(
     return rollout, elapsed_after, return_after
 
 
-def _check_finite(rewards: Array, env: Array, time: Array) -> None:
+def _check_rewards(rewards: Array, env: Array, time: Array) -> None:
     if not np.isfinite(rewards).all():
         i = int(np.argmin(np.isfinite(rewards)))
         raise TrainingError(
@@ -144,7 +144,8 @@ def _check_finite(rewards: Array, env: Array, time: Array) -> None:
         )
 
 
-def _check_finite_observations(raw: Mapping[str, Array], env: Array, time: Array) -> None:
+def check_observations(raw: Mapping[str, Array], env: Array, time: Array) -> None:
+    """Raise TrainingError if ``raw [m, ...]`` is not finite, naming environment ``env [m]`` and step ``time [m]``."""
     for value in raw.values():
         if not np.isfinite(value).all():
             i, component = (int(x[0]) for x in np.nonzero(~np.isfinite(value.reshape(len(value), -1))))

@@ -14,7 +14,7 @@ import numpy as np
 
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.vector import environment_error, missing_extra_message, unknown_id_message
-from grouprl.errors import UsageError
+from grouprl.errors import GrouprlError, UsageError
 
 MAX_FRAMES = 2000
 DEFAULT_FPS = 30
@@ -65,7 +65,7 @@ def play_episode(agent: GRPO, env: gym.Env[Any, Any], seed: int, deterministic: 
             yield total
             if terminated or truncated:
                 return
-    except UsageError:
+    except GrouprlError:
         raise
     except Exception as error:
         raise environment_error(error, "while playing") from error
