@@ -72,7 +72,8 @@ def cases() -> list[Case]:
     solve("sb3-zoo-2t", "sb3", "SB3 PPO, RL-Zoo settings, 2 threads", library="sb3", threads=2)
     solve("sbx-zoo", "sb3", "SBX PPO (JAX), RL-Zoo settings", library="sbx", threads=1)
     solve("rejax-published", "rejax", "rejax PPO (JAX), its own settings", settings="published")
-    solve("rejax-large-batch", "rejax", "rejax PPO (JAX), 32 x 128 steps, lr 3e-3", settings="large_batch")
+    label = "rejax PPO (JAX), its own settings without entropy bonus"
+    solve("rejax-no-entropy-bonus", "rejax", label, settings="no_entropy_bonus")
     found.append(Case("command/train", "command", "grouprl", f"grouprl train {measuring.ENV_ID}"))
     return found
 

@@ -16,7 +16,7 @@ PARTS = ("time_collect", "time_advantages", "time_update")
 OWN_ENVS = {"sb3": 8, "rejax": 5}  # environments of a peer's own settings
 COMPARED = (
     ("SB3 PPO, equal work at 256 environments", "grouprl-256", "sb3-256-*"),
-    ("SB3 PPO with RL-Zoo settings (grouprl at 256 environments)", "grouprl-256", "sb3-zoo-*"),
+    ("SB3 PPO with RL-Zoo settings (not equal work: grouprl at 256 environments)", "grouprl-256", "sb3-zoo-*"),
     ("SBX PPO, equal work at 256 environments", "grouprl-256", "sbx-256"),
     ("rejax PPO, equal work at 256 environments", "grouprl-256", "rejax-256"),
     ("rejax PPO, equal work at 4096 environments", "grouprl-4096", "rejax-4096"),
@@ -119,7 +119,8 @@ def render(data: dict[str, Any]) -> str:
     packages = [f"{worker} ran on {', '.join(map(' '.join, v.items()))}" for worker, v in data["versions"].items()]
     text = (
         f"# Speed on CartPole-v1\n\n{where['cpu']}, {where['cores']} cores, {where['memory_gb']} GB, "
-        f"{where['system']}; started {data['started']}, {data['total_seconds'] / 60:.0f} minutes: `{data['command']}`.  \n"
+        f"{where['system']}; started {data['started']}, took {data['total_seconds'] / 60:.0f} minutes: "
+        f"`{data['command']}`.  \n"
         f"1-minute load average just before a run: median {statistics.median(loads):.1f}, highest {max(loads):.1f} "
         f"(about 1 is this benchmark's own).  \n{'; '.join(packages)}.  \n"
         "How this is measured, and what to keep in mind: [../README.md](../README.md#speed).\n"
@@ -127,9 +128,9 @@ def render(data: dict[str, Any]) -> str:
     if names["throughput"]:
         text += (
             "\n## Throughput of the whole trainer\n\n64x64 tanh; unless a peer's own settings are named: 128 steps per "
-            "environment, 4 epochs of 4 minibatches. All of collection, advantages and update; two updates of burn-in left "
-            f"out.\n\n{throughput_table(data, names['throughput'])}\nRatios of the medians, each peer at its best:\n\n"
-            + ratios(data)
+            "environment, 4 epochs of 4 minibatches. Collection, advantages and update together; two updates are "
+            f"left out as burn-in.\n\n{throughput_table(data, names['throughput'])}\n"
+            f"Ratios of the medians, each peer at its best number of threads:\n\n{ratios(data)}"
         )
     if names["solve"]:
         text += (

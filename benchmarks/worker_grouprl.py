@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 import measuring
@@ -87,5 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert torch.get_default_dtype() == torch.float32
     main()

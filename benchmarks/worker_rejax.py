@@ -26,15 +26,9 @@ PUBLISHED = {
     "ent_coef": 0.01,
     "vf_coef": 0.5,
 }
-LARGE_BATCH = PUBLISHED | {
-    "num_envs": 32,
-    "num_steps": 128,
-    "num_epochs": 4,
-    "num_minibatches": 4,
-    "learning_rate": 3e-3,
-    "ent_coef": 0.0,
-}
-EQUAL_WORK = LARGE_BATCH | {"learning_rate": 1e-3}
+# The quickest to the greedy criterion of seven variants tried on three seeds (5 to 32 environments, constant and falling learning rates).
+NO_ENTROPY_BONUS = PUBLISHED | {"ent_coef": 0.0}
+EQUAL_WORK = NO_ENTROPY_BONUS | {"num_steps": 128, "num_epochs": 4, "num_minibatches": 4, "learning_rate": 1e-3}
 BUDGET = 200_000
 
 traced: list[tuple[jax.Array, jax.Array]] = []
@@ -117,7 +111,7 @@ def main() -> None:
         settings = EQUAL_WORK | {"num_envs": arguments["n_envs"]} if arguments.get("n_envs") else PUBLISHED
         result = throughput(settings, arguments["updates"], arguments["seed"])
     else:
-        settings = {"published": PUBLISHED, "large_batch": LARGE_BATCH}[arguments["settings"]]
+        settings = {"published": PUBLISHED, "no_entropy_bonus": NO_ENTROPY_BONUS}[arguments["settings"]]
         result = solve(settings, arguments["seed"], arguments["launched"])
     measuring.report({**result, "versions": measuring.versions("rejax", "gymnax", "jax", "flax", "numpy")})
 

@@ -1,0 +1,271 @@
+"""What grouprl reaches on each environment, over seeds. See README.md, "Learning".
+
+    python benchmarks/envs_learning.py --seeds 0,1,2,3,4                 # every preset
+    python benchmarks/envs_learning.py --env LunarLander-v3 --seeds 0,1  # one of them
+    python benchmarks/envs_learning.py --default --seeds 0,1,2           # the same environments, untuned
+    python benchmarks/envs_learning.py --table                           # only render the table again
+
+One line of results/envs_learning.jsonl per run; runs already there with the same configuration are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import measuring
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "envs_learning.jsonl"
+CURVE_POINTS, CURVE_EPISODES, FINAL_EPISODES = 20, 20, 100
+RESAMPLES = 10_000
+
+Run = dict[str, Any]
+
+PUBLISHED = {  # environment without its version: what PPO reached elsewhere
+    "CartPole": "500 @100k (Zoo), 490 @500k (CleanRL)",
+    "Acrobot": "-73.5 @1M (Zoo), -86 @500k (CleanRL)",
+    "MountainCar": "-110.4 @1M (Zoo)",
+    "MountainCarContinuous": "88.3 @20k (Zoo)",
+    "Pendulum": "-172 @100k (Zoo)",
+    "LunarLander": "242 @1M (Zoo, v2)",
+    "HalfCheetah": "5819 @1M (Zoo, v3), 1443 @1M (CleanRL, v4)",
+    "Hopper": "2410 @1M (Zoo, v3), 2383 @1M (CleanRL, v4)",
+    "Walker2d": "3479 @1M (Zoo, v3), 2288 @1M (CleanRL, v4)",
+}
+SOURCES = (
+    "Published PPO: Zoo = RL Baselines3 Zoo's benchmark.md (github.com/DLR-RM/rl-baselines3-zoo; one run each, tuned "
+    "settings for each environment); CleanRL = its PPO documentation (docs.cleanrl.dev; 3 seeds, one configuration per "
+    "family, returns of the last training episodes)."
+)
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+def train(arguments: dict[str, Any]) -> Run:
+    """Train and evaluate once, in this process."""
+    from grouprl import GRPO, evaluate
+    from grouprl.envs.evaluation import Evaluator
+    from grouprl.envs.vector import reward_threshold
+
+    env_id, env_kwargs, seed, budget = (arguments[key] for key in ("env_id", "env_kwargs", "seed", "budget"))
+    agent = GRPO(env_id, preset=arguments["preset"], env_kwargs=env_kwargs, seed=seed)
+    evaluator = Evaluator(env_id, env_kwargs, n_envs=CURVE_EPISODES)
+    every = max(1, budget // CURVE_POINTS)
+    curve: list[tuple[int, float]] = []
+
+    def after_update(agent: GRPO, metrics: dict[str, float]) -> None:
+        if agent.num_timesteps >= (curve[-1][0] // every + 1 if curve else 1) * every:
+            curve.append(
+                (agent.num_timesteps, evaluator.run(agent, CURVE_EPISODES, seed=seed + 1).summary()["mean_return"])
+            )
+
+    agent.learn(budget, callback=after_update)
+    evaluator.close()
+    final = evaluate(agent, episodes=FINAL_EPISODES, seed=seed + 1000).summary()
+    return {
+        "steps": agent.num_timesteps,
+        "train_seconds": agent.train_seconds,
+        "mean": final["mean_return"],
+        "std": final["std_return"],
+        "min": final["min"],
+        "max": final["max"],
+        "episodes": final["episodes"],
+        "curve": curve,
+        "threshold": reward_threshold(env_id),
+        "versions": measuring.versions("grouprl", "torch", "numpy", "gymnasium"),
+    }
+
+
+# --- which runs ------------------------------------------------------------------------------------------------------
+def plan(names: list[str], seeds: list[int], steps: int | None, default: bool) -> list[Run]:
+    """One entry per environment and seed, with the hash of all that decides its outcome but the seed."""
+    from grouprl.envs import presets
+    from grouprl.envs.config import make_config
+
+    found = []
+    for name in names:
+        preset = presets.load(name) if name in presets.names() else None
+        if preset is None and not (default and steps):
+            raise SystemExit(
+                f"no preset {name!r} (there are: {', '.join(presets.names())}); without one give --default --steps N"
+            )
+        budget = steps or (preset.total_timesteps if preset else 0)
+        values = preset.config if preset and not default else {}
+        what = {
+            "env_id": preset.env_id if preset else name,
+            "env_kwargs": preset.env_kwargs if preset else {},
+            "budget": budget,
+        }
+        decides = {**what, "config": make_config(values).model_dump(mode="json", exclude={"seed"})}
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+        for seed in seeds:
+            found.append(
+                {
+                    "name": name,
+                    "mode": "default" if default else "preset",
+                    "preset": None if default else name,
+                    "seed": seed,
+                    "config_hash": digest,
+                    **what,
+                }
+            )
+    return found
+
+
+def key(run: Run) -> tuple[Any, ...]:
+    return run["name"], run["mode"], run["seed"], run["config_hash"]
+
+
+def read(path: Path) -> list[Run]:
+    """All runs recorded so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def commit() -> str:
+    """The commit that ran, marked if the tree differs from it."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return said.stdout.strip()
+
+
+def run_all(todo: list[Run], out: Path, jobs: int) -> int:
+    """Run each in a process of its own, append what it reached to ``out``; returns how many failed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    context = {"commit": commit(), "jobs": jobs, "machine": measuring.machine()}
+
+    def one(run: Run) -> bool:
+        label = f"{run['name']} ({run['mode']}) seed {run['seed']}"
+        try:
+            result = measuring.run_worker([sys.executable, __file__, "--worker"], run)
+        except RuntimeError as error:
+            print(f"{label}: FAILED\n{error}", file=sys.stderr, flush=True)
+            return False
+        line = {**run, **result, **context, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        with out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(
+            f"{label}: {result['mean']:.1f} after {result['steps']:,} steps, {result['train_seconds']:.1f} s",
+            flush=True,
+        )
+        return True
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, todo)).count(False)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half along the last axis: a quarter of the values, rounded down, is dropped at each end."""
+    cut = values.shape[-1] // 4
+    return np.sort(values, -1)[..., cut : values.shape[-1] - cut].mean(-1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the interquartile mean, over seeds."""
+    resampled = np.random.default_rng(0).choice(values, (RESAMPLES, len(values)))
+    low, high = np.percentile(interquartile_mean(resampled), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def number(value: float) -> str:
+    """Four significant digits at most, no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def row(runs: list[Run]) -> list[str]:
+    first = runs[-1]
+    means = np.array([run["mean"] for run in runs])
+    shown = number(float(interquartile_mean(means)))
+    if len(means) > 1:
+        low, high = interval(means)
+        shown += f" [{number(low)}, {number(high)}]"
+    threshold = first["threshold"]
+    reached = "" if threshold is None else f"{number(threshold)} ({(means >= threshold).sum()} of {len(means)})"
+    base = first["env_id"].rsplit("-v", 1)[0]
+    return [
+        first["name"],
+        f"{first['budget']:,}",
+        str(len(runs)),
+        shown,
+        f"{number(means.min())} to {number(means.max())}",
+        reached,
+        PUBLISHED.get(base, ""),
+        number(statistics.median(run["train_seconds"] for run in runs)),
+    ]
+
+
+def render(runs: list[Run]) -> str:
+    """The Markdown report: for each environment and budget, the runs of its newest configuration."""
+    groups: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
+    for run in {key(run): run for run in runs}.values():
+        groups[run["mode"], run["name"], run["budget"]].append(run)
+    quality = ["IQM of greedy return [95 %]", "range over seeds", "threshold (reached by)", "published PPO"]
+    header = ["environment", "steps", "seeds", *quality, "training s"]
+    text = (
+        f"# Learning\n\nGreedy return of the final policy over {FINAL_EPISODES} episodes; interquartile mean (IQM) "
+        "over seeds with a 95 % bootstrap interval. How this is measured, and what to keep in mind: "
+        "[../README.md](../README.md#learning).\n"
+    )
+    for mode, title in (("preset", "Presets"), ("default", "The robust default, untuned")):
+        chosen = sorted(name for name in groups if name[0] == mode)
+        if chosen:
+            rows = []
+            for name in chosen:
+                newest = groups[name][-1]["config_hash"]
+                rows.append(row([run for run in groups[name] if run["config_hash"] == newest]))
+            lines = [header, ["---"] * len(header), *rows]
+            text += f"\n## {title}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    machines = sorted({f"{run['machine']['cpu']}, {run['machine']['cores']} cores" for run in runs})
+    versions = sorted({run["versions"]["grouprl"] for run in runs})
+    return f"{text}\n{SOURCES}\n\ngrouprl {', '.join(versions)}; {'; '.join(machines)}.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", action="append", help="a preset (with --default also a Gymnasium id); may be repeated")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="comma-separated (default 0,1,2,3,4)")
+    parser.add_argument("--steps", type=int, help="environment steps instead of the preset's")
+    parser.add_argument(
+        "--default", action="store_true", help="the robust default instead of the preset's configuration"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1; seconds suffer from more)")
+    parser.add_argument("--table", action="store_true", help="render the table again, run nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON lines; the table goes beside them as .md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        measuring.report(train(json.loads(given.worker)))
+        return
+    failed = 0
+    if not given.table:
+        from grouprl.envs import presets
+
+        names = given.env or [name for name in presets.names() if name != "tutorial"]
+        wanted = plan(names, [int(seed) for seed in given.seeds.split(",")], given.steps, given.default)
+        known = {key(run) for run in read(given.out)}
+        todo = [run for run in wanted if key(run) not in known]
+        print(f"{len(wanted)} runs wanted, {len(wanted) - len(todo)} already in {given.out}", flush=True)
+        failed = run_all(todo, given.out, given.jobs)
+    runs = read(given.out)
+    if not runs:
+        raise SystemExit(f"{given.out} holds no runs")
+    given.out.with_suffix(".md").write_text(render(runs))
+    print(given.out.with_suffix(".md").read_text())
+    if failed:
+        raise SystemExit(f"{failed} runs failed")
+
+
+if __name__ == "__main__":
+    main()
