@@ -193,7 +193,8 @@ def row(runs: list[Run]) -> list[str]:
         shown += f" [{number(low)}, {number(high)}]"
     threshold = first["threshold"]
     reached = "" if threshold is None else f"{number(threshold)} ({(means >= threshold).sum()} of {len(means)})"
-    base = first["env_id"].rsplit("-v", 1)[0]
+    # Published numbers are of the environment as registered, not of a variant made with arguments.
+    published = "" if first["env_kwargs"] else PUBLISHED.get(first["env_id"].rsplit("-v", 1)[0], "")
     return [
         first["name"],
         f"{first['budget']:,}",
@@ -201,7 +202,7 @@ def row(runs: list[Run]) -> list[str]:
         shown,
         f"{number(means.min())} to {number(means.max())}",
         reached,
-        PUBLISHED.get(base, ""),
+        published,
         number(statistics.median(run["train_seconds"] for run in runs)),
     ]
 

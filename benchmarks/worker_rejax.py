@@ -26,7 +26,8 @@ PUBLISHED = {
     "ent_coef": 0.01,
     "vf_coef": 0.5,
 }
-# The quickest to the greedy criterion of seven variants tried on three seeds (5 to 32 environments, constant and falling learning rates).
+# The quickest to the greedy criterion of seven variants tried on three seeds (5 to 32 environments, constant and
+# falling learning rates).
 NO_ENTROPY_BONUS = PUBLISHED | {"ent_coef": 0.0}
 EQUAL_WORK = NO_ENTROPY_BONUS | {"num_steps": 128, "num_epochs": 4, "num_minibatches": 4, "learning_rate": 1e-3}
 BUDGET = 200_000
