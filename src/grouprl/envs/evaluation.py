@@ -132,7 +132,7 @@ def evaluate(
     """
     target = env if env is not None else (agent.env or agent.env_id)
     kwargs = env_kwargs if env is not None else agent.env_kwargs
-    evaluator = Evaluator(target, kwargs, n_envs=min(episodes, 100 if is_vectorised(target) else 16) or 1)
+    evaluator = Evaluator(target, kwargs, n_envs=max(1, min(episodes, 100 if is_vectorised(target) else 16)))
     try:
         return evaluator.run(agent, episodes, deterministic, seed)
     finally:

@@ -58,7 +58,14 @@ def make_vector(
         return SyncVectorEnv([lambda: env])
     if callable(env):
         makers = [env] * n_envs
-        made = AsyncVectorEnv(makers) if vectorization == "async" else SyncVectorEnv(makers, copy=False)
+        if vectorization == "async":
+            return AsyncVectorEnv(makers)
+        made = SyncVectorEnv(makers, copy=False)
+        if len({id(one.unwrapped) for one in made.envs}) < n_envs:
+            raise UsageError(
+                f"the callable returned the same environment again, and {n_envs} of them are stepped side by side; "
+                "return a new one at each call (lambda: MyEnv()), or pass the environment itself"
+            )
         return made
     raise UsageError(
         f"cannot make environments from {env!r} ({type(env).__name__}); "
