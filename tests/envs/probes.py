@@ -20,6 +20,7 @@ FAST: dict[str, Any] = {
     "baseline_features": 16,
     "warmup_steps": 64,
     "sticky": 0.0,
+    "entropy_coef": 0.0,
     "threads": 1,
 }
 """Settings under which a probe is solved in a second or two."""
