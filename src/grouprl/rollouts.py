@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
@@ -17,6 +19,7 @@ class Rollout:
     """A batch of packed steps. A sample is one contiguous piece of an episode of one environment.
 
     Attributes:
+        observed: the flat observations before normalisation, ``[S, D]``, or None where there are none.
         inputs: what the policy sees at each step, each ``[S, ...]``; already normalised.
         last_inputs: what it would see after the last step of each sample, each ``[N, ...]``.
         actions: as sampled, before any clipping to the environment's bounds; ``[S]`` or ``[S, A]``.
@@ -33,6 +36,7 @@ class Rollout:
             order they ended; episode_envs: the environment of each.
     """
 
+    observed: np.ndarray[Any, Any] | None
     inputs: Mapping[str, Tensor]
     last_inputs: Mapping[str, Tensor]
     actions: Tensor

@@ -138,3 +138,5 @@ def evaluate(
     finally:
         if isinstance(target, str) or callable(target):
             evaluator.close()
+        elif target is agent.env:
+            agent.restart_episodes()

@@ -18,7 +18,7 @@ from grouprl.envs import presets
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
-from grouprl.envs.learner import Learner, single_threaded_kernels
+from grouprl.envs.learner import Learner, load_policy, model_file, single_threaded_kernels
 from grouprl.envs.policy import Network, Policy
 from grouprl.envs.spaces import ActionCodec, ObservationCodec, space_from_json, space_to_json
 from grouprl.envs.vector import EnvLike, env_name, horizon, make_vector
@@ -26,7 +26,7 @@ from grouprl.errors import UsageError
 from grouprl.objective import RandomFeatures
 from grouprl.rollouts import Rollout
 from grouprl.runs.progress import Progress
-from grouprl.runs.state import load_state, save_state
+from grouprl.runs.state import load_state, read_meta, save_state
 
 Metrics = dict[str, float]
 Callback = Callable[["GRPO", Metrics], bool | None]
@@ -76,9 +76,12 @@ class GRPO:
         self._attach(env, venv)
 
     def _build(self, config: GRPOConfig, observation: Space[Any], action: Space[Any], network: Network | None) -> None:
-        if config.device.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"device={config.device!r} but no CUDA device is available; use device=cpu")
-        init, act, shuffle, starts = np.random.SeedSequence(config.seed).spawn(4)
+        try:
+            torch.zeros(0, device=config.device)
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"device={config.device!r} cannot be used ({reason}); use device=cpu") from None
+        init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
         self.config = config
         self.observation_space, self.action_space = observation, action
         self.actions = ActionCodec(action)
@@ -87,6 +90,7 @@ class GRPO:
             torch.manual_seed(int(init.generate_state(1)[0]))
             self.policy = Policy(self.observations, self.actions, config, network).to(config.device)
         self._act_rng, self._start_rng = np.random.default_rng(act), np.random.default_rng(starts)
+        self._predict_rng = np.random.default_rng(predict)
         self.learner = Learner(self.policy, config, np.random.default_rng(shuffle))
         self.baseline: Baseline | None = None
         self._custom_network = network is not None
@@ -140,6 +144,11 @@ class GRPO:
         """The vector environment batches are collected from, or None after :meth:`load` without one."""
         return self._venv
 
+    def restart_episodes(self) -> None:
+        """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
+        if self._collector is not None:
+            self._collector.restart(int(self._start_rng.integers(2**31 - 1)))
+
     @property
     def env(self) -> EnvLike | None:
         """The environment as it was given."""
@@ -149,7 +158,12 @@ class GRPO:
         if self._collector is None:
             if not self.env_id:
                 raise UsageError("this agent was loaded without an environment; call agent.set_env(env) before learn")
-            self.set_env(self.env_id, self.env_kwargs)
+            try:
+                self.set_env(self.env_id, self.env_kwargs)
+            except UsageError as error:
+                raise UsageError(
+                    f"call agent.set_env(env) first: {self.env_id!r} cannot be made again ({error})"
+                ) from None
         assert self._collector is not None
         return self._collector
 
@@ -215,6 +229,8 @@ class GRPO:
             metrics |= info | {key: float(value) for key, value in asdict(stats).items()}
             metrics["time_advantages"] = estimated - collected
             metrics["time_update"] = perf_counter() - estimated
+        if rollout.observed is not None:
+            self.policy.observe(rollout.observed)
         if sticky > 0 and config.sticky_guard:
             self._guard_sticky(rollout)
         seconds = perf_counter() - began
@@ -296,7 +312,7 @@ class GRPO:
         if mask is not None:
             params = self.policy.distribution.apply_mask(params, np.asarray(mask, bool).reshape(len(params), -1))
         distribution = self.policy.distribution
-        actions = distribution.mode(params) if deterministic else distribution.sample(params, self._act_rng)
+        actions = distribution.mode(params) if deterministic else distribution.sample(params, self._predict_rng)
         env_actions = self.actions.to_env(actions)
         return (env_actions if batched else env_actions[0]), state
 
@@ -339,13 +355,8 @@ class GRPO:
         Raises:
             UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / "model.safetensors"
-        elif path.suffix != ".safetensors" and not path.exists():
-            path = path.with_name(path.name + ".safetensors")
-        tensors, meta = load_state(path)
-        agent = cls._from_meta(path, tensors, meta, network, settings)
+        path = model_file(Path(path))
+        agent = cls._from_meta(path, read_meta(path), network, settings)
         if env is not None:
             agent.set_env(env)
         return agent
@@ -354,7 +365,6 @@ class GRPO:
     def _from_meta(
         cls,
         path: Path,
-        tensors: Mapping[str, torch.Tensor],
         meta: Mapping[str, Any],
         network: Network | None,
         settings: Mapping[str, Any],
@@ -371,12 +381,7 @@ class GRPO:
         agent.env_id, agent.env_kwargs = meta["env_id"], dict(meta["env_kwargs"])
         agent.num_timesteps = int(meta["num_timesteps"])
         agent._warm = True
-        policy = {key.removeprefix("policy."): value for key, value in tensors.items() if key.startswith("policy.")}
-        try:
-            agent.policy.load_state_dict(policy or dict(tensors))
-        except RuntimeError as error:
-            raise UsageError(f"{path} does not fit the policy its own configuration describes: {error}") from None
-        agent.policy.refresh()
+        load_policy(agent.policy, path)
         return agent
 
     def checkpoint(
@@ -431,7 +436,7 @@ class GRPO:
         tensors, meta = load_state(path)
         if meta.get("kind") != "checkpoint":
             raise UsageError(f"{path} is a saved model, not a checkpoint; GRPO.load reads it")
-        agent = cls._from_meta(path, tensors, meta, network, {})
+        agent = cls._from_meta(path, meta, network, {})
         agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
         state = meta["state"]
         agent.learner.load(tensors, state["learner"])

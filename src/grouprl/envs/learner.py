@@ -46,6 +46,29 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 1 << 30)
 
 
+def model_file(path: Path) -> Path:
+    """The file meant by ``path``: a run folder's model, or the file itself with or without its suffix."""
+    if path.is_dir():
+        return path / "model.safetensors"
+    return path if path.suffix == ".safetensors" or path.exists() else path.with_name(path.name + ".safetensors")
+
+
+def load_policy(policy: Policy, path: Path) -> None:
+    """Load the policy saved at ``path`` (a file or a run folder) into ``policy``.
+
+    Raises:
+        UsageError: no such file, a foreign one, or one for other spaces or another network.
+    """
+    tensors, _ = load_state(model_file(path))
+    prefix = "policy."
+    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    try:
+        policy.load_state_dict(own or tensors)
+    except RuntimeError as error:
+        raise UsageError(f"the policy in {path} does not fit this one: {' '.join(str(error).split())}") from None
+    policy.refresh()
+
+
 @contextmanager
 def single_threaded_kernels() -> Iterator[None]:
     """Within, every torch and BLAS call runs on its caller's thread; minibatches are shared among our own threads.
@@ -77,7 +100,6 @@ class Learner:
         self.reference: Policy | None = None
         if config.beta > 0 and config.reference != "old":
             self.reference = copy.deepcopy(policy)
-        self._reference_file = config.reference if config.reference not in ("old", "initial", "periodic") else None
         self.pool = ThreadPoolExecutor(config.threads - 1) if config.threads > 1 else None
         c = config
         self.settings = UpdateSettings(
@@ -161,32 +183,18 @@ class Learner:
             return None
         if self.reference is None:
             return behaviour
-        if self._reference_file is not None:
-            self._read_reference(Path(self._reference_file))
+        if (
+            self.updates == 0
+        ):  # not earlier: a policy loaded to act needs no reference, and warm-up has set the statistics
+            if self.config.reference in ("initial", "periodic"):
+                self.refresh_reference()
+            else:
+                load_policy(self.reference, Path(self.config.reference))
         with torch.no_grad():
             prepared = self.reference.translate(inputs, self.policy)
             parts = torch.split(torch.arange(behaviour.shape[0]), self.settings.micro_batch)
             params = torch.cat([self.reference({key: value[i] for key, value in prepared.items()}) for i in parts])
             return params if mask is None else self.policy.distribution.apply_mask(params, mask)
-
-    def _read_reference(self, path: Path) -> None:
-        """Take the reference policy from the file or run folder ``path``; read at the first update, not to act."""
-        assert self.reference is not None
-        file = path / "model.safetensors" if path.is_dir() else path
-        if not file.exists() and file.suffix != ".safetensors":
-            file = file.with_name(file.name + ".safetensors")
-        if not file.exists():
-            raise UsageError(
-                f"reference={self.config.reference!r} is neither old, initial, periodic nor a saved model: "
-                f"there is no {file}"
-            )
-        tensors, _ = load_state(file)
-        try:
-            self.reference.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UsageError(f"the reference policy in {file} does not fit this policy: {error}") from None
-        self.reference.refresh()
-        self._reference_file = None
 
     def _set_learning_rate(self, progress: float) -> None:
         rate = self.learning_rate
@@ -221,7 +229,6 @@ class Learner:
         if optimizer:
             self.optimizer.state[self.parameters.vector] = optimizer
         if self.reference is not None:
-            self._reference_file = None
             prefix = "reference."
             self.reference.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -53,8 +53,6 @@ def pack(
 ) -> tuple[Rollout, Array, Array]:
     """Pack a trace of ``T`` vector steps of ``n`` environments: environment by environment, each in time.
 
-    Also merges the raw observations into the statistics of ``policy``; the batch is normalised with the old ones.
-
     Args:
         trace: the steps; rows that are not valid are dropped.
         policy: prepares the inputs.
@@ -106,15 +104,13 @@ def pack(
     check_observations(raw, env, time)
     check_observations(raw_last, sample_env, sample_time + 1)
     inputs, last_inputs = policy.prepare(raw), policy.prepare(raw_last)
-    if "flat" in raw:
-        policy.observe(raw["flat"])
-
     group = np.zeros_like(last)
     if group_size is not None:
         group = np.asarray(trace.rounds)[sample_time] * (n // group_size) + sample_env // group_size
     repeated = pick(trace.repeated) if trace.repeated else np.zeros(len(env), bool)
     tensor = torch.from_numpy
     rollout = Rollout(
+        observed=raw.get("flat"),
         inputs={key: tensor(value) for key, value in inputs.items()},
         last_inputs={key: tensor(value) for key, value in last_inputs.items()},
         actions=tensor(pick(trace.actions)),
