@@ -474,6 +474,8 @@ def test_warm_up_counts_its_steps_and_sets_the_statistics():
     before = policy.mean.clone()
     rollout = made.collect(policy)
     assert rollout.inputs["flat"].abs().max() <= 10
+    assert torch.equal(policy.mean, before)  # collecting leaves the policy alone: the caller decides when it observes
+    policy.observe(rollout.observed)
     assert not torch.equal(policy.mean, before)
 
 

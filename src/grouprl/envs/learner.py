@@ -188,8 +188,13 @@ class Learner:
         ):  # not earlier: a policy loaded to act needs no reference, and warm-up has set the statistics
             if self.config.reference in ("initial", "periodic"):
                 self.refresh_reference()
-            else:
+            elif model_file(Path(self.config.reference)).exists():
                 load_policy(self.reference, Path(self.config.reference))
+            else:
+                raise UsageError(
+                    f"reference={self.config.reference!r} is neither old, initial, periodic nor a saved model; "
+                    "give one of those words, a run folder or a .safetensors file"
+                )
         with torch.no_grad():
             prepared = self.reference.translate(inputs, self.policy)
             parts = torch.split(torch.arange(behaviour.shape[0]), self.settings.micro_batch)

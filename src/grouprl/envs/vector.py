@@ -58,6 +58,8 @@ def make_vector(
         return SyncVectorEnv([lambda: env])
     if callable(env):
         makers = [env] * n_envs
+        if vectorization not in ("auto", "sync", "async"):
+            raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
         if vectorization == "async":
             return AsyncVectorEnv(makers)
         made = SyncVectorEnv(makers, copy=False)
@@ -146,6 +148,8 @@ class EnvPoolVector(VectorEnv[Any, Any, Any]):
         self.max_episode_steps = pool.spec.config.max_episode_steps
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        if isinstance(seed, list):
+            raise ValueError("EnvPool seeds its environments once, when it makes them")
         obs, info = self.pool.reset()
         return obs, {k: v for k, v in info.items() if k == "action_mask"}
 
