@@ -21,7 +21,7 @@ from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_sig
 from grouprl.envs.learner import Learner, load_policy, model_file, single_threaded_kernels
 from grouprl.envs.policy import Network, Policy
 from grouprl.envs.spaces import ActionCodec, ObservationCodec, space_from_json, space_to_json
-from grouprl.envs.vector import EnvLike, env_name, horizon, make_vector
+from grouprl.envs.vector import EnvLike, close_vector, env_name, horizon, make_vector
 from grouprl.errors import UsageError
 from grouprl.objective import RandomFeatures
 from grouprl.rollouts import Rollout
@@ -135,7 +135,7 @@ class GRPO:
             if ours != theirs:
                 raise UsageError(f"the new environment's {name} space {theirs} differs from the policy's {ours}; "
                                  "build a new GRPO(env) for it")  # fmt: skip
-        if self._venv is not None and self._venv is not venv:
+        if self._venv is not None and self._venv is not venv and env is not self._env:
             self._venv.close()
         self.env_kwargs = kwargs
         self._attach(env, venv)
@@ -458,5 +458,5 @@ class GRPO:
     def close(self) -> None:
         """Close the environments."""
         if self._venv is not None:
-            self._venv.close()
+            close_vector(self._venv)
             self._venv = self._collector = None

@@ -113,9 +113,7 @@ class Policy(nn.Module):
         self.distribution = actions.distribution
         self.gaussian = isinstance(self.distribution, DiagonalGaussian)
         n_out = self.distribution.n if isinstance(self.distribution, DiagonalGaussian) else self.distribution.n_params
-        self.encoders = nn.ModuleDict(
-            {key.replace(".", "_"): ImageEncoder(shape[0]) for key, shape in observations.images.items()}
-        )
+        self.encoders = nn.ModuleList(ImageEncoder(shape[0]) for shape in observations.images.values())
         n_in = observations.n_flat + ImageEncoder.n_outputs * len(self.encoders)
         self.network = (
             MLP(n_in, n_out, config.hidden_sizes, config.activation, config.hidden_gain, config.output_gain)
@@ -149,8 +147,8 @@ class Policy(nn.Module):
             return
         n = float(self.count)
         m = len(flat)
-        mean = torch.from_numpy(flat.mean(0, dtype=np.float64))
-        variance = torch.from_numpy(flat.var(0, dtype=np.float64))
+        mean = torch.from_numpy(flat.mean(0, dtype=np.float64)).to(self.mean)
+        variance = torch.from_numpy(flat.var(0, dtype=np.float64)).to(self.mean)
         delta = mean - self.mean
         self.mean += delta * (m / (n + m))
         self.variance.mul_(n / (n + m)).add_(variance * (m / (n + m)) + delta**2 * (n * m / (n + m) ** 2))
@@ -183,9 +181,7 @@ class Policy(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Distribution parameters ``[m, K]`` for ``m`` prepared inputs."""
         parts = [inputs["flat"]] if "flat" in inputs else []
-        parts += [
-            encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders.values(), strict=True)
-        ]
+        parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders, strict=True)]
         out: Tensor = self.network(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
         if self.gaussian:
             out = torch.cat([out, self.log_std.expand_as(out)], 1)

@@ -163,6 +163,21 @@ class EnvPoolVector(VectorEnv[Any, Any, Any]):
         self.pool.close()
 
 
+def close_vector(venv: VectorEnv[Any, Any, Any]) -> None:
+    """Close ``venv``, also where a worker process is dead and the others cannot be asked to leave."""
+    try:
+        venv.close()
+    except (EOFError, OSError):
+        if not isinstance(venv, AsyncVectorEnv):
+            raise
+        for process, pipe in zip(venv.processes, venv.parent_pipes, strict=True):
+            process.terminate()
+            process.join()
+            if pipe is not None:
+                pipe.close()
+        venv.closed = True
+
+
 def autoreset_mode(venv: VectorEnv[Any, Any, Any]) -> AutoresetMode:
     """The environment's autoreset mode; NEXT_STEP, Gymnasium's default, where its metadata does not say."""
     mode = (venv.metadata or {}).get("autoreset_mode", AutoresetMode.NEXT_STEP)
