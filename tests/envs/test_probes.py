@@ -71,11 +71,9 @@ def test_the_reference_can_be_a_saved_policy(tmp_path):
     expert = solve(probes.bandit, 4000)
     path = expert.save(tmp_path / "expert")
     settings = {**probes.FAST, "kl": "exact", "beta": 3.0, "skip_without_signal": False}
-    pupil = GRPO(lambda: probes.bandit(best=99), **settings, reference=str(path)).learn(
-        4000
-    )  # nothing but the KL teaches
+    pupil = GRPO(lambda: probes.bandit(best=99), **settings, reference=str(path)).learn(4000)
     assert greedy(pupil, probes.bandit) == 1.0
-    with pytest.raises(UsageError, match="neither old, initial, periodic nor a saved model"):
+    with pytest.raises(UsageError, match="inital"):
         GRPO(probes.bandit, **settings, reference="inital").learn(1)
 
 
