@@ -66,6 +66,11 @@ class Evaluator:
         if episodes < 1:
             raise UsageError(f"episodes={episodes} must be at least 1")
         venv, n = self.venv, self.venv.num_envs
+        if (venv.single_observation_space, venv.single_action_space) != (agent.observation_space, agent.action_space):
+            raise UsageError(
+                f"the environment has the spaces {venv.single_observation_space} and {venv.single_action_space}, the "
+                f"policy {agent.observation_space} and {agent.action_space}; evaluate it where they are the same"
+            )
         mode = autoreset_mode(venv)
         left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
         returns: list[float] = []
