@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.objective import RandomFeatures, fit_baseline, gae, returns_to_go
+from grouprl.objective import RandomFeatures, fit_baseline, gae
 
 
 def flags(*values):
@@ -132,29 +132,6 @@ def test_advantages_and_explained_variance_are_those_of_the_values_returned():
     target = fit.values + fit.advantages
     expected = 1.0 - (target - fit.values).var() / target.var()
     assert fit.explained_variance == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_rows_left_out_of_the_fit_do_not_lock_onto_the_period_of_the_samples():
-    # 32 samples of 64 steps, one row in 16 fitted: a fixed stride would see 4 of the 64 moments
-    moments, copies = 64, 32
-    phi = torch.cat((torch.eye(moments), torch.ones(moments, 1)), 1).double().repeat(copies, 1)
-    rewards = torch.arange(moments).double().repeat(copies)
-    lengths, ended = torch.full((copies,), moments), torch.ones(copies, dtype=torch.bool)
-    args = (phi, phi[:copies], rewards, lengths, ended, None, 0.5, 1.0, 1e-9)
-    fit = fit_baseline(*args, max_fit_rows=moments * copies // 16)
-    expected = returns_to_go(rewards, lengths, 0.5)
-    known = (fit.values - expected).abs() < 1e-3
-    assert fit.values.shape == expected.shape
-    assert known.double().mean() > 0.75
-
-
-def test_linear_values_survive_a_fit_on_a_part_of_the_rows():
-    to_end = torch.arange(100, 0, -1).double().repeat(10) / 100.0
-    phi = torch.stack((to_end, torch.ones(1000, dtype=torch.float64)), 1)
-    lengths, ended = torch.full((10,), 100), torch.ones(10, dtype=torch.bool)
-    rewards = torch.full((1000,), 0.01, dtype=torch.float64)
-    fit = fit_baseline(phi, phi[:10], rewards, lengths, ended, None, 1.0, 1.0, ridge=1e-9, max_fit_rows=77)
-    assert_close(fit.values, to_end, rtol=1e-4, atol=1e-4)
 
 
 def test_coinciding_features_are_no_obstacle():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,10 @@ from grouprl.rollouts import Rollout
 DEFAULT_HORIZON = 1000
 """Steps that scale the time feature where the environment names no time limit."""
 
+MAX_FIT_STEPS = 16384
+CHUNK = 8192
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 EQUAL = 1e-6
 """Relative difference up to which returns summed in float32 count as equal."""
 
@@ -28,12 +33,71 @@ class Baseline:
     horizon: int
     weights: Tensor | None = None
 
-    def phi(self, inputs: dict[str, Tensor], elapsed: Tensor) -> Tensor:
+    def phi(self, inputs: Mapping[str, Tensor], elapsed: Tensor) -> Tensor:
         """Features ``[m, F]`` of prepared inputs and the steps since the start of the episode ``[m]``."""
         return self.features(summary(inputs), elapsed.float() / self.horizon)
 
+    def values(self, inputs: Mapping[str, Tensor], elapsed: Tensor) -> Tensor:
+        """Values ``[m]`` under the last regression, a chunk of rows at a time."""
+        assert self.weights is not None
+        chunks = torch.split(torch.arange(elapsed.shape[0]), CHUNK)
+        return torch.cat([self.phi({k: v[i] for k, v in inputs.items()}, elapsed[i]) @ self.weights for i in chunks])
 
-def summary(inputs: dict[str, Tensor]) -> Tensor:
+    def advantages(self, rollout: Rollout, config: GRPOConfig) -> tuple[Tensor, float]:
+        """Refit on the rollout; advantages ``[S]``, neither centred nor scaled, and the variance explained.
+
+        Of a batch of more than ``MAX_FIT_STEPS`` steps some whole samples enter the regression: that many steps
+        over-determine a few hundred weights many times, and the regression is what an estimate costs.
+        """
+        samples, steps = fit_subset(rollout.lengths)
+        every = steps.shape[0] == rollout.n_steps
+
+        def part(tensors: Mapping[str, Tensor], index: Tensor) -> Mapping[str, Tensor]:
+            return tensors if every else {key: value[index] for key, value in tensors.items()}
+
+        fit = objective.fit_baseline(
+            self.phi(part(rollout.inputs, steps), rollout.elapsed[steps]),
+            self.phi(part(rollout.last_inputs, samples), rollout.last_elapsed[samples]),
+            rollout.rewards[steps],
+            rollout.lengths[samples],
+            rollout.terminated[samples],
+            self.weights,
+            config.gamma,
+            config.gae_lambda,
+            ridge=config.baseline_ridge,
+            sweeps=config.baseline_sweeps,
+        )
+        self.weights = fit.weights
+        values, advantages = fit.values, fit.advantages
+        if not every:
+            last = torch.where(rollout.terminated, 0.0, self.values(rollout.last_inputs, rollout.last_elapsed))
+            values = self.values(rollout.inputs, rollout.elapsed)
+            advantages = objective.gae(rollout.rewards, values, last, rollout.lengths, config.gamma, config.gae_lambda)
+        lowest, highest = torch.aminmax(values + advantages)
+        if float(highest - lowest) <= EQUAL * float(torch.maximum(highest.abs(), lowest.abs())):
+            # What the ridge leaves over of equal returns is no signal; scaled to unit variance it would pass for one.
+            advantages = torch.zeros_like(advantages)
+        return advantages, fit.explained_variance
+
+
+def fit_subset(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples, spread evenly over the batch, of about ``MAX_FIT_STEPS`` steps in all, and those steps: two indices.
+
+    All of them where the batch is no larger.
+    """
+    n = lengths.shape[0]
+    total = int(lengths.sum())
+    if total <= MAX_FIT_STEPS:
+        return torch.arange(n), torch.arange(total)
+    spread = torch.argsort((torch.arange(n, dtype=torch.float64) * GOLDEN_RATIO) % 1.0)
+    enough = int((torch.cumsum(lengths[spread], 0) <= MAX_FIT_STEPS).sum())
+    samples = spread[: max(1, enough)].sort().values
+    first = torch.cumsum(lengths, 0) - lengths
+    steps = torch.repeat_interleave(first[samples], lengths[samples]) + objective.position(lengths[samples])
+    return samples, steps
+
+
+def summary(inputs: Mapping[str, Tensor]) -> Tensor:
     """The flat part of the inputs beside every image pooled to 8 x 8 per channel and centred, ``[m, D]``."""
     parts = [inputs["flat"]] if "flat" in inputs else []
     for key, value in inputs.items():
@@ -65,24 +129,8 @@ def advantages(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) 
     rewards, lengths, group = rollout.rewards, rollout.lengths, rollout.group
     if config.advantage == "baseline":
         assert baseline is not None
-        fit = objective.fit_baseline(
-            baseline.phi(dict(rollout.inputs), rollout.elapsed),
-            baseline.phi(dict(rollout.last_inputs), rollout.last_elapsed),
-            rewards,
-            lengths,
-            rollout.terminated,
-            baseline.weights,
-            config.gamma,
-            config.gae_lambda,
-            ridge=config.baseline_ridge,
-            sweeps=config.baseline_sweeps,
-        )
-        baseline.weights = fit.weights
-        raw, info = fit.advantages, {"explained_variance": fit.explained_variance}
-        lowest, highest = torch.aminmax(fit.values + raw)
-        if float(highest - lowest) <= EQUAL * float(torch.maximum(highest.abs(), lowest.abs())):
-            # What the ridge leaves over of equal returns is no signal; scaled to unit variance it would pass for one.
-            raw = torch.zeros_like(raw)
+        raw, explained = baseline.advantages(rollout, config)
+        info = {"explained_variance": explained}
     elif config.advantage == "tutorial":
         return objective.tutorial(rewards, lengths, config.gamma), {}
     else:

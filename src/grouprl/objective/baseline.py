@@ -21,7 +21,6 @@ _OBSERVATION_LIMIT = 10.0
 _TIME_SCALE = 4.0  # elapsed lies in [0, 1]: stretched to the spread of a normalised observation
 _SMALLEST_POWER = 1e-3  # of a feature, where the ridge is scaled by it: a feature that is all but 0 stays tame
 _CONSTANT_RIDGE = 1e-6  # the mean return must not be shrunk; this only keeps the matrix regular
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,7 @@ class RandomFeatures:
         s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT)
         u = elapsed.to(s).unsqueeze(1)
         weight, offset = self.weight.to(s.device), self.offset.to(s.device)
-        hidden = torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight)
-        if hidden.device.type == "cpu":  # numpy's tanh is vectorised, torch's is some 20 times slower in float32
-            np.tanh(hidden.numpy(), out=hidden.numpy())
-        else:
-            hidden.tanh_()
+        hidden = torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight).tanh_()
         return torch.cat((hidden, s, s.square(), u, u.square(), torch.ones_like(u)), 1)
 
 
@@ -104,7 +99,6 @@ def fit_baseline(
     lam: float,
     ridge: float = 1e-3,
     sweeps: int = 2,
-    max_fit_rows: int = 16384,
 ) -> BaselineFit:
     """Fit V(s) = phi(s) . w to the batch's own lambda-returns and return the values and advantages it gives.
 
@@ -115,16 +109,12 @@ def fit_baseline(
     Each sweep regresses y = V + GAE(V), V from the weights so far, over n rows:
         w = (Phi'Phi + n ridge diag(max(diag(Phi'Phi) / n, 1e-3)))^-1 Phi'y        (constant feature: n 1e-6 instead)
     The matrix is the same in every sweep and factored once, in float64. Without previous weights V starts at 0 and two
-    sweeps are added. Of more than max_fit_rows steps, that many enter the fit, one from each of as many equal strata of
-    the batch: they over-determine a few hundred weights many times, and the matrix product is what a fit costs.
-    Values and advantages are computed for all steps.
+    sweeps are added.
 
     Raises UsageError on shapes or settings that do not fit, TrainingError if the fit is not finite.
     """
-    _check(phi, phi_last, rewards, lengths, terminated, weights, ridge, sweeps, max_fit_rows)
-    rows = _strata(phi.shape[0], max_fit_rows, phi.device)
-    fit_phi = phi if rows is None else phi[rows]
-    factor = _factor(fit_phi, ridge)
+    _check(phi, phi_last, rewards, lengths, terminated, weights, ridge, sweeps)
+    factor = _factor(phi, ridge)
 
     def evaluate(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values = phi @ w
@@ -135,8 +125,7 @@ def fit_baseline(
     w = phi.new_zeros(phi.shape[1]) if weights is None else weights.to(phi)
     for _ in range(sweeps if weights is not None else sweeps + 2):
         values, _, advantages = evaluate(w)
-        target = values + advantages
-        moment = fit_phi.T @ (target if rows is None else target[rows])
+        moment = phi.T @ (values + advantages)
         w = torch.cholesky_solve(moment.to(factor).unsqueeze(1), factor).squeeze(1).to(phi)
     values, last_values, advantages = evaluate(w)
     if not bool(torch.isfinite(advantages).all()):
@@ -168,17 +157,6 @@ def _factor(phi: Tensor, ridge: float) -> Tensor:
     raise TrainingError(f"the baseline's features are linearly dependent and ridge={ridge} is too small; raise ridge.")
 
 
-def _strata(steps: int, wanted: int, device: torch.device) -> Tensor | None:
-    """[wanted] int64: one row from each of `wanted` equal strata of 0..steps-1; None for all rows."""
-    if steps <= wanted:
-        return None
-    # The place within a stratum moves by the golden ratio: a fixed stride that divides the samples' length would see
-    # the same few moments of every sample only.
-    k = torch.arange(wanted, dtype=torch.float64)
-    rows = ((k + (k * _GOLDEN) % 1.0) * (steps / wanted)).long().clamp(max=steps - 1)
-    return rows.to(device)
-
-
 def _check(
     phi: Tensor,
     phi_last: Tensor,
@@ -188,7 +166,6 @@ def _check(
     weights: Tensor | None,
     ridge: float,
     sweeps: int,
-    max_fit_rows: int,
 ) -> None:
     total = check_packed(lengths, phi=phi, rewards=rewards)
     check_per_sample(lengths, phi_last=phi_last, terminated=terminated)
@@ -205,7 +182,5 @@ def _check(
         raise UsageError(f"terminated must be a boolean tensor, got {terminated.dtype}; convert with .bool().")
     if total == 0:
         raise UsageError("the baseline needs at least one step, got none.")
-    if ridge < 0.0 or sweeps < 1 or max_fit_rows < 1:
-        raise UsageError(
-            f"ridge must be at least 0, sweeps and max_fit_rows at least 1, got {ridge}, {sweeps}, {max_fit_rows}."
-        )
+    if ridge < 0.0 or sweeps < 1:
+        raise UsageError(f"ridge must be at least 0 and sweeps at least 1, got {ridge} and {sweeps}.")

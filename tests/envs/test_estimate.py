@@ -1,0 +1,85 @@
+"""From a rollout to advantages: which steps a regression sees, and what it makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from grouprl.envs import estimate
+from grouprl.envs.config import make_config
+from grouprl.envs.estimate import Baseline, fit_subset
+from grouprl.objective import RandomFeatures
+from grouprl.rollouts import Rollout
+
+
+def chain(samples: int, length: int) -> Rollout:
+    """Samples of equal length, reward 1 a step, terminated; the observation is the number of steps to go."""
+    n = samples * length
+    position = torch.arange(length).repeat(samples)
+    none: list[Any] = []
+    return Rollout(
+        observed=None,
+        inputs={"flat": (length - position).float()[:, None] / length},
+        last_inputs={"flat": torch.zeros(samples, 1)},
+        actions=torch.zeros(n, dtype=torch.int64),
+        behaviour=torch.zeros(n, 2),
+        mask=None,
+        trainable=torch.ones(n, dtype=torch.bool),
+        rewards=torch.ones(n),
+        elapsed=position,
+        last_elapsed=torch.full((samples,), length),
+        lengths=torch.full((samples,), length),
+        group=torch.zeros(samples, dtype=torch.int64),
+        terminated=torch.ones(samples, dtype=torch.bool),
+        truncated=torch.zeros(samples, dtype=torch.bool),
+        episode_returns=none,
+        episode_lengths=none,
+        episode_envs=none,
+    )
+
+
+def test_a_small_batch_is_fitted_whole() -> None:
+    samples, steps = fit_subset(torch.tensor([3, 1, 2]))
+    assert samples.tolist() == [0, 1, 2]
+    assert steps.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_large_batch_is_fitted_on_whole_samples_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "MAX_FIT_STEPS", 100)
+    lengths = torch.full((1000,), 10)
+    samples, steps = fit_subset(lengths)
+    assert samples.shape == (10,)
+    assert steps.shape == (100,)
+    assert torch.equal(steps.view(10, 10), samples[:, None] * 10 + torch.arange(10))
+    gaps = torch.diff(samples)
+    assert int(gaps.max()) <= 2.7 * int(gaps.min())  # the golden ratio leaves gaps of at most three sizes
+
+
+def test_one_sample_larger_than_the_bound_is_still_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "MAX_FIT_STEPS", 5)
+    samples, steps = fit_subset(torch.tensor([8, 8]))
+    assert samples.shape == (1,)
+    assert steps.shape == (8,)
+
+
+def test_a_fit_on_a_part_gives_the_advantages_of_a_fit_on_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, config = chain(200, 20), make_config({"gamma": 1.0, "gae_lambda": 1.0, "baseline_ridge": 1e-8})
+    whole, _ = Baseline(RandomFeatures.create(1, 4, 0), 20).advantages(rollout, config)
+    monkeypatch.setattr(estimate, "MAX_FIT_STEPS", 400)
+    monkeypatch.setattr(estimate, "CHUNK", 333)
+    part, explained = Baseline(RandomFeatures.create(1, 4, 0), 20).advantages(rollout, config)
+    assert explained > 0.999
+    # The value, 1 to 20, is linear in the observation: what is left is rounding in a nearly singular regression.
+    assert float(whole.abs().max()) < 0.5
+    assert float((part - whole).abs().max()) < 0.5
+
+
+def test_a_batch_of_equal_rewards_has_a_signal_only_if_it_can_end_early() -> None:
+    rollout = chain(2, 3)
+    assert estimate.has_signal(rollout)
+    endless = Rollout(**(rollout.__dict__ | {"terminated": torch.zeros(2, dtype=torch.bool)}))
+    assert not estimate.has_signal(endless)
+    worthless = Rollout(**(rollout.__dict__ | {"rewards": torch.zeros(6)}))
+    assert not estimate.has_signal(worthless)
