@@ -13,8 +13,8 @@ import yaml
 from grouprl import cli
 
 FAST = [
-    "--set", "n_envs=4", "--set", "collect=segments", "--set", "n_steps=64", "--set", "epochs=1", "--set", "warmup_steps=0",
-    "--set", "eval_episodes=2", "--set", "final_episodes=2", "--preset", "default",
+    "--set", "n_envs=4", "--set", "collect=segments", "--set", "n_steps=64", "--set", "epochs=1",
+    "--set", "warmup_steps=0", "--set", "eval_episodes=2", "--set", "final_episodes=2", "--preset", "default",
 ]  # fmt: skip
 
 

@@ -90,9 +90,9 @@ def asynchronous(makers: list[Any], **options: Any) -> Iterator[AsyncVectorEnv]:
 
 
 def test_a_batch_holds_what_was_scripted():
-    made, policy = collector(sync([Counter]), n_steps=8)
+    made, policy = collector(sync([Counter]), n_steps=6)
     rollout = made.collect(policy)
-    # Episodes of 3 and 2 steps, a reset row after each, then the first step of the third: 3 + 1 + 2 + 1 + 1 = 8 rows.
+    # Episodes of 3 and 2 steps, a row after each that only resets and does not count, then the first step of the third.
     assert rollout.lengths.tolist() == [3, 2, 1]
     assert rollout.rewards.tolist() == [0, 1, 2, 10, 11, 20]
     assert rollout.inputs["flat"].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0]]
@@ -110,7 +110,7 @@ def test_a_batch_holds_what_was_scripted():
 
 
 def test_an_episode_that_goes_on_in_the_next_batch_keeps_its_time_and_return():
-    made, policy = collector(sync([Counter]), n_steps=8)
+    made, policy = collector(sync([Counter]), n_steps=6)
     made.collect(policy)
     rollout = made.collect(policy)  # 3 more steps of episode 2, reset, 3 of episode 3, reset
     assert rollout.lengths.tolist() == [3, 3]
@@ -123,7 +123,7 @@ def test_an_episode_that_goes_on_in_the_next_batch_keeps_its_time_and_return():
 
 
 def test_samples_are_packed_environment_by_environment_and_episodes_listed_as_they_ended():
-    made, policy = collector(sync([Counter, lambda: Late()]), n_steps=6)
+    made, policy = collector(sync([Counter, lambda: Late()]), n_steps=5)  # 10 steps in 6 rows
     rollout = made.collect(policy)
     assert rollout.rewards.tolist() == [0, 1, 2, 10, 11, 20, 21, 22, 23, 30]
     assert rollout.lengths.tolist() == [3, 2, 4, 1]

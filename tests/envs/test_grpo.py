@@ -529,7 +529,6 @@ class TestEvaluation:
         with pytest.raises(UsageError, match="evaluate it where they are the same"):
             evaluate(trained(steps=50), "Acrobot-v1")
 
-    @pytest.mark.xfail(strict=True, reason="after a cut the next episode goes on where the last one was cut")
     def test_an_episode_cut_for_want_of_an_end_is_followed_by_a_fresh_one(self, monkeypatch):
         class Endless(probes.Truncated):
             def step(self, action):

@@ -22,13 +22,28 @@ from grouprl.runs import read_metrics
 from grouprl.runs.state import load_state
 
 TIMING = {"train_seconds", "steps_per_second", "time_collect", "time_advantages", "time_update"}
-SMALL: dict[str, Any] = {"n_envs": 4, "collect": "segments", "n_steps": 64, "minibatch_size": 64, "epochs": 2, "warmup_steps": 64}
-QUIET: dict[str, Any] = {"eval_every": 1000, "eval_episodes": 2, "final_episodes": 2, "video": False, "track": ("none",)}
+SMALL: dict[str, Any] = {
+    "n_envs": 4,
+    "collect": "segments",
+    "n_steps": 64,
+    "minibatch_size": 64,
+    "epochs": 2,
+    "warmup_steps": 64,
+}
+QUIET: dict[str, Any] = {
+    "eval_every": 1000,
+    "eval_episodes": 2,
+    "final_episodes": 2,
+    "video": False,
+    "track": ("none",),
+}
 
 
 def small_run(out: Path, env: str = "CartPole-v1", steps: int = 3000, **extra: Any) -> training.RunResult:
     run = QUIET | {"checkpoint_every": 700, "keep_checkpoints": 99} | extra.pop("run", {})
-    return training.train(env, out, preset=None, steps=steps, seed=3, settings=SMALL | extra.pop("settings", {}), run=run, **extra)
+    return training.train(
+        env, out, preset=None, steps=steps, seed=3, settings=SMALL | extra.pop("settings", {}), run=run, **extra
+    )
 
 
 def same_metrics(one: Path, other: Path) -> None:
@@ -54,12 +69,20 @@ def test_a_run_folder_holds_everything_it_promises(tmp_path: Path) -> None:
     )  # fmt: skip
     names = {path.name for path in out.iterdir()}
     assert names == {
-        "config.yaml", "metrics.csv", "model.safetensors", "checkpoints", "tensorboard", "curve.png", "episode.mp4", "summary.json",
+        "config.yaml", "metrics.csv", "model.safetensors", "checkpoints", "tensorboard", "curve.png", "episode.mp4",
+        "summary.json",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
-    assert {"env_id", "seed", "total_steps", "train_seconds", "steps_per_second", "solved_at_steps", "solved_at_seconds", "eval"} <= set(
-        summary
-    )
+    assert {
+        "env_id",
+        "seed",
+        "total_steps",
+        "train_seconds",
+        "steps_per_second",
+        "solved_at_steps",
+        "solved_at_seconds",
+        "eval",
+    } <= set(summary)
     assert summary["env_id"] == "CartPole-v1"
     assert summary["seed"] == 1
     assert summary["eval"]["episodes"] == 3
@@ -112,7 +135,18 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, env: str, s
 def test_an_interrupted_process_saves_and_its_resumed_run_is_exact(tmp_path: Path, number: signal.Signals) -> None:
     settings = [f"--set={key}={value}" for key, value in SMALL.items()]
     run = ["--set=eval_every=1000", "--set=eval_episodes=2", "--set=final_episodes=2", "--no-video", "--track=none"]
-    command = [sys.executable, "-m", "grouprl", "train", "CartPole-v1", "--preset=default", "--seed=3", "--steps=30000", *settings, *run]
+    command = [
+        sys.executable,
+        "-m",
+        "grouprl",
+        "train",
+        "CartPole-v1",
+        "--preset=default",
+        "--seed=3",
+        "--steps=30000",
+        *settings,
+        *run,
+    ]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "cut")], stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "cut" / "metrics.csv"
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
@@ -128,7 +162,9 @@ def test_an_interrupted_process_saves_and_its_resumed_run_is_exact(tmp_path: Pat
     same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_checkpoint_far_from_the_last_reset_starts_fresh_and_stays_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_far_from_the_last_reset_starts_fresh_and_stays_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("grouprl.envs.grpo.RESTART_AFTER", 0.1)
     run = {"checkpoint_every": 700}
     small_run(tmp_path / "whole", run=run)

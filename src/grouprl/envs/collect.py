@@ -28,6 +28,9 @@ from grouprl.rollouts import Rollout
 CHECK_EVERY = 16
 """Vector steps between two looks at whether an auto-sized batch is complete."""
 
+HISTORY_LIMIT = 1_000_000
+"""Vector steps since the last reset whose actions are remembered, so that a run without checkpoints stays small."""
+
 MAX_EPISODE = 100_000
 """Steps after which an episode that has not ended is taken for one that never will (whole-episode collection)."""
 
@@ -56,9 +59,8 @@ class Collector:
         self._return = np.zeros(self.n, np.float64)
         self._last_action: Array | None = None
         self._started_from: int | list[int] | None = None
-        self._history: list[
-            Array
-        ] = []  # every action since the last seeded reset: replaying them restores the environments
+        self._replayable = True
+        self._history: list[Array] = []  # every action since the last reset: repeating them restores the environments
 
     # --- starting ------------------------------------------------------------------------------------------------
     def restart(self, seed: int | list[int] | None) -> None:
@@ -81,7 +83,7 @@ class Collector:
         self._elapsed[:] = 0
         self._return[:] = 0
         self._last_action = None
-        self._started_from, self._history = seed, []
+        self._started_from, self._history, self._replayable = seed, [], True
 
     def _start(self) -> None:
         if self._obs is None:
@@ -99,8 +101,8 @@ class Collector:
 
     @property
     def steps_since_reset(self) -> int:
-        """Vector steps a resumed run would have to repeat."""
-        return len(self._history)
+        """Vector steps a resumed run would have to repeat; more than ``HISTORY_LIMIT`` if they are no longer known."""
+        return len(self._history) if self._replayable else HISTORY_LIMIT + 1
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Where the environments are, as something that can be written down: a seed and the actions since."""
@@ -154,7 +156,10 @@ class Collector:
         Returns rewards, terminated and done ``[n]``, and for the valid rows on which an episode ended: their numbers
         and the encoded observation they ended with.
         """
-        self._history.append(np.array(env_actions))
+        if self._replayable and len(self._history) == HISTORY_LIMIT:
+            self._replayable, self._history = False, []
+        if self._replayable:
+            self._history.append(np.array(env_actions))
         try:
             obs, rewards, terminated, truncated, info = self.venv.step(env_actions)
             done = np.logical_or(terminated, truncated)
@@ -238,8 +243,10 @@ class Collector:
         self._start()
         running = np.ones(self.n, bool)
         if config.collect == "segments":
-            while len(trace.rewards) < config.n_steps or not any(valid.any() for valid in trace.valid):
+            taken = 0
+            while taken < config.n_steps * self.n:
                 self._step(policy, trace, running, sticky)
+                taken += int(trace.valid[-1].sum())
         else:
             taken = complete = 0
             while taken < config.max_steps:

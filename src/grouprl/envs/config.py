@@ -33,7 +33,7 @@ class GRPOConfig(BaseModel):
         description="segments = n_steps per environment; episodes = whole episodes; "
         "auto = until the batch holds min_steps and enough signal",
     )
-    n_steps: int = Field(128, ge=1, description="steps per environment and batch (collect=segments)")
+    n_steps: int = Field(128, ge=1, description="steps per environment and batch, on average (collect=segments)")
     min_steps: int = Field(4096, ge=1, description="least steps per batch (collect=auto or episodes)")
     max_steps: int = Field(16384, ge=1, description="most steps per batch (collect=auto)")
     min_signals: int = Field(

@@ -115,9 +115,9 @@ def n_summary(n_flat: int, images: dict[str, tuple[int, int, int]]) -> int:
 def has_signal(rollout: Rollout) -> bool:
     """Whether the rewards could tell one policy from another: they differ, or a non-zero one can end early."""
     rewards = rollout.rewards
-    if float(rewards.max() - rewards.min()) > 1e-9:
+    if bool(rewards.max() > rewards.min()):
         return True
-    return bool(rollout.terminated.any()) and abs(float(rewards[0])) > 1e-9
+    return bool(rollout.terminated.any()) and float(rewards[0]) != 0.0
 
 
 def advantages(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) -> tuple[Tensor, dict[str, float]]:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.wrappers import TimeLimit
 
 from grouprl.envs.collect import merge_masks, valid_actions
 from grouprl.envs.grpo import GRPO
@@ -47,9 +49,14 @@ class Evaluator:
     def __init__(
         self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None, n_envs: int = 16, vectorization: str = "auto"
     ) -> None:
-        self.venv = make_vector(
-            env, n_envs, "auto" if vectorization == "async" else vectorization, env_kwargs, seed=12345
-        )
+        how = "auto" if vectorization == "async" else vectorization
+        self.venv = make_vector(env, n_envs, how, env_kwargs, seed=12345)
+        if horizon(self.venv) is None and isinstance(env, str) and not env.startswith("envpool:"):
+            self.venv.close()
+            self.venv = make_vector(env, n_envs, how, {**(env_kwargs or {}), "max_episode_steps": MAX_STEPS})
+        elif horizon(self.venv) is None and not isinstance(env, gym.Env | VectorEnv | str):
+            self.venv.close()
+            self.venv = make_vector(lambda: TimeLimit(env(), MAX_STEPS), n_envs, how)
 
     @property
     def step_limit(self) -> int:

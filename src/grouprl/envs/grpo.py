@@ -15,7 +15,7 @@ from gymnasium import Space
 from gymnasium.vector import VectorEnv
 
 from grouprl.envs import presets
-from grouprl.envs.collect import Collector
+from grouprl.envs.collect import HISTORY_LIMIT, Collector
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
 from grouprl.envs.learner import Learner, load_policy, model_file, single_threaded_kernels
@@ -71,7 +71,12 @@ class GRPO:
         kwargs = {**(chosen.env_kwargs if chosen else {}), **(env_kwargs or {})}
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
         venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
-        self._build(config, venv.single_observation_space, venv.single_action_space, network)
+        try:
+            self._build(config, venv.single_observation_space, venv.single_action_space, network)
+        except UsageError:
+            if venv is not env:
+                venv.close()
+            raise
         self.env_kwargs |= kwargs
         self._attach(env, venv)
 
@@ -89,6 +94,7 @@ class GRPO:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(init.generate_state(1)[0]))
             self.policy = Policy(self.observations, self.actions, config, network).to(config.device)
+        self.policy.eval()  # dropout in a user's network would make the ratio differ from 1 before any update
         self._act_rng, self._start_rng = np.random.default_rng(act), np.random.default_rng(starts)
         self._predict_rng = np.random.default_rng(predict)
         self.learner = Learner(self.policy, config, np.random.default_rng(shuffle))
@@ -185,7 +191,7 @@ class GRPO:
         Raises:
             UsageError: ``total_timesteps`` is not positive.
             TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
-                after the last good update.
+                after the last good gradient step.
         """
         if total_timesteps < 1:
             raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
@@ -214,7 +220,7 @@ class GRPO:
         if not self._warm:
             self.num_timesteps += collector.warm_up(self.policy, config.warmup_steps)
             self._warm = True
-        sticky = self._sticky(progress)
+        sticky, learning_rate = self._sticky(progress), self.learner.rate(progress)
         rollout = collector.collect(self.policy, sticky)
         collected = perf_counter()
         self.num_timesteps += rollout.n_steps
@@ -226,7 +232,7 @@ class GRPO:
             advantage, info = advantages(rollout, config, self.baseline)
             estimated = perf_counter()
             stats = self.learner.learn(rollout, advantage, progress)
-            metrics |= info | {key: float(value) for key, value in asdict(stats).items()}
+            metrics |= info | {key: float(value) for key, value in asdict(stats).items() if key != "entropy"}
             metrics["time_advantages"] = estimated - collected
             metrics["time_update"] = perf_counter() - estimated
         if rollout.observed is not None:
@@ -236,7 +242,7 @@ class GRPO:
         seconds = perf_counter() - began
         self.train_seconds += seconds
         metrics |= {
-            "learning_rate": self.learner.optimizer.param_groups[0]["lr"],
+            "learning_rate": learning_rate,
             "sticky": sticky,
             "time_collect": collected - began,
             "train_seconds": self.train_seconds,
@@ -398,7 +404,8 @@ class GRPO:
         """
         collector = self._ready()
         limit = horizon(collector.venv) or DEFAULT_HORIZON
-        if may_restart and collector.steps_since_reset > RESTART_AFTER * limit:
+        far = collector.steps_since_reset > RESTART_AFTER * limit
+        if (may_restart and far) or collector.steps_since_reset > HISTORY_LIMIT:
             collector.restart(int(self._start_rng.integers(2**31 - 1)))
         tensors = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
         learner_tensors, learner_values = self.learner.state()

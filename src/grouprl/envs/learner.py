@@ -152,7 +152,8 @@ class Learner:
                     )
             return Terms(logp, distribution.entropy(params) if entropy_coef > 0 else None, kl)
 
-        self._set_learning_rate(progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(progress)
         stats = update(
             evaluate,
             self.parameters,
@@ -201,12 +202,11 @@ class Learner:
             params = torch.cat([self.reference({key: value[i] for key, value in prepared.items()}) for i in parts])
             return params if mask is None else self.policy.distribution.apply_mask(params, mask)
 
-    def _set_learning_rate(self, progress: float) -> None:
-        rate = self.learning_rate
+    def rate(self, progress: float) -> float:
+        """The learning rate of an update at ``progress``."""
         if self.config.lr_schedule == "linear":
-            rate = self.config.learning_rate * max(1.0 - progress, self.config.lr_final)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            return self.config.learning_rate * max(1.0 - progress, self.config.lr_final)
+        return self.learning_rate
 
     def _adapt(self, approx_kl: float, progress: float) -> None:
         """Keep an update's KL near a target that shrinks over the run (1707.06347, section 4, on the step size)."""
@@ -232,6 +232,8 @@ class Learner:
         """The inverse of :meth:`state`; the policy must have been loaded before."""
         optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
         if optimizer:
+            device = self.parameters.vector.device
+            optimizer = {key: value.to(device) for key, value in optimizer.items()}
             self.optimizer.state[self.parameters.vector] = optimizer
         if self.reference is not None:
             prefix = "reference."

@@ -39,7 +39,7 @@ class Trace:
         """Steps with an unusual reward (not the median) plus terminations: events there is something to learn from."""
         valid = np.stack(self.valid)
         rewards = np.stack(self.rewards)[valid]
-        unusual = int((np.abs(rewards - np.median(rewards)) > 1e-9).sum())
+        unusual = int((rewards != np.median(rewards)).sum())
         return unusual + int(np.stack(self.terminated)[valid].sum())
 
 

@@ -1,0 +1,218 @@
+"""The documentation: generated pages are current, code in it runs, commands in it parse, links in it lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+import runpy
+import shlex
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+from grouprl import GRPO, cli
+from grouprl.envs import training
+from grouprl.envs.config import GRPOConfig
+from grouprl.runs import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+LONGEST = 2_000
+"""Steps that `learn` is cut to here: that code runs is tested, not what it learns."""
+
+FENCE = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+def load_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+
+
+def short(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def short_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    learn = GRPO.learn
+
+    def cut(self: GRPO, total_timesteps: int, *args: Any, **kwargs: Any) -> GRPO:
+        return learn(self, min(total_timesteps, LONGEST), *args, **kwargs)
+
+    monkeypatch.setattr(GRPO, "learn", cut)
+    monkeypatch.chdir(tmp_path)
+
+
+# --- what is generated -----------------------------------------------------------------------------------------------
+def test_the_generated_pages_are_what_build_writes_now() -> None:
+    stale = [
+        short(page)
+        for page, text in build.pages().items()
+        if not page.exists() or page.read_text(encoding="utf-8") != text
+    ]
+    assert not stale, f"out of date: {', '.join(stale)}; run: make docs"
+
+
+RESULTS = """# Title
+
+Intro with a [link](../README.md#speed).
+
+## One
+
+a table
+
+## Two
+
+### Inner
+
+another [link](https://example.org/x.md)
+"""
+
+
+def fill(tmp_path: Path, block: str, page: Path = build.ROOT / "docs" / "page.md") -> str:
+    tmp_path.joinpath("speed.md").write_text(RESULTS)
+    text = f"# Page\n\n## Part\n\n<!-- generated: {block} -->\nold\n<!-- /generated -->\n\nafter\n"
+    filled: str = build.refreshed(page, text, tmp_path)
+    assert build.refreshed(page, filled, tmp_path) == filled  # a second time changes nothing
+    assert filled.endswith("<!-- /generated -->\n\nafter\n")
+    return filled
+
+
+def test_a_results_file_goes_under_the_heading_of_its_block_and_its_links_still_lead_there(tmp_path: Path) -> None:
+    filled = fill(tmp_path, "results speed")
+    assert "old" not in filled
+    assert "# Title" not in filled
+    assert "\n### One\n\na table\n" in filled
+    assert "\n#### Inner\n" in filled
+    assert "https://example.org/x.md" in filled
+    link = re.search(r"Intro with a \[link\]\((.*?)#speed\)", filled)
+    assert link is not None
+    assert (build.ROOT / "docs" / link[1]).resolve() == tmp_path.parent / "README.md"
+
+
+def test_a_block_can_ask_for_some_sections_and_says_which_were_not_measured(tmp_path: Path) -> None:
+    filled = fill(tmp_path, "results speed / Two / Three / intro")
+    assert "a table" not in filled
+    assert filled.index("### Two") < filled.index("*Three: not measured yet.*") < filled.index("Intro with")
+
+
+def test_a_block_without_a_results_file_quotes_nothing(tmp_path: Path) -> None:
+    assert "*Not measured yet. [benchmarks/README.md](../benchmarks/README.md)" in fill(tmp_path, "results learning")
+
+
+def test_a_block_of_an_unknown_kind_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="do not know how to generate 'result speed'"):
+        fill(tmp_path, "result speed")
+
+
+def test_the_reference_names_every_setting_once() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", build.settings_part(), re.M)
+    assert rows == list(GRPOConfig.model_fields)
+
+
+# --- code ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/estimators.md", "docs/architecture.md"])
+@pytest.mark.usefixtures("short_training")
+def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
+    """Blocks share their names; a block of text right after one is what it prints."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    names: dict[str, Any] = {"__name__": "docs"}
+    fences = list(FENCE.finditer(text))
+    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+        if fence["kind"] != "python" or (fence["needs"] and importlib.util.find_spec(fence["needs"]) is None):
+            continue
+        above = text[: fence.start("code")].count("\n")
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            exec(compile("\n" * above + fence["code"], name, "exec"), names)  # the lines of a traceback are the page's
+        if following and following["kind"] == "text" and not text[fence.end() : following.start()].strip():
+            assert printed.getvalue() == following["code"], f"{name}, line {above + 1}"
+
+
+@pytest.mark.usefixtures("short_training")
+def test_the_own_environment_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / "own_environment.py"), run_name="__main__")
+    assert "mean return" in capsys.readouterr().out
+
+
+def test_the_comparison_example_leaves_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = str(ROOT / "examples" / "compare_estimators.py")
+    monkeypatch.setattr(sys, "argv", [script, "--steps", "500", "--seeds", "1", "--out", str(tmp_path)])
+    runpy.run_path(script, run_name="__main__")
+    assert (tmp_path / "estimators.png").exists()
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+def command_lines() -> list[str]:
+    blocks = [fence["code"] for page in PAGES for fence in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    return [line for code in blocks for line in code.splitlines() if line.startswith("grouprl ")]
+
+
+def parse(line: str) -> None:
+    group: Any = typer.main.get_command(cli.app)
+    _, name, *arguments = shlex.split(line, comments=True)
+    context = group.commands[name].make_context(name, arguments)
+    settings, run = cli._split(cli._assigned(list(context.params.get("assignments") or [])))
+    GRPOConfig(**settings)
+    assert set(run) <= set(training.RunSettings.__dataclass_fields__)
+
+
+def test_every_command_line_in_the_pages_is_one_the_command_line_takes() -> None:
+    lines = command_lines()
+    assert len(lines) > 10
+    for line in lines:
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["grouprl trian CartPole-v1", "grouprl train --stpes 3", "grouprl train X --set n_env=3"]
+)
+def test_a_wrong_command_line_would_be_noticed(wrong: str) -> None:
+    with pytest.raises(Exception, match=r"trian|stpes|n_env"):
+        parse(wrong)
+
+
+# --- links and lists -------------------------------------------------------------------------------------------------
+def anchors(page: Path) -> set[str]:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    found: list[str] = []
+    for _, heading in build.HEADING.findall(text):
+        name = build.anchor(re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading))
+        found.append(name if name not in found else f"{name}-{found.count(name)}")
+    return set(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_relative_links_lead_to_a_file_and_a_heading_that_exist(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, name = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{short(page)} links to {target}"
+        if name:
+            assert name in anchors(file), f"{short(page)} links to {target}: no such heading"
+
+
+def test_every_column_of_the_metrics_is_explained(tmp_path: Path) -> None:
+    training.train(
+        "CartPole-v1", tmp_path / "run", preset=None, steps=600, settings={"collect": "segments", "warmup_steps": 0},
+        run={"video": False, "final_episodes": 1, "eval_episodes": 1, "track": ("none",)},
+    )  # fmt: skip
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", text[text.index("### Metrics") :]))
+    assert set(read_metrics(tmp_path / "run" / "metrics.csv")) <= explained
