@@ -1,0 +1,313 @@
+"""Writes what is generated in the documentation.
+
+    python docs/build.py           # write
+    python docs/build.py --check   # name the pages that are out of date, write nothing
+
+docs/reference.md is made from the code: settings, presets, commands, signatures and docstrings. In the other pages the
+text between `<!-- generated: NAME -->` and `<!-- /generated -->` is replaced. NAME is one of
+
+    results FILE                     benchmarks/results/FILE.md
+    results FILE / SECTION / ...     only these sections of it; "intro" is what stands before the first one
+    presets NAME NAME ...            a table of the settings in which presets differ from each other
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import os
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+REFERENCE = ROOT / "docs" / "reference.md"
+BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.S)
+HEADING = re.compile(r"^(#+) (.*)$", re.M)
+LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
+
+
+# --- marked blocks ---------------------------------------------------------------------------------------------------
+def refreshed(page: Path, text: str, results: Path = RESULTS) -> str:
+    """``text`` of ``page`` with every marked block made anew."""
+
+    def fill(block: re.Match[str]) -> str:
+        headings = HEADING.findall(text[: block.start()])
+        level = len(headings[-1][0]) if headings else 0
+        kind, _, arguments = block[2].partition(" ")
+        if kind == "results":
+            name, *sections = (part.strip() for part in arguments.split(" / "))
+            body = measured(results / f"{name}.md", sections, page, level)
+        elif kind == "presets":
+            body = preset_differences(arguments.split())
+        else:
+            raise SystemExit(f"{page}: do not know how to generate {block[2]!r}; docs/build.py lists the kinds")
+        return f"{block[1]}\n{body.strip()}\n\n{block[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def measured(file: Path, sections: list[str], page: Path, level: int) -> str:
+    """A results file as part of ``page``: under a heading of ``level``, its links leading where they led."""
+    guide = os.path.relpath(ROOT / "benchmarks" / "README.md", page.parent)
+    if not file.exists():
+        return f"*Not measured yet. [benchmarks/README.md]({guide}) names the command that fills this in.*"
+    text = re.sub(r"\A# .*\n+", "", file.read_text(encoding="utf-8"))
+    intro, *rest = re.split(r"^(?=## )", text, flags=re.M)
+    parts = {"intro": intro} | {part.partition("\n")[0].removeprefix("## ").strip(): part for part in rest}
+    if sections:
+        missing = "*{}: not measured yet.*\n\n"
+        text = "".join(parts.get(section, missing.format(section)) for section in sections)
+    text = HEADING.sub(lambda h: f"{'#' * (len(h[1]) - 1 + level)} {h[2]}", text)
+    text = LINK.sub(
+        lambda link: f"]({os.path.relpath((file.parent / link[1]).resolve(), page.parent)}{link[2] or ''})", text
+    )
+    whole = os.path.relpath(file, page.parent)
+    return text + (f"\nThe whole report: [{whole}]({whole}).\n" if sections else "")
+
+
+def preset_differences(names: list[str]) -> str:
+    """A table of the settings in which the presets differ."""
+    from grouprl.envs import presets
+    from grouprl.envs.config import make_config
+
+    chosen = [presets.load(name) for name in names]
+    configs = [make_config(preset.config).model_dump(mode="json") for preset in chosen]
+    rows = [["steps", *(f"{preset.total_timesteps:,}" for preset in chosen)]]
+    for key in configs[0]:
+        values = [config[key] for config in configs]
+        if any(value != values[0] for value in values):
+            rows.append([f"`{key}`", *map(shown, values)])
+    return table(["", *(f"`{name}`" for name in names)], rows)
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+def reference() -> str:
+    """docs/reference.md."""
+    parts = [
+        "# Reference\n\nWritten by `make docs` from the code; changes belong there.\n",
+        "- [Settings](#settings)\n- [Settings of a run](#settings-of-a-run)\n- [Presets](#presets)\n"
+        "- [Commands](#commands)\n- [Python](#python)\n",
+        settings_part(),
+        run_settings_part(),
+        presets_part(),
+        commands_part(),
+        python_part(),
+    ]
+    return "\n".join(parts)
+
+
+def settings_part() -> str:
+    from grouprl.envs.config import GRPOConfig
+
+    text = (
+        "## Settings\n\nOf `GRPO(env, **settings)` and of `grouprl train --set KEY=VALUE`. The defaults are the "
+        "*robust default*, meant for an environment nobody tuned; presets change some of them.\n"
+    )
+    for title, names in _sections(inspect.getsource(GRPOConfig)):
+        rows = []
+        for name in names:
+            field = GRPOConfig.model_fields[name]
+            rows.append([f"`{name}`", shown(field.get_default()), allowed(field), field.description or ""])
+        text += f"\n### {title[0].upper()}{title[1:]}\n\n{table(['setting', 'default', 'allowed', 'meaning'], rows)}"
+    return text
+
+
+def _sections(source: str) -> Iterator[tuple[str, list[str]]]:
+    """The fields of a class under each of its `# --- title ---` comments."""
+    title, names = "", list[str]()
+    for line in source.splitlines():
+        if heading := re.match(r"    # --- (.*?) -+$", line):
+            if names:
+                yield title, names
+            title, names = heading[1], []
+        elif field := re.match(r"    ([a-z]\w*): ", line):
+            names.append(field[1])
+    yield title, names
+
+
+def allowed(field: FieldInfo) -> str:
+    """The values a field takes, in words."""
+    kinds = get_args(field.annotation) if get_origin(field.annotation) not in (Literal, tuple) else ()
+    kinds = kinds or (field.annotation,)
+    words = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            words += [f"`{value}`" for value in get_args(kind)]
+        elif get_origin(kind) is tuple:
+            words.append("a list of integers")
+        elif kind is bool:
+            words += ["`true`", "`false`"]
+        elif kind is NoneType:
+            words.append("none")
+        else:
+            bounds = [
+                f"{sign} {getattr(limit, name):g}"
+                for limit in field.metadata
+                for name, sign in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
+                if hasattr(limit, name)
+            ]
+            word = {int: "integer", float: "number", str: "text"}[kind]
+            words.append(" ".join([word, " and ".join(bounds)]).strip())
+    return ", ".join(words)
+
+
+def run_settings_part() -> str:
+    return (
+        "## Settings of a run\n\nAlso set with `--set` (or by options of `grouprl train`). They change nothing of the "
+        "algorithm, but a scheduled checkpoint may begin fresh episodes ([why](architecture.md#exact-resume)). Without "
+        "a preset that says otherwise a run has 500,000 steps, 20 evaluations and 10 checkpoints.\n\n"
+        + definition("grouprl.envs.training", "RunSettings")
+    )
+
+
+def presets_part() -> str:
+    from grouprl.envs import presets
+
+    loaded = [presets.load(name) for name in presets.names()]
+    rows = [
+        [
+            f"[{p.name}](#preset-{anchor(p.name)})",
+            p.env_id,
+            f"{p.total_timesteps:,}",
+            p.needs or "",
+            shown(p.expect["mean_return"]) if "mean_return" in p.expect else "",
+        ]
+        for p in loaded
+    ]
+    text = (
+        "## Presets\n\n`grouprl train ENV` takes the preset named like the environment; `--preset NAME` takes any; "
+        "`--preset default` takes none. *Needs* is the extra to install, as in `pip install 'grouprl[box2d]'`.\n\n"
+        + table(["preset", "environment", "steps", "needs", "greedy mean return to expect"], rows)
+    )
+    for p in loaded:
+        text += f"\n### Preset {p.name}\n\n{p.about}\n"
+        for title, values in (("environment", p.env_kwargs), ("settings", p.config), ("expect", p.expect)):
+            if values:
+                dumped = yaml.safe_dump({title: values}, sort_keys=False, allow_unicode=True, width=110)
+                text += f"\n```yaml\n{dumped}```\n"
+    return text
+
+
+def commands_part() -> str:
+    import typer
+
+    from grouprl import cli
+
+    text = "## Commands\n\n`grouprl COMMAND --help` says the same in a terminal.\n"
+    commands: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        about = inspect.getdoc(command.callback) or ""
+        rows = []
+        for param in command.params:
+            flags = [f"`{flag}`" for flag in (*param.opts, *param.secondary_opts) if flag.startswith("-")]
+            rows.append([", ".join(flags) or f"`{param.name.upper()}`", param.help or ""])
+        text += f"\n### grouprl {name}\n\n{about.partition(chr(10))[0]}\n"
+        text += "\n" + table(["argument", "meaning"], rows) if rows else ""
+    return text
+
+
+def python_part() -> str:
+    from grouprl import objective
+
+    text = "## Python\n\n`from grouprl import GRPO, GRPOConfig, evaluate, GrouprlError, UsageError, TrainingError`\n"
+    for title, module, names in (
+        ("The agent", "grouprl.envs.grpo", ["GRPO"]),
+        ("Evaluation", "grouprl.envs.evaluation", ["evaluate", "Evaluation"]),
+        ("Runs", "grouprl.envs.training", ["train", "resume", "RunResult"]),
+        ("Errors", "grouprl.errors", ["GrouprlError", "UsageError", "TrainingError"]),
+        ("Packed steps", "grouprl.rollouts", ["Rollout"]),
+    ):
+        text += f"\n### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
+    text += "\n### The objective\n\n`grouprl.objective`: pure functions on packed tensors; each imports from there.\n"
+    for part in ("advantages", "baseline", "returns", "packed", "surrogates", "divergences", "weights"):
+        module = f"grouprl.objective.{part}"
+        names = [name for name in _definitions(module) if name in objective.__all__]
+        text += f"\n#### {part}\n\n" + "\n".join(definition(module, name) for name in names)
+    return text
+
+
+# --- from source to text ---------------------------------------------------------------------------------------------
+def _definitions(module: str) -> dict[str, ast.stmt]:
+    """Functions and classes of a module by name, in the order of its source."""
+    tree = ast.parse(inspect.getsource(import_module(module)))
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def definition(module: str, name: str) -> str:
+    """Signature and docstring of a function; those of the public methods, and the fields, of a class."""
+    lines = inspect.getsource(import_module(module)).splitlines()
+
+    def head(node: ast.FunctionDef | ast.ClassDef) -> str:
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        documented = ast.get_docstring(node) is not None
+        last = (node.body[0].end_lineno or 0) if documented else node.body[0].lineno - 1
+        return "\n".join(lines[first - 1 : last])
+
+    node = _definitions(module)[name]
+    assert isinstance(node, ast.FunctionDef | ast.ClassDef)
+    parts = [head(node)]
+    if isinstance(node, ast.ClassDef):
+        fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+        if fields:
+            parts.append("\n".join("\n".join(lines[item.lineno - 1 : item.end_lineno]) for item in fields))
+        methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+        parts += [head(item) for item in methods if item.name == "__init__" or item.name[0] != "_"]
+    return "```python\n" + textwrap.dedent("\n\n".join(parts)) + "\n```\n"
+
+
+def shown(value: Any) -> str:
+    """A default or a setting as a reader would type it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, float):
+        return f"`{value:.6g}`"
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def anchor(heading: str) -> str:
+    """The anchor GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+# --- all pages -------------------------------------------------------------------------------------------------------
+def pages() -> dict[Path, str]:
+    """Every page with generated parts, and what it should read."""
+    made: dict[Path, str] = {REFERENCE: reference()}
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        if page != REFERENCE:
+            made[page] = refreshed(page, page.read_text(encoding="utf-8"))
+    return made
+
+
+def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    check = parser.parse_args(argv).check
+    stale = [page for page, text in pages().items() if not page.exists() or page.read_text(encoding="utf-8") != text]
+    for page in stale:
+        if not check:
+            page.write_text(pages()[page], encoding="utf-8")
+        say(f"{'out of date' if check else 'wrote'}: {page.relative_to(ROOT)}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
