@@ -191,3 +191,11 @@ def test_arguments_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(UsageError, match=message):
             fit_baseline(**(good | change))
+
+
+def test_dot_is_the_product_with_the_features():
+    features = RandomFeatures.create(3, 8, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    observations, elapsed = torch.randn(50, 3, generator=generator) * 4, torch.rand(50, generator=generator)
+    weights = torch.randn(features.n_outputs, generator=generator)
+    assert_close(features.dot(observations, elapsed, weights), features(observations, elapsed) @ weights)

@@ -17,7 +17,7 @@ from grouprl.rollouts import Rollout
 DEFAULT_HORIZON = 1000
 """Steps that scale the time feature where the environment names no time limit."""
 
-MAX_FIT_STEPS = 16384
+MAX_FIT_STEPS = 8192
 CHUNK = 8192
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -40,8 +40,12 @@ class Baseline:
     def values(self, inputs: Mapping[str, Tensor], elapsed: Tensor) -> Tensor:
         """Values ``[m]`` under the last regression, a chunk of rows at a time."""
         assert self.weights is not None
-        chunks = torch.split(torch.arange(elapsed.shape[0]), CHUNK)
-        return torch.cat([self.phi({k: v[i] for k, v in inputs.items()}, elapsed[i]) @ self.weights for i in chunks])
+        values = []
+        for start in range(0, elapsed.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            observations = summary({key: value[rows] for key, value in inputs.items()})
+            values.append(self.features.dot(observations, elapsed[rows].float() / self.horizon, self.weights))
+        return torch.cat(values)
 
     def advantages(self, rollout: Rollout, config: GRPOConfig) -> tuple[Tensor, float]:
         """Refit on the rollout; advantages ``[S]``, neither centred nor scaled, and the variance explained.

@@ -59,6 +59,19 @@ class RandomFeatures:
         Observations come normalised and are clipped to +-10; elapsed is the time in the episode over its horizon.
         Raises UsageError on shapes that do not fit.
         """
+        hidden, s, u = self._parts(observations, elapsed)
+        return torch.cat((hidden, s, s.square(), u, u.square(), torch.ones_like(u)), 1)
+
+    @torch.no_grad()
+    def dot(self, observations: Tensor, elapsed: Tensor, weights: Tensor) -> Tensor:
+        """[S]: self(observations, elapsed) @ weights for weights [F], without laying the features side by side."""
+        hidden, s, u = self._parts(observations, elapsed)
+        w_hidden, w_s, w_square, w_time = torch.split(weights, [hidden.shape[1], s.shape[1], s.shape[1], 3])
+        time = torch.cat((u, u.square(), torch.ones_like(u)), 1)
+        return torch.mv(hidden, w_hidden).addmv_(s, w_s).addmv_(s.square(), w_square).addmv_(time, w_time)
+
+    def _parts(self, observations: Tensor, elapsed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """tanh((s, 4u) W + c) [S, d], s [S, D] and u [S, 1]."""
         n_observation = self.weight.shape[0] - 1
         if observations.ndim != 2 or observations.shape[1] != n_observation:
             raise UsageError(
@@ -72,8 +85,7 @@ class RandomFeatures:
         s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT)
         u = elapsed.to(s).unsqueeze(1)
         weight, offset = self.weight.to(s.device), self.offset.to(s.device)
-        hidden = torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight).tanh_()
-        return torch.cat((hidden, s, s.square(), u, u.square(), torch.ones_like(u)), 1)
+        return torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight).tanh_(), s, u
 
 
 @dataclass(frozen=True)
