@@ -52,17 +52,6 @@ class MLP(nn.Module):
                 x = torch.tanh_(x) if self.tanh else torch.relu_(x)
         return x
 
-    def infer(self, x: np.ndarray) -> np.ndarray:
-        """The same numbers without torch: at the few rows of a vector step its call overhead is most of the time."""
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, nn.Linear)
-            x = x @ layer.weight.detach().numpy().T
-            x += layer.bias.detach().numpy()
-            if i < last:
-                x = np.tanh(x, out=x) if self.tanh else np.maximum(x, 0, out=x)
-        return x
-
 
 class ImageEncoder(nn.Module):
     """Small CNN: ``[m, C, H, W]`` of 0..255 to ``[m, 128]``; three convolutions, pooling to 4 x 4, one linear layer."""
@@ -190,11 +179,6 @@ class Policy(nn.Module):
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """:meth:`forward` for acting: numpy in, numpy out, no gradient."""
         device = self.mean.device
-        if isinstance(self.network, MLP) and not self.encoders and device.type == "cpu":
-            out = self.network.infer(inputs["flat"])
-            if self.gaussian:
-                out = np.concatenate([out, np.broadcast_to(self.log_std.detach().numpy(), out.shape)], 1)
-            return out
         with torch.inference_mode():
             tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in inputs.items()}
             return self.forward(tensors).cpu().numpy()

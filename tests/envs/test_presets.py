@@ -1,0 +1,59 @@
+"""Every preset is complete, makes its environment, and steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import pytest
+
+from grouprl import GRPO, UsageError
+from grouprl.envs import presets
+from grouprl.envs.config import GRPOConfig
+
+QUICK: dict[str, Any] = {"n_steps": 8, "min_steps": 8, "max_steps": 64, "min_signals": 0, "epochs": 1, "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_builds_and_learns_from_a_batch(name: str) -> None:
+    preset = presets.load(name)
+    quick = {key: value for key, value in QUICK.items() if key != "n_steps" or preset.config.get("n_envs") != 1}
+    agent = GRPO(preset.env_id, preset=name, **quick)
+    agent.learn(64)
+    assert agent.num_timesteps >= 64
+    assert agent.config.seed == 0
+    agent.close()
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_says_what_it_is_and_what_to_expect(name: str) -> None:
+    preset = presets.load(name)
+    assert preset.about
+    assert preset.total_timesteps > 0
+    assert gym.spec(preset.env_id)
+    assert set(preset.config) <= set(GRPOConfig.model_fields)
+    assert {"mean_return", "seeds", "steps", "measured"} <= set(preset.expect)
+
+
+def test_a_preset_holds_only_what_differs_from_the_defaults() -> None:
+    defaults = GRPOConfig().model_dump()
+    for name in presets.names():
+        if name in ("tutorial", "chapter"):  # these spell out the chapter's choices
+            continue
+        for key, value in presets.load(name).config.items():
+            assert value != defaults[key], f"{name}: {key}"
+
+
+def test_auto_takes_the_preset_named_like_the_environment() -> None:
+    assert GRPO("CartPole-v1").config.n_envs == 32
+    assert GRPO("CartPole-v1", preset=None).config == GRPOConfig()
+    assert GRPO("CartPole-v0").config == GRPOConfig()
+
+
+def test_settings_win_over_the_preset() -> None:
+    assert GRPO("CartPole-v1", n_envs=4).config.n_envs == 4
+
+
+def test_an_unknown_preset_names_the_closest() -> None:
+    with pytest.raises(UsageError, match="CartPole-v1"):
+        GRPO("CartPole-v1", preset="CartPole-v2")
