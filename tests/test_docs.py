@@ -214,6 +214,12 @@ def test_relative_links_lead_to_a_file_and_a_heading_that_exist(page: Path) -> N
             assert name in anchors(file), f"{short(page)} links to {target}: no such heading"
 
 
+def test_every_module_for_environments_is_in_the_picture_of_the_package() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = {path.name for path in (ROOT / "src" / "grouprl" / "envs").glob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if not re.search(rf"[`/]{name}`", text)} == set()
+
+
 def test_every_column_of_the_metrics_is_explained(tmp_path: Path) -> None:
     training.train(
         "CartPole-v1", tmp_path / "run", preset=None, steps=600, settings={"collect": "segments", "warmup_steps": 0},
