@@ -1,6 +1,6 @@
 """Write into each preset what to expect of it, from the runs in results/envs_learning.jsonl.
 
-    python benchmarks/expectations.py
+python benchmarks/expectations.py
 """
 
 from __future__ import annotations

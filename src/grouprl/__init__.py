@@ -1,4 +1,4 @@
-"""Critic-free reinforcement learning: GRPO for Gymnasium environments and for language models.
+"""Critic-free reinforcement learning: GRPO for Gymnasium environments.
 
     from grouprl import GRPO
     agent = GRPO("CartPole-v1").learn(100_000)

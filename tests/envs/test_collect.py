@@ -374,7 +374,7 @@ def test_an_observation_that_ends_an_episode_and_is_not_finite_names_its_environ
 def test_an_observation_that_is_not_finite_during_warm_up_is_reported():
     agent = GRPO(lambda: Misbehaving("observation"), preset=None, n_envs=2, warmup_steps=64, collect="segments")
     with pytest.raises(TrainingError, match="environment 0"):
-        agent._ready().warm_up(agent.policy, 64)
+        agent.ready().warm_up(agent.policy, 64)
 
 
 class InfoMask(Counter):

@@ -11,7 +11,14 @@ from grouprl import GRPO, UsageError
 from grouprl.envs import presets
 from grouprl.envs.config import GRPOConfig
 
-QUICK: dict[str, Any] = {"n_steps": 8, "min_steps": 8, "max_steps": 64, "min_signals": 0, "epochs": 1, "warmup_steps": 0}
+QUICK: dict[str, Any] = {
+    "n_steps": 8,
+    "min_steps": 8,
+    "max_steps": 64,
+    "min_signals": 0,
+    "epochs": 1,
+    "warmup_steps": 0,
+}
 
 
 @pytest.mark.parametrize("name", presets.names())

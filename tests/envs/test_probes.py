@@ -118,7 +118,7 @@ def test_a_masked_action_is_never_taken_however_well_it_would_pay(where):
 
 
 def batch_of(agent):
-    collector = agent._ready()
+    collector = agent.ready()
     collector.warm_up(agent.policy, agent.config.warmup_steps)
     return collector.collect(agent.policy)
 
@@ -140,9 +140,9 @@ def test_the_step_before_a_truncation_is_not_taught_to_be_worse(shows_time):
         return probes.Truncated(cost=0.5, shows_time=shows_time)
 
     agent = GRPO(make, **{**probes.FAST, "gamma": 0.9, "baseline_features": 128, "baseline_sweeps": 10, "n_steps": 220})
-    agent._ready().warm_up(agent.policy, 64)
+    agent.ready().warm_up(agent.policy, 64)
     for _ in range(5):
-        rollout = agent._ready().collect(agent.policy)
+        rollout = agent.ready().collect(agent.policy)
         advantage, _ = advantages(rollout, agent.config, agent.baseline)
     early = rollout.elapsed < 5
     for action, sign in ((0, 1), (1, -1)):

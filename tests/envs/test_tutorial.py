@@ -91,7 +91,7 @@ class Batch:
         for layer, ours, n_in in zip(layers, self.agent.policy.network.layers, sizes, strict=False):
             assert layer.in_features == n_in
             layer.load_state_dict(copy.deepcopy(ours.state_dict()))
-        self.rollout = self.agent._ready().collect(self.agent.policy)
+        self.rollout = self.agent.ready().collect(self.agent.policy)
         self.network.double()
         self.agent.policy.double()
         self.states = self.rollout.inputs["flat"].double()
@@ -167,6 +167,6 @@ def test_the_comparison_would_notice_another_divergence(monkeypatch):
 def test_every_batch_starts_from_fresh_episodes():
     agent = GRPO("CartPole-v1", preset=None, **TUTORIAL)
     for _ in range(2):
-        rollout = agent._ready().collect(agent.policy)
+        rollout = agent.ready().collect(agent.policy)
         assert rollout.elapsed[0] == 0
         assert rollout.n_steps <= 200

@@ -20,6 +20,7 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.policy import Policy
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.sticky import sticky_envs
 from grouprl.envs.trace import Array, Bools, Trace, check_observations, pack
 from grouprl.envs.vector import autoreset_mode, environment_error
 from grouprl.errors import TrainingError, UsageError
@@ -49,7 +50,7 @@ class Collector:
         self.venv, self.observations, self.actions, self.config, self.rng = venv, observations, actions, config, rng
         self.n = int(venv.num_envs)
         self.mode = autoreset_mode(venv)
-        self.sticky_envs = np.arange(self.n) >= self.n * (1 - config.sticky_share) - 1e-9
+        self.sticky_envs = sticky_envs(config, self.n)
         self._seed: int | list[int] | None = None
         self._obs: Any = None
         self._info: dict[str, Any] = {}

@@ -15,27 +15,26 @@ from gymnasium import Space
 from gymnasium.vector import VectorEnv
 
 from grouprl.envs import presets
-from grouprl.envs.collect import HISTORY_LIMIT, Collector
+from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
 from grouprl.envs.learner import Learner, load_policy, model_file, single_threaded_kernels
 from grouprl.envs.policy import Network, Policy
-from grouprl.envs.spaces import ActionCodec, ObservationCodec, space_from_json, space_to_json
+from grouprl.envs.space_json import space_from_json, space_to_json
+from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import EnvLike, close_vector, env_name, horizon, make_vector
 from grouprl.errors import UsageError
 from grouprl.objective import RandomFeatures
 from grouprl.rollouts import Rollout
 from grouprl.runs.progress import Progress
-from grouprl.runs.state import load_state, read_meta, save_state
+from grouprl.runs.state import read_meta, save_state
 
 Metrics = dict[str, float]
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
 
 RECENT_EPISODES = 100
-STICKY_OFF = 0.05
-RESTART_AFTER = 10
-"""Time limits after which a scheduled checkpoint starts fresh episodes: cuts few of them, bounds the replay."""
 
 
 class GRPO:
@@ -110,8 +109,7 @@ class GRPO:
         self.extra: dict[str, Any] = {}
         self._warm = False
         self._signal_steps = 0
-        self._sticky_scale = 1.0
-        self._guard: tuple[list[float], list[float]] = ([], [])
+        self.sticky = StickyActions(config)
         self.recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
         self.recent_lengths: deque[int] = deque(maxlen=RECENT_EPISODES)
 
@@ -160,7 +158,8 @@ class GRPO:
         """The environment as it was given."""
         return self._env
 
-    def _ready(self) -> Collector:
+    def ready(self) -> Collector:
+        """The collector; makes the saved environment first where a loaded agent has none yet."""
         if self._collector is None:
             if not self.env_id:
                 raise UsageError("this agent was loaded without an environment; call agent.set_env(env) before learn")
@@ -203,7 +202,7 @@ class GRPO:
     ) -> GRPO:
         """Train until ``end`` total steps on schedules that run from ``start`` to ``end``."""
         callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
-        self._ready()
+        self.ready()
         with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
             while self.num_timesteps < end:
                 metrics = self._iterate((self.num_timesteps - start) / (end - start))
@@ -216,11 +215,14 @@ class GRPO:
     def _iterate(self, progress: float) -> Metrics:
         """Collect a batch, learn from it, and say what happened."""
         began = perf_counter()
-        config, collector = self.config, self._ready()
+        config, collector = self.config, self.ready()
         if not self._warm:
             self.num_timesteps += collector.warm_up(self.policy, config.warmup_steps)
             self._warm = True
-        sticky, learning_rate = self._sticky(progress), self.learner.rate(progress)
+        used = progress
+        if config.skip_without_signal:  # only what carried a signal counts as used
+            used *= self._signal_steps / max(self.num_timesteps, 1)
+        sticky, learning_rate = self.sticky.probability(used), self.learner.rate(progress)
         rollout = collector.collect(self.policy, sticky)
         collected = perf_counter()
         self.num_timesteps += rollout.n_steps
@@ -237,8 +239,8 @@ class GRPO:
             metrics["time_update"] = perf_counter() - estimated
         if rollout.observed is not None:
             self.policy.observe(rollout.observed)
-        if sticky > 0 and config.sticky_guard:
-            self._guard_sticky(rollout)
+        if sticky > 0:
+            self.sticky.judge(rollout, collector.sticky_envs)
         seconds = perf_counter() - began
         self.train_seconds += seconds
         metrics |= {
@@ -264,27 +266,6 @@ class GRPO:
             "policy_entropy": float(distribution.entropy(rollout.behaviour).mean()),
             "reward_mean": float(rollout.rewards.mean()),
         }
-
-    # --- sticky exploration ------------------------------------------------------------------------------------------
-    def _sticky(self, progress: float) -> float:
-        """Probability of repeating an action now: fades with the part of the budget that carried a signal."""
-        config = self.config
-        if config.sticky == 0 or self._sticky_scale == 0:
-            return 0.0
-        used = progress * self._signal_steps / max(self.num_timesteps, 1) if config.skip_without_signal else progress
-        return config.sticky * max(0.0, 1.0 - used / config.sticky_until) * self._sticky_scale
-
-    def _guard_sticky(self, rollout: Rollout) -> None:
-        """Quarter the probability whenever episodes that repeat actions return less than those that do not."""
-        assert self._collector is not None
-        for env, value in zip(rollout.episode_envs, rollout.episode_returns, strict=True):
-            self._guard[int(self._collector.sticky_envs[env])].append(value)
-        plain, sticky = self._guard
-        enough = max(1, self._collector.n // 4)
-        if len(plain) >= enough and len(sticky) >= enough:
-            if np.mean(sticky) < np.mean(plain) - 1e-6:
-                self._sticky_scale = self._sticky_scale / 4 if self._sticky_scale > STICKY_OFF else 0.0
-            self._guard = ([], [])
 
     # --- acting ------------------------------------------------------------------------------------------------------
     def predict(
@@ -323,7 +304,8 @@ class GRPO:
         return (env_actions if batched else env_actions[0]), state
 
     # --- saving ------------------------------------------------------------------------------------------------------
-    def _meta(self, kind: str) -> dict[str, Any]:
+    def describe(self, kind: str) -> dict[str, Any]:
+        """What a saved file says of itself, as JSON: environment, spaces, configuration."""
         return {
             "kind": kind,
             "env_id": self.env_id,
@@ -343,7 +325,7 @@ class GRPO:
         path = Path(path)
         if path.suffix != ".safetensors":
             path = path.with_name(path.name + ".safetensors")
-        save_state(path, self.policy.state_dict(), self._meta("model"))
+        save_state(path, self.policy.state_dict(), self.describe("model"))
         return path
 
     @classmethod
@@ -362,19 +344,20 @@ class GRPO:
             UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
         """
         path = model_file(Path(path))
-        agent = cls._from_meta(path, read_meta(path), network, settings)
+        agent = cls.from_description(path, read_meta(path), network, settings)
         if env is not None:
             agent.set_env(env)
         return agent
 
     @classmethod
-    def _from_meta(
+    def from_description(
         cls,
         path: Path,
         meta: Mapping[str, Any],
         network: Network | None,
         settings: Mapping[str, Any],
     ) -> GRPO:
+        """An agent with the saved policy at ``path``, whose description is ``meta``, and no environment yet."""
         missing = {"config", "observation_space", "action_space", "env_id"} - set(meta)
         if missing:
             raise UsageError(f"{path} is not a saved environment policy (it lacks {', '.join(sorted(missing))})")
@@ -393,44 +376,16 @@ class GRPO:
     def checkpoint(
         self, path: str | Path, *, may_restart: bool = False, extra: Mapping[str, Any] | None = None
     ) -> None:
-        """Write everything a resumed run needs to go on as if it had never stopped.
+        """Write everything a resumed run needs to go on as if it had never stopped: see :mod:`grouprl.envs.checkpoint`.
 
-        The environments themselves cannot be written without pickling user code. Written instead is the seed they were
-        last reset from and every action since; resuming repeats these. So that the repetition stays short,
-        ``may_restart`` lets a checkpoint taken on schedule begin fresh episodes once the last reset lies more than
-        ``RESTART_AFTER`` time limits back: this run and a resumed one then go on from the same new seed.
-
-        ``extra`` is JSON the caller gets back from :meth:`from_checkpoint` as ``agent.extra``.
+        Args:
+            path: the file, ``.safetensors``.
+            may_restart: the checkpoint is taken on schedule and may begin fresh episodes.
+            extra: JSON that :meth:`from_checkpoint` gives back as ``agent.extra``.
         """
-        collector = self._ready()
-        limit = horizon(collector.venv) or DEFAULT_HORIZON
-        far = collector.steps_since_reset > RESTART_AFTER * limit
-        if (may_restart and far) or collector.steps_since_reset > HISTORY_LIMIT:
-            collector.restart(int(self._start_rng.integers(2**31 - 1)))
-        tensors = {f"policy.{key}": value for key, value in self.policy.state_dict().items()}
-        learner_tensors, learner_values = self.learner.state()
-        collector_arrays, collector_values = collector.state()
-        tensors |= learner_tensors
-        tensors |= {f"collector.{key}": torch.from_numpy(value) for key, value in collector_arrays.items()}
-        if self.baseline is not None and self.baseline.weights is not None:
-            tensors["baseline.weights"] = self.baseline.weights
-        state = {
-            "learner": learner_values,
-            "collector": collector_values,
-            "rng": {name: rng.bit_generator.state for name, rng in self._streams().items()},
-            "train_seconds": self.train_seconds,
-            "warm": self._warm,
-            "signal_steps": self._signal_steps,
-            "sticky_scale": self._sticky_scale,
-            "guard": self._guard,
-            "recent_returns": list(self.recent_returns),
-            "recent_lengths": list(self.recent_lengths),
-            "extra": dict(extra or {}),
-        }
-        save_state(Path(path), tensors, {**self._meta("checkpoint"), "state": state})
+        from grouprl.envs import checkpoint
 
-    def _streams(self) -> dict[str, np.random.Generator]:
-        return {"act": self._act_rng, "starts": self._start_rng, "shuffle": self.learner.rng}
+        checkpoint.write(self, Path(path), may_restart, dict(extra or {}))
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None) -> GRPO:
@@ -439,28 +394,30 @@ class GRPO:
         Raises:
             UsageError: not a checkpoint, or a corrupt one.
         """
-        path = Path(path)
-        tensors, meta = load_state(path)
-        if meta.get("kind") != "checkpoint":
-            raise UsageError(f"{path} is a saved model, not a checkpoint; GRPO.load reads it")
-        agent = cls._from_meta(path, meta, network, {})
-        agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
-        state = meta["state"]
-        agent.learner.load(tensors, state["learner"])
-        if agent.baseline is not None and "baseline.weights" in tensors:
-            agent.baseline.weights = tensors["baseline.weights"]
-        for name, rng in agent._streams().items():
-            rng.bit_generator.state = state["rng"][name]
-        agent.train_seconds, agent._warm = state["train_seconds"], state["warm"]
-        agent._signal_steps, agent._sticky_scale = state["signal_steps"], state["sticky_scale"]
-        agent._guard = (list(state["guard"][0]), list(state["guard"][1]))
-        agent.recent_returns.extend(state["recent_returns"])
-        agent.recent_lengths.extend(state["recent_lengths"])
-        agent.extra = state["extra"]
-        prefix = "collector."
-        arrays = {k.removeprefix(prefix): v.numpy() for k, v in tensors.items() if k.startswith(prefix)}
-        agent._ready().load(arrays, state["collector"])
-        return agent
+        from grouprl.envs import checkpoint
+
+        return checkpoint.read(Path(path), env, network)
+
+    def streams(self) -> dict[str, np.random.Generator]:
+        """The random streams that training draws from, by name."""
+        return {"act": self._act_rng, "starts": self._start_rng, "shuffle": self.learner.rng}
+
+    def counters(self) -> dict[str, Any]:
+        """How far training has come, as JSON."""
+        return {
+            "train_seconds": self.train_seconds,
+            "warm": self._warm,
+            "signal_steps": self._signal_steps,
+            "recent_returns": list(self.recent_returns),
+            "recent_lengths": list(self.recent_lengths),
+        }
+
+    def restore_counters(self, counters: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`counters`."""
+        self.train_seconds, self._warm = counters["train_seconds"], counters["warm"]
+        self._signal_steps = counters["signal_steps"]
+        self.recent_returns.extend(counters["recent_returns"])
+        self.recent_lengths.extend(counters["recent_lengths"])
 
     def close(self) -> None:
         """Close the environments."""

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
-import grouprl
 from grouprl.envs import presets
 from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.grpo import GRPO, Metrics
@@ -191,7 +191,7 @@ def train(
     except TypeError as error:
         raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
     config = {
-        "grouprl": grouprl.__version__,
+        "grouprl": version("grouprl"),
         "env_id": env_id,
         "preset": chosen.name if chosen else None,
         "seed": agent.config.seed,
