@@ -57,10 +57,12 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Means over the optimizer steps taken: what is worth plotting of an update.
+    """What is worth plotting of an update.
 
-    ``approx_kl`` is KL(old || new) after the last epoch on a sample of the batch (k3); ``kl`` is the divergence to the
-    reference policy (0 when beta is 0).
+    ``policy_loss``, ``entropy`` (0 where it was not asked for), ``grad_norm`` and ``kl``, the divergence to the
+    reference policy (0 without one), are means over the optimizer steps. ``approx_kl``, KL(old || new) as k3, and
+    ``clip_fraction``, the share of steps whose ratio lies outside the clip range on the side their advantage pushes to,
+    are those of the updated policy on a sample of the batch.
     """
 
     policy_loss: float
@@ -120,7 +122,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     logp_old: Tensor,
     advantages: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     settings: UpdateSettings,
     rng: np.random.Generator,
     pool: ThreadPoolExecutor | None = None,
@@ -133,8 +135,8 @@ def update(
         parameters: what the optimizer owns; its ``vector`` must be the optimizer's only parameter.
         logp_old: log-probabilities under the policy that sampled the steps, ``[S]``.
         advantages: ``[S]``, fixed for the whole update.
-        weights: ``[S]`` with mean 1: relative weight of a step. A minibatch of m steps weighs its steps
-            ``weights / m``, fixed before any of it is evaluated.
+        weights: ``[S]`` with mean 1: relative weight of a step, or None if all are equal. A minibatch of m steps weighs
+            its steps ``weights / m``, fixed before any of it is evaluated.
         settings: see :class:`UpdateSettings`.
         rng: the stream that shuffles.
         pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order.
@@ -144,11 +146,11 @@ def update(
     """
     n = logp_old.shape[0]
     probe = torch.from_numpy(rng.permutation(n)[:2048])
-    totals = torch.zeros(4, device=logp_old.device)
+    totals = torch.zeros(3, device=logp_old.device)
     steps = 0
     norm_total = 0.0
     epoch = 0
-    approx_kl = 0.0
+    approx_kl = clip = 0.0
     for epoch in range(1, settings.epochs + 1):
         for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
             gradient, sums = _gradient(
@@ -169,10 +171,13 @@ def update(
             steps += 1
         if epoch == settings.epochs or settings.kl_stop is not None:
             with torch.no_grad():
-                approx_kl = float(k3(logp_old[probe], evaluate(probe).logp).mean())
+                logp, old = evaluate(probe).logp, logp_old[probe]
+                approx_kl = float(k3(old, logp).mean())
+                outside = clip_fraction(logp, old, advantages[probe], settings.clip_low, settings.clip_high)
+                clip = float(outside.float().mean())
             if settings.kl_stop is not None and approx_kl > settings.kl_stop:
                 break
-    policy_loss, kl, entropy, clip = (totals / steps).tolist()
+    policy_loss, kl, entropy = (totals / steps).tolist()
     return UpdateStats(policy_loss, kl, entropy, clip, norm_total / steps, approx_kl, epoch, steps)
 
 
@@ -182,36 +187,36 @@ def _gradient(
     index: Tensor,
     logp_old: Tensor,
     advantages: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     settings: UpdateSettings,
     pool: ThreadPoolExecutor | None,
     threads: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient ``[P]`` of one minibatch's loss and the sums [policy loss, kl, entropy, clip fraction]."""
+    """Gradient ``[P]`` of one minibatch's loss and the sums [policy loss, kl, entropy]."""
     denominator = index.shape[0]
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor]:
         gradient: Tensor | None = None
-        sums = torch.zeros(4, device=logp_old.device)
+        sums = torch.zeros(3, device=logp_old.device)
         for i in torch.split(rows, settings.micro_batch):
             terms = evaluate(i)
-            old, advantage, weight = logp_old[i], advantages[i], weights[i] / denominator
-            policy_loss = (weight * surrogate_loss(settings, terms.logp, old, advantage)).sum()
+            weight = None if weights is None else weights[i]
+
+            def total(losses: Tensor, weight: Tensor | None = weight) -> Tensor:
+                return (losses if weight is None else weight * losses).sum() / denominator
+
+            policy_loss = total(surrogate_loss(settings, terms.logp, logp_old[i], advantages[i]))
             loss = policy_loss
             if terms.kl is not None and settings.beta > 0:
-                kl = (weight * terms.kl).sum()
+                kl = total(terms.kl)
                 loss = loss + settings.beta * kl
                 sums[1] += kl.detach()
             if terms.entropy is not None:
-                entropy = (weight * terms.entropy).sum()
+                entropy = total(terms.entropy)
                 if settings.entropy_coef > 0:
                     loss = loss - settings.entropy_coef * entropy
                 sums[2] += entropy.detach()
-            with torch.no_grad():
-                sums[0] += policy_loss.detach()
-                sums[3] += (
-                    clip_fraction(terms.logp, old, advantage, settings.clip_low, settings.clip_high).sum() / denominator
-                )
+            sums[0] += policy_loss.detach()
             g = parameters.gradient(loss)
             gradient = g if gradient is None else gradient.add_(g)
         assert gradient is not None

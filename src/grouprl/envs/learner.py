@@ -160,7 +160,7 @@ class Learner:
             self.optimizer,
             logp_old,
             rows(advantages),
-            torch.ones_like(logp_old),
+            None,
             self.settings,
             self.rng,
             self.pool,
