@@ -33,7 +33,7 @@ def call(*arguments: str | Path) -> int:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "run"
-    assert call("train", "CartPole-v1", "--seed", "1", "--steps", "1000", "--out", out, *FAST) == 0
+    assert call("train", "CartPole-v1", "--seed", "1", "--steps", "1e3", "--out", out, *FAST) == 0
     return out
 
 
@@ -122,6 +122,7 @@ def test_numbers_without_a_dot_in_scientific_notation_are_numbers(tmp_path: Path
         (["train", "CartPole-v1", "--env", "gravity=1"], "gravity"),
         (["train", "CartPole-v1", "--track", "sheet"], "tensorboard"),
         (["train", "CartPole-v1", "--steps", "0"], "total_timesteps=0"),
+        (["train", "CartPole-v1", "--set", "env=3"], "unknown setting 'env'"),
         (["evaluate", "nothing-here"], "nothing-here"),
         (["resume", "nothing-here"], "nothing-here"),
         (["plot", "nothing-here"], "nothing-here"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _count(text: str) -> int:
+    """A whole number, also as 1e6."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not value.is_integer():
+        raise typer.BadParameter(f"{text!r} is not a whole number such as 100000 or 1e6")
+    return int(value)
+
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as train leaves it, or a model.safetensors.")]
 Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
@@ -50,7 +63,10 @@ def train(
     assignments: Assignments = None,
     env_assignments: EnvAssignments = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.  [default: 0]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Environment steps.  [default: the preset's, or 500000]")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(parser=_count, metavar="N", help="Environment steps.  [default: of the preset, or 500000]"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/ENV-seedN-DATE-TIME]")] = None,
     track: Annotated[
         list[str] | None, typer.Option(help="tensorboard (default), wandb, or none; may be repeated.")
@@ -91,10 +107,10 @@ def train(
     if not video:
         run["video"] = False
     folder = out or default_run_path("runs", preset if preset not in ("auto", "default") else env, seed or 0)
-    print(f"training on {env}; the run folder will be {folder}", flush=True)
     result = training.train(
         env, folder, preset=preset, steps=steps, seed=seed, settings=settings, env_kwargs=env_kwargs, run=run,
         overwrite=overwrite, progress_bar=False if quiet else None,
+        announce=lambda run: print(f"training on {env}; the run folder is {run.path}", flush=True),
     )  # fmt: skip
     _report(result)
 
@@ -102,7 +118,9 @@ def train(
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="The folder of an interrupted run.")],
-    steps: Annotated[int | None, typer.Option(help="A new total of steps, to make a run longer.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(parser=_count, metavar="N", help="A new total of steps, to make a run longer.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Go on with an interrupted run as if it had never stopped."""
@@ -223,6 +241,8 @@ def main() -> None:
     try:
         app()
     except GrouprlError as error:
+        if os.environ.get("GROUPRL_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
@@ -315,10 +335,6 @@ def _report(result: RunResult) -> None:
         f"(min {final['min']:.1f}, max {final['max']:.1f})"
     )
     print(f"run folder: {folder}")
-    print(
-        "next:\n"
-        f"  grouprl play {folder}\n"
-        f"  grouprl evaluate {folder}\n"
-        f"  grouprl plot {folder}\n"
-        f"  tensorboard --logdir {folder.parent}"
-    )
+    print(f"next:\n  grouprl play {folder}\n  grouprl evaluate {folder}\n  grouprl plot {folder}")
+    if result.folder.tensorboard_path.exists():
+        print(f"  tensorboard --logdir {folder.parent}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,13 @@ class Terms(NamedTuple):
     logp: Tensor
     entropy: Tensor | None
     kl: Tensor | None
+
+
+class Optimizer(Protocol):
+    """Whatever steps: :class:`grouprl.adam.Adam`, or any of PyTorch's."""
+
+    def step(self) -> Any:
+        """Move the parameters along their gradient."""
 
 
 Evaluate = Callable[[Tensor], Terms]
@@ -119,7 +126,7 @@ def surrogate_loss(settings: UpdateSettings, logp: Tensor, logp_old: Tensor, adv
 def update(
     evaluate: Evaluate,
     parameters: FlatParameters,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     logp_old: Tensor,
     advantages: Tensor,
     weights: Tensor | None,
@@ -132,7 +139,7 @@ def update(
 
     Args:
         evaluate: the current policy's view of any steps.
-        parameters: what the optimizer owns; its ``vector`` must be the optimizer's only parameter.
+        parameters: the policy's; ``optimizer.step()`` must move ``parameters.vector`` along its ``grad``.
         logp_old: log-probabilities under the policy that sampled the steps, ``[S]``.
         advantages: ``[S]``, fixed for the whole update.
         weights: ``[S]`` with mean 1: relative weight of a step, or None if all are equal. A minibatch of m steps weighs

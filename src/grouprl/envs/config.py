@@ -21,7 +21,7 @@ class GRPOConfig(BaseModel):
     Build one with :func:`make_config`, whose errors say what was given, what is allowed and how to fix it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     # --- collection: which steps a batch holds -------------------------------------------------------------------
     n_envs: int = Field(16, ge=1, description="environments stepped side by side")
@@ -161,18 +161,24 @@ class GRPOConfig(BaseModel):
         return "sync" if self.vectorization == "auto" and self.group_size is not None else self.vectorization
 
 
-def make_config(values: Mapping[str, Any]) -> GRPOConfig:
-    """Validate ``values`` into a :class:`GRPOConfig`.
-
-    Raises:
-        UsageError: an unknown name (with the closest known one), or a value that is not allowed.
-    """
+def check_names(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for a name that is no setting, with the closest one that is."""
     known = GRPOConfig.model_fields
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(sorted(known))}"
             raise UsageError(f"unknown setting {name!r}; {hint}")
+
+
+def make_config(values: Mapping[str, Any]) -> GRPOConfig:
+    """Validate ``values`` into a :class:`GRPOConfig`.
+
+    Raises:
+        UsageError: an unknown name (with the closest known one), or a value that is not allowed.
+    """
+    check_names(values)
+    known = GRPOConfig.model_fields
     try:
         return GRPOConfig(**values)
     except ValidationError as error:

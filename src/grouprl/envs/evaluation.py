@@ -8,8 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.wrappers import TimeLimit
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from grouprl.envs.collect import merge_masks, valid_actions
 from grouprl.envs.grpo import GRPO
@@ -51,10 +50,12 @@ class Evaluator:
     ) -> None:
         how = "auto" if vectorization == "async" else vectorization
         self.venv = make_vector(env, n_envs, how, env_kwargs, seed=12345)
-        if horizon(self.venv) is None and isinstance(env, str) and not env.startswith("envpool:"):
+        if horizon(self.venv) is None and isinstance(env, str) and isinstance(self.venv, SyncVectorEnv):
             self.venv.close()
             self.venv = make_vector(env, n_envs, how, {**(env_kwargs or {}), "max_episode_steps": MAX_STEPS})
         elif horizon(self.venv) is None and not isinstance(env, gym.Env | VectorEnv | str):
+            from gymnasium.wrappers import TimeLimit
+
             self.venv.close()
             self.venv = make_vector(lambda: TimeLimit(env(), MAX_STEPS), n_envs, how)
 

@@ -65,6 +65,8 @@ class GRPO:
         network: Network | None = None,
         **settings: Any,
     ) -> None:
+        if network is not None and not callable(network):
+            raise UsageError(f"network={network!r} must be a callable (inputs, outputs) -> torch.nn.Module, or None")
         chosen = presets.resolve(env_name(env), preset)
         config = make_config({**(chosen.config if chosen else {}), **settings})
         kwargs = {**(chosen.env_kwargs if chosen else {}), **(env_kwargs or {})}

@@ -16,11 +16,13 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from grouprl.adam import Adam
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.policy import Policy
 from grouprl.errors import UsageError
 from grouprl.objective import sampled_kl_loss
 from grouprl.rollouts import Rollout
+from grouprl.runs import RunFolder
 from grouprl.runs.state import load_state
 from grouprl.update import FlatParameters, Terms, UpdateSettings, UpdateStats, update
 
@@ -47,9 +49,10 @@ def keep_freed_memory() -> None:
 
 
 def model_file(path: Path) -> Path:
-    """The file meant by ``path``: a run folder's model, or the file itself with or without its suffix."""
+    """The file meant by ``path``: a run folder's model (or newest checkpoint), or the file, suffix or not."""
     if path.is_dir():
-        return path / "model.safetensors"
+        model, checkpoint = path / "model.safetensors", RunFolder(path).latest_checkpoint()
+        return model if model.exists() or checkpoint is None else checkpoint  # a run killed before its end has no model
     return path if path.suffix == ".safetensors" or path.exists() else path.with_name(path.name + ".safetensors")
 
 
@@ -92,9 +95,7 @@ class Learner:
     def __init__(self, policy: Policy, config: GRPOConfig, rng: np.random.Generator) -> None:
         self.policy, self.config, self.rng = policy, config, rng
         self.parameters = FlatParameters(policy)
-        self.optimizer = torch.optim.Adam(
-            [self.parameters.vector], lr=config.learning_rate, eps=config.adam_eps, fused=True
-        )
+        self.optimizer = Adam(self.parameters.vector, config.learning_rate, config.adam_eps)
         self.learning_rate = config.learning_rate
         self.updates = 0
         self.reference: Policy | None = None
@@ -152,8 +153,7 @@ class Learner:
                     )
             return Terms(logp, distribution.entropy(params) if entropy_coef > 0 else None, kl)
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(progress)
+        self.optimizer.learning_rate = self.rate(progress)
         stats = update(
             evaluate,
             self.parameters,
@@ -222,7 +222,7 @@ class Learner:
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Everything a resumed run needs besides the policy: tensors and plain values."""
         tensors: dict[str, Tensor] = {}
-        for key, value in self.optimizer.state[self.parameters.vector].items():
+        for key, value in self.optimizer.state().items():
             tensors[f"optimizer.{key}"] = value
         if self.reference is not None:
             tensors |= {f"reference.{key}": value for key, value in self.reference.state_dict().items()}
@@ -230,11 +230,7 @@ class Learner:
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:
         """The inverse of :meth:`state`; the policy must have been loaded before."""
-        optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-        if optimizer:
-            device = self.parameters.vector.device
-            optimizer = {key: value.to(device) for key, value in optimizer.items()}
-            self.optimizer.state[self.parameters.vector] = optimizer
+        self.optimizer.load({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")})
         if self.reference is not None:
             prefix = "reference."
             self.reference.load_state_dict(

@@ -64,16 +64,24 @@ def _leaves(space: Space, path: Path = ()) -> Iterator[tuple[Path, Space]]:
     elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         yield path, space
     else:
-        fix = (
-            "gymnasium.wrappers.FlattenObservation, or map it yourself with gymnasium.wrappers.TransformObservation"
-            if space.is_np_flattenable
-            else "gymnasium.wrappers.TransformObservation with a function to one of these spaces"
-        )
+        fix = "gymnasium.wrappers.TransformObservation with a function to one of these spaces"
+        if _flattens(space):
+            fix = f"gymnasium.wrappers.FlattenObservation, or in {fix}"
+        elif path:
+            fix = f"gymnasium.wrappers.FilterObservation to leave it out, or in {fix}"
         where = f"leaf {_name(path)!r} of the observation space" if path else "observation space"
         raise UsageError(
             f"The {where} is {type(space).__name__}: {space}. Allowed are Box, Discrete, MultiDiscrete, MultiBinary, "
             f"and Dict or Tuple of these. Wrap the environment in {fix}."
         )
+
+
+def _flattens(space: Space) -> bool:
+    """Whether Gymnasium can flatten the space; a space of someone else's need not say."""
+    try:
+        return space.is_np_flattenable
+    except NotImplementedError:
+        return False
 
 
 def _take(observation: Any, path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from grouprl.envs import presets
+from grouprl.envs.config import check_names
 from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.grpo import GRPO, Metrics
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.trackers import check_trackers
 
@@ -157,6 +159,7 @@ def train(
     run: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress_bar: bool | None = None,
+    announce: Callable[[RunFolder], None] | None = None,
 ) -> RunResult:
     """Train on ``env_id`` and leave a run folder at ``out``.
 
@@ -170,16 +173,18 @@ def train(
         env_kwargs: for the environment's constructor.
         run: fields of :class:`RunSettings`.
         progress_bar: True, False, or None for "if standard error is a terminal".
+        announce: called with the run folder once everything asked for is known to be possible.
 
     Raises:
         UsageError: something asked for is not possible; nothing is left behind.
-        TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed.
+        TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed. Without one
+            nothing is left behind.
     """
     chosen = presets.resolve(env_id, preset)
     values = dict(settings or {})
+    check_names(values)
     if seed is not None:
         values["seed"] = seed
-    agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
     total = steps if steps is not None else chosen.total_timesteps if chosen else 500_000
     options: dict[str, Any] = {
         "total_timesteps": total,
@@ -190,6 +195,7 @@ def train(
         run_settings = RunSettings(**options)
     except TypeError as error:
         raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
+    agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
     config = {
         "grouprl": version("grouprl"),
         "env_id": env_id,
@@ -200,7 +206,14 @@ def train(
         "config": agent.config.model_dump(mode="json"),
     }
     folder = RunFolder.create(out, config, overwrite=overwrite)
-    return _run(folder, run_settings, agent, progress_bar)
+    if announce is not None:
+        announce(folder)
+    try:
+        return _run(folder, run_settings, agent, progress_bar)
+    except GrouprlError:
+        if not folder.checkpoints():  # nothing to resume from: leave nothing in the way of another try
+            folder.discard()
+        raise
 
 
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
@@ -295,8 +308,13 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop()
-        for n, old in previous.items():
-            signal.signal(n, old)
+        print("stopping after this update; once more to stop at once", file=sys.stderr, flush=True)
+        for n in previous:
+            signal.signal(n, at_once)
+
+    def at_once(number: int, frame: FrameType | None) -> None:
+        print("stopped at once; grouprl resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+        raise KeyboardInterrupt
 
     try:
         previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}

@@ -60,9 +60,12 @@ def make_vector(
         makers = [env] * n_envs
         if vectorization not in ("auto", "sync", "async"):
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
-        if vectorization == "async":
-            return AsyncVectorEnv(makers)
-        made = SyncVectorEnv(makers, copy=False)
+        try:
+            if vectorization == "async":
+                return AsyncVectorEnv(makers)
+            made = SyncVectorEnv(makers, copy=False)
+        except Exception as error:  # whatever the user's callable raises
+            raise UsageError(cannot_make_message(env_name(env), {}, error)) from error
         if len({id(one.unwrapped) for one in made.envs}) < n_envs:
             raise UsageError(
                 f"the callable returned the same environment again, and {n_envs} of them are stepped side by side; "
@@ -76,6 +79,7 @@ def make_vector(
 
 
 def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
+    given = dict(kwargs)
     mode = None if vectorization == "auto" else vectorization
     vector_kwargs: dict[str, Any] = {}
     spec = find_spec(env_id)
@@ -93,10 +97,8 @@ def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str
             return gym.make_vec(env_id, num_envs=n_envs, vectorization_mode=mode, vector_kwargs=vector_kwargs, **kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise UsageError(missing_extra_message(env_id, str(spec.entry_point), error)) from None
-    except TypeError as error:
-        raise UsageError(f"{env_id} does not accept env_kwargs={kwargs}: {error}") from None
-    except gym.error.Error as error:
-        raise UsageError(f"cannot make {env_id}: {error}") from None
+    except Exception as error:  # whatever its constructor raises
+        raise UsageError(cannot_make_message(env_id, given, error)) from error
 
 
 def find_spec(env_id: str) -> EnvSpec:
@@ -165,13 +167,14 @@ class EnvPoolVector(VectorEnv[Any, Any, Any]):
 
 def close_vector(venv: VectorEnv[Any, Any, Any]) -> None:
     """Close ``venv``, also where a worker process is dead and the others cannot be asked to leave."""
-    try:
+    if not isinstance(venv, AsyncVectorEnv):
         venv.close()
-    except (EOFError, OSError):
-        if not isinstance(venv, AsyncVectorEnv):
-            raise
+    elif not venv.closed:
+        if all(process.is_alive() for process in venv.processes):
+            venv.close(terminate=True)
+            return
         for process, pipe in zip(venv.processes, venv.parent_pipes, strict=True):
-            process.terminate()
+            process.kill()
             process.join()
             if pipe is not None:
                 pipe.close()
@@ -218,7 +221,13 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
     """What to say of an id Gymnasium does not know."""
     if isinstance(error, ImportError):
         return f"cannot import the module named in {env_id!r}: {error}; install the package that registers it"
-    close = difflib.get_close_matches(env_id.rpartition(":")[2], list(gym.registry), n=3)
+    package, _, name = env_id.rpartition(":")
+    if package:
+        return (
+            f"{package} was imported, but no environment {name!r} is registered; if {package} registers its "
+            "environments through a function, call that first and use Python: GRPO(lambda: gymnasium.make(...))"
+        )
+    close = difflib.get_close_matches(name, list(gym.registry), n=3)
     hint = (
         f"did you mean {' or '.join(close)}?" if close else "gymnasium.pprint_registry() lists the ids installed here."
     )
@@ -237,10 +246,24 @@ def missing_extra_message(env_id: str, entry_point: str, error: Exception) -> st
     return f"{env_id} needs packages that are not installed: {error}"
 
 
+def cannot_make_message(name: str, given: Mapping[str, Any], error: Exception) -> str:
+    """What to say of an environment whose constructor failed."""
+    arguments = f" with {dict(given)}" if given else ""
+    return (
+        f"{name} cannot be made{arguments}: {type(error).__name__}: {str(error).strip() or 'no message'}. "
+        "It must be a gymnasium.Env with an observation_space and an action_space; constructor arguments go in "
+        "env_kwargs (--env KEY=VALUE) for an id, or into a callable such as lambda: MyEnv(size=3)"
+    )
+
+
 def environment_error(error: Exception, when: str) -> TrainingError:
     """Name the environment, the moment and the cause of an exception raised inside an environment."""
-    cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return TrainingError(
-        f"the environment failed {when}: {cause}. The fault is inside the environment (or its worker process died); "
-        "try vectorization=sync to see its traceback"
-    )
+    text = str(error).strip().rstrip(".")
+    cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if "array element with a sequence" in text:
+        hint = "a reward must be one number; make it one with gymnasium.wrappers.TransformReward"
+    elif "values to unpack" in text:
+        hint = "reset must return (observation, info), step (observation, reward, terminated, truncated, info)"
+    else:
+        hint = "the fault is inside the environment, or its worker process died; GROUPRL_TRACEBACK=1 shows where"
+    return TrainingError(f"the environment failed {when}: {cause}; {hint}")

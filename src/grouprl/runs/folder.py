@@ -152,6 +152,15 @@ class RunFolder:
             except OSError as error:
                 raise explain_os_error(error, path) from error
 
+    def discard(self) -> None:
+        """Delete the run's files, and the folder if nothing else is in it."""
+        try:
+            self._clear(overwrite=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+
     def _clear(self, overwrite: bool) -> None:
         if not self.config_path.is_file():
             raise UsageError(f"{self.path} is not empty and holds no run. Choose another folder.")
