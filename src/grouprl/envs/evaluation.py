@@ -12,6 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from grouprl.envs.collect import merge_masks, valid_actions
 from grouprl.envs.grpo import GRPO
+from grouprl.envs.learner import single_threaded_kernels
 from grouprl.envs.vector import EnvLike, autoreset_mode, environment_error, horizon, is_vectorised, make_vector
 from grouprl.errors import GrouprlError, UsageError
 
@@ -71,6 +72,10 @@ class Evaluator:
             UsageError: fewer than one episode.
             TrainingError: the environment failed.
         """
+        with single_threaded_kernels():
+            return self._run(agent, episodes, deterministic, seed)
+
+    def _run(self, agent: GRPO, episodes: int, deterministic: bool, seed: int) -> Evaluation:
         if episodes < 1:
             raise UsageError(f"episodes={episodes} must be at least 1")
         venv, n = self.venv, self.venv.num_envs

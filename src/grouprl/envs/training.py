@@ -17,7 +17,7 @@ import numpy as np
 
 from grouprl.envs import presets
 from grouprl.envs.config import check_names
-from grouprl.envs.evaluation import Evaluator
+from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO, Metrics
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
@@ -280,7 +280,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
     notes: list[str] = []
     with ThreadPoolExecutor(1) as pool:
         curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
-        final = recorder.evaluator.run(agent, run.final_episodes, seed=agent.config.seed + 2).summary()
+        final = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2).summary()
         if run.video:
             notes += record_episodes(agent, folder.video_path)
         try:

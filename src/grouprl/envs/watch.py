@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from grouprl.envs.grpo import GRPO
+from grouprl.envs.learner import single_threaded_kernels
 from grouprl.envs.vector import environment_error, missing_extra_message, unknown_id_message
 from grouprl.errors import GrouprlError, UsageError
 
@@ -99,7 +100,8 @@ def record_episodes(agent: GRPO, path: Path, episodes: int = 1, seed: int = 0, d
                     return
 
     try:
-        write_video(frames(), path, float(env.metadata.get("render_fps") or DEFAULT_FPS))
+        with single_threaded_kernels():
+            write_video(frames(), path, float(env.metadata.get("render_fps") or DEFAULT_FPS))
     except UsageError as error:
         return [f"no video: {error}"]
     finally:
