@@ -51,6 +51,12 @@ SOURCES = (
 )
 
 
+def median_or_nan(values: list[float | None]) -> float:
+    """Median of those known; seconds of a run that was paused are not."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else float("nan")
+
+
 # --- one run ---------------------------------------------------------------------------------------------------------
 def train(arguments: dict[str, Any]) -> Run:
     """Train and evaluate once, in this process."""
@@ -203,7 +209,7 @@ def row(runs: list[Run]) -> list[str]:
         f"{number(means.min())} to {number(means.max())}",
         reached,
         published,
-        number(statistics.median(run["train_seconds"] for run in runs)),
+        number(median_or_nan([run["train_seconds"] for run in runs])),
     ]
 
 
