@@ -43,7 +43,7 @@ def test_train_says_where_the_run_is_and_what_to_type_next(tmp_path: Path, capsy
     text = capsys.readouterr()
     assert f"run folder: {out}" in text.out
     for command in ("play", "evaluate", "plot"):
-        assert f"grouprl {command} {out}" in text.out
+        assert f"grouprl {command} {out}" in text.out  # by name, or by path where it is not on the PATH
     assert text.err == ""  # no progress bar where nobody watches
     assert not (out / "episode.mp4").exists()
 

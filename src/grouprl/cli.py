@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -314,6 +315,15 @@ def _from_file(
         raise UsageError(f"{path} is not the config.yaml of a run; give one that grouprl train left") from None
 
 
+def _command(name: str) -> str:
+    """How to call a program of this installation from here: by name, or by path where it is not on the PATH."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if not own.exists() or (found is not None and Path(found).resolve() == own.resolve()):
+        return name
+    return os.path.relpath(own)
+
+
 def _report(result: RunResult) -> None:
     folder = result.folder.path
     for note in result.notes:
@@ -335,6 +345,7 @@ def _report(result: RunResult) -> None:
         f"(min {final['min']:.1f}, max {final['max']:.1f})"
     )
     print(f"run folder: {folder}")
-    print(f"next:\n  grouprl play {folder}\n  grouprl evaluate {folder}\n  grouprl plot {folder}")
+    grouprl = _command("grouprl")
+    print(f"next:\n  {grouprl} play {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
     if result.folder.tensorboard_path.exists():
-        print(f"  tensorboard --logdir {folder.parent}")
+        print(f"  {_command('tensorboard')} --logdir {folder.parent}")
