@@ -329,9 +329,8 @@ def _report(result: RunResult) -> None:
     for note in result.notes:
         print(f"note: {note}")
     if result.summary is None:
-        print(
-            f"stopped after {result.agent.num_timesteps} steps; nothing is lost. Go on with:\n  grouprl resume {folder}"
-        )
+        print(f"stopped after {result.agent.num_timesteps} steps; nothing is lost. Go on with:")
+        print(f"  {_command('grouprl')} resume {folder}")
         raise typer.Exit(130)
     summary, final = result.summary, result.summary["eval"]
     solved = summary["solved_at_steps"]
