@@ -34,12 +34,13 @@ def expectation(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Replace the ``expect`` block, always the last of a preset file."""
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in RESULTS.read_text(encoding="utf-8").splitlines():
         run = json.loads(line)
         if run["mode"] == "preset":
-            groups[run["name"]].append(run)
-    for name, runs in groups.items():
+            groups[run["name"]][run["seed"]] = run  # the newest of a seed counts
+    for name, by_seed in groups.items():
+        runs = list(by_seed.values())
         path = PRESETS / f"{name}.yaml"
         head = path.read_text(encoding="utf-8").split("expect:\n")[0]
         block = yaml.safe_dump({"expect": expectation(runs)}, sort_keys=False, width=110, default_flow_style=None)
