@@ -167,6 +167,21 @@ def test_a_run_killed_before_its_end_can_be_evaluated_from_its_checkpoint(tmp_pa
     assert GRPO.load(tmp_path / "run").num_timesteps >= 1000
 
 
+def test_an_environment_that_is_refused_is_closed() -> None:
+    closed: list[bool] = []
+
+    class Other(Plain):
+        observation_space = spaces.Box(-1, 1, (3,), np.float32)
+
+        def close(self) -> None:
+            closed.append(True)
+
+    agent = GRPO(Plain, **QUICK)
+    with pytest.raises(UsageError, match="observation space"):
+        agent.set_env(Other)
+    assert closed == [True, True]
+
+
 def test_settings_that_are_arguments_of_python_are_no_settings(tmp_path: Path) -> None:
     for name in ("env", "network", "preset"):
         with pytest.raises(UsageError, match=f"unknown setting '{name}'"):

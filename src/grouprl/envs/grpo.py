@@ -76,7 +76,7 @@ class GRPO:
             self._build(config, venv.single_observation_space, venv.single_action_space, network)
         except UsageError:
             if venv is not env:
-                venv.close()
+                close_vector(venv)
             raise
         self.env_kwargs |= kwargs
         self._attach(env, venv)
@@ -139,10 +139,12 @@ class GRPO:
             ("action", self.action_space, venv.single_action_space),
         ):
             if ours != theirs:
+                if venv is not env:
+                    close_vector(venv)
                 raise UsageError(f"the new environment's {name} space {theirs} differs from the policy's {ours}; "
                                  "build a new GRPO(env) for it")  # fmt: skip
         if self._venv is not None and self._venv is not venv and env is not self._env:
-            self._venv.close()
+            close_vector(self._venv)
         self.env_kwargs = kwargs
         self._attach(env, venv)
 
