@@ -37,6 +37,19 @@ def test_outcome_unscaled_is_the_distance_from_the_group_mean():
     assert outcome(REWARDS, LENGTHS, GROUP, scale=False).tolist() == [1.0, 1.0, 0.0, -1.0, 0.0, 0.0]
 
 
+def test_outcome_scaled_by_the_batch_divides_every_group_by_the_same_std():
+    # returns 3, 1 | 5, 5 about their mean 3.5: squares .25 + 6.25 + 2.25 + 2.25 = 11
+    for ddof, std in ((1, math.sqrt(11.0 / 3.0)), (0, math.sqrt(11.0 / 4.0))):
+        got = outcome(REWARDS, LENGTHS, GROUP, scale="batch", ddof=ddof)
+        assert_close(got, torch.tensor([1.0, 1.0, 0.0, -1.0, 0.0, 0.0]) / std)
+    assert_close(outcome(REWARDS, LENGTHS, GROUP, scale="batch", eps=1e9), torch.zeros(6), atol=1e-8, rtol=0.0)
+
+
+def test_the_names_of_scales_mean_what_the_booleans_mean():
+    assert torch.equal(outcome(REWARDS, LENGTHS, GROUP, scale="group"), outcome(REWARDS, LENGTHS, GROUP, scale=True))
+    assert torch.equal(outcome(REWARDS, LENGTHS, GROUP, scale="none"), outcome(REWARDS, LENGTHS, GROUP, scale=False))
+
+
 def test_outcome_adds_eps_to_the_std():
     got = outcome(REWARDS, LENGTHS, GROUP, ddof=0, eps=1.0)
     assert_close(got, torch.tensor([0.5, 0.5, 0.0, -0.5, 0.0, 0.0]))
@@ -102,7 +115,13 @@ def test_standardise_refuses_a_mask_that_is_none():
         standardise(torch.ones(3), torch.ones(2, dtype=torch.bool))
 
 
-EPISODE = [outcome, leave_one_out, lambda r, n, g: outcome(r, n, g, scale=False), timestep]
+EPISODE = [
+    outcome,
+    leave_one_out,
+    lambda r, n, g: outcome(r, n, g, scale="batch"),
+    lambda r, n, g: outcome(r, n, g, scale="none"),
+    timestep,
+]
 
 
 @pytest.mark.parametrize("estimate", EPISODE)
@@ -162,6 +181,9 @@ def test_arguments_that_do_not_fit_are_refused():
         outcome(REWARDS, LENGTHS, GROUP[:3])
     with pytest.raises(UsageError, match="ddof"):
         outcome(REWARDS, LENGTHS, GROUP, ddof=2)
+    for unknown in ("std", 1):
+        with pytest.raises(UsageError, match="scale must"):
+            outcome(REWARDS, LENGTHS, GROUP, scale=unknown)
     with pytest.raises(UsageError, match="floating-point"):
         outcome(REWARDS.long(), LENGTHS, GROUP)
 

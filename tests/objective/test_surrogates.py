@@ -7,9 +7,20 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from grouprl.errors import UsageError
-from grouprl.objective import clip_fraction, clipped, dual_clipped, ratio, spo
+from grouprl.objective import (
+    cispo,
+    clip_fraction,
+    clipped,
+    dppo,
+    dppo_mask,
+    dual_clipped,
+    ratio,
+    sapo,
+    spo,
+    two_sided,
+)
 
-SURROGATES = [clipped, dual_clipped, spo]
+SURROGATES = [clipped, dual_clipped, two_sided, cispo, sapo, dppo, spo]
 
 
 def at_ratios(ratios):
@@ -44,6 +55,74 @@ def test_dual_clipped_bounds_the_loss_of_bad_steps_only():
     assert loss.tolist() == approx(3.0, -1.2, 2.0)
     loss.sum().backward()
     assert logp.grad.tolist() == approx(0.0, 0.0, 2.0)
+
+
+def test_two_sided_by_hand():
+    logp, old = at_ratios([1.0, 5.0, 3.0, 5.0, 0.5])
+    a = torch.tensor([2.0, -1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    loss = two_sided(logp, old, a, delta=4.0)
+    assert loss.tolist() == approx(-2.0, 4.0, 3.0, -1.2, 0.8)
+    loss.sum().backward()
+    assert logp.grad.tolist() == approx(-2.0, 0.0, 3.0, 0.0, 0.0)
+
+
+@given(st.lists(st.tuples(st.floats(-4, 4), st.floats(-3, 3)), min_size=1, max_size=8))
+def test_two_sided_is_the_dual_clip(steps):
+    log_ratio, a = torch.tensor(steps, dtype=torch.float64).T
+    old = torch.zeros_like(a)
+    two, dual = (log_ratio.clone().requires_grad_() for _ in range(2))
+    got, expected = two_sided(two, old, a, 0.2, 0.3, delta=3.0), dual_clipped(dual, old, a, 0.2, 0.3, dual_clip=3.0)
+    assert_close(got, expected)
+    got.sum().backward()
+    expected.sum().backward()
+    assert_close(two.grad, dual.grad)
+
+
+def test_cispo_bounds_the_weight_and_keeps_every_gradient():
+    logp, old = at_ratios([1.0, 8.0, 0.25, 8.0])
+    a = torch.tensor([2.0, 2.0, 2.0, -1.0], dtype=torch.float64)
+    loss = cispo(logp, old, a, cap=5.0)
+    assert loss.tolist() == approx(0.0, -10.0 * math.log(8.0), 0.5 * math.log(4.0), 5.0 * math.log(8.0))
+    loss.sum().backward()
+    assert logp.grad.tolist() == approx(-2.0, -10.0, -0.5, 5.0)
+
+
+def test_cispo_with_the_bounds_of_the_paper_is_a_clip_around_one():
+    logp, old = at_ratios([1.5, 0.5])
+    cispo(logp, old, torch.ones(2, dtype=torch.float64), cap=1.0 + 0.28, floor=1.0 - 0.2).sum().backward()
+    assert logp.grad.tolist() == approx(-1.28, -0.8)
+
+
+def test_sapo_by_hand():
+    logp, old = at_ratios([1.0, 2.0, 2.0])
+    a = torch.tensor([3.0, 1.0, -1.0], dtype=torch.float64)
+    loss = sapo(logp, old, a, tau_positive=1.0, tau_negative=2.0)
+
+    def sigmoid(x):
+        return 1.0 / (1.0 + math.exp(-x))
+
+    assert loss.tolist() == approx(-6.0, -4.0 * sigmoid(1.0), 2.0 * sigmoid(2.0))
+    loss.sum().backward()
+    gate = [4.0 * sigmoid(x) * (1.0 - sigmoid(x)) for x in (1.0, 2.0)]
+    assert logp.grad.tolist() == approx(-3.0, -2.0 * gate[0], 2.0 * gate[1])
+
+
+def test_dppo_drops_what_has_moved_too_far_along_its_advantage():
+    old = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.01], dtype=torch.float64).log()
+    logp = torch.tensor([0.8, 0.8, 0.2, 0.2, 0.05], dtype=torch.float64).log().requires_grad_()
+    a = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    # a rare action may grow fivefold: its probability moved by 0.04 only
+    assert dppo_mask(logp, old, a, threshold=0.2).tolist() == [False, True, True, False, True]
+    loss = dppo(logp, old, a, threshold=0.2)
+    assert loss.tolist() == approx(0.0, 1.6, -0.4, 0.0, -5.0)
+    loss.sum().backward()
+    assert logp.grad.tolist() == approx(0.0, 1.6, -0.4, 0.0, -5.0)
+
+
+def test_dppo_keeps_what_moved_by_less_than_the_threshold():
+    old, new = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.65, 0.35]).log()
+    assert dppo_mask(new, old, torch.tensor([1.0, -1.0]), threshold=0.2).tolist() == [True, True]
+    assert dppo_mask(new, old, torch.tensor([1.0, -1.0]), threshold=0.1).tolist() == [False, False]
 
 
 def test_spo_by_hand():
@@ -122,5 +201,15 @@ def test_shapes_and_clips_that_do_not_fit_are_refused():
         clipped(one, one, one, clip_low=1.5)
     with pytest.raises(UsageError, match="dual_clip"):
         dual_clipped(one, one, one, dual_clip=1.0)
+    with pytest.raises(UsageError, match="delta must exceed"):
+        two_sided(one, one, one, delta=1.2)
+    with pytest.raises(UsageError, match="cap must"):
+        cispo(one, one, one, cap=0.28)
+    with pytest.raises(UsageError, match="floor"):
+        cispo(one, one, one, floor=1.1)
+    with pytest.raises(UsageError, match="tau"):
+        sapo(one, one, one, tau_negative=0.0)
+    with pytest.raises(UsageError, match="threshold"):
+        dppo(one, one, one, threshold=1.0)
     with pytest.raises(UsageError, match="clip must"):
         spo(one, one, one, clip=0.0)

@@ -29,6 +29,28 @@ def test_group_mean_by_hand():
     assert_close(group_mean(lengths, group), torch.tensor([1 / 8, 1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8]))
 
 
+def test_denominators_may_count_what_is_not_present():
+    assert_close(sample_mean(LENGTHS, n_samples=4), torch.tensor([1 / 4, 1 / 12, 1 / 12, 1 / 12]))
+    assert_close(constant_length(LENGTHS, 10, n_samples=4), torch.full((4,), 0.025))
+    assert_close(token_mean(LENGTHS, n_steps=10), torch.full((4,), 0.1))
+
+
+def test_parts_of_a_step_with_its_denominators_have_the_weights_of_the_whole():
+    lengths, parts = torch.tensor([1, 3, 2]), torch.tensor([1, 3, 2]).split([1, 2])
+    assert_close(torch.cat([sample_mean(part, n_samples=3) for part in parts]), sample_mean(lengths))
+    assert_close(torch.cat([constant_length(part, 9, n_samples=3) for part in parts]), constant_length(lengths, 9))
+    assert_close(torch.cat([token_mean(part, n_steps=6) for part in parts]), token_mean(lengths))
+
+
+def test_a_denominator_below_what_is_present_is_refused():
+    with pytest.raises(UsageError, match="n_samples is 1 but 2"):
+        sample_mean(LENGTHS, n_samples=1)
+    with pytest.raises(UsageError, match="n_samples is 1 but 2"):
+        constant_length(LENGTHS, 9, n_samples=1)
+    with pytest.raises(UsageError, match="n_steps is 3 but 4"):
+        token_mean(LENGTHS, n_steps=3)
+
+
 def test_a_mean_over_no_steps_is_refused():
     with pytest.raises(UsageError, match="sample 1 has length 0"):
         sample_mean(torch.tensor([2, 0]))

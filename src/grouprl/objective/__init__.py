@@ -4,8 +4,9 @@ Packed means: N samples of lengths n_1..n_N are stored end to end. Every per-ste
 beside `lengths` [N] (int64 step counts) and `group` [N] (int64 ids of the groups that may be compared). There is no
 padding and so no mask. A sample is one contiguous run of steps: a completion of a prompt, an episode or a piece of it.
 
-    rewards [S] -> advantages [S]             returns, advantages, baseline
-    log-probabilities [S] -> losses [S]       surrogates, divergences
+    rewards -> rewards [S]                    shaping
+    rewards [S] -> advantages [S]             returns, advantages, outcomes, baseline
+    log-probabilities [S] -> losses [S]       surrogates, sequence, divergences
     lengths [N] -> weights [S]                weights;  loss = (weights * losses).sum()
 
 Since a weight belongs to its step, any split of the steps into micro-batches adds up to the same gradient.
@@ -21,6 +22,7 @@ from grouprl.objective.advantages import (
 )
 from grouprl.objective.baseline import BaselineFit, RandomFeatures, fit_baseline
 from grouprl.objective.divergences import bernoulli_kl, categorical_kl, gaussian_kl, k1, k2, k3, sampled_kl_loss
+from grouprl.objective.outcomes import gdpo, maxrl, opo, pass_at_k, reinforce_pp
 from grouprl.objective.packed import (
     discounted_suffix_sum,
     last_index,
@@ -30,7 +32,20 @@ from grouprl.objective.packed import (
     segment_sum,
 )
 from grouprl.objective.returns import gae, returns_to_go
-from grouprl.objective.surrogates import clip_fraction, clipped, dual_clipped, ratio, spo
+from grouprl.objective.sequence import gspo_log_ratio, gspo_token_log_ratio, importance_logp, off_policy_mask
+from grouprl.objective.shaping import kl_in_reward, soft_overlong
+from grouprl.objective.surrogates import (
+    cispo,
+    clip_fraction,
+    clipped,
+    dppo,
+    dppo_mask,
+    dual_clipped,
+    ratio,
+    sapo,
+    spo,
+    two_sided,
+)
 from grouprl.objective.weights import constant_length, group_mean, sample_mean, token_mean
 
 __all__ = [
@@ -38,33 +53,49 @@ __all__ = [
     "RandomFeatures",
     "bernoulli_kl",
     "categorical_kl",
+    "cispo",
     "clip_fraction",
     "clipped",
     "constant_length",
     "degenerate_fraction",
     "discounted_suffix_sum",
+    "dppo",
+    "dppo_mask",
     "dual_clipped",
     "fit_baseline",
     "gae",
     "gaussian_kl",
+    "gdpo",
     "group_mean",
+    "gspo_log_ratio",
+    "gspo_token_log_ratio",
+    "importance_logp",
     "k1",
     "k2",
     "k3",
+    "kl_in_reward",
     "last_index",
     "leave_one_out",
+    "maxrl",
+    "off_policy_mask",
+    "opo",
     "outcome",
+    "pass_at_k",
     "position",
     "ratio",
+    "reinforce_pp",
     "remaining",
     "returns_to_go",
     "sample_mean",
     "sampled_kl_loss",
+    "sapo",
     "segment_ids",
     "segment_sum",
+    "soft_overlong",
     "spo",
     "standardise",
     "timestep",
     "token_mean",
     "tutorial",
+    "two_sided",
 ]

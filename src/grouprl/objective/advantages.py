@@ -1,88 +1,50 @@
 """Group-relative advantages that need no value function: (rewards [S], lengths [N], group [N]) -> advantages [S].
 
-A group is a set of samples that may be compared: same prompt, same initial state, or the whole batch. Group ids are any
-integers; the samples of a group need not be neighbours.
-
-Equal returns carry no information, so a group (or batch) whose returns are all equal gets advantages of exactly 0.
-"Equal" means: closer than the rounding of the rewards they were summed from. Otherwise 0.1 + 0.2 against 0.3 would be
-a difference, and dividing by its standard deviation would blow a rounding error up to the size of a signal.
+What a group is and when its returns count as equal is said in groups.py. Here is what both arenas use; outcomes.py has
+the estimators that language models add, which know one return per sample.
 """
 
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from grouprl.errors import TrainingError, UsageError
-from grouprl.objective.packed import (
-    accumulator_dtype,
-    check_packed,
-    check_per_sample,
-    position,
-    segment_ids,
-    segment_sum,
-)
+from grouprl.errors import UsageError
+from grouprl.objective.groups import check_ddof, group_returns, per_step, relative_rounding
+from grouprl.objective.packed import accumulator_dtype, position, segment_ids
 from grouprl.objective.returns import returns_to_go
 
 
-class _Groups(NamedTuple):
-    """Returns of the samples and what their groups say about them; statistics are repeated per sample, all [N]."""
-
-    returns: Tensor  # in the accumulator's precision
-    ids: Tensor  # 0..P-1
-    size: Tensor
-    mean: Tensor
-    degenerate: Tensor  # bool: all returns of the group are equal
-
-
-def _rounding(x: Tensor) -> float:
-    # Rewards kept in 16 bits are mostly small integers, exact there; their own epsilon would call 200 and 201 equal.
-    return min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
-
-
-def _groups(rewards: Tensor, lengths: Tensor, group: Tensor) -> _Groups:
-    check_packed(lengths, rewards=rewards)
-    check_per_sample(lengths, group=group)
-    if not rewards.is_floating_point():
-        raise UsageError(f"rewards must be a floating-point tensor, got {rewards.dtype}; convert with .float().")
-    wide = rewards.to(accumulator_dtype(rewards))
-    returns = segment_sum(wide, lengths)
-    if not bool(torch.isfinite(returns).all()):
-        sample = int((~torch.isfinite(returns)).nonzero()[0])
-        raise TrainingError(f"sample {sample} has return {float(returns[sample])}; rewards must be finite numbers.")
-    _, ids, count = torch.unique(group, return_inverse=True, return_counts=True)
-    zero = torch.zeros(count.shape[0], dtype=wide.dtype, device=wide.device)
-    size = count[ids]
-    mean = zero.index_add(0, ids, returns)[ids] / size
-    highest = zero.scatter_reduce(0, ids, returns, "amax", include_self=False)
-    lowest = zero.scatter_reduce(0, ids, returns, "amin", include_self=False)
-    # A stored reward is off by at most eps/2 |r|, so two equal returns by at most eps times the sum of |r|.
-    scale = zero.scatter_reduce(0, ids, segment_sum(wide.abs(), lengths), "amax", include_self=False)
-    degenerate = (highest - lowest <= _rounding(rewards) * scale)[ids]
-    return _Groups(returns, ids, size, mean, degenerate)
-
-
-def _per_step(per_sample: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
-    return per_sample.to(like.dtype)[segment_ids(lengths)]
-
-
 def outcome(
-    rewards: Tensor, lengths: Tensor, group: Tensor, scale: bool = True, eps: float = 1e-8, ddof: int = 1
+    rewards: Tensor,
+    lengths: Tensor,
+    group: Tensor,
+    scale: bool | Literal["group", "batch", "none"] = True,
+    eps: float = 1e-8,
+    ddof: int = 1,
 ) -> Tensor:
-    """[S]: A_it = (R_i - mean_g R) / (std_g R + eps) at every step t of sample i; R_i = sum of its rewards.
+    """[S]: A_it = (R_i - mean_g R) / (std R + eps) at every step t of sample i; R_i = sum of its rewards.
 
-    scale=False leaves the division out (Dr. GRPO). The standard deviation divides by G - ddof. Equal returns and groups
-    of one give exactly 0. Sources: GRPO with outcome rewards, arXiv 2402.03300 section 4.1.2; Dr. GRPO, 2503.20783.
-    Raises UsageError on shapes that do not fit or ddof other than 0 or 1, TrainingError on non-finite returns.
+    scale says whose standard deviation: that of the group ("group" or True), that of all returns of the batch ("batch":
+    groups that hardly differ are not blown up), or no division ("none" or False). It divides by the number of returns
+    less ddof. Equal returns and groups of one give exactly 0. Sources: GRPO with outcome rewards, arXiv 2402.03300
+    section 4.1.2; "batch": Lite PPO, 2508.08221; "none": Dr. GRPO, 2503.20783. TRL: eps 1e-4, ddof 1.
+    Raises UsageError on shapes that do not fit, an unknown scale or ddof other than 0 or 1, TrainingError on non-finite
+    returns.
     """
-    if ddof not in (0, 1):
-        raise UsageError(f"ddof must be 0 (divide by G) or 1 (divide by G - 1), got {ddof}.")
-    g = _groups(rewards, lengths, group)
+    check_ddof(ddof)
+    if isinstance(scale, bool):
+        scale = "group" if scale else "none"
+    if scale not in ("group", "batch", "none"):
+        raise UsageError(f'scale must be "group" (or True), "batch" or "none" (or False), got {scale!r}.')
+    g = group_returns(rewards, lengths, group)
     advantages = g.returns - g.mean
-    if scale:
-        squares = torch.zeros_like(g.returns).index_add(0, g.ids, advantages.square())[g.ids]
-        advantages = advantages / ((squares / (g.size - ddof).clamp(min=1)).sqrt() + eps)
-    return _per_step(torch.where(g.degenerate, 0.0, advantages), lengths, rewards)
+    if scale == "group":
+        advantages = advantages / (g.std(ddof) + eps)
+    elif scale == "batch":
+        squares = (g.returns - g.returns.mean()).square().sum()
+        advantages = advantages / ((squares / max(1, lengths.shape[0] - ddof)).sqrt() + eps)
+    return per_step(torch.where(g.degenerate, 0.0, advantages), lengths, rewards.dtype)
 
 
 def leave_one_out(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
@@ -92,9 +54,9 @@ def leave_one_out(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
     one has nothing to compare with: exactly 0, as have equal returns. Source: RLOO, arXiv 2402.14740.
     Raises UsageError on shapes that do not fit, TrainingError on non-finite returns.
     """
-    g = _groups(rewards, lengths, group)
+    g = group_returns(rewards, lengths, group)
     advantages = (g.returns - g.mean) * (g.size / (g.size - 1).clamp(min=1))
-    return _per_step(torch.where(g.degenerate, 0.0, advantages), lengths, rewards)
+    return per_step(torch.where(g.degenerate, 0.0, advantages), lengths, rewards.dtype)
 
 
 def timestep(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float = 1.0, leave_one_out: bool = True) -> Tensor:
@@ -105,7 +67,7 @@ def timestep(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float = 1.0
     give exactly 0. Sources: GR2PO, arXiv 2609.19850; GPG, 2510.03679.
     Raises UsageError on shapes that do not fit, TrainingError on non-finite returns.
     """
-    g = _groups(rewards, lengths, group)
+    g = group_returns(rewards, lengths, group)
     to_go = returns_to_go(rewards.to(g.returns.dtype), lengths, gamma)
     sample, time = segment_ids(lengths), position(lengths)
     longest = int(lengths.max()) if lengths.numel() else 0
@@ -150,7 +112,7 @@ def standardise(advantages: Tensor, where: Tensor | None = None, eps: float = 1e
         return torch.zeros_like(advantages)
     chosen = chosen.to(accumulator_dtype(advantages))
     lowest, highest = torch.aminmax(chosen)
-    if bool(highest - lowest <= _rounding(advantages) * torch.maximum(highest.abs(), lowest.abs())):
+    if bool(highest - lowest <= relative_rounding(advantages) * torch.maximum(highest.abs(), lowest.abs())):
         return torch.zeros_like(advantages)
     std, mean = torch.std_mean(chosen)
     return ((advantages - mean) / (std + eps)).to(advantages.dtype)
@@ -161,7 +123,7 @@ def degenerate_fraction(rewards: Tensor, lengths: Tensor, group: Tensor) -> floa
 
     Raises UsageError on shapes that do not fit or if there is no sample, TrainingError on non-finite returns.
     """
-    g = _groups(rewards, lengths, group)
+    g = group_returns(rewards, lengths, group)
     if not lengths.numel():
         raise UsageError("degenerate_fraction needs at least one sample, got none.")
     return float((g.degenerate / g.size).sum() / (1.0 / g.size).sum())

@@ -1,7 +1,7 @@
 """Policy-gradient surrogates: one loss per step [S], to be minimised; weights.py says how steps add up.
 
 With ratio rho = exp(logp - logp_old) and advantage A, every surrogate has gradient -A grad logp at rho = 1.
-`logp_old` and `advantages` are constants: no gradient flows into them.
+`logp_old` and `advantages` are constants: no gradient flows into them. Ratios of whole samples: sequence.py.
 """
 
 import torch
@@ -73,6 +73,91 @@ def dual_clipped(
     a = _constants(logp, advantages)
     loss = clipped(logp, logp_old, advantages, clip_low, clip_high)
     return torch.where(a < 0, torch.minimum(loss, -dual_clip * a), loss)
+
+
+def two_sided(
+    logp: Tensor,
+    logp_old: Tensor,
+    advantages: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    delta: float = 4.0,
+) -> Tensor:
+    """[S]: -min(min(rho, delta) A, clip(rho, 1 - clip_low, 1 + clip_high) A).
+
+    The cap bounds the loss of bad steps grown likely, and nothing else: it is `dual_clipped` with dual_clip = delta.
+    Source: INTELLECT-2, arXiv 2505.07291; TRL's `delta`.
+    Raises UsageError as `clipped` does, or if delta <= 1 + clip_high.
+    """
+    _check_clip(clip_low, clip_high)
+    if delta <= 1.0 + clip_high:
+        raise UsageError(f"delta must exceed 1 + clip_high = {1.0 + clip_high}, got {delta}; 4.0 is usual.")
+    a = _constants(logp, advantages)
+    rho = ratio(logp, logp_old)
+    return -torch.minimum(rho.clamp(max=delta) * a, rho.clamp(1.0 - clip_low, 1.0 + clip_high) * a)
+
+
+def cispo(logp: Tensor, logp_old: Tensor, advantages: Tensor, cap: float = 5.0, floor: float = 0.0) -> Tensor:
+    """[S]: -sg(clip(rho, floor, cap)) A logp: the clip bounds the weight of a step, and no step loses its gradient.
+
+    cap and floor are ratios, not distances from 1. What others call epsilon_high follows one of two conventions. TRL,
+    Liger and ScaleRL (arXiv 2510.13786) bound the ratio by epsilon_high itself: cap = epsilon_high, 5 is usual. The
+    paper, verl and slime bound it by 1 + epsilon_high: cap = 1 + epsilon_high. The paper's formula has
+    floor = 1 - epsilon_low, but its runs and TRL have none. Source: CISPO in MiniMax-M1, arXiv 2506.13585.
+    Raises UsageError on differing shapes, cap below 1 or floor outside [0, 1].
+    """
+    if not (cap >= 1.0 and 0.0 <= floor <= 1.0):
+        raise UsageError(
+            f"cap must be at least 1 and floor lie in [0, 1], got {cap} and {floor}; both are ratios: for a clip range "
+            "of 0.28 above 1 pass cap=1.28."
+        )
+    a = _constants(logp, advantages)
+    return -ratio(logp, logp_old).detach().clamp(floor, cap) * a * logp
+
+
+def sapo(
+    logp: Tensor, logp_old: Tensor, advantages: Tensor, tau_positive: float = 1.0, tau_negative: float = 1.05
+) -> Tensor:
+    """[S]: -(4 / tau) sigmoid(tau (rho - 1)) A with tau = tau_positive where A > 0, else tau_negative.
+
+    A gate that closes smoothly as rho leaves 1, faster the larger tau. Source: Soft Adaptive Policy Optimization, arXiv
+    2511.20347. Raises UsageError on differing shapes or a tau not above 0.
+    """
+    if not (tau_positive > 0.0 and tau_negative > 0.0):
+        raise UsageError(
+            f"tau_positive and tau_negative must be above 0, got {tau_positive} and {tau_negative}; "
+            "1.0 and 1.05 are usual."
+        )
+    a = _constants(logp, advantages)
+    tau = torch.where(a > 0, tau_positive, tau_negative)
+    return -(4.0 / tau) * torch.sigmoid(tau * (ratio(logp, logp_old) - 1.0)) * a
+
+
+def dppo(logp: Tensor, logp_old: Tensor, advantages: Tensor, threshold: float = 0.2) -> Tensor:
+    """[S]: -rho A on the steps `dppo_mask` keeps, 0 on the others.
+
+    Source: Divergence PPO with the binary total variation, arXiv 2602.04879 equation 11.
+    Raises UsageError as `dppo_mask` does.
+    """
+    keep = dppo_mask(logp, logp_old, advantages, threshold)
+    return torch.where(keep, -ratio(logp, logp_old) * advantages.detach(), 0.0)
+
+
+@torch.no_grad()
+def dppo_mask(logp: Tensor, logp_old: Tensor, advantages: Tensor, threshold: float = 0.2) -> Tensor:
+    """[S] bool: False where the probability has moved by more than `threshold` in the direction the advantage pushes.
+
+    |pi - pi_old| of the sampled action is the total variation of "this action or another"; unlike a bound on the ratio,
+    it lets rare actions move. It needs the probabilities of single actions: no effective log-probabilities of
+    `importance_logp`. Source: arXiv 2602.04879 equations 12 and 13.
+    Raises UsageError on differing shapes or threshold outside (0, 1).
+    """
+    if not 0.0 < threshold < 1.0:
+        raise UsageError(f"threshold must lie in (0, 1), got {threshold}; 0.2 is usual.")
+    a = _constants(logp, advantages)
+    rho = ratio(logp, logp_old)  # checks the shapes
+    moved = logp.to(rho.dtype).exp() - logp_old.to(rho.dtype).exp()
+    return ~(((a > 0) & (moved > threshold)) | ((a < 0) & (-moved > threshold)))
 
 
 def spo(logp: Tensor, logp_old: Tensor, advantages: Tensor, clip: float = 0.2) -> Tensor:
