@@ -1,0 +1,28 @@
+"""GRPO for language models, in the shape of TRL.
+
+    from grouprl.lm import GRPOConfig, GRPOTrainer
+    GRPOTrainer(model="...", reward_funcs=reward, train_dataset=data, args=GRPOConfig()).train()
+
+Names are imported on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grouprl.lm.config import GRPOConfig
+    from grouprl.lm.trainer import GRPOTrainer
+
+_HOMES = {
+    "GRPOConfig": "grouprl.lm.config",
+    "GRPOTrainer": "grouprl.lm.trainer",
+}
+__all__ = ["GRPOConfig", "GRPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'grouprl.lm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

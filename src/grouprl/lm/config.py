@@ -1,0 +1,323 @@
+"""The one configuration of the language-model arena: frozen, validated, and the only place where its defaults live.
+
+Names, meanings and defaults are those of TRL's GRPOConfig and of transformers' TrainingArguments wherever the setting
+exists there. Four defaults differ, none of which changes what is optimised:
+
+- ``disable_dropout`` is on: the sampler runs without dropout, so that with it the ratio of the first update would not
+  be 1 and the KL divergence to an equal reference not 0.
+- ``gradient_checkpointing`` is off: micro-batches of ``tokens_per_micro_batch`` tokens already bound the memory that
+  activations take, and recomputing them costs time.
+- ``bf16`` is on only where the hardware is fast at it, and then beside float32 weights.
+- ``report_to`` is TensorBoard, as everywhere in grouprl.
+
+What TRL has and this has not is in `grouprl.lm.config_trl`; what a batch is, in `grouprl.lm.batch_plan`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from grouprl.errors import UsageError
+from grouprl.lm.config_checks import problems
+from grouprl.lm.config_trl import FOREIGN, translate
+
+Strategy = Literal["no", "steps", "epoch"]
+
+
+class GRPOConfig(BaseModel):
+    """Every choice of a training run in the language-model arena.
+
+    Raises UsageError for an unknown or unsupported setting, or a value that is not allowed. An option of TRL's that is
+    no setting here reads as its "off" value, so that callbacks written for transformers find what they look for.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    # --- run -----------------------------------------------------------------------------------------------------
+    output_dir: str | None = Field(None, description="folder of the run; default: a new one")
+    run_name: str | None = Field(None, description="name shown by trackers; default: that of the folder")
+    seed: int = Field(42, ge=0, description="of every random stream")
+    data_seed: int | None = Field(None, ge=0, description="of the order of the prompts; default: seed")
+    use_cpu: bool = Field(False, description="stay on the CPU even where there is an accelerator")
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        ("tensorboard",), description="trackers: tensorboard, wandb, several in a list, or none"
+    )
+    disable_tqdm: bool | None = Field(None, description="no progress bar; default: none where there is no terminal")
+
+    # --- model ---------------------------------------------------------------------------------------------------
+    model_init_kwargs: dict[str, Any] | None = Field(
+        None, description="arguments of from_pretrained, for a model given by name"
+    )
+    disable_dropout: bool = Field(True, description="train without dropout, as the sampler samples")
+    attention: Literal["auto", "plain"] = Field(
+        "auto", description="auto = packed attention with shared prompts where the model allows it; plain = the model's"
+    )
+    bf16: bool | None = Field(
+        None, description="matrix products in bfloat16; default: where the hardware is fast at it"
+    )
+    master_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the weights the optimizer steps"
+    )
+    freeze_embeddings: bool = Field(False, description="leave the token embeddings as they are")
+    gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
+    gradient_checkpointing_kwargs: dict[str, Any] | None = Field(None, description="arguments of the recomputation")
+
+    # --- prompts -------------------------------------------------------------------------------------------------
+    shuffle_dataset: bool = Field(True, description="a new order of the prompts in every epoch; streams keep theirs")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="arguments of the chat template")
+
+    # --- batch: see grouprl.lm.batch_plan ------------------------------------------------------------------------
+    prompts_per_step: int | None = Field(
+        None, ge=1, description="prompts per optimizer step, over all processes; replaces the next three settings"
+    )
+    per_device_train_batch_size: int = Field(8, ge=1, description="completions per process and micro-step, as in TRL")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps per optimizer step, as in TRL")
+    generation_batch_size: int | None = Field(
+        None, ge=1, description="completions per generation over all processes, as in TRL"
+    )
+    steps_per_generation: int | None = Field(
+        None, ge=1, description="micro-steps per generation, as in TRL; default: gradient_accumulation_steps"
+    )
+    num_generations: int = Field(8, ge=1, description="completions per prompt: the size of a group")
+    num_iterations: int = Field(1, ge=1, description="passes over the completions of one generation")
+    tokens_per_micro_batch: int = Field(
+        4096, ge=1, description="tokens per forward and backward pass; bounds memory and changes no number"
+    )
+    dynamic_sampling: bool = Field(
+        False, description="replace groups whose rewards are all equal by groups of further prompts (DAPO)"
+    )
+    dynamic_sampling_max_batches: int = Field(
+        10,
+        ge=1,
+        description="most generations drawn for one batch by dynamic_sampling; then it goes on with what it has",
+    )
+
+    # --- sampling ------------------------------------------------------------------------------------------------
+    max_completion_length: int = Field(512, ge=1, description="most tokens of a completion")
+    temperature: float = Field(1.0, gt=0, description="of sampling; the learner divides by it as well")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
+    top_k: int = Field(0, ge=0, description="sample from this many of the likeliest tokens; 0 = from all")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="least probability, relative to that of the likeliest token"
+    )
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1, tokens seen before become less likely")
+    max_rows_per_decode: int | None = Field(
+        None, ge=1, description="completions sampled side by side; default: as many as memory suggests"
+    )
+
+    # --- rewards and advantages ----------------------------------------------------------------------------------
+    reward_weights: tuple[float, ...] | None = Field(None, description="of the reward functions; default: 1 each")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize",
+        description="several reward functions: advantage of their sum, or sum of advantages (GDPO)",
+    )
+    advantage: Literal[
+        "group", "leave_one_out", "opo", "maxrl", "pass_at_k", "reinforce_pp", "reinforce_pp_baseline"
+    ] = Field(
+        "group",
+        description="estimator: group mean, RLOO, length-weighted mean (OPO), MaxRL, pass@k, REINFORCE++ without "
+        "groups, or with the group mean as its baseline",
+    )  # fmt: skip
+    pass_k: int | None = Field(None, ge=2, description="k of advantage=pass_at_k; default: num_generations")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="divide by the standard deviation of the group, of the batch, or not (Dr. GRPO); "
+        "True = group, False = none; for advantage=group, the others scale in their own way",
+    )
+    mask_truncated_completions: bool = Field(False, description="no loss from completions that were cut off")
+    soft_overlong_cache: int | None = Field(
+        None, ge=1, description="last tokens before max_completion_length over which the reward falls by up to 1 (DAPO)"
+    )
+    skip_zero_advantage: bool = Field(
+        True, description="no forward pass for completions that cannot move the model; changes no gradient"
+    )
+
+    # --- objective -----------------------------------------------------------------------------------------------
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"] = Field(
+        "dapo",
+        description="surrogate and aggregation, as in TRL; bnpo is dapo, since no number depends on the micro-batch",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        "token", description="ratio per token, or one per completion (GSPO)"
+    )
+    epsilon: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - epsilon")
+    epsilon_high: float | None = Field(
+        None, gt=0, description="ratio is clipped above 1 + epsilon_high; default: epsilon; for cispo the cap itself"
+    )
+    delta: float | None = Field(
+        None, gt=1, description="bound of the ratio where the advantage is negative (two-sided or dual clip)"
+    )
+    sapo_temperature_pos: float = Field(1.0, gt=0, description="of sapo's gate where the advantage is positive")
+    sapo_temperature_neg: float = Field(1.05, gt=0, description="of sapo's gate where it is not")
+    off_policy_mask_threshold: float | None = Field(
+        None, gt=0, description="no loss from completions of negative advantage further than this from the sampler"
+    )
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the reference; 0 = no reference model")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="sampled estimate of that divergence")
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss", description="where it enters: a term of the loss, or of the reward"
+    )
+    sync_ref_model: bool = Field(False, description="move the reference towards the model as training goes on")
+    ref_model_mixup_alpha: float = Field(0.6, gt=0, le=1, description="share of the model in the new reference")
+    ref_model_sync_steps: int = Field(512, ge=1, description="optimizer steps between two such moves")
+
+    # --- optimizer -----------------------------------------------------------------------------------------------
+    learning_rate: float = Field(1e-6, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW; not applied to biases and norms")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW")
+    adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0 = none")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
+        "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+    ] = Field("linear", description="schedule of the learning rate")  # fmt: skip
+    lr_scheduler_kwargs: dict[str, Any] | None = Field(None, description="its further arguments")
+    warmup_steps: float = Field(0, ge=0, description="optimizer steps of warmup; below 1: share of the run")
+    num_train_epochs: float = Field(3.0, gt=0, description="passes over the dataset, if max_steps does not say")
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: num_train_epochs says")
+
+    # --- logging, evaluation, saving -----------------------------------------------------------------------------
+    logging_strategy: Strategy = Field("steps", description="when metrics are logged")
+    logging_steps: float = Field(10, gt=0, description="optimizer steps between; below 1: share of the run")
+    logging_first_step: bool = Field(False, description="log the first step as well")
+    log_completions: bool = Field(False, description="print completions when metrics are logged")
+    num_completions_to_print: int | None = Field(None, ge=1, description="how many; default: all of the last step")
+    transcripts: int | Literal["all"] = Field(4, description="completions of each step kept in the run folder, or all")
+    eval_strategy: Strategy = Field("no", description="when the model is evaluated")
+    eval_steps: float | None = Field(
+        None, gt=0, description="optimizer steps between; below 1: share of the run; default: logging_steps"
+    )
+    eval_on_start: bool = Field(False, description="evaluate before the first step")
+    per_device_eval_batch_size: int = Field(
+        8, ge=1, description="completions per process sampled at once in evaluation"
+    )
+    num_generations_eval: int | None = Field(
+        None, ge=1, description="completions per prompt in evaluation; default: num_generations"
+    )
+    save_strategy: Strategy = Field("steps", description="when checkpoints are written")
+    save_steps: float = Field(500, gt=0, description="optimizer steps between; below 1: share of the run")
+    save_total_limit: int | None = Field(None, ge=1, description="checkpoints kept; default: all")
+    save_only_model: bool = Field(False, description="save the model alone; such a checkpoint cannot be resumed from")
+
+    def __init__(self, **values: Any) -> None:
+        settings = translate(values, type(self).model_fields)
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise UsageError(_explain(error)) from None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FOREIGN:
+            return FOREIGN[name].off
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain types; ``GRPOConfig(**config.to_dict())`` equals it.
+
+        Raises UsageError if the arguments of the model, chat template or scheduler hold what no file could.
+        """
+        return {name: _plain(name, getattr(self, name)) for name in type(self).model_fields}
+
+    def replace(self, **changes: Any) -> GRPOConfig:
+        """A copy with some settings changed, validated anew. Raises UsageError as the class does."""
+        return type(self)(**{**dict(self), **changes})
+
+    @property
+    def clip_high(self) -> float:
+        """`epsilon_high`, or `epsilon` where it is not given."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        for name in names:
+            if name not in ("tensorboard", "wandb", "none"):
+                raise ValueError(f"{name!r} is no tracker here; choose tensorboard, wandb, both in a list, or none")
+        return tuple(name for name in names if name != "none")
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _scale(cls, value: Any) -> Any:
+        return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
+
+    @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # which is how YAML reads a bare no
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _all_tokens(cls, value: Any) -> Any:
+        return 0 if value is None else value
+
+    @field_validator("transcripts")
+    @classmethod
+    def _count(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("must be at least 0, or 'all'")
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("must be at least 1, or -1 for num_train_epochs to say")
+        return value
+
+    @field_validator("warmup_steps", "logging_steps", "eval_steps", "save_steps")
+    @classmethod
+    def _share_or_count(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and not value.is_integer():
+            raise ValueError("must be a whole number of steps, or a share of the run below 1")
+        return int(value) if value is not None and value.is_integer() else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GRPOConfig:
+        found = problems(self)
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["loc"]:
+            name = str(problem["loc"][0])
+            field = GRPOConfig.model_fields[name]
+            message = f"{name}={problem['input']!r}: {message} ({field.description}; default {field.get_default()!r})"
+        if message not in lines:
+            lines.append(message)
+    return "; ".join(lines)
+
+
+def _plain(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(name, item) for key, item in value.items()}
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")  # from_pretrained takes the name as well
+    raise UsageError(
+        f"{name} holds {value!r} of type {type(value).__name__}, which config.yaml cannot hold; "
+        "use numbers, text, lists and mappings, or pass a model that is loaded already"
+    )

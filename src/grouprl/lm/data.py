@@ -1,0 +1,336 @@
+"""Prompts: a dataset read row by row, tokenised on demand, and the order in which a run visits it.
+
+A row is a mapping with a column ``prompt``: text, or a list of messages. Its other columns go to the reward functions.
+Tokenising waits until a row is drawn, since reading through a large dataset first would cost minutes; a row that cannot
+be used is an error the moment it is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grouprl.errors import UsageError
+
+TEMPLATE_COLUMN = "chat_template_kwargs"
+TOOLS_COLUMN = "tools"
+_IMAGE_COLUMNS = ("image", "images")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the dataset, tokenised."""
+
+    index: int
+    """Its row in the dataset."""
+    prompt: str | list[dict[str, Any]]
+    """As the dataset has it."""
+    columns: dict[str, Any]
+    """The other columns."""
+    ids: tuple[int, ...]
+    """What the model reads."""
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the prompt is a list of messages."""
+        return not isinstance(self.prompt, str)
+
+    def completion(self, text: str) -> str | list[dict[str, Any]]:
+        """A completion's text as reward functions expect it: as it is, or as the assistant's message.
+
+        A prompt that ends in the assistant's message is continued, so there the message holds both parts.
+        """
+        if isinstance(self.prompt, str):
+            return text
+        last = self.prompt[-1]
+        begun = _text(last.get("content")) if last["role"] == "assistant" else ""
+        return [{"role": "assistant", "content": begun + text}]
+
+
+@dataclass(frozen=True)
+class Tokenising:
+    """How a row becomes token ids."""
+
+    tokenizer: Any
+    chat_template_kwargs: Mapping[str, Any]
+    max_tokens: int | None
+    """Most tokens of a prompt."""
+    max_tokens_is: str
+    """Where that bound comes from, for the message."""
+
+
+class PromptSource:
+    """The prompts of a dataset by row; made by `prepare_prompts`.
+
+    A stream is read forward and begun again at its end; its rows are numbered on without end, and the row of the
+    dataset is the number modulo its size, once that is known.
+    """
+
+    def __init__(self, rows: Any, how: Tokenising, name: str, streamed: bool) -> None:
+        self._rows, self._how, self._name, self._streamed = rows, how, name, streamed
+        self._size = None if streamed else len(rows)
+        self._iterator: Iterator[Any] | None = None
+        self._next = 0  # row of the stream that the iterator yields next
+        self._last: tuple[int, Any] | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Number of rows; None for a stream whose end has not been met."""
+        return self._size
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows can only be read one after the other."""
+        return self._streamed
+
+    def __getitem__(self, index: int) -> Prompt:
+        """The prompt of row `index`. Raises UsageError if the row cannot be used, naming it and the fix."""
+        if index < 0 or (self._size is not None and not self._streamed and index >= self._size):
+            raise IndexError(f"row {index} of {self._size}")
+        index, row = self._stream_to(index) if self._streamed else (index, self._rows[int(index)])
+        return _read(row, index, self._how, self._name)
+
+    def _stream_to(self, index: int) -> tuple[int, Any]:
+        if self._size is not None:
+            index %= self._size
+        if self._last is not None and self._last[0] == index:
+            return self._last
+        if self._iterator is None or index < self._next:
+            self._iterator, self._next = iter(self._rows), 0
+        while True:
+            try:
+                row = next(self._iterator)
+            except StopIteration:
+                if self._next == 0:
+                    raise UsageError(f"{self._name} is empty; give it at least one row") from None
+                self._size = self._next
+                self._iterator = None
+                return self._stream_to(index)
+            self._next += 1
+            if self._next > index:
+                self._last = (index, row)
+                return self._last
+
+
+class PromptOrder:
+    """The endless order in which prompts are drawn: epoch after epoch, each a new permutation drawn from (seed, epoch).
+
+    Without shuffling, and for a stream (size None), rows come one after the other.
+    """
+
+    def __init__(self, size: int | None, seed: int = 0, shuffle: bool = True) -> None:
+        if size is not None and size < 1:
+            raise UsageError(f"there must be at least one prompt, got {size}")
+        self._size, self._seed = size, seed
+        self._shuffle = shuffle and size is not None
+        self._drawn = 0
+        self._permutation: tuple[int, np.ndarray] | None = None
+
+    @property
+    def epoch(self) -> float | None:
+        """Passes over the dataset so far, fractions included; None for a stream of unknown length."""
+        return None if self._size is None else self._drawn / self._size
+
+    @property
+    def drawn(self) -> int:
+        """Rows drawn so far."""
+        return self._drawn
+
+    def take(self, n: int) -> list[int]:
+        """The next `n` rows. A batch may span two epochs, and so hold a row twice."""
+        rows = [self._row(self._drawn + i) for i in range(n)]
+        self._drawn += n
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        """What `load` continues from; plain types."""
+        return {"drawn": self._drawn, "size": self._size, "seed": self._seed, "shuffle": self._shuffle}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`. Raises UsageError if it is that of another order: other data, seed or shuffling."""
+        for key, here in (("size", self._size), ("seed", self._seed), ("shuffle", self._shuffle)):
+            if state[key] != here:
+                raise UsageError(
+                    f"the checkpoint was written with {key}={state[key]!r} of the training prompts, here it is "
+                    f"{here!r}; resume with the same dataset, data_seed and shuffle_dataset"
+                )
+        self._drawn = int(state["drawn"])
+
+    def _row(self, position: int) -> int:
+        if self._size is None:
+            return position
+        epoch, place = divmod(position, self._size)
+        if not self._shuffle:
+            return place
+        if self._permutation is None or self._permutation[0] != epoch:
+            self._permutation = (epoch, np.random.default_rng((self._seed, epoch)).permutation(self._size))
+        return int(self._permutation[1][place])
+
+
+def prepare_prompts(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    context_length: int | None = None,
+    max_completion_length: int = 0,
+    name: str = "train_dataset",
+) -> PromptSource:
+    """The prompts of a Hugging Face Dataset or IterableDataset, a list of dicts, or any sequence or iterable of dicts.
+
+    Messages go through the tokenizer's chat template with the given arguments, over which a row's own column
+    ``chat_template_kwargs`` takes precedence; a column ``tools`` is handed to the template too. A last message of the
+    assistant is continued, after any other one the assistant's turn is opened. Text gets the tokenizer's own special
+    tokens. Prompts are never cut: with `context_length` given, one longer than it less `max_completion_length` is an
+    error. The first row is read at once.
+
+    Raises UsageError if the dataset is none, is empty, has no column ``prompt``, or its first row cannot be used.
+    """
+    rows, streamed = _rows(dataset, name)
+    columns = getattr(rows, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise UsageError(_no_prompt(name, columns))
+    room = None if context_length is None else context_length - max_completion_length
+    if room is not None and room < 1:
+        raise UsageError(
+            f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context of "
+            f"{context_length} tokens; lower max_completion_length"
+        )
+    bound = f"the model's context of {context_length} less max_completion_length={max_completion_length}"
+    source = PromptSource(rows, Tokenising(tokenizer, dict(chat_template_kwargs or {}), room, bound), name, streamed)
+    source[0]
+    return source
+
+
+def _rows(dataset: Any, name: str) -> tuple[Any, bool]:
+    """The rows and whether they can only be streamed."""
+    if isinstance(dataset, Mapping):
+        if all(hasattr(part, "column_names") for part in dataset.values()) and dataset:
+            raise UsageError(
+                f"{name} holds several splits ({', '.join(map(str, dataset))}); give one, such as "
+                f"dataset[{next(iter(dataset))!r}]"
+            )
+        raise UsageError(
+            f"{name} is a mapping of columns; give a list of rows such as [{{'prompt': '2 + 2 ='}}], or "
+            "datasets.Dataset.from_dict(...)"
+        )
+    if hasattr(dataset, "iterrows"):
+        raise UsageError(f"{name} is a data frame; give datasets.Dataset.from_pandas(...)")
+    sequence = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, str | bytes) or not (sequence or isinstance(dataset, Iterable)):
+        raise UsageError(
+            f"{name} must be a Hugging Face dataset or a list of rows such as [{{'prompt': '2 + 2 ='}}], got "
+            f"{type(dataset).__name__}"
+            + (f"; give datasets.load_dataset({dataset!r})['train']" if isinstance(dataset, str) else "")
+        )
+    if sequence:
+        if len(dataset) == 0:
+            raise UsageError(f"{name} is empty; give it at least one row")
+        return dataset, False
+    if isinstance(dataset, Iterator):
+        raise UsageError(
+            f"{name} is a {type(dataset).__name__}, which can be read only once; give list(...) of it, or "
+            "datasets.IterableDataset.from_generator(...)"
+        )
+    return dataset, True
+
+
+def _no_prompt(name: str, columns: Iterable[str]) -> str:
+    return (
+        f"{name} has no column 'prompt', only {', '.join(map(repr, columns)) or 'none at all'}; rename the right one: "
+        "dataset.rename_column(..., 'prompt')"
+    )
+
+
+def _read(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
+    where = f"row {index} of {name}"
+    if not isinstance(row, Mapping):
+        raise UsageError(f"{where} is {_short(row)}; give a mapping such as {{'prompt': '2 + 2 ='}}")
+    if "prompt" not in row:
+        raise UsageError(_no_prompt(f"{where}", row))
+    for column in _IMAGE_COLUMNS:
+        if row.get(column) is not None:
+            raise UsageError(f"{where} has an image in column {column!r}; prompts are text alone, remove the column")
+    prompt = row["prompt"]
+    columns = {key: value for key, value in row.items() if key != "prompt"}
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise UsageError(f"{where} has an empty prompt {prompt!r}; remove the row")
+        ids = _text_ids(prompt, how.tokenizer)
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        prompt = list(prompt)
+        _check_messages(prompt, where)
+        ids = _message_ids(prompt, columns, how, where)
+    else:
+        raise UsageError(
+            f"{where} has the prompt {_short(prompt)}; give text, or messages such as "
+            "[{'role': 'user', 'content': '2 + 2 ='}]"
+        )
+    if not ids:
+        raise UsageError(f"{where} has no tokens: {_short(prompt)} is empty to the tokenizer; remove the row")
+    if how.max_tokens is not None and len(ids) > how.max_tokens:
+        raise UsageError(
+            f"{where} has a prompt of {len(ids)} tokens, but {how.max_tokens_is} leaves {how.max_tokens}; shorten or "
+            "filter the prompts, or lower max_completion_length"
+        )
+    return Prompt(index, prompt, columns, tuple(ids))
+
+
+def _check_messages(messages: list[Any], where: str) -> None:
+    if not messages:
+        raise UsageError(f"{where} has an empty list of messages; remove the row")
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise UsageError(
+                f"{where} has the message {_short(message)}; give mappings such as "
+                "{'role': 'user', 'content': '2 + 2 ='}"
+            )
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else ():
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                raise UsageError(f"{where} has the message part {_short(part)}; prompts are text alone")
+
+
+def _text_ids(text: str, tokenizer: Any) -> list[int]:
+    ids = [int(token) for token in tokenizer(text)["input_ids"]]
+    bos = getattr(tokenizer, "bos_token_id", None)
+    # The text may begin with the token itself, when a chat template was applied beforehand.
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def _message_ids(messages: list[Any], columns: Mapping[str, Any], how: Tokenising, where: str) -> list[int]:
+    if getattr(how.tokenizer, "chat_template", None) is None:
+        raise UsageError(
+            f"{where} is a list of messages, but the tokenizer has no chat template; set tokenizer.chat_template, or "
+            "give the prompts as text"
+        )
+    # Datasets give every message the keys of all, with None for what was not there; templates ask for the keys.
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    continued = given[-1]["role"] == "assistant"
+    try:
+        ids = how.tokenizer.apply_chat_template(
+            given,
+            tools=columns.get(TOOLS_COLUMN) or None,
+            tokenize=True,
+            return_dict=False,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            **{**how.chat_template_kwargs, **(columns.get(TEMPLATE_COLUMN) or {})},
+        )
+    except Exception as error:  # templates raise what they like
+        raise UsageError(f"the chat template cannot render {where}, {_short(messages)}: {error}") from error
+    return [int(token) for token in ids]
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

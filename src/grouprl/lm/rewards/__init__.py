@@ -1,0 +1,1 @@
+"""Rewards of completions: `call` runs the reward functions a user gives to the trainer."""

@@ -1,0 +1,317 @@
+import asyncio
+import functools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.data import Prompt
+from grouprl.lm.rewards.call import RewardCaller, Rewards, total
+
+TEXT = [Prompt(0, "2 + 2 =", {"answer": 4}, (1, 2)), Prompt(1, "2 + 3 =", {"answer": 5}, (1, 3))]
+CHAT = [Prompt(i, [{"role": "user", "content": row.prompt}], row.columns, row.ids) for i, row in enumerate(TEXT)]
+IDS = [[7], [8, 9]]
+
+
+def call(functions: Any, rows: list[Prompt] = TEXT, weights: Any = None, state: Any = None) -> Rewards:
+    caller = RewardCaller(functions, weights)
+    try:
+        return caller(rows, ["4", "6"], IDS, state)
+    finally:
+        caller.close()
+
+
+def right(completions: list[str], answer: list[int], **kwargs: Any) -> list[float]:
+    return [float(text == str(number)) for text, number in zip(completions, answer, strict=True)]
+
+
+# --- what a function is given ----------------------------------------------------------------------------------------
+
+
+def test_a_function_is_given_all_that_trl_gives_it() -> None:
+    seen: dict[str, Any] = {}
+
+    def reward(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+        seen.update(kwargs, prompts=prompts, completions=completions)
+        return [0.0, 0.0]
+
+    state = SimpleNamespace(global_step=3)
+    call(reward, state=state)
+    assert callable(seen.pop("log_extra"))
+    assert callable(seen.pop("log_metric"))
+    assert seen == {
+        "prompts": ["2 + 2 =", "2 + 3 ="],
+        "completions": ["4", "6"],
+        "completion_ids": [[7], [8, 9]],
+        "trainer_state": state,
+        "answer": [4, 5],
+    }
+
+
+def test_completions_of_messages_are_messages() -> None:
+    def reward(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+        assert prompts == [row.prompt for row in CHAT]
+        return [float(len(messages[0]["content"])) for messages in completions]
+
+    assert call(reward, CHAT).values.tolist() == [[1.0], [1.0]]
+
+
+def test_a_function_without_kwargs_is_given_only_what_it_names() -> None:
+    def by_name(answer: list[int], extra: int = 10) -> list[float]:
+        return [float(number + extra) for number in answer]
+
+    assert call([right, by_name]).values.tolist() == [[1.0, 14.0], [0.0, 15.0]]
+
+
+def test_a_column_that_some_rows_lack_is_none_there() -> None:
+    rows = [TEXT[0], Prompt(1, "hello", {}, (1,))]
+    assert call(lambda answer: [1.0 if number is None else 0.0 for number in answer], rows).values.tolist() == [
+        [0],
+        [1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda completions, solution: [0.0],
+            r"asks for 'solution', which is neither a column of the dataset \(answer\)",
+        ),
+        (lambda completions, /, **kw: [0.0], "takes 'completions' by position only"),
+    ],
+)
+def test_a_signature_that_cannot_be_served_is_a_usage_error(function: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        call(function)
+
+
+def test_a_column_under_a_name_that_is_taken_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"has a column 'completions'.*rename_column"):
+        call(right, [Prompt(i, "a", {"completions": 1, "answer": 1}, (1,)) for i in range(2)])
+
+
+# --- what it may return ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, True],
+        (1.0, 1.0),
+        torch.ones(2, requires_grad=True),
+        torch.ones(2, dtype=torch.bfloat16),
+        np.ones(2, dtype=np.float32),
+        [np.float64(1), np.int64(1)],
+        [torch.tensor(1.0), torch.tensor(True)],
+        np.array([1.0, 1], dtype=object),
+    ],
+)
+def test_numbers_of_every_kind_are_rewards(returned: Any) -> None:
+    values = call(lambda **kw: returned).values
+    assert values.dtype == torch.float64
+    assert values.tolist() == [[1.0], [1.0]]
+
+
+def test_none_says_that_a_function_does_not_apply() -> None:
+    values = call([lambda **kw: [None, 2.0], right]).values
+    assert math.isnan(values[0, 0])
+    assert values[:, 1].tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "returned 1 rewards for 2 completions; return a list of 2 numbers"),
+        ("ab", "returned 'ab' of str"),
+        (1.0, r"returned 1\.0 of float"),
+        (None, "returned None of NoneType"),
+        ({0: 1.0, 1: 1.0}, "of dict"),
+        ([1.0, "1"], r"returned '1' of str for completion 1 of 2, of the prompt '2 \+ 3 ='"),
+        ([[1.0], [1.0]], r"returned \[1\.0\] of list for completion 0"),
+        (torch.ones(2, 1), r"an array of shape \[2, 1\]"),
+        (torch.tensor(1.0), r"an array of shape \[\]"),
+        (np.ones((1, 2)), r"an array of shape \[1, 2\]"),
+        (
+            [1.0, math.nan],
+            r"returned nan for completion 1 of 2, of the prompt '2 \+ 3 ='; return a finite number, or None",
+        ),
+        ([math.inf, 1.0], "returned inf for completion 0"),
+        ([1j, 1.0], "of complex"),
+    ],
+)
+def test_anything_else_is_an_error_that_names_function_and_completion(returned: Any, message: str) -> None:
+    def judge(**kwargs: Any) -> Any:
+        return returned
+
+    with pytest.raises(TrainingError, match="reward function 'judge' .*" + message):
+        call(judge)
+
+
+def test_a_function_that_raises_is_named_and_its_error_kept() -> None:
+    def judge(**kwargs: Any) -> list[float]:
+        raise KeyError("score")
+
+    with pytest.raises(TrainingError, match="'judge' raised KeyError: 'score'") as caught:
+        call([right, judge])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_completion_that_no_function_applies_to_is_a_usage_error() -> None:
+    def even(answer: list[int], **kwargs: Any) -> list[float | None]:
+        return [1.0 if number % 2 == 0 else None for number in answer]
+
+    with pytest.raises(
+        UsageError, match=r"applies to completion 1 of 2, of the prompt '2 \+ 3 =': even, even_2 returned"
+    ):
+        call([even, even])
+
+
+# --- logging ---------------------------------------------------------------------------------------------------------
+
+
+def test_logged_columns_and_metrics_come_back_with_the_rewards() -> None:
+    def reward(log_extra: Any, log_metric: Any, completions: list[str]) -> list[float]:
+        for text in completions:
+            log_extra("length", [len(text)])
+            log_metric("accuracy", text == "4")
+        return [0.0, 0.0]
+
+    caller = RewardCaller(reward)
+    for _ in range(2):  # nothing of one call is left in the next
+        rewards = caller(TEXT, ["4", "66"], IDS)
+        assert rewards.extras == {"length": [1, 2]}
+        assert rewards.metrics == {"accuracy": 0.5}
+
+
+def test_a_logged_column_of_the_wrong_length_is_an_error() -> None:
+    def reward(log_extra: Any) -> list[float]:
+        log_extra("length", [1])
+        return [0.0, 0.0]
+
+    with pytest.raises(TrainingError, match=r"log_extra\('length', \.\.\.\) was given 1 values for 2 completions"):
+        call(reward)
+
+
+# --- asynchronous functions ------------------------------------------------------------------------------------------
+
+
+class Meeting:
+    """Two asynchronous functions that each wait for the other: they return only if they run side by side."""
+
+    def __init__(self) -> None:
+        self.first, self.second = asyncio.Event(), asyncio.Event()
+
+    async def here(self, **kwargs: Any) -> list[float]:
+        self.first.set()
+        await asyncio.wait_for(self.second.wait(), 10)
+        return [1.0, 1.0]
+
+    async def there(self, **kwargs: Any) -> list[float]:
+        self.second.set()
+        await asyncio.wait_for(self.first.wait(), 10)
+        return [2.0, 2.0]
+
+
+def test_asynchronous_functions_run_side_by_side_and_keep_their_places() -> None:
+    meeting = Meeting()
+    rewards = call([meeting.here, right, lambda **kw: meeting.there(**kw)])
+    assert rewards.values.tolist() == [[1.0, 1.0, 2.0], [1.0, 0.0, 2.0]]
+    assert rewards.names == ("here", "right", "lambda")
+
+
+def test_asynchronous_functions_work_where_a_loop_is_running_already() -> None:
+    async def notebook() -> Rewards:
+        meeting = Meeting()
+        return call([meeting.here, meeting.there])
+
+    assert asyncio.run(notebook()).values.tolist() == [[1.0, 2.0], [1.0, 2.0]]
+
+
+def test_asynchronous_functions_find_the_same_loop_in_every_call() -> None:
+    loops: list[Any] = []
+
+    async def reward(**kwargs: Any) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        return [0.0, 0.0]
+
+    caller = RewardCaller(reward)
+    caller(TEXT, ["4", "6"], IDS)
+    caller(TEXT, ["4", "6"], IDS)
+    assert loops[0] is loops[1]
+    caller.close()
+    assert loops[0].is_closed()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_asynchronous_function_that_raises_is_named_and_the_others_are_not_left_behind() -> None:
+    done: list[str] = []
+
+    async def judge(**kwargs: Any) -> list[float]:
+        raise TimeoutError("no answer")
+
+    async def other(**kwargs: Any) -> list[float]:
+        await asyncio.sleep(0)
+        done.append("other")
+        return [0.0, 0.0]
+
+    def broken(**kwargs: Any) -> list[float]:
+        raise OSError("no disk")
+
+    with pytest.raises(TrainingError, match="'judge' raised TimeoutError: no answer"):
+        call([judge, other])
+    assert done == ["other"]
+    with pytest.raises(TrainingError, match="'broken' raised OSError"):
+        call([other, broken])
+    assert done == ["other"]
+
+
+# --- functions, names and weights ------------------------------------------------------------------------------------
+
+
+def test_functions_are_called_by_their_names_and_equal_names_are_numbered() -> None:
+    class Judge:
+        def __call__(self, **kwargs: Any) -> list[float]:
+            return [0.0, 0.0]
+
+    short = functools.partial(functools.partial(right), answer=[4, 4])
+    assert RewardCaller([right, short, Judge(), right]).names == ("right", "right_2", "Judge", "right_3")
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [
+        ([], "reward_funcs is empty"),
+        ("my/reward-model", "holds 'my/reward-model': a reward model is not called for you; wrap it"),
+        ([right, torch.nn.Linear(1, 1)], "holds a Linear: a reward model"),
+        ([None], "holds None, which cannot be called"),
+        ([Meeting], r"holds the class Meeting; give an instance: Meeting\(\.\.\.\)"),
+    ],
+)
+def test_what_is_no_reward_function_is_refused(functions: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        RewardCaller(functions)
+
+
+def test_weights_must_fit_the_functions() -> None:
+    assert RewardCaller([right, right], [0.5, 2]).weights.tolist() == [0.5, 2.0]
+    assert RewardCaller(right).weights.tolist() == [1.0]
+    with pytest.raises(UsageError, match=r"has 1 numbers for 2 reward functions \(right, right_2\)"):
+        RewardCaller([right, right], [1.0])
+    with pytest.raises(UsageError, match="must be finite"):
+        RewardCaller(right, [math.inf])
+
+
+def test_the_total_is_the_weighted_sum_of_what_applies() -> None:
+    values = torch.tensor([[1.0, 2.0], [math.nan, 3.0], [4.0, math.nan]], dtype=torch.float64)
+    assert total(values).tolist() == [3.0, 3.0, 4.0]
+    assert total(values, torch.tensor([0.5, 2.0])).tolist() == [4.5, 6.0, 2.0]
+
+
+def test_no_completions_give_no_rewards() -> None:
+    rewards = RewardCaller([lambda **kw: [], lambda **kw: []])([], [], [])
+    assert rewards.values.shape == (0, 2)

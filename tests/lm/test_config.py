@@ -1,0 +1,354 @@
+import copy
+import math
+import pickle
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grouprl.errors import UsageError
+from grouprl.lm.batch_plan import BatchPlan, batch_plan, interval, total_steps
+from grouprl.lm.config import GRPOConfig
+from grouprl.lm.config_trl import FOREIGN, RENAMED, TRAINER_ARGUMENTS
+
+
+def plan(world_size: int = 1, **values: Any) -> BatchPlan:
+    return batch_plan(GRPOConfig(**values), world_size)
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_trl() -> None:
+    c = GRPOConfig()
+    assert (c.learning_rate, c.num_generations, c.max_completion_length, c.temperature) == (1e-6, 8, 512, 1.0)
+    assert (c.beta, c.num_iterations, c.epsilon, c.epsilon_high, c.delta) == (0.0, 1, 0.2, None, None)
+    assert (c.loss_type, c.scale_rewards, c.importance_sampling_level) == ("dapo", "group", "token")
+    assert (c.per_device_train_batch_size, c.gradient_accumulation_steps, c.num_train_epochs, c.max_steps) == (
+        8,
+        1,
+        3,
+        -1,
+    )
+    assert (c.weight_decay, c.max_grad_norm, c.lr_scheduler_type, c.warmup_steps) == (0.0, 1.0, "linear", 0)
+    assert (c.seed, c.logging_steps, c.save_steps, c.eval_strategy) == (42, 10, 500, "no")
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert [name for name, field in GRPOConfig.model_fields.items() if not field.description] == []
+
+
+def test_no_name_is_both_a_setting_and_something_else() -> None:
+    assert set(GRPOConfig.model_fields).isdisjoint([*FOREIGN, *RENAMED, *TRAINER_ARGUMENTS])
+    assert set(RENAMED.values()) <= set(GRPOConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "becomes"),
+    [
+        ("scale_rewards", True, "group"),
+        ("scale_rewards", False, "none"),
+        ("report_to", "wandb", ("wandb",)),
+        ("report_to", ["tensorboard", "wandb"], ("tensorboard", "wandb")),
+        ("report_to", "none", ()),
+        ("report_to", None, ()),
+        ("top_k", None, 0),
+        ("eval_strategy", False, "no"),
+        ("output_dir", Path("runs") / "x", "runs/x"),
+        ("learning_rate", "3e-6", 3e-6),
+        ("lr_scheduler_type", Enum("Schedule", {"COSINE": "cosine"})["COSINE"], "cosine"),
+    ],
+)
+def test_the_usual_spellings_of_a_value_are_understood(name: str, given: Any, becomes: Any) -> None:
+    assert getattr(GRPOConfig(**{name: given}), name) == becomes
+
+
+@pytest.mark.parametrize(
+    ("old", "value", "name", "becomes"),
+    [
+        ("warmup_ratio", 0.1, "warmup_steps", 0.1),
+        ("evaluation_strategy", "steps", "eval_strategy", "steps"),
+        ("no_cuda", True, "use_cpu", True),
+        ("activation_checkpointing", True, "gradient_checkpointing", True),
+    ],
+)
+def test_former_names_are_translated(old: str, value: Any, name: str, becomes: Any) -> None:
+    assert getattr(GRPOConfig(**{old: value}), name) == becomes
+
+
+def test_a_setting_under_two_names_is_refused_unless_the_old_one_says_nothing() -> None:
+    with pytest.raises(UsageError, match=r"warmup_ratio=0\.1 and warmup_steps=5 are one setting"):
+        GRPOConfig(warmup_steps=5, warmup_ratio=0.1)
+    assert GRPOConfig(warmup_ratio=0.0, warmup_steps=5).warmup_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 0}, r"learning_rate=0: .*greater than 0.*default 1e-06"),
+        ({"learning_rate": math.nan}, "learning_rate=nan"),
+        ({"num_generations": "many"}, "num_generations='many'"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"loss_type": "vespo"}, r"loss_type='vespo': .*'dapo'"),
+        ({"advantage": "gae"}, r"advantage='gae': .*'leave_one_out'"),
+        ({"report_to": "mlflow"}, "'mlflow' is no tracker here; choose tensorboard"),
+        ({"max_steps": 0}, "max_steps=0: must be at least 1, or -1"),
+        ({"logging_steps": 2.5}, r"logging_steps=2\.5: must be a whole number"),
+        ({"transcripts": -1}, "transcripts=-1: must be at least 0"),
+        ({"epsilon": 2, "beta": -1}, r"epsilon=2: .*; beta=-1: "),
+    ],
+)
+def test_a_bad_value_is_a_usage_error_that_names_it(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        GRPOConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_generations": 1}, "nothing to compare with; set num_generations=2"),
+        ({"num_generations": 1, "advantage": "reinforce_pp", "dynamic_sampling": True}, "compares the rewards"),
+        ({"prompts_per_step": 4, "gradient_accumulation_steps": 2}, "both say how large a step is"),
+        ({"prompts_per_step": 4, "generation_batch_size": 32}, "leave generation_batch_size at None"),
+        ({"generation_batch_size": 32, "steps_per_generation": 4}, "give one of them"),
+        ({"pass_k": 2}, "pass_k=2 is for advantage='pass_at_k'"),
+        ({"pass_k": 9, "advantage": "pass_at_k"}, "must not exceed num_generations=8"),
+        ({"scale_rewards": "batch", "advantage": "opo"}, "scale_rewards='batch' is for advantage='group'"),
+        ({"scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum"}, "has no effect"),
+        ({"advantage": "opo", "multi_objective_aggregation": "normalize_then_sum"}, "an estimator of its own"),
+        ({"loss_type": "cispo"}, "epsilon_high=None: .*the cap of the ratio itself.*5.0 is usual"),
+        ({"loss_type": "cispo", "epsilon_high": 0.28}, r"epsilon_high=0\.28: "),
+        ({"num_generations": 1, "advantage": "reinforce_pp_baseline"}, "nothing to compare with"),
+        ({"loss_type": "sapo", "delta": 4.0}, "delta=4.0 is for a clipped ratio"),
+        ({"delta": 1.25, "epsilon_high": 0.28}, r"delta=1\.25 must exceed 1 \+ epsilon_high = 1\.28"),
+        ({"sync_ref_model": True}, "needs a reference model"),
+        ({"soft_overlong_cache": 512}, "must be below max_completion_length=512"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_a_usage_error(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        GRPOConfig(**values)
+
+
+def test_clip_high_is_epsilon_until_it_is_given() -> None:
+    assert GRPOConfig(epsilon=0.1).clip_high == 0.1
+    assert GRPOConfig(epsilon=0.1, epsilon_high=0.28).clip_high == 0.28
+
+
+# --- what TRL has and this has not -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name: str) -> None:
+    option = FOREIGN[name]
+    for value in (option.off, None, *option.also_off):
+        assert GRPOConfig(**{name: value}) == GRPOConfig()
+    assert getattr(GRPOConfig(), name) == option.off
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("use_vllm", True, "use_vllm=True: the sampler is built in; leave it out"),
+        ("use_liger_kernel", True, "leave it out"),
+        ("fp16", True, "set bf16=True"),
+        ("optim", "adamw_8bit", "pass optimizers="),
+        ("max_prompt_length", 256, "prompts are never cut"),
+        ("generation_kwargs", {"num_beams": 4}, "set temperature, top_p"),
+        ("top_entropy_quantile", 0.2, "there is no entropy term"),
+        ("deepspeed", "zero3.json", "torchrun"),
+        ("auto_find_batch_size", True, "tokens_per_micro_batch"),
+        ("use_bias_correction_kl", False, "the gradient of KL"),
+    ],
+)
+def test_a_foreign_option_at_another_value_is_refused_with_what_to_do(name: str, value: Any, advice: str) -> None:
+    with pytest.raises(UsageError, match=advice):
+        GRPOConfig(**{name: value})
+
+
+def test_options_that_could_change_no_number_are_accepted_at_any_value() -> None:
+    assert GRPOConfig(dataloader_num_workers=4, log_level="info", ddp_timeout=60) == GRPOConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("learning_rat", "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
+        ("vllm_gpu_memory", "did you mean 'vllm_gpu_memory_utilization'"),
+        ("xyzzy", r"help\(GRPOConfig\) lists the settings"),
+        ("reward_funcs", "is an argument of GRPOTrainer"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_closest_known_one(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        GRPOConfig(**{name: 1})
+
+
+def test_what_is_neither_setting_nor_option_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="xyzzy"):
+        _ = GRPOConfig().xyzzy
+
+
+# --- files and copies ------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_survives_its_file_and_being_copied() -> None:
+    c = GRPOConfig(
+        output_dir="x",
+        report_to=["wandb"],
+        reward_weights=[1, 0.5],
+        model_init_kwargs={"attn_implementation": "sdpa", "max_memory": {"cpu": 1}},
+        eval_strategy="no",
+        transcripts="all",
+        warmup_steps=0.1,
+    )
+    assert GRPOConfig(**yaml.safe_load(yaml.safe_dump(c.to_dict()))) == c
+    assert copy.deepcopy(c) == c
+    assert pickle.loads(pickle.dumps(c)) == c
+
+
+def test_a_torch_type_is_kept_by_its_name_and_an_object_that_no_file_can_hold_is_refused() -> None:
+    import torch
+
+    assert GRPOConfig(model_init_kwargs={"dtype": torch.bfloat16}).to_dict()["model_init_kwargs"] == {
+        "dtype": "bfloat16"
+    }
+    with pytest.raises(UsageError, match=r"model_init_kwargs holds .*object.*config\.yaml cannot hold"):
+        GRPOConfig(model_init_kwargs={"quantization_config": object()}).to_dict()
+
+
+def test_a_configuration_cannot_be_changed_but_replaced() -> None:
+    c = GRPOConfig()
+    with pytest.raises(ValueError, match="frozen"):
+        c.beta = 0.1  # type: ignore[misc]
+    assert c.replace(beta=0.1).beta == 0.1
+    with pytest.raises(UsageError, match="beta=-1"):
+        c.replace(beta=-1)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "expected"),
+    [
+        # TRL's default: one prompt per step.
+        ({}, 1, BatchPlan(8, 8, 1, 1, 1)),
+        ({"gradient_accumulation_steps": 4}, 2, BatchPlan(8, 64, 1, 1, 2)),
+        # 4 x 2 x 8 micro-steps = 64 completions at once, for 8 / 4 = 2 steps of 32.
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 8}, 2,
+         BatchPlan(8, 32, 2, 1, 2)),
+        # 64 completions are 64 / (4 x 2) = 8 micro-steps: the same again.
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "generation_batch_size": 64}, 2,
+         BatchPlan(8, 32, 2, 1, 2)),
+        # A step of 4 cuts through the group of 8 that two steps share.
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 3}, 1,
+         BatchPlan(8, 4, 2, 3, 1)),
+        # Two generations per step are one of twice the size.
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, 1, BatchPlan(8, 16, 1, 1, 1)),
+        ({"prompts_per_step": 6, "num_generations": 4, "num_iterations": 2}, 3, BatchPlan(4, 24, 1, 2, 3)),
+        ({"prompts_per_step": 6, "num_generations": 4, "steps_per_generation": 3}, 1, BatchPlan(4, 24, 3, 1, 1)),
+    ],
+)  # fmt: skip
+def test_a_batch_holds_what_it_holds_in_trl(values: dict[str, Any], world_size: int, expected: BatchPlan) -> None:
+    assert plan(world_size, **values) == expected
+
+
+def test_the_sizes_of_a_plan_follow_from_each_other() -> None:
+    p = BatchPlan(group_size=8, samples_per_step=4, steps_per_generation=6, num_iterations=2, world_size=1)
+    assert (p.samples_per_generation, p.prompts_per_generation, p.prompts_per_step, p.updates_per_generation) == (
+        24, 3, 0.5, 12,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "message"),
+    [
+        ({"per_device_train_batch_size": 6}, 1,
+         r"=6 times 1 micro-step\(s\) are 6 completions.*num_generations=8; set num_generations to 3 or 6, "
+         r"or per_device_train_batch_size to 8,"),
+        ({"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}, 1,
+         r"12 completions.*num_generations to 4 or 6, or per_device_train_batch_size to 4 or 8,"),
+        ({"per_device_train_batch_size": 4}, 2, "on each of 2 processes, which hold whole groups, and not a multiple"),
+        ({"generation_batch_size": 20}, 1, r"generation_batch_size=20 .* set it to 16 or 24"),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, 1, "set steps_per_generation to 2 or 4"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2}, 1,
+         "set steps_per_generation to 4 .*num_iterations above 1"),
+        ({"prompts_per_step": 3}, 2, "cannot be shared out to 2 processes; set it to 2 or 4"),
+    ],
+)  # fmt: skip
+def test_numbers_that_do_not_divide_are_refused_with_the_nearest_that_do(
+    values: dict[str, Any], world_size: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan(world_size, **values)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    per_device=st.integers(1, 16),
+    accumulation=st.integers(1, 6),
+    steps=st.none() | st.integers(1, 12),
+    group=st.integers(2, 12),
+    world_size=st.integers(1, 4),
+)
+def test_no_plan_changes_the_batch_that_was_asked_for(
+    per_device: int, accumulation: int, steps: int | None, group: int, world_size: int
+) -> None:
+    values = {"gradient_accumulation_steps": accumulation, "steps_per_generation": steps, "num_generations": group}
+    try:
+        p = plan(world_size, per_device_train_batch_size=per_device, **values)
+    except UsageError:
+        micro_steps = steps or accumulation
+        fits = per_device * max(micro_steps, accumulation) % group == 0
+        assert not fits or (micro_steps % accumulation and accumulation % micro_steps)
+        return
+    assert p.samples_per_step == per_device * accumulation * world_size
+    assert p.prompts_per_generation * group == p.samples_per_generation
+    assert p.prompts_per_generation % world_size == 0
+    assert p.samples_per_generation == max(p.samples_per_step, per_device * world_size * (steps or 0))
+
+
+def test_every_value_that_an_error_suggests_is_accepted() -> None:
+    with pytest.raises(UsageError):
+        plan(per_device_train_batch_size=10, gradient_accumulation_steps=3)
+    for group in (6, 10):
+        plan(per_device_train_batch_size=10, gradient_accumulation_steps=3, num_generations=group)
+    for per_device in (8, 16):
+        plan(per_device_train_batch_size=per_device, gradient_accumulation_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("values", "n_prompts", "steps"),
+    [
+        ({"max_steps": 7}, None, 7),
+        ({"prompts_per_step": 4, "num_train_epochs": 3}, 8, 6),
+        # 10 prompts fill two batches of 4 and begin a third.
+        ({"prompts_per_step": 4, "num_train_epochs": 1}, 10, 2),
+        ({"prompts_per_step": 4, "num_train_epochs": 0.1}, 120, 3),
+        ({"prompts_per_step": 4, "num_train_epochs": 1}, 3, 1),
+        # A generation of 8 prompts serves 2 steps, twice over.
+        ({"prompts_per_step": 4, "steps_per_generation": 2, "num_iterations": 2, "num_train_epochs": 1}, 16, 8),
+    ],
+)
+def test_the_length_of_a_run_is_max_steps_or_that_of_its_epochs(
+    values: dict[str, Any], n_prompts: int | None, steps: int
+) -> None:
+    c = GRPOConfig(**values)
+    assert total_steps(c, batch_plan(c), n_prompts) == steps
+
+
+def test_a_stream_without_max_steps_is_a_usage_error() -> None:
+    c = GRPOConfig()
+    with pytest.raises(UsageError, match="set max_steps"):
+        total_steps(c, batch_plan(c), None)
+
+
+@pytest.mark.parametrize(("steps", "total", "every"), [(10, 100, 10), (1, 100, 1), (0.1, 100, 10), (0.001, 100, 1)])
+def test_an_interval_below_one_is_a_share_of_the_run(steps: float, total: int, every: int) -> None:
+    assert interval(steps, total) == every
