@@ -161,6 +161,18 @@ def test_a_function_that_raises_is_named_and_its_error_kept() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def test_a_usage_error_of_a_function_is_passed_on_as_it_is() -> None:
+    def plain(**kwargs: Any) -> list[float]:
+        raise UsageError("needs the column 'solution'")
+
+    async def judge(**kwargs: Any) -> list[float]:
+        raise UsageError("needs the column 'solution'")
+
+    for function in (plain, judge):
+        with pytest.raises(UsageError, match="^needs the column 'solution'$"):
+            call(function)
+
+
 def test_a_completion_that_no_function_applies_to_is_a_usage_error() -> None:
     def even(answer: list[int], **kwargs: Any) -> list[float | None]:
         return [1.0 if number % 2 == 0 else None for number in answer]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.lm.data import Prompt
 
 RewardFunction = Callable[..., Any]
@@ -139,6 +139,8 @@ class RewardCaller:
             raise
         if waiting:
             for i, output in zip(waiting, self._loop.gather(list(waiting.values())), strict=True):
+                if isinstance(output, GrouprlError):
+                    raise output
                 if isinstance(output, BaseException):
                     raise _failed(self.names[i], output) from output
                 outputs[i] = output
@@ -277,6 +279,8 @@ def _arguments(function: RewardFunction, name: str, offered: Mapping[str, Any]) 
 def _guarded(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
+    except GrouprlError:  # it says what is wrong and how to fix it already
+        raise
     except Exception as error:
         raise _failed(name, error) from error
 
