@@ -169,7 +169,7 @@ def test_a_usage_error_of_a_function_is_passed_on_as_it_is() -> None:
         raise UsageError("needs the column 'solution'")
 
     for function in (plain, judge):
-        with pytest.raises(UsageError, match="^needs the column 'solution'$"):
+        with pytest.raises(UsageError, match=r"^needs the column 'solution'$"):
             call(function)
 
 
