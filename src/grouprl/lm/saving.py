@@ -1,0 +1,183 @@
+"""Language models saved as ordinary Hugging Face folders, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.runs.files import explain_os_error
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_OURS = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken")
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | os.PathLike[str],
+    also: Callable[[Path], object] | None = None,
+) -> None:
+    """Write a folder that `from_pretrained` reads: weights (safetensors), configuration, tokenizer.
+
+    A PEFT model leaves its adapter's folder, as PEFT itself does; :func:`save_merged` leaves a plain model. Parameters
+    may be views into one flat tensor. An older model at `path` is replaced once the new one is on the disk. `also` may
+    write further files into the folder it is given, before it takes its place.
+
+    Raises:
+        UsageError: `path` cannot be written, or something else lies there.
+        TrainingError: the disk is full or broken.
+    """
+    with _atomic_folder(Path(path)) as folder:
+        if getattr(model, "peft_config", None) is not None:
+            _save_adapter(model, folder)
+        else:
+            _save_plain(model, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if also is not None:
+            also(folder)
+
+
+def save_merged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: str | os.PathLike[str]
+) -> None:
+    """Like :func:`save_model`, but a PEFT adapter is merged into a copy of its base first; takes the memory of both."""
+    if getattr(model, "peft_config", None) is not None:
+        merged: Any = copy.deepcopy(model)
+        model = merged.merge_and_unload()  # unmerging in place would leave rounding errors in the weights
+    save_model(model, tokenizer, path)
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """Put the weights of a folder that :func:`save_model` wrote into ``model``, in place.
+
+    Raises UsageError if they are missing or those of another model.
+    """
+    from safetensors.torch import load_file
+
+    adapter = getattr(model, "peft_config", None) is not None
+    file = path / ("adapter_model.safetensors" if adapter else "model.safetensors")
+    shards = [file] if file.is_file() else sorted(path.glob("model-*.safetensors"))
+    if not shards:
+        raise UsageError(f"{path} holds no {file.name}; give a checkpoint that this trainer wrote")
+    if adapter:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(file))
+        return
+    with torch.no_grad():
+        own, left = model.state_dict(), set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", {}) or {})
+        for shard in shards:
+            for name, value in load_file(shard).items():
+                if name not in own or own[name].shape != value.shape:
+                    raise UsageError(f"{path} is the checkpoint of another model: {name} does not fit")
+                own[name].copy_(value)
+                left.discard(name)
+    if left:
+        raise UsageError(f"{path} is the checkpoint of another model: it lacks {', '.join(sorted(left)[:3])}")
+
+
+def independent_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, with a copy of each tensor that is a part of a larger one; tied weights stay one tensor.
+
+    Safetensors refuses tensors that share memory, and Transformers would take views into one storage for tied weights.
+    """
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or not tensor.is_contiguous():
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if place not in copies:
+                copies[place] = tensor.detach().clone().contiguous()
+            tensor = copies[place]
+        state[name] = tensor
+    return state
+
+
+def _save_plain(model: PreTrainedModel, folder: Path) -> None:
+    own = model.generation_config
+    if own is not None:
+        # Checkpoints often name a temperature without do_sample=True; Transformers reads that but refuses to write it.
+        model.generation_config = copy.deepcopy(own)
+        if any(
+            getattr(own, name, None) is not None for name in ("temperature", "top_p", "top_k", "min_p", "typical_p")
+        ):
+            model.generation_config.do_sample = True
+    try:
+        model.save_pretrained(folder, state_dict=independent_state(model))
+    finally:
+        model.generation_config = own
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    bases = [config.base_model_name_or_path for config in model.peft_config.values()]
+    # "auto" saves embeddings that were resized, which it can tell from the base's configuration; where that is not a
+    # local folder it would ask the hub, and wait for it.
+    local = all(base and (Path(base) / "config.json").exists() for base in bases)
+    model.save_pretrained(folder, save_embedding_layers="auto" if local else False, state_dict=independent_state(model))
+
+
+@contextmanager
+def _atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; move it to `path` on success, remove it on failure."""
+    _check_replaceable(path)
+    target = path.absolute()
+    mark = secrets.token_hex(4)
+    temporary, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _flush(file)
+        if target.exists():
+            os.replace(target, old)  # a folder cannot be replaced in one step unless it is empty
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    except Exception as error:
+        if "(os error " not in str(error):  # how safetensors and tokenizers, written in Rust, pass on a full disk
+            raise
+        raise TrainingError(f"Cannot write {path}: {error}. Free some space, or write to another disk.") from error
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise UsageError unless `path` is absent, empty, or a folder of nothing but a model."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UsageError(f"Cannot write a model to {path}: that is a file. Give a folder.")
+    names = sorted(entry.name for entry in path.iterdir())
+    foreign = [name for name in names if not name.endswith(_OURS) and name != "additional_chat_templates"]
+    if foreign or (names and not {"config.json", "adapter_config.json"} & set(names)):
+        raise UsageError(
+            f"Cannot write a model to {path}: the folder would be replaced, and it holds {(foreign or names)[0]}. "
+            "Give another folder, such as one inside it."
+        )
+
+
+def _flush(path: Path) -> None:
+    with suppress(OSError):  # Windows cannot open folders, and some network disks cannot flush
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

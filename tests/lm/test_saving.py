@@ -1,0 +1,187 @@
+import copy
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.models import load
+from grouprl.lm.saving import independent_state, save_merged, save_model
+from grouprl.lm.tiny import build_tiny
+
+
+def flatten(model: torch.nn.Module) -> torch.Tensor:
+    """Make every parameter a view into one tensor, as a learner does that steps all of them at once."""
+    parameters = list(model.parameters())
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    start = 0
+    for parameter in parameters:
+        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    return flat
+
+
+def with_adapter(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    return peft_model.eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(16)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saving") / "base"
+    save_model(*build_tiny(0), path)
+    return path
+
+
+def test_parameters_that_are_views_into_one_tensor_are_saved(tmp_path: Path) -> None:
+    model, tokenizer = build_tiny(0)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    flat = flatten(model)
+    save_model(model, tokenizer, tmp_path / "m")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert model.model.norm.weight.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+    assert (tmp_path / "m" / "model.safetensors").stat().st_size < 4 * 100_672 + 10_000
+
+
+def test_only_parts_of_larger_tensors_are_copied_and_tied_weights_once() -> None:
+    model, _ = build_tiny(0)
+    assert all(v.data_ptr() == model.state_dict()[k].data_ptr() for k, v in independent_state(model).items())
+    flatten(model)
+    state = independent_state(model)
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+    places = {value.untyped_storage().data_ptr() for value in state.values()}
+    assert len(places) == len(list(model.parameters()))
+
+
+def test_saving_replaces_an_older_model_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for seed in range(2):
+        save_model(*build_tiny(seed), tmp_path / "m")
+    model, _ = load(tmp_path / "m")
+    assert torch.equal(model.lm_head.weight, build_tiny(1)[0].lm_head.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_the_older_model_stays_when_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(*build_tiny(0), tmp_path / "m")
+    model, tokenizer = build_tiny(1)
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_model(model, tokenizer, tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m")[0].lm_head.weight, build_tiny(0)[0].lm_head.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.fixture
+def small_disk() -> Iterator[int]:
+    """No file may grow past 100 kB; what the operating system then answers is what a full disk answers."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield 100_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_a_full_disk_is_a_training_error_and_leaves_nothing(tmp_path: Path, small_disk: int, what: str) -> None:
+    model, tokenizer = build_tiny(0)
+    if what == "tokenizer":
+        model.half()
+        model.model.layers = model.model.layers[:0]
+        model.config.num_hidden_layers = 0
+        tokenizer.add_tokens([f"a token that takes some room {i}" for i in range(2000)])
+    with pytest.raises(TrainingError, match=r"Cannot write .*m: .*Free some space"):
+        save_model(model, tokenizer, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> None:
+    for name, content in (("notes.odt", "config.json"), ("thesis.txt", "thesis.txt")):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        (folder / content).touch()
+        with pytest.raises(UsageError, match=f"holds {name}"):
+            save_model(*build_tiny(0), folder)
+        assert (folder / name).read_text() == "mine"
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("")
+    with pytest.raises(UsageError, match="that is a file"):
+        save_model(*build_tiny(0), tmp_path / "m")
+
+
+def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    save_model(*build_tiny(0), tmp_path / "empty")
+    save_model(*build_tiny(0), tmp_path / "a" / "b")
+    assert load(tmp_path / "empty")[0].num_parameters() == load(tmp_path / "a" / "b")[0].num_parameters()
+
+
+def test_a_generation_config_that_transformers_refuses_to_write_is_saved_with_sampling_on(tmp_path: Path) -> None:
+    model, tokenizer = build_tiny(0)
+    own = GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=[1, 2])
+    model.generation_config = own
+    save_model(model, tokenizer, tmp_path / "m")
+    assert model.generation_config is own
+    assert not own.do_sample
+    saved = GenerationConfig.from_pretrained(tmp_path / "m")
+    assert (saved.temperature, saved.top_p, saved.eos_token_id, saved.do_sample) == (0.6, 0.9, [1, 2], True)
+
+
+def test_an_adapter_is_saved_alone_and_loaded_onto_its_base(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(base)
+    trained = with_adapter(model)
+    flatten(trained)
+    save_model(trained, tokenizer, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 20_000
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded, again = load(tmp_path / "adapter")
+    assert torch.equal(logits(loaded.eval()), logits(trained))
+    assert [name for name, p in loaded.named_parameters() if p.requires_grad] == [
+        name for name, p in trained.named_parameters() if p.requires_grad
+    ]
+    assert again("ab")["input_ids"] == tokenizer("ab")["input_ids"]
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(base)
+    save_model(with_adapter(model), None, tmp_path / "adapter")
+    assert load(tmp_path / "adapter")[1]("ab")["input_ids"] == tokenizer("ab")["input_ids"]
+
+
+def test_an_adapter_of_an_unnamed_base_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = build_tiny(0)
+    save_model(with_adapter(model), tokenizer, tmp_path / "adapter")
+    with pytest.raises(UsageError, match="does not say which model"):
+        load(tmp_path / "adapter")
+
+
+def test_a_merged_adapter_is_a_plain_model_and_the_original_stays_as_it_was(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(base)
+    trained = with_adapter(model)
+    flatten(trained)
+    before = copy.deepcopy(trained.state_dict())
+    save_merged(trained, tokenizer, tmp_path / "merged")
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    loaded, _ = load(tmp_path / "merged")
+    assert type(loaded).__name__ == "LlamaForCausalLM"
+    torch.testing.assert_close(logits(loaded), logits(trained), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits(loaded), logits(load(base)[0]), atol=1e-3)
