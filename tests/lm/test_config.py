@@ -159,7 +159,7 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
         ("fp16", True, "set bf16=True"),
         ("optim", "adamw_8bit", "pass optimizers="),
         ("max_prompt_length", 256, "prompts are never cut"),
-        ("generation_kwargs", {"num_beams": 4}, "set temperature, top_p"),
+        ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),
         ("top_entropy_quantile", 0.2, "there is no entropy term"),
         ("deepspeed", "zero3.json", "torchrun"),
         ("auto_find_batch_size", True, "tokens_per_micro_batch"),
@@ -352,3 +352,8 @@ def test_a_stream_without_max_steps_is_a_usage_error() -> None:
 @pytest.mark.parametrize(("steps", "total", "every"), [(10, 100, 10), (1, 100, 1), (0.1, 100, 10), (0.001, 100, 1)])
 def test_an_interval_below_one_is_a_share_of_the_run(steps: float, total: int, every: int) -> None:
     assert interval(steps, total) == every
+
+
+def test_generation_kwargs_are_settings_and_win_over_them() -> None:
+    config = GRPOConfig(temperature=0.5, generation_kwargs={"temperature": 0.7, "min_new_tokens": 3, "max_new_tokens": 9})
+    assert (config.temperature, config.min_new_tokens, config.max_completion_length) == (0.7, 3, 9)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from grouprl.adam import Adam
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.policy import Policy
 from grouprl.errors import UsageError
+from grouprl.memory import keep_freed_memory
 from grouprl.objective import sampled_kl_loss
 from grouprl.rollouts import Rollout
 from grouprl.runs import RunFolder
@@ -29,23 +27,6 @@ from grouprl.update import FlatParameters, Terms, UpdateSettings, UpdateStats, u
 LR_MIN = 1e-4
 LR_STEP = 1.5
 IMAGE_MICRO_BATCH = 512
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory instead of returning every large block to the kernel.
-
-    Each micro-batch allocates and frees the same few megabytes; handing them back costs page faults worth a third of
-    the update's time. A no-op where the C library is not glibc.
-    """
-    if sys.platform == "linux":
-        try:
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-        except (OSError, AttributeError):
-            return
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 1 << 30)
-        mallopt(m_trim_threshold, 1 << 30)
 
 
 def model_file(path: Path) -> Path:

@@ -101,6 +101,7 @@ class GRPOConfig(BaseModel):
 
     # --- sampling ------------------------------------------------------------------------------------------------
     max_completion_length: int = Field(512, ge=1, description="most tokens of a completion")
+    min_new_tokens: int = Field(0, ge=0, description="no end of sequence before; generation_kwargs may say it too")
     temperature: float = Field(1.0, gt=0, description="of sampling; the learner divides by it as well")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
     top_k: int = Field(0, ge=0, description="sample from this many of the likeliest tokens; 0 = from all")
@@ -144,8 +145,8 @@ class GRPOConfig(BaseModel):
         "dapo",
         description="surrogate and aggregation, as in TRL; bnpo is dapo, since no number depends on the micro-batch",
     )
-    importance_sampling_level: Literal["token", "sequence"] = Field(
-        "token", description="ratio per token, or one per completion (GSPO)"
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = Field(
+        "token", description="ratio per token, one per completion (GSPO), or one with token gradients (GSPO-token)"
     )
     epsilon: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - epsilon")
     epsilon_high: float | None = Field(

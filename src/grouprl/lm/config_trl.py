@@ -24,6 +24,11 @@ class Foreign(NamedTuple):
     also_off: tuple[Any, ...] = ()
 
 
+GENERATION = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_completion_length",
+)  # fmt: skip
+"""What generation_kwargs may hold, beside max_new_tokens."""
+
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
@@ -111,11 +116,7 @@ FOREIGN: dict[str, Foreign] = {
     "remove_unused_columns": Foreign(False, "reward functions are given every column they ask for; leave it out"),
     "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",)),
     "max_prompt_length": Foreign(None, "prompts are never cut; filter the dataset, or shorten its prompts"),
-    "generation_kwargs": Foreign(
-        None,
-        "set temperature, top_p, top_k, min_p, repetition_penalty and max_completion_length; the sampler knows no more",
-        ({},),
-    ),
+    "generation_kwargs": Foreign(None),
     "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
     "max_tool_calling_iterations": Foreign(None, "completions are single turns without tools; leave it out"),
     "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
@@ -145,6 +146,8 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
     for an unknown name, with the closest known one, and for a setting that is given under two names.
     """
     settings: dict[str, Any] = {}
+    if values.get("generation_kwargs"):  # what stands there wins, as in TRL
+        values = {**values, **_generation_settings(values["generation_kwargs"])}
     for given, value in values.items():
         if given in known:
             name = given
@@ -159,6 +162,22 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
         if name in settings:
             raise UsageError(f"{given}={value!r} and {name}={settings[name]!r} are one setting; give {name} alone")
         settings[name] = value.value if isinstance(value, Enum) else value
+    return settings
+
+
+def _generation_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of transformers' generate, under our names. Raises UsageError for one the sampler does not know."""
+    settings = {}
+    for given, value in values.items():
+        name = "max_completion_length" if given == "max_new_tokens" else given
+        if given == "do_sample" and value is True:
+            continue
+        if name not in GENERATION:
+            raise UsageError(
+                f"generation_kwargs={{{given!r}: {value!r}}}: the sampler does not know it; it knows "
+                f"{', '.join(sorted(GENERATION))}"
+            )
+        settings[name] = value
     return settings
 
 

@@ -140,7 +140,10 @@ def _atomic_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # some writers make files that only their owner can read
         for file in [*temporary.rglob("*"), temporary]:
+            if file.is_file():
+                file.chmod(mode)
             _flush(file)
         if target.exists():
             os.replace(target, old)  # a folder cannot be replaced in one step unless it is empty

@@ -1,0 +1,104 @@
+"""Checkpoints a run is resumed from bit for bit, even within a generation: a model folder and one state file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouprl.errors import UsageError
+from grouprl.lm.data import Prompt, PromptSource
+from grouprl.lm.samples import Samples
+from grouprl.lm.saving import save_model
+from grouprl.runs.state import load_state, read_meta, save_state
+
+STATE = "grouprl_state.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds beside the model: named tensors and plain values."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name begins with ``prefix.``, without it."""
+        return {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
+
+
+def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None) -> None:
+    """Write a checkpoint folder, whole or not at all; without a ``checkpoint``, the model alone.
+
+    Raises UsageError if the place cannot be written, TrainingError if the disk is full.
+    """
+
+    def state(folder: Path) -> None:
+        if checkpoint is not None:
+            save_state(folder / STATE, checkpoint.tensors, checkpoint.meta)
+
+    save_model(model, tokenizer, path, also=state)
+
+
+def read(path: Path) -> Checkpoint:
+    """The state in a checkpoint folder. Raises UsageError if there is none, or it holds the model alone."""
+    if not path.is_dir():
+        raise UsageError(f"there is no checkpoint folder {path}")
+    if not (path / STATE).is_file():
+        raise UsageError(
+            f"{path} holds a model but no {STATE}, so training cannot resume from it (save_only_model=True writes such "
+            "folders); give the folder as the model instead"
+        )
+    return Checkpoint(*load_state(path / STATE))
+
+
+def existing(output_dir: Path) -> list[Path]:
+    """Checkpoint folders in ``output_dir``, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest(output_dir: Path) -> Path | None:
+    """The newest checkpoint that can be resumed from, or None."""
+    for path in reversed(existing(output_dir)):
+        try:
+            read_meta(path / STATE)
+        except UsageError:
+            continue  # one without a state, or one that was damaged: an older one may do
+        return path
+    return None
+
+
+_PER_TOKEN = ("logp_sampled", "advantages", "logp_old", "logp_ref", "known_old", "known_ref")
+_PER_SAMPLE = ("group", "finished", "rewards", "returns")
+
+
+def samples_state(samples: Samples) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Buffered samples as tensors and plain values; prompts by their row in the dataset."""
+    tensors = {name: getattr(samples, name) for name in (*_PER_TOKEN, *_PER_SAMPLE)}
+    tensors["ids"] = torch.tensor([token for c in samples.completions for token in c])
+    tensors["lengths"] = samples.lengths
+    return tensors, {"prompts": [prompt.index for prompt in samples.prompts], "texts": samples.texts}
+
+
+def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: PromptSource) -> Samples:
+    """The inverse of :func:`samples_state`."""
+    completions = [c.tolist() for c in torch.split(tensors["ids"], tensors["lengths"].tolist())]
+    prompts: list[Prompt] = [source[index] for index in meta["prompts"]]
+    fields: dict[str, Any] = {name: tensors[name] for name in (*_PER_TOKEN, *_PER_SAMPLE)}
+    return Samples(prompts=prompts, completions=completions, texts=list(meta["texts"]), **fields)
+
+
+def trainer_state(state: Any) -> dict[str, Any]:
+    """transformers' TrainerState as plain values, without what its callbacks keep in memory."""
+    values = asdict(state)
+    values.pop("stateful_callbacks", None)
+    return values

@@ -1,0 +1,197 @@
+"""Making a generation: draw prompts, sample groups, ask the reward functions, estimate advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouprl import objective
+from grouprl.lm.config import GRPOConfig
+from grouprl.lm.data import Prompt, PromptOrder, PromptSource
+from grouprl.lm.loss import estimate_advantages
+from grouprl.lm.policy import Policy
+from grouprl.lm.rewards.call import RewardCaller, Rewards, total
+from grouprl.lm.sampler import Completion
+from grouprl.lm.samples import Samples
+from grouprl.lm.sampling import SamplingSettings
+
+Metrics = dict[str, float]
+
+
+class Collector:
+    """Turns prompts into samples to learn from.
+
+    Args:
+        policy: samples. tokenizer: decodes. source, order: where prompts come from. rewards: judges.
+        generator: the random stream of the sampler.
+    """
+
+    def __init__(
+        self, policy: Policy, tokenizer: Any, source: PromptSource, order: PromptOrder, rewards: RewardCaller,
+        config: GRPOConfig, generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
+        self.source, self.order, self.generator = source, order, generator
+        self.tokens = 0
+        """Prompt and completion tokens so far, prompts counted once per completion."""
+
+    def collect(self, n_prompts: int, group_size: int, state: Any = None) -> tuple[Samples, Metrics]:
+        """A generation of ``n_prompts`` groups and its metrics."""
+        drawn = self._draw(n_prompts, group_size, state)
+        rounds = 1
+        if self.config.dynamic_sampling:
+            kept = drawn.with_signal()
+            while kept.n_prompts < n_prompts and rounds < self.config.dynamic_sampling_max_batches:
+                more = self._draw(n_prompts - kept.n_prompts, group_size, state)
+                rounds += 1
+                kept, drawn = kept.joined(more.with_signal()), drawn.joined(more)
+            # Capped: groups without signal fill up, so that a step is never smaller than asked for.
+            drawn = kept.joined(drawn.without_signal()).first(n_prompts)
+        samples = self._estimate(drawn)
+        metrics = describe(samples, drawn.rewards)
+        if self.config.dynamic_sampling:
+            metrics["dynamic_sampling/batches"] = rounds
+        metrics["num_tokens"] = float(self.tokens)
+        return samples, metrics
+
+    def _draw(self, n_prompts: int, group_size: int, state: Any) -> _Drawn:
+        prompts = [self.source[i] for i in self.order.take(n_prompts)]
+        drawn = judged(self.policy, self.tokenizer, self.rewards, prompts, group_size, self.generator, None, state)
+        self.tokens += sum(len(c.ids) for c in drawn.completions) + group_size * sum(len(p.ids) for p in prompts)
+        return drawn
+
+    def _estimate(self, drawn: _Drawn) -> Samples:
+        config = self.config
+        completions = [c.ids for c in drawn.completions]
+        lengths = torch.tensor([len(c) for c in completions])
+        group = torch.arange(drawn.n_prompts).repeat_interleave(drawn.group_size)
+        returns = total(drawn.rewards.values, self.rewards.weights)
+        if config.soft_overlong_cache is not None:
+            returns = returns + objective.soft_overlong(
+                lengths, config.max_completion_length, config.soft_overlong_cache
+            ).to(returns)
+        n = int(lengths.sum())
+        old, ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
+        penalties = None
+        if config.beta > 0 and config.kl_in == "reward":
+            parts = self.policy.learner.parts([p.ids for p in drawn.prompts], completions, group.tolist())
+            old = self.policy.learner.log_probs(parts, lengths)
+            ref = self.policy.reference_log_probs(parts, lengths)
+            known = ~known
+            penalties = -objective.kl_in_reward(torch.zeros_like(old), old, ref, config.beta, config.kl_estimator)
+        advantages = estimate_advantages(
+            config, drawn.rewards.values, self.rewards.weights, returns, lengths, group, penalties
+        )
+        return Samples(
+            prompts=drawn.prompts, group=group, completions=completions,
+            finished=torch.tensor([c.finished for c in drawn.completions]),
+            logp_sampled=torch.cat([c.logp for c in drawn.completions]), texts=drawn.texts,
+            rewards=drawn.rewards.values, returns=returns, advantages=advantages,
+            logp_old=old, logp_ref=ref, known_old=known, known_ref=known.clone(), extras=drawn.rewards.extras,
+        )  # fmt: skip
+
+
+class _Drawn:
+    """Whole groups with their rewards, prompt after prompt."""
+
+    def __init__(
+        self, prompts: list[Prompt], group_size: int, completions: list[Completion], texts: list[str], rewards: Rewards,
+        weights: Tensor,
+    ) -> None:  # fmt: skip
+        self.prompts, self.group_size, self.completions = prompts, group_size, completions
+        self.texts, self.rewards, self.weights = texts, rewards, weights
+
+    @property
+    def n_prompts(self) -> int:
+        return len(self.prompts)
+
+    def _signal(self) -> list[bool]:
+        returns = total(self.rewards.values, self.weights).view(self.n_prompts, -1)
+        return (returns.amax(1) > returns.amin(1)).tolist() if self.n_prompts else []
+
+    def with_signal(self) -> _Drawn:
+        """The groups whose rewards differ."""
+        return self._select([i for i, has in enumerate(self._signal()) if has])
+
+    def without_signal(self) -> _Drawn:
+        """The other ones."""
+        return self._select([i for i, has in enumerate(self._signal()) if not has])
+
+    def first(self, n: int) -> _Drawn:
+        """The first n groups."""
+        return self._select(list(range(n)))
+
+    def _select(self, groups: Sequence[int]) -> _Drawn:
+        rows = [g * self.group_size + i for g in groups for i in range(self.group_size)]
+        r = self.rewards
+        extras = {name: [column[i] for i in rows] for name, column in r.extras.items()}
+        return _Drawn(
+            [self.prompts[g] for g in groups], self.group_size, [self.completions[i] for i in rows],
+            [self.texts[i] for i in rows], Rewards(r.values[rows], r.names, extras, r.metrics), self.weights,
+        )  # fmt: skip
+
+    def joined(self, other: _Drawn) -> _Drawn:
+        """The groups of both."""
+        a, b = self.rewards, other.rewards
+        extras = {
+            name: [*a.extras.get(name, [None] * len(a.values)), *b.extras.get(name, [None] * len(b.values))]
+            for name in {**a.extras, **b.extras}
+        }
+        rewards = Rewards(torch.cat([a.values, b.values]), a.names, extras, {**a.metrics, **b.metrics})
+        return _Drawn(
+            self.prompts + other.prompts, self.group_size, self.completions + other.completions,
+            self.texts + other.texts, rewards, self.weights,
+        )  # fmt: skip
+
+
+def judged(
+    policy: Policy, tokenizer: Any, rewards: RewardCaller, prompts: list[Prompt], group_size: int,
+    generator: torch.Generator, settings: SamplingSettings | None = None, state: Any = None,
+) -> _Drawn:  # fmt: skip
+    """Sample ``group_size`` completions of each prompt and ask the reward functions."""
+    completions = policy.sample([p.ids for p in prompts], group_size, generator, settings)
+    texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+    rows = [p for p in prompts for _ in range(group_size)]
+    values = rewards(rows, texts, [c.ids for c in completions], state)
+    return _Drawn(prompts, group_size, completions, texts, values, rewards.weights)
+
+
+def describe_judged(drawn: _Drawn) -> Metrics:
+    """TRL's metrics of completions that are not learned from."""
+    lengths = torch.tensor([len(c.ids) for c in drawn.completions])
+    finished = torch.tensor([c.finished for c in drawn.completions])
+    returns = total(drawn.rewards.values, drawn.weights).view(drawn.n_prompts, -1)
+    return _describe(lengths, finished, returns, drawn.rewards)
+
+
+def describe(samples: Samples, rewards: Rewards) -> Metrics:
+    """TRL's metrics of sampled completions."""
+    returns = samples.returns.view(len(samples.prompts), -1)
+    return _describe(samples.lengths, samples.finished, returns, rewards)
+
+
+def _describe(lengths: Tensor, finished: Tensor, returns: Tensor, rewards: Rewards) -> Metrics:
+    lengths = lengths.double()
+    ended = lengths[finished] if bool(finished.any()) else torch.zeros(1, dtype=torch.float64)
+    metrics: Metrics = {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float((~finished).double().mean()),
+        "completions/mean_terminated_length": float(ended.mean()),
+        "completions/min_terminated_length": float(ended.min()),
+        "completions/max_terminated_length": float(ended.max()),
+        "reward": float(returns.mean()),
+        "reward_std": float(returns.std(1).mean()) if returns.shape[1] > 1 else 0.0,
+        "frac_reward_zero_std": float((returns.amax(1) == returns.amin(1)).double().mean()),
+    }
+    for i, name in enumerate(rewards.names):
+        column = rewards.values[:, i]
+        column = column[~torch.isnan(column)]
+        if len(column):
+            metrics[f"rewards/{name}/mean"] = float(column.mean())
+            metrics[f"rewards/{name}/std"] = float(column.std()) if len(column) > 1 else 0.0
+    return {**metrics, **rewards.metrics}

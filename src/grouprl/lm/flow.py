@@ -1,0 +1,155 @@
+"""What surrounds the steps: transformers' callbacks, logging, trackers, progress, the folder of a run."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from grouprl.errors import UsageError
+from grouprl.lm import checkpoint
+from grouprl.lm.batch_plan import interval
+from grouprl.runs import Progress, make_trackers
+from grouprl.runs.folder import default_run_path
+
+Metrics = dict[str, float]
+
+
+class Flow:
+    """State, control and callbacks of a trainer, as transformers' callbacks know them.
+
+    Attributes:
+        state, control: transformers' TrainerState and TrainerControl. handler: its CallbackHandler.
+        output_dir: where checkpoints go.
+    """
+
+    def __init__(self, trainer: Any, callbacks: list[Any]) -> None:
+        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
+
+        self.trainer, self.config = trainer, trainer.args
+        name = str(getattr(trainer.model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
+        given = self.config.output_dir
+        self.output_dir = (
+            Path(given) if given is not None else default_run_path("runs", f"{name}-grpo", self.config.seed)
+        )
+        self.state: Any = TrainerState()
+        self.control: Any = TrainerControl()
+        self.handler: Any = CallbackHandler(  # type: ignore[no-untyped-call]
+            [DefaultFlowCallback, *callbacks],
+            trainer.model,
+            trainer.processing_class,
+            trainer.optimizer,
+            trainer.lr_scheduler,
+        )
+        self.event("on_init_end")
+        self._sums: dict[str, tuple[float, int]] = {}
+        self._newest: Metrics = {}
+        self._trackers: list[Any] = []
+        self._progress: Progress | None = None
+        self._stack = ExitStack()
+
+    def event(self, name: str, **values: Any) -> None:
+        """Tell the callbacks."""
+        call = getattr(self.handler, name)
+        # log and evaluate events carry their numbers as a positional argument
+        self.control = call(self.config, self.state, self.control, *values.values())
+
+    def begin(self, total: int, updates_per_epoch: int | None) -> None:
+        """Start a run of ``total`` steps; ``updates_per_epoch`` is None for a stream of unknown length."""
+        config = self.config
+        self.state.max_steps = total
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            steps = getattr(config, name)
+            steps = config.logging_steps if steps is None else steps
+            setattr(self.state, name, interval(steps, total))
+        self.state.num_train_epochs = config.num_train_epochs
+        self._updates_per_epoch = updates_per_epoch
+        self.control.should_training_stop = False
+        self.handler.lr_scheduler = self.trainer.lr_scheduler
+        self._stack.close()
+        self._trackers = make_trackers(
+            config.report_to, tensorboard_folder=self.output_dir / "tensorboard", wandb_folder=self.output_dir,
+            project="grouprl", name=config.run_name or self.output_dir.name, config=config.to_dict(),
+        )  # fmt: skip
+        for tracker in self._trackers:
+            self._stack.callback(tracker.close)
+        enabled = None if config.disable_tqdm is None else not config.disable_tqdm
+        self._progress = self._stack.enter_context(Progress(total, enabled, done=self.state.global_step))
+
+    def end(self) -> None:
+        """Log what is left and close trackers and progress bar."""
+        if self._sums and self.config.logging_strategy != "no":
+            self._log()
+        self._stack.close()
+        self._trackers, self._progress = [], None
+
+    def stepped(self, metrics: Metrics, epoch: float | None) -> None:
+        """An optimizer step is done."""
+        self.state.global_step += 1
+        self.state.epoch = epoch
+        for key, value in metrics.items():
+            total, n = self._sums.get(key, (0.0, 0))
+            self._sums[key] = (total + value, n + 1)
+        self._newest = metrics
+        self.event("on_step_end")
+        step, per_epoch = self.state.global_step, self._updates_per_epoch
+        if per_epoch is not None and (step % per_epoch == 0 or step == self.state.max_steps):
+            self.event("on_epoch_end")
+        if self._progress is not None:
+            self._progress.update(step, reward=metrics.get("reward"), loss=metrics["loss"])
+        if self.control.should_log:
+            self._log()
+
+    def _log(self) -> None:
+        """Log the means since the last time; counters and rates as they are now."""
+        self.control.should_log = False
+        logs = {key: total / n for key, (total, n) in self._sums.items()}
+        for key in ("num_tokens", "learning_rate"):
+            if key in self._newest:
+                logs[key] = self._newest[key]
+        self._sums = {}
+        self.log(logs)
+
+    def log(self, logs: Metrics) -> None:
+        """Append to the history, tell trackers and callbacks."""
+        if self.state.epoch is not None:
+            logs = {**logs, "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        for tracker in self._trackers:
+            tracker.log(_arranged(logs), self.state.global_step)
+        self.event("on_log", logs=logs)
+
+    def evaluated(self, metrics: Metrics) -> None:
+        """An evaluation is done."""
+        self.control.should_evaluate = False
+        self.log(metrics)
+        self.event("on_evaluate", metrics=metrics)
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint was written: drop the oldest ones beyond the limit."""
+        self.control.should_save = False
+        limit = self.config.save_total_limit
+        if limit is not None:
+            for old in checkpoint.existing(self.output_dir)[:-limit]:
+                if old != path:
+                    shutil.rmtree(old)
+        self.event("on_save")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the state, and what was gathered since the last log."""
+        return {"state": checkpoint.trainer_state(self.state), "sums": {k: list(v) for k, v in self._sums.items()}}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """The inverse of :meth:`to_dict`; the intervals stay those of this run."""
+        for name, value in saved["state"].items():
+            if name not in ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs"):
+                if not hasattr(self.state, name):
+                    raise UsageError(f"the checkpoint has {name!r} in its state, which this transformers does not know")
+                setattr(self.state, name, value)
+        self._sums = {key: (total, n) for key, (total, n) in saved["sums"].items()}
+
+
+def _arranged(logs: Metrics) -> Metrics:
+    """Names as trackers group them: train/ and eval/."""
+    return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in logs.items()}

@@ -1,0 +1,135 @@
+"""From the settings to the objective: which surrogate, which weight per token, which advantages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grouprl import objective
+from grouprl.lm.config import GRPOConfig
+from grouprl.objective.packed import last_index, segment_ids
+
+
+def estimate_advantages(
+    config: GRPOConfig, rewards: Tensor, weights: Tensor, returns: Tensor, lengths: Tensor, group: Tensor,
+    penalties: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Advantages ``[S]`` as the settings say, in float32.
+
+    Args:
+        rewards: ``[N, F]``, NaN where a function does not apply. weights: ``[F]``.
+        returns: ``[N]`` their weighted sum. lengths, group: ``[N]``.
+        penalties: ``[S]`` what is taken from the reward at each token (KL in the reward), or None.
+    """
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        return objective.gdpo(rewards, weights, lengths, group).float()
+    steps = torch.zeros(int(lengths.sum()), dtype=torch.float64)
+    steps[last_index(lengths)] = returns.double()
+    if penalties is not None:
+        steps -= penalties
+    name = config.advantage
+    if name == "group":
+        advantages = objective.outcome(steps, lengths, group, scale=config.scale_rewards, eps=1e-4)
+    elif name == "leave_one_out":
+        advantages = objective.leave_one_out(steps, lengths, group)
+    elif name == "opo":
+        advantages = objective.opo(steps, lengths, group)
+    elif name == "maxrl":
+        advantages = objective.maxrl(steps, lengths, group)
+    elif name == "pass_at_k":
+        advantages = objective.pass_at_k(steps, lengths, group, config.pass_k)
+    else:
+        advantages = objective.reinforce_pp(steps, lengths, group, baseline=name == "reinforce_pp_baseline")
+    return advantages.float()
+
+
+def step_weights(config: GRPOConfig, lengths: Tensor, counted: Tensor) -> Tensor:
+    """Weight ``[S]`` of each token in the loss of an optimizer step: fixed before any of it is evaluated.
+
+    Args:
+        lengths: ``[N]`` of all samples of the step. counted: ``[N]`` bool; others weigh 0 (cut-off completions with
+            mask_truncated_completions), and no longer count as tokens, but still as samples.
+    """
+    of = lengths[counted]
+    weights = torch.zeros(int(lengths.sum()))
+    if not len(of):
+        return weights
+    if config.loss_type in ("grpo", "sapo"):
+        kept = objective.sample_mean(of, n_samples=len(lengths))
+    elif config.loss_type == "dr_grpo":
+        kept = objective.constant_length(of, config.max_completion_length, n_samples=len(lengths))
+    else:
+        kept = objective.token_mean(of)
+    weights[counted[segment_ids(lengths)]] = kept
+    return weights
+
+
+class Fixed(NamedTuple):
+    """What is fixed of m tokens before they are evaluated; ``logp_old`` None means: the policy itself (on-policy)."""
+
+    advantages: Tensor
+    weights: Tensor
+    logp_old: Tensor | None
+    logp_ref: Tensor | None
+    lengths: Tensor
+
+
+@dataclass
+class LossSums:
+    """Sums over tokens, for the metrics of an optimizer step; weighted as the loss is where that is said."""
+
+    loss: float = 0.0
+    """Weighted."""
+    kl: float = 0.0
+    entropy: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    tokens: int = 0
+
+    def add(self, other: LossSums) -> None:
+        """Add another part's sums."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) -> tuple[Tensor, LossSums]:
+    """The loss (a number, to be differentiated) of m tokens of whole samples, and what is worth plotting.
+
+    With logp_old None the ratio is 1 in value and exp(logp - sg(logp)) in gradient.
+    """
+    old = logp.detach() if fixed.logp_old is None else fixed.logp_old
+    a = fixed.advantages
+    effective = logp
+    if config.importance_sampling_level != "token":
+        effective = objective.importance_logp(logp, old, fixed.lengths, config.importance_sampling_level)
+        a, old = a.to(effective.dtype), old.to(effective.dtype)
+    low, high = config.epsilon, config.clip_high
+    if config.loss_type == "cispo":
+        # The score function stays that of the token; only its weight is the (clipped) ratio.
+        losses = objective.cispo(effective, old, a, cap=high)
+    elif config.loss_type == "sapo":
+        losses = objective.sapo(effective, old, a, config.sapo_temperature_pos, config.sapo_temperature_neg)
+    elif config.delta is not None:
+        losses = objective.two_sided(effective, old, a, low, high, config.delta)
+    else:
+        losses = objective.clipped(effective, old, a, low, high)
+    if config.off_policy_mask_threshold is not None:
+        losses = losses * objective.off_policy_mask(
+            logp, old.to(logp.dtype), fixed.advantages, fixed.lengths, config.off_policy_mask_threshold
+        )
+    sums = LossSums(tokens=len(logp), entropy=float(entropy.sum()))
+    if fixed.logp_ref is not None and config.beta > 0 and config.kl_in == "loss":
+        kl = objective.sampled_kl_loss(logp, fixed.logp_ref, config.kl_estimator, fixed.logp_old)
+        losses = losses + config.beta * kl
+        sums.kl = float(kl.detach().sum())
+    loss = (fixed.weights * losses).sum()
+    with torch.no_grad():
+        sums.loss = float(loss)
+        rho = objective.ratio(effective, old)
+        cap = high if config.loss_type == "cispo" else 1 + high
+        sums.low = float(((rho < 1 - low) & (a < 0)).float().sum())
+        sums.high = float(((rho > cap) & (a > 0)).float().sum())
+    return loss, sums

@@ -1,0 +1,154 @@
+"""The model being trained and everything that runs it: how it samples, how it is differentiated, what holds it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouprl.errors import UsageError
+from grouprl.lm.backbone import find_backbone
+from grouprl.lm.config import GRPOConfig
+from grouprl.lm.learner import Learner, Part
+from grouprl.lm.models import eos_token_ids
+from grouprl.lm.plain import PlainSampler
+from grouprl.lm.products import Products, supports_bf16
+from grouprl.lm.sampler import Adjust, Completion, Sampler
+from grouprl.lm.sampling import SamplingSettings
+
+_CACHE_BYTES = 1 << 30
+"""What the sampler's own keys and values may take by default."""
+
+_log = logging.getLogger("grouprl")
+
+
+class Policy:
+    """A causal language model that samples and learns.
+
+    Args:
+        model: a transformers causal model or a PEFT model around one, on its device.
+        tokenizer: says which tokens end a completion.
+        config: precision, temperature, micro-batches, reference.
+        ref_model: what the KL divergence is measured to; default: the model as it is now, without its adapter if any.
+
+    Attributes:
+        packed: whether the packed paths run it; if not, ``why_plain`` says why.
+        reference: what the KL divergence is measured to, or None.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None) -> None:
+        self.model, self.config = model, config
+        self.device: torch.device = next(model.parameters()).device
+        fast = supports_bf16(self.device)
+        if config.bf16 and not fast and self.device.type != "cpu":
+            raise UsageError(f"bf16=True, but {self.device} has no bfloat16; leave bf16 out")
+        low = fast if config.bf16 is None else config.bf16
+        own = next(model.parameters()).dtype
+        self.products = Products(model, torch.bfloat16 if low or own == torch.bfloat16 else torch.float32)
+        backbone, self.why_plain = (None, "attention='plain' asks for it")
+        if config.attention == "auto":
+            backbone, self.why_plain = find_backbone(model)
+            if backbone is None:
+                _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
+        self.packed = backbone is not None
+        self.learner = self._learner(model, backbone, self.products)
+        ends = eos_token_ids(model, tokenizer)
+        self.sampler: Sampler | PlainSampler
+        if backbone is None:
+            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+            self.sampler = PlainSampler(model, self.products.dtype, ends, pad)
+        else:
+            self.sampler = Sampler(backbone, self.products, ends, config.max_rows_per_decode or self._rows_that_fit())
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        self.reference: Learner | None = None
+        self._adapter_is_difference = hasattr(model, "disable_adapter")
+        if config.beta > 0:
+            if ref_model is not None:
+                self._adapter_is_difference = False
+                self.reference = self._frozen(ref_model.to(self.device))
+            else:
+                self.reference = self.learner if self._adapter_is_difference else self._frozen(copy.deepcopy(model))
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], group_size: int, generator: torch.Generator,
+        settings: SamplingSettings | None = None, adjust: Adjust | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """``group_size`` completions of each prompt, as the configuration says unless ``settings`` are given."""
+        return self.sampler.sample(prompts, group_size, settings or sampling_settings(self.config), generator, adjust)
+
+    def reference_log_probs(self, parts: Sequence[Part], lengths: Tensor) -> Tensor:
+        """Log-probabilities ``[S]`` under the reference of the samples in ``parts``; 0 for others."""
+        if self.reference is None:
+            raise UsageError("there is no reference model, since beta is 0")
+        with self.model.disable_adapter() if self._adapter_is_difference else nullcontext():
+            return self.reference.log_probs(parts, lengths)
+
+    @torch.no_grad()
+    def sync_reference(self, alpha: float) -> None:
+        """reference <- alpha * model + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656)."""
+        if self.reference is None or self._adapter_is_difference:
+            return
+        for mine, its in zip(self.model.parameters(), self.reference.model.parameters(), strict=True):
+            its.lerp_(mine, alpha)
+
+    def check_reference_can_follow(self) -> None:
+        """Raises UsageError if the reference is the model without its adapter, which nothing can move."""
+        if self.config.sync_ref_model and self._adapter_is_difference:
+            raise UsageError(
+                "sync_ref_model moves the reference, but with PEFT the reference is the base model itself; leave "
+                "sync_ref_model out, or train all weights"
+            )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the model is in evaluation mode."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def _learner(self, model: Any, backbone: Any, products: Products) -> Learner:
+        config = self.config
+        return Learner(
+            model, backbone, products, config.temperature, config.tokens_per_micro_batch,
+            dropout=not config.disable_dropout,
+        )  # fmt: skip
+
+    def _frozen(self, model: Any) -> Learner:
+        model.requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.grad = None
+        backbone = find_backbone(model)[0] if self.packed else None
+        return self._learner(model, backbone, Products(model, self.products.dtype))
+
+    def _rows_that_fit(self) -> int:
+        """Rows whose keys and values of a whole completion fit into _CACHE_BYTES."""
+        text = self.model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        token = 2 * int(text.num_hidden_layers) * int(heads) * int(size) * self.products.dtype.itemsize
+        return max(16, min(1024, _CACHE_BYTES // (token * self.config.max_completion_length)))
+
+
+def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSettings:
+    """What the configuration says of sampling; with ``greedy`` the likeliest token instead."""
+    if greedy:
+        return SamplingSettings(config.max_completion_length, temperature=0.0, min_new_tokens=config.min_new_tokens)
+    return SamplingSettings(
+        max_new_tokens=config.max_completion_length, temperature=config.temperature, top_k=config.top_k,
+        top_p=config.top_p, min_p=config.min_p or 0.0, repetition_penalty=config.repetition_penalty,
+        min_new_tokens=config.min_new_tokens,
+    )  # fmt: skip
+
+
+def _class(model: Any) -> str:
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(core).__name__

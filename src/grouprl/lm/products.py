@@ -1,0 +1,195 @@
+"""Matrix products in low precision from full-precision master weights, for any model made of linear layers.
+
+What autocast does, without its cost: each weight is rounded once per update instead of once per pass, the gradient of a
+weight is added to its ``.grad`` where it stands, an input that three layers share is rounded once, and the sampler's
+weights are laid out for the processor beforehand. Everything else of the model stays in the precision of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than float32 ones on ``device``."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def add_gradient(parameter: nn.Parameter | Tensor, value: Tensor) -> None:
+    """Add ``value`` to ``parameter.grad`` in place, making it if there is none."""
+    if parameter.grad is None:
+        parameter.grad = value.to(parameter.dtype)
+    else:
+        parameter.grad.add_(value)
+
+
+class Products:
+    """How a model's linear and embedding layers compute.
+
+    Args:
+        model: any module; its layers are found once.
+        dtype: what products run in; weights of another dtype are rounded to it.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        self.dtype = dtype
+        self._layers = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
+        self._embeddings = [m for m in model.modules() if type(m) is nn.Embedding]
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Within, layers run forwards and backwards in low precision; gradients are added to ``.grad``."""
+        weights = _Rounded(self.dtype)
+        with self._forwards(lambda layer: self._learner(layer, weights), self._embed):
+            yield
+
+    @contextmanager
+    def sampling(self, layers_too: bool = True) -> Iterator[None]:
+        """Within, layers run forwards only, from weights laid out for many small products."""
+        packed = self.dtype == torch.bfloat16 and all(m.weight.device.type == "cpu" for m in self._layers)
+        make = self._packed if packed and supports_bf16(torch.device("cpu")) else self._plain
+        with torch.no_grad(), self._forwards(make, None):
+            yield
+
+    @contextmanager
+    def _forwards(
+        self,
+        of_layer: Callable[[Any], Callable[..., Tensor]],
+        of_embedding: Callable[[Any], Callable[..., Tensor]] | None,
+    ) -> Iterator[None]:
+        """Give every layer a forward of its own, and take it away again."""
+        changed: list[nn.Module] = []
+        try:
+            for layer in self._layers:
+                layer.forward = of_layer(layer)  # type: ignore[method-assign]
+                changed.append(layer)
+            for embedding in self._embeddings if of_embedding else ():
+                if type(embedding).forward is nn.Embedding.forward and embedding.max_norm is None:
+                    embedding.forward = of_embedding(embedding)  # type: ignore[method-assign,misc]
+                    changed.append(embedding)
+            yield
+        finally:
+            for module in changed:
+                del module.forward
+            self._last = None
+
+    def _learner(self, layer: Any, weights: _Rounded) -> Callable[[Tensor], Tensor]:
+        weight, bias = layer.weight, layer.bias
+        rounded, rounded_bias = weights(weight), None if bias is None else weights(bias)
+        transposed = not isinstance(layer, nn.Linear)
+
+        def forward(x: Tensor) -> Tensor:
+            out: Tensor = _Linear.apply(x, weight, bias, rounded, rounded_bias, transposed, self)  # type: ignore[no-untyped-call]
+            return out
+
+        return forward
+
+    def _embed(self, layer: nn.Embedding) -> Callable[[Tensor], Tensor]:
+        def forward(ids: Tensor) -> Tensor:
+            out: Tensor = _Embedding.apply(ids, layer.weight)  # type: ignore[no-untyped-call]
+            return out
+
+        return forward
+
+    def _plain(self, layer: Any) -> Callable[[Tensor], Tensor]:
+        weight = layer.weight.detach().to(self.dtype)
+        weight = weight if isinstance(layer, nn.Linear) else weight.t()
+        bias = None if layer.bias is None else layer.bias.detach().to(self.dtype)
+        return lambda x: F.linear(self.rounded(x), weight, bias)
+
+    def _packed(self, layer: Any) -> Callable[[Tensor], Tensor]:
+        weight = layer.weight.detach()
+        weight = (weight if isinstance(layer, nn.Linear) else weight.t()).to(self.dtype).contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+        bias = None if layer.bias is None else layer.bias.detach().to(self.dtype)
+        linear = torch.ops.mkldnn._linear_pointwise
+        return lambda x: linear(self.rounded(x), packed, bias, "none", [], "")
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` in the dtype of the products; the last one is remembered, as queries, keys and values share it."""
+        if x.dtype == self.dtype:
+            return x
+        last = self._last
+        if last is not None and last[0] is x and last[1] == x._version:
+            return last[2]
+        low = x.detach().to(self.dtype)
+        self._last = (x, x._version, low)
+        return low
+
+
+class _Rounded:
+    """Weights in another dtype, each made once however many layers share it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.made: dict[int, Tensor] = {}
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        if id(parameter) not in self.made:
+            self.made[id(parameter)] = parameter.detach().to(self.dtype)
+        return self.made[id(parameter)]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, b: Tensor | None, transposed: bool,
+        products: Products,
+    ) -> Tensor:  # fmt: skip
+        low = products.rounded(x)
+        ctx.save_for_backward(low, w)
+        ctx.weight, ctx.bias, ctx.transposed, ctx.dtype = weight, bias, transposed, x.dtype
+        return F.linear(low, w.t() if transposed else w, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        g = gradient.to(w.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.matmul(g, w.t() if ctx.transposed else w).to(ctx.dtype)
+        g, x = g.flatten(0, -2), x.flatten(0, -2)
+        if ctx.weight.requires_grad:
+            _add_product(ctx.weight, *((x, g) if ctx.transposed else (g, x)))
+        if ctx.bias is not None and ctx.bias.requires_grad:
+            add_gradient(ctx.bias, gradient.flatten(0, -2).float().sum(0))
+        return dx, None, None, None, None, None, None
+
+
+def _add_product(parameter: Tensor, a: Tensor, b: Tensor) -> None:
+    """``parameter.grad += a^T b``."""
+    if parameter.grad is not None and parameter.grad.dtype == a.dtype:
+        parameter.grad.addmm_(a.t(), b)
+    else:
+        add_gradient(parameter, a.t() @ b)
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of the table; the gradient goes to those rows of ``.grad`` alone, not through a table of zeros.
+
+    ``padding_idx`` does not matter: a token that happens to be the padding token has a gradient like any other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.ids, ctx.weight = ids, weight
+        return weight.detach()[ids]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        weight = ctx.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, ctx.ids.reshape(-1), gradient.flatten(0, -2).to(weight.dtype))
+        return None, None

@@ -1,0 +1,379 @@
+"""GRPO for causal language models, in TRL's shape: the trainer and its loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grouprl.errors import UsageError
+from grouprl.lm import checkpoint
+from grouprl.lm.batch_plan import batch_plan, total_steps
+from grouprl.lm.checkpoint import Checkpoint
+from grouprl.lm.collect import Collector, Metrics, describe_judged, judged
+from grouprl.lm.config import GRPOConfig
+from grouprl.lm.data import PromptOrder, PromptSource, prepare_prompts
+from grouprl.lm.flow import Flow
+from grouprl.lm.models import load
+from grouprl.lm.parameters import (
+    MasterParameters,
+    load_optimizer_state,
+    make_optimizer,
+    make_schedule,
+    optimizer_state,
+)
+from grouprl.lm.policy import Policy, sampling_settings
+from grouprl.lm.rewards.call import RewardCaller, RewardFunction
+from grouprl.lm.samples import Samples, parts_of_a_generation
+from grouprl.lm.saving import load_weights, save_model
+from grouprl.lm.step import Step, take
+from grouprl.memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """What :meth:`GRPOTrainer.train` returns, named as transformers names it."""
+
+    global_step: int
+    training_loss: float
+    metrics: Metrics
+
+
+class GRPOTrainer:
+    """Group Relative Policy Optimization (arXiv 2402.03300) of a causal language model.
+
+    A TRL script runs with its import changed. What is different underneath: each prompt is read and learned from once
+    per group, finished completions leave the batch, nothing is padded, and no number depends on the micro-batch.
+
+    Args:
+        model: hub id, folder, GGUF file, ``"smollm2"``, or a loaded model.
+        reward_funcs: one or several reward functions, as TRL calls them; see :mod:`grouprl.lm.rewards.call`.
+        args: the configuration; default: ``GRPOConfig()``.
+        train_dataset, eval_dataset: Hugging Face datasets or lists of rows, each with a ``prompt``: text or messages.
+            ``eval_dataset`` may be a mapping of several.
+        processing_class: the tokenizer; default: the model's own.
+        callbacks: transformers' TrainerCallbacks, objects or classes.
+        optimizers: ``(optimizer, scheduler)`` over the model's parameters instead of AdamW; either may be None.
+        peft_config: train an adapter (LoRA and others); the reference is then the model without it.
+        ref_model: what the KL divergence is measured to, if not the model as it is now: as ``model``.
+
+    Attributes:
+        state: transformers' TrainerState; ``state.log_history`` holds everything logged.
+
+    Raises UsageError, before anything is trained, for whatever cannot work.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        ref_model: Any = None,
+    ) -> None:
+        keep_freed_memory()
+        self.args = args if args is not None else GRPOConfig()
+        config = self.args
+        self.plan = batch_plan(config)
+        self.rewards = RewardCaller(reward_funcs, config.reward_weights)
+        torch.manual_seed(config.seed)
+        self.model, self.processing_class = _prepare_model(model, processing_class, config, peft_config)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self._source = None if train_dataset is None else self._prompts(train_dataset, "train_dataset")
+        self._eval_sources = self._evaluation_prompts(eval_dataset)
+        self.parameters = MasterParameters(self.model)
+        if isinstance(ref_model, str | Path):
+            ref_model, _ = load(ref_model, tokenizer=self.processing_class, dtype=config.master_dtype)
+        self.policy = Policy(self.model, self.processing_class, config, ref_model)
+        self.policy.check_reference_can_follow()
+        self.optimizer, self.lr_scheduler = optimizers
+        self._own_optimizer = self.optimizer is None
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.parameters, config)
+        self.flow = Flow(self, list(callbacks or []))
+        self.last_samples: Samples | None = None
+        """What the last optimizer step learned from (its whole generation)."""
+
+    @property
+    def state(self) -> Any:
+        """transformers' TrainerState."""
+        return self.flow.state
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+        """Train until ``max_steps`` or ``num_train_epochs``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the newest in ``output_dir``. Training goes on as
+                if it had never stopped, in the middle of a generation too.
+
+        Raises:
+            UsageError: there is no dataset or no checkpoint, or a reward function is at fault.
+            TrainingError: a reward function failed or a number stopped being finite; checkpoints stay as they are.
+        """
+        run = _Run(self, self._checkpoint_to_resume(resume_from_checkpoint))
+        return run.go()
+
+    def _checkpoint_to_resume(self, wanted: bool | str | Path | None) -> Checkpoint | None:
+        if wanted is None or wanted is False:
+            return None
+        if wanted is True:
+            newest = checkpoint.latest(self.flow.output_dir)
+            if newest is None:
+                raise UsageError(
+                    f"resume_from_checkpoint=True, but {self.flow.output_dir} holds no checkpoint; give its folder, or "
+                    "leave the argument out to start anew"
+                )
+            wanted = newest
+        found = checkpoint.read(Path(wanted))
+        self._load_weights(Path(wanted))
+        return found
+
+    @torch.no_grad()
+    def _load_weights(self, folder: Path) -> None:
+        load_weights(self.model, folder)
+
+    # --- evaluation, prediction, saving ------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, metric_key_prefix: str = "eval", *, greedy: bool = False
+    ) -> dict[str, float]:
+        """Mean rewards on ``eval_dataset`` (default: the trainer's), logged and returned as ``eval_reward`` and so on.
+
+        Args:
+            greedy: one completion per prompt of the likeliest tokens, instead of ``num_generations_eval`` sampled ones.
+
+        The draws come from a stream of their own, the same at every evaluation: evaluating changes nothing in training.
+
+        Raises UsageError if there is no dataset, TrainingError if a reward function fails.
+        """
+        sources = self._eval_sources if eval_dataset is None else self._evaluation_prompts(eval_dataset)
+        if not sources:
+            raise UsageError("there is no eval_dataset; give one to GRPOTrainer or to evaluate")
+        metrics: dict[str, float] = {}
+        for name, source in sources.items():
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            metrics |= {f"{prefix}_{key}": value for key, value in self._evaluate(source, greedy).items()}
+        self.flow.evaluated(metrics)
+        return metrics
+
+    def _evaluate(self, source: PromptSource, greedy: bool) -> Metrics:
+        config, began = self.args, time.perf_counter()
+        if source.size is None:
+            raise UsageError("eval_dataset is a stream of unknown length; give a dataset or a list")
+        group_size = 1 if greedy else config.num_generations_eval or config.num_generations
+        generator = torch.Generator().manual_seed(config.seed)
+        settings = sampling_settings(config, greedy=greedy)
+        prompts = [source[i] for i in range(source.size)]
+        drawn = judged(
+            self.policy, self.processing_class, self.rewards, prompts, group_size, generator, settings, self.state
+        )
+        seconds = time.perf_counter() - began
+        metrics = describe_judged(drawn)
+        return {**metrics, "runtime": seconds, "samples_per_second": len(prompts) * group_size / seconds}
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the model as a plain Hugging Face folder (or PEFT adapter folder); default: to ``args.output_dir``.
+
+        Raises UsageError if the place cannot be written, TrainingError if the disk is full.
+        """
+        save_model(self.model, self.processing_class, output_dir or self.flow.output_dir / "model")
+
+    def add_callback(self, callback: Any) -> None:
+        """Tell one more TrainerCallback (object or class) of what happens."""
+        self.flow.handler.add_callback(callback)
+
+    def _prompts(self, dataset: Any, name: str) -> PromptSource:
+        config = self.args
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return prepare_prompts(
+            dataset, self.processing_class, chat_template_kwargs=config.chat_template_kwargs, context_length=context,
+            max_completion_length=config.max_completion_length, name=name,
+        )  # fmt: skip
+
+    def _evaluation_prompts(self, dataset: Any) -> dict[str, PromptSource]:
+        if dataset is None:
+            return {}
+        if isinstance(dataset, dict) and "prompt" not in dataset:
+            return {name: self._prompts(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
+        return {"": self._prompts(dataset, "eval_dataset")}
+
+
+class _Run:
+    """One call of train: the loop and what it must remember between two steps."""
+
+    def __init__(self, trainer: GRPOTrainer, resumed: Checkpoint | None) -> None:
+        self.trainer, self.config, self.plan = trainer, trainer.args, trainer.plan
+        source = trainer._source
+        if source is None:
+            raise UsageError("there is no train_dataset; give one to GRPOTrainer")
+        self.source = source
+        config = self.config
+        data_seed = config.seed if config.data_seed is None else config.data_seed
+        self.order = PromptOrder(None if source.streamed else source.size, data_seed, config.shuffle_dataset)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.total = total_steps(config, self.plan, source.size)
+        if trainer.lr_scheduler is None or trainer._own_optimizer:
+            trainer.lr_scheduler = make_schedule(trainer.optimizer, config, self.total)
+        self.collector = Collector(
+            trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator
+        )
+        self.samples: Samples | None = None
+        self.steps: list[Step] = []
+        self.generation_metrics: Metrics = {}
+        self.update = 0
+        """Optimizer steps taken on the samples at hand."""
+        self.losses = 0.0
+        trainer.flow.begin(self.total, self._updates_per_epoch())
+        if resumed is not None:
+            self._restore(resumed)
+
+    def _updates_per_epoch(self) -> int | None:
+        if self.source.size is None or self.source.streamed:
+            return None
+        generations = max(1, self.source.size // self.plan.prompts_per_generation)
+        return generations * self.plan.updates_per_generation
+
+    def go(self) -> TrainOutput:
+        """Step until the end, or until a callback stops it."""
+        flow = self.trainer.flow
+        began = time.perf_counter()
+        flow.event("on_train_begin")
+        if self.config.eval_on_start and flow.state.global_step == 0:
+            self.trainer.evaluate()
+        while flow.state.global_step < self.total and not flow.control.should_training_stop:
+            flow.event("on_step_begin")
+            began_step = time.perf_counter()
+            metrics = self._step()
+            metrics["step_time"] = time.perf_counter() - began_step
+            flow.stepped(metrics, self.order.epoch)
+            if flow.control.should_evaluate:
+                self.trainer.evaluate()
+            if flow.control.should_save:
+                self.save()
+        flow.event("on_train_end")
+        flow.end()
+        seconds = time.perf_counter() - began
+        steps = flow.state.global_step
+        metrics = {
+            "train_runtime": seconds, "train_steps_per_second": steps / seconds,
+            "train_loss": self.losses / max(1, steps),
+        }  # fmt: skip
+        return TrainOutput(steps, metrics["train_loss"], metrics)
+
+    def _step(self) -> Metrics:
+        trainer, config = self.trainer, self.config
+        metrics: Metrics = {}
+        if self.samples is None or self.update == self.plan.updates_per_generation:
+            self.samples, self.generation_metrics = self.collector.collect(
+                self.plan.prompts_per_generation, self.plan.group_size, trainer.state
+            )
+            self.update = 0
+            self._divide()
+            # Steps that come after the policy has moved need to know what it was.
+            for later in self.steps[1:]:
+                later.remember_old()
+            metrics |= self.generation_metrics
+        trainer.last_samples = self.samples
+        step = self.steps[self.update % len(self.steps)]
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        metrics |= take(
+            step, trainer.parameters, trainer.optimizer, config, remember=self.plan.num_iterations > 1,
+            on_gradient=lambda: trainer.flow.event("on_pre_optimizer_step"),
+        )  # fmt: skip
+        trainer.flow.event("on_optimizer_step")
+        if trainer.lr_scheduler is not None:
+            trainer.lr_scheduler.step()
+        metrics["learning_rate"] = float(rate)
+        self.losses += metrics["loss"]
+        self.update += 1
+        done = trainer.state.global_step + 1
+        if config.sync_ref_model and done % config.ref_model_sync_steps == 0:
+            trainer.policy.sync_reference(config.ref_model_mixup_alpha)
+            self.samples.known_ref.zero_()
+        return metrics
+
+    def _divide(self) -> None:
+        assert self.samples is not None
+        parts = parts_of_a_generation(self.samples.group.tolist(), self.plan.steps_per_generation)
+        self.steps = [Step(self.trainer.policy, self.samples, chosen, self.config) for chosen in parts]
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit."""
+        trainer, flow = self.trainer, self.trainer.flow
+        path = flow.output_dir / f"checkpoint-{flow.state.global_step}"
+        checkpoint.write(
+            path, trainer.model, trainer.processing_class, None if self.config.save_only_model else self._state()
+        )
+        flow.saved(path)
+
+    def _state(self) -> Checkpoint:
+        trainer = self.trainer
+        moments, optimizer_meta = optimizer_state(trainer.optimizer)
+        tensors = {f"optimizer.{name}": value for name, value in moments.items()}
+        tensors["generator"] = self.generator.get_state()
+        meta: dict[str, Any] = {
+            "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
+            "update": self.update, "losses": self.losses, "flow": trainer.flow.to_dict(),
+            "scheduler": None if trainer.lr_scheduler is None else _plain_state(trainer.lr_scheduler),
+        }  # fmt: skip
+        if trainer.policy.reference is not None and self.config.sync_ref_model:
+            for name, value in trainer.policy.reference.model.named_parameters():
+                tensors[f"reference.{name}"] = value.detach()
+        if self.samples is not None and self.update < self.plan.updates_per_generation:
+            buffered, meta["samples"] = checkpoint.samples_state(self.samples)
+            tensors |= {f"samples.{name}": value for name, value in buffered.items()}
+        return Checkpoint(tensors, meta)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        trainer, meta = self.trainer, saved.meta
+        load_optimizer_state(trainer.optimizer, saved.part("optimizer"), meta["optimizer"])
+        if trainer.lr_scheduler is not None and meta["scheduler"] is not None:
+            trainer.lr_scheduler.load_state_dict(meta["scheduler"])
+        self.generator.set_state(saved.tensors["generator"])
+        self.order.load(meta["order"])
+        self.collector.tokens, self.update, self.losses = meta["tokens"], meta["update"], meta["losses"]
+        trainer.flow.load(meta["flow"])
+        reference = saved.part("reference")
+        if reference and trainer.policy.reference is not None:
+            with torch.no_grad():
+                for name, value in trainer.policy.reference.model.named_parameters():
+                    value.copy_(reference[name])
+        if "samples" in meta:
+            self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
+            self._divide()
+
+
+def _plain_state(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's state without the functions it was made of."""
+    return {k: v for k, v in scheduler.state_dict().items() if not callable(v) and k != "lr_lambdas"}
+
+
+def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:
+    """The model on its device, with adapter and frozen embeddings as asked for, and the tokenizer."""
+    options: dict[str, Any] = {} if not isinstance(model, str | Path) else {"dtype": config.master_dtype}
+    loaded: Any
+    loaded, tokenizer = load(model, tokenizer=tokenizer, model_init_kwargs=config.model_init_kwargs, **options)
+    if peft_config is not None:
+        try:
+            from peft import get_peft_model
+        except ImportError as error:
+            raise UsageError("peft_config needs PEFT: pip install 'grouprl[lm]'") from error
+        loaded = get_peft_model(loaded, peft_config)
+    device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"
+    loaded = loaded.to(device)
+    if config.freeze_embeddings:
+        loaded.get_input_embeddings().weight.requires_grad_(False)
+    return loaded, tokenizer
