@@ -75,6 +75,9 @@ def test_saving_replaces_an_older_model_and_leaves_nothing_else(tmp_path: Path) 
     model, _ = load(tmp_path / "m")
     assert torch.equal(model.lm_head.weight, build_tiny(1)[0].lm_head.weight)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    (tmp_path / "usual").touch()
+    modes = {file.stat().st_mode for file in [*(tmp_path / "m").iterdir(), tmp_path / "usual"]}
+    assert len(modes) == 1
 
 
 def test_the_older_model_stays_when_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
