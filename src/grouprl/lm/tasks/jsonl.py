@@ -1,0 +1,103 @@
+"""Your own task: prompts in a file of JSON lines, and a Python function that rewards the completions."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grouprl.errors import UsageError
+
+
+def load_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a file with one JSON object a line; empty lines are skipped.
+
+    Every row needs `prompt`: a string, or a list of messages {"role": ..., "content": ...}. All other columns are kept
+    for the reward; a column that a row lacks is None there.
+
+    Raises UsageError, naming the line, if the file cannot be read, holds no row, or a line is not such an object.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}.") from error
+    rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UsageError(f'{path} holds no row; write one JSON object a line, such as {{"prompt": "...", ...}}.')
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{where} is not JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{where} is a JSON {type(row).__name__}; it must be an object with a prompt.")
+    if "prompt" not in row:
+        raise UsageError(f"{where} has no prompt; it has: {', '.join(map(repr, row)) or 'nothing'}.")
+    problem = _problem(row["prompt"])
+    if problem:
+        raise UsageError(
+            f'{where}: {problem}; a prompt is text or a list of messages such as {{"role": "user", "content": "..."}}.'
+        )
+    return row
+
+
+def _problem(prompt: Any) -> str | None:
+    """What is wrong with a prompt, if anything."""
+    if isinstance(prompt, str):
+        return None if prompt else "the prompt is empty"
+    if not isinstance(prompt, list):
+        return f"the prompt is a {type(prompt).__name__}"
+    if not prompt:
+        return "the prompt is an empty list"
+    for number, message in enumerate(prompt, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            return f"message {number} of the prompt has no role or no content"
+    return None
+
+
+def load_function(name: str, folder: str | os.PathLike[str] | None = None) -> Callable[..., Any]:
+    """The function called `module:function`, e.g. a reward. Modules in the current directory and `folder` are found.
+
+    Both folders go to the end of the search path, where they cannot hide an installed package.
+
+    Raises UsageError if the name has another form, or there is no such module or function; what the module itself
+    raises when it is imported is passed on.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise UsageError(f"a function is given as module:function, such as my_rewards:correct; got {name!r}.")
+    for place in (Path.cwd(), *([Path(folder).resolve()] if folder is not None else [])):
+        if str(place) not in sys.path:
+            sys.path.append(str(place))
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something it imports is not
+        raise UsageError(
+            f"there is no module {error.name!r}; it is looked for in {Path.cwd()}"
+            f"{'' if folder is None else f', in {Path(folder).resolve()}'} and among the installed packages."
+        ) from error
+    function = getattr(module, attribute, None)
+    if function is None:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UsageError(
+            f"module {module_name!r} ({getattr(module, '__file__', None) or 'built in'}) has no {attribute!r}; "
+            f"it has: {', '.join(public[:20]) or 'no function'}."
+        )
+    if not callable(function):
+        raise UsageError(f"{name} is a {type(function).__name__}, not a function.")
+    found: Callable[..., Any] = function
+    return found
