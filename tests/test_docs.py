@@ -171,7 +171,7 @@ def parse(line: str) -> None:
     group: Any = typer.main.get_command(cli.app)
     _, name, *arguments = shlex.split(line, comments=True)
     context = group.commands[name].make_context(name, arguments)
-    settings, run = cli._split(cli._assigned(list(context.params.get("assignments") or [])))
+    settings, run = cli.train._split(cli.common.assigned(list(context.params.get("assignments") or [])))
     GRPOConfig(**settings)
     assert set(run) <= set(training.RunSettings.__dataclass_fields__)
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
+from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
 
 CHAPTER_EPISODES = 20
@@ -300,29 +298,3 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
     }
     folder.write_summary(summary)
     return RunResult(folder, agent, summary, notes)
-
-
-@contextmanager
-def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C or SIGTERM calls ``stop`` and lets the current update end; a second one acts at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop()
-        print("stopping after this update; once more to stop at once", file=sys.stderr, flush=True)
-        for n in previous:
-            signal.signal(n, at_once)
-
-    def at_once(number: int, frame: FrameType | None) -> None:
-        print("stopped at once; grouprl resume goes on from the last checkpoint", file=sys.stderr, flush=True)
-        raise KeyboardInterrupt
-
-    try:
-        previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever owns it handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for n, old in previous.items():
-            signal.signal(n, old)

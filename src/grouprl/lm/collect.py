@@ -57,18 +57,18 @@ class Collector:
         metrics["num_tokens"] = float(self.tokens)
         return samples, metrics
 
-    def _draw(self, n_prompts: int, group_size: int, state: Any) -> _Drawn:
+    def _draw(self, n_prompts: int, group_size: int, state: Any) -> Drawn:
         prompts = [self.source[i] for i in self.order.take(n_prompts)]
         drawn = judged(self.policy, self.tokenizer, self.rewards, prompts, group_size, self.generator, None, state)
         self.tokens += sum(len(c.ids) for c in drawn.completions) + group_size * sum(len(p.ids) for p in prompts)
         return drawn
 
-    def _estimate(self, drawn: _Drawn) -> Samples:
+    def _estimate(self, drawn: Drawn) -> Samples:
         config = self.config
         completions = [c.ids for c in drawn.completions]
         lengths = torch.tensor([len(c) for c in completions])
         group = torch.arange(drawn.n_prompts).repeat_interleave(drawn.group_size)
-        returns = total(drawn.rewards.values, self.rewards.weights)
+        returns = drawn.returns
         if config.soft_overlong_cache is not None:
             returns = returns + objective.soft_overlong(
                 lengths, config.max_completion_length, config.soft_overlong_cache
@@ -94,7 +94,7 @@ class Collector:
         )  # fmt: skip
 
 
-class _Drawn:
+class Drawn:
     """Whole groups with their rewards, prompt after prompt."""
 
     def __init__(
@@ -108,32 +108,37 @@ class _Drawn:
     def n_prompts(self) -> int:
         return len(self.prompts)
 
+    @property
+    def returns(self) -> Tensor:
+        """``[N]`` weighted sums of the rewards."""
+        return total(self.rewards.values, self.weights)
+
     def _signal(self) -> list[bool]:
-        returns = total(self.rewards.values, self.weights).view(self.n_prompts, -1)
+        returns = self.returns.view(self.n_prompts, -1)
         return (returns.amax(1) > returns.amin(1)).tolist() if self.n_prompts else []
 
-    def with_signal(self) -> _Drawn:
+    def with_signal(self) -> Drawn:
         """The groups whose rewards differ."""
         return self._select([i for i, has in enumerate(self._signal()) if has])
 
-    def without_signal(self) -> _Drawn:
+    def without_signal(self) -> Drawn:
         """The other ones."""
         return self._select([i for i, has in enumerate(self._signal()) if not has])
 
-    def first(self, n: int) -> _Drawn:
+    def first(self, n: int) -> Drawn:
         """The first n groups."""
         return self._select(list(range(n)))
 
-    def _select(self, groups: Sequence[int]) -> _Drawn:
+    def _select(self, groups: Sequence[int]) -> Drawn:
         rows = [g * self.group_size + i for g in groups for i in range(self.group_size)]
         r = self.rewards
         extras = {name: [column[i] for i in rows] for name, column in r.extras.items()}
-        return _Drawn(
+        return Drawn(
             [self.prompts[g] for g in groups], self.group_size, [self.completions[i] for i in rows],
             [self.texts[i] for i in rows], Rewards(r.values[rows], r.names, extras, r.metrics), self.weights,
         )  # fmt: skip
 
-    def joined(self, other: _Drawn) -> _Drawn:
+    def joined(self, other: Drawn) -> Drawn:
         """The groups of both."""
         a, b = self.rewards, other.rewards
         extras = {
@@ -141,7 +146,7 @@ class _Drawn:
             for name in {**a.extras, **b.extras}
         }
         rewards = Rewards(torch.cat([a.values, b.values]), a.names, extras, {**a.metrics, **b.metrics})
-        return _Drawn(
+        return Drawn(
             self.prompts + other.prompts, self.group_size, self.completions + other.completions,
             self.texts + other.texts, rewards, self.weights,
         )  # fmt: skip
@@ -150,20 +155,20 @@ class _Drawn:
 def judged(
     policy: Policy, tokenizer: Any, rewards: RewardCaller, prompts: list[Prompt], group_size: int,
     generator: torch.Generator, settings: SamplingSettings | None = None, state: Any = None,
-) -> _Drawn:  # fmt: skip
+) -> Drawn:  # fmt: skip
     """Sample ``group_size`` completions of each prompt and ask the reward functions."""
     completions = policy.sample([p.ids for p in prompts], group_size, generator, settings)
     texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
     rows = [p for p in prompts for _ in range(group_size)]
     values = rewards(rows, texts, [c.ids for c in completions], state)
-    return _Drawn(prompts, group_size, completions, texts, values, rewards.weights)
+    return Drawn(prompts, group_size, completions, texts, values, rewards.weights)
 
 
-def describe_judged(drawn: _Drawn) -> Metrics:
+def describe_judged(drawn: Drawn) -> Metrics:
     """TRL's metrics of completions that are not learned from."""
     lengths = torch.tensor([len(c.ids) for c in drawn.completions])
     finished = torch.tensor([c.finished for c in drawn.completions])
-    returns = total(drawn.rewards.values, drawn.weights).view(drawn.n_prompts, -1)
+    returns = drawn.returns.view(drawn.n_prompts, -1)
     return _describe(lengths, finished, returns, drawn.rewards)
 
 

@@ -191,7 +191,9 @@ class GRPOConfig(BaseModel):
     logging_first_step: bool = Field(False, description="log the first step as well")
     log_completions: bool = Field(False, description="print completions when metrics are logged")
     num_completions_to_print: int | None = Field(None, ge=1, description="how many; default: all of the last step")
-    transcripts: int | Literal["all"] = Field(4, description="completions of each step kept in the run folder, or all")
+    transcripts: int | Literal["all"] = Field(
+        4, description="completions of each generation kept in the run folder, in whole groups, or all"
+    )
     eval_strategy: Strategy = Field("no", description="when the model is evaluated")
     eval_steps: float | None = Field(
         None, gt=0, description="optimizer steps between; below 1: share of the run; default: logging_steps"

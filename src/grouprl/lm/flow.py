@@ -21,7 +21,7 @@ class Flow:
 
     Attributes:
         state, control: transformers' TrainerState and TrainerControl. handler: its CallbackHandler.
-        output_dir: where checkpoints go.
+        output_dir: where checkpoints go. newest: metrics of the last step.
     """
 
     def __init__(self, trainer: Any, callbacks: list[Any]) -> None:
@@ -44,7 +44,7 @@ class Flow:
         )
         self.event("on_init_end")
         self._sums: dict[str, tuple[float, int]] = {}
-        self._newest: Metrics = {}
+        self.newest: Metrics = {}
         self._trackers: list[Any] = []
         self._progress: Progress | None = None
         self._stack = ExitStack()
@@ -91,7 +91,7 @@ class Flow:
         for key, value in metrics.items():
             total, n = self._sums.get(key, (0.0, 0))
             self._sums[key] = (total + value, n + 1)
-        self._newest = metrics
+        self.newest = metrics
         self.event("on_step_end")
         step, per_epoch = self.state.global_step, self._updates_per_epoch
         if per_epoch is not None and (step % per_epoch == 0 or step == self.state.max_steps):
@@ -106,8 +106,8 @@ class Flow:
         self.control.should_log = False
         logs = {key: total / n for key, (total, n) in self._sums.items()}
         for key in ("num_tokens", "learning_rate"):
-            if key in self._newest:
-                logs[key] = self._newest[key]
+            if key in self.newest:
+                logs[key] = self.newest[key]
         self._sums = {}
         self.log(logs)
 

@@ -88,7 +88,7 @@ class GRPOTrainer:
         torch.manual_seed(config.seed)
         self.model, self.processing_class = _prepare_model(model, processing_class, config, peft_config)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self._source = None if train_dataset is None else self._prompts(train_dataset, "train_dataset")
+        self._source = None if train_dataset is None else self.prompts(train_dataset, "train_dataset")
         self._eval_sources = self._evaluation_prompts(eval_dataset)
         self.parameters = MasterParameters(self.model)
         if isinstance(ref_model, str | Path):
@@ -193,7 +193,8 @@ class GRPOTrainer:
         """Tell one more TrainerCallback (object or class) of what happens."""
         self.flow.handler.add_callback(callback)
 
-    def _prompts(self, dataset: Any, name: str) -> PromptSource:
+    def prompts(self, dataset: Any, name: str) -> PromptSource:
+        """The prompts of a dataset, as this model reads them. Raises UsageError if it cannot be used."""
         config = self.args
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return prepare_prompts(
@@ -205,8 +206,8 @@ class GRPOTrainer:
         if dataset is None:
             return {}
         if isinstance(dataset, dict) and "prompt" not in dataset:
-            return {name: self._prompts(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
-        return {"": self._prompts(dataset, "eval_dataset")}
+            return {name: self.prompts(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
+        return {"": self.prompts(dataset, "eval_dataset")}
 
 
 class _Run:

@@ -72,6 +72,21 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     @property
+    def model_folder(self) -> Path:
+        """The language model the run leaves: a Hugging Face folder."""
+        return self.path / "model"
+
+    @property
+    def transcripts_path(self) -> Path:
+        """What a language model wrote while it learned (JSON lines)."""
+        return self.path / "transcripts.jsonl"
+
+    @property
+    def transcripts_page(self) -> Path:
+        """The same, to browse (HTML)."""
+        return self.path / "transcripts.html"
+
+    @property
     def checkpoints_path(self) -> Path:
         """The folder of the states a run can be resumed from."""
         return self.path / "checkpoints"
@@ -169,12 +184,13 @@ class RunFolder:
                 f"{self.path} already holds a run. Choose another folder, continue that run with "
                 f"`grouprl resume {self.path}`, or ask to overwrite it."
             )
-        for folder in (self.checkpoints_path, self.tensorboard_path):
+        own = (self.checkpoints_path, self.tensorboard_path, self.model_folder, *self.path.glob("checkpoint-*"))
+        for folder in own:
             if folder.is_dir():
                 shutil.rmtree(folder)
         # config.yaml last: a run folder that is half deleted is still recognised as one.
         files = (self.metrics_path, self.model_path, self.curve_path, self.video_path, self.summary_path)
-        for file in (*files, self.config_path):
+        for file in (*files, self.transcripts_path, self.transcripts_page, self.config_path):
             file.unlink(missing_ok=True)
 
 

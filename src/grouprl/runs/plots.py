@@ -29,10 +29,13 @@ _AXIS_NAMES = {
     "return_mean": "Return (mean of recent training episodes)",
     "train_seconds": "Training time (s)",
     "eval_return": "Return in evaluation",
+    "reward": "Reward (mean of sampled completions)",
+    "eval_accuracy": "Greedy accuracy on held-out prompts",
 }
 # Colours that people with colour blindness can tell apart (Okabe and Ito, 2008), the darkest first.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+_EVALUATIONS = ("eval_return", "eval_accuracy")
 _EVALUATION_STYLE: dict[str, Any] = {"markeredgecolor": "white", "markersize": 5.5}
 
 
@@ -43,9 +46,9 @@ class _Run:
     evaluation: tuple[Array, Array]
 
 
-def plot_run(folder: RunFolder, *, threshold: float | None = None) -> Path:
+def plot_run(folder: RunFolder, *, y: str = "return_mean", threshold: float | None = None) -> Path:
     """Draw the learning curve of one run into its folder and return the path. Raises as `plot_runs` does."""
-    plot_runs([folder.path], folder.curve_path, threshold=threshold)
+    plot_runs([folder.path], folder.curve_path, y=y, threshold=threshold)
     return folder.curve_path
 
 
@@ -62,7 +65,7 @@ def plot_runs(
 
     Runs whose configurations differ only in `group_by` share a line: their mean, with a 95 % bootstrap interval of the
     mean, over the steps that all of them reached. A lone run is shown as it is, faintly, under its moving average.
-    Evaluations (column eval_return), where there are any, are dots. `threshold` is a dashed line.
+    Evaluations (column eval_return or eval_accuracy), where there are any, are dots. `threshold` is a dashed line.
 
     Raises UsageError if a run has no rows, or lacks the columns `x` or `y`.
     """
@@ -79,10 +82,10 @@ def plot_runs(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
-        _draw(axes, group, label, _COLOURS[number % len(_COLOURS)], show_evaluation=y != "eval_return")
+        _draw(axes, group, label, _COLOURS[number % len(_COLOURS)], show_evaluation=y not in _EVALUATIONS)
     if threshold is not None:
         axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
-    if y != "eval_return" and any(len(run.evaluation[0]) for run in runs):
+    if y not in _EVALUATIONS and any(len(run.evaluation[0]) for run in runs):
         axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label="evaluation")
     _dress(axes, runs, x, y)
     with atomic_path(out) as temporary:
@@ -110,7 +113,8 @@ def _load(folder: RunFolder, x: str, y: str) -> _Run:
     curve = points(y)
     if not len(curve[0]):
         raise UsageError(f"{folder.path} has no value of {y!r} yet: there is nothing to plot.")
-    return _Run(folder.read_config(), curve, points("eval_return"))
+    evaluation = next((name for name in _EVALUATIONS if name in metrics), _EVALUATIONS[0])
+    return _Run(folder.read_config(), curve, points(evaluation))
 
 
 def _flatten(config: Mapping[str, Any], group_by: str, prefix: str = "") -> dict[str, Any]:
@@ -139,12 +143,17 @@ def _labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
     flat = [_flatten(config, group_by) for config in configs]
     labels = []
     for own in flat:
-        rivals = [other for other in flat if other.get("env_id") == own.get("env_id")]
+        rivals = [other for other in flat if _subject(other) == _subject(own)]
         keys = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
         settings = [f"{key.rsplit('.', 1)[-1]}={own[key]}" for key in keys[:3]] + (["..."] if len(keys) > 3 else [])
-        environment = [str(own["env_id"])] if "env_id" in own and (not settings or len(rivals) < len(flat)) else []
-        labels.append(", ".join([*environment, *settings]) or "run")
+        subject = [str(_subject(own))] if _subject(own) and (not settings or len(rivals) < len(flat)) else []
+        labels.append(", ".join([*subject, *settings]) or "run")
     return labels
+
+
+def _subject(config: Mapping[str, Any]) -> Any:
+    """What was learned: an environment, or a task."""
+    return config.get("env_id") or config.get("task")
 
 
 def _draw(axes: Axes, group: Sequence[_Run], label: str, colour: str, *, show_evaluation: bool) -> None:
@@ -214,16 +223,17 @@ def _bootstrap(values: Array) -> tuple[Array, Array]:
 def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
     from matplotlib.ticker import EngFormatter
 
-    environments = {run.config.get("env_id") for run in runs}
+    subjects = {_subject(run.config) for run in runs}
     x_name = _AXIS_NAMES.get(x, x)
-    if x == "step" and None not in environments:
-        x_name = "Environment steps"
+    if x == "step":
+        arenas = {"env_id" in run.config for run in runs}
+        x_name = {True: "Environment steps", False: "Optimizer steps"}[arenas.pop()] if len(arenas) == 1 else x_name
     axes.set_xlabel(x_name)
     axes.set_ylabel(_AXIS_NAMES.get(y, y))
     if x == "step":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if len(environments) == 1 and None not in environments:
-        axes.set_title(str(next(iter(environments))), fontsize=11)
+    if len(subjects) == 1 and None not in subjects:
+        axes.set_title(str(next(iter(subjects))), fontsize=11)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

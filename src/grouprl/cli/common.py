@@ -1,0 +1,82 @@
+"""What every command shares: the application, its errors, and how values are read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from grouprl.errors import GrouprlError, UsageError
+
+app = typer.Typer(
+    name="grouprl",
+    help="Reinforcement learning without a critic: GRPO for Gymnasium environments and for language models.\n\n"
+    "Start with:  grouprl train CartPole-v1   or   grouprl train-lm tiny",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def count(text: str) -> int:
+    """A whole number, also as 1e6."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not value.is_integer():
+        raise typer.BadParameter(f"{text!r} is not a whole number such as 100000 or 1e6")
+    return int(value)
+
+
+def main() -> None:
+    """Entry point: one clear line for an error of the user's or the environment's, a traceback only for ours."""
+    try:
+        app()
+    except GrouprlError as error:
+        if os.environ.get("GROUPRL_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def assigned(pairs: list[str] | None) -> dict[str, Any]:
+    """``["a=1", "b=[2, 3]"]`` as a mapping; values are read as YAML."""
+    import yaml
+
+    values: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, sign, text = pair.partition("=")
+        if not sign or not key.strip():
+            raise UsageError(f"cannot read {pair!r}; write KEY=VALUE, such as learning_rate=1e-3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"cannot read the value of {pair!r}; quote it as YAML, such as \"{key}='text'\"") from None
+        values[key.strip()] = _number(value)
+    return values
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def command(name: str) -> str:
+    """How to call a program of this installation from here: by name, or by path where it is not on the PATH."""
+    own = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if not own.exists() or (found is not None and Path(found).resolve() == own.resolve()):
+        return name
+    return os.path.relpath(own)

@@ -1,0 +1,163 @@
+"""Commands on a run folder, of either arena."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grouprl.cli import train, train_lm
+from grouprl.cli.common import app, count
+from grouprl.errors import UsageError
+
+Run = Annotated[Path, typer.Argument(help="A run folder, as train or train-lm leaves it, or a model.safetensors.")]
+Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
+Sampled = Annotated[bool, typer.Option("--sampled", help="Sample from the policy instead of taking what is likeliest.")]
+
+
+def _of_language(run: Path) -> bool:
+    """Whether a run is of the language arena."""
+    from grouprl.runs import RunFolder
+
+    return (run / "config.yaml").is_file() and RunFolder.open(run).read_config().get("arena") == "lm"
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The folder of an interrupted run.")],
+    steps: Annotated[
+        int | None, typer.Option(parser=count, metavar="N", help="A new total of steps, to make a run longer.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Go on with an interrupted run as if it had never stopped."""
+    progress_bar = False if quiet else None
+    if _of_language(run):
+        from grouprl.lm import training as language
+
+        train_lm.report(language.resume(run, steps=steps, progress_bar=progress_bar))
+        return
+    from grouprl.envs import training
+
+    train.report(training.resume(run, steps=steps, progress_bar=progress_bar))
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    episodes: Annotated[
+        int | None, typer.Option(help="Complete episodes to play (default 100), or held-out prompts to answer.")
+    ] = None,
+    seed: Seed = 0,
+    sampled: Sampled = False,
+    env: Annotated[str | None, typer.Option("--on", help="Another environment with the same spaces.")] = None,
+) -> None:
+    """Play complete episodes with a trained policy and print their returns; answer prompts with a language model."""
+    if _of_language(run):
+        from grouprl.lm.training import evaluate as evaluate_model
+
+        if sampled or env is not None:
+            raise UsageError("--sampled and --on are for environments; a language model answers greedily")
+        held_out, n = evaluate_model(run, episodes)
+        print(f"accuracy {held_out.accuracy:.3f}, mean reward {held_out.reward:.3f}, greedy, on {n} held-out prompts")
+        return
+    from grouprl.envs.evaluation import evaluate as evaluate_agent
+    from grouprl.envs.grpo import GRPO
+
+    agent = GRPO.load(run)
+    result = evaluate_agent(
+        agent, env, 100 if episodes is None else episodes, deterministic=not sampled, seed=seed
+    ).summary()
+    kind = "sampled" if sampled else "greedy"
+    print(
+        f"{env or agent.env_id}: mean return {result['mean_return']:.2f} +- {result['std_return']:.2f} "
+        f"(std over episodes), min {result['min']:.2f}, max {result['max']:.2f}, "
+        f"{result['episodes']:.0f} {kind} episodes of {result['mean_length']:.0f} steps on average"
+    )
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="A run folder of train-lm, or any model: id, folder, GGUF file, smollm2.")],
+    sampled: Sampled = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a reply.  [default: of the run, or 256]")
+    ] = None,
+    bare: Annotated[bool, typer.Option("--bare", help="Without the task's system message and examples.")] = False,
+) -> None:
+    """Talk to a language model, asked as it was trained to be; one question a line."""
+    from grouprl.lm.chat import Chat
+
+    conversation = Chat.open(run, sampled=sampled, max_tokens=tokens, bare=bare)
+    print(f"{conversation.about} (an empty line ends it)")
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question:
+            return
+        print(conversation.ask(question), flush=True)
+
+
+@app.command()
+def play(
+    run: Run,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes to show.")] = 3,
+    seed: Seed = 0,
+    sampled: Sampled = False,
+    video: Annotated[Path | None, typer.Option(help="Write a video here instead of opening a window.")] = None,
+) -> None:
+    """Watch a trained policy: in a window where there is a screen, in a video file otherwise."""
+    from grouprl.envs import watch
+    from grouprl.envs.grpo import GRPO
+
+    agent = GRPO.load(run)
+    if video is None and watch.has_screen():
+        env = watch.make_rendering(agent, "human")
+        try:
+            for episode in range(episodes):
+                *_, total = watch.play_episode(agent, env, seed + episode, not sampled)
+                print(f"episode {episode + 1}: return {total:g}", flush=True)
+        finally:
+            env.close()
+        return
+    path = video or (run / "play.mp4" if run.is_dir() else run.with_name("play.mp4"))
+    if video is None:
+        print("there is no screen here, so this goes to a video file")
+    for note in watch.record_episodes(agent, path, episodes, seed, not sampled):
+        print(f"note: {note}")
+    if path.exists():
+        print(f"wrote {path}")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; runs that differ only in their seed share a curve.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("curves.png"),
+    x: Annotated[str, typer.Option(help="Column of metrics.csv across: step, train_seconds, ...")] = "step",
+    y: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of metrics.csv upwards: return_mean, eval_return, reward, eval_accuracy, ...  "
+            "[default: return_mean, or reward of language models]"
+        ),
+    ] = None,
+) -> None:
+    """Draw learning curves, with a band over seeds."""
+    from grouprl.runs import RunFolder
+    from grouprl.runs.plots import plot_runs
+
+    if all(_of_language(path) for path in runs):
+        plot_runs(runs, out, x=x, y=y or "reward")
+        print(f"wrote {out}")
+        return
+    from grouprl.envs.vector import reward_threshold
+
+    y = y or "return_mean"
+    thresholds = {reward_threshold(str(RunFolder.open(path).read_config().get("env_id"))) for path in runs}
+    threshold = thresholds.pop() if len(thresholds) == 1 and y in ("return_mean", "eval_return") else None
+    plot_runs(runs, out, x=x, y=y, threshold=threshold)
+    print(f"wrote {out}")

@@ -1,0 +1,202 @@
+"""The commands of the environment arena, and the lists of presets and settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from grouprl.cli.common import app, assigned, command, count
+from grouprl.errors import UsageError
+
+if TYPE_CHECKING:
+    from grouprl.envs.training import RunResult
+
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting; may be repeated. See: grouprl settings"),
+]
+EnvAssignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--env", "-e", metavar="KEY=VALUE", help="An argument of the environment's constructor; may be repeated."
+    ),
+]
+
+
+@app.command()
+def train(
+    env: Annotated[str | None, typer.Argument(help="A Gymnasium id such as CartPole-v1, or package:Env-v0.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="A preset's name; auto = the one named like ENV, if any; default = the robust default.")
+    ] = "auto",
+    assignments: Assignments = None,
+    env_assignments: EnvAssignments = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.  [default: 0]")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(parser=count, metavar="N", help="Environment steps.  [default: of the preset, or 500000]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/ENV-seedN-DATE-TIME]")] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard (default), wandb, or none; may be repeated.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A config.yaml that an earlier run left: the same run again, unless told otherwise."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
+    video: Annotated[bool, typer.Option(help="Film one episode at the end.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a policy and leave a run folder: model, metrics, curve, video, summary.
+
+    Examples:
+
+      grouprl train CartPole-v1 --seed 1
+
+      grouprl train LunarLander-v3 --steps 1000000 --set learning_rate=5e-4 --set n_envs=32
+
+      grouprl train CartPole-v1 --preset tutorial
+
+      grouprl train my_package:MyEnv-v0 --env difficulty=3 --track wandb
+    """
+    from grouprl.envs import training
+    from grouprl.runs import default_run_path
+
+    settings, run = _split(assigned(assignments))
+    env_kwargs = assigned(env_assignments)
+    if config is not None:
+        env, preset, steps, seed, settings, env_kwargs, run = _from_file(
+            config, env, steps, seed, settings, env_kwargs, run
+        )
+    if env is None:
+        raise UsageError("say what to train on: grouprl train ENV, or --config FILE")
+    if track:
+        run["track"] = tuple(track)
+    if not video:
+        run["video"] = False
+    folder = out or default_run_path("runs", preset if preset not in ("auto", "default") else env, seed or 0)
+    result = training.train(
+        env, folder, preset=preset, steps=steps, seed=seed, settings=settings, env_kwargs=env_kwargs, run=run,
+        overwrite=overwrite, progress_bar=False if quiet else None,
+        announce=lambda run: print(f"training on {env}; the run folder is {run.path}", flush=True),
+    )  # fmt: skip
+    report(result)
+
+
+@app.command("presets")
+def presets_command(
+    name: Annotated[str | None, typer.Argument(help="Show one preset in full.")] = None,
+) -> None:
+    """List the presets with the result to expect, or show one."""
+    import yaml
+
+    from grouprl.envs import presets
+    from grouprl.lm import recipe
+
+    if name is not None:
+        shown = recipe.load(name).to_dict() if name in recipe.names() else presets.load(name).__dict__
+        print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip())
+        return
+    print(f"{'grouprl train':28s} {'environment':28s} {'steps':>10s}  expect (mean greedy return)")
+    for known in presets.names():
+        preset = presets.load(known)
+        print(
+            f"{known:28s} {preset.env_id:28s} {preset.total_timesteps:>10,d}  {preset.expect.get('mean_return', '-')}"
+        )
+    print(f"\n{'grouprl train-lm':28s} {'task, model':28s} {'steps':>10s}  expect (greedy held-out accuracy)")
+    for known in recipe.names():
+        made = recipe.load(known)
+        what = f"{made.task}, {made.model}"
+        print(f"{known:28s} {what:28s} {made.config['max_steps']:>10,d}  {made.expect.get('accuracy_after', '-')}")
+
+
+@app.command()
+def settings(
+    lm: Annotated[bool, typer.Option("--lm", help="Those of train-lm.")] = False,
+) -> None:
+    """List every setting of --set with its default and meaning."""
+    if lm:
+        from grouprl.lm.config import GRPOConfig as LanguageConfig
+
+        for name, field in LanguageConfig.model_fields.items():
+            print(f"{name:30s} {field.get_default()!s:20s} {field.description}")
+        print("\nand of the recipe: model, task, task_options, reward, n_train, n_eval, eval_every, lora; see the docs")
+        return
+    from grouprl.envs.config import GRPOConfig
+    from grouprl.envs.training import RunSettings
+
+    for name, field in GRPOConfig.model_fields.items():
+        print(f"{name:22s} {field.get_default()!s:12s} {field.description}")
+    print("\nof the run:")
+    for name, item in RunSettings.__dataclass_fields__.items():
+        print(f"{name:22s} {'preset' if name in ('total_timesteps', 'eval_every') else item.default!s:12s}")
+
+
+def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of learning, and settings of the run."""
+    from grouprl.envs.training import RunSettings
+
+    run = {key: value for key, value in values.items() if key in RunSettings.__dataclass_fields__}
+    return {key: value for key, value in values.items() if key not in run}, run
+
+
+def _from_file(
+    path: Path,
+    env: str | None,
+    steps: int | None,
+    seed: int | None,
+    settings: dict[str, Any],
+    env_kwargs: dict[str, Any],
+    run: dict[str, Any],
+) -> tuple[str, str, int, int | None, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What a config.yaml says, under what the command line says."""
+    import yaml
+
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        saved_run = dict(saved["run"])
+        total = saved_run.pop("total_timesteps")
+        saved_run["track"] = tuple(saved_run["track"])
+        return (
+            env or saved["env_id"],
+            "default",
+            steps or total,
+            seed,
+            {**saved["config"], **settings},
+            {**saved["env_kwargs"], **env_kwargs},
+            {**saved_run, **run},
+        )
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (KeyError, TypeError, AttributeError, yaml.YAMLError):
+        raise UsageError(f"{path} is not the config.yaml of a run; give one that grouprl train left") from None
+
+
+def report(result: RunResult) -> None:
+    """Say what a run left and what to type next."""
+    folder = result.folder.path
+    for note in result.notes:
+        print(f"note: {note}")
+    if result.summary is None:
+        print(f"stopped after {result.agent.num_timesteps} steps; nothing is lost. Go on with:")
+        print(f"  {command('grouprl')} resume {folder}")
+        raise typer.Exit(130)
+    summary, final = result.summary, result.summary["eval"]
+    solved = summary["solved_at_steps"]
+    print(
+        f"{summary['total_steps']:,} steps in {summary['train_seconds']:.2f} s of training "
+        f"({summary['steps_per_second']:,.0f} steps/s)"
+        + (f"; solved after {solved:,} steps, {summary['solved_at_seconds']:.2f} s" if solved is not None else "")
+    )
+    print(
+        f"greedy return over {final['episodes']:.0f} episodes: {final['mean_return']:.1f} +- {final['std_return']:.1f} "
+        f"(min {final['min']:.1f}, max {final['max']:.1f})"
+    )
+    print(f"run folder: {folder}")
+    grouprl = command("grouprl")
+    print(f"next:\n  {grouprl} play {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
+    if result.folder.tensorboard_path.exists():
+        print(f"  {command('tensorboard')} --logdir {folder.parent}")

@@ -1,0 +1,83 @@
+"""The command that trains a language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grouprl.cli.common import app, assigned, command, count
+
+if TYPE_CHECKING:
+    from grouprl.lm.training import RunResult
+
+
+@app.command("train-lm")
+def train_lm(
+    recipe: Annotated[str, typer.Argument(help="A preset such as nth-word, or a YAML file. See: grouprl presets")],
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="KEY=VALUE", help="Change one setting; may be repeated. See: grouprl settings --lm"
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Another model: hub id, folder, GGUF file, or smollm2.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.  [default: 42]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(parser=count, metavar="N", help="Optimizer steps.  [default: of the recipe]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/RECIPE-seedN-DATE-TIME]")] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard (default), wandb, or none; may be repeated.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Train a language model and leave a run folder: model, metrics, transcripts, curve, summary.
+
+    Examples:
+
+      grouprl train-lm tiny
+
+      grouprl train-lm nth-word --seed 1
+
+      grouprl train-lm arithmetic --model Qwen/Qwen3-0.6B --set learning_rate=5e-6 --set num_generations=16
+
+      grouprl train-lm my_recipe.yaml --set task=my_prompts.jsonl --set reward=my_rewards:score
+    """
+    from grouprl.lm import recipe as recipes
+    from grouprl.lm import training
+    from grouprl.runs import default_run_path
+
+    given = recipes.load(recipe)
+    settings = assigned(assignments)
+    if model is not None:
+        settings["model"] = model
+    result = training.train(
+        given, out or default_run_path("runs", given.name, 42 if seed is None else seed), settings=settings, seed=seed,
+        steps=steps, track=tuple(track) if track else ("tensorboard",), overwrite=overwrite,
+        progress_bar=False if quiet else None,
+        announce=lambda run: print(f"training {given.model} on {given.task}; the run folder is {run.path}", flush=True),
+    )  # fmt: skip
+    report(result)
+
+
+def report(result: RunResult) -> None:
+    """Say what a run left and what to type next."""
+    folder, grouprl = result.folder.path, command("grouprl")
+    for note in result.notes:
+        print(f"note: {note}")
+    if result.summary is None:
+        print(f"stopped after {result.steps} steps; nothing is lost. Go on with:")
+        print(f"  {grouprl} resume {folder}")
+        raise typer.Exit(130)
+    summary = result.summary
+    print(
+        f"{summary['total_steps']:,} steps in {summary['train_seconds']:.1f} s of training "
+        f"({summary['tokens_per_second']:,.0f} sampled tokens/s, {summary['peak_memory_gb']:.2f} GB at most)"
+    )
+    print(f"held-out accuracy, greedy: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after")
+    print(f"run folder: {folder}")
+    print(f"next:\n  {grouprl} chat {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
+    print(f"  open {result.folder.transcripts_page} in a browser: what it wrote, and what it got for it")

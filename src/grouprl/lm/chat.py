@@ -1,0 +1,67 @@
+"""Talking to a model: the questions are put as those it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grouprl.lm import recipe
+from grouprl.lm.config import GRPOConfig
+from grouprl.lm.data import prepare_prompts
+from grouprl.lm.models import load
+from grouprl.lm.policy import Policy, sampling_settings
+from grouprl.lm.training import material, trained_model
+from grouprl.runs import RunFolder
+
+
+class Chat:
+    """One model that answers single questions.
+
+    Args:
+        before: messages that go before every question. text: ask with the bare text instead.
+        about: what to tell a person first.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: GRPOConfig, before: list[dict[str, Any]], text: bool, sampled: bool,
+        about: str,
+    ) -> None:  # fmt: skip
+        self.policy, self.tokenizer, self.config = Policy(model, tokenizer, config), tokenizer, config
+        self.before, self.text, self.about = before, text, about
+        self.settings = sampling_settings(config, greedy=not sampled)
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    @classmethod
+    def open(cls, source: str, *, sampled: bool = False, max_tokens: int | None = None, bare: bool = False) -> Chat:
+        """A run's model, asked as its task asks, or any other model.
+
+        Raises UsageError if there is no such run or model.
+        """
+        if not (Path(source) / "config.yaml").is_file():
+            model, tokenizer = load(source)
+            config = GRPOConfig(max_completion_length=max_tokens or 256)
+            text = getattr(tokenizer, "chat_template", None) is None
+            return cls(model, tokenizer, config, [], text, sampled, f"{source}, as it is")
+        folder = RunFolder.open(source)
+        given = recipe.load(folder.path)
+        config = GRPOConfig(**folder.read_config()["config"]).replace(beta=0.0, sync_ref_model=False)
+        if max_tokens is not None:
+            config = config.replace(max_completion_length=max_tokens)
+        model, tokenizer = load(trained_model(folder))
+        rows = material(given.changed({} if given.task.endswith(".jsonl") else {"n_train": 1, "n_eval": 1}))
+        example: Any = rows.held_out[0]["prompt"]
+        before = [] if bare or isinstance(example, str) else example[:-1]
+        shown = example if isinstance(example, str) else example[-1]["content"]
+        return cls(model, tokenizer, config, before, isinstance(example, str), sampled, f"{given.task}; try: {shown}")
+
+    def ask(self, question: str) -> str:
+        """The model's reply."""
+        prompt = question if self.text else [*self.before, {"role": "user", "content": question}]
+        source = prepare_prompts(
+            [{"prompt": prompt}], self.tokenizer, chat_template_kwargs=self.config.chat_template_kwargs,
+            name="the question",
+        )  # fmt: skip
+        reply = self.policy.sample([source[0].ids], 1, self.generator, self.settings)[0]
+        return str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()

@@ -1,0 +1,126 @@
+"""Recipes: a model, a task and settings in one YAML file. Those that ship are the presets of the language arena."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grouprl.errors import UsageError
+from grouprl.lm.config import GRPOConfig
+
+_PRESETS = "grouprl.lm.presets"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run of ``grouprl train-lm`` is made of.
+
+    Attributes:
+        model: hub id, folder, GGUF file, ``smollm2``, or ``tiny`` for a small model with random weights.
+        task: a task's name, ``reasoning-gym:NAME``, or a file of JSON lines, which needs ``reward``.
+        task_options: of the task. reward: ``module:function``, instead of the task's own.
+        eval_data: a file of JSON lines to evaluate on, where ``task`` is one; default: its last rows.
+        form: prompts as ``messages`` or as bare ``text``.
+        n_train, n_eval: rows drawn from the task's two splits.
+        eval_every: optimizer steps between greedy evaluations on the held-out rows; 0: only before and after.
+        warm_start: settings of a short supervised start (tiny models only): steps, learning_rate.
+        lora: settings of peft's LoraConfig, to train an adapter instead of all weights.
+        config: settings of :class:`~grouprl.lm.config.GRPOConfig`.
+        needs: what to install, if anything. expect: what it reached, and the command that shows it.
+    """
+
+    name: str
+    model: str
+    task: str
+    about: str = ""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    reward: str | None = None
+    eval_data: str | None = None
+    form: str = "messages"
+    n_train: int = 4096
+    n_eval: int = 256
+    eval_every: int = 10
+    warm_start: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    expect: dict[str, Any] = field(default_factory=dict)
+
+    def changed(self, assignments: Mapping[str, Any]) -> Recipe:
+        """With some fields, or settings of the configuration, replaced.
+
+        Raises UsageError for a name that is neither, with the closest that is.
+        """
+        own = {f.name for f in fields(self)} - {"name", "about", "needs", "expect", "config"}
+        values = {name: value for name, value in assignments.items() if name in own}
+        config = {**self.config, **{name: value for name, value in assignments.items() if name not in own}}
+        for name in config:
+            if name not in GRPOConfig.model_fields and name in assignments:
+                close = difflib.get_close_matches(name, [*own, *GRPOConfig.model_fields], n=1)
+                if close and name not in _accepted():
+                    raise UsageError(f"unknown setting {name!r}; did you mean {close[0]!r}? See: grouprl settings --lm")
+        return Recipe(**{**self.__dict__, **values, "config": config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a recipe file holds them."""
+        return {key: value for key, value in self.__dict__.items() if value not in (None, {}, "")}
+
+
+def _accepted() -> set[str]:
+    from grouprl.lm.config_trl import FOREIGN, RENAMED
+
+    return {*FOREIGN, *RENAMED}
+
+
+def names() -> list[str]:
+    """The presets, sorted."""
+    return sorted(f.name.removesuffix(".yaml") for f in resources.files(_PRESETS).iterdir() if f.name.endswith(".yaml"))
+
+
+def load(source: str | os.PathLike[str]) -> Recipe:
+    """A preset by name, or a recipe file: a YAML of one's own, or the config.yaml of a run.
+
+    Raises UsageError if there is none, or it is no recipe.
+    """
+    text = os.fspath(source)
+    if text in names():
+        return _parse(resources.files(_PRESETS).joinpath(f"{text}.yaml").read_text(encoding="utf-8"), text, text)
+    path = Path(text)
+    if path.is_dir():
+        path = path / "config.yaml"
+    if not path.is_file():
+        close = difflib.get_close_matches(text, names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UsageError(f"no preset and no file {text!r}; {hint}There are: {', '.join(names())}")
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path), path.stem)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def _parse(text: str, where: str, name: str) -> Recipe:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{where} must hold a mapping with model and task, got {type(values).__name__}")
+    if "recipe" in values:  # the config.yaml of a run
+        values = values["recipe"]
+    known = {f.name for f in fields(Recipe)}
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise UsageError(f"{where}: unknown key {key!r}; {hint} Settings of GRPOConfig belong under config:")
+    missing = {"model", "task"} - set(values)
+    if missing:
+        raise UsageError(f"{where} lacks {' and '.join(sorted(missing))}")
+    return Recipe(**{"name": name, **values})
