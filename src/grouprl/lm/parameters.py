@@ -14,7 +14,7 @@ from grouprl.lm.config import GRPOConfig
 class MasterParameters:
     """All trainable parameters of a model as views into one vector, their ``.grad`` as views into another.
 
-    One norm, one zeroing and one fused optimizer call serve any model. Parameters that decay come first, so that two
+    One norm and one fused optimizer call serve any model. Parameters that decay come first, so that two
     slices are the optimizer's two groups; biases and norms (everything with fewer than two dimensions) do not decay.
 
     Raises UsageError if nothing is trainable, or trainable parameters differ in type or device.
@@ -41,12 +41,24 @@ class MasterParameters:
                 place = slice(offset, offset + p.numel())
                 self.vector[place] = p.detach().reshape(-1)
                 p.data = self.vector[place].view(p.shape)
-                p.grad = self.gradient[place].view(p.shape)
+                p.main_grad = self.gradient[place].view(p.shape)  # type: ignore[attr-defined]
+                p.grad = p.main_grad  # type: ignore[attr-defined]
                 offset += p.numel()
 
-    def zero_grad(self) -> None:
-        """Set the gradient to 0."""
-        self.gradient.zero_()
+    def start(self) -> None:
+        """Begin a gradient: whoever writes first, writes over what is there."""
+        for p in self.tensors:
+            p.grad = None
+
+    def finish(self) -> None:
+        """End it: see that every ``.grad`` lies in the flat gradient, 0 where nothing was written."""
+        for p in self.tensors:
+            place: Tensor = p.main_grad  # type: ignore[attr-defined]
+            if p.grad is None:
+                place.zero_()
+            elif p.grad is not place:
+                place.copy_(p.grad)
+            p.grad = place
 
     def clip(self, max_norm: float) -> float:
         """The norm of the gradient, which is scaled down to ``max_norm`` if that is above 0 and exceeded."""

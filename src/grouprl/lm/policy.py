@@ -134,7 +134,13 @@ class Policy:
         text = self.model.config.get_text_config()
         heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
         size: Any = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        token = 2 * int(text.num_hidden_layers) * int(heads) * int(size) * self.products.dtype.itemsize
+        token = (
+            2
+            * int(text.num_hidden_layers)
+            * int(heads)
+            * int(size)
+            * (4 if self.device.type == "cpu" else self.products.dtype.itemsize)
+        )
         return max(16, min(1024, _CACHE_BYTES // (token * self.config.max_completion_length)))
 
 

@@ -23,12 +23,25 @@ def supports_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def add_gradient(parameter: nn.Parameter | Tensor, value: Tensor) -> None:
-    """Add ``value`` to ``parameter.grad`` in place, making it if there is none."""
-    if parameter.grad is None:
-        parameter.grad = value.to(parameter.dtype)
-    else:
+def add_gradient(parameter: Tensor, value: Tensor) -> None:
+    """Add ``value`` to ``parameter.grad`` in place.
+
+    If there is none yet, the gradient goes to ``parameter.main_grad``, where a parameter has that: a place of its own
+    in a larger buffer. Writing there is cheaper than adding to zeros, most of all from a lower precision.
+    """
+    if parameter.grad is not None:
         parameter.grad.add_(value)
+        return
+    place: Tensor | None = getattr(parameter, "main_grad", None)
+    parameter.grad = value.to(parameter.dtype) if place is None else place.copy_(value)
+
+
+def _zero_gradient(parameter: Tensor) -> Tensor:
+    """``parameter.grad``, made of zeros (in ``main_grad``, where there is that) if there is none."""
+    if parameter.grad is None:
+        place: Tensor | None = getattr(parameter, "main_grad", None)
+        parameter.grad = torch.zeros_like(parameter) if place is None else place.zero_()
+    return parameter.grad
 
 
 class Products:
@@ -189,7 +202,5 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         weight = ctx.weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        weight.grad.index_add_(0, ctx.ids.reshape(-1), gradient.flatten(0, -2).to(weight.dtype))
+        _zero_gradient(weight).index_add_(0, ctx.ids.reshape(-1), gradient.flatten(0, -2).to(weight.dtype))
         return None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,16 +68,14 @@ class Step:
             remember: store the log-probabilities met on the way as those of the old policy, for later passes.
         """
         samples, lengths = self.samples, self.samples.lengths
-        parameters.zero_grad()
+        parameters.start()
         sums, mismatch, worst = LossSums(), 0.0, 0.0
-        if not self.parts:
-            return sums, {}
-        if self.config.beta > 0 and not self._known(samples.known_ref):
+        if self.parts and self.config.beta > 0 and not self._known(samples.known_ref):
             logp_ref = self.policy.reference_log_probs(self.parts, lengths)
             self._store(samples.logp_ref, samples.known_ref, logp_ref)
         old_known = self._known(samples.known_old)
         device = self.policy.device
-        with self.policy.learner.learning():
+        with self.policy.learner.learning() if self.parts else nullcontext():
             for part in self.parts:
                 index = steps_of(part.samples, lengths)
                 terms = self.policy.learner.evaluate(part)
@@ -95,10 +94,11 @@ class Step:
                     mismatch, worst = mismatch + float(difference.sum()), max(worst, float(difference.max()))
                 if remember:
                     samples.logp_old[index] = logp
+        parameters.finish()
         if remember and not old_known:
             samples.known_old[steps_of(self.active, lengths)] = True
         extra = {}
-        if not old_known:
+        if not old_known and self.parts:
             extra = {
                 "sampling/sampling_logp_difference/mean": mismatch / max(1, sums.tokens),
                 "sampling/sampling_logp_difference/max": worst,
