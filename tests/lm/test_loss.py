@@ -1,0 +1,303 @@
+"""From the settings to weights, advantages and losses: by hand, and by formulas written out token by token."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from grouprl.lm.config import GRPOConfig
+from grouprl.lm.loss import Fixed, LossSums, estimate_advantages, step_weights, token_loss
+
+LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
+LEVELS = ("token", "sequence", "sequence_token")
+
+
+def config(**settings) -> GRPOConfig:
+    if settings.get("loss_type") == "cispo":
+        settings = {"epsilon_high": 1.5, **settings}
+    return GRPOConfig(**settings)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+LENGTHS = torch.tensor([2, 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [
+        ("grpo", [1 / 6] * 2 + [1 / 9] * 3 + [1 / 3]),
+        ("sapo", [1 / 6] * 2 + [1 / 9] * 3 + [1 / 3]),
+        ("dapo", [1 / 6] * 6),
+        ("bnpo", [1 / 6] * 6),
+        ("cispo", [1 / 6] * 6),
+        ("dr_grpo", [1 / 30] * 6),
+    ],
+)
+def test_weights_of_the_tokens_of_a_step(loss_type: str, expected: list[float]) -> None:
+    found = step_weights(config(loss_type=loss_type, max_completion_length=10), LENGTHS, torch.ones(3).bool())
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [
+        ("grpo", [1 / 6] * 2 + [0] * 3 + [1 / 3]),  # still three samples
+        ("sapo", [1 / 6] * 2 + [0] * 3 + [1 / 3]),
+        ("dapo", [1 / 3] * 2 + [0] * 3 + [1 / 3]),  # but only three tokens
+        ("bnpo", [1 / 3] * 2 + [0] * 3 + [1 / 3]),
+        ("cispo", [1 / 3] * 2 + [0] * 3 + [1 / 3]),
+        ("dr_grpo", [1 / 30] * 2 + [0] * 3 + [1 / 30]),
+    ],
+)
+def test_masked_samples_weigh_nothing_and_count_as_samples_but_not_as_tokens(loss_type, expected) -> None:
+    found = step_weights(
+        config(loss_type=loss_type, max_completion_length=10), LENGTHS, torch.tensor([True, False, True])
+    )
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_if_every_sample_is_masked_all_weights_are_0(loss_type: str) -> None:
+    assert step_weights(config(loss_type=loss_type), LENGTHS, torch.zeros(3).bool()).tolist() == [0.0] * 6
+
+
+# --- advantages -------------------------------------------------------------------------------------------------------
+
+RETURNS = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 2.0], dtype=torch.float64)
+GROUP = torch.tensor([0, 0, 0, 0, 1, 1])
+STEPS = torch.tensor([1, 2, 1, 3, 1, 2])
+
+
+def advantages(penalties: Tensor | None = None, **settings) -> list[float]:
+    """Of each sample; its tokens agree."""
+    per_token = estimate_advantages(
+        config(**settings), RETURNS[:, None], torch.ones(1).double(), RETURNS, STEPS, GROUP, penalties
+    )
+    assert per_token.dtype == torch.float32
+    parts = per_token.split(STEPS.tolist())
+    if penalties is None:
+        assert all(bool((part == part[0]).all()) for part in parts)
+    return [float(part[0]) for part in parts]
+
+
+S = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+B = math.sqrt(4 / 5) + 1e-4  # of all six returns, whose mean is 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [S, -S, -S, S, 0, 0]),
+        ({"scale_rewards": "none"}, [0.5, -0.5, -0.5, 0.5, 0, 0]),
+        ({"scale_rewards": "batch"}, [0.5 / B, -0.5 / B, -0.5 / B, 0.5 / B, 0, 0]),
+        ({"advantage": "leave_one_out"}, [2 / 3, -2 / 3, -2 / 3, 2 / 3, 0, 0]),
+        ({"advantage": "opo"}, [1 - 4 / 7, -4 / 7, -4 / 7, 1 - 4 / 7, 0, 0]),
+        ({"advantage": "maxrl"}, [1, -1, -1, 1, 0, 0]),
+        ({"advantage": "pass_at_k", "pass_k": 2, "num_generations": 2}, [2 / 3, 0, 0, 2 / 3, 0, 0]),
+        ({"advantage": "pass_at_k"}, [0, 0, 0, 0, 0, 0]),  # of the whole group the best is not alone
+    ],
+)
+def test_advantages_by_hand(settings: dict, expected: list[float]) -> None:
+    assert advantages(**settings) == pytest.approx(expected, abs=1e-6)
+
+
+def test_reinforce_pp_scales_over_the_tokens_of_the_batch() -> None:
+    tokens = torch.repeat_interleave(RETURNS, STEPS)
+    z = (RETURNS - tokens.mean()) / (tokens.std() + 1e-8)
+    assert advantages(advantage="reinforce_pp") == pytest.approx(z.tolist(), abs=1e-6)
+    centred = RETURNS - torch.tensor([0.5] * 4 + [2.0] * 2)
+    tokens = torch.repeat_interleave(centred, STEPS)
+    z = (centred - tokens.mean()) / (tokens.std() + 1e-8)
+    found = advantages(advantage="reinforce_pp_baseline")
+    assert found == pytest.approx([*z[:4].tolist(), 0.0, 0.0], abs=1e-6)
+
+
+def test_penalties_are_taken_from_the_return_of_their_sample() -> None:
+    penalties = torch.tensor([0.5, 0.1, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0]).double()
+    # returns 0.5, -0.2, 0, 1 and 1, 2
+    found = advantages(penalties, scale_rewards="none")
+    assert found == pytest.approx([0.175, -0.525, -0.325, 0.675, -0.5, 0.5], abs=1e-6)
+
+
+def test_several_reward_functions_may_be_scaled_one_by_one() -> None:
+    rewards = torch.tensor([[1.0, 10.0], [0.0, 20.0], [0.0, 10.0], [1.0, 20.0]]).double()
+    weights = torch.tensor([1.0, 0.5]).double()
+    lengths, group = torch.tensor([1, 2, 1, 1]), torch.zeros(4, dtype=torch.int64)
+    found = estimate_advantages(
+        config(multi_objective_aggregation="normalize_then_sum"), rewards, weights, torch.zeros(4), lengths, group
+    )
+    a, b = 0.5 / (math.sqrt(1 / 3) + 1e-4), 0.5 * 5 / (5 * math.sqrt(4 / 3) + 1e-4)
+    z = torch.tensor([a - b, -a + b, -a - b, a + b])
+    z = z / (z.std() + 1e-4)
+    torch.testing.assert_close(found, z[[0, 1, 1, 2, 3]])
+
+
+@pytest.mark.xfail(strict=True, reason="normalize_then_sum takes the rewards alone: penalties and overlong are lost")
+@pytest.mark.parametrize("settings", [{"beta": 0.1, "kl_in": "reward"}, {"soft_overlong_cache": 4}])
+def test_what_gdpo_would_leave_out_of_the_advantage_is_refused(settings: dict) -> None:
+    from grouprl.errors import UsageError
+
+    with pytest.raises(UsageError):
+        config(multi_objective_aggregation="normalize_then_sum", **settings)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+N = [3, 1, 4, 2, 5]
+
+
+def data(seed: int = 0, spread: float = 0.4) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp, old, reference, advantages (one per sample), weights."""
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(sum(N), generator=generator) * 4
+    logp = old + spread * torch.randn(sum(N), generator=generator)
+    ref = old + spread * torch.randn(sum(N), generator=generator)
+    a = torch.repeat_interleave(torch.tensor([1.5, -0.7, -1.2, 0.4, 2.0]), torch.tensor(N))
+    return logp, old, ref, a, torch.rand(sum(N), generator=generator)
+
+
+def by_formula(
+    c: GRPOConfig, logp: Tensor, old: Tensor, ref: Tensor | None, a: Tensor, weights: Tensor, lengths: list[int] = N
+) -> Tensor:
+    """The loss, written out sample by sample and token by token in the precision given."""
+    high = c.epsilon if c.epsilon_high is None else c.epsilon_high
+    total = torch.zeros((), dtype=torch.float64)
+    refs = itertools.repeat(None) if ref is None else ref.split(lengths)
+    for new, o, A, w, r in zip(
+        logp.split(lengths), old.split(lengths), a.split(lengths), weights.split(lengths), refs, strict=False
+    ):
+        s = ((new - o).sum() / len(new)).exp()
+        for t in range(len(new)):
+            live = (new[t] - new[t].detach()).exp()  # 1 in value
+            rho = (new[t] - o[t]).exp()
+            if c.importance_sampling_level == "sequence":
+                rho = s
+            elif c.importance_sampling_level == "sequence_token":
+                rho = s.detach() * live
+            clipped = rho.clamp(1 - c.epsilon, 1 + high)
+            if c.loss_type == "cispo":
+                loss = -rho.detach().clamp(max=high) * A[t] * new[t]
+            elif c.loss_type == "sapo":
+                tau = c.sapo_temperature_pos if A[t] > 0 else c.sapo_temperature_neg
+                loss = -4 / tau / (1 + (-tau * (rho - 1)).exp()) * A[t]
+            elif c.delta is not None:
+                loss = -torch.minimum(rho.clamp(max=c.delta) * A[t], clipped * A[t])
+            else:
+                loss = -torch.minimum(rho * A[t], clipped * A[t])
+            if c.off_policy_mask_threshold is not None and A[t] < 0:
+                loss = loss * float((o - new).mean() <= c.off_policy_mask_threshold)
+            if r is not None:
+                d = (new[t] - r[t]).detach()
+                value = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() + d - 1}[c.kl_estimator]
+                # The value of the estimator times the ratio, with the gradient of KL(pi || ref): ratio d grad log pi.
+                loss = loss + c.beta * (new[t] - o[t]).exp().detach() * (value + d * (live - 1))
+            total = total + w[t] * loss
+    return total
+
+
+def found(c: GRPOConfig, logp, old, ref, a, weights) -> tuple[Tensor, Tensor, LossSums]:
+    logp = logp.clone().requires_grad_()
+    loss, sums = token_loss(c, logp, torch.ones_like(logp), Fixed(a, weights, old, ref, torch.tensor(N)))
+    (gradient,) = torch.autograd.grad(loss, logp)
+    return loss.detach(), gradient, sums
+
+
+def compare(c: GRPOConfig, logp, old, ref, a, weights) -> None:
+    wide = logp.double().requires_grad_()
+    base = wide.detach() if old is None else old.double()
+    expected = by_formula(c, wide, base, None if ref is None else ref.double(), a.double(), weights.double())
+    (wanted,) = torch.autograd.grad(expected, wide)
+    loss, gradient, sums = found(c, logp, old, ref, a, weights)
+    assert sums.loss == pytest.approx(float(loss), rel=1e-6)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def equal_within_samples(weights: Tensor) -> Tensor:
+    """As those of every loss type: one weight per sample."""
+    return torch.cat([part[:1].expand(len(part)) for part in weights.split(N)])
+
+
+@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, LEVELS)))
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_losses_and_gradients_are_those_of_the_formulas(loss_type: str, level: str, on_policy: bool) -> None:
+    logp, old, _, a, weights = data()
+    c = config(loss_type=loss_type, importance_sampling_level=level)
+    compare(c, logp, None if on_policy else old, None, a, equal_within_samples(weights))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"epsilon_high": 0.28},
+        {"epsilon": 0.05, "epsilon_high": 0.5},
+        {"delta": 1.3},
+        {"delta": 1.6, "epsilon_high": 0.4, "importance_sampling_level": "sequence"},
+        {"loss_type": "cispo", "epsilon_high": 1.1},
+        {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.3},
+        {"off_policy_mask_threshold": 0.05},
+        {"off_policy_mask_threshold": 0.05, "importance_sampling_level": "sequence"},
+        {"loss_type": "cispo", "off_policy_mask_threshold": 0.05, "importance_sampling_level": "sequence_token"},
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_setting_of_the_objective_enters_as_its_formula_says(settings: dict, seed: int) -> None:
+    logp, old, _, a, weights = data(seed)
+    compare(config(**settings), logp, old, None, a, equal_within_samples(weights))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_the_divergence_has_the_gradient_of_the_true_one(estimator: str, loss_type: str, on_policy: bool) -> None:
+    logp, old, ref, a, weights = data()
+    c = config(loss_type=loss_type, beta=0.3, kl_estimator=estimator)
+    compare(c, logp, None if on_policy else old, ref, a, weights)
+
+
+def test_a_divergence_in_the_reward_is_no_term_of_the_loss() -> None:
+    logp, old, ref, a, weights = data()
+    within = found(config(beta=0.3, kl_in="reward"), logp, old, ref, a, weights)
+    without = found(config(), logp, old, None, a, weights)
+    assert torch.equal(within[0], without[0])
+    assert torch.equal(within[1], without[1])
+
+
+@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, LEVELS)))
+def test_on_policy_is_the_same_as_old_log_probabilities_equal_to_the_new(loss_type: str, level: str) -> None:
+    logp, _, ref, a, weights = data()
+    c = config(loss_type=loss_type, importance_sampling_level=level, beta=0.1)
+    none, given = found(c, logp, None, ref, a, weights), found(c, logp, logp, ref, a, weights)
+    assert torch.equal(none[0], given[0])
+    assert torch.equal(none[1], given[1])
+
+
+@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, LEVELS)))
+def test_at_ratio_1_every_gradient_is_weight_times_advantage(loss_type: str, level: str) -> None:
+    logp, _, _, a, weights = data()
+    weights = equal_within_samples(weights)
+    _, gradient, _ = found(config(loss_type=loss_type, importance_sampling_level=level), logp, None, None, a, weights)
+    torch.testing.assert_close(gradient, -weights * a, rtol=1e-5, atol=1e-7)
+
+
+def test_sums_count_what_lies_outside_the_clip_range_on_the_side_that_is_cut() -> None:
+    old = torch.zeros(6)
+    logp = torch.tensor([1.3, 1.3, 1.1, 0.7, 0.7, 0.9]).log()
+    a = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
+    fixed = Fixed(a, torch.full((6,), 0.5), old, old + 0.1, torch.tensor([2, 4]))
+    _, sums = token_loss(config(beta=0.1, kl_estimator="k1"), logp, torch.arange(6.0), fixed)
+    assert (sums.low, sums.high, sums.tokens, sums.entropy) == (1.0, 1.0, 6, 15.0)
+    assert sums.kl == pytest.approx(float((logp.exp() * (logp - 0.1)).sum()), abs=1e-5)
+    _, capped = token_loss(
+        config(loss_type="cispo", epsilon_high=1.2), logp, torch.ones(6), fixed._replace(logp_ref=None)
+    )
+    assert (capped.low, capped.high, capped.kl) == (1.0, 1.0, 0.0)
+
+
+def test_sums_of_parts_add_up() -> None:
+    a, b = LossSums(1.0, 2.0, 3.0, 4.0, 5.0, 6), LossSums(0.5, 0.5, 0.5, 0.5, 0.5, 1)
+    a.add(b)
+    assert a == LossSums(1.5, 2.5, 3.5, 4.5, 5.5, 7)

@@ -1,0 +1,211 @@
+"""The policy: how it runs, at which precision, and what the divergence is measured to."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from architectures import EOS, MIXED, PAD, PLAIN, as_samples, build, naive, random_groups
+
+from grouprl.errors import UsageError
+from grouprl.lm.config import GRPOConfig
+from grouprl.lm.plain import PlainSampler
+from grouprl.lm.policy import Policy, sampling_settings
+from grouprl.lm.sampler import Sampler
+from grouprl.lm.sampling import SamplingSettings
+
+TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
+GROUPS = random_groups(*MIXED)
+
+
+def policy(model, ref_model=None, **settings) -> Policy:
+    config = GRPOConfig(**{"use_cpu": True, "bf16": False, "max_completion_length": 8, **settings})
+    return Policy(model, TOKENIZER, config, ref_model)
+
+
+def adapted(model, **settings):
+    from peft import LoraConfig, get_peft_model
+
+    given = {"r": 2, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM", **settings}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return get_peft_model(model, LoraConfig(**given)).eval()
+
+
+def log_probs(of: Policy, groups=GROUPS) -> torch.Tensor:
+    prompts, completions, group, lengths = as_samples(groups)
+    return of.learner.log_probs(of.learner.parts(prompts, completions, group), lengths)
+
+
+def reference_log_probs(of: Policy, groups=GROUPS) -> torch.Tensor:
+    prompts, completions, group, lengths = as_samples(groups)
+    return of.reference_log_probs(of.learner.parts(prompts, completions, group), lengths)
+
+
+# --- packed or plain --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_model_that_cannot_be_packed_warns_once_and_runs_plainly(name: str, caplog) -> None:
+    model = build(name)
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        found = policy(model, temperature=0.7, beta=0.1)
+    (warning,) = [record for record in caplog.records if record.name == "grouprl"]
+    assert type(model).__name__ in warning.getMessage()
+    assert found.why_plain in warning.getMessage()
+    assert not found.packed
+    assert isinstance(found.sampler, PlainSampler)
+    torch.testing.assert_close(log_probs(found), naive(model, GROUPS, None, 0.7)[0], rtol=0, atol=1e-5)
+    assert torch.equal(reference_log_probs(found), log_probs(found))
+    completions = found.sample([[5, 6], [7]], 2, torch.Generator().manual_seed(0))
+    assert len(completions) == 4
+
+
+def test_a_model_that_can_be_packed_is_and_nothing_is_said(caplog) -> None:
+    model = build("llama")
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        found = policy(model, temperature=0.7)
+    assert caplog.records == []
+    assert found.packed
+    assert found.why_plain == ""
+    assert isinstance(found.sampler, Sampler)
+    torch.testing.assert_close(log_probs(found), naive(model, GROUPS, None, 0.7)[0], rtol=0, atol=1e-5)
+
+
+def test_plain_attention_can_be_asked_for_without_a_warning(caplog) -> None:
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        found = policy(build("llama"), attention="plain")
+    assert caplog.records == []
+    assert not found.packed
+    assert isinstance(found.sampler, PlainSampler)
+    torch.testing.assert_close(log_probs(found), log_probs(policy(build("llama"))), rtol=0, atol=1e-5)
+
+
+def test_completions_end_at_the_tokenizers_token_and_at_those_of_the_generation_config() -> None:
+    model = build("llama")
+    model.generation_config.eos_token_id = list(range(40, 97))
+    found = policy(model).sample([[5, 6]] * 4, 8, torch.Generator().manual_seed(0))
+    assert any(c.finished and c.ids[-1] >= 40 for c in found)
+    assert all(c.finished is (c.ids[-1] == EOS or c.ids[-1] >= 40) for c in found)
+    model.generation_config.eos_token_id = None
+    with pytest.raises(UsageError, match="end-of-sequence"):
+        Policy(model, SimpleNamespace(eos_token_id=None, pad_token_id=PAD), GRPOConfig(bf16=False))
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_products_run_in_the_precision_asked_for() -> None:
+    assert policy(build("llama"), bf16=False).products.dtype == torch.float32
+    assert policy(build("llama"), bf16=True).products.dtype == torch.bfloat16
+    assert policy(build("llama").to(torch.bfloat16), bf16=False).products.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("bf16", "master"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_low_precision_is_near_full_precision(bf16: bool, master: torch.dtype) -> None:
+    model = build("llama")
+    wanted = naive(model, GROUPS)[0]
+    found = log_probs(policy(model.to(master), bf16=bf16))
+    assert 1e-4 < float((found - wanted).abs().mean()) < 0.1
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def test_without_beta_there_is_no_reference() -> None:
+    found = policy(build("llama"))
+    assert found.reference is None
+    with pytest.raises(UsageError, match="beta is 0"):
+        reference_log_probs(found)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("attention", ["auto", "plain"])
+def test_a_copied_reference_begins_equal_to_the_last_bit_and_stays(bf16: bool, attention: str) -> None:
+    found = policy(build("llama"), beta=0.1, bf16=bf16, attention=attention)
+    before = log_probs(found)
+    assert torch.equal(reference_log_probs(found), before)
+    with torch.no_grad():
+        for p in found.model.parameters():
+            p.mul_(1.1)
+    assert torch.equal(reference_log_probs(found), before)
+    assert float((log_probs(found) - before).abs().max()) > 0.01
+    assert not any(p.requires_grad for p in found.reference.model.parameters())
+    assert all(p.requires_grad for p in found.model.parameters())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_reference_of_an_adapter_is_the_model_without_it(bf16: bool) -> None:
+    base = build("llama")
+    wanted = log_probs(policy(build("llama"), bf16=bf16))
+    found = policy(adapted(base), beta=0.1, bf16=bf16)
+    assert found.packed
+    assert found.reference is found.learner
+    assert torch.equal(log_probs(found), wanted)  # an adapter begins as 0
+    with torch.no_grad():
+        for name, p in found.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    assert float((log_probs(found) - wanted).abs().max()) > 0.1
+    assert torch.equal(reference_log_probs(found), wanted)
+
+
+def test_a_reference_may_be_given() -> None:
+    other = build("llama", seed=1)
+    for model in (build("llama"), adapted(build("llama"))):
+        found = policy(model, other, beta=0.1)
+        torch.testing.assert_close(reference_log_probs(found), naive(other, GROUPS)[0], rtol=0, atol=1e-5)
+
+
+def test_a_reference_can_follow_the_model() -> None:
+    found = policy(build("llama"), build("llama", seed=1), beta=0.1, sync_ref_model=True)
+    found.check_reference_can_follow()
+    its, mine = next(found.reference.model.parameters()).clone(), next(found.model.parameters())
+    found.sync_reference(0.25)
+    torch.testing.assert_close(next(found.reference.model.parameters()), 0.25 * mine + 0.75 * its)
+    with pytest.raises(UsageError, match="sync_ref_model"):
+        policy(adapted(build("llama")), beta=0.1, sync_ref_model=True).check_reference_can_follow()
+    policy(build("llama")).sync_reference(0.25)  # nothing to do
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_settings_come_from_the_configuration_alone() -> None:
+    config = GRPOConfig(
+        max_completion_length=7,
+        temperature=0.6,
+        top_k=5,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        min_new_tokens=2,
+    )
+    assert sampling_settings(config) == SamplingSettings(7, 0.6, 5, 0.9, 0.1, 1.2, 2)
+    assert sampling_settings(GRPOConfig()) == SamplingSettings(512)
+    assert sampling_settings(config, greedy=True) == SamplingSettings(7, temperature=0.0, min_new_tokens=2)
+
+
+def test_settings_given_take_the_place_of_the_configurations() -> None:
+    found = policy(build("llama")).sample([[5, 6]], 3, torch.Generator().manual_seed(0), SamplingSettings(2, 0.0))
+    assert len({tuple(c.ids) for c in found}) == 1
+    assert len(found[0].ids) <= 2
+
+
+@pytest.mark.parametrize(("asked", "rows"), [(None, 1024), (3, 3)])
+def test_rows_of_a_decode_step_are_as_asked_or_as_memory_suggests(asked: int | None, rows: int) -> None:
+    sampler = policy(build("llama"), max_rows_per_decode=asked).sampler
+    assert isinstance(sampler, Sampler)
+    assert sampler.max_rows == rows
+
+
+def test_evaluating_is_without_dropout_and_ends_with_an_exception_too() -> None:
+    found = policy(build("gpt2").train())
+
+    def halt() -> None:
+        assert not found.model.training
+        raise RuntimeError("halt")
+
+    with pytest.raises(RuntimeError, match="halt"), found.evaluating():
+        halt()
+    assert found.model.training
