@@ -12,8 +12,8 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory instead of returning every large block to the kernel.
 
     Each micro-batch allocates and frees the same blocks; handing them back costs page faults worth a third of the
-    update's time. Blocks are never mapped one by one: the threshold for that cannot be raised above 32 MB. A no-op where
-    the C library is not glibc.
+    update's time. Blocks are never mapped one by one: the threshold for that cannot be raised above 32 MB. A no-op
+    where the C library is not glibc.
     """
     if sys.platform == "linux":
         try:
