@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,6 +46,21 @@ def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None)
             save_state(folder / STATE, checkpoint.tensors, checkpoint.meta)
 
     save_model(model, tokenizer, path, also=state)
+
+
+def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write a model's files into a folder that holds other things too, such as checkpoints.
+
+    Raises UsageError if the place cannot be written, TrainingError if the disk is full; no file is ever half written.
+    """
+    inner = folder / ".model"
+    save_model(model, tokenizer, inner)
+    for file in inner.iterdir():
+        place = folder / file.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(file, place)
+    inner.rmdir()
 
 
 def read(path: Path) -> Checkpoint:

