@@ -50,18 +50,15 @@ def test_a_window_that_only_the_mask_knows_of_is_found_out() -> None:
     assert find_backbone(mixture_with_a_window(4))[0] is None
 
 
-@pytest.mark.xfail(strict=True, reason="find_backbone tries sequences of 9 tokens: a longer window is never felt")
 def test_a_long_window_that_only_the_mask_knows_of_is_found_out_too() -> None:
     assert find_backbone(mixture_with_a_window(12))[0] is None
 
 
-@pytest.mark.xfail(strict=True, reason="find_backbone tries one pack, short enough for the rotary base not to change")
 def test_positions_that_depend_on_the_longest_sequence_beside_are_found_out() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert find_backbone(build("llama", max_position_embeddings=16, rope_parameters=rope))[0] is None
 
 
-@pytest.mark.xfail(strict=True, reason="find_backbone does not try a decode step, where each layer has one cache")
 def test_a_model_that_calls_a_layer_twice_in_a_pass_is_found_out() -> None:
     from transformers import HrmTextConfig
 

@@ -216,7 +216,6 @@ def test_columns_logged_in_several_rounds_stay_with_their_completions() -> None:
     assert samples.extras["late"] == [None, None, 5, 6]
 
 
-@pytest.mark.xfail(strict=True, reason="of several rounds the last one's metrics are logged, not their mean")
 def test_metrics_logged_in_several_rounds_are_averaged() -> None:
     def reward(completion_ids, log_metric, **_):
         for ids in completion_ids:

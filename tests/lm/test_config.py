@@ -355,5 +355,6 @@ def test_an_interval_below_one_is_a_share_of_the_run(steps: float, total: int, e
 
 
 def test_generation_kwargs_are_settings_and_win_over_them() -> None:
-    config = GRPOConfig(temperature=0.5, generation_kwargs={"temperature": 0.7, "min_new_tokens": 3, "max_new_tokens": 9})
+    kwargs = {"temperature": 0.7, "min_new_tokens": 3, "max_new_tokens": 9}
+    config = GRPOConfig(temperature=0.5, generation_kwargs=kwargs)
     assert (config.temperature, config.min_new_tokens, config.max_completion_length) == (0.7, 3, 9)

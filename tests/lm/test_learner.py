@@ -24,11 +24,10 @@ from architectures import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grouprl.errors import UsageError
 from grouprl.lm.learner import Learner, Part, steps_of
 from grouprl.lm.packing import Group
 from grouprl.lm.products import Products
-
-FUNCTIONAL = "disable_dropout finds modules only; dropout by torch.nn.functional stays active in training mode"
 
 
 def assert_same(found: tuple, wanted: tuple, *, logp: float = 1e-4, gradient: float = 2e-5) -> None:
@@ -66,9 +65,7 @@ def test_completions_of_one_token_have_the_naive_numbers(name: str, shape: tuple
     "name",
     [
         "llama",
-        pytest.param(
-            "gpt2", marks=pytest.mark.xfail(raises=RuntimeError, strict=True, reason="see test_attention: ONE_GROUP")
-        ),
+        "gpt2",
     ],
 )
 def test_one_group_alone_has_the_naive_numbers(name: str) -> None:
@@ -201,7 +198,7 @@ def test_learning_restores_the_mode_and_the_forwards_after_an_exception_too(plai
     learner = make_learner(model, plain=plain)
 
     def halt() -> None:
-        assert model.training
+        assert not model.training
         raise RuntimeError("halt")
 
     with pytest.raises(RuntimeError, match="halt"), learner.learning():
@@ -212,7 +209,7 @@ def test_learning_restores_the_mode_and_the_forwards_after_an_exception_too(plai
 
 
 def test_dropout_layers_are_at_rest_unless_asked_for() -> None:
-    model, groups = build("gpt2"), random_groups(*MIXED)  # its dropout is 0.1
+    model, groups = build("gpt2", attn_pdrop=0.0), random_groups(*MIXED)  # its other dropout is 0.1
     weights = random_weights(groups)
     learner = make_learner(model)
     first = learned(learner, groups, weights)[0]
@@ -221,14 +218,19 @@ def test_dropout_layers_are_at_rest_unless_asked_for() -> None:
     assert float((learned(awake, groups, weights)[0] - first).abs().max()) > 0.05
 
 
+def test_attention_dropout_is_refused_by_packed_attention() -> None:
+    model, groups = build("gpt2"), random_groups(*MIXED)
+    awake = Learner(model, make_learner(model).backbone, Products(model, torch.float32), 1.0, 10**9, dropout=True)
+    with pytest.raises(UsageError, match="leave disable_dropout on"):
+        learned(awake, groups, random_weights(groups))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "plain"),
     [
-        pytest.param("opt", {"dropout": 0.1}, False, marks=pytest.mark.xfail(strict=True, reason=FUNCTIONAL)),
-        pytest.param("gpt2", {}, True, marks=pytest.mark.xfail(strict=True, reason=FUNCTIONAL)),
-        pytest.param(
-            "llama", {"attention_dropout": 0.1}, True, marks=pytest.mark.xfail(strict=True, reason=FUNCTIONAL)
-        ),
+        ("opt", {"dropout": 0.1}, False),
+        ("gpt2", {}, True),
+        ("llama", {"attention_dropout": 0.1}, True),
         ("llama", {"attention_dropout": 0.1}, False),
         ("phi", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1}, False),
     ],

@@ -135,7 +135,6 @@ def test_several_reward_functions_may_be_scaled_one_by_one() -> None:
     torch.testing.assert_close(found, z[[0, 1, 1, 2, 3]])
 
 
-@pytest.mark.xfail(strict=True, reason="normalize_then_sum takes the rewards alone: penalties and overlong are lost")
 @pytest.mark.parametrize("settings", [{"beta": 0.1, "kl_in": "reward"}, {"soft_overlong_cache": 4}])
 def test_what_gdpo_would_leave_out_of_the_advantage_is_refused(settings: dict) -> None:
     from grouprl.errors import UsageError

@@ -192,7 +192,6 @@ def test_forwards_are_restored_after_an_exception_too(net: Net, how: str) -> Non
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.xfail(strict=True, reason="_forwards deletes the forward of an instance instead of putting it back")
 def test_a_forward_that_a_hook_has_put_on_a_layer_is_put_back(net: Net) -> None:
     own = net.up.forward
     net.up.forward = hooked = lambda x: own(x) + 1.0  # as accelerate's hooks do

@@ -67,16 +67,7 @@ def generated(model, prompt: list[int], n: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-SCATTERED = pytest.mark.xfail(
-    raises=RuntimeError,
-    strict=True,
-    reason="DecodeAttention takes a view of queries that are not contiguous, as partial rotary embeddings leave them",
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[SCATTERED] if name in ("phi", "phi3", "gpt_neox") else []) for name in PACKED]
-)
+@pytest.mark.parametrize("name", PACKED)
 def test_the_likeliest_tokens_are_those_of_generate(name: str) -> None:
     model = build(name)
     found = packed(model).sample(PROMPTS, 1, SamplingSettings(10, temperature=0.0), seeded())
@@ -315,16 +306,8 @@ def test_the_plain_sampler_refuses_to_adjust() -> None:
     [
         {"temperature": 0.01}, {"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.99}, {"repetition_penalty": 9.0},
         {"min_new_tokens": 4},
-        *(
-            pytest.param(
-                setting,
-                marks=pytest.mark.xfail(strict=True, reason="generate completes its settings from the checkpoint's"),
-            )
-            for setting in (
-                {"typical_p": 0.1}, {"epsilon_cutoff": 0.2}, {"no_repeat_ngram_size": 1},
-                {"suppress_tokens": list(range(10, 90))}, {"num_beams": 2},
-            )
-        ),
+        {"typical_p": 0.1}, {"epsilon_cutoff": 0.2}, {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(10, 90))}, {"num_beams": 2},
     ],
 )  # fmt: skip
 def test_nothing_is_taken_from_the_generation_config_of_a_checkpoint(setting: dict) -> None:

@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from grouprl.errors import UsageError
 from grouprl.lm.packing import Block, Pack
 
 NAME = "grouprl"
 _HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 
 
-class UnsupportedError(Exception):
+class UnsupportedError(UsageError):
     """The model asks of attention something the packed path does not do; the plain path does."""
 
 
@@ -77,6 +78,8 @@ def attention_function(
         raise UnsupportedError(f"{type(module).__name__} is not causal")
     if value.shape[-1] != query.shape[-1] or query.shape[0] != 1:
         raise UnsupportedError(f"{type(module).__name__} has values of another size than its keys")
+    if dropout > 0.0:
+        raise UnsupportedError("attention dropout is not done by packed attention; leave disable_dropout on")
     how = How(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     out = _active.attend(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), how)
     return out[None], None
@@ -108,12 +111,15 @@ class PackedAttention:
         keep: Callable[[nn.Module, Tensor, Tensor], None] | None = None,
     ) -> None:
         self.pack, self.dtype, self.keep = pack, dtype, keep
+        self.windows: set[int | None] = set()
+        """The sliding windows that layers have asked for."""
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See :class:`Plan`."""
         if self.pack is None:
             raise UnsupportedError("packed attention was called before it was given a pack")
         dtype = self.dtype or v.dtype
+        self.windows.add(how.window)
         if self.keep is not None:
             self.keep(module, k, v)
         out: Tensor = _Packed.apply(q, k, v, self.pack, how, dtype)  # type: ignore[no-untyped-call]
@@ -205,7 +211,7 @@ class _Rectangle:
             p, slope = self._completion()
             do, dl = self._rows(gradient, self.block.completion), self._rows(delta, self.block.completion)
             per_completion = (self.kc.shape[0], -1, self.d)
-            do2, q2 = do.view(per_completion), self.qc.view(per_completion)
+            do2, q2 = do.reshape(per_completion), self.qc.reshape(per_completion)
             dp = p.new_empty(p.shape, dtype=do.dtype)
             dp[..., : self.kp.shape[1]] = torch.bmm(do, self.vp.transpose(1, 2))
             dp[..., self.kp.shape[1] :] = torch.bmm(do2, self.vc.transpose(1, 2)).view(*p.shape[:2], -1)
@@ -235,7 +241,7 @@ class _Rectangle:
         t, r = self.kp.shape[1], self.kc.shape[1]
         s = self.qc.new_empty((*self.qc.shape[:2], t + r), dtype=torch.float32)
         s[..., :t] = torch.bmm(self.qc, self.kp.transpose(1, 2))
-        own = torch.bmm(self.qc.view(self.kc.shape[0], -1, self.d), self.kc.transpose(1, 2))
+        own = torch.bmm(self.qc.reshape(self.kc.shape[0], -1, self.d), self.kc.transpose(1, 2))
         s[..., t:] = own.view(*s.shape[:2], r)
         s, slope = self._capped(s)
         hidden = self.block.hidden(self.how.window)[1]

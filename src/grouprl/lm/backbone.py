@@ -35,8 +35,14 @@ class Backbone:
         self.decoder: Any = self.core.get_decoder() if hasattr(self.core, "get_decoder") else None
         if self.decoder is None or self.decoder is self.core or type(self.head) is not nn.Linear:
             raise UnsupportedError(f"{type(self.core).__name__} has no decoder with a linear head on top")
+        text = self.core.config.get_text_config()
+        rope = getattr(text, "rope_parameters", None) or {}
+        if any(kind in str(rope) for kind in ("'dynamic'", "'longrope'")):
+            raise UnsupportedError(
+                f"{type(self.core).__name__} rotates positions by the length of the longest sequence"
+            )
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(self.core.config.get_text_config(), name, None) not in (None, 1.0):
+            if getattr(text, name, None) not in (None, 1.0):
                 raise UnsupportedError(f"{type(self.core).__name__} changes its logits behind the head ({name})")
         attention.register()
 
@@ -109,8 +115,19 @@ def _difference(backbone: Backbone) -> float:
 
     groups = [Group(tokens(5), [tokens(4), tokens(3)]), Group(tokens(3), [tokens(6)])]
     pack = Pack.of(groups, backbone.device)
-    with backbone.following(PackedAttention(pack)):
+    seen: set[nn.Module] = set()
+
+    def once(module: nn.Module, *_: Tensor) -> None:
+        if module in seen:
+            raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
+        seen.add(module)
+
+    plan = PackedAttention(pack, keep=once)
+    with backbone.following(plan):
         hidden = backbone.hidden(pack.ids, pack.positions)[pack.predictors]
+    window = getattr(backbone.core.config.get_text_config(), "sliding_window", None)
+    if window is not None and window not in plan.windows:
+        raise UnsupportedError(f"{type(backbone.core).__name__} does not tell its attention of its sliding window")
     logp = backbone.head(hidden).float().log_softmax(-1)
     plain = []
     for group in groups:

@@ -12,7 +12,7 @@ from grouprl.lm.config import GRPOConfig
 from grouprl.lm.data import prepare_prompts
 from grouprl.lm.models import load
 from grouprl.lm.policy import Policy, sampling_settings
-from grouprl.lm.training import material, trained_model
+from grouprl.lm.training import load_trained, material
 from grouprl.runs import RunFolder
 
 
@@ -49,8 +49,8 @@ class Chat:
         config = GRPOConfig(**folder.read_config()["config"]).replace(beta=0.0, sync_ref_model=False)
         if max_tokens is not None:
             config = config.replace(max_completion_length=max_tokens)
-        model, tokenizer = load(trained_model(folder))
         rows = material(given.changed({} if given.task.endswith(".jsonl") else {"n_train": 1, "n_eval": 1}))
+        model, tokenizer = load_trained(folder, given, config, rows.task)
         example: Any = rows.held_out[0]["prompt"]
         before = [] if bare or isinstance(example, str) else example[:-1]
         shown = example if isinstance(example, str) else example[-1]["content"]

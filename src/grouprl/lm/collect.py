@@ -21,6 +21,11 @@ from grouprl.lm.sampling import SamplingSettings
 Metrics = dict[str, float]
 
 
+def estimate(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
+    """``[S]`` k1, k2 or k3 of KL(policy || reference), as a value."""
+    return {"k1": objective.k1, "k2": objective.k2, "k3": objective.k3}[estimator](logp, logp_ref)
+
+
 class Collector:
     """Turns prompts into samples to learn from.
 
@@ -41,19 +46,21 @@ class Collector:
     def collect(self, n_prompts: int, group_size: int, state: Any = None) -> tuple[Samples, Metrics]:
         """A generation of ``n_prompts`` groups and its metrics."""
         drawn = self._draw(n_prompts, group_size, state)
-        rounds = 1
+        rounds = [drawn.rewards]
         if self.config.dynamic_sampling:
             kept = drawn.with_signal()
-            while kept.n_prompts < n_prompts and rounds < self.config.dynamic_sampling_max_batches:
+            while kept.n_prompts < n_prompts and len(rounds) < self.config.dynamic_sampling_max_batches:
                 more = self._draw(n_prompts - kept.n_prompts, group_size, state)
-                rounds += 1
+                rounds.append(more.rewards)
                 kept, drawn = kept.joined(more.with_signal()), drawn.joined(more)
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
             drawn = kept.joined(drawn.without_signal()).first(n_prompts)
         samples = self._estimate(drawn)
-        metrics = describe(samples, drawn.rewards)
+        metrics = {**describe(samples, drawn.rewards), **_logged(rounds)}
+        if self.config.beta > 0 and self.config.kl_in == "reward":
+            metrics["kl"] = float(estimate(samples.logp_old, samples.logp_ref, self.config.kl_estimator).mean())
         if self.config.dynamic_sampling:
-            metrics["dynamic_sampling/batches"] = rounds
+            metrics["dynamic_sampling/batches"] = len(rounds)
         metrics["num_tokens"] = float(self.tokens)
         return samples, metrics
 
@@ -145,11 +152,20 @@ class Drawn:
             name: [*a.extras.get(name, [None] * len(a.values)), *b.extras.get(name, [None] * len(b.values))]
             for name in {**a.extras, **b.extras}
         }
-        rewards = Rewards(torch.cat([a.values, b.values]), a.names, extras, {**a.metrics, **b.metrics})
+        rewards = Rewards(torch.cat([a.values, b.values]), a.names, extras)
         return Drawn(
             self.prompts + other.prompts, self.group_size, self.completions + other.completions,
             self.texts + other.texts, rewards, self.weights,
         )  # fmt: skip
+
+
+def _logged(rounds: list[Rewards]) -> Metrics:
+    """What reward functions logged themselves, averaged over all completions they were asked about."""
+    means: Metrics = {}
+    for name in {name for rewards in rounds for name in rewards.metrics}:
+        said = [(r.metrics[name], len(r.values)) for r in rounds if name in r.metrics]
+        means[name] = sum(value * n for value, n in said) / sum(n for _, n in said)
+    return means
 
 
 def judged(

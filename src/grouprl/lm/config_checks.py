@@ -40,6 +40,16 @@ def _batch_problems(c: GRPOConfig) -> list[str]:
 
 def _advantage_problems(c: GRPOConfig) -> list[str]:
     found: list[str] = []
+    if c.multi_objective_aggregation == "normalize_then_sum":
+        for name, on in (
+            ("kl_in='reward'", c.beta > 0 and c.kl_in == "reward"),
+            ("soft_overlong_cache", c.soft_overlong_cache),
+        ):
+            if on:
+                found.append(
+                    f"multi_objective_aggregation='normalize_then_sum' normalises each reward function alone, which "
+                    f"leaves no place for {name}; use 'sum_then_normalize', or make it a reward function"
+                )
     if c.num_generations == 1 and c.advantage != "reinforce_pp":
         found.append(
             f"num_generations=1 leaves advantage={c.advantage!r} nothing to compare with; set num_generations=2 or "

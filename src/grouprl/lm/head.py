@@ -32,7 +32,7 @@ def log_probs(
 
     Gradients of weight and bias are added to their ``.grad``, that of ``hidden`` flows on.
     """
-    logp, entropy = _LogProb.apply(hidden, weight, bias, targets, temperature, products)  # type: ignore[no-untyped-call]
+    logp, entropy = _LogProb.apply(hidden, weight, bias, targets, temperature, products, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return TokenTerms(logp, entropy)
 
 
@@ -46,8 +46,9 @@ class _LogProb(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         products: Products,
+        learning: bool,
     ) -> tuple[Tensor, Tensor]:
-        low, w = h.detach().to(products.dtype), weight.detach().to(products.dtype)
+        low, w = h.detach().to(products.dtype), products.weight(weight)
         z = F.linear(low, w, None if bias is None else bias.detach().to(products.dtype))
         logp, entropy, others = (torch.empty(len(targets), dtype=torch.float32, device=h.device) for _ in range(3))
         for start in range(0, len(targets), _ROWS if h.device.type == "cpu" else 1024):
@@ -62,7 +63,7 @@ class _LogProb(torch.autograd.Function):
             total = e.sum(-1)
             logp[rows] = chosen - total.log()
             entropy[rows] = total.log() - torch.linalg.vecdot(e, x) / total
-            if any(ctx.needs_input_grad):
+            if learning:
                 # The target's own entry is kept apart in full: near 1 low precision would lose 1 - p.
                 e.scatter_(1, t, 0.0)
                 others[rows] = e.sum(-1) / total
@@ -92,4 +93,4 @@ class _LogProb(torch.autograd.Function):
         if bias is not None and bias.requires_grad:
             add_gradient(bias, (p.t() @ (-scale).to(p.dtype)[:, None])[:, 0])
             bias.grad.index_add_(0, targets, at_target.to(bias.dtype))
-        return dh, None, None, None, None, None
+        return dh, None, None, None, None, None, None

@@ -68,12 +68,15 @@ class Learner:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Surround :meth:`evaluate` and its backward pass with it; weights are rounded once for as long as it lasts."""
-        training = self.model.training
-        self.model.train()
-        if not self.dropout:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.dropout._DropoutNd):
-                    module.eval()
+        modes = [(module, module.training) for module in self.model.modules()]
+        if self.dropout:
+            self.model.train()
+        else:
+            # Only what recomputes activations must believe that it trains; dropout must not, however it is written.
+            self.model.eval()
+            for module, _ in modes:
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
         try:
             if self.backbone is None:
                 yield
@@ -81,7 +84,8 @@ class Learner:
                 with self.products.learning(), self.backbone.following(self._plan):
                     yield
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
             self._plan.pack = None
 
     def evaluate(self, part: Part) -> TokenTerms:

@@ -108,7 +108,6 @@ def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) 
         a, old = a.to(effective.dtype), old.to(effective.dtype)
     low, high = config.epsilon, config.clip_high
     if config.loss_type == "cispo":
-        # The score function stays that of the token; only its weight is the (clipped) ratio.
         losses = objective.cispo(effective, old, a, cap=high)
     elif config.loss_type == "sapo":
         losses = objective.sapo(effective, old, a, config.sapo_temperature_pos, config.sapo_temperature_neg)

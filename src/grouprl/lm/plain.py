@@ -30,14 +30,18 @@ class PlainSampler:
         """``group_size`` completions of each prompt, prompt after prompt."""
         if adjust is not None:
             raise UsageError("the plain sampler cannot adjust logits; use attention='auto'")
+        from transformers import GenerationConfig
+
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         greedy = settings.temperature == 0.0
         seed = int(torch.randint(2**62, (), generator=generator))
-        training = self.model.training
+        training, checkpoints_own = self.model.training, self.model.generation_config
         self.model.eval()
+        # A checkpoint's own would add settings nobody asked for.
+        self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed)
@@ -56,6 +60,7 @@ class PlainSampler:
                     )  # fmt: skip
         finally:
             self.model.train(training)
+            self.model.generation_config = checkpoints_own
         new = out.sequences[:, width:]
         # One tensor [N, V] per step; only the chosen entries are kept.
         logp = torch.stack(

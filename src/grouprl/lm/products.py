@@ -59,16 +59,24 @@ class Products:
         self._layers = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
         self._embeddings = [m for m in model.modules() if type(m) is nn.Embedding]
         self._last: tuple[Tensor, int, Tensor] | None = None
+        self._weights: _Rounded | None = None
 
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Within, layers run forwards and backwards in low precision; gradients are added to ``.grad``."""
-        weights = _Rounded(self.dtype)
-        with self._forwards(lambda layer: self._learner(layer, weights), self._embed):
-            yield
+        self._weights = weights = _Rounded(self.dtype)
+        try:
+            with self._forwards(lambda layer: self._learner(layer, weights), self._embed):
+                yield
+        finally:
+            self._weights = None
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """``parameter`` in the dtype of the products: rounded once within :meth:`learning`."""
+        return parameter.detach().to(self.dtype) if self._weights is None else self._weights(parameter)
 
     @contextmanager
-    def sampling(self, layers_too: bool = True) -> Iterator[None]:
+    def sampling(self) -> Iterator[None]:
         """Within, layers run forwards only, from weights laid out for many small products."""
         packed = self.dtype == torch.bfloat16 and all(m.weight.device.type == "cpu" for m in self._layers)
         make = self._packed if packed and supports_bf16(torch.device("cpu")) else self._plain
@@ -82,19 +90,26 @@ class Products:
         of_embedding: Callable[[Any], Callable[..., Tensor]] | None,
     ) -> Iterator[None]:
         """Give every layer a forward of its own, and take it away again."""
-        changed: list[nn.Module] = []
+        before: list[tuple[nn.Module, Any]] = []
+
+        def give(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+            before.append((module, vars(module).get("forward")))
+            module.forward = forward
+
         try:
             for layer in self._layers:
-                layer.forward = of_layer(layer)  # type: ignore[method-assign]
-                changed.append(layer)
-            for embedding in self._embeddings if of_embedding else ():
-                if type(embedding).forward is nn.Embedding.forward and embedding.max_norm is None:
-                    embedding.forward = of_embedding(embedding)  # type: ignore[method-assign,misc]
-                    changed.append(embedding)
+                give(layer, of_layer(layer))
+            if of_embedding is not None:
+                for embedding in self._embeddings:
+                    if type(embedding).forward is nn.Embedding.forward and embedding.max_norm is None:
+                        give(embedding, of_embedding(embedding))
             yield
         finally:
-            for module in changed:
-                del module.forward
+            for module, forward in before:
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
             self._last = None
 
     def _learner(self, layer: Any, weights: _Rounded) -> Callable[[Tensor], Tensor]:

@@ -53,6 +53,18 @@ class Recipe:
     needs: str | None = None
     expect: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                allowed = " or ".join(dict.fromkeys(_SAID[kind] for kind in kinds))
+                raise UsageError(f"{name}={value!r} of recipe {self.name} must be {allowed}")
+        for name, least in (("n_train", 1), ("n_eval", 1), ("eval_every", 0)):
+            value = getattr(self, name)
+            if value < least or value != int(value):
+                raise UsageError(f"{name}={value!r} of recipe {self.name} must be a whole number, at least {least}")
+            object.__setattr__(self, name, int(value))  # 1e3 is read as a float
+
     def changed(self, assignments: Mapping[str, Any]) -> Recipe:
         """With some fields, or settings of the configuration, replaced.
 
@@ -70,7 +82,21 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a recipe file holds them."""
-        return {key: value for key, value in self.__dict__.items() if value not in (None, {}, "")}
+        defaults = {f.name: f.default for f in fields(self)}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if value not in (None, "") and (value != {} or defaults[key] is None)
+        }
+
+
+_SAID = {str: "text", dict: "a mapping", int: "a number", float: "a number", type(None): "left out"}
+_NUMBER, _TEXT, _MAPPING, _NONE = (int, float), (str,), (dict,), (type(None),)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": _TEXT, "task": _TEXT, "about": _TEXT, "task_options": _MAPPING, "reward": _TEXT + _NONE,
+    "eval_data": _TEXT + _NONE, "form": _TEXT, "n_train": _NUMBER, "n_eval": _NUMBER, "eval_every": _NUMBER,
+    "warm_start": _MAPPING + _NONE, "lora": _MAPPING + _NONE, "config": _MAPPING, "expect": _MAPPING,
+}  # fmt: skip
 
 
 def _accepted() -> set[str]:
@@ -110,10 +136,10 @@ def _parse(text: str, where: str, name: str) -> Recipe:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is not YAML: {error}") from error
+    if isinstance(values, dict) and "recipe" in values:  # the config.yaml of a run
+        values = values["recipe"]
     if not isinstance(values, dict):
         raise UsageError(f"{where} must hold a mapping with model and task, got {type(values).__name__}")
-    if "recipe" in values:  # the config.yaml of a run
-        values = values["recipe"]
     known = {f.name for f in fields(Recipe)}
     for key in values:
         if key not in known:

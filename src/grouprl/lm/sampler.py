@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.attention import How, PackedAttention
+from grouprl.lm.attention import How, PackedAttention, UnsupportedError
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import Products
@@ -97,6 +97,8 @@ class DecodeAttention:
 
     def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
         """Store a layer's keys and values of the prompts: the ``keep`` of a :class:`PackedAttention`."""
+        if module in self.layers:
+            raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
         self.layers[module] = _Layer(k, v, self.index, len(self.prompt_of_row), self.dtype)
 
     def _arrange(self) -> None:
@@ -149,7 +151,7 @@ class DecodeAttention:
         own_k, own_v = layer.read(rows, self.step)
         q = (q * how.scale).to(self.dtype).reshape(rows, k_heads, g, d)
         to_prompt = self._by_row(torch.bmm(self._by_prompt(q), layer.keys.transpose(1, 2)), k_heads, g)
-        to_own = torch.bmm(q.view(-1, g, d), own_k.transpose(1, 2)).view(rows, k_heads, g, -1)
+        to_own = torch.bmm(q.reshape(-1, g, d), own_k.transpose(1, 2)).view(rows, k_heads, g, -1)
         s = torch.cat([to_prompt, to_own], -1).float()
         if how.softcap is not None:
             s = torch.tanh(s / how.softcap) * how.softcap
@@ -189,16 +191,12 @@ class Sampler:
         backbone: the model. products: in which precision it computes.
         end_ids: the tokens that end a completion.
         max_rows: most rows of one decode step; whole groups are sampled together.
-        prompt_budget: most prompt tokens read in one pass.
     """
 
-    def __init__(
-        self, backbone: Backbone, products: Products, end_ids: Sequence[int], max_rows: int = 256,
-        prompt_budget: int = 4096,
-    ) -> None:  # fmt: skip
+    def __init__(self, backbone: Backbone, products: Products, end_ids: Sequence[int], max_rows: int = 256) -> None:
         self.backbone, self.products = backbone, products
         self.end_ids = torch.tensor(sorted(set(end_ids)), device=backbone.device)
-        self.max_rows, self.prompt_budget = max_rows, prompt_budget
+        self.max_rows = max_rows
 
     def sample(
         self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,

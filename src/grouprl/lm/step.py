@@ -92,7 +92,7 @@ class Step:
                 if not old_known:
                     difference = (logp - samples.logp_sampled[index]).abs()
                     mismatch, worst = mismatch + float(difference.sum()), max(worst, float(difference.max()))
-                if remember:
+                if remember and not old_known:
                     samples.logp_old[index] = logp
         parameters.finish()
         if remember and not old_known:
@@ -132,6 +132,6 @@ def take(
         metrics["clip_ratio/low_mean"] = sums.low / tokens
         metrics["clip_ratio/high_mean"] = sums.high / tokens
         metrics["clip_ratio/region_mean"] = (sums.low + sums.high) / tokens
-        if config.beta > 0:
+        if config.beta > 0 and config.kl_in == "loss":
             metrics["kl"] = sums.kl / tokens
     return metrics

@@ -15,8 +15,10 @@ import torch
 from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.lm import checkpoint, recipe, tasks
 from grouprl.lm.config import GRPOConfig
+from grouprl.lm.models import load
 from grouprl.lm.recipe import Recipe
 from grouprl.lm.recorder import HeldOut, Recorder, evaluate_greedily, peak_memory_gb
+from grouprl.lm.saving import load_weights
 from grouprl.lm.tasks.jsonl import load_function, load_jsonl
 from grouprl.lm.tasks.task import Task
 from grouprl.lm.trainer import GRPOTrainer
@@ -100,7 +102,10 @@ def _model(given: Recipe, config: GRPOConfig, task: Task | None) -> tuple[Any, A
             example = known.generate(rng, "train")
             return known.text(example), example.answer
 
-        warm_start(model, tokenizer, pair, seed=config.seed, **given.warm_start)
+        try:
+            warm_start(model, tokenizer, pair, seed=config.seed, **given.warm_start)
+        except TypeError as error:
+            raise UsageError(f"warm_start={given.warm_start}: {error}; it takes steps and learning_rate") from error
     return model, tokenizer
 
 
@@ -113,7 +118,7 @@ def _adapter(settings: Mapping[str, Any] | None) -> Any:
         raise UsageError("lora needs PEFT: pip install 'grouprl[lm]'") from error
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(f"lora: {error}; see peft.LoraConfig") from error
 
 
@@ -195,7 +200,8 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     if config.max_steps > 0 and done >= config.max_steps:
         raise UsageError(f"{folder.path} has done all of its {done} steps; give a larger total with --steps")
     rows = material(given)
-    cold = Recipe(**{**given.__dict__, "warm_start": None})  # the checkpoint has the warm weights
+    # The checkpoint has the warm weights, unless it holds an adapter alone.
+    cold = given if given.lora is not None else Recipe(**{**given.__dict__, "warm_start": None})
     trainer = build(cold, config, rows)
     return _run(folder, given, trainer, rows, track, resume_from=newest)
 
@@ -273,16 +279,34 @@ def evaluate(path: str | os.PathLike[str], n: int | None = None) -> tuple[HeldOu
     folder = RunFolder.open(path)
     _quiet()
     given = recipe.load(folder.path)
+    if n is not None and n < 1:
+        raise UsageError(f"cannot evaluate on {n} held-out prompts; ask for at least 1")
     if n is not None and not given.task.endswith(".jsonl"):
         given = given.changed({"n_eval": n})
     config = GRPOConfig(**{**folder.read_config()["config"], **_of_a_run(folder.path, False)})
     rows = material(given)
-    model: Any = trained_model(folder)
-    trainer = GRPOTrainer(str(model), rows.reward, config.replace(beta=0.0, sync_ref_model=False), rows.train)
+    model, tokenizer = load_trained(folder, given, config, rows.task)
+    config = config.replace(beta=0.0, sync_ref_model=False)
+    trainer = GRPOTrainer(model, rows.reward, config, rows.train, processing_class=tokenizer)
     source = trainer.prompts(rows.held_out, "the held-out rows")
     torch.manual_seed(config.seed)
     assert source.size is not None
     return evaluate_greedily(trainer, source, n), min(n or source.size, source.size)
+
+
+def load_trained(folder: RunFolder, given: Recipe, config: GRPOConfig, task: Task | None) -> tuple[Any, Any]:
+    """The model a run left, or its newest checkpoint, and its tokenizer. Raises UsageError if there is neither."""
+    place = trained_model(folder)
+    adapter = _adapter(given.lora)
+    if adapter is None or given.model != "tiny":
+        return load(place, dtype=config.master_dtype)
+    from peft import get_peft_model
+
+    # What an adapter was trained on has no name here, but its seed makes it again.
+    base, tokenizer = _model(given, config, task)
+    model = get_peft_model(base, adapter)
+    load_weights(model, place)
+    return model, tokenizer
 
 
 def trained_model(folder: RunFolder) -> Path:
