@@ -54,9 +54,12 @@ def train_lm(
     settings = assigned(assignments)
     if model is not None:
         settings["model"] = model
+    if seed is not None:
+        settings["seed"] = seed
+    given = given.changed(settings)
+    place = out or default_run_path("runs", given.name, given.config.get("seed", 42))
     result = training.train(
-        given, out or default_run_path("runs", given.name, 42 if seed is None else seed), settings=settings, seed=seed,
-        steps=steps, track=tuple(track) if track else ("tensorboard",), overwrite=overwrite,
+        given, place, steps=steps, track=tuple(track) if track else ("tensorboard",), overwrite=overwrite,
         progress_bar=False if quiet else None,
         announce=lambda run: print(f"training {given.model} on {given.task}; the run folder is {run.path}", flush=True),
     )  # fmt: skip

@@ -18,6 +18,7 @@ from grouprl.lm.collect import Collector, Metrics, describe_judged, judged
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.data import PromptOrder, PromptSource, prepare_prompts
 from grouprl.lm.flow import Flow
+from grouprl.lm.locate import first_line
 from grouprl.lm.models import load
 from grouprl.lm.parameters import (
     MasterParameters,
@@ -412,7 +413,10 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
             from peft import get_peft_model
         except ImportError as error:
             raise UsageError("peft_config needs PEFT: pip install 'grouprl[lm]'") from error
-        loaded = get_peft_model(loaded, peft_config)
+        try:
+            loaded = get_peft_model(loaded, peft_config)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"peft_config does not fit the model: {first_line(error)}") from error
     device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"
     loaded = loaded.to(device)
     if config.freeze_embeddings:

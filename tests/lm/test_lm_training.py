@@ -1,0 +1,308 @@
+"""Runs: what they leave, how they go on, and what they say when they fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm import training
+from grouprl.lm.recipe import Recipe
+from grouprl.lm.recorder import Recorder
+from grouprl.lm.training import RunResult
+
+TIMES = ("train_seconds", "step_time")
+
+
+def short(**changes: Any) -> Recipe:
+    """The preset tiny, made to take moments."""
+    config = {
+        "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 5, "max_steps": 6, "learning_rate": 1e-3,
+        "save_steps": 3, "steps_per_generation": 2, "seed": 1,
+    } | changes.pop("config", {})  # fmt: skip
+    given: dict[str, Any] = {
+        "model": "tiny", "task": "reverse", "task_options": {"length": 3}, "form": "text", "n_train": 24, "n_eval": 8,
+        "eval_every": 2, "warm_start": {"steps": 10}, "config": config,
+    } | changes  # fmt: skip
+    return Recipe("short", **given)
+
+
+def run(out: Path, **changes: Any) -> RunResult:
+    track = changes.pop("track", ("none",))
+    return training.train(short(**changes), out, track=track, progress_bar=False)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv without the times."""
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Ctrl-C during the step after which it stops."""
+
+    def at(step: int) -> None:
+        original = Recorder.on_step_end
+
+        def heard(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                self.stop_requested = True
+            original(self, args, state, control, **kwargs)
+
+        monkeypatch.setattr(Recorder, "on_step_end", heard)
+
+    yield at
+    monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("finished") / "run"
+    result = run(out, track=("tensorboard",))
+    assert result.summary is not None
+    assert result.notes == []
+    return out
+
+
+def test_a_run_leaves_everything_that_is_promised(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.yaml", "metrics.csv", "tensorboard", "model", "transcripts.jsonl", "transcripts.html", "summary.json",
+        "curve.png", "checkpoint-3", "checkpoint-6",
+    } <= names  # fmt: skip
+    assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((finished / "tensorboard").iterdir())
+    assert "<html" in (finished / "transcripts.html").read_text()
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert (config["arena"], config["task"], config["seed"]) == ("lm", "reverse", 1)
+    assert config["config"]["loss_type"] == "dapo"  # defaults too, so that a later version repeats the run
+
+
+def test_the_summary_says_what_was_reached_and_at_what_cost(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    for key in ("train_seconds", "tokens_per_second", "peak_memory_gb"):
+        assert summary[key] > 0, key
+    table = rows(finished)
+    assert summary["total_steps"] == 6
+    assert summary["accuracy_before"] == float(table[0]["eval_accuracy"])
+    assert summary["accuracy_after"] == float(table[-1]["eval_accuracy"])
+    assert 0 <= summary["accuracy_before"] <= 1
+    assert summary["reward_after"] == float(table[-1]["eval_reward"])
+
+
+def test_metrics_hold_a_row_for_every_step_and_the_evaluations(finished: Path) -> None:
+    table = rows(finished)
+    assert [row["step"] for row in table] == ["0", "1", "2", "3", "4", "5", "6", "6"]
+    assert [row["step"] for row in table if row["eval_accuracy"]] == ["0", "2", "4", "6"]
+    assert [row["step"] for row in table if row["reward"]] == ["1", "3", "5"]  # two steps share a generation
+    tokens = [int(row["sampled_tokens"]) for row in table]
+    assert tokens[0] == 0
+    assert tokens[1] == tokens[2] < tokens[3] == tokens[4] < tokens[5] == tokens[6]
+
+
+def test_the_model_is_an_ordinary_one(finished: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(finished / "model")
+    state = load_file(finished / "checkpoint-6" / "model.safetensors")
+    assert equal(final_weights(finished), state)
+    again = AutoModelForCausalLM.from_pretrained(finished / "checkpoint-6")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, again(ids).logits)
+
+
+def test_transcripts_hold_the_first_groups_of_each_generation(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "transcripts.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["group"]) for line in lines] == [
+        (step, group) for step in (1, 3, 5) for group in range(4) for _ in range(4)
+    ]
+    assert all(line["rewards"]["reverse"] == line["reward"] for line in lines)
+
+
+def test_a_finished_run_can_be_evaluated_again_with_the_same_result(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    held_out, n = training.evaluate(finished)
+    assert n == 8
+    assert (held_out.accuracy, held_out.reward) == (summary["accuracy_after"], summary["reward_after"])
+    assert training.evaluate(finished, 12)[1] == 12
+    with pytest.raises(UsageError, match="at least 1"):
+        training.evaluate(finished, 0)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_an_interrupted_run_goes_on_to_the_same_end(finished: Path, tmp_path: Path, stopping: Any, step: int) -> None:
+    stopping(step)  # 3 is in the middle of a generation
+    out = tmp_path / "run"
+    result = run(out, track=("tensorboard",))
+    assert (result.summary, result.steps) == (None, step)
+    assert not (out / "model").exists()
+    stopping(-1)
+    resumed = training.resume(out, progress_bar=False)
+    assert resumed.summary is not None
+    assert rows(out) == rows(finished)
+    assert (out / "transcripts.jsonl").read_text() == (finished / "transcripts.jsonl").read_text()
+    assert equal(final_weights(out), final_weights(finished))
+    summary = json.loads((finished / "summary.json").read_text())
+    for key in ("accuracy_before", "accuracy_after", "reward_before", "reward_after", "total_steps"):
+        assert resumed.summary[key] == summary[key]
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoint-6")  # what a kill between steps 4 and 6 would leave, and rows beyond step 3
+    training.resume(out, progress_bar=False)
+    assert rows(out) == rows(finished)
+    assert (out / "transcripts.jsonl").read_text() == (finished / "transcripts.jsonl").read_text()
+    assert equal(final_weights(out), final_weights(finished))
+
+
+def test_a_finished_run_is_only_made_longer(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    with pytest.raises(UsageError, match="has done all of its 6 steps; give a larger total"):
+        training.resume(out)
+    result = training.resume(out, steps=8, progress_bar=False)
+    assert result.summary is not None
+    assert result.summary["total_steps"] == 8
+
+
+def test_a_run_with_an_adapter_goes_on_exactly_and_can_be_evaluated(tmp_path: Path, stopping: Any) -> None:
+    adapter = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    given = {"lora": adapter, "config": {"learning_rate": 1e-2}}
+    whole = run(tmp_path / "a", **given)
+    stopping(3)
+    assert run(tmp_path / "b", **given).summary is None
+    stopping(-1)
+    training.resume(tmp_path / "b", progress_bar=False)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in "ab")
+    assert equal(a, b)
+    assert whole.summary is not None
+    assert training.evaluate(tmp_path / "a")[0].reward == whole.summary["reward_after"]
+
+
+def test_a_folder_with_a_run_is_replaced_only_if_asked_to(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = {"config": {"max_steps": 1}, "eval_every": 0}
+    run(out, **small)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="already holds a run"):
+        run(out, **small)
+    training.train(short(config={"max_steps": 2, "seed": 5}), out, track=("none",), progress_bar=False, overwrite=True)
+    assert [row["step"] for row in rows(out)] == ["0", "1", "2", "2"]
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "checkpoint-1").exists()
+
+
+# --- your own data, your own reward -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with prompts and rewards, as a person keeps them."""
+    (tmp_path / "prompts.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"{a}{b}c", "letter": a}) for a in "abcd" for b in "efg")
+    )
+    (tmp_path / "rewards_of_mine.py").write_text(
+        "calls = 0\n"
+        "def good(completions, letter, **kwargs):\n"
+        "    return [float(text.startswith(a)) for text, a in zip(completions, letter)]\n"
+        "def late(completions, trainer_state, **kwargs):\n"
+        "    if trainer_state.global_step >= 4: raise ValueError('the judge is down')\n"
+        "    return [float(i % 2) for i in range(len(completions))]\n"
+        "def never(completions, **kwargs): raise ValueError('no judge')\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    sys.modules.pop("rewards_of_mine", None)
+
+
+def of_own(own: Path, name: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "task": str(own / "prompts.jsonl"), "task_options": {}, "warm_start": None,
+        "reward": f"rewards_of_mine:{name}", **changes,
+    }  # fmt: skip
+
+
+def test_prompts_and_a_reward_of_ones_own_train_and_hold_the_last_rows_out(own: Path) -> None:
+    result = run(own / "run", **of_own(own, "good", n_eval=4))
+    assert result.summary is not None
+    table = rows(own / "run")
+    assert "rewards/good/mean" in table[0]
+    assert training.evaluate(own / "run")[1] == 2  # at most a fifth of twelve rows
+    lines = [json.loads(line) for line in (own / "run" / "transcripts.jsonl").read_text().splitlines()]
+    assert {line["prompt"][:1] for line in lines} <= set("abcd")
+    assert all(line["extra"]["letter"] == line["prompt"][0] for line in lines)
+
+
+def test_a_reward_that_fails_leaves_the_last_checkpoint_and_says_where(own: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the judge is down.*after 4 steps.*checkpoint-3"):
+        run(own / "run", **of_own(own, "late", eval_every=0))
+    assert (own / "run" / "checkpoint-3").is_dir()
+    (own / "rewards_of_mine.py").write_text("def late(completions, **kwargs): return [0.5] * len(completions)\n")
+    sys.modules.pop("rewards_of_mine")
+    shutil.rmtree(own / "__pycache__", ignore_errors=True)
+    assert training.resume(own / "run", progress_bar=False).summary is not None
+
+
+def test_a_run_that_fails_before_any_checkpoint_leaves_no_folder(own: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no judge.*no checkpoint"):
+        run(own / "run", **of_own(own, "never"))
+    assert not (own / "run").exists()
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "revrse"}, "no task 'revrse'; did you mean 'reverse'"),
+        ({"task_options": {"size": 3}}, "no option 'size'"),
+        ({"form": "speech"}, "form='speech' is neither"),
+        ({"task": "rows.jsonl"}, "reward must name a function"),
+        ({"warm_start": {"epochs": 3}}, "it takes steps and learning_rate"),
+        ({"model": "smollm2"}, "warm_start is for model: tiny"),
+        ({"lora": {"rank": 3}}, "lora: .*rank.*peft.LoraConfig"),
+        ({"lora": {"r": 0}}, "peft_config does not fit the model: .*positive"),
+        ({"lora": {"target_modules": ["c_attn"]}}, "peft_config does not fit the model: .*c_attn"),
+        ({"config": {"loss_type": "ppo"}}, "loss_type='ppo'"),
+        ({"model": "no/such-model-anywhere", "warm_start": None}, "no/such-model-anywhere"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match=message):
+        run(tmp_path / "run", **changes)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run folder"):
+        training.resume(tmp_path / "none")
+    (tmp_path / "config.yaml").write_text("arena: lm\n")
+    with pytest.raises(UsageError, match="not the configuration of a language-model run"):
+        training.resume(tmp_path)

@@ -1,0 +1,86 @@
+"""Recipes: what a file may say, and what is said of mistakes in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grouprl.errors import UsageError
+from grouprl.lm import recipe
+from grouprl.lm.config import GRPOConfig
+from grouprl.lm.recipe import Recipe
+
+
+def written(folder: Path, values: Any) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_preset_is_a_recipe_whose_settings_are_allowed(name: str) -> None:
+    given = recipe.load(name)
+    assert given.name == name
+    assert given.about
+    assert GRPOConfig(**given.config).max_steps > 0
+
+
+def test_a_file_gives_the_recipe_it_holds(tmp_path: Path) -> None:
+    given = recipe.load(written(tmp_path, {"model": "tiny", "task": "sort", "config": {"seed": 1}}))
+    assert (given.name, given.model, given.task, given.config) == ("mine", "tiny", "sort", {"seed": 1})
+
+
+def test_a_recipe_reads_back_from_what_a_run_writes_of_it(tmp_path: Path) -> None:
+    given = Recipe("some", "tiny", "sort", lora={}, task_options={"length": 3}, eval_every=0, config={"seed": 1})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"arena": "lm", "recipe": given.to_dict()}))
+    assert recipe.load(tmp_path) == given
+    assert recipe.load(tmp_path / "config.yaml") == given
+
+
+def test_changes_go_to_the_recipe_or_to_its_configuration() -> None:
+    given = recipe.load("tiny").changed({"task": "sort", "n_train": 1e2, "learning_rate": 0.5})
+    assert (given.task, given.n_train, given.config["learning_rate"]) == ("sort", 100, 0.5)
+    assert type(given.n_train) is int
+    assert recipe.load("tiny").config["learning_rate"] != 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "tiny", "task": "sort", "modle": 1}, "unknown key 'modle'; did you mean 'model'"),
+        ({"model": "tiny", "task": "sort", "learning_rate": 1}, "belong under config"),
+        ({"task": "sort"}, "lacks model"),
+        ({}, "lacks model and task"),
+        (["model"], "must hold a mapping"),
+        ("model: [tiny", "is not YAML"),
+        ({"recipe": "tiny"}, "must hold a mapping"),
+        ({"model": "tiny", "task": 3}, "task=3 of recipe mine must be text"),
+        ({"model": "tiny", "task": "sort", "n_train": "many"}, "n_train='many' .* must be a number"),
+        ({"model": "tiny", "task": "sort", "n_train": 0}, "n_train=0 .* at least 1"),
+        ({"model": "tiny", "task": "sort", "n_train": 1.5}, "n_train=1.5 .* whole number"),
+        ({"model": "tiny", "task": "sort", "eval_every": -1}, "eval_every=-1 .* at least 0"),
+        ({"model": "tiny", "task": "sort", "config": 5}, "config=5 .* must be a mapping"),
+        ({"model": "tiny", "task": "sort", "config": None}, "config=None .* must be a mapping"),
+        ({"model": "tiny", "task": "sort", "lora": 8}, "lora=8 .* must be a mapping or left out"),
+        ({"model": "tiny", "task": "sort", "task_options": [1]}, "task_options=.* must be a mapping"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_clear_sentence(tmp_path: Path, values: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        recipe.load(written(tmp_path, values))
+
+
+def test_an_unknown_preset_is_told_the_closest_one() -> None:
+    with pytest.raises(UsageError, match=r"no preset and no file 'arithmetics'; did you mean 'arithmetic'\?"):
+        recipe.load("arithmetics")
+
+
+@pytest.mark.parametrize(
+    ("setting", "close"), [("learning_rat", "learning_rate"), ("n_trains", "n_train"), ("eval_evry", "eval_every")]
+)
+def test_an_unknown_setting_is_told_the_closest_one(setting: str, close: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown setting '{setting}'; did you mean '{close}'"):
+        recipe.load("tiny").changed({setting: 1})
