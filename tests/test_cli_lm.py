@@ -101,9 +101,11 @@ def test_plot_draws_runs_of_two_seeds(run: Path, tmp_path: Path) -> None:
 def test_chat_answers_each_line_until_an_empty_one(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("abcdef\nfedcba\n\nnever\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"abcdef\n{'a' * 99}\nfedcba\n\nnever\n"))
     assert call("chat", run) == 0
-    assert capsys.readouterr().out.count("> ") >= 3
+    shown = capsys.readouterr()
+    assert shown.out.count("> ") >= 4
+    assert shown.err == "error: the question has 101 tokens, but the model reads 64; ask a shorter one\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("abcdef\n"))
     assert call("chat", run / "model", "--tokens", "3", "--sampled") == 0  # and the end of the input ends it too
 

@@ -56,6 +56,13 @@ def test_sampled_replies_differ_and_max_tokens_bounds_them(run: Path) -> None:
     assert all(len(reply) <= 2 for reply in replies)
 
 
+def test_a_question_and_its_reply_stay_within_what_the_model_reads(run: Path) -> None:
+    chat = Chat.open(str(run), max_tokens=200)
+    assert len(chat.ask("a" * 58)) <= 4  # 60 tokens with those around them, of 64
+    with pytest.raises(UsageError, match="the question has 64 tokens, but the model reads 64"):
+        chat.ask("a" * 62)
+
+
 def test_any_model_answers_as_it_is(tmp_path: Path) -> None:
     save_model(*warm(), tmp_path / "model")
     chat = Chat.open(str(tmp_path / "model"), max_tokens=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -99,7 +100,10 @@ def chat(
             return
         if not question:
             return
-        print(conversation.ask(question), flush=True)
+        try:
+            print(conversation.ask(question), flush=True)
+        except UsageError as error:  # of this question; the next one may do
+            print(f"error: {error}", file=sys.stderr)
 
 
 @app.command()

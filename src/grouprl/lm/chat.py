@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from grouprl.errors import UsageError
 from grouprl.lm import recipe
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.data import prepare_prompts
 from grouprl.lm.models import load
 from grouprl.lm.policy import Policy, sampling_settings
-from grouprl.lm.training import load_trained, material
+from grouprl.lm.training import load_trained, material, quiet
 from grouprl.runs import RunFolder
 
 
@@ -39,6 +41,7 @@ class Chat:
 
         Raises UsageError if there is no such run or model.
         """
+        quiet()
         if not (Path(source) / "config.yaml").is_file():
             model, tokenizer = load(source)
             config = GRPOConfig(max_completion_length=max_tokens or 256)
@@ -57,11 +60,20 @@ class Chat:
         return cls(model, tokenizer, config, before, isinstance(example, str), sampled, f"{given.task}; try: {shown}")
 
     def ask(self, question: str) -> str:
-        """The model's reply."""
+        """The model's reply. Raises UsageError for a question that the model cannot read, such as one too long."""
         prompt = question if self.text else [*self.before, {"role": "user", "content": question}]
         source = prepare_prompts(
             [{"prompt": prompt}], self.tokenizer, chat_template_kwargs=self.config.chat_template_kwargs,
             name="the question",
         )  # fmt: skip
-        reply = self.policy.sample([source[0].ids], 1, self.generator, self.settings)[0]
+        ids = source[0].ids
+        context = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
+        settings = self.settings
+        if context is not None:
+            if len(ids) >= context:
+                raise UsageError(
+                    f"the question has {len(ids)} tokens, but the model reads {context}; ask a shorter one"
+                )
+            settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, context - len(ids)))
+        reply = self.policy.sample([ids], 1, self.generator, settings)[0]
         return str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()

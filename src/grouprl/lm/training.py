@@ -146,7 +146,7 @@ def train(
         TrainingError: a reward function or the numbers failed; the last checkpoint stays and can be resumed.
     """
     check_trackers(track)
-    _quiet()
+    quiet()
     given = source if isinstance(source, Recipe) else recipe.load(source)
     changes = dict(settings or {})
     if seed is not None:
@@ -183,7 +183,7 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     Raises UsageError: no run folder, no checkpoint, or a run that is already finished.
     """
     folder = RunFolder.open(path)
-    _quiet()
+    quiet()
     saved = folder.read_config()
     try:
         given = Recipe(**{"name": folder.path.name, **saved["recipe"]})
@@ -206,7 +206,7 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     return _run(folder, given, trainer, rows, track, resume_from=newest)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """No bars for reading and writing files of a second."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -277,7 +277,7 @@ def evaluate(path: str | os.PathLike[str], n: int | None = None) -> tuple[HeldOu
     Raises UsageError if there is no such run, or it left no model yet.
     """
     folder = RunFolder.open(path)
-    _quiet()
+    quiet()
     given = recipe.load(folder.path)
     if n is not None and n < 1:
         raise UsageError(f"cannot evaluate on {n} held-out prompts; ask for at least 1")
