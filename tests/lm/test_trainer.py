@@ -272,6 +272,18 @@ def test_a_scheduler_without_its_optimizer_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, model=(model, tokenizer), optimizers=(None, steps))
 
 
+def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
+    other = torch.optim.SGD(build_tiny(1)[0].parameters(), 0.5)
+    with pytest.raises(UsageError, match="holds no parameter that is trained here"):
+        trainer(tmp_path, optimizers=(other, None))
+    model, tokenizer = warm()
+    base = torch.optim.SGD(model.parameters(), 0.5)  # what an adapter freezes
+    with pytest.raises(UsageError, match="get_peft_model"):
+        trainer(tmp_path, model=(model, tokenizer), optimizers=(base, None), peft_config=copy.deepcopy(LORA))
+    with pytest.raises(UsageError, match="is no optimizer"):
+        trainer(tmp_path, optimizers=(torch.optim.SGD, None))
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -501,6 +513,17 @@ def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, callbacks=[Stop(2)]).train()
     with pytest.raises(UsageError, match="same dataset"):
         trainer(tmp_path, rows=ROWS[:9]).train(resume_from_checkpoint=True)
+
+
+def test_resuming_with_another_optimizer_or_half_a_generation_of_another_size_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=[Stop(3)], steps_per_generation=2).train()
+    with pytest.raises(UsageError, match="holds half a generation"):
+        trainer(tmp_path, steps_per_generation=3).train(resume_from_checkpoint=True)
+    model, tokenizer = warm()
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    other = trainer(tmp_path, steps_per_generation=2, model=(model, tokenizer), optimizers=(sgd, None))
+    with pytest.raises(UsageError, match="written with another optimizer"):
+        other.train(resume_from_checkpoint=True)
 
 
 def test_a_model_alone_cannot_be_resumed_from(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class GRPOTrainer:
         eval_dataset: Any = None,
         processing_class: Any = None,
         callbacks: Sequence[Any] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        optimizers: tuple[Any, Any] | None = (None, None),
         peft_config: Any = None,
         ref_model: Any = None,
     ) -> None:
@@ -99,12 +99,16 @@ class GRPOTrainer:
             ref_model, _ = load(ref_model, tokenizer=self.processing_class, dtype=config.master_dtype)
         self.policy = Policy(self.model, self.processing_class, config, ref_model)
         self.policy.check_reference_can_follow()
-        self.optimizer, self.lr_scheduler = optimizers
+        self.optimizer: Any
+        self.lr_scheduler: Any
+        self.optimizer, self.lr_scheduler = optimizers or (None, None)
         self._own_scheduler = self.lr_scheduler is None
         if self.optimizer is None:
             if self.lr_scheduler is not None:
                 raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
             self.optimizer = make_optimizer(self.parameters, config)
+        else:
+            _check_optimizer(self.optimizer, self.parameters)
         self.flow = Flow(self, list(callbacks or []))
         self.last_samples: Samples | None = None
         """What the last optimizer step learned from (its whole generation)."""
@@ -349,6 +353,7 @@ class _Run:
         meta: dict[str, Any] = {
             "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
             "update": self.update, "losses": self.losses, "flow": trainer.flow.to_dict(),
+            "plan": asdict(self.plan),
             "scheduler": None if trainer.lr_scheduler is None else _plain_state(trainer.lr_scheduler),
         }  # fmt: skip
         if trainer.policy.reference is not None and self.config.sync_ref_model:
@@ -361,7 +366,15 @@ class _Run:
 
     def _restore(self, saved: Checkpoint) -> None:
         trainer, meta = self.trainer, saved.meta
-        load_optimizer_state(trainer.optimizer, saved.part("optimizer"), meta["optimizer"])
+        if "samples" in meta and meta["plan"] != asdict(self.plan):
+            raise UsageError(
+                f"the checkpoint holds half a generation, sampled as {meta['plan']}, here it is {asdict(self.plan)}; "
+                "resume with the same batch settings, or from a checkpoint between two generations"
+            )
+        try:
+            load_optimizer_state(trainer.optimizer, saved.part("optimizer"), meta["optimizer"])
+        except ValueError as error:
+            raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
         if trainer.lr_scheduler is not None and meta["scheduler"] is not None:
             trainer.lr_scheduler.load_state_dict(meta["scheduler"])
         self.generator.set_state(saved.tensors["generator"])
@@ -389,6 +402,19 @@ def _configuration(args: Any) -> GRPOConfig:
             "same settings"
         )
     return args
+
+
+def _check_optimizer(optimizer: Any, parameters: MasterParameters) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"optimizers holds {optimizer!r}, which is no optimizer; give torch.optim.SGD(...) or the like"
+        )
+    own = {id(parameter) for parameter in parameters.tensors}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise UsageError(
+            "the optimizer holds no parameter that is trained here; make it of the parameters of the very model that "
+            "is given, and with an adapter of the model that get_peft_model returns"
+        )
 
 
 def _device_generator(device: torch.device) -> torch.Generator:
