@@ -3,8 +3,8 @@
     python docs/build.py           # write
     python docs/build.py --check   # name the pages that are out of date, write nothing
 
-docs/reference.md is made from the code: settings, presets, commands, signatures and docstrings. In the other pages the
-text between `<!-- generated: NAME -->` and `<!-- /generated -->` is replaced. NAME is one of
+docs/reference.md is made from the code: settings, presets, recipes, commands, signatures and docstrings. In the other
+pages the text between `<!-- generated: NAME -->` and `<!-- /generated -->` is replaced. NAME is one of
 
     results FILE                     benchmarks/results/FILE.md
     results FILE / SECTION / ...     only these sections of it; "intro" is what stands before the first one
@@ -26,6 +26,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,11 +96,14 @@ def reference() -> str:
     """docs/reference.md."""
     parts = [
         "# Reference\n\nWritten by `make docs` from the code; changes belong there.\n",
-        "- [Settings](#settings)\n- [Settings of a run](#settings-of-a-run)\n- [Presets](#presets)\n"
-        "- [Commands](#commands)\n- [Python](#python)\n",
+        "Environments:\n\n- [Settings](#settings)\n- [Settings of a run](#settings-of-a-run)\n- [Presets](#presets)\n\n"
+        "Language models:\n\n- [Settings of language models](#settings-of-language-models)\n- [Recipes](#recipes)\n\n"
+        "Both:\n\n- [Commands](#commands)\n- [Python](#python)\n",
         settings_part(),
         run_settings_part(),
         presets_part(),
+        lm_settings_part(),
+        recipes_part(),
         commands_part(),
         python_part(),
     ]
@@ -113,12 +117,32 @@ def settings_part() -> str:
         "## Settings\n\nOf `GRPO(env, **settings)` and of `grouprl train --set KEY=VALUE`. The defaults are the "
         "*robust default*, meant for an environment nobody tuned; presets change some of them.\n"
     )
-    for title, names in _sections(inspect.getsource(GRPOConfig)):
+    return text + _settings_tables(GRPOConfig)
+
+
+def lm_settings_part() -> str:
+    from grouprl.lm.config import GRPOConfig
+
+    return (
+        "## Settings of language models\n\nOf `grouprl.lm.GRPOConfig(**settings)`, under `config:` in a recipe, and of "
+        "`grouprl train-lm --set KEY=VALUE`. Names and meanings are TRL's where TRL has the setting; "
+        "[language-models.md](language-models.md) says what they do together, [papers.md](papers.md) which of them "
+        "make which paper.\n"
+    ) + _settings_tables(GRPOConfig, "Language models: ")
+
+
+def _settings_tables(config: type[BaseModel], before: str = "") -> str:
+    """A table for each section of a configuration; ``before`` is what its heading begins with."""
+    text = ""
+    for title, names in _sections(inspect.getsource(config)):
         rows = []
         for name in names:
-            field = GRPOConfig.model_fields[name]
+            field = config.model_fields[name]
             rows.append([f"`{name}`", shown(field.get_default()), allowed(field), field.description or ""])
-        text += f"\n### {title[0].upper()}{title[1:]}\n\n{table(['setting', 'default', 'allowed', 'meaning'], rows)}"
+        heading = before + title.partition(":")[0]
+        text += (
+            f"\n### {heading[0].upper()}{heading[1:]}\n\n{table(['setting', 'default', 'allowed', 'meaning'], rows)}"
+        )
     return text
 
 
@@ -137,14 +161,16 @@ def _sections(source: str) -> Iterator[tuple[str, list[str]]]:
 
 def allowed(field: FieldInfo) -> str:
     """The values a field takes, in words."""
-    kinds = get_args(field.annotation) if get_origin(field.annotation) not in (Literal, tuple) else ()
+    kinds = get_args(field.annotation) if get_origin(field.annotation) not in (Literal, tuple, dict) else ()
     kinds = kinds or (field.annotation,)
     words = []
     for kind in kinds:
         if get_origin(kind) is Literal:
             words += [f"`{value}`" for value in get_args(kind)]
         elif get_origin(kind) is tuple:
-            words.append("a list of integers")
+            words.append(f"a list of {_members(get_args(kind)[0])}")
+        elif get_origin(kind) is dict:
+            words.append("a mapping")
         elif kind is bool:
             words += ["`true`", "`false`"]
         elif kind is NoneType:
@@ -159,6 +185,12 @@ def allowed(field: FieldInfo) -> str:
             word = {int: "integer", float: "number", str: "text"}[kind]
             words.append(" ".join([word, " and ".join(bounds)]).strip())
     return ", ".join(words)
+
+
+def _members(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
+    return {int: "integers", float: "numbers", str: "texts"}[kind]
 
 
 def run_settings_part() -> str:
@@ -198,6 +230,24 @@ def presets_part() -> str:
     return text
 
 
+def recipes_part() -> str:
+    from grouprl.lm import recipe
+
+    loaded = [recipe.load(name) for name in recipe.names()]
+    text = (
+        "## Recipes\n\nA run of `grouprl train-lm RECIPE`: one of these presets, or [a file]"
+        "(language-models.md#recipes) of the same fields.\n\n"
+        + definition("grouprl.lm.recipe", "Recipe", methods=False)
+    )
+    for r in loaded:
+        values = {key: value for key, value in r.to_dict().items() if key not in ("name", "about", "expect")}
+        dumped = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+        text += f"\n### Recipe {r.name}\n\n{r.about}\n\n```yaml\n{dumped}```\n"
+        if r.expect:
+            text += f"\n```yaml\n{yaml.safe_dump({'expect': r.expect}, sort_keys=False, width=110)}```\n"
+    return text
+
+
 def commands_part() -> str:
     import typer
 
@@ -228,8 +278,25 @@ def python_part() -> str:
         ("Packed steps", "grouprl.rollouts", ["Rollout"]),
     ):
         text += f"\n### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
+    text += "\n### Language models\n\n`from grouprl.lm import GRPOConfig, GRPOTrainer`\n"
+    for title, module, names in (
+        ("The trainer", "grouprl.lm.trainer", ["GRPOTrainer", "TrainOutput"]),
+        ("Batches", "grouprl.lm.batch_plan", ["BatchPlan", "batch_plan"]),
+        ("Models", "grouprl.lm.models", ["load"]),
+        ("Tasks", "grouprl.lm.tasks", ["names", "get"]),
+        ("Rows of a task", "grouprl.lm.tasks.task", ["Task", "Example", "dataset"]),
+        ("Rows of a file", "grouprl.lm.tasks.jsonl", ["load_jsonl", "load_function"]),
+        ("Rewards", "grouprl.lm.rewards.builtin", _public("grouprl.lm.rewards.builtin")),
+        ("Rewards of mathematics", "grouprl.lm.rewards.math", ["math_accuracy"]),
+        ("Runs by a recipe", "grouprl.lm.training", ["train", "resume", "evaluate", "RunResult"]),
+        ("Transcripts", "grouprl.lm.transcripts", ["Transcript", "read_transcripts", "write_html"]),
+    ):
+        text += f"\n#### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
     text += "\n### The objective\n\n`grouprl.objective`: pure functions on packed tensors; each imports from there.\n"
-    for part in ("advantages", "baseline", "returns", "packed", "surrogates", "divergences", "weights"):
+    for part in (
+        "shaping", "advantages", "outcomes", "baseline", "returns", "packed", "surrogates", "sequence", "divergences",
+        "weights",
+    ):  # fmt: skip
         module = f"grouprl.objective.{part}"
         names = [name for name in _definitions(module) if name in objective.__all__]
         text += f"\n#### {part}\n\n" + "\n".join(definition(module, name) for name in names)
@@ -243,7 +310,11 @@ def _definitions(module: str) -> dict[str, ast.stmt]:
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
-def definition(module: str, name: str) -> str:
+def _public(module: str) -> list[str]:
+    return [name for name in _definitions(module) if not name.startswith("_")]
+
+
+def definition(module: str, name: str, *, methods: bool = True) -> str:
     """Signature and docstring of a function; those of the public methods, and the fields, of a class."""
     lines = inspect.getsource(import_module(module)).splitlines()
 
@@ -260,8 +331,8 @@ def definition(module: str, name: str) -> str:
         fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
         if fields:
             parts.append("\n".join("\n".join(lines[item.lineno - 1 : item.end_lineno]) for item in fields))
-        methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-        parts += [head(item) for item in methods if item.name == "__init__" or item.name[0] != "_"]
+        own = [item for item in node.body if isinstance(item, ast.FunctionDef)] if methods else []
+        parts += [head(item) for item in own if item.name == "__init__" or item.name[0] != "_"]
     return "```python\n" + textwrap.dedent("\n\n".join(parts)) + "\n```\n"
 
 

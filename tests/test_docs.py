@@ -12,14 +12,19 @@ import textwrap
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 
-from grouprl import GRPO, cli
+from grouprl import GRPO, cli, objective
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
+from grouprl.lm import GRPOConfig as LanguageConfig
+from grouprl.lm import GRPOTrainer, recipe
+from grouprl.lm import training as lm_training
+from grouprl.lm.batch_plan import batch_plan
+from grouprl.lm.tiny import build_tiny
 from grouprl.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +58,17 @@ def short_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def cut(self: GRPO, total_timesteps: int, *args: Any, **kwargs: Any) -> GRPO:
         return learn(self, min(total_timesteps, LONGEST), *args, **kwargs)
 
+    make = GRPOTrainer.__init__
+
+    def small(self: GRPOTrainer, model: Any, reward_funcs: Any, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        # Whatever model a page names, its code is run on the tiny one, which has room for 64 characters.
+        assert isinstance(model, str)
+        model, kwargs["processing_class"] = build_tiny(0)
+        config = LanguageConfig() if args is None else args
+        config = config.replace(max_steps=1, max_completion_length=min(config.max_completion_length, 4), report_to=())
+        make(self, model, reward_funcs, config, *rest, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "__init__", small)
     monkeypatch.setattr(GRPO, "learn", cut)
     monkeypatch.chdir(tmp_path)
 
@@ -124,8 +140,19 @@ def test_the_reference_names_every_setting_once() -> None:
     assert rows == list(GRPOConfig.model_fields)
 
 
+def test_the_reference_names_every_setting_of_language_models_once() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", build.lm_settings_part(), re.M)
+    assert rows == list(LanguageConfig.model_fields)
+
+
+def test_the_reference_has_every_function_of_the_objective() -> None:
+    part = build.python_part()
+    part = part[part.index("### The objective") :]
+    assert [name for name in objective.__all__ if not re.search(rf"^(def|class) {name}\b", part, re.M)] == []
+
+
 # --- code ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/architecture.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/architecture.md", "docs/language-models.md"])
 @pytest.mark.usefixtures("short_training")
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
     """Blocks share their names; a block of text right after one is what it prints."""
@@ -146,6 +173,37 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
         if following and following["kind"] == "text" and not text[fence.end() : following.start()].strip():
             assert printed.getvalue() == following["code"], f"{name}, line {above + 1}"
     assert ran > 1
+
+
+def configurations() -> list[str]:
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    return [fence["code"].strip() for fence in FENCE.finditer(text)]
+
+
+@pytest.mark.parametrize("code", configurations(), ids=lambda code: re.sub(r"\W+", "_", code)[11:60])
+def test_every_configuration_of_a_paper_can_be_made_and_describes_a_batch(code: str) -> None:
+    config = eval(code, {"GRPOConfig": LanguageConfig})
+    assert isinstance(config, LanguageConfig)
+    assert batch_plan(config).prompts_per_generation >= 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["loss_type", "advantage", "scale_rewards", "importance_sampling_level", "multi_objective_aggregation", "kl_in",
+     "kl_estimator"],
+)  # fmt: skip
+def test_the_page_of_papers_shows_every_choice_of_the_objective(name: str) -> None:
+    made = [eval(code, {"GRPOConfig": LanguageConfig}) for code in configurations()]
+    assert {getattr(config, name) for config in made} == set(get_args(LanguageConfig.model_fields[name].annotation))
+
+
+def test_the_recipes_in_the_pages_are_recipes(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "language-models.md").read_text(encoding="utf-8")
+    recipes = [fence["code"] for fence in FENCE.finditer(text) if fence["kind"] == "yaml"]
+    assert recipes
+    for number, code in enumerate(recipes):
+        (tmp_path / f"{number}.yaml").write_text(code, encoding="utf-8")
+        LanguageConfig(**recipe.load(tmp_path / f"{number}.yaml").config)
 
 
 @pytest.mark.usefixtures("short_training")
@@ -171,7 +229,13 @@ def parse(line: str) -> None:
     group: Any = typer.main.get_command(cli.app)
     _, name, *arguments = shlex.split(line, comments=True)
     context = group.commands[name].make_context(name, arguments)
-    settings, run = cli.train._split(cli.common.assigned(list(context.params.get("assignments") or [])))
+    assigned = cli.common.assigned(list(context.params.get("assignments") or []))
+    if name == "train-lm":
+        source = context.params["recipe"]
+        own = recipe.Recipe(source, "tiny", "reverse") if source.endswith(".yaml") else recipe.load(source)
+        LanguageConfig(**own.changed(assigned).config)
+        return
+    settings, run = cli.train._split(assigned)
     GRPOConfig(**settings)
     assert set(run) <= set(training.RunSettings.__dataclass_fields__)
 
@@ -184,10 +248,12 @@ def test_every_command_line_in_the_pages_is_one_the_command_line_takes() -> None
 
 
 @pytest.mark.parametrize(
-    "wrong", ["grouprl trian CartPole-v1", "grouprl train --stpes 3", "grouprl train X --set n_env=3"]
-)
+    "wrong",
+    ["grouprl trian CartPole-v1", "grouprl train --stpes 3", "grouprl train X --set n_env=3", "grouprl train-lm tny",
+     "grouprl train-lm tiny --set num_generation=4"],
+)  # fmt: skip
 def test_a_wrong_command_line_would_be_noticed(wrong: str) -> None:
-    with pytest.raises(Exception, match=r"trian|stpes|n_env"):
+    with pytest.raises(Exception, match=r"trian|stpes|n_env|tny|num_generation"):
         parse(wrong)
 
 
@@ -218,6 +284,26 @@ def test_every_module_for_environments_is_in_the_picture_of_the_package() -> Non
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     modules = {path.name for path in (ROOT / "src" / "grouprl" / "envs").glob("*.py")} - {"__init__.py"}
     assert {name for name in modules if not re.search(rf"[`/]{name}`", text)} == set()
+
+
+def test_every_module_for_language_models_is_in_the_picture_of_the_package() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = text[text.index("## Language models") :]
+    modules = {path.name for path in (ROOT / "src" / "grouprl" / "lm").glob("*.py")} - {"__init__.py"}
+    assert {name for name in modules if not re.search(rf"[`/]{name}`", text)} == set()
+
+
+def test_every_column_of_the_metrics_of_language_models_is_explained(tmp_path: Path) -> None:
+    lm_training.train(
+        "tiny", tmp_path / "run", steps=2, track=("none",), progress_bar=False,
+        settings={"warm_start": {"steps": 1}, "n_train": 8, "n_eval": 2, "prompts_per_step": 2, "beta": 0.01,
+                  "max_completion_length": 4, "dynamic_sampling": True, "dynamic_sampling_max_batches": 2},
+    )  # fmt: skip
+    text = (ROOT / "docs" / "language-models.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`([\w/]+)`", text[text.index("## Metrics") :]))
+    columns = {name.replace("/reverse/", "/NAME/") for name in read_metrics(tmp_path / "run" / "metrics.csv")}
+    assert "kl" in columns
+    assert columns <= explained
 
 
 def test_every_column_of_the_metrics_is_explained(tmp_path: Path) -> None:
