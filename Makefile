@@ -67,5 +67,13 @@ $(VENV)-peers/.ready: benchmarks/requirements-peers.txt
 	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+bench-lm: $(VENV)/.lm $(VENV)-peers-lm/.ready
+	$(BIN)/python benchmarks/lm_speed.py
+
+$(VENV)-peers-lm/.ready: benchmarks/requirements-peers-lm.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers-lm
+	$(VENV)-peers-lm/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-peers build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-peers $(VENV)-peers-lm build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,180 @@
+"""Seconds and memory of a GRPO step on a language model: grouprl beside TRL, and what each shortcut of grouprl buys.
+
+    python benchmarks/lm_speed.py                       # the works of lm_work.py, both sides in turn
+    python benchmarks/lm_speed.py --ablation            # grouprl on W1 and LONG, one shortcut less at a time
+    python benchmarks/lm_speed.py --table               # write the table of what was measured
+
+Each measurement is a process of its own; the two sides take turns, so that a machine that grows slower or faster meets
+both. What a process measured is appended to results/lm_speed.jsonl; the table takes the newest run of each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_work
+import measuring
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+LOG = RESULTS / "lm_speed.jsonl"
+OURS = HERE.parent / ".venv" / "bin" / "python"
+PEER = HERE.parent / ".venv-peers-lm" / "bin" / "python"
+SHORTCUTS = (
+    "shared-prompts", "prompts-read-once", "rows-leave", "packed-weights", "low-precision", "kept-memory",
+    "packed-attention",
+)  # fmt: skip
+REACH = {"W1": (4.0, 0.6), "W2": (4.0, 0.6), "LONG": (10.0, 0.35)}
+
+
+def run(python: Path, worker: str, *arguments: str) -> dict[str, Any]:
+    """The last line of a worker's output, with the load average just before it started."""
+    load = os.getloadavg()[0]
+    line = [str(python), str(HERE / worker), *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"worker failed ({done.returncode}): {' '.join(line)}\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**result, "load_before": load}
+
+
+def keep(batch: str, side: str, result: dict[str, Any]) -> None:
+    """Append a result and say what it was."""
+    RESULTS.mkdir(exist_ok=True)
+    with LOG.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"batch": batch, "side": side, "machine": measuring.machine(), **result}) + "\n")
+    step = statistics.median(s["step"] for s in result["steps"])
+    print(f"{result['work']:5s} {side:24s} {step:7.2f} s a step, {result['peak_rss_mb'] / 1e3:.2f} GB", flush=True)
+
+
+def compare(works: list[str], rounds: int, steps: int, warmup: int, variants: list[str]) -> None:
+    """Both sides in turn on every work."""
+    batch = f"compare {time.strftime('%Y-%m-%d %H:%M')}"
+    for work in works:
+        for _ in range(rounds):
+            size = ("--work", work, "--steps", str(steps + warmup), "--warmup", str(warmup))
+            keep(batch, "grouprl", run(OURS, "lm_worker_grouprl.py", *size))
+            for variant in variants:
+                keep(batch, f"trl {variant}", run(PEER, "lm_worker_trl.py", *size, "--variant", variant))
+
+
+def ablate(works: list[str], rounds: int, steps: int, warmup: int) -> None:
+    """grouprl with everything and with one shortcut less, in turn."""
+    batch = f"ablation {time.strftime('%Y-%m-%d %H:%M')}"
+    for work in works:
+        for _ in range(rounds):
+            size = ("--work", work, "--steps", str(steps + warmup), "--warmup", str(warmup))
+            keep(batch, "everything", run(OURS, "lm_worker_grouprl.py", *size))
+            for shortcut in SHORTCUTS:
+                given = (*size, "--without", shortcut)
+                keep(batch, f"without {shortcut}", run(OURS, "lm_worker_grouprl.py", *given))
+
+
+def _newest(kind: str) -> list[dict[str, Any]]:
+    """For each work the results of the newest batch of a kind."""
+    rows = [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()] if LOG.exists() else []
+    rows = [row for row in rows if row["batch"].startswith(kind)]
+    last = {row["work"]: row["batch"] for row in rows}
+    return [row for row in rows if last[row["work"]] == row["batch"]]
+
+
+def _sides(rows: list[dict[str, Any]], work: str) -> dict[str, dict[str, float]]:
+    """Medians over all measured steps of each side."""
+    sides: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["work"] == work:
+            sides.setdefault(row["side"], []).append(row)
+    out = {}
+    for side, results in sides.items():
+        steps = [step for result in results for step in result["steps"]]
+        out[side] = {
+            **{name: statistics.median(step[name] for step in steps) for name in ("generate", "learn", "step")},
+            "low": min(step["step"] for step in steps), "high": max(step["step"] for step in steps),
+            "n": len(steps), "gb": statistics.median(result["peak_rss_mb"] for result in results) / 1e3,
+        }  # fmt: skip
+    return out
+
+
+def table() -> str:
+    """The Markdown page."""
+    compared, ablated = _newest("compare"), _newest("ablation")
+    machine = (compared or ablated)[0]["machine"]
+    versions = {k: v for row in compared for k, v in row["versions"].items()}
+    lines = [
+        "# A GRPO step on SmolLM2-135M-Instruct", "",
+        "Made by `python benchmarks/lm_speed.py --table` from `lm_speed.jsonl`; the works are defined in `lm_work.py`.",
+        f"{machine['cpu']}, {machine['cores']} cores, {lm_work.THREADS} threads; "
+        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".", "",
+        "| work | side | generate (s) | learn (s) | step (s) | range of steps | steps | peak memory (GB) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    factors = []
+    for work in dict.fromkeys(row["work"] for row in compared):
+        sides = _sides(compared, work)
+        for side, m in sides.items():
+            lines.append(
+                f"| {work} | {side} | {m['generate']:.2f} | {m['learn']:.2f} | {m['step']:.2f} | "
+                f"{m['low']:.2f}-{m['high']:.2f} | {m['n']:.0f} | {m['gb']:.2f} |"
+            )
+        peers = {side: m for side, m in sides.items() if side != "grouprl"}
+        if peers and "grouprl" in sides:
+            fastest = min(peers.values(), key=lambda m: m["step"])
+            leanest = min(peers.values(), key=lambda m: m["gb"])
+            ours = sides["grouprl"]
+            wanted = REACH[work]
+            factors.append(
+                f"| {work} | {fastest['step'] / ours['step']:.1f} | {wanted[0]:g} | {ours['gb'] / leanest['gb']:.2f} | "
+                f"{wanted[1]:g} |"
+            )
+    lines += [
+        "", "TRL's fastest step over ours, and our memory over the least of TRL's variants measured:", "",
+        "| work | times faster | aim | share of memory | aim |", "| --- | --- | --- | --- | --- |", *factors,
+    ]  # fmt: skip
+    for work in dict.fromkeys(row["work"] for row in ablated):
+        sides = _sides(ablated, work)
+        whole = sides["everything"]
+        lines += [
+            "", f"## What each shortcut buys, {work}", "",
+            "| | generate (s) | learn (s) | step (s) | times slower | peak memory (GB) |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]  # fmt: skip
+        for side, m in sides.items():
+            lines.append(
+                f"| {side} | {m['generate']:.2f} | {m['learn']:.2f} | {m['step']:.2f} | {m['step'] / whole['step']:.2f} "
+                f"| {m['gb']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", action="append", choices=list(lm_work.WORKS), help="default: all; may be repeated")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
+    parser.add_argument("--warmup", type=int, default=1, help="steps of a process before those")
+    parser.add_argument("--variant", action="append", help="of TRL, as in lm_worker_trl.py; default: best")
+    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    if not given.table:
+        subprocess.run([str(OURS), str(HERE / "lm_work.py")], check=True)
+        if given.ablation:
+            ablate(given.work or ["W1", "LONG"], given.rounds, given.steps, given.warmup)
+        else:
+            compare(
+                given.work or list(lm_work.WORKS), given.rounds, given.steps, given.warmup, given.variant or ["best"]
+            )
+    (RESULTS / "lm_speed.md").write_text(table(), encoding="utf-8")
+    print(f"wrote {RESULTS / 'lm_speed.md'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

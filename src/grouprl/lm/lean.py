@@ -1,0 +1,93 @@
+"""A decode step of a Llama-shaped model without the library's modules around it.
+
+A step of sampling is a few rows through hundreds of small operations, so what a module costs beside its arithmetic
+(hooks, wrappers, conversions of single tensors) is a good part of the time. Many architectures (Llama, Qwen2 and 3,
+SmolLM2) are the same block: norm, attention with rotary positions, norm, gated MLP. This module runs that block from
+the model's own layers, in the same order and precision. The sampler uses it only if the model has these parts and no
+other, and if a step of it gives the hidden states of the model itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grouprl.lm.attention import How, Plan
+
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_ATTENTION_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
+
+
+@dataclass(frozen=True)
+class LeanStep:
+    """The step. ``ways`` holds what each layer asks of attention."""
+
+    decoder: Any
+    ways: tuple[How, ...]
+
+    def hidden(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """Last hidden states ``[B, d]`` of one new token per row, ``ids [B]`` at ``positions [B]``."""
+        decoder = self.decoder
+        x: Tensor = decoder.embed_tokens.weight[ids]
+        cos, sin = (t[0, :, None] for t in decoder.rotary_emb(x[None], positions[None]))
+        rows = len(ids)
+        for layer, how in zip(decoder.layers, self.ways, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            h = _norm(layer.input_layernorm, x)
+            q = attention.q_proj.forward(h).view(rows, -1, attention.head_dim)
+            k = attention.k_proj.forward(h).view(rows, -1, attention.head_dim)
+            if hasattr(attention, "q_norm"):
+                q, k = attention.q_norm(q), attention.k_norm(k)
+            heads = q.shape[1]
+            qk = torch.cat([q, k], 1).to(x.dtype)
+            first, second = qk.chunk(2, -1)
+            qk = (qk * cos).addcmul_(torch.cat([-second, first], -1), sin)
+            v = attention.v_proj.forward(h).view(rows, -1, attention.head_dim)
+            out = plan.attend(attention, qk[:, :heads], qk[:, heads:], v, how)
+            x = x + attention.o_proj.forward(out.reshape(rows, -1))
+            h = _norm(layer.post_attention_layernorm, x)
+            x = x + mlp.down_proj.forward(mlp.act_fn(mlp.gate_proj.forward(h)) * mlp.up_proj.forward(h))
+        return _norm(decoder.norm, x)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def lean_step(decoder: Any) -> LeanStep | None:
+    """The step of a decoder of exactly the parts above, or None."""
+    if not isinstance(decoder, nn.Module) or set(dict(decoder.named_children())) != _DECODER:
+        return None
+    if type(decoder.embed_tokens) is not nn.Embedding or not _is_rms(decoder.norm):
+        return None
+    ways = []
+    layers: Any = decoder.layers
+    for layer in layers:
+        parts = dict(layer.named_children())
+        if set(parts) != _LAYER or not (_is_rms(layer.input_layernorm) and _is_rms(layer.post_attention_layernorm)):
+            return None
+        inside, mlp = set(dict(layer.self_attn.named_children())), set(dict(layer.mlp.named_children()))
+        if inside not in (_ATTENTION, _ATTENTION | _ATTENTION_NORMS) or mlp != _MLP:
+            return None
+        scaling, size = getattr(layer.self_attn, "scaling", None), getattr(layer.self_attn, "head_dim", None)
+        if scaling is None or size is None:
+            return None
+        ways.append(How(scaling, getattr(layer.self_attn, "sliding_window", None), None))
+    return LeanStep(decoder, tuple(ways))
+
+
+def _is_rms(module: Any) -> bool:
+    """Whether a norm is x / rms(x) * weight: Gemma's 1 + weight has the same look, so it is tried."""
+    if not hasattr(module, "variance_epsilon") or [n for n, _ in module.named_parameters()] != ["weight"]:
+        return False
+    x = torch.linspace(-2.0, 3.0, 2 * module.weight.numel(), device=module.weight.device, dtype=module.weight.dtype)
+    x = x.view(2, -1)
+    with torch.no_grad():
+        return bool(torch.allclose(module(x), _norm(module, x), rtol=1e-4, atol=1e-5))
