@@ -87,9 +87,10 @@ def timed(clock: dict[str, float], name: str, function: Callable[..., Any]) -> C
 
 def run_work(work: lm_work.Work, steps: int, warmup: int, settings: dict[str, Any], cache: Path) -> dict[str, Any]:
     """``steps`` optimizer steps, the first ``warmup`` of them not measured."""
+    from transformers import TrainerCallback
+
     from grouprl.lm import GRPOConfig, GRPOTrainer
     from grouprl.lm.models import load
-    from transformers import TrainerCallback
 
     model, tokenizer = load(lm_work.model_folder(cache))
 
@@ -182,10 +183,11 @@ def run_work(work: lm_work.Work, steps: int, warmup: int, settings: dict[str, An
 def run_task(seed: int, seconds: float, settings: dict[str, Any], cache: Path) -> dict[str, Any]:
     """Learn lm_work.TASK for ``seconds`` of training, evaluation not counted; prints a line of JSON per evaluation."""
     import torch
+    from transformers import TrainerCallback
+
     from grouprl.lm import GRPOConfig, GRPOTrainer
     from grouprl.lm.models import load
     from grouprl.lm.recorder import evaluate_greedily
-    from transformers import TrainerCallback
 
     hyper = lm_work.TASK
     model, tokenizer = load(lm_work.model_folder(cache))

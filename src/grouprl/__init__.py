@@ -1,4 +1,4 @@
-"""Critic-free reinforcement learning: GRPO for Gymnasium environments.
+"""Critic-free reinforcement learning: GRPO for Gymnasium environments, and for language models in :mod:`grouprl.lm`.
 
     from grouprl import GRPO
     agent = GRPO("CartPole-v1").learn(100_000)

@@ -161,7 +161,7 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
         ("max_prompt_length", 256, "prompts are never cut"),
         ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),
         ("top_entropy_quantile", 0.2, "there is no entropy term"),
-        ("deepspeed", "zero3.json", "torchrun"),
+        ("deepspeed", "zero3.json", "one process"),
         ("auto_find_batch_size", True, "tokens_per_micro_batch"),
         ("use_bias_correction_kl", False, "the gradient of KL"),
     ],

@@ -44,7 +44,7 @@ def test_overwriting_leaves_nothing_of_the_older_run_and_nothing_else_is_deleted
     new = RunFolder.create(tmp_path, {"seed": 2}, overwrite=True)
     assert new.read_config() == {"seed": 2}
     assert new.checkpoints() == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
 
 
 def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None:

@@ -39,7 +39,6 @@ class RunFolder:
             if folder.path.is_dir() and any(folder.path.iterdir()):
                 folder._clear(overwrite)
             write_yaml(folder.config_path, dict(config))
-            folder.checkpoints_path.mkdir(exist_ok=True)
         except OSError as error:
             raise explain_os_error(error, folder.path) from error
         return folder

@@ -1,0 +1,64 @@
+"""The lean decode step gives what the model's own modules give, or is not used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import PACKED, build
+from torch import nn
+
+from grouprl.lm.backbone import find_backbone
+from grouprl.lm.lean import lean_step
+from grouprl.lm.products import Products
+from grouprl.lm.sampler import Completion, Sampler
+from grouprl.lm.sampling import SamplingSettings
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+
+
+def sampled(model: nn.Module, lean: bool, dtype: torch.dtype = torch.float32) -> tuple[bool, list[Completion]]:
+    backbone, why = find_backbone(model)
+    assert backbone is not None, why
+    sampler = Sampler(backbone, Products(model, dtype), [1], lean=lean)
+    settings = SamplingSettings(12)
+    return sampler.lean is not None, sampler.sample(PROMPTS, 4, settings, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_same_tokens_are_sampled_with_and_without_it(name: str) -> None:
+    model = build(name)
+    _, with_it = sampled(model, lean=True)
+    _, without = sampled(model, lean=False)
+    assert [c.ids for c in with_it] == [c.ids for c in without]
+    for one, other in zip(with_it, without, strict=True):
+        assert torch.allclose(one.logp, other.logp, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_llama_shaped_models_have_it(name: str) -> None:
+    assert sampled(build(name), lean=True)[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "gemma3", "phi", "opt"])
+def test_models_with_other_parts_have_none(name: str) -> None:
+    assert lean_step(find_backbone(build(name))[0].decoder) is None  # type: ignore[union-attr]
+
+
+def test_a_model_of_the_same_parts_that_does_something_else_has_none() -> None:
+    # SmolLM3 leaves the rotary positions out of some layers, which no part of it shows.
+    model = build("smollm3")
+    assert lean_step(find_backbone(model)[0].decoder) is not None  # type: ignore[union-attr]
+    assert not sampled(model, lean=True)[0]
+
+
+def test_it_runs_adapters_too() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    has, with_it = sampled(model, lean=True)
+    assert has
+    assert [c.ids for c in with_it] == [c.ids for c in sampled(model, lean=False)[1]]
