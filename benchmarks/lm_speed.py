@@ -148,8 +148,8 @@ def table() -> str:
         ]  # fmt: skip
         for side, m in sides.items():
             lines.append(
-                f"| {side} | {m['generate']:.2f} | {m['learn']:.2f} | {m['step']:.2f} | {m['step'] / whole['step']:.2f} "
-                f"| {m['gb']:.2f} |"
+                f"| {side} | {m['generate']:.2f} | {m['learn']:.2f} | {m['step']:.2f} | "
+                f"{m['step'] / whole['step']:.2f} | {m['gb']:.2f} |"
             )
     return "\n".join(lines) + "\n"
 
