@@ -344,3 +344,13 @@ def test_in_bfloat16_recorded_log_probabilities_are_near_those_of_the_learner() 
     difference = (torch.cat([c.logp for c in found]) - by_learner).abs()
     assert float(difference.mean()) < 0.03
     assert all(0 <= token < VOCABULARY for ids in ids_of(found) for token in ids)
+
+
+def test_prompts_are_read_in_batches_of_bounded_rows_and_tokens(monkeypatch) -> None:
+    monkeypatch.setattr("grouprl.lm.sampler.PROMPT_TOKENS", 10)
+    sampler = packed(build("llama"), max_rows=6)
+    assert list(sampler._batches([4, 4, 4, 30, 1, 1, 1, 1], 2)) == [(0, 2), (2, 3), (3, 4), (4, 7), (7, 8)]
+    assert list(sampler._batches([], 2)) == []
+    greedily = SamplingSettings(5, temperature=0.0)
+    together = packed(build("llama")).sample(PROMPTS, 2, greedily, seeded())
+    assert ids_of(sampler.sample(PROMPTS, 2, greedily, seeded())) == ids_of(together)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from grouprl.lm.sampling import SamplingSettings, draw, greedy, keep_likely, pen
 _HIDDEN = -1e30
 _ROOM = 32
 """Tokens by which a cache grows."""
+PROMPT_TOKENS = 8192
+"""Most prompt tokens read in one pass: it bounds the activations of that pass."""
 
 Adjust = Callable[[Tensor, Tensor, int], Tensor]
 """(logits [B, V], which completions the rows are [B], tokens generated so far) -> logits; called before drawing."""
@@ -211,19 +213,27 @@ class Sampler:
 
         ``generator`` lives on the CPU. A row's draws do not depend on which other rows are still running.
         """
-        at_once = max(1, self.max_rows // group_size)
         out: list[Completion] = []
         training = self.backbone.model.training
         self.backbone.model.eval()
         try:
             with self.products.sampling():
-                for start in range(0, len(prompts), at_once):
-                    out += self._batch(
-                        prompts[start : start + at_once], group_size, settings, generator, adjust, start * group_size
-                    )
+                for start, stop in self._batches([len(p) for p in prompts], group_size):
+                    out += self._batch(prompts[start:stop], group_size, settings, generator, adjust, start * group_size)
         finally:
             self.backbone.model.train(training)
         return out
+
+    def _batches(self, lengths: Sequence[int], group_size: int) -> Iterator[tuple[int, int]]:
+        """Consecutive prompts whose rows decode together: at most max_rows rows and PROMPT_TOKENS, or one prompt."""
+        start, tokens = 0, 0
+        for i, length in enumerate(lengths):
+            if i > start and ((i + 1 - start) * group_size > self.max_rows or tokens + length > PROMPT_TOKENS):
+                yield start, i
+                start, tokens = i, 0
+            tokens += length
+        if lengths:
+            yield start, len(lengths)
 
     @torch.no_grad()
     def _find_lean(self) -> LeanStep | None:
