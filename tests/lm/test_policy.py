@@ -197,15 +197,3 @@ def test_rows_of_a_decode_step_are_as_asked_or_as_memory_suggests(asked: int | N
     sampler = policy(build("llama"), max_rows_per_decode=asked).sampler
     assert isinstance(sampler, Sampler)
     assert sampler.max_rows == rows
-
-
-def test_evaluating_is_without_dropout_and_ends_with_an_exception_too() -> None:
-    found = policy(build("gpt2").train())
-
-    def halt() -> None:
-        assert not found.model.training
-        raise RuntimeError("halt")
-
-    with pytest.raises(RuntimeError, match="halt"), found.evaluating():
-        halt()
-    assert found.model.training

@@ -193,7 +193,7 @@ def test_a_step_with_nothing_to_learn_from_has_a_gradient_of_0(of: Samples) -> N
 
 
 def test_the_steps_of_a_generation_share_out_its_samples_in_order() -> None:
-    parts = parts_of_a_generation(list(range(12)), 3)
+    parts = parts_of_a_generation(12, 3)
     assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 

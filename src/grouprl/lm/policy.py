@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -104,16 +104,6 @@ class Policy:
                 "sync_ref_model moves the reference, but with PEFT the reference is the base model itself; leave "
                 "sync_ref_model out, or train all weights"
             )
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within, the model is in evaluation mode."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
 
     def _learner(self, model: Any, backbone: Any, products: Products) -> Learner:
         config = self.config

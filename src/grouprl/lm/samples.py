@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -53,9 +52,9 @@ class Samples:
         return len(self.completions)
 
 
-def parts_of_a_generation(group: Sequence[int], n_parts: int) -> list[Tensor]:
-    """Split N samples into the minibatches of ``n_parts`` optimizer steps, by index, equally and in order.
+def parts_of_a_generation(n: int, n_parts: int) -> list[Tensor]:
+    """Split ``n`` samples into the minibatches of ``n_parts`` optimizer steps, by index, equally and in order.
 
     The prompts were drawn in random order, so nothing is shuffled, and groups stay together where the numbers allow.
     """
-    return list(torch.split(torch.arange(len(group)), len(group) // n_parts))
+    return list(torch.split(torch.arange(n), n // n_parts))

@@ -1,10 +1,9 @@
-"""GRPO for causal language models, in TRL's shape: the trainer and its loop."""
+"""GRPO for causal language models, in TRL's shape: what it is given, and what it can be asked; loop.py trains."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,24 @@ import torch
 
 from grouprl.errors import UsageError
 from grouprl.lm import checkpoint
-from grouprl.lm.batch_plan import batch_plan, total_steps
+from grouprl.lm.batch_plan import batch_plan
 from grouprl.lm.checkpoint import Checkpoint
-from grouprl.lm.collect import Collector, Metrics, describe_judged, judged
+from grouprl.lm.collect import Metrics, describe_judged, judged
 from grouprl.lm.config import GRPOConfig
-from grouprl.lm.data import PromptOrder, PromptSource, prepare_prompts
+from grouprl.lm.data import PromptSource, prepare_prompts
 from grouprl.lm.flow import Flow
 from grouprl.lm.locate import first_line
+from grouprl.lm.loop import Run, TrainOutput
 from grouprl.lm.models import load
 from grouprl.lm.parameters import (
     MasterParameters,
-    load_optimizer_state,
     make_optimizer,
-    make_schedule,
-    optimizer_state,
 )
 from grouprl.lm.policy import Policy, sampling_settings
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
-from grouprl.lm.samples import Samples, parts_of_a_generation
+from grouprl.lm.samples import Samples
 from grouprl.lm.saving import load_weights, save_model
-from grouprl.lm.step import Step, take
 from grouprl.memory import keep_freed_memory
-
-
-@dataclass(frozen=True)
-class TrainOutput:
-    """What :meth:`GRPOTrainer.train` returns, named as transformers names it."""
-
-    global_step: int
-    training_loss: float
-    metrics: Metrics
 
 
 class GRPOTrainer:
@@ -131,7 +118,7 @@ class GRPOTrainer:
             UsageError: there is no dataset or no checkpoint, or a reward function is at fault.
             TrainingError: a reward function failed or a number stopped being finite; checkpoints stay as they are.
         """
-        run = _Run(self, self._checkpoint_to_resume(resume_from_checkpoint))
+        run = Run(self, self._checkpoint_to_resume(resume_from_checkpoint))
         return run.go()
 
     def _checkpoint_to_resume(self, wanted: bool | str | Path | None) -> Checkpoint | None:
@@ -227,172 +214,6 @@ class GRPOTrainer:
         return {"": self.prompts(dataset, "eval_dataset")}
 
 
-class _Run:
-    """One call of train: the loop and what it must remember between two steps."""
-
-    def __init__(self, trainer: GRPOTrainer, resumed: Checkpoint | None) -> None:
-        self.trainer, self.config, self.plan = trainer, trainer.args, trainer.plan
-        source = trainer._source
-        if source is None:
-            raise UsageError("there is no train_dataset; give one to GRPOTrainer")
-        self.source = source
-        config = self.config
-        data_seed = config.seed if config.data_seed is None else config.data_seed
-        self.order = PromptOrder(None if source.streamed else source.size, data_seed, config.shuffle_dataset)
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.total = total_steps(config, self.plan, source.size)
-        if trainer._own_scheduler:
-            trainer.lr_scheduler = make_schedule(trainer.optimizer, config, self.total)
-        self.collector = Collector(
-            trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator
-        )
-        self.samples: Samples | None = None
-        self.steps: list[Step] = []
-        self.generation_metrics: Metrics = {}
-        self.update = 0
-        """Optimizer steps taken on the samples at hand."""
-        self.losses = 0.0
-        done = 0 if resumed is None else int(resumed.meta["flow"]["state"]["global_step"])
-        trainer.flow.begin(self.total, self._updates_per_epoch(), done)
-        if resumed is not None:
-            self._restore(resumed)
-
-    def _updates_per_epoch(self) -> int | None:
-        if self.source.size is None or self.source.streamed:
-            return None
-        generations = max(1, self.source.size // self.plan.prompts_per_generation)
-        return generations * self.plan.updates_per_generation
-
-    def go(self) -> TrainOutput:
-        """Step until the end, or until a callback stops it."""
-        try:
-            return self._go()
-        finally:
-            self.trainer.flow.close()
-
-    def _go(self) -> TrainOutput:
-        flow = self.trainer.flow
-        began = time.perf_counter()
-        flow.event("on_train_begin")
-        if self.config.eval_on_start and flow.state.global_step == 0:
-            self.trainer.evaluate()
-        while flow.state.global_step < self.total and not flow.control.should_training_stop:
-            flow.step_begins()
-            began_step = time.perf_counter()
-            metrics = self._step()
-            metrics["step_time"] = time.perf_counter() - began_step
-            flow.stepped(metrics, self.order.epoch)
-            if flow.control.should_evaluate:
-                self.trainer.evaluate()
-            if flow.control.should_save:
-                self.save()
-        flow.event("on_train_end")
-        flow.end()
-        seconds = time.perf_counter() - began
-        steps = flow.state.global_step
-        metrics = {
-            "train_runtime": seconds, "train_steps_per_second": steps / seconds,
-            "train_loss": self.losses / max(1, steps),
-        }  # fmt: skip
-        return TrainOutput(steps, metrics["train_loss"], metrics)
-
-    def _step(self) -> Metrics:
-        trainer, config = self.trainer, self.config
-        metrics: Metrics = {}
-        if self.samples is None or self.update == self.plan.updates_per_generation:
-            self.samples, self.generation_metrics = self.collector.collect(
-                self.plan.prompts_per_generation, self.plan.group_size, trainer.state
-            )
-            self.update = 0
-            self._divide()
-            # Steps that come after the policy has moved need to know what it was.
-            for later in self.steps[1:]:
-                later.remember_old()
-            metrics |= self.generation_metrics
-        trainer.last_samples = self.samples
-        step = self.steps[self.update % len(self.steps)]
-        rate = trainer.optimizer.param_groups[0]["lr"]
-        metrics |= take(
-            step, trainer.parameters, trainer.optimizer, config, remember=self.plan.num_iterations > 1,
-            on_gradient=lambda: trainer.flow.event("on_pre_optimizer_step"),
-        )  # fmt: skip
-        trainer.flow.event("on_optimizer_step")
-        if trainer.lr_scheduler is not None:
-            trainer.lr_scheduler.step()
-        metrics["learning_rate"] = float(rate)
-        self.losses += metrics["loss"]
-        self.update += 1
-        done = trainer.state.global_step + 1
-        if config.sync_ref_model and done % config.ref_model_sync_steps == 0:
-            trainer.policy.sync_reference(config.ref_model_mixup_alpha)
-            self.samples.known_ref.zero_()
-        return metrics
-
-    def _divide(self) -> None:
-        assert self.samples is not None
-        parts = parts_of_a_generation(self.samples.group.tolist(), self.plan.steps_per_generation)
-        self.steps = [Step(self.trainer.policy, self.samples, chosen, self.config) for chosen in parts]
-
-    # --- checkpoints -------------------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit."""
-        trainer, flow = self.trainer, self.trainer.flow
-        path = flow.output_dir / f"checkpoint-{flow.state.global_step}"
-        checkpoint.write(
-            path, trainer.model, trainer.processing_class, None if self.config.save_only_model else self._state()
-        )
-        flow.saved(path)
-
-    def _state(self) -> Checkpoint:
-        trainer = self.trainer
-        moments, optimizer_meta = optimizer_state(trainer.optimizer)
-        tensors = {f"optimizer.{name}": value for name, value in moments.items()}
-        tensors["generator"] = self.generator.get_state()
-        tensors["dropout"] = _device_generator(trainer.policy.device).get_state()
-        meta: dict[str, Any] = {
-            "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
-            "update": self.update, "losses": self.losses, "flow": trainer.flow.to_dict(),
-            "plan": asdict(self.plan),
-            "scheduler": None if trainer.lr_scheduler is None else _plain_state(trainer.lr_scheduler),
-        }  # fmt: skip
-        if trainer.policy.reference is not None and self.config.sync_ref_model:
-            for name, value in trainer.policy.reference.model.named_parameters():
-                tensors[f"reference.{name}"] = value.detach()
-        if self.samples is not None and self.update < self.plan.updates_per_generation:
-            buffered, meta["samples"] = checkpoint.samples_state(self.samples)
-            tensors |= {f"samples.{name}": value for name, value in buffered.items()}
-        return Checkpoint(tensors, meta)
-
-    def _restore(self, saved: Checkpoint) -> None:
-        trainer, meta = self.trainer, saved.meta
-        if "samples" in meta and meta["plan"] != asdict(self.plan):
-            raise UsageError(
-                f"the checkpoint holds half a generation, sampled as {meta['plan']}, here it is {asdict(self.plan)}; "
-                "resume with the same batch settings, or from a checkpoint between two generations"
-            )
-        try:
-            load_optimizer_state(trainer.optimizer, saved.part("optimizer"), meta["optimizer"])
-        except ValueError as error:
-            raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
-        if trainer.lr_scheduler is not None and meta["scheduler"] is not None:
-            trainer.lr_scheduler.load_state_dict(meta["scheduler"])
-        self.generator.set_state(saved.tensors["generator"])
-        _device_generator(trainer.policy.device).set_state(saved.tensors["dropout"])
-        self.order.load(meta["order"])
-        self.collector.tokens, self.update, self.losses = meta["tokens"], meta["update"], meta["losses"]
-        trainer.flow.load(meta["flow"])
-        reference = saved.part("reference")
-        if reference and trainer.policy.reference is not None:
-            with torch.no_grad():
-                for name, value in trainer.policy.reference.model.named_parameters():
-                    value.copy_(reference[name])
-        if "samples" in meta:
-            self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
-            trainer.last_samples = self.samples
-            self._divide()
-
-
 def _configuration(args: Any) -> GRPOConfig:
     if args is None:
         return GRPOConfig()
@@ -415,18 +236,6 @@ def _check_optimizer(optimizer: Any, parameters: MasterParameters) -> None:
             "the optimizer holds no parameter that is trained here; make it of the parameters of the very model that "
             "is given, and with an adapter of the model that get_peft_model returns"
         )
-
-
-def _device_generator(device: torch.device) -> torch.Generator:
-    """The random stream that dropout draws from."""
-    if device.type != "cuda":
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-
-
-def _plain_state(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's state without the functions it was made of; those of lr_lambdas are None there already."""
-    return {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
 
 
 def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:
