@@ -280,7 +280,8 @@ def python_part() -> str:
         text += f"\n### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
     text += "\n### Language models\n\n`from grouprl.lm import GRPOConfig, GRPOTrainer`\n"
     for title, module, names in (
-        ("The trainer", "grouprl.lm.trainer", ["GRPOTrainer", "TrainOutput"]),
+        ("The trainer", "grouprl.lm.trainer", ["GRPOTrainer"]),
+        ("What training returns", "grouprl.lm.loop", ["TrainOutput"]),
         ("Batches", "grouprl.lm.batch_plan", ["BatchPlan", "batch_plan"]),
         ("Models", "grouprl.lm.models", ["load"]),
         ("Tasks", "grouprl.lm.tasks", ["names", "get"]),
