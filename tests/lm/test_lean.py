@@ -19,9 +19,9 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 def sampled(model: nn.Module, lean: bool, dtype: torch.dtype = torch.float32) -> tuple[bool, list[Completion]]:
     backbone, why = find_backbone(model)
     assert backbone is not None, why
-    sampler = Sampler(backbone, Products(model, dtype), [1], lean=lean)
+    sampler = Sampler(backbone, Products(model, dtype), [1], steps="lean" if lean else "modules")
     settings = SamplingSettings(12)
-    return sampler.lean is not None, sampler.sample(PROMPTS, 4, settings, torch.Generator().manual_seed(0))
+    return sampler.steps == "lean", sampler.sample(PROMPTS, 4, settings, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", PACKED)

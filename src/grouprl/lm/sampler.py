@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.attention import How, PackedAttention, UnsupportedError
+from grouprl.lm.attention import PackedAttention
 from grouprl.lm.backbone import Backbone
+from grouprl.lm.decoding import TorchDecoder
 from grouprl.lm.lean import LeanStep, lean_step
+from grouprl.lm.native.compile import UnavailableError
+from grouprl.lm.native.decode import NativeDecoder, NativeModel, supported
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import Products
 from grouprl.lm.sampling import SamplingSettings, draw, greedy, keep_likely, penalise_repetition
 
-_HIDDEN = -1e30
-_ROOM = 32
-"""Tokens by which a cache grows."""
+Steps = Literal["native", "lean", "modules"]
 PROMPT_TOKENS = 8192
 """Most prompt tokens read in one pass: it bounds the activations of that pass."""
 
@@ -40,151 +43,20 @@ class Completion:
     finished: bool
 
 
-class _Layer:
-    """Keys and values one layer has seen: of the prompts ``[P K, T, D]``, shared, and of each row's own tokens."""
+class Decoder(Protocol):
+    """Rows of some prompts, token by token."""
 
-    def __init__(self, keys: Tensor, values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> None:
-        p, t = index.shape
-
-        def padded(x: Tensor) -> Tensor:
-            x = torch.cat([x.to(dtype), x.new_zeros((1, *x.shape[1:]), dtype=dtype)])
-            return x[index.reshape(-1)].view(p, t, *x.shape[1:]).transpose(1, 2).reshape(-1, t, x.shape[-1])
-
-        self.k_heads, self.d = keys.shape[1:]
-        self.keys, self.values = padded(keys), padded(values)
-        self.own = self.keys.new_empty(2, rows, self.k_heads, _ROOM, self.d)
-
-    def write(self, k: Tensor, v: Tensor, t: int) -> None:
-        """Append ``[B, K, D]`` as token ``t`` of the first B rows."""
-        if t == self.own.shape[3]:
-            longer = self.own.new_empty(*self.own.shape[:3], 2 * t, self.d)
-            longer[..., :t, :] = self.own
-            self.own = longer
-        rows = k.shape[0]
-        self.own[0, :rows, :, t] = k
-        self.own[1, :rows, :, t] = v
-
-    def read(self, rows: int, t: int) -> tuple[Tensor, Tensor]:
-        """Own keys and values of the first ``rows`` rows up to token ``t``, each ``[B K, t + 1, D]``."""
-        k, v = self.own[:, :rows, :, : t + 1]
-        return k.reshape(-1, t + 1, self.d), v.reshape(-1, t + 1, self.d)
-
-    def select_prompts(self, index: Tensor) -> None:
-        """Keep only the prompts in ``index``."""
-        self.keys, self.values = (
-            x.view(-1, self.k_heads, *x.shape[1:])[index].flatten(0, 1) for x in (self.keys, self.values)
-        )
-
-
-class DecodeAttention:
-    """The plan of a decode step: each row sees its prompt, whose keys are stored once per group, and its own past.
-
-    Rows of one prompt are queries of one product, ``R`` slots per prompt; ``slots [P, R]`` names the row in each (any
-    row where a slot is empty) and ``place [B]`` the slot of each row, flat.
-    """
-
-    def __init__(self, pack: Pack, group_size: int, dtype: torch.dtype) -> None:
-        lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
-        device = lengths.device
-        self.dtype, self.pack = dtype, pack
-        self.lengths = lengths
-        self.t = int(lengths.max())
-        ends = lengths.cumsum(0)
-        places = torch.arange(self.t, device=device)
-        index = (ends - lengths)[:, None] + places
-        self.index = torch.where(places < lengths[:, None], index, pack.ids.shape[0])
-        self.layers: dict[nn.Module, _Layer] = {}
-        self.prompt_of_row = torch.arange(len(lengths), device=device).repeat_interleave(group_size)
-        self.step = 0
-        self._arrange()
+    lengths: Tensor
+    """``[P]`` tokens of each prompt."""
 
     def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
-        """Store a layer's keys and values of the prompts: the ``keep`` of a :class:`PackedAttention`."""
-        if module in self.layers:
-            raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
-        self.layers[module] = _Layer(k, v, self.index, len(self.prompt_of_row), self.dtype)
+        """Store a layer's keys and values ``[S, K, D]`` of the prompts: the ``keep`` of a PackedAttention."""
 
-    def _arrange(self) -> None:
-        """Find slots, places and what is hidden from each row."""
-        rows, device = len(self.prompt_of_row), self.prompt_of_row.device
-        order = torch.argsort(self.prompt_of_row, stable=True)
-        counts = torch.bincount(self.prompt_of_row, minlength=len(self.lengths))
-        r = int(counts.max())
-        start = counts.cumsum(0) - counts
-        within = torch.arange(rows, device=device) - start[self.prompt_of_row[order]]
-        place = torch.empty_like(order)
-        place[order] = self.prompt_of_row[order] * r + within
-        slots = torch.zeros(len(self.lengths) * r, dtype=torch.int64, device=device)
-        slots[place] = torch.arange(rows, device=device)
-        straight = rows == len(slots) and bool((place == torch.arange(rows, device=device)).all())
-        self.slots: Tensor | None = None if straight else slots
-        self.place: Tensor | None = None if straight else place
-        hidden = torch.arange(self.t, device=device) >= self.lengths[self.prompt_of_row][:, None]
-        self.hidden = hidden[:, None, None, :] if bool(hidden.any()) else None
+    def step(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``[B, V]`` float32 behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
 
-    def drop(self, finished: list[int]) -> list[int]:
-        """Remove rows; the last ones move into the gaps. Returns for each remaining row which one it was before."""
-        rows = list(range(len(self.prompt_of_row)))
-        moves = []
-        for row in sorted(finished, reverse=True):
-            last = len(rows) - 1
-            if row != last:
-                moves.append((row, last))
-            rows[row] = rows[-1]
-            rows.pop()
-        for layer in self.layers.values():
-            for row, last in moves:
-                layer.own[:, row] = layer.own[:, last]
-        self.prompt_of_row = self.prompt_of_row[torch.tensor(rows, dtype=torch.int64, device=self.index.device)]
-        alive, renumbered = torch.unique(self.prompt_of_row, return_inverse=True)
-        if len(alive) < len(self.lengths):
-            for layer in self.layers.values():
-                layer.select_prompts(alive)
-            self.lengths, self.prompt_of_row = self.lengths[alive], renumbered
-        if rows:
-            self._arrange()
-        return rows
-
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        """``q [B, H, D]``, ``k, v [B, K, D]`` of the newest token of each row -> ``[B, H, D]``."""
-        layer = self.layers[module]
-        rows, k_heads, d, t = q.shape[0], k.shape[1], q.shape[2], self.t
-        g = q.shape[1] // k_heads
-        layer.write(k, v, self.step)
-        own_k, own_v = layer.read(rows, self.step)
-        q = (q * how.scale).to(self.dtype).reshape(rows, k_heads, g, d)
-        to_prompt = self._by_row(torch.bmm(self._by_prompt(q), layer.keys.transpose(1, 2)), k_heads, g)
-        to_own = torch.bmm(q.reshape(-1, g, d), own_k.transpose(1, 2)).view(rows, k_heads, g, -1)
-        s = torch.cat([to_prompt, to_own], -1).float()
-        if how.softcap is not None:
-            s = torch.tanh(s / how.softcap) * how.softcap
-        if self.hidden is not None:
-            s[..., :t].masked_fill_(self.hidden, _HIDDEN)
-        if how.window is not None:
-            self._hide_far(s, how.window)
-        p = s.softmax(-1).to(self.dtype)
-        out = torch.bmm(p[..., t:].reshape(-1, g, self.step + 1), own_v).view(rows, k_heads, g, d)
-        out += self._by_row(torch.bmm(self._by_prompt(p[..., :t]), layer.values), k_heads, g)
-        return out.view(rows, -1, d)
-
-    def _by_prompt(self, x: Tensor) -> Tensor:
-        """``[B, K, g, c]`` -> ``[P K, R g, c]``."""
-        if self.slots is not None:
-            x = x[self.slots]
-        x = x.view(len(self.lengths), -1, *x.shape[1:]).transpose(1, 2)
-        return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
-
-    def _by_row(self, x: Tensor, k_heads: int, g: int) -> Tensor:
-        """``[P K, R g, c]`` -> ``[B, K, g, c]``."""
-        x = x.view(len(self.lengths), k_heads, -1, g, x.shape[-1]).transpose(1, 2).flatten(0, 1)
-        return x if self.place is None else x[self.place]
-
-    def _hide_far(self, s: Tensor, window: int) -> None:
-        own = torch.arange(self.step + 1, device=s.device)
-        now = self.lengths[self.prompt_of_row] + self.step
-        far = now[:, None] - torch.arange(self.t, device=s.device) >= window
-        s[..., : self.t].masked_fill_(far[:, None, None], _HIDDEN)
-        s[..., self.t :].masked_fill_(self.step - own >= window, _HIDDEN)
+    def drop(self, finished: Sequence[int]) -> list[int]:
+        """Remove rows. Returns for each remaining row which one it was before."""
 
 
 class Sampler:
@@ -194,16 +66,25 @@ class Sampler:
         backbone: the model. products: in which precision it computes.
         end_ids: the tokens that end a completion.
         max_rows: most rows of one decode step; whole groups are sampled together.
-        lean: run the steps of Llama-shaped models without the library's modules around them; changes no number.
+        steps: the fastest way of a decode step that may be used: "native" compiled code (Llama-shaped models on a
+            CPU), "lean" torch operations without the library's modules around them (Llama-shaped models), "modules"
+            the model itself. Each falls back to the next; none changes what is computed.
+
+    Attributes:
+        steps: the way that is used. why: why it is not the one asked for, where a user can do something about it.
     """
 
     def __init__(
-        self, backbone: Backbone, products: Products, end_ids: Sequence[int], max_rows: int = 256, lean: bool = True
-    ) -> None:
+        self, backbone: Backbone, products: Products, end_ids: Sequence[int], max_rows: int = 256,
+        steps: Steps = "native",
+    ) -> None:  # fmt: skip
         self.backbone, self.products = backbone, products
         self.end_ids = torch.tensor(sorted(set(end_ids)), device=backbone.device)
         self.max_rows = max_rows
-        self.lean = self._find_lean() if lean else None
+        self.steps, self.why = steps, ""
+        self.lean: LeanStep | None = None
+        self._native: NativeModel | None = None
+        self._find_steps()
 
     def sample(
         self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,
@@ -214,15 +95,25 @@ class Sampler:
         ``generator`` lives on the CPU. A row's draws do not depend on which other rows are still running.
         """
         out: list[Completion] = []
+        with self._sampling():
+            for start, stop in self._batches([len(p) for p in prompts], group_size):
+                out += self._batch(prompts[start:stop], group_size, settings, generator, adjust, start * group_size)
+        return out
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Within, the model evaluates, and its weights are laid out for decode steps."""
         training = self.backbone.model.training
         self.backbone.model.eval()
         try:
-            with self.products.sampling():
-                for start, stop in self._batches([len(p) for p in prompts], group_size):
-                    out += self._batch(prompts[start:stop], group_size, settings, generator, adjust, start * group_size)
+            if self.steps == "native" and self.lean is not None:
+                low = self.products.dtype == torch.bfloat16
+                self._native = NativeModel(self.backbone.decoder, self.backbone.head, self.lean.ways, low)
+            with self.products.sampling(self._native.forward) if self._native else self.products.sampling():
+                yield
         finally:
+            self._native = None
             self.backbone.model.train(training)
-        return out
 
     def _batches(self, lengths: Sequence[int], group_size: int) -> Iterator[tuple[int, int]]:
         """Consecutive prompts whose rows decode together: at most max_rows rows and PROMPT_TOKENS, or one prompt."""
@@ -235,40 +126,59 @@ class Sampler:
         if lengths:
             yield start, len(lengths)
 
-    @torch.no_grad()
-    def _find_lean(self) -> LeanStep | None:
-        """The lean step, if the model has the parts for it and both ways give the same hidden states."""
-        step = lean_step(self.backbone.decoder)
-        if step is None:
-            return None
-        device, training = self.backbone.device, self.backbone.model.training
-        self.backbone.model.eval()
-        pack = Pack.of([Group([1, 2, 3, 4], ()), Group([2, 1], ())], device)
-        plan = DecodeAttention(pack, 2, self.backbone.head.weight.dtype)
-        with self.backbone.following(PackedAttention(pack, keep=plan.keep)):
-            self.backbone.hidden(pack.ids, pack.positions)
-        token, position = torch.tensor([3, 0, 1, 4], device=device), torch.tensor([4, 4, 2, 2], device=device)
-        with self.backbone.following(plan):
-            wanted = self.backbone.hidden(token, position)
-        found = step.hidden(token, position, plan)
-        self.backbone.model.train(training)
-        error = float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
-        return step if error < (1e-4 if wanted.dtype == torch.float32 else 0.05) else None
+    def _find_steps(self) -> None:
+        """Settle for the first way that the model has the parts for and that gives what its modules give."""
+        if self.steps == "modules":
+            return
+        lean = lean_step(self.backbone.decoder)
+        asked, self.steps = self.steps, "modules"
+        if lean is None:
+            return
+        wanted = self._try()
+        self.steps, self.lean = "lean", lean
+        exact = self.products.dtype == torch.float32
+        if _difference(self._try(), wanted) > (1e-3 if exact else 0.02):
+            self.steps, self.lean = "modules", None
+        elif asked == "native" and supported(self.backbone.decoder, self.backbone.head):
+            try:
+                self.steps = "native"
+                if _difference(self._try(), wanted) > (1e-3 if exact else 0.1):  # it rounds less often
+                    self.steps, self.why = "lean", "compiled decode steps give other logits than the model"
+            except UnavailableError as error:
+                self.steps, self.why = "lean", str(error)
 
+    @torch.no_grad()
+    def _try(self) -> Tensor:
+        """Logits ``[4, V]`` of the second token behind two short prompts."""
+        ids = torch.tensor([[3, 0, 1, 4], [1, 2, 0, 3]], device=self.backbone.device)
+        with self._sampling():
+            decoder, _ = self._read([[1, 2, 3, 4], [2, 1]], 2, 2)
+            at = decoder.lengths.repeat_interleave(2)
+            decoder.step(ids[0], at)
+            return decoder.step(ids[1], at + 1)
+
+    def _read(self, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int) -> tuple[Decoder, Tensor]:
+        """Read the prompts: a decoder of their rows, and the logits ``[P, V]`` behind each prompt."""
+        pack = Pack.of([Group(prompt, ()) for prompt in prompts], self.backbone.device)
+        decoder: Decoder
+        if self._native is not None:
+            decoder = NativeDecoder(self._native, pack, group_size, max_new_tokens)
+        else:
+            decoder = TorchDecoder(self.backbone, self.lean, self.products.dtype, pack, group_size)
+        lengths = decoder.lengths
+        with self.backbone.following(PackedAttention(pack, self.products.dtype, decoder.keep)):
+            hidden = self.backbone.hidden(pack.ids, pack.positions)
+        return decoder, self.backbone.head(hidden[lengths.cumsum(0) - 1]).float()
+
+    @torch.no_grad()
     def _batch(
         self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,
         adjust: Adjust | None, first: int,
     ) -> list[Completion]:  # fmt: skip
         device, n = self.backbone.device, len(prompts) * group_size
-        pack = Pack.of([Group(prompt, ()) for prompt in prompts], device)
-        # On a CPU small float32 products are three times faster than bfloat16 ones, and these are all small.
-        dtype = torch.float32 if device.type == "cpu" else self.products.dtype
-        plan = DecodeAttention(pack, group_size, dtype)
-        with self.backbone.following(PackedAttention(pack, self.products.dtype, plan.keep)):
-            hidden = self.backbone.hidden(pack.ids, pack.positions)
-        last = plan.lengths.cumsum(0) - 1
-        logits = self._logits(hidden[last]).repeat_interleave(group_size, 0)
-        position = plan.lengths.repeat_interleave(group_size)
+        decoder, logits = self._read(prompts, group_size, settings.max_new_tokens)
+        logits = logits.repeat_interleave(group_size, 0)
+        position = decoder.lengths.repeat_interleave(group_size)
         seen = None
         if settings.repetition_penalty != 1.0:
             seen = torch.zeros(n, logits.shape[-1], dtype=torch.bool, device=device)
@@ -296,26 +206,20 @@ class Sampler:
                 ended[rows[over]] = True
                 if bool(over.all()):
                     break
-                kept = torch.tensor(plan.drop(over.nonzero()[:, 0].tolist()), device=device)
+                kept = torch.tensor(decoder.drop(over.nonzero()[:, 0].tolist()), device=device)
                 rows, token, position = rows[kept], token[kept], position[kept]
             if step + 1 == settings.max_new_tokens:
                 break
-            plan.step = step
-            if self.lean is not None:
-                hidden = self.lean.hidden(token, position, plan)
-            else:
-                with self.backbone.following(plan):
-                    hidden = self.backbone.hidden(token, position)
+            logits = decoder.step(token, position)
             position = position + 1
-            logits = self._logits(hidden)
         return [
             Completion(tokens[i, : int(lengths[i])].tolist(), logps[i, : int(lengths[i])].cpu(), bool(ended[i]))
             for i in range(n)
         ]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.backbone.head(hidden)
-        return logits.float()
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
 
 
 def _choose(logits: Tensor, settings: SamplingSettings, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,192 @@
+"""Decode steps of any packed model: the newest token of each row, behind its prompt and its own past."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grouprl.lm.attention import How, UnsupportedError
+from grouprl.lm.backbone import Backbone
+from grouprl.lm.lean import LeanStep
+from grouprl.lm.packing import Pack
+
+_HIDDEN = -1e30
+_ROOM = 32
+"""Tokens by which a cache grows."""
+
+
+class _Layer:
+    """Keys and values one layer has seen: of the prompts ``[P K, T, D]``, shared, and of each row's own tokens."""
+
+    def __init__(self, keys: Tensor, values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> None:
+        p, t = index.shape
+
+        def padded(x: Tensor) -> Tensor:
+            x = torch.cat([x.to(dtype), x.new_zeros((1, *x.shape[1:]), dtype=dtype)])
+            return x[index.reshape(-1)].view(p, t, *x.shape[1:]).transpose(1, 2).reshape(-1, t, x.shape[-1])
+
+        self.k_heads, self.d = keys.shape[1:]
+        self.keys, self.values = padded(keys), padded(values)
+        self.own = self.keys.new_empty(2, rows, self.k_heads, _ROOM, self.d)
+
+    def write(self, k: Tensor, v: Tensor, t: int) -> None:
+        """Append ``[B, K, D]`` as token ``t`` of the first B rows."""
+        if t == self.own.shape[3]:
+            longer = self.own.new_empty(*self.own.shape[:3], 2 * t, self.d)
+            longer[..., :t, :] = self.own
+            self.own = longer
+        rows = k.shape[0]
+        self.own[0, :rows, :, t] = k
+        self.own[1, :rows, :, t] = v
+
+    def read(self, rows: int, t: int) -> tuple[Tensor, Tensor]:
+        """Own keys and values of the first ``rows`` rows up to token ``t``, each ``[B K, t + 1, D]``."""
+        k, v = self.own[:, :rows, :, : t + 1]
+        return k.reshape(-1, t + 1, self.d), v.reshape(-1, t + 1, self.d)
+
+    def select_prompts(self, index: Tensor) -> None:
+        """Keep only the prompts in ``index``."""
+        self.keys, self.values = (
+            x.view(-1, self.k_heads, *x.shape[1:])[index].flatten(0, 1) for x in (self.keys, self.values)
+        )
+
+
+class DecodeAttention:
+    """The plan of a decode step: each row sees its prompt, whose keys are stored once per group, and its own past.
+
+    Rows of one prompt are queries of one product, ``R`` slots per prompt; ``slots [P, R]`` names the row in each (any
+    row where a slot is empty) and ``place [B]`` the slot of each row, flat.
+    """
+
+    def __init__(self, pack: Pack, group_size: int, dtype: torch.dtype) -> None:
+        lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
+        device = lengths.device
+        self.dtype, self.pack = dtype, pack
+        self.lengths = lengths
+        self.t = int(lengths.max())
+        ends = lengths.cumsum(0)
+        places = torch.arange(self.t, device=device)
+        index = (ends - lengths)[:, None] + places
+        self.index = torch.where(places < lengths[:, None], index, pack.ids.shape[0])
+        self.layers: dict[nn.Module, _Layer] = {}
+        self.prompt_of_row = torch.arange(len(lengths), device=device).repeat_interleave(group_size)
+        self.step = 0
+        self._arrange()
+
+    def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
+        """Store a layer's keys and values of the prompts: the ``keep`` of a :class:`PackedAttention`."""
+        if module in self.layers:
+            raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
+        self.layers[module] = _Layer(k, v, self.index, len(self.prompt_of_row), self.dtype)
+
+    def _arrange(self) -> None:
+        """Find slots, places and what is hidden from each row."""
+        rows, device = len(self.prompt_of_row), self.prompt_of_row.device
+        order = torch.argsort(self.prompt_of_row, stable=True)
+        counts = torch.bincount(self.prompt_of_row, minlength=len(self.lengths))
+        r = int(counts.max())
+        start = counts.cumsum(0) - counts
+        within = torch.arange(rows, device=device) - start[self.prompt_of_row[order]]
+        place = torch.empty_like(order)
+        place[order] = self.prompt_of_row[order] * r + within
+        slots = torch.zeros(len(self.lengths) * r, dtype=torch.int64, device=device)
+        slots[place] = torch.arange(rows, device=device)
+        straight = rows == len(slots) and bool((place == torch.arange(rows, device=device)).all())
+        self.slots: Tensor | None = None if straight else slots
+        self.place: Tensor | None = None if straight else place
+        hidden = torch.arange(self.t, device=device) >= self.lengths[self.prompt_of_row][:, None]
+        self.hidden = hidden[:, None, None, :] if bool(hidden.any()) else None
+
+    def drop(self, finished: Sequence[int]) -> list[int]:
+        """Remove rows; the last ones move into the gaps. Returns for each remaining row which one it was before."""
+        rows = list(range(len(self.prompt_of_row)))
+        moves = []
+        for row in sorted(finished, reverse=True):
+            last = len(rows) - 1
+            if row != last:
+                moves.append((row, last))
+            rows[row] = rows[-1]
+            rows.pop()
+        for layer in self.layers.values():
+            for row, last in moves:
+                layer.own[:, row] = layer.own[:, last]
+        self.prompt_of_row = self.prompt_of_row[torch.tensor(rows, dtype=torch.int64, device=self.index.device)]
+        alive, renumbered = torch.unique(self.prompt_of_row, return_inverse=True)
+        if len(alive) < len(self.lengths):
+            for layer in self.layers.values():
+                layer.select_prompts(alive)
+            self.lengths, self.prompt_of_row = self.lengths[alive], renumbered
+        if rows:
+            self._arrange()
+        return rows
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """``q [B, H, D]``, ``k, v [B, K, D]`` of the newest token of each row -> ``[B, H, D]``."""
+        layer = self.layers[module]
+        rows, k_heads, d, t = q.shape[0], k.shape[1], q.shape[2], self.t
+        g = q.shape[1] // k_heads
+        layer.write(k, v, self.step)
+        own_k, own_v = layer.read(rows, self.step)
+        q = (q * how.scale).to(self.dtype).reshape(rows, k_heads, g, d)
+        to_prompt = self._by_row(torch.bmm(self._by_prompt(q), layer.keys.transpose(1, 2)), k_heads, g)
+        to_own = torch.bmm(q.reshape(-1, g, d), own_k.transpose(1, 2)).view(rows, k_heads, g, -1)
+        s = torch.cat([to_prompt, to_own], -1).float()
+        if how.softcap is not None:
+            s = torch.tanh(s / how.softcap) * how.softcap
+        if self.hidden is not None:
+            s[..., :t].masked_fill_(self.hidden, _HIDDEN)
+        if how.window is not None:
+            self._hide_far(s, how.window)
+        p = s.softmax(-1).to(self.dtype)
+        out = torch.bmm(p[..., t:].reshape(-1, g, self.step + 1), own_v).view(rows, k_heads, g, d)
+        out += self._by_row(torch.bmm(self._by_prompt(p[..., :t]), layer.values), k_heads, g)
+        return out.view(rows, -1, d)
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """``[B, K, g, c]`` -> ``[P K, R g, c]``."""
+        if self.slots is not None:
+            x = x[self.slots]
+        x = x.view(len(self.lengths), -1, *x.shape[1:]).transpose(1, 2)
+        return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+
+    def _by_row(self, x: Tensor, k_heads: int, g: int) -> Tensor:
+        """``[P K, R g, c]`` -> ``[B, K, g, c]``."""
+        x = x.view(len(self.lengths), k_heads, -1, g, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+        return x if self.place is None else x[self.place]
+
+    def _hide_far(self, s: Tensor, window: int) -> None:
+        own = torch.arange(self.step + 1, device=s.device)
+        now = self.lengths[self.prompt_of_row] + self.step
+        far = now[:, None] - torch.arange(self.t, device=s.device) >= window
+        s[..., : self.t].masked_fill_(far[:, None, None], _HIDDEN)
+        s[..., self.t :].masked_fill_(self.step - own >= window, _HIDDEN)
+
+
+class TorchDecoder:
+    """Rows of some prompts, token by token, by torch operations.
+
+    Args:
+        backbone: the model. lean: its steps without the library's modules, or None. dtype: of keys and values.
+        pack: the prompts. group_size: rows of each.
+    """
+
+    def __init__(
+        self, backbone: Backbone, lean: LeanStep | None, dtype: torch.dtype, pack: Pack, group_size: int
+    ) -> None:
+        self.backbone, self.lean = backbone, lean
+        # On a CPU small float32 products are three times faster than bfloat16 ones, and these are all small.
+        self.plan = DecodeAttention(pack, group_size, torch.float32 if backbone.device.type == "cpu" else dtype)
+        self.lengths, self.keep, self.drop = self.plan.lengths, self.plan.keep, self.plan.drop
+
+    def step(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``[B, V]`` behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
+        if self.lean is not None:
+            hidden = self.lean.hidden(ids, positions, self.plan)
+        else:
+            with self.backbone.following(self.plan):
+                hidden = self.backbone.hidden(ids, positions)
+        self.plan.step += 1
+        logits: Tensor = self.backbone.head(hidden)
+        return logits.float()

@@ -1,0 +1,104 @@
+"""C that is compiled where it runs: for this processor, at first use, by the system's compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+_SOURCES = ("vector.h", "products.h", "decode.c")
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
+
+
+class UnavailableError(RuntimeError):
+    """There is no compiled code here; the message says why."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled functions.
+
+    The file is kept in ``$XDG_CACHE_HOME/grouprl`` (or ``~/.cache/grouprl``) under a name made of the source, the
+    compiler and the processor, so that it is compiled once. ``$CC`` names another compiler than ``cc``.
+
+    Raises UnavailableError if there is no compiler, it fails, or the processor refuses.
+    """
+    if sys.platform != "linux":
+        raise UnavailableError(f"compiled sampling is for Linux, this is {sys.platform}")
+    import torch  # its OpenMP is the one the functions use
+
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise UnavailableError("there is no C compiler (cc, gcc or clang; install gcc, or set CC)")
+    if torch.get_num_threads() < 1:
+        raise UnavailableError("torch has no threads")
+    path = _folder() / f"decode-{_key(compiler)}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnavailableError(f"{path}: {error}") from error
+    if loaded.grouprl_start():
+        raise UnavailableError("the system does not grant the processor's matrix unit")
+    return loaded
+
+
+def _folder() -> Path:
+    """Where compiled files are kept, or a folder of the process's user where that cannot be written to."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grouprl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    other = Path(tempfile.gettempdir()) / f"grouprl-{os.getuid()}"
+    other.mkdir(mode=0o700, exist_ok=True)
+    if other.stat().st_uid != os.getuid():
+        raise UnavailableError(f"{other} belongs to somebody else")
+    return other
+
+
+def _key(compiler: str) -> str:
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        digest.update((_HERE / name).read_bytes())
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UnavailableError(f"{compiler} --version: {error}") from error
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu += "".join(
+            line for line in info.read_text().split("\n\n")[0].splitlines() if line.startswith(("flags", "model name"))
+        )
+    for part in (version, " ".join(_FLAGS).encode(), cpu.encode()):
+        digest.update(part)
+    return digest.hexdigest()[:20]
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile to ``path``. OpenMP's library is not linked: torch has loaded one, and two would fight for the cores."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made, linked = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
+        for command in (
+            [compiler, *_FLAGS, "-c", str(_HERE / "decode.c"), "-o", str(made)],
+            [compiler, "-shared", str(made), "-o", str(linked), "-lm"],
+        ):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+            except (OSError, subprocess.SubprocessError) as error:
+                raise UnavailableError(f"{compiler}: {error}") from error
+            if done.returncode != 0:
+                raise UnavailableError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+        linked.replace(path)

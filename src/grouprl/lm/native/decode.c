@@ -1,0 +1,333 @@
+/* One token of each row through a Llama-shaped model: norm, attention with rotary positions, norm, gated MLP.
+
+   A step reads every weight once for a handful of rows, so it should cost what reading the weights costs. All of it is
+   one parallel region; threads meet at barriers. Keys of every 16 tokens lie transposed, [D][16], so that scores are
+   sums of vectors; values lie as [token][D]. The rows of one prompt read its keys and values together. */
+#include "products.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <omp.h>
+#ifdef GROUPRL_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+typedef struct {
+    const float *norm1, *norm2, *q_norm, *k_norm; /* the latter two [D] or NULL */
+    Linear qkv, o, gate_up, down;                 /* blocks of gate and up take turns */
+    float scale;                                  /* of the scores */
+    int32_t window;                               /* tokens a token sees, itself included; 0: all */
+} Layer;
+
+typedef struct {
+    int32_t layers, width, heads, k_heads, head_dim, inner, low;
+    float eps;
+    const float *norm;
+    Linear head;
+    const Layer *layer;
+} Model;
+
+/* P prompts of at most T tokens (a multiple of 16), S slots of at most C own tokens each (a multiple of 16). */
+typedef struct {
+    int32_t prompts, T, slots, C;
+    float *prompt_k, *prompt_v; /* [layers, P, K, T / 16, D, 16] and [layers, P, K, T, D] */
+    float *own_k, *own_v;       /* [layers, S, K, C / 16, D, 16] and [layers, S, K, C, D] */
+    const int32_t *lengths;     /* [P] tokens of each prompt */
+} Cache;
+
+typedef struct {
+    int32_t rows, parts, t;     /* t: own tokens seen before */
+    const int32_t *part;        /* [parts + 1] where each part of `row` starts; the rows of a part share a prompt */
+    const int32_t *prompt;      /* [parts] */
+    const int32_t *row, *slot;  /* [rows] rows by part; and the slot of each row */
+    float *x;                   /* [rows, width], overwritten */
+    const float *cos, *sin;     /* [rows, D] */
+    float *logits;              /* [rows, vocabulary] */
+} Step;
+
+static void *room(size_t bytes) {
+    void *p = NULL;
+    return posix_memalign(&p, 64, bytes + 4096) ? NULL : memset(p, 0, bytes);
+}
+
+static void put(int low, void *to, size_t at, vec v) {
+    if (low)
+        store_bf16((bf16 *)to + at, v);
+    else
+        store((float *)to + at, v);
+}
+
+static float inverse_rms(const float *x, int n, float eps) {
+    vec s = all(0);
+    for (int i = 0; i < n; i += W) s += load(x + i) * load(x + i);
+    return 1.0f / sqrtf(sum(s) / n + eps);
+}
+
+/* Norms of the rows that are this thread's. */
+static void norms(const Model *m, int rows, const float *x, const float *weight, void *to, int me, int threads) {
+    for (int r = rows * me / threads; r < rows * (me + 1) / threads; r++) {
+        const float *row = x + (size_t)r * m->width;
+        float f = inverse_rms(row, m->width, m->eps);
+        for (int i = 0; i < m->width; i += W) put(m->low, to, (size_t)r * m->width + i, load(row + i) * f * load(weight + i));
+    }
+}
+
+/* --- attention ------------------------------------------------------------------------------------------------- */
+
+INLINE void scores_of(const int n, const int blocks, int d, const float *q, const float *k, float *s, int ld) {
+    vec a[12];
+    for (int i = 0; i < n * blocks; i++) a[i] = all(0);
+    for (int j = 0; j < d; j++)
+        for (int b = 0; b < blocks; b++) {
+            vec key = load(k + (size_t)b * d * W + j * W);
+            for (int i = 0; i < n; i++) a[i * blocks + b] += key * q[i * d + j];
+        }
+    for (int i = 0; i < n; i++)
+        for (int b = 0; b < blocks; b++) store(s + i * ld + b * W, a[i * blocks + b]);
+}
+
+/* s [n, tokens] = q [n, D] times the keys. */
+static void scores(int n, int tokens, int d, const float *q, const float *k, float *s, int ld) {
+    int blocks = (tokens + W - 1) / W;
+    while (n > 0) {
+        int take = n >= 12 ? 12 : n >= 6 ? 6 : n >= 3 ? 3 : 1, b = 0;
+        const int step = take == 12 ? 1 : take == 6 ? 2 : 4;
+        for (; b + step <= blocks; b += step) {
+            const float *key = k + (size_t)b * d * W;
+            if (take == 12) scores_of(12, 1, d, q, key, s + b * W, ld);
+            else if (take == 6) scores_of(6, 2, d, q, key, s + b * W, ld);
+            else if (take == 3) scores_of(3, 4, d, q, key, s + b * W, ld);
+            else scores_of(1, 4, d, q, key, s + b * W, ld);
+        }
+        for (; b < blocks; b++) {
+            const float *key = k + (size_t)b * d * W;
+            if (take == 12) scores_of(12, 1, d, q, key, s + b * W, ld);
+            else if (take == 6) scores_of(6, 1, d, q, key, s + b * W, ld);
+            else if (take == 3) scores_of(3, 1, d, q, key, s + b * W, ld);
+            else scores_of(1, 1, d, q, key, s + b * W, ld);
+        }
+        n -= take, q += (size_t)take * d, s += (size_t)take * ld;
+    }
+}
+
+INLINE void mix_of(const int n, const int wide, int tokens, int d, const float *p, int ld, const float *v, float *out) {
+    vec a[12];
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < wide; j++) a[i * wide + j] = load(out + i * d + j * W);
+    for (int t = 0; t < tokens; t++)
+        for (int j = 0; j < wide; j++) {
+            vec value = load(v + (size_t)t * d + j * W);
+            for (int i = 0; i < n; i++) a[i * wide + j] += value * p[i * ld + t];
+        }
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < wide; j++) store(out + i * d + j * W, a[i * wide + j]);
+}
+
+/* out [n, D] += p [n, tokens] times the values. */
+static void mix(int n, int tokens, int d, const float *p, int ld, const float *v, float *out) {
+    while (n > 0) {
+        int take = n >= 12 ? 12 : n >= 6 ? 6 : n >= 3 ? 3 : 1, j = 0;
+        for (; take < 6 && j + 4 * W <= d; j += 4 * W) {
+            if (take == 3) mix_of(3, 4, tokens, d, p, ld, v + j, out + j);
+            else mix_of(1, 4, tokens, d, p, ld, v + j, out + j);
+        }
+        for (; j < d; j += W) {
+            if (take == 12) mix_of(12, 1, tokens, d, p, ld, v + j, out + j);
+            else if (take == 6) mix_of(6, 1, tokens, d, p, ld, v + j, out + j);
+            else if (take == 3) mix_of(3, 1, tokens, d, p, ld, v + j, out + j);
+            else mix_of(1, 1, tokens, d, p, ld, v + j, out + j);
+        }
+        n -= take, p += (size_t)take * ld, out += (size_t)take * d;
+    }
+}
+
+/* x [D] normed (if there is a norm), turned by its position, scaled. */
+static void rotate(const float *x, int d, const float *norm, float eps, const float *cos, const float *sin, float scale, float *to) {
+    float f = norm ? inverse_rms(x, d, eps) : 1.0f;
+    int half = d / 2;
+    for (int i = 0; i < half; i++) {
+        float a = x[i] * f, b = x[i + half] * f;
+        if (norm) a *= norm[i], b *= norm[i + half];
+        to[i] = (a * cos[i] - b * sin[i]) * scale;
+        to[i + half] = (b * cos[i + half] + a * sin[i + half]) * scale;
+    }
+}
+
+static void hide(float *s, int ld, int n, int from, int to) {
+    for (int i = 0; i < n; i++)
+        for (int t = from; t < to; t++) s[i * ld + t] = -1e30f;
+}
+
+/* Rows from..to of part p, key head h. `space` holds (to - from) * g * (2 D + T + C) floats. */
+static void attend(const Model *m, const Layer *l, int at, const Cache *c, const Step *s, int p, int h, int from, int to, const float *qkv, void *out, float *space) {
+    int d = m->head_dim, g = m->heads / m->k_heads, n = (to - from) * g, all_heads = m->heads + 2 * m->k_heads;
+    int prompt = s->prompt[p], length = c->lengths[prompt], own = s->t + 1, ld = c->T + c->C;
+    float *q = space, *o = q + n * d, *w = o + n * d;
+    size_t of_prompt = ((size_t)at * c->prompts + prompt) * m->k_heads + h;
+    memset(o, 0, n * d * sizeof(float));
+    for (int i = from; i < to; i++) {
+        int row = s->row[i];
+        const float *x = qkv + (size_t)row * all_heads * d, *cos = s->cos + row * d, *sin = s->sin + row * d;
+        size_t slot = ((size_t)at * c->slots + s->slot[row]) * m->k_heads + h;
+        float key[d], *block = c->own_k + slot * c->C * d + (size_t)(s->t / W) * W * d + s->t % W;
+        for (int j = 0; j < g; j++)
+            rotate(x + (h * g + j) * d, d, l->q_norm, m->eps, cos, sin, l->scale, q + ((i - from) * g + j) * d);
+        rotate(x + (m->heads + h) * d, d, l->k_norm, m->eps, cos, sin, 1.0f, key);
+        for (int j = 0; j < d; j++) block[j * W] = key[j];
+        memcpy(c->own_v + (slot * c->C + s->t) * d, x + (m->heads + m->k_heads + h) * d, d * sizeof(float));
+        scores(g, own, d, q + (i - from) * g * d, c->own_k + slot * c->C * d, w + (i - from) * g * ld + c->T, ld);
+    }
+    scores(n, length, d, q, c->prompt_k + of_prompt * c->T * d, w, ld);
+    int first = 0, first_own = 0, end = c->T + (own + W - 1) / W * W;
+    if (l->window > 0) {
+        first = length + own - l->window;
+        first_own = own - l->window;
+        first = first < 0 ? 0 : first > length ? length : first;
+        first_own = first_own < 0 ? 0 : first_own;
+    }
+    hide(w, ld, n, 0, first);
+    hide(w, ld, n, length, c->T + first_own);
+    hide(w, ld, n, c->T + own, end);
+    for (int i = 0; i < n; i++) {
+        float *x = w + (size_t)i * ld;
+        vec top = load(x), total = all(0);
+        for (int t = W; t < end; t += W) top = larger(top, load(x + t));
+        float most = largest(top);
+        for (int t = 0; t < end; t += W) {
+            vec e = exponential(load(x + t) - most);
+            total += e;
+            store(x + t, e);
+        }
+        float f = 1.0f / sum(total);
+        for (int t = 0; t < end; t += W) store(x + t, load(x + t) * f);
+    }
+    mix(n, length - first, d, w + first, ld, c->prompt_v + (of_prompt * c->T + first) * d, o);
+    for (int i = from; i < to; i++) {
+        int row = s->row[i], at_row = (i - from) * g;
+        size_t slot = ((size_t)at * c->slots + s->slot[row]) * m->k_heads + h;
+        mix(g, own - first_own, d, w + at_row * ld + c->T + first_own, ld, c->own_v + (slot * c->C + first_own) * d, o + at_row * d);
+        for (int j = 0; j < g * d; j += W)
+            put(m->low, out, ((size_t)row * m->heads + h * g) * d + j, load(o + at_row * d + j));
+    }
+}
+
+/* --- what becomes of products ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    float *y;
+    int out;
+} Output;
+
+static void use_output(void *context, int row, int n, int column, const float *c) {
+    Output *o = context;
+    int wide = o->out - column < 32 ? o->out - column : 32;
+    for (int i = 0; i < n; i++) memcpy(o->y + (size_t)(row + i) * o->out + column, c + i * 32, wide * sizeof(float));
+}
+
+static void use_residual(void *context, int row, int n, int column, const float *c) {
+    Output *o = context;
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 32 && column + j < o->out; j += W) {
+            float *y = o->y + (size_t)(row + i) * o->out + column + j;
+            store(y, load(y) + load(c + i * 32 + j));
+        }
+}
+
+typedef struct {
+    void *y;
+    int out, low;
+} Gated;
+
+static void use_gate(void *context, int row, int n, int column, const float *c) {
+    Gated *o = context;
+    for (int i = 0; i < n; i++) {
+        vec gate = load(c + i * 32), up = load(c + i * 32 + W);
+        put(o->low, o->y, (size_t)(row + i) * o->out + column / 2, gate / (1.0f + exponential(-gate)) * up);
+    }
+}
+
+/* --- what Python calls ----------------------------------------------------------------------------------------- */
+
+/* 0 if the processor's units that this was compiled for may be used by this process. */
+int grouprl_start(void) {
+#ifdef GROUPRL_TILES
+    const int arch_req_xcomp_perm = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, arch_req_xcomp_perm, tile_data) != 0;
+#else
+    return 0;
+#endif
+}
+
+void grouprl_pack(const void *w, int is_bf16, int low, int out, int k, void *packed, int first, int stride) {
+    pack_weight(w, is_bf16, low, out, k, packed, first, stride);
+}
+
+/* y [rows, out] = x [rows, k] W^T + b. 0, or 1 if there is no memory. */
+int grouprl_linear(int low, int rows, const float *x, const Linear *l, float *y) {
+    size_t n = (size_t)rows * l->k;
+    void *made = room(((size_t)rows + GROUP) * l->k * (low ? sizeof(bf16) : sizeof(float)));
+    if (!made) return 1;
+    Output o = {y, l->out};
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < n / W; i++) put(low, made, i * W, load(x + i * W));
+        start_products();
+        product(low, rows, made, l, omp_get_thread_num(), omp_get_num_threads(), use_output, &o);
+        stop_products();
+    }
+    free(made);
+    return 0;
+}
+
+/* 0, or 1 if there is no memory. */
+int grouprl_decode(const Model *m, const Cache *c, const Step *s) {
+    int g = m->heads / m->k_heads, d = m->head_dim, rows = s->rows;
+    int padded = (rows + GROUP - 1) / GROUP * GROUP, chunk = 12 / g > 1 ? 12 / g : 1;
+    int threads = omp_get_max_threads();
+    size_t size = m->low ? sizeof(bf16) : sizeof(float), space = (size_t)chunk * g * (2 * d + c->T + c->C);
+    void *h = room(padded * m->width * size), *attended = room(padded * m->heads * d * size);
+    int wide = (m->heads + 2 * m->k_heads) * d;
+    float *qkv = room((size_t)rows * wide * sizeof(float));
+    void *inner = room(padded * m->inner * size);
+    Output projected = {qkv, wide}, residual = {s->x, m->width}, logits = {s->logits, m->head.out};
+    Gated gated = {inner, m->inner, m->low};
+    float *spaces = room(threads * space * sizeof(float));
+    int failed = !h || !attended || !qkv || !inner || !spaces;
+    if (!failed)
+#pragma omp parallel num_threads(threads)
+    {
+        int me = omp_get_thread_num(), all_threads = omp_get_num_threads();
+        start_products();
+        for (int i = 0; i < m->layers; i++) {
+            const Layer *l = m->layer + i;
+            norms(m, rows, s->x, l->norm1, h, me, all_threads);
+#pragma omp barrier
+            product(m->low, rows, h, &l->qkv, me, all_threads, use_output, &projected);
+#pragma omp barrier
+            for (int p = 0, task = 0; p < s->parts; p++)
+                for (int from = s->part[p]; from < s->part[p + 1]; from += chunk)
+                    for (int head = 0; head < m->k_heads; head++, task++)
+                        if (task % all_threads == me) {
+                            int to = from + chunk < s->part[p + 1] ? from + chunk : s->part[p + 1];
+                            attend(m, l, i, c, s, p, head, from, to, qkv, attended, spaces + me * space);
+                        }
+#pragma omp barrier
+            product(m->low, rows, attended, &l->o, me, all_threads, use_residual, &residual);
+#pragma omp barrier
+            norms(m, rows, s->x, l->norm2, h, me, all_threads);
+#pragma omp barrier
+            product(m->low, rows, h, &l->gate_up, me, all_threads, use_gate, &gated);
+#pragma omp barrier
+            product(m->low, rows, inner, &l->down, me, all_threads, use_residual, &residual);
+#pragma omp barrier
+        }
+        norms(m, rows, s->x, m->norm, h, me, all_threads);
+#pragma omp barrier
+        product(m->low, rows, h, &m->head, me, all_threads, use_output, &logits);
+        stop_products();
+    }
+    free(h), free(attended), free(qkv), free(inner), free(spaces);
+    return failed;
+}

@@ -1,0 +1,240 @@
+"""Compiled decode steps of Llama-shaped models on a CPU: one call per token for all layers and rows."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grouprl.lm.attention import UnsupportedError
+from grouprl.lm.native.compile import library
+from grouprl.lm.packing import Pack
+
+_W = 16
+"""Floats of a vector: outputs of a block of a weight, tokens of a block of keys."""
+
+
+class _Linear(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("k", c_int32), ("out", c_int32), ("stride", c_int32)]
+
+
+class _Layer(Structure):
+    _fields_ = [
+        ("norm1", c_void_p), ("norm2", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p),
+        ("qkv", _Linear), ("o", _Linear), ("gate_up", _Linear), ("down", _Linear),
+        ("scale", c_float), ("window", c_int32),
+    ]  # fmt: skip
+
+
+class _Model(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("layers", "width", "heads", "k_heads", "head_dim", "inner", "low")),
+        ("eps", c_float), ("norm", c_void_p), ("head", _Linear), ("layer", POINTER(_Layer)),
+    ]  # fmt: skip
+
+
+class _Cache(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("prompts", "T", "slots", "C")),
+        *((name, c_void_p) for name in ("prompt_k", "prompt_v", "own_k", "own_v", "lengths")),
+    ]
+
+
+class _Step(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("rows", "parts", "t")),
+        *((name, c_void_p) for name in ("part", "prompt", "row", "slot", "x", "cos", "sin", "logits")),
+    ]
+
+
+def supported(decoder: Any, head: Any) -> bool:
+    """Whether the compiled step can run a decoder that has the parts of :mod:`grouprl.lm.lean`, on this machine."""
+    gates = [m for layer in decoder.layers for m in (layer.mlp.gate_proj, layer.mlp.up_proj)]
+    others = [m for layer in decoder.layers for m in (
+        layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj,
+        layer.mlp.down_proj,
+    )]  # fmt: skip
+    return (
+        type(head) is nn.Linear
+        and all(type(m) is nn.Linear or _is_lora(m) for m in [*gates, *others])
+        and all(m.weight.device.type == "cpu" and m.in_features % 32 == 0 for m in [*gates, *others, head])
+        and all(m.out_features % _W == 0 for m in [*gates, *others])
+        and all(m.bias is None for m in gates)
+        and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in decoder.layers)
+        and all(layer.self_attn.head_dim % _W == 0 for layer in decoder.layers)
+    )
+
+
+def _is_lora(module: Any) -> bool:
+    """Whether it is PEFT's plain low-rank layer: W x + B A x, whose weight can be added up."""
+    return (
+        type(module).__module__ == "peft.tuners.lora.layer"
+        and type(module).__name__ == "Linear"
+        and not getattr(module, "lora_variant", None)
+        and not any(getattr(module, "lora_bias", {}).values())
+        and type(module.get_base_layer()) is nn.Linear
+    )
+
+
+def _weight(module: Any) -> Tensor:
+    """The weight ``[out, in]`` that a layer multiplies by, low-rank adapters added."""
+    weight: Tensor = module.weight.detach()
+    if type(module) is not nn.Linear and not module.disable_adapters and not module.merged:
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                weight = weight + module.get_delta_weight(name).detach().to(weight.dtype)
+    return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
+
+
+class NativeModel:
+    """The weights of a Llama-shaped model, laid out; for as long as the model's own do not change.
+
+    Args:
+        decoder, head: the model; :func:`supported` must hold. ways: what each layer asks of attention.
+        low: round weights and activations to bfloat16 for products, otherwise they run in float32.
+    """
+
+    def __init__(self, decoder: Any, head: Any, ways: Sequence[Any], low: bool) -> None:
+        self.lib, self.decoder, self.head, self.low = library(), decoder, head, low
+        self._kept: list[Tensor] = []
+        self._parts: dict[nn.Module, _Linear] = {}
+        layers = []
+        for layer, how in zip(decoder.layers, ways, strict=True):
+            a, mlp = layer.self_attn, layer.mlp
+            layers.append(_Layer(
+                self._vector(layer.input_layernorm.weight), self._vector(layer.post_attention_layernorm.weight),
+                *(self._vector(getattr(a, name).weight) if hasattr(a, name) else None for name in ("q_norm", "k_norm")),
+                self._linear(a.q_proj, a.k_proj, a.v_proj), self._linear(a.o_proj),
+                self._linear(mlp.gate_proj, mlp.up_proj, turns=True), self._linear(mlp.down_proj),
+                how.scale, how.window or 0,
+            ))  # fmt: skip
+        first = decoder.layers[0]
+        a = first.self_attn
+        self.k_heads, self.head_dim = a.k_proj.out_features // a.head_dim, a.head_dim
+        self._layers = (_Layer * len(layers))(*layers)
+        self.order = {layer.self_attn: i for i, layer in enumerate(decoder.layers)}
+        self.struct = _Model(
+            len(layers), decoder.norm.weight.numel(), a.q_proj.out_features // a.head_dim, self.k_heads, a.head_dim,
+            first.mlp.gate_proj.out_features, low, decoder.norm.variance_epsilon, self._vector(decoder.norm.weight),
+            self._linear(head), self._layers,
+        )  # fmt: skip
+
+    def _vector(self, x: Tensor) -> int:
+        self._kept.append(x.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _linear(self, *parts: Any, turns: bool = False) -> _Linear:
+        """Parts above one another, or (``turns``) their blocks in turn."""
+        k, outs = parts[0].in_features, [part.out_features for part in parts]
+        blocks = [-(-out // _W) for out in outs]
+        packed = torch.empty(sum(blocks) * _W * k, dtype=torch.bfloat16 if self.low else torch.float32)
+        first = 0
+        for i, part in enumerate(parts):
+            w = _weight(part).contiguous()
+            start, stride = (i, len(parts)) if turns else (first, 1)
+            self.lib.grouprl_pack(
+                c_void_p(w.data_ptr()), int(w.dtype == torch.bfloat16), int(self.low), outs[i], k,
+                c_void_p(packed.data_ptr()), start, stride,
+            )  # fmt: skip
+            own_bias = None if part.bias is None else self._vector(part.bias)
+            at = packed.data_ptr() + start * _W * k * packed.element_size()
+            self._parts[part] = _Linear(at, own_bias, k, outs[i], stride)
+            first += blocks[i]
+        self._kept.append(packed)
+        bias = None
+        if any(part.bias is not None for part in parts):
+            bias = self._vector(torch.cat([
+                torch.zeros(out) if part.bias is None else part.bias.detach().float()
+                for part, out in zip(parts, outs, strict=True)
+            ]))  # fmt: skip
+        return _Linear(packed.data_ptr(), bias, k, sum(outs), 1)
+
+    def forward(self, layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """The forward of one of the model's linear layers from the weight laid out, or None if it is not one."""
+        struct = self._parts.get(layer)
+        if struct is None:
+            return None
+
+        def run(x: Tensor) -> Tensor:
+            rows = x.detach().float().contiguous()
+            y = rows.new_empty(*x.shape[:-1], struct.out)
+            pointers = (c_void_p(rows.data_ptr()), ctypes.byref(struct), c_void_p(y.data_ptr()))
+            if self.lib.grouprl_linear(int(self.low), rows.numel() // struct.k, *pointers):
+                raise MemoryError(f"no memory for the product of {tuple(x.shape)} with a weight of {struct.out} rows")
+            return y
+
+        return run
+
+
+class NativeDecoder:
+    """Rows of some prompts, token by token. The shape of :class:`grouprl.lm.decoding.TorchDecoder`."""
+
+    def __init__(self, model: NativeModel, pack: Pack, group_size: int, max_new_tokens: int) -> None:
+        self.model = model
+        self.lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
+        prompts, rows = len(self.lengths), len(self.lengths) * group_size
+        t, c = (-(-n // _W) * _W for n in (int(self.lengths.max()), max_new_tokens))
+        layers, heads, d = len(model.order), model.k_heads, model.head_dim
+        self.prompt_k = torch.zeros(layers, prompts, heads, t // _W, d, _W)
+        self.prompt_v = torch.zeros(layers, prompts, heads, t, d)
+        # Of what a row never reaches, no page is touched.
+        self.own_k, self.own_v = (torch.empty(layers, rows, heads, c, d) for _ in range(2))
+        ends = self.lengths.cumsum(0)
+        self._places = list(zip((ends - self.lengths).tolist(), ends.tolist(), strict=True))
+        self._lengths = self.lengths.int()
+        self.cache = _Cache(
+            prompts, t, rows, c,
+            *(x.data_ptr() for x in (self.prompt_k, self.prompt_v, self.own_k, self.own_v, self._lengths)),
+        )  # fmt: skip
+        self.slot = torch.arange(rows, dtype=torch.int32)
+        self.prompt = torch.arange(prompts).repeat_interleave(group_size)
+        self.t = 0
+        self._seen: set[int] = set()
+        self._arrange()
+
+    def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
+        """Store a layer's keys and values ``[S, K, D]`` of the prompts: the ``keep`` of a PackedAttention."""
+        at = self.model.order[module]
+        if at in self._seen:
+            raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
+        self._seen.add(at)
+        for p, (start, stop) in enumerate(self._places):
+            n, blocks = stop - start, -(-(stop - start) // _W)
+            self.prompt_v[at, p, :, :n] = v[start:stop].transpose(0, 1)
+            padded = k.new_zeros(blocks * _W, *k.shape[1:], dtype=torch.float32)
+            padded[:n] = k[start:stop]
+            self.prompt_k[at, p, :, :blocks] = padded.view(blocks, _W, *k.shape[1:]).permute(2, 0, 3, 1)
+
+    def _arrange(self) -> None:
+        """Order the rows by prompt."""
+        self._row = torch.argsort(self.prompt, stable=True).int()
+        prompts, counts = torch.unique(self.prompt, return_counts=True)
+        self._prompt = prompts.int()
+        self._part = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+
+    def drop(self, finished: Sequence[int]) -> list[int]:
+        """Remove rows. Returns for each remaining row which one it was before."""
+        gone = set(finished)
+        kept = [row for row in range(len(self.slot)) if row not in gone]
+        self.slot, self.prompt = self.slot[kept], self.prompt[kept]
+        self._arrange()
+        return kept
+
+    def step(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``[B, V]`` behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
+        model, rows = self.model, len(ids)
+        x = model.decoder.embed_tokens.weight.detach()[ids].float()
+        cos, sin = (t[0].float().contiguous() for t in model.decoder.rotary_emb(x[None], positions[None]))
+        logits = torch.empty(rows, model.head.out_features)
+        step = _Step(
+            rows, len(self._prompt), self.t,
+            *(y.data_ptr() for y in (self._part, self._prompt, self._row, self.slot, x, cos, sin, logits)),
+        )  # fmt: skip
+        if model.lib.grouprl_decode(ctypes.byref(model.struct), ctypes.byref(self.cache), ctypes.byref(step)):
+            raise MemoryError(f"no memory for a decode step of {rows} rows")
+        self.t += 1
+        return logits

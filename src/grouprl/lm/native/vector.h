@@ -1,0 +1,75 @@
+/* Sixteen floats at a time, in the compiler's portable vectors, and bfloat16 (the upper half of a float). */
+#ifndef GROUPRL_VECTOR_H
+#define GROUPRL_VECTOR_H
+
+#include <stdint.h>
+#include <string.h>
+
+enum { W = 16 };
+typedef uint16_t bf16;
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef uint16_t hvec __attribute__((vector_size(32)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+INLINE vec all(float x) { return (vec){0} + x; }
+
+INLINE vec larger(vec a, vec b) {
+    ivec m = a > b;
+    return (vec)(((ivec)a & m) | ((ivec)b & ~m));
+}
+
+INLINE float sum(vec v) {
+    float s = 0;
+    for (int i = 0; i < W; i++) s += v[i];
+    return s;
+}
+
+INLINE float largest(vec v) {
+    float s = v[0];
+    for (int i = 1; i < W; i++) s = v[i] > s ? v[i] : s;
+    return s;
+}
+
+/* exp(x) within 2 units in the last place for x <= 88; 0 below -87. */
+INLINE vec exponential(vec x) {
+    const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    ivec tiny = x < -87.0f;
+    x = larger(x, all(-87.0f));
+    vec n = x * 1.44269504f + magic - magic;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    ivec scale = (__builtin_convertvector(n, ivec) + 127) << 23;
+    return (vec)((ivec)(p * (vec)scale) & ~tiny);
+}
+
+/* To the nearest bfloat16, ties to even. */
+INLINE void store_bf16(bf16 *p, vec v) {
+    uvec u = (uvec)v;
+    u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    hvec h = __builtin_convertvector(u, hvec);
+    memcpy(p, &h, sizeof h);
+}
+
+INLINE vec load_bf16(const bf16 *p) {
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+
+#endif
