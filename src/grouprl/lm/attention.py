@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import UsageError
+from grouprl.lm.native import attention as native
+from grouprl.lm.native.compile import available
 from grouprl.lm.packing import Block, Pack
 
 NAME = "grouprl"
@@ -102,6 +104,7 @@ class PackedAttention:
         pack: the row; may be exchanged between passes.
         dtype: what products run in, or None for the dtype of the values.
         keep: given each layer with its keys and values ``[S, K, D]``: what fills a sampler's cache.
+        native: use compiled code where it can do it.
     """
 
     def __init__(
@@ -109,8 +112,10 @@ class PackedAttention:
         pack: Pack | None,
         dtype: torch.dtype | None = None,
         keep: Callable[[nn.Module, Tensor, Tensor], None] | None = None,
+        native: bool = True,
     ) -> None:
         self.pack, self.dtype, self.keep = pack, dtype, keep
+        self.native = native and available()
         self.windows: set[int | None] = set()
         """The sliding windows that layers have asked for."""
 
@@ -122,6 +127,8 @@ class PackedAttention:
         self.windows.add(how.window)
         if self.keep is not None:
             self.keep(module, k, v)
+        if self.native and native.supported(q, dtype, how.softcap):
+            return native.attend(q, k, v, self.pack, how.scale, how.window, dtype)
         out: Tensor = _Packed.apply(q, k, v, self.pack, how, dtype)  # type: ignore[no-untyped-call]
         return out
 

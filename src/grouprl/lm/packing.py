@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -85,6 +86,8 @@ class Pack:
         targets: ``[m]`` token ids, sample after sample, in the order the groups were given.
         lengths: ``[N]`` completion lengths; they add up to m.
         blocks: the attention layout. back: ``[S_in]`` where each token lies in the blocks' padded places.
+        starts, counts: where each stretch of the row begins and how many tokens it has, int32 on the CPU: of each group
+            its prompt, then its completions. group_starts: ``[P + 1]`` where each group's stretches begin.
     """
 
     ids: Tensor
@@ -94,6 +97,9 @@ class Pack:
     lengths: Tensor
     blocks: tuple[Block, ...]
     back: Tensor
+    starts: Tensor
+    counts: Tensor
+    group_starts: Tensor
 
     @classmethod
     def of(cls, groups: Sequence[Group], device: torch.device | str = "cpu") -> Pack:
@@ -129,9 +135,14 @@ class Pack:
         def tensor(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
+        stretches = [stretch for prompt, own in places for stretch in (prompt, *own)]
+        sizes = [1 + len(own) for _, own in places]
         return cls(
             tensor(ids), tensor(positions), tensor(predictors), tensor(targets), tensor(lengths),
             tuple(blocks), back.to(device),
+            torch.tensor([s.start for s in stretches], dtype=torch.int32),
+            torch.tensor([len(s) for s in stretches], dtype=torch.int32),
+            torch.tensor([0, *accumulate(sizes)], dtype=torch.int32),
         )  # fmt: skip
 
 

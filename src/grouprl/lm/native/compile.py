@@ -14,15 +14,15 @@ from functools import cache
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("vector.h", "products.h", "decode.c")
-_FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno")
+_HEADERS = ("vector.h", "products.h", "linear.h")
+_SOURCES = ("decode.c", "attention.c")
+_FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 
 
 class UnavailableError(RuntimeError):
     """There is no compiled code here; the message says why."""
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The compiled functions.
 
@@ -31,6 +31,21 @@ def library() -> ctypes.CDLL:
 
     Raises UnavailableError if there is no compiler, it fails, or the processor refuses.
     """
+    found = _find()
+    if isinstance(found, UnavailableError):
+        raise found
+    return found
+
+
+@cache
+def _find() -> ctypes.CDLL | UnavailableError:
+    try:
+        return _load()
+    except UnavailableError as error:
+        return error
+
+
+def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
         raise UnavailableError(f"compiled sampling is for Linux, this is {sys.platform}")
     import torch  # its OpenMP is the one the functions use
@@ -40,7 +55,7 @@ def library() -> ctypes.CDLL:
         raise UnavailableError("there is no C compiler (cc, gcc or clang; install gcc, or set CC)")
     if torch.get_num_threads() < 1:
         raise UnavailableError("torch has no threads")
-    path = _folder() / f"decode-{_key(compiler)}.so"
+    path = _folder() / f"kernels-{_key(compiler)}.so"
     try:
         if not path.exists():
             _compile(compiler, path)
@@ -50,6 +65,15 @@ def library() -> ctypes.CDLL:
     if loaded.grouprl_start():
         raise UnavailableError("the system does not grant the processor's matrix unit")
     return loaded
+
+
+def available() -> bool:
+    """Whether :func:`library` gives one."""
+    try:
+        library()
+    except UnavailableError:
+        return False
+    return True
 
 
 def _folder() -> Path:
@@ -70,7 +94,7 @@ def _folder() -> Path:
 
 def _key(compiler: str) -> str:
     digest = hashlib.sha256()
-    for name in _SOURCES:
+    for name in (*_HEADERS, *_SOURCES):
         digest.update((_HERE / name).read_bytes())
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
@@ -90,15 +114,14 @@ def _key(compiler: str) -> str:
 def _compile(compiler: str, path: Path) -> None:
     """Compile to ``path``. OpenMP's library is not linked: torch has loaded one, and two would fight for the cores."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made, linked = Path(scratch) / "decode.o", Path(scratch) / "decode.so"
         for command in (
-            [compiler, *_FLAGS, "-c", str(_HERE / "decode.c"), "-o", str(made)],
-            [compiler, "-shared", str(made), "-o", str(linked), "-lm"],
+            [compiler, *_FLAGS, "-c", *(str(_HERE / name) for name in _SOURCES)],
+            [compiler, "-shared", *(name.replace(".c", ".o") for name in _SOURCES), "-o", "kernels.so", "-lm"],
         ):
             try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+                done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False, timeout=120)
             except (OSError, subprocess.SubprocessError) as error:
                 raise UnavailableError(f"{compiler}: {error}") from error
             if done.returncode != 0:
                 raise UnavailableError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
-        linked.replace(path)
+        (Path(scratch) / "kernels.so").replace(path)

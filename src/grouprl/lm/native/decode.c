@@ -3,7 +3,7 @@
    A step reads every weight once for a handful of rows, so it should cost what reading the weights costs. All of it is
    one parallel region; threads meet at barriers. Keys of every 16 tokens lie transposed, [D][16], so that scores are
    sums of vectors; values lie as [token][D]. The rows of one prompt read its keys and values together. */
-#include "products.h"
+#include "linear.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -49,13 +49,6 @@ typedef struct {
 static void *room(size_t bytes) {
     void *p = NULL;
     return posix_memalign(&p, 64, bytes + 4096) ? NULL : memset(p, 0, bytes);
-}
-
-static void put(int low, void *to, size_t at, vec v) {
-    if (low)
-        store_bf16((bf16 *)to + at, v);
-    else
-        store((float *)to + at, v);
 }
 
 static float inverse_rms(const float *x, int n, float eps) {

@@ -72,4 +72,16 @@ INLINE vec load_bf16(const bf16 *p) {
     return (vec)(__builtin_convertvector(h, uvec) << 16);
 }
 
+/* As bfloat16 (low) or float32. */
+INLINE void put(int low, void *to, size_t at, vec v) {
+    if (low)
+        store_bf16((bf16 *)to + at, v);
+    else
+        store((float *)to + at, v);
+}
+
+INLINE vec get(int low, const void *from, size_t at) {
+    return low ? load_bf16((const bf16 *)from + at) : load((const float *)from + at);
+}
+
 #endif

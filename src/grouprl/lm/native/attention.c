@@ -1,0 +1,280 @@
+/* Attention over packed groups, and its gradient: see grouprl/lm/attention.py for what it computes.
+
+   A group is a prompt and its completions, each a stretch of the row. A token sees its prompt and what came before it in
+   its own stretch. Work is divided by group and key head; within one, the keys of the prompt lie in places 0.., those of
+   the completion at hand in places `start`.. of the same panels. The query heads of a key head are rows of one product:
+   row i * g + j is head j of token i of a chunk. Scores are computed again for the gradient. */
+#include "products.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <omp.h>
+
+typedef struct {
+    int32_t tokens, heads, k_heads, d, low, window, groups; /* window: tokens a token sees, itself included; 0: all */
+    float scale;
+    const int32_t *group;         /* [groups + 1] where each group's stretches begin; the first is its prompt */
+    const int32_t *start, *count; /* tokens of each stretch, in the row */
+    const void *q, *k, *v, *dout; /* [tokens, heads, d], [tokens, k_heads, d] twice, and as q: bfloat16 if low */
+    float *out, *dq, *dk, *dv;    /* of the same shapes; out for the forward pass, the others for the gradient */
+} Attention;
+
+enum { CHUNK = 96 }; /* rows worked on at once, about */
+
+/* What a thread works in. L: places of keys; R: rows; both multiples of 32. D: d rounded up to one. */
+typedef struct {
+    int L, R, D;
+    void *kd, *vd;           /* keys and values, blocks of 16 places: for scores and for the gradient of probabilities */
+    void *kt, *vt;           /* the same, blocks of 16 dimensions: for the gradient of queries and for outputs */
+    void *q, *qt, *o, *ot;   /* [R][D] queries and gradients of outputs as rows, and in blocks of 16 dimensions */
+    float *s, *dp, *c;       /* [R][L] scores, then probabilities; their gradient; [R or L][D] a product */
+    void *p, *ds, *pt, *dst; /* [R][L] probabilities and gradients of scores, and their transposes [L][R] */
+    float *dk, *dv;          /* [L][D] */
+    float *total;            /* [R] */
+} Space;
+
+static int up(int n, int to) { return (n + to - 1) / to * to; }
+
+static size_t slice(char **at, size_t bytes) {
+    size_t from = (size_t)*at;
+    *at += (bytes + 63) / 64 * 64;
+    return from;
+}
+
+/* Lays a space out behind `at` (which may be 0, to learn its size) and returns its end. */
+static char *lay_out(Space *s, char *at, int low, int gradient, int L, int R, int D) {
+    size_t one = low ? sizeof(bf16) : sizeof(float), panel = (size_t)L * D * one, rows = (size_t)R * D * one;
+    size_t square = (size_t)R * L * one;
+    s->L = L, s->R = R, s->D = D;
+    s->kd = (void *)slice(&at, panel);
+    s->q = (void *)slice(&at, rows);
+    s->s = (float *)slice(&at, (size_t)R * L * sizeof(float));
+    s->p = (void *)slice(&at, square);
+    s->total = (float *)slice(&at, R * sizeof(float));
+    s->c = (float *)slice(&at, (size_t)(R > L ? R : L) * D * sizeof(float));
+    if (!gradient) {
+        s->vt = (void *)slice(&at, panel);
+        return at;
+    }
+    s->vd = (void *)slice(&at, panel);
+    s->kt = (void *)slice(&at, panel);
+    s->qt = (void *)slice(&at, rows);
+    s->o = (void *)slice(&at, rows);
+    s->ot = (void *)slice(&at, rows);
+    s->dp = (float *)slice(&at, (size_t)R * L * sizeof(float));
+    s->ds = (void *)slice(&at, square);
+    s->pt = (void *)slice(&at, square);
+    s->dst = (void *)slice(&at, square);
+    s->dk = (float *)slice(&at, (size_t)L * D * sizeof(float));
+    s->dv = (float *)slice(&at, (size_t)L * D * sizeof(float));
+    return at;
+}
+
+/* Rows r..r + W of [n][d], columns c..c + W, with zeros around. */
+INLINE vec part(int low, const void *x, size_t ld, int n, int d, int r, int c) {
+    return r < n && c < d ? get(low, x, r * ld + c) : all(0);
+}
+
+/* x [n][d] into places `at`.. of blocks of 16 rows; `places` of them are written. */
+static void pack_places(int low, const void *x, size_t ld, int n, int d, int D, int places, int at, void *to) {
+    for (int b = 0; b < places; b += W) {
+        void *block = (void *)element(low, to, (size_t)(at + b) * D);
+        int rows = n - b < 0 ? 0 : n - b < W ? n - b : W;
+        if (d == D) {
+            pack_rows(low, rows, D, element(low, x, b * ld), low, ld, block);
+            continue;
+        }
+        float y[W][D];
+        for (int r = 0; r < W; r++)
+            for (int c = 0; c < D; c += W) store(y[r] + c, part(low, x, ld, n, d, b + r, c));
+        pack_rows(low, rows, D, y, 0, D, block);
+    }
+}
+
+/* x [n][d] into blocks of 16 of its columns, places `at`.. of `all_places` in each; `places` of them are written. */
+static void pack_dimensions(int low, const void *x, size_t ld, int n, int d, int D, int places, int at, int all_places, void *to) {
+    for (int c = 0; c < D; c += W) {
+        char *block = (char *)element(low, to, ((size_t)c * all_places) + (size_t)at * W);
+        for (int r = 0; r < places; r += low ? 2 : 1) {
+            vec a = part(low, x, ld, n, d, r, c);
+            if (low) {
+                uvec pair = ((uvec)a >> 16) | (uvec)part(1, x, ld, n, d, r + 1, c);
+                memcpy((bf16 *)block + (size_t)r * W, &pair, sizeof pair);
+            } else {
+                store((float *)block + (size_t)r * W, a);
+            }
+        }
+    }
+}
+
+/* a [R][ld] in float32, columns 0..n, into its transpose [n][R]. */
+static void turn(int low, const float *a, int R, int ld, int n, void *to) {
+    for (int c = 0; c < n; c += W)
+        for (int r = 0; r < R; r += W) {
+            float t[W][W];
+            for (int i = 0; i < W; i++)
+                for (int j = 0; j < W; j++) t[j][i] = a[(size_t)(r + i) * ld + c + j];
+            for (int j = 0; j < W; j++) put(low, to, (size_t)(c + j) * R + r, load(t[j]));
+        }
+}
+
+/* c [m][n] = a [m][k] times n / 16 blocks of `places` along k each, of which k are used. m, k, n: multiples of 32. */
+static void multiply(int low, int m, int n, int k, const void *a, int lda, const void *w, int places, float *c, int ldc) {
+    for (int j = 0; j < n; j += 32)
+        for (int i = 0; i < m; i += 32)
+            two_blocks(low, 32, k, element(low, a, (size_t)i * lda), lda, w, (size_t)j * places, (size_t)(j + W) * places, c + (size_t)i * ldc + j, ldc);
+}
+
+static void add(float *to, const float *c, size_t n) {
+    for (size_t i = 0; i < n; i += W) store(to + i, load(to + i) + load(c + i));
+}
+
+/* Probabilities of a chunk's scores s [rows of R][L], places 0..end; unnormalised, their sums in `total`. */
+static void soften(const Attention *a, Space *x, int R, int rows, int g, int first, int prompt, int start, int end) {
+    for (int r = 0; r < rows; r++) {
+        float *s = x->s + (size_t)r * x->L;
+        int seen = start + first + r / g + 1, at = prompt + first + r / g; /* own places end; position in the sequence */
+        for (int t = prompt; t < start; t++) s[t] = -1e30f;
+        for (int t = seen; t < end; t++) s[t] = -1e30f;
+        if (a->window > 0) {
+            int far = at - a->window + 1; /* the first position that is near enough */
+            for (int t = 0; t < prompt && t < far; t++) s[t] = -1e30f;
+            for (int t = 0; t < far - prompt; t++) s[start + t] = -1e30f;
+        }
+        vec top = all(-1e30f), sums = all(0);
+        for (int t = 0; t < end; t += W) top = larger(top, load(s + t));
+        float most = largest(top);
+        for (int t = 0; t < end; t += W) {
+            vec e = exponential((load(s + t) - most) * a->scale);
+            sums += e;
+            store(s + t, e);
+        }
+        x->total[r] = sum(sums);
+    }
+    for (int r = rows; r < R; r++) memset(x->s + (size_t)r * x->L, 0, end * sizeof(float)), x->total[r] = 1.0f;
+}
+
+/* One stretch of a group: `n` tokens from `at` of the row, behind `prompt` keys, its own keys in places start.. */
+static void stretch(const Attention *a, Space *x, int h, int at, int n, int prompt, int start, int gradient) {
+    int g = a->heads / a->k_heads, d = a->d, D = x->D, L = x->L, low = a->low, step = x->R / g;
+    size_t of_key = (size_t)a->k_heads * d, of_query = (size_t)a->heads * d;
+    size_t own = at * of_key + (size_t)h * d;
+    const void *k = element(low, a->k, own), *v = element(low, a->v, own);
+    int places = up(n, 32);
+    pack_places(low, k, of_key, n, d, D, places, start, x->kd);
+    if (gradient) {
+        pack_places(low, v, of_key, n, d, D, places, start, x->vd);
+        pack_dimensions(low, k, of_key, n, d, D, places, start, L, x->kt);
+    } else {
+        pack_dimensions(low, v, of_key, n, d, D, places, start, L, x->vt);
+    }
+    for (int first = 0; first < n; first += step) {
+        int tokens = n - first < step ? n - first : step, rows = tokens * g, end = start + up(first + tokens, 32);
+        int R = up(rows, 32);
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < D; c += W) {
+                size_t from = (size_t)(at + first + r / g) * of_query + (size_t)(h * g + r % g) * d + c;
+                int there = r < rows && c < d;
+                put(low, x->q, (size_t)r * D + c, there ? get(low, a->q, from) : all(0));
+                if (gradient) put(low, x->o, (size_t)r * D + c, there ? get(low, a->dout, from) : all(0));
+            }
+        multiply(low, R, end, D, x->q, D, x->kd, D, x->s, L);
+        soften(a, x, R, rows, g, first, prompt, start, end);
+        if (!gradient) {
+            for (int r = 0; r < R; r++)
+                for (int t = 0; t < end; t += W) put(low, x->p, (size_t)r * L + t, load(x->s + (size_t)r * L + t));
+            multiply(low, R, D, end, x->p, L, x->vt, L, x->c, D);
+            for (int r = 0; r < rows; r++) {
+                float f = 1.0f / x->total[r];
+                float *to = a->out + (size_t)(at + first + r / g) * of_query + (size_t)(h * g + r % g) * d;
+                for (int c = 0; c < d; c += W) store(to + c, load(x->c + (size_t)r * D + c) * f);
+            }
+            continue;
+        }
+        multiply(low, R, end, D, x->o, D, x->vd, D, x->dp, L);
+        for (int r = 0; r < R; r++) {
+            float *s = x->s + (size_t)r * L, *dp = x->dp + (size_t)r * L, f = 1.0f / x->total[r];
+            vec sums = all(0);
+            for (int t = 0; t < end; t += W) {
+                vec p = load(s + t) * f;
+                store(s + t, p);
+                sums += p * load(dp + t);
+            }
+            float delta = sum(sums);
+            for (int t = 0; t < end; t += W) {
+                vec ds = load(s + t) * (load(dp + t) - delta) * a->scale;
+                store(dp + t, ds);
+                put(low, x->ds, (size_t)r * L + t, ds);
+            }
+        }
+        multiply(low, R, D, end, x->ds, L, x->kt, L, x->c, D);
+        for (int r = 0; r < rows; r++) {
+            float *to = a->dq + (size_t)(at + first + r / g) * of_query + (size_t)(h * g + r % g) * d;
+            for (int c = 0; c < d; c += W) store(to + c, load(x->c + (size_t)r * D + c));
+        }
+        turn(low, x->s, R, L, end, x->pt);
+        turn(low, x->dp, R, L, end, x->dst);
+        pack_dimensions(low, x->q, D, R, D, D, R, 0, R, x->qt);
+        pack_dimensions(low, x->o, D, R, D, D, R, 0, R, x->ot);
+        multiply(low, end, D, R, x->pt, R, x->ot, R, x->c, D);
+        add(x->dv, x->c, (size_t)end * D);
+        multiply(low, end, D, R, x->dst, R, x->qt, R, x->c, D);
+        add(x->dk, x->c, (size_t)end * D);
+    }
+}
+
+/* Gradients of keys and values in places start.. to their tokens, and zeros for the next. */
+static void give_back(const Attention *a, Space *x, int h, int at, int n, int start) {
+    for (int t = 0; t < n; t++)
+        for (int c = 0; c < a->d; c += W) {
+            size_t to = ((size_t)(at + t) * a->k_heads + h) * a->d + c, from = (size_t)(start + t) * x->D + c;
+            store(a->dk + to, load(x->dk + from));
+            store(a->dv + to, load(x->dv + from));
+        }
+    memset(x->dk + (size_t)start * x->D, 0, (size_t)up(n, 32) * x->D * sizeof(float));
+    memset(x->dv + (size_t)start * x->D, 0, (size_t)up(n, 32) * x->D * sizeof(float));
+}
+
+/* 0, or 1 if there is no memory. With `gradient` from q, k, v, dout to dq, dk, dv, otherwise from q, k, v to out. */
+int grouprl_attention(const Attention *a, int gradient) {
+    int g = a->heads / a->k_heads, L = 0, failed = 0;
+    for (int i = 0; i < a->groups; i++) {
+        int longest = 0;
+        for (int j = a->group[i] + 1; j < a->group[i + 1]; j++)
+            if (a->count[j] > longest) longest = a->count[j];
+        int places = up(a->count[a->group[i]], 32) + up(longest, 32);
+        L = places > L ? places : L;
+    }
+    int R = up(g, 32) > CHUNK ? up(g, 32) : up(CHUNK / g * g, 32);
+    Space none;
+    size_t size = (size_t)lay_out(&none, 0, a->low, gradient, L, R, up(a->d, 32));
+#pragma omp parallel reduction(| : failed)
+    {
+        void *memory = NULL;
+        if (posix_memalign(&memory, 64, size)) {
+            failed = 1;
+            memory = NULL;
+        }
+        Space x;
+        if (memory) {
+            lay_out(&x, memory, a->low, gradient, L, R, up(a->d, 32));
+            if (gradient) memset(x.dk, 0, (size_t)L * x.D * sizeof(float)), memset(x.dv, 0, (size_t)L * x.D * sizeof(float));
+        }
+        start_products();
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < a->groups * a->k_heads; task++) {
+            if (!memory) continue;
+            int i = task / a->k_heads, h = task % a->k_heads, first = a->group[i];
+            int prompt = a->count[first], start = up(prompt, 32);
+            stretch(a, &x, h, a->start[first], prompt, 0, 0, gradient);
+            for (int j = first + 1; j < a->group[i + 1]; j++) {
+                stretch(a, &x, h, a->start[j], a->count[j], prompt, start, gradient);
+                if (gradient) give_back(a, &x, h, a->start[j], a->count[j], start);
+            }
+            if (gradient) give_back(a, &x, h, a->start[first], prompt, 0);
+        }
+        stop_products();
+        free(memory);
+    }
+    return failed;
+}

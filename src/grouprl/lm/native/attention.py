@@ -1,0 +1,81 @@
+"""Compiled attention over packed groups on a CPU, and its gradient: what :class:`PackedAttention` does in torch."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_float, c_int32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouprl.lm.native.compile import library
+from grouprl.lm.packing import Pack
+
+_W = 16
+
+
+class _Attention(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("tokens", "heads", "k_heads", "d", "low", "window", "groups")),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("group", "start", "count", "q", "k", "v", "dout", "out", "dq", "dk", "dv")),
+    ]  # fmt: skip
+
+
+def supported(q: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
+    """Whether :func:`attend` can do it: on a CPU, without a soft cap, heads of a multiple of 16."""
+    return (
+        q.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and softcap is None and not q.shape[2] % _W
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float, window: int | None, dtype: torch.dtype) -> Tensor:
+    """``q [S, H, D]``, ``k, v [S, K, D]`` -> ``[S, H, D]`` float32; products in ``dtype``, softmax in float32.
+
+    Raises UnavailableError where there is no compiled code.
+    """
+    out: Tensor = _Attend.apply(q, k, v, pack, scale, window, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float, window: int | None, dtype: torch.dtype
+    ) -> Tensor:
+        low = [x.detach().to(dtype).contiguous() for x in (q, k, v)]
+        ctx.save_for_backward(*low)
+        ctx.pack, ctx.scale, ctx.window, ctx.dtypes = pack, scale, window, (q.dtype, k.dtype, v.dtype)
+        out = torch.empty(q.shape, dtype=torch.float32)
+        _call(low, pack, scale, window, {"out": out})
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        low = ctx.saved_tensors
+        made = {
+            name: torch.empty(x.shape, dtype=torch.float32) for name, x in zip(("dq", "dk", "dv"), low, strict=True)
+        }
+        _call(low, ctx.pack, ctx.scale, ctx.window, made, gradient.to(low[0].dtype).contiguous())
+        return *(x.to(dtype) for x, dtype in zip(made.values(), ctx.dtypes, strict=True)), None, None, None, None
+
+
+def _call(
+    inputs: Any,
+    pack: Pack,
+    scale: float,
+    window: int | None,
+    outputs: dict[str, Tensor],
+    gradient: Tensor | None = None,
+) -> None:
+    q, k, v = inputs
+    where = (pack.group_starts, pack.starts, pack.counts)
+    struct = _Attention(
+        q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.dtype == torch.bfloat16, window or 0,
+        len(pack.group_starts) - 1, scale,
+        *(x.data_ptr() for x in (*where, q, k, v)), None if gradient is None else gradient.data_ptr(),
+        **{name: x.data_ptr() for name, x in outputs.items()},
+    )  # fmt: skip
+    if library().grouprl_attention(ctypes.byref(struct), int(gradient is not None)):
+        raise MemoryError(f"no memory for attention over {q.shape[0]} tokens")
