@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grouprl.lm.products import Products, add_gradient
+from grouprl.lm.products import Products, add_gradient, add_product
 
 _ROWS = 16
 """Rows whose float32 logits are worked on at once: few enough to stay in the processor's cache."""
@@ -88,7 +88,7 @@ class _LogProb(torch.autograd.Function):
         weight, bias = ctx.weight, ctx.bias
         if weight.requires_grad:
             scaled = h.float() * -scale[:, None]
-            add_gradient(weight, p.t() @ scaled.to(p.dtype))
+            add_product(weight, p, scaled.to(p.dtype))
             weight.grad.index_add_(0, targets, (at_target[:, None] * h).to(weight.dtype))
         if bias is not None and bias.requires_grad:
             add_gradient(bias, (p.t() @ (-scale).to(p.dtype)[:, None])[:, 0])

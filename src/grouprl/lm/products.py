@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grouprl.lm.native import gradient as native
+
 
 def supports_bf16(device: torch.device) -> bool:
     """Whether bf16 products are faster than float32 ones on ``device``."""
@@ -34,6 +36,20 @@ def add_gradient(parameter: Tensor, value: Tensor) -> None:
         return
     place: Tensor | None = getattr(parameter, "main_grad", None)
     parameter.grad = value.to(parameter.dtype) if place is None else place.copy_(value)
+
+
+def add_product(parameter: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a^T b`` to ``parameter.grad``: ``a [n, out]``, ``b [n, in]``. See :func:`add_gradient`."""
+    place: Tensor | None = parameter.grad
+    if place is not None and place.dtype == a.dtype:
+        place.addmm_(a.t(), b)
+        return
+    into = getattr(parameter, "main_grad", None) if place is None else place
+    if into is not None and native.supported(into, a, b):
+        native.weight_gradient(into, a, b, add=place is not None)
+        parameter.grad = into
+    else:
+        add_gradient(parameter, a.t() @ b)
 
 
 def _zero_gradient(parameter: Tensor) -> Tensor:
@@ -193,18 +209,10 @@ class _Linear(torch.autograd.Function):
             dx = torch.matmul(g, w.t() if ctx.transposed else w).to(ctx.dtype)
         g, x = g.flatten(0, -2), x.flatten(0, -2)
         if ctx.weight.requires_grad:
-            _add_product(ctx.weight, *((x, g) if ctx.transposed else (g, x)))
+            add_product(ctx.weight, *((x, g) if ctx.transposed else (g, x)))
         if ctx.bias is not None and ctx.bias.requires_grad:
             add_gradient(ctx.bias, gradient.flatten(0, -2).float().sum(0))
         return dx, None, None, None, None, None, None
-
-
-def _add_product(parameter: Tensor, a: Tensor, b: Tensor) -> None:
-    """``parameter.grad += a^T b``."""
-    if parameter.grad is not None and parameter.grad.dtype == a.dtype:
-        parameter.grad.addmm_(a.t(), b)
-    else:
-        add_gradient(parameter, a.t() @ b)
 
 
 class _Embedding(torch.autograd.Function):

@@ -111,10 +111,10 @@ static void pack_dimensions(int low, const void *x, size_t ld, int n, int d, int
 static void turn(int low, const float *a, int R, int ld, int n, void *to) {
     for (int c = 0; c < n; c += W)
         for (int r = 0; r < R; r += W) {
-            float t[W][W];
-            for (int i = 0; i < W; i++)
-                for (int j = 0; j < W; j++) t[j][i] = a[(size_t)(r + i) * ld + c + j];
-            for (int j = 0; j < W; j++) put(low, to, (size_t)(c + j) * R + r, load(t[j]));
+            uvec t[W];
+            for (int i = 0; i < W; i++) t[i] = (uvec)load(a + (size_t)(r + i) * ld + c);
+            transpose(t);
+            for (int j = 0; j < W; j++) put(low, to, (size_t)(c + j) * R + r, (vec)t[j]);
         }
 }
 

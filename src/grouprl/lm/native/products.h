@@ -135,19 +135,21 @@ static void two_blocks(int low, int rows, int k, const void *a, int lda, const v
 
 /* Sixteen rows of x (some may lack), columns 0..k, as a block: its outputs are those rows. */
 static void pack_rows(int low, int rows, int k, const void *x, int is_bf16, size_t ld, void *block) {
-    for (int i = 0; i < k; i += W) {
-        uint32_t t[W][W];
+    int step = low ? 2 * W : W;
+    for (int i = 0; i < k; i += step) {
+        uvec t[W];
         for (int j = 0; j < W; j++) {
-            vec v = all(0);
-            if (j < rows) v = is_bf16 ? load_bf16((const bf16 *)x + j * ld + i) : load((const float *)x + j * ld + i);
-            if (low)
-                store_bf16((bf16 *)t[j], v);
-            else
-                memcpy(t[j], &v, sizeof v);
+            if (j >= rows) {
+                t[j] = (uvec){0};
+            } else if (low) {
+                put(1, &t[j], 0, get(is_bf16, x, j * ld + i));
+                put(1, &t[j], W, get(is_bf16, x, j * ld + i + W));
+            } else {
+                t[j] = (uvec)get(is_bf16, x, j * ld + i);
+            }
         }
-        uint32_t *to = (uint32_t *)element(low, block, (size_t)i * W);
-        for (int n = 0; n < (low ? W / 2 : W); n++)
-            for (int j = 0; j < W; j++) to[n * W + j] = t[j][n];
+        transpose(t);
+        memcpy((uint32_t *)element(low, block, (size_t)i * W), t, sizeof t);
     }
 }
 

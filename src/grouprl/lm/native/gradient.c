@@ -1,0 +1,85 @@
+/* The gradient of a weight, g^T x summed over many tokens, added in float32 to where the gradient stands. */
+#include "products.h"
+
+#include <stdlib.h>
+#include <omp.h>
+
+enum { DEPTH = 320, TALL = 32 }; /* tokens and outputs worked on at once */
+
+static int up32(int n) { return (n + 31) / 32 * 32; }
+
+/* Columns c..c + 32 (of `columns`) of tokens t..t + n of g [tokens][columns], bfloat16, as rows [32][ld]. */
+static void turn_tokens(const bf16 *g, int columns, int c, int n, bf16 *to, int ld) {
+    for (int half = 0; half < TALL; half += W)
+        for (int t = 0; t < up32(n); t += 2 * W) {
+            uvec r[W];
+            for (int i = 0; i < W; i++) {
+                int row = t + 2 * i;
+                const bf16 *from = g + (size_t)row * columns + c + half;
+                int there = c + half < columns;
+                uvec a = there && row < n ? (uvec)load_bf16(from) : (uvec){0};
+                uvec b = there && row + 1 < n ? (uvec)load_bf16(from + columns) : (uvec){0};
+                r[i] = (a >> 16) | b;
+            }
+            transpose(r);
+            for (int i = 0; i < W; i++) memcpy(to + (size_t)(half + i) * ld + t, &r[i], sizeof r[i]);
+        }
+}
+
+/* Columns c..c + 16 of tokens 0..n of x [tokens][columns] as a block of `depth` places. */
+static void pair_tokens(const bf16 *x, int columns, int c, int n, int depth, bf16 *block) {
+    for (int t = 0; t < depth; t += 2) {
+        const bf16 *from = x + (size_t)t * columns + c;
+        uvec a = t < n ? (uvec)load_bf16(from) : (uvec){0}, b = t + 1 < n ? (uvec)load_bf16(from + columns) : (uvec){0};
+        uvec pair = (a >> 16) | b;
+        memcpy(block + (size_t)t * W, &pair, sizeof pair);
+    }
+}
+
+/* to [outs][ins] float32 = (add: +=) g^T x for g [tokens][outs], x [tokens][ins] in bfloat16; outs and ins are
+   multiples of 16. 0, or 1 if there is no memory. */
+int grouprl_weight_gradient(int tokens, int outs, int ins, const bf16 *g, const bf16 *x, float *to, int add) {
+    int most = up32(tokens < DEPTH ? tokens : DEPTH), ld = most + 32; /* not a power of 2, which the cache dislikes */
+    bf16 *blocks;
+    int failed = 0;
+    if (posix_memalign((void **)&blocks, 64, (size_t)ins * most * sizeof(bf16))) return 1;
+#pragma omp parallel reduction(| : failed)
+    {
+        bf16 *rows = NULL;
+        if (posix_memalign((void **)&rows, 64, (size_t)TALL * ld * sizeof(bf16))) failed = 1, rows = NULL;
+        start_products();
+        for (int t = 0; t < tokens; t += DEPTH) {
+            int n = tokens - t < DEPTH ? tokens - t : DEPTH, depth = up32(n);
+#pragma omp for schedule(static)
+            for (int b = 0; b < ins / W; b++)
+                pair_tokens(x + (size_t)t * ins, ins, b * W, n, depth, blocks + (size_t)b * W * depth);
+#pragma omp for schedule(static)
+            for (int o = 0; o < outs; o += TALL) {
+                if (!rows) continue;
+                int height = outs - o < TALL ? outs - o : TALL;
+                turn_tokens(g + (size_t)t * outs, outs, o, n, rows, ld);
+                for (int b = 0; b < ins / W; b += 2) {
+                    int other = b + 1 < ins / W ? b + 1 : b;
+                    float *c = to + (size_t)o * ins + b * W;
+                    size_t i0 = (size_t)b * W * depth, i1 = (size_t)other * W * depth;
+                    if (!add && t == 0 && other > b) {
+                        two_blocks(1, height, depth, rows, ld, blocks, i0, i1, c, ins);
+                        continue;
+                    }
+                    float sums[TALL * 2 * W];
+                    two_blocks(1, height, depth, rows, ld, blocks, i0, i1, sums, 2 * W);
+                    for (int i = 0; i < height; i++)
+                        for (int j = 0; j <= other - b; j++) {
+                            float *at = c + (size_t)i * ins + j * W;
+                            vec s = load(sums + (i * 2 + j) * W);
+                            store(at, !add && t == 0 ? s : load(at) + s);
+                        }
+                }
+            }
+        }
+        stop_products();
+        free(rows);
+    }
+    free(blocks);
+    return failed;
+}
