@@ -116,15 +116,15 @@ class PackedAttention:
     ) -> None:
         self.pack, self.dtype, self.keep = pack, dtype, keep
         self.native = native and available()
-        self.windows: set[int | None] = set()
-        """The sliding windows that layers have asked for."""
+        self.asked: dict[nn.Module, How] = {}
+        """What each layer has asked for."""
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """See :class:`Plan`."""
         if self.pack is None:
             raise UnsupportedError("packed attention was called before it was given a pack")
         dtype = self.dtype or v.dtype
-        self.windows.add(how.window)
+        self.asked[module] = how
         if self.keep is not None:
             self.keep(module, k, v)
         if self.native and native.supported(q, dtype, how.softcap):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grouprl.lm import attention
-from grouprl.lm.attention import PackedAttention, Plan, UnsupportedError
+from grouprl.lm.attention import How, PackedAttention, Plan, UnsupportedError
 from grouprl.lm.packing import Group, Pack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -57,6 +58,15 @@ class Backbone:
         out = self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
+
+    @cached_property
+    def asked(self) -> dict[nn.Module, How]:
+        """What each layer asks of attention."""
+        pack = Pack.of([Group([0], ())], self.device)
+        plan = PackedAttention(pack)
+        with torch.no_grad(), self.following(plan):
+            self.hidden(pack.ids, pack.positions)
+        return plan.asked
 
     @contextmanager
     def following(self, plan: Plan) -> Iterator[None]:
@@ -126,7 +136,7 @@ def _difference(backbone: Backbone) -> float:
     with backbone.following(plan):
         hidden = backbone.hidden(pack.ids, pack.positions)[pack.predictors]
     window = getattr(backbone.core.config.get_text_config(), "sliding_window", None)
-    if window is not None and window not in plan.windows:
+    if window is not None and all(how.window != window for how in plan.asked.values()):
         raise UnsupportedError(f"{type(backbone.core).__name__} does not tell its attention of its sliding window")
     logp = backbone.head(hidden).float().log_softmax(-1)
     plain = []

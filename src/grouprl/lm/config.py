@@ -59,6 +59,10 @@ class GRPOConfig(BaseModel):
     attention: Literal["auto", "plain"] = Field(
         "auto", description="auto = packed attention with shared prompts where the model allows it; plain = the model's"
     )
+    native: bool = Field(
+        True,
+        description="on a CPU, run what C code can do by C code, compiled at first use; false = torch operations only",
+    )
     bf16: bool | None = Field(
         None, description="matrix products in bfloat16; default: where the hardware is fast at it"
     )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grouprl.lm.attention import How, Plan
+from grouprl.lm.backbone import Backbone
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _ATTENTION_NORMS = {"q_norm", "k_norm"}
@@ -61,8 +62,9 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def lean_step(decoder: Any) -> LeanStep | None:
-    """The step of a decoder of exactly the parts above, or None."""
+def lean_step(backbone: Backbone) -> LeanStep | None:
+    """The step of a model whose decoder has exactly the parts above, or None."""
+    decoder = backbone.decoder
     if not isinstance(decoder, nn.Module) or set(dict(decoder.named_children())) != _DECODER:
         return None
     if type(decoder.embed_tokens) is not nn.Embedding or not _is_rms(decoder.norm):
@@ -76,10 +78,10 @@ def lean_step(decoder: Any) -> LeanStep | None:
         inside, mlp = set(dict(layer.self_attn.named_children())), set(dict(layer.mlp.named_children()))
         if inside not in (_ATTENTION, _ATTENTION | _ATTENTION_NORMS) or mlp != _MLP:
             return None
-        scaling, size = getattr(layer.self_attn, "scaling", None), getattr(layer.self_attn, "head_dim", None)
-        if scaling is None or size is None:
+        way = backbone.asked.get(layer.self_attn)
+        if way is None or way.softcap is not None or getattr(layer.self_attn, "head_dim", None) is None:
             return None
-        ways.append(How(scaling, getattr(layer.self_attn, "sliding_window", None), None))
+        ways.append(way)
     return LeanStep(decoder, tuple(ways))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from grouprl.lm.attention import PackedAttention
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.head import TokenTerms, log_probs
+from grouprl.lm.native.layers import LlamaLayers
 from grouprl.lm.packing import Group, Pack, micro_batches
 from grouprl.lm.products import Products
 from grouprl.objective.packed import position
@@ -33,15 +34,17 @@ class Learner:
         temperature: what logits are divided by: the temperature the completions were sampled at.
         budget: most input tokens of a part.
         dropout: whether the model's dropout layers are active while learning.
+        native: use compiled attention. layers: the model's layers as fused functions, or None.
     """
 
     def __init__(
         self, model: nn.Module, backbone: Backbone | None, products: Products, temperature: float, budget: int,
-        dropout: bool = False,
+        dropout: bool = False, native: bool = True, layers: LlamaLayers | None = None,
     ) -> None:  # fmt: skip
+        self.layers = layers
         self.model, self.backbone, self.products = model, backbone, products
         self.temperature, self.budget, self.dropout = temperature, budget, dropout
-        self._plan = PackedAttention(None, products.dtype)
+        self._plan = PackedAttention(None, products.dtype, native=native)
 
     def parts(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], group: Sequence[int]
@@ -80,6 +83,9 @@ class Learner:
         try:
             if self.backbone is None:
                 yield
+            elif self.layers is not None:
+                with self.products.learning(self.layers.linears), self.layers.learning():
+                    yield
             else:
                 with self.products.learning(), self.backbone.following(self._plan):
                     yield
@@ -93,7 +99,8 @@ class Learner:
         if self.backbone is None:
             return self._evaluate_plainly(part.groups)
         pack = self._plan.pack = Pack.of(part.groups, self.backbone.device)
-        hidden = self.backbone.hidden(pack.ids, pack.positions).index_select(0, pack.predictors)
+        hidden = self.backbone.hidden(pack.ids, pack.positions) if self.layers is None else self.layers.hidden(pack)
+        hidden = hidden.index_select(0, pack.predictors)
         head = self.backbone.head
         return log_probs(hidden, head.weight, head.bias, pack.targets, self.temperature, self.products)
 

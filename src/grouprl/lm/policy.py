@@ -16,6 +16,7 @@ from grouprl.lm.backbone import find_backbone
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.learner import Learner, Part
 from grouprl.lm.models import eos_token_ids
+from grouprl.lm.native.layers import find_layers
 from grouprl.lm.plain import PlainSampler
 from grouprl.lm.products import Products, supports_bf16
 from grouprl.lm.sampler import Adjust, Completion, Sampler
@@ -63,7 +64,8 @@ class Policy:
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
             self.sampler = PlainSampler(model, self.products.dtype, ends, pad)
         else:
-            self.sampler = Sampler(backbone, self.products, ends, config.max_rows_per_decode or self._rows_that_fit())
+            rows = config.max_rows_per_decode or self._rows_that_fit()
+            self.sampler = Sampler(backbone, self.products, ends, rows, "native" if config.native else "lean")
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
         self.reference: Learner | None = None
@@ -107,9 +109,12 @@ class Policy:
 
     def _learner(self, model: Any, backbone: Any, products: Products) -> Learner:
         config = self.config
+        layers = None
+        if backbone is not None and config.native and config.disable_dropout and not config.gradient_checkpointing:
+            layers = find_layers(backbone, products.dtype)
         return Learner(
             model, backbone, products, config.temperature, config.tokens_per_micro_batch,
-            dropout=not config.disable_dropout,
+            not config.disable_dropout, config.native, layers,
         )  # fmt: skip
 
     def _frozen(self, model: Any) -> Learner:

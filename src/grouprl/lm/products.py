@@ -7,7 +7,7 @@ weights are laid out for the processor beforehand. Everything else of the model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,11 +78,15 @@ class Products:
         self._weights: _Rounded | None = None
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Within, layers run forwards and backwards in low precision; gradients are added to ``.grad``."""
+    def learning(self, without: Collection[nn.Module] = ()) -> Iterator[None]:
+        """Within, layers run forwards and backwards in low precision; gradients are added to ``.grad``.
+
+        Args:
+            without: layers to leave alone, as something else does their work.
+        """
         self._weights = weights = _Rounded(self.dtype)
         try:
-            with self._forwards(lambda layer: self._learner(layer, weights), self._embed):
+            with self._forwards(lambda layer: None if layer in without else self._learner(layer, weights), self._embed):
                 yield
         finally:
             self._weights = None
@@ -106,13 +110,15 @@ class Products:
     @contextmanager
     def _forwards(
         self,
-        of_layer: Callable[[Any], Callable[..., Tensor]],
+        of_layer: Callable[[Any], Callable[..., Tensor] | None],
         of_embedding: Callable[[Any], Callable[..., Tensor]] | None,
     ) -> Iterator[None]:
         """Give every layer a forward of its own, and take it away again."""
         before: list[tuple[nn.Module, Any]] = []
 
-        def give(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        def give(module: nn.Module, forward: Callable[..., Tensor] | None) -> None:
+            if forward is None:
+                return
             before.append((module, vars(module).get("forward")))
             module.forward = forward
 

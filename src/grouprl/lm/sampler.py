@@ -130,7 +130,7 @@ class Sampler:
         """Settle for the first way that the model has the parts for and that gives what its modules give."""
         if self.steps == "modules":
             return
-        lean = lean_step(self.backbone.decoder)
+        lean = lean_step(self.backbone)
         asked, self.steps = self.steps, "modules"
         if lean is None:
             return
@@ -166,7 +166,7 @@ class Sampler:
         else:
             decoder = TorchDecoder(self.backbone, self.lean, self.products.dtype, pack, group_size)
         lengths = decoder.lengths
-        with self.backbone.following(PackedAttention(pack, self.products.dtype, decoder.keep)):
+        with self.backbone.following(PackedAttention(pack, self.products.dtype, decoder.keep, self.steps == "native")):
             hidden = self.backbone.hidden(pack.ids, pack.positions)
         return decoder, self.backbone.head(hidden[lengths.cumsum(0) - 1]).float()
 

@@ -11,12 +11,15 @@
 #include <omp.h>
 
 typedef struct {
-    int32_t tokens, heads, k_heads, d, low, window, groups; /* window: tokens a token sees, itself included; 0: all */
+    int32_t heads, k_heads, d, low, out_low, groups;
+    int32_t window;               /* tokens a token sees, itself included; 0: all */
+    int32_t ld_q, ld_k;           /* elements from token to token of q and dq, and of k, v, dk, dv */
     float scale;
     const int32_t *group;         /* [groups + 1] where each group's stretches begin; the first is its prompt */
     const int32_t *start, *count; /* tokens of each stretch, in the row */
     const void *q, *k, *v, *dout; /* [tokens, heads, d], [tokens, k_heads, d] twice, and as q: bfloat16 if low */
-    float *out, *dq, *dk, *dv;    /* of the same shapes; out for the forward pass, the others for the gradient */
+    void *out;                    /* [tokens, heads, d], of the forward pass: bfloat16 if out_low */
+    float *dq, *dk, *dv;          /* of the gradient */
 } Attention;
 
 enum { CHUNK = 96 }; /* rows worked on at once, about */
@@ -157,7 +160,7 @@ static void soften(const Attention *a, Space *x, int R, int rows, int g, int fir
 /* One stretch of a group: `n` tokens from `at` of the row, behind `prompt` keys, its own keys in places start.. */
 static void stretch(const Attention *a, Space *x, int h, int at, int n, int prompt, int start, int gradient) {
     int g = a->heads / a->k_heads, d = a->d, D = x->D, L = x->L, low = a->low, step = x->R / g;
-    size_t of_key = (size_t)a->k_heads * d, of_query = (size_t)a->heads * d;
+    size_t of_key = a->ld_k, of_query = a->ld_q, of_out = (size_t)a->heads * d;
     size_t own = at * of_key + (size_t)h * d;
     const void *k = element(low, a->k, own), *v = element(low, a->v, own);
     int places = up(n, 32);
@@ -173,10 +176,10 @@ static void stretch(const Attention *a, Space *x, int h, int at, int n, int prom
         int R = up(rows, 32);
         for (int r = 0; r < R; r++)
             for (int c = 0; c < D; c += W) {
-                size_t from = (size_t)(at + first + r / g) * of_query + (size_t)(h * g + r % g) * d + c;
+                size_t token = at + first + r / g, head = (size_t)(h * g + r % g) * d + c;
                 int there = r < rows && c < d;
-                put(low, x->q, (size_t)r * D + c, there ? get(low, a->q, from) : all(0));
-                if (gradient) put(low, x->o, (size_t)r * D + c, there ? get(low, a->dout, from) : all(0));
+                put(low, x->q, (size_t)r * D + c, there ? get(low, a->q, token * of_query + head) : all(0));
+                if (gradient) put(low, x->o, (size_t)r * D + c, there ? get(low, a->dout, token * of_out + head) : all(0));
             }
         multiply(low, R, end, D, x->q, D, x->kd, D, x->s, L);
         soften(a, x, R, rows, g, first, prompt, start, end);
@@ -186,8 +189,8 @@ static void stretch(const Attention *a, Space *x, int h, int at, int n, int prom
             multiply(low, R, D, end, x->p, L, x->vt, L, x->c, D);
             for (int r = 0; r < rows; r++) {
                 float f = 1.0f / x->total[r];
-                float *to = a->out + (size_t)(at + first + r / g) * of_query + (size_t)(h * g + r % g) * d;
-                for (int c = 0; c < d; c += W) store(to + c, load(x->c + (size_t)r * D + c) * f);
+                size_t to = (at + first + r / g) * of_out + (size_t)(h * g + r % g) * d;
+                for (int c = 0; c < d; c += W) put(a->out_low, a->out, to + c, load(x->c + (size_t)r * D + c) * f);
             }
             continue;
         }
@@ -227,7 +230,7 @@ static void stretch(const Attention *a, Space *x, int h, int at, int n, int prom
 static void give_back(const Attention *a, Space *x, int h, int at, int n, int start) {
     for (int t = 0; t < n; t++)
         for (int c = 0; c < a->d; c += W) {
-            size_t to = ((size_t)(at + t) * a->k_heads + h) * a->d + c, from = (size_t)(start + t) * x->D + c;
+            size_t to = (size_t)(at + t) * a->ld_k + (size_t)h * a->d + c, from = (size_t)(start + t) * x->D + c;
             store(a->dk + to, load(x->dk + from));
             store(a->dv + to, load(x->dv + from));
         }

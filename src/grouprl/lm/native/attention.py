@@ -17,7 +17,7 @@ _W = 16
 
 class _Attention(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("tokens", "heads", "k_heads", "d", "low", "window", "groups")),
+        *((name, c_int32) for name in ("heads", "k_heads", "d", "low", "out_low", "groups", "window", "ld_q", "ld_k")),
         ("scale", c_float),
         *((name, c_void_p) for name in ("group", "start", "count", "q", "k", "v", "dout", "out", "dq", "dk", "dv")),
     ]  # fmt: skip
@@ -48,32 +48,34 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(*low)
         ctx.pack, ctx.scale, ctx.window, ctx.dtypes = pack, scale, window, (q.dtype, k.dtype, v.dtype)
         out = torch.empty(q.shape, dtype=torch.float32)
-        _call(low, pack, scale, window, {"out": out})
+        attention(low[0], low[1], low[2], pack, scale, window, {"out": out})
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        low = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         made = {
-            name: torch.empty(x.shape, dtype=torch.float32) for name, x in zip(("dq", "dk", "dv"), low, strict=True)
+            name: torch.empty(x.shape, dtype=torch.float32)
+            for name, x in zip(("dq", "dk", "dv"), (q, k, v), strict=True)
         }
-        _call(low, ctx.pack, ctx.scale, ctx.window, made, gradient.to(low[0].dtype).contiguous())
+        attention(q, k, v, ctx.pack, ctx.scale, ctx.window, made, gradient.to(q.dtype).contiguous())
         return *(x.to(dtype) for x, dtype in zip(made.values(), ctx.dtypes, strict=True)), None, None, None, None
 
 
-def _call(
-    inputs: Any,
-    pack: Pack,
-    scale: float,
-    window: int | None,
-    outputs: dict[str, Tensor],
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, pack: Pack, scale: float, window: int | None, outputs: dict[str, Tensor],
     gradient: Tensor | None = None,
-) -> None:
-    q, k, v = inputs
+) -> None:  # fmt: skip
+    """Attention from ``q [S, H, D]``, ``k, v [S, K, D]`` into ``outputs``: ``out [S, H, D]``, float32 or as q; or, with
+    the ``gradient [S, H, D]`` of that, ``dq, dk, dv`` in float32.
+
+    Heads are contiguous; tokens may lie apart, the same in q and dq, and in k, v, dk and dv.
+    """
     where = (pack.group_starts, pack.starts, pack.counts)
+    low = q.dtype == torch.bfloat16
     struct = _Attention(
-        q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.dtype == torch.bfloat16, window or 0,
-        len(pack.group_starts) - 1, scale,
+        q.shape[1], k.shape[1], q.shape[2], low, "out" in outputs and outputs["out"].dtype == torch.bfloat16,
+        len(pack.group_starts) - 1, window or 0, q.stride(0), k.stride(0), scale,
         *(x.data_ptr() for x in (*where, q, k, v)), None if gradient is None else gradient.data_ptr(),
         **{name: x.data_ptr() for name, x in outputs.items()},
     )  # fmt: skip

@@ -8,17 +8,17 @@ enum { DEPTH = 320, TALL = 32 }; /* tokens and outputs worked on at once */
 
 static int up32(int n) { return (n + 31) / 32 * 32; }
 
-/* Columns c..c + 32 (of `columns`) of tokens t..t + n of g [tokens][columns], bfloat16, as rows [32][ld]. */
-static void turn_tokens(const bf16 *g, int columns, int c, int n, bf16 *to, int ld) {
+/* Columns c..c + 32 (of `columns`) of n tokens of g, bfloat16, `apart` elements apart, as rows [32][ld]. */
+static void turn_tokens(const bf16 *g, int columns, int apart, int c, int n, bf16 *to, int ld) {
     for (int half = 0; half < TALL; half += W)
         for (int t = 0; t < up32(n); t += 2 * W) {
             uvec r[W];
             for (int i = 0; i < W; i++) {
                 int row = t + 2 * i;
-                const bf16 *from = g + (size_t)row * columns + c + half;
+                const bf16 *from = g + (size_t)row * apart + c + half;
                 int there = c + half < columns;
                 uvec a = there && row < n ? (uvec)load_bf16(from) : (uvec){0};
-                uvec b = there && row + 1 < n ? (uvec)load_bf16(from + columns) : (uvec){0};
+                uvec b = there && row + 1 < n ? (uvec)load_bf16(from + apart) : (uvec){0};
                 r[i] = (a >> 16) | b;
             }
             transpose(r);
@@ -26,19 +26,19 @@ static void turn_tokens(const bf16 *g, int columns, int c, int n, bf16 *to, int 
         }
 }
 
-/* Columns c..c + 16 of tokens 0..n of x [tokens][columns] as a block of `depth` places. */
-static void pair_tokens(const bf16 *x, int columns, int c, int n, int depth, bf16 *block) {
+/* Columns c..c + 16 of n tokens of x, `apart` elements apart, as a block of `depth` places. */
+static void pair_tokens(const bf16 *x, int apart, int c, int n, int depth, bf16 *block) {
     for (int t = 0; t < depth; t += 2) {
-        const bf16 *from = x + (size_t)t * columns + c;
-        uvec a = t < n ? (uvec)load_bf16(from) : (uvec){0}, b = t + 1 < n ? (uvec)load_bf16(from + columns) : (uvec){0};
+        const bf16 *from = x + (size_t)t * apart + c;
+        uvec a = t < n ? (uvec)load_bf16(from) : (uvec){0}, b = t + 1 < n ? (uvec)load_bf16(from + apart) : (uvec){0};
         uvec pair = (a >> 16) | b;
         memcpy(block + (size_t)t * W, &pair, sizeof pair);
     }
 }
 
 /* to [outs][ins] float32 = (add: +=) g^T x for g [tokens][outs], x [tokens][ins] in bfloat16; outs and ins are
-   multiples of 16. 0, or 1 if there is no memory. */
-int grouprl_weight_gradient(int tokens, int outs, int ins, const bf16 *g, const bf16 *x, float *to, int add) {
+   multiples of 16; tokens of g lie ld_g elements apart, those of x ld_x. 0, or 1 if there is no memory. */
+int grouprl_weight_gradient(int tokens, int outs, int ins, const bf16 *g, int ld_g, const bf16 *x, int ld_x, float *to, int add) {
     int most = up32(tokens < DEPTH ? tokens : DEPTH), ld = most + 32; /* not a power of 2, which the cache dislikes */
     bf16 *blocks;
     int failed = 0;
@@ -52,12 +52,12 @@ int grouprl_weight_gradient(int tokens, int outs, int ins, const bf16 *g, const 
             int n = tokens - t < DEPTH ? tokens - t : DEPTH, depth = up32(n);
 #pragma omp for schedule(static)
             for (int b = 0; b < ins / W; b++)
-                pair_tokens(x + (size_t)t * ins, ins, b * W, n, depth, blocks + (size_t)b * W * depth);
+                pair_tokens(x + (size_t)t * ld_x, ld_x, b * W, n, depth, blocks + (size_t)b * W * depth);
 #pragma omp for schedule(static)
             for (int o = 0; o < outs; o += TALL) {
                 if (!rows) continue;
                 int height = outs - o < TALL ? outs - o : TALL;
-                turn_tokens(g + (size_t)t * outs, outs, o, n, rows, ld);
+                turn_tokens(g + (size_t)t * ld_g, outs, ld_g, o, n, rows, ld);
                 for (int b = 0; b < ins / W; b += 2) {
                     int other = b + 1 < ins / W ? b + 1 : b;
                     float *c = to + (size_t)o * ins + b * W;

@@ -1,0 +1,312 @@
+"""Compiled code against the naive model and against the torch operations it stands for; and what happens without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import (
+    MIXED,
+    VOCABULARY,
+    build,
+    learned,
+    naive,
+    naive_log_probs,
+    random_groups,
+    random_ids,
+    random_weights,
+    relative_error,
+    take_gradient,
+)
+from torch import Tensor, nn
+
+from grouprl.lm.attention import How, PackedAttention, _Packed
+from grouprl.lm.backbone import find_backbone
+from grouprl.lm.learner import Learner
+from grouprl.lm.native import compile as native
+from grouprl.lm.native.attention import attend
+from grouprl.lm.native.gradient import weight_gradient
+from grouprl.lm.native.layers import find_layers
+from grouprl.lm.packing import Group, Pack
+from grouprl.lm.products import Products
+from grouprl.lm.sampler import Completion, Sampler
+from grouprl.lm.sampling import SamplingSettings
+
+if not native.available():
+    pytest.skip("there is no compiled code on this machine", allow_module_level=True)
+
+WIDE = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+"""Sizes that compiled code takes: an odd number of blocks of 16 among them."""
+LLAMAS: dict[str, dict] = {
+    "llama": WIDE, "qwen2": {k: v for k, v in WIDE.items() if k != "head_dim"}, "qwen3": WIDE,
+    "mistral": {**WIDE, "sliding_window": 4},
+}  # fmt: skip
+
+
+def wide(name: str) -> nn.Module:
+    return build(name, **LLAMAS[name])
+
+
+def fused(model: nn.Module, dtype: torch.dtype = torch.float32, temperature: float = 1.0) -> Learner:
+    backbone, why = find_backbone(model)
+    assert backbone is not None, why
+    layers = find_layers(backbone, dtype)
+    assert layers is not None
+    return Learner(model, backbone, Products(model, dtype), temperature, 10**9, layers=layers)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_fused_layers_give_the_naive_log_probabilities_and_gradients(name: str, temperature: float) -> None:
+    model, groups = wide(name), random_groups(*MIXED, (40, (35, 33, 1)))
+    model.config.max_position_embeddings = 128
+    weights = random_weights(groups)
+    wanted = naive(model, groups, weights, temperature)
+    found = learned(fused(model, temperature=temperature), groups, weights)
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-4)
+    assert relative_error(found[1], wanted[1]) < 2e-5
+    for parameter, gradient in wanted[1].items():  # of every parameter, the small ones too
+        assert relative_error({"": found[1][parameter]}, {"": gradient}) < 2e-4, parameter
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_fused_layers_in_low_precision_are_no_less_exact_than_autocast(name: str) -> None:
+    model, groups = wide(name), random_groups((12, (20, 9, 30)), (5, (16, 24)), (20, (12,)))
+    weights = random_weights(groups)
+    logp, gradient = naive(model, groups, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [naive_log_probs(model, g.prompt, c) for g in groups for c in g.completions]
+    (weights * torch.cat(parts)).sum().backward()
+    autocast_error = relative_error(take_gradient(model), gradient)
+    found = learned(fused(model, torch.bfloat16), groups, weights)
+    assert autocast_error > 1e-3  # there is something to compare with
+    assert relative_error(found[1], gradient) <= 1.25 * autocast_error
+    assert float((found[0] - logp).norm()) <= 1.25 * float((torch.cat(parts).detach() - logp).norm())
+
+
+def test_frozen_weights_get_no_gradient_and_the_others_theirs() -> None:
+    model, groups = wide("qwen3"), random_groups(*MIXED)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not any(part in name for part in ("embed", "layers.0.mlp", "k_norm", "v_proj"))
+    weights = random_weights(groups)
+    wanted = naive(model, groups, weights)
+    found = learned(fused(model), groups, weights)
+    assert relative_error(found[1], wanted[1]) < 2e-5
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["smollm3", "phi", "gemma", "gpt2"])
+def test_models_that_compute_something_else_have_no_fused_layers(name: str) -> None:
+    changes = WIDE if name != "gpt2" else {}
+    backbone, why = find_backbone(build(name, **changes))
+    assert backbone is not None, why
+    assert find_layers(backbone, torch.float32) is None
+
+
+def test_sizes_that_do_not_fit_leave_the_torch_operations() -> None:
+    backbone, _ = find_backbone(build("llama"))
+    assert backbone is not None
+    assert find_layers(backbone, torch.float32) is None
+    assert Sampler(backbone, Products(backbone.model, torch.float32), [1]).steps == "lean"
+
+
+# --- decode steps -----------------------------------------------------------------------------------------------------
+
+PROMPTS = [random_ids(n, torch.Generator().manual_seed(n)) for n in (5, 1, 19, 3)]
+
+
+def sampled(model: nn.Module, steps: str, dtype: torch.dtype = torch.float32, n: int = 40) -> list[Completion]:
+    backbone, why = find_backbone(model)
+    assert backbone is not None, why
+    sampler = Sampler(backbone, Products(model, dtype), [1, 2], steps=steps)  # type: ignore[arg-type]
+    assert sampler.steps == steps
+    # 6 rows of each prompt: more than 16 rows in all, and they leave one by one.
+    return sampler.sample(PROMPTS, 6, SamplingSettings(n), torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_compiled_steps_sample_the_same_tokens(name: str) -> None:
+    model = wide(name)
+    found, wanted = sampled(model, "native"), sampled(model, "lean")
+    assert [c.ids for c in found] == [c.ids for c in wanted]
+    assert len({len(c.ids) for c in found}) > 5
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one.logp, other.logp, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_log_probabilities_in_low_precision_are_near_those_of_the_model(name: str) -> None:
+    model = wide(name)
+    errors = []
+    for i, completion in enumerate(sampled(model, "native", torch.bfloat16)):
+        with torch.no_grad():
+            wanted = naive_log_probs(model, PROMPTS[i // 6], completion.ids)
+        errors.append((completion.logp - wanted).abs())
+    assert 1e-4 < float(torch.cat(errors).mean()) < 0.05
+
+
+def test_adapters_are_part_of_the_weights() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(wide("llama"), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    found = sampled(model, "native")
+    assert [c.ids for c in found] == [c.ids for c in sampled(model, "lean")]
+    with model.disable_adapter():
+        without = sampled(model, "native")
+    assert [c.ids for c in without] != [c.ids for c in found]
+    assert [c.ids for c in without] == [c.ids for c in sampled(wide("llama"), "lean")]
+
+
+def test_a_layer_with_another_adapter_is_left_to_torch() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(wide("llama"), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    backbone, why = find_backbone(model)
+    assert backbone is not None, why
+    assert Sampler(backbone, Products(model, torch.float32), [1]).steps == "lean"
+
+
+def test_changed_weights_are_sampled_from() -> None:
+    model = wide("llama")
+    backbone, _ = find_backbone(model)
+    assert backbone is not None
+    sampler = Sampler(backbone, Products(model, torch.float32), [10**6])
+    how = SamplingSettings(5, temperature=0.0)
+    before = sampler.sample([[5, 6]], 1, how, torch.Generator())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_()
+    after = sampler.sample([[5, 6]], 1, how, torch.Generator())
+    assert before[0].ids != after[0].ids
+    with torch.no_grad():
+        wanted = naive_log_probs(model, [5, 6], after[0].ids)
+    assert torch.allclose(after[0].logp, wanted, atol=1e-4)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+SHAPES = [((40, (33,) * 8), (41, (2, 60, 30, 1))), ((130, (64,) * 3),), ((1, (5, 2)), (100, ())), ((32, (33, 65)),)]
+
+
+def differentiated(function, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves)
+    out.backward(gradient.to(out.dtype))
+    return [out.detach().float(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("heads", "k_heads", "d", "window"),
+    [(9, 3, 64, None), (4, 4, 16, None), (6, 2, 48, 7), (14, 2, 32, 2), (8, 1, 80, 40)],
+)
+def test_attention_and_its_gradient_are_those_of_torch(
+    shape: tuple, heads: int, k_heads: int, d: int, window: int | None
+) -> None:
+    pack = Pack.of([Group([0] * p, [[0] * c for c in completions]) for p, completions in shape])
+    generator = torch.Generator().manual_seed(heads)
+    q, k, v, gradient = (
+        torch.randn(len(pack.ids), h, d, generator=generator) for h in (heads, k_heads, k_heads, heads)
+    )
+    how = How(d**-0.5, window, None)
+
+    def by_torch(dtype: torch.dtype) -> list[Tensor]:
+        return differentiated(lambda *x: _Packed.apply(*x, pack, how, dtype), q, k, v, gradient)
+
+    def by_us(dtype: torch.dtype) -> list[Tensor]:
+        return differentiated(lambda *x: attend(*x, pack, how.scale, window, dtype), q, k, v, gradient)
+
+    wanted = by_torch(torch.float32)
+    for found, one in zip(by_us(torch.float32), wanted, strict=True):
+        assert float((found - one).norm()) < 2e-6 * float(one.norm())
+    for found, low, one in zip(by_us(torch.bfloat16), by_torch(torch.bfloat16), wanted, strict=True):
+        assert float((found - one).norm()) < 1.1 * float((low - one).norm())
+
+
+def test_a_soft_cap_is_left_to_torch() -> None:
+    pack = Pack.of([Group([0] * 5, [[0] * 4])])
+    q, k, v = (torch.randn(len(pack.ids), 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    how, module = How(0.25, None, 1.0), nn.Module()
+    found = PackedAttention(pack, torch.float32).attend(module, q, k, v, how)
+    assert torch.equal(found, PackedAttention(pack, torch.float32, native=False).attend(module, q, k, v, how))
+    assert not torch.allclose(
+        found, PackedAttention(pack, torch.float32).attend(module, q, k, v, How(0.25, None, None))
+    )
+
+
+# --- gradients of weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33, 320, 321, 700])
+@pytest.mark.parametrize(("outs", "ins"), [(16, 16), (48, 80), (160, 32)])
+def test_the_gradient_of_a_weight_is_summed_in_full_precision(tokens: int, outs: int, ins: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    both = torch.randn(tokens, outs + 16, generator=generator).bfloat16()
+    g, x = both[:, 16:], torch.randn(tokens, ins, generator=generator).bfloat16()
+    wanted = g.double().t() @ x.double()
+    to = torch.full((outs, ins), 7.0)
+    weight_gradient(to, g, x, add=False)
+    assert float((to - wanted).norm()) < 1e-6 * float(wanted.norm())
+    weight_gradient(to, g, x, add=True)
+    assert float((to - 2 * wanted).norm()) < 2e-6 * float(wanted.norm())
+
+
+# --- without a compiler -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_everything_runs_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide("llama")
+    with_it = sampled(model, "native")
+    groups = random_groups(*MIXED)
+    weights = random_weights(groups)
+    wanted = learned(fused(model), groups, weights)
+    monkeypatch.setattr(native, "_find", lambda: native.UnavailableError("there is no C compiler"))
+    backbone, _ = find_backbone(model)
+    assert backbone is not None
+    assert find_layers(backbone, torch.float32) is None
+    sampler = Sampler(backbone, Products(model, torch.float32), [1, 2])
+    assert (sampler.steps, sampler.why) == ("lean", "there is no C compiler")
+    found = sampler.sample(PROMPTS, 6, SamplingSettings(40), torch.Generator().manual_seed(0))
+    assert [c.ids for c in found] == [c.ids for c in with_it]
+    logp, gradient = learned(Learner(model, backbone, Products(model, torch.float32), 1.0, 10**9), groups, weights)
+    assert torch.allclose(logp, wanted[0], atol=1e-5)
+    assert relative_error(gradient, wanted[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"), [("/no/such/compiler", "No such file"), ("false", "returned non-zero exit status")]
+)
+def test_a_compiler_that_fails_is_named(compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(native.UnavailableError, match=message) as caught:
+        native._load()
+    assert compiler in str(caught.value)
+
+
+def test_it_is_compiled_once_and_nothing_else_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._load()
+    (made,) = (tmp_path / "grouprl").iterdir()
+    when = made.stat().st_mtime_ns
+    native._load()
+    assert [made] == list((tmp_path / "grouprl").iterdir())
+    assert made.stat().st_mtime_ns == when
+
+
+@pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64-v4", "-march=cooperlake"])
+def test_every_variant_of_the_inner_product_compiles(flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    if native.platform.machine() != "x86_64":
+        pytest.skip("variants of another processor")
+    monkeypatch.setattr(native, "_FLAGS", ("-Wall", "-Werror", "-Wno-unused-function", flags, *native._FLAGS[2:]))
+    native._compile("cc", tmp_path / "kernels.so")
+    assert (tmp_path / "kernels.so").stat().st_size > 10_000
+
+
+assert VOCABULARY % 16, "the head's last block of outputs is not full"
