@@ -96,15 +96,11 @@ class Products:
         return parameter.detach().to(self.dtype) if self._weights is None else self._weights(parameter)
 
     @contextmanager
-    def sampling(self, given: Callable[[Any], Callable[..., Tensor] | None] = lambda layer: None) -> Iterator[None]:
-        """Within, layers run forwards only, from weights laid out for many small products.
-
-        Args:
-            given: the forward of a layer that has been laid out already, or None.
-        """
+    def sampling(self) -> Iterator[None]:
+        """Within, layers run forwards only, from weights laid out for many small products."""
         packed = self.dtype == torch.bfloat16 and all(m.weight.device.type == "cpu" for m in self._layers)
         make = self._packed if packed and supports_bf16(torch.device("cpu")) else self._plain
-        with torch.no_grad(), self._forwards(lambda layer: given(layer) or make(layer), None):
+        with torch.no_grad(), self._forwards(make, None):
             yield
 
     @contextmanager

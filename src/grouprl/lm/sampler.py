@@ -108,9 +108,12 @@ class Sampler:
         try:
             if self.steps == "native" and self.lean is not None:
                 low = self.products.dtype == torch.bfloat16
-                self._native = NativeModel(self.backbone.decoder, self.backbone.head, self.lean.ways, low)
-            with self.products.sampling(self._native.forward) if self._native else self.products.sampling():
-                yield
+                with torch.no_grad():
+                    self._native = NativeModel(self.backbone.decoder, self.backbone.head, self.lean.ways, low)
+                    yield
+            else:
+                with self.products.sampling():
+                    yield
         finally:
             self._native = None
             self.backbone.model.train(training)
@@ -163,10 +166,11 @@ class Sampler:
         decoder: Decoder
         if self._native is not None:
             decoder = NativeDecoder(self._native, pack, group_size, max_new_tokens)
-        else:
-            decoder = TorchDecoder(self.backbone, self.lean, self.products.dtype, pack, group_size)
+            hidden = self._native.read(pack, decoder.keep)
+            return decoder, self._native.logits(hidden[decoder.lengths.cumsum(0) - 1])
+        decoder = TorchDecoder(self.backbone, self.lean, self.products.dtype, pack, group_size)
         lengths = decoder.lengths
-        with self.backbone.following(PackedAttention(pack, self.products.dtype, decoder.keep, self.steps == "native")):
+        with self.backbone.following(PackedAttention(pack, self.products.dtype, decoder.keep, native=False)):
             hidden = self.backbone.hidden(pack.ids, pack.positions)
         return decoder, self.backbone.head(hidden[lengths.cumsum(0) - 1]).float()
 

@@ -4,7 +4,7 @@
    its own stretch. Work is divided by group and key head; within one, the keys of the prompt lie in places 0.., those of
    the completion at hand in places `start`.. of the same panels. The query heads of a key head are rows of one product:
    row i * g + j is head j of token i of a chunk. Scores are computed again for the gradient. */
-#include "products.h"
+#include "panels.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -35,8 +35,6 @@ typedef struct {
     float *dk, *dv;          /* [L][D] */
     float *total;            /* [R] */
 } Space;
-
-static int up(int n, int to) { return (n + to - 1) / to * to; }
 
 static size_t slice(char **at, size_t bytes) {
     size_t from = (size_t)*at;
@@ -73,43 +71,6 @@ static char *lay_out(Space *s, char *at, int low, int gradient, int L, int R, in
     return at;
 }
 
-/* Rows r..r + W of [n][d], columns c..c + W, with zeros around. */
-INLINE vec part(int low, const void *x, size_t ld, int n, int d, int r, int c) {
-    return r < n && c < d ? get(low, x, r * ld + c) : all(0);
-}
-
-/* x [n][d] into places `at`.. of blocks of 16 rows; `places` of them are written. */
-static void pack_places(int low, const void *x, size_t ld, int n, int d, int D, int places, int at, void *to) {
-    for (int b = 0; b < places; b += W) {
-        void *block = (void *)element(low, to, (size_t)(at + b) * D);
-        int rows = n - b < 0 ? 0 : n - b < W ? n - b : W;
-        if (d == D) {
-            pack_rows(low, rows, D, element(low, x, b * ld), low, ld, block);
-            continue;
-        }
-        float y[W][D];
-        for (int r = 0; r < W; r++)
-            for (int c = 0; c < D; c += W) store(y[r] + c, part(low, x, ld, n, d, b + r, c));
-        pack_rows(low, rows, D, y, 0, D, block);
-    }
-}
-
-/* x [n][d] into blocks of 16 of its columns, places `at`.. of `all_places` in each; `places` of them are written. */
-static void pack_dimensions(int low, const void *x, size_t ld, int n, int d, int D, int places, int at, int all_places, void *to) {
-    for (int c = 0; c < D; c += W) {
-        char *block = (char *)element(low, to, ((size_t)c * all_places) + (size_t)at * W);
-        for (int r = 0; r < places; r += low ? 2 : 1) {
-            vec a = part(low, x, ld, n, d, r, c);
-            if (low) {
-                uvec pair = ((uvec)a >> 16) | (uvec)part(1, x, ld, n, d, r + 1, c);
-                memcpy((bf16 *)block + (size_t)r * W, &pair, sizeof pair);
-            } else {
-                store((float *)block + (size_t)r * W, a);
-            }
-        }
-    }
-}
-
 /* a [R][ld] in float32, columns 0..n, into its transpose [n][R]. */
 static void turn(int low, const float *a, int R, int ld, int n, void *to) {
     for (int c = 0; c < n; c += W)
@@ -119,13 +80,6 @@ static void turn(int low, const float *a, int R, int ld, int n, void *to) {
             transpose(t);
             for (int j = 0; j < W; j++) put(low, to, (size_t)(c + j) * R + r, (vec)t[j]);
         }
-}
-
-/* c [m][n] = a [m][k] times n / 16 blocks of `places` along k each, of which k are used. m, k, n: multiples of 32. */
-static void multiply(int low, int m, int n, int k, const void *a, int lda, const void *w, int places, float *c, int ldc) {
-    for (int j = 0; j < n; j += 32)
-        for (int i = 0; i < m; i += 32)
-            two_blocks(low, 32, k, element(low, a, (size_t)i * lda), lda, w, (size_t)j * places, (size_t)(j + W) * places, c + (size_t)i * ldc + j, ldc);
 }
 
 static void add(float *to, const float *c, size_t n) {

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
-_HEADERS = ("vector.h", "products.h", "linear.h")
+_HEADERS = ("vector.h", "products.h", "linear.h", "panels.h")
 _SOURCES = ("decode.c", "attention.c", "gradient.c", "layer.c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 

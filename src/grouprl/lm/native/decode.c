@@ -4,6 +4,7 @@
    one parallel region; threads meet at barriers. Keys of every 16 tokens lie transposed, [D][16], so that scores are
    sums of vectors; values lie as [token][D]. The rows of one prompt read its keys and values together. */
 #include "linear.h"
+#include "panels.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -28,11 +29,13 @@ typedef struct {
     const Layer *layer;
 } Model;
 
-/* P prompts of at most T tokens (a multiple of 16), S slots of at most C own tokens each (a multiple of 16). */
+/* P prompts of at most T tokens (a multiple of 32), S slots of at most C own tokens each (a multiple of 16).
+   Keys and values of prompts are panels of T places, [layers, P, K, T, D up to a multiple of 32], in the type of
+   activations; a row's own are [layers, S, K, C / 16, D, 16] and [layers, S, K, C, D] in float32. */
 typedef struct {
     int32_t prompts, T, slots, C;
-    float *prompt_k, *prompt_v; /* [layers, P, K, T / 16, D, 16] and [layers, P, K, T, D] */
-    float *own_k, *own_v;       /* [layers, S, K, C / 16, D, 16] and [layers, S, K, C, D] */
+    void *prompt_k, *prompt_v;
+    float *own_k, *own_v;
     const int32_t *lengths;     /* [P] tokens of each prompt */
 } Cache;
 
@@ -152,13 +155,21 @@ static void hide(float *s, int ld, int n, int from, int to) {
         for (int t = from; t < to; t++) s[i * ld + t] = -1e30f;
 }
 
-/* Rows from..to of part p, key head h. `space` holds (to - from) * g * (2 D + T + C) floats. */
+/* Bytes that `attend` works in, for n rows of queries. */
+static size_t space_of(const Model *m, const Cache *c, int n) {
+    int R = up(n, 32), D = up(m->head_dim, 32);
+    return (size_t)R * ((c->T + c->C) + 2 * m->head_dim + D) * sizeof(float) + (size_t)R * (c->T + D) * sizeof(float);
+}
+
+/* Rows from..to of part p, key head h. */
 static void attend(const Model *m, const Layer *l, int at, const Cache *c, const Step *s, int p, int h, int from, int to, const float *qkv, void *out, float *space) {
     int d = m->head_dim, g = m->heads / m->k_heads, n = (to - from) * g, all_heads = m->heads + 2 * m->k_heads;
     int prompt = s->prompt[p], length = c->lengths[prompt], own = s->t + 1, ld = c->T + c->C;
-    float *q = space, *o = q + n * d, *w = o + n * d;
-    size_t of_prompt = ((size_t)at * c->prompts + prompt) * m->k_heads + h;
-    memset(o, 0, n * d * sizeof(float));
+    int R = up(n, 32), D = up(d, 32), places = up(length, 32);
+    float *w = space, *q = w + (size_t)R * ld, *o = q + (size_t)R * d, *mixed = o + (size_t)R * d;
+    void *rows = mixed + (size_t)R * D, *weights = (float *)rows + (size_t)R * D;
+    size_t of_prompt = (((size_t)at * c->prompts + prompt) * m->k_heads + h) * c->T * D;
+    memset(o, 0, (size_t)n * d * sizeof(float));
     for (int i = from; i < to; i++) {
         int row = s->row[i];
         const float *x = qkv + (size_t)row * all_heads * d, *cos = s->cos + row * d, *sin = s->sin + row * d;
@@ -171,7 +182,9 @@ static void attend(const Model *m, const Layer *l, int at, const Cache *c, const
         memcpy(c->own_v + (slot * c->C + s->t) * d, x + (m->heads + m->k_heads + h) * d, d * sizeof(float));
         scores(g, own, d, q + (i - from) * g * d, c->own_k + slot * c->C * d, w + (i - from) * g * ld + c->T, ld);
     }
-    scores(n, length, d, q, c->prompt_k + of_prompt * c->T * d, w, ld);
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < D; j += W) put(m->low, rows, (size_t)r * D + j, part(0, q, d, n, d, r, j));
+    multiply(m->low, R, places, D, rows, D, element(m->low, c->prompt_k, of_prompt), D, w, ld);
     int first = 0, first_own = 0, end = c->T + (own + W - 1) / W * W;
     if (l->window > 0) {
         first = length + own - l->window;
@@ -195,45 +208,49 @@ static void attend(const Model *m, const Layer *l, int at, const Cache *c, const
         float f = 1.0f / sum(total);
         for (int t = 0; t < end; t += W) store(x + t, load(x + t) * f);
     }
-    mix(n, length - first, d, w + first, ld, c->prompt_v + (of_prompt * c->T + first) * d, o);
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < places; t += W) put(m->low, weights, (size_t)r * c->T + t, part(0, w, ld, n, places, r, t));
+    multiply(m->low, R, D, places, weights, c->T, element(m->low, c->prompt_v, of_prompt), c->T, mixed, D);
     for (int i = from; i < to; i++) {
         int row = s->row[i], at_row = (i - from) * g;
         size_t slot = ((size_t)at * c->slots + s->slot[row]) * m->k_heads + h;
         mix(g, own - first_own, d, w + at_row * ld + c->T + first_own, ld, c->own_v + (slot * c->C + first_own) * d, o + at_row * d);
-        for (int j = 0; j < g * d; j += W)
-            put(m->low, out, ((size_t)row * m->heads + h * g) * d + j, load(o + at_row * d + j));
+        for (int r = at_row; r < at_row + g; r++)
+            for (int j = 0; j < d; j += W)
+                put(m->low, out, ((size_t)row * m->heads + h * g + r - at_row) * d + j, load(o + r * d + j) + load(mixed + (size_t)r * D + j));
     }
 }
 
 /* --- what becomes of products ---------------------------------------------------------------------------------- */
 
 typedef struct {
-    float *y;
-    int out;
+    void *y;
+    int out, low;
 } Output;
 
 static void use_output(void *context, int row, int n, int column, const float *c) {
     Output *o = context;
     int wide = o->out - column < 32 ? o->out - column : 32;
-    for (int i = 0; i < n; i++) memcpy(o->y + (size_t)(row + i) * o->out + column, c + i * 32, wide * sizeof(float));
+    for (int i = 0; i < n; i++) {
+        size_t at = (size_t)(row + i) * o->out + column;
+        if (o->low)
+            for (int j = 0; j + W <= wide; j += W) store_bf16((bf16 *)o->y + at + j, load(c + i * 32 + j));
+        else
+            memcpy((float *)o->y + at, c + i * 32, wide * sizeof(float));
+    }
 }
 
 static void use_residual(void *context, int row, int n, int column, const float *c) {
     Output *o = context;
     for (int i = 0; i < n; i++)
         for (int j = 0; j < 32 && column + j < o->out; j += W) {
-            float *y = o->y + (size_t)(row + i) * o->out + column + j;
+            float *y = (float *)o->y + (size_t)(row + i) * o->out + column + j;
             store(y, load(y) + load(c + i * 32 + j));
         }
 }
 
-typedef struct {
-    void *y;
-    int out, low;
-} Gated;
-
 static void use_gate(void *context, int row, int n, int column, const float *c) {
-    Gated *o = context;
+    Output *o = context;
     for (int i = 0; i < n; i++) {
         vec gate = load(c + i * 32), up = load(c + i * 32 + W);
         put(o->low, o->y, (size_t)(row + i) * o->out + column / 2, gate / (1.0f + exponential(-gate)) * up);
@@ -256,37 +273,49 @@ void grouprl_pack(const void *w, int is_bf16, int low, int out, int k, void *pac
     pack_weight(w, is_bf16, low, out, k, packed, first, stride);
 }
 
-/* y [rows, out] = x [rows, k] W^T + b. 0, or 1 if there is no memory. */
-int grouprl_linear(int low, int rows, const float *x, const Linear *l, float *y) {
+/* y [rows, out] = x [rows, k] W^T + b; x is bfloat16 if x_low, y if y_low. With `gated` W is that of gate and up, and
+   y [rows, out / 2] = silu(gate) * up. 0, or 1 if there is no memory. */
+int grouprl_linear(int low, int rows, const void *x, int x_low, const Linear *l, void *y, int y_low, int gated) {
     size_t n = (size_t)rows * l->k;
     void *made = room(((size_t)rows + GROUP) * l->k * (low ? sizeof(bf16) : sizeof(float)));
     if (!made) return 1;
-    Output o = {y, l->out};
+    Output o = {y, gated ? l->out / 2 : l->out, y_low};
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < n / W; i++) put(low, made, i * W, load(x + i * W));
+        for (size_t i = 0; i < n; i += W) put(low, made, i, get(x_low, x, i));
         start_products();
-        product(low, rows, made, l, omp_get_thread_num(), omp_get_num_threads(), use_output, &o);
+        product(low, rows, made, l, omp_get_thread_num(), omp_get_num_threads(), gated ? use_gate : use_output, &o);
         stop_products();
     }
     free(made);
     return 0;
 }
 
+/* Keys and values of n tokens of a prompt, [K][d] each, tokens `ld` elements apart, into its panels of T places. */
+void grouprl_keep(int low, int n, int k_heads, int d, int ld, int T, const void *k, const void *v, void *to_k, void *to_v) {
+    int D = up(d, 32), places = up(n, 32);
+#pragma omp parallel for schedule(static)
+    for (int h = 0; h < k_heads; h++) {
+        size_t to = (size_t)h * T * D, from = (size_t)h * d;
+        pack_places(low, element(low, k, from), ld, n, d, D, places, 0, (void *)element(low, to_k, to));
+        pack_dimensions(low, element(low, v, from), ld, n, d, D, places, 0, T, (void *)element(low, to_v, to));
+    }
+}
+
 /* 0, or 1 if there is no memory. */
 int grouprl_decode(const Model *m, const Cache *c, const Step *s) {
     int g = m->heads / m->k_heads, d = m->head_dim, rows = s->rows;
-    int padded = (rows + GROUP - 1) / GROUP * GROUP, chunk = 12 / g > 1 ? 12 / g : 1;
+    int padded = (rows + GROUP - 1) / GROUP * GROUP, chunk = 32 / g > 1 ? 32 / g : 1;
     int threads = omp_get_max_threads();
-    size_t size = m->low ? sizeof(bf16) : sizeof(float), space = (size_t)chunk * g * (2 * d + c->T + c->C);
+    size_t size = m->low ? sizeof(bf16) : sizeof(float), space = space_of(m, c, chunk * g);
     void *h = room(padded * m->width * size), *attended = room(padded * m->heads * d * size);
     int wide = (m->heads + 2 * m->k_heads) * d;
     float *qkv = room((size_t)rows * wide * sizeof(float));
     void *inner = room(padded * m->inner * size);
-    Output projected = {qkv, wide}, residual = {s->x, m->width}, logits = {s->logits, m->head.out};
-    Gated gated = {inner, m->inner, m->low};
-    float *spaces = room(threads * space * sizeof(float));
+    Output projected = {qkv, wide, 0}, residual = {s->x, m->width, 0}, logits = {s->logits, m->head.out, 0};
+    Output gated = {inner, m->inner, m->low};
+    char *spaces = room(threads * space);
     int failed = !h || !attended || !qkv || !inner || !spaces;
     if (!failed)
 #pragma omp parallel num_threads(threads)
@@ -304,7 +333,7 @@ int grouprl_decode(const Model *m, const Cache *c, const Step *s) {
                     for (int head = 0; head < m->k_heads; head++, task++)
                         if (task % all_threads == me) {
                             int to = from + chunk < s->part[p + 1] ? from + chunk : s->part[p + 1];
-                            attend(m, l, i, c, s, p, head, from, to, qkv, attended, spaces + me * space);
+                            attend(m, l, i, c, s, p, head, from, to, qkv, attended, (float *)(spaces + me * space));
                         }
 #pragma omp barrier
             product(m->low, rows, attended, &l->o, me, all_threads, use_residual, &residual);

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.lm.attention import UnsupportedError
+from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import library
+from grouprl.lm.native.parts import Parts, rotary
 from grouprl.lm.packing import Pack
 
 _W = 16
@@ -19,7 +21,7 @@ _W = 16
 
 
 class _Linear(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("k", c_int32), ("out", c_int32), ("stride", c_int32)]
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("k", c_int32), ("out", c_int32)]
 
 
 class _Layer(Structure):
@@ -90,6 +92,10 @@ def _weight(module: Any) -> Tensor:
     return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
 
 
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
 class NativeModel:
     """The weights of a Llama-shaped model, laid out; for as long as the model's own do not change.
 
@@ -100,17 +106,18 @@ class NativeModel:
 
     def __init__(self, decoder: Any, head: Any, ways: Sequence[Any], low: bool) -> None:
         self.lib, self.decoder, self.head, self.low = library(), decoder, head, low
+        self.dtype = torch.bfloat16 if low else torch.float32
         self._kept: list[Tensor] = []
-        self._parts: dict[nn.Module, _Linear] = {}
+        self.parts = [Parts.of(layer, how) for layer, how in zip(decoder.layers, ways, strict=True)]
         layers = []
-        for layer, how in zip(decoder.layers, ways, strict=True):
-            a, mlp = layer.self_attn, layer.mlp
+        for parts in self.parts:
+            a, mlp = parts.module.self_attn, parts.module.mlp
+            norms = [parts.norms.get(name) for name in ("input", "post", "q", "k")]
             layers.append(_Layer(
-                self._vector(layer.input_layernorm.weight), self._vector(layer.post_attention_layernorm.weight),
-                *(self._vector(getattr(a, name).weight) if hasattr(a, name) else None for name in ("q_norm", "k_norm")),
+                *(None if norm is None else norm.data_ptr() for norm in norms),
                 self._linear(a.q_proj, a.k_proj, a.v_proj), self._linear(a.o_proj),
                 self._linear(mlp.gate_proj, mlp.up_proj, turns=True), self._linear(mlp.down_proj),
-                how.scale, how.window or 0,
+                parts.how.scale, parts.how.window or 0,
             ))  # fmt: skip
         first = decoder.layers[0]
         a = first.self_attn
@@ -130,8 +137,8 @@ class NativeModel:
     def _linear(self, *parts: Any, turns: bool = False) -> _Linear:
         """Parts above one another, or (``turns``) their blocks in turn."""
         k, outs = parts[0].in_features, [part.out_features for part in parts]
-        blocks = [-(-out // _W) for out in outs]
-        packed = torch.empty(sum(blocks) * _W * k, dtype=torch.bfloat16 if self.low else torch.float32)
+        blocks = [_up(out, _W) // _W for out in outs]
+        packed = torch.empty(sum(blocks) * _W * k, dtype=self.dtype)
         first = 0
         for i, part in enumerate(parts):
             w = _weight(part).contiguous()
@@ -140,9 +147,6 @@ class NativeModel:
                 c_void_p(w.data_ptr()), int(w.dtype == torch.bfloat16), int(self.low), outs[i], k,
                 c_void_p(packed.data_ptr()), start, stride,
             )  # fmt: skip
-            own_bias = None if part.bias is None else self._vector(part.bias)
-            at = packed.data_ptr() + start * _W * k * packed.element_size()
-            self._parts[part] = _Linear(at, own_bias, k, outs[i], stride)
             first += blocks[i]
         self._kept.append(packed)
         bias = None
@@ -151,23 +155,42 @@ class NativeModel:
                 torch.zeros(out) if part.bias is None else part.bias.detach().float()
                 for part, out in zip(parts, outs, strict=True)
             ]))  # fmt: skip
-        return _Linear(packed.data_ptr(), bias, k, sum(outs), 1)
+        return _Linear(packed.data_ptr(), bias, k, sum(outs))
 
-    def forward(self, layer: nn.Module) -> Callable[[Tensor], Tensor] | None:
-        """The forward of one of the model's linear layers from the weight laid out, or None if it is not one."""
-        struct = self._parts.get(layer)
-        if struct is None:
-            return None
+    def product(self, x: Tensor, linear: _Linear, dtype: torch.dtype = torch.float32, *, gated: bool = False) -> Tensor:
+        """``x [..., k]`` times a weight: ``[..., out]`` in ``dtype``; bfloat16 needs a multiple of 16 outputs.
 
-        def run(x: Tensor) -> Tensor:
-            rows = x.detach().float().contiguous()
-            y = rows.new_empty(*x.shape[:-1], struct.out)
-            pointers = (c_void_p(rows.data_ptr()), ctypes.byref(struct), c_void_p(y.data_ptr()))
-            if self.lib.grouprl_linear(int(self.low), rows.numel() // struct.k, *pointers):
-                raise MemoryError(f"no memory for the product of {tuple(x.shape)} with a weight of {struct.out} rows")
-            return y
+        With ``gated`` the weight is that of gate and up, and what comes back silu(gate) * up.
+        """
+        x = x.detach()
+        x = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+        y = x.new_empty(*x.shape[:-1], linear.out // 2 if gated else linear.out, dtype=dtype)
+        if self.lib.grouprl_linear(
+            int(self.low), x.numel() // linear.k, c_void_p(x.data_ptr()), int(x.dtype == torch.bfloat16),
+            ctypes.byref(linear), c_void_p(y.data_ptr()), int(dtype == torch.bfloat16), int(gated),
+        ):  # fmt: skip
+            raise MemoryError(f"no memory for the product of {tuple(x.shape)} with a weight of {linear.out} rows")
+        return y
 
-        return run
+    def read(self, pack: Pack, keep: Callable[[nn.Module, Tensor, Tensor], None]) -> Tensor:
+        """Last hidden states ``[S, d]`` of a pack of prompts; ``keep`` is given each layer's keys and values."""
+        x = self.decoder.embed_tokens.weight.detach()[pack.ids].float()
+        cos, sin = rotary(self.decoder, x, pack.positions)
+        for parts, struct in zip(self.parts, self._layers, strict=True):
+            qkv = self.product(parts.norm(x, self.dtype), struct.qkv, self.dtype)
+            q, k, v = parts.split(parts.rotate(qkv, cos, sin))
+            keep(parts.module.self_attn, k, v)
+            out = torch.empty(q.shape, dtype=self.dtype)
+            attention(q, k, v, pack, parts.how.scale, parts.how.window, {"out": out})
+            x, h = parts.post_norm(x, self.product(out.flatten(1), struct.o, self.dtype))
+            m = self.product(h, struct.gate_up, self.dtype, gated=True)
+            x = x + self.product(m, struct.down)
+        hidden: Tensor = self.decoder.norm(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, V]`` float32 of hidden states ``[n, d]``."""
+        return self.product(hidden, self.struct.head)
 
 
 class NativeDecoder:
@@ -177,10 +200,11 @@ class NativeDecoder:
         self.model = model
         self.lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
         prompts, rows = len(self.lengths), len(self.lengths) * group_size
-        t, c = (-(-n // _W) * _W for n in (int(self.lengths.max()), max_new_tokens))
+        t, c = _up(int(self.lengths.max()), 32), _up(max_new_tokens, _W)
         layers, heads, d = len(model.order), model.k_heads, model.head_dim
-        self.prompt_k = torch.zeros(layers, prompts, heads, t // _W, d, _W)
-        self.prompt_v = torch.zeros(layers, prompts, heads, t, d)
+        self.prompt_k, self.prompt_v = (
+            torch.empty(layers, prompts, heads, t, _up(d, 32), dtype=model.dtype) for _ in range(2)
+        )
         # Of what a row never reaches, no page is touched.
         self.own_k, self.own_v = (torch.empty(layers, rows, heads, c, d) for _ in range(2))
         ends = self.lengths.cumsum(0)
@@ -202,12 +226,12 @@ class NativeDecoder:
         if at in self._seen:
             raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
         self._seen.add(at)
+        k, v = (x.detach().to(self.model.dtype) for x in (k, v))
         for p, (start, stop) in enumerate(self._places):
-            n, blocks = stop - start, -(-(stop - start) // _W)
-            self.prompt_v[at, p, :, :n] = v[start:stop].transpose(0, 1)
-            padded = k.new_zeros(blocks * _W, *k.shape[1:], dtype=torch.float32)
-            padded[:n] = k[start:stop]
-            self.prompt_k[at, p, :, :blocks] = padded.view(blocks, _W, *k.shape[1:]).permute(2, 0, 3, 1)
+            self.model.lib.grouprl_keep(
+                int(self.model.low), stop - start, *k.shape[1:], k.stride(0), self.cache.T,
+                *(c_void_p(x.data_ptr()) for x in (k[start], v[start], self.prompt_k[at, p], self.prompt_v[at, p])),
+            )  # fmt: skip
 
     def _arrange(self) -> None:
         """Order the rows by prompt."""
@@ -228,7 +252,7 @@ class NativeDecoder:
         """Logits ``[B, V]`` behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
         model, rows = self.model, len(ids)
         x = model.decoder.embed_tokens.weight.detach()[ids].float()
-        cos, sin = (t[0].float().contiguous() for t in model.decoder.rotary_emb(x[None], positions[None]))
+        cos, sin = rotary(model.decoder, x, positions)
         logits = torch.empty(rows, model.head.out_features)
         step = _Step(
             rows, len(self._prompt), self.t,

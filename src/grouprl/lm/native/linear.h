@@ -4,13 +4,12 @@
 
 #include "products.h"
 
-enum { GROUP = 32 }; /* rows worked on at once */
+enum { GROUP = 32, BATCH = 128 }; /* rows worked on at once; rows that stay in the cache while weights pass by */
 
 typedef struct {
     const void *weight; /* packed */
     const float *bias;  /* [out] or NULL */
     int32_t k, out;
-    int32_t stride; /* blocks from one of its blocks to the next */
 } Linear;
 
 /* What becomes of c [n][32], rows `row` and on, outputs `column` and on. */
@@ -20,19 +19,20 @@ typedef void (*Use)(void *context, int row, int n, int column, const float *c);
    a [rows rounded up to 16][k] is bfloat16 if low, else float32. */
 static void product(int low, int rows, const void *a, const Linear *l, int me, int threads, Use use, void *context) {
     int pairs = (l->out + 31) / 32, last = (l->out + 15) / 16 - 1, k = l->k;
-    size_t size = (size_t)l->stride * W * k;
+    size_t size = (size_t)W * k;
     float c[GROUP * 32];
-    for (int p = pairs * me / threads; p < pairs * (me + 1) / threads; p++) {
-        int b0 = 2 * p, b1 = b0 < last ? b0 + 1 : b0;
-        for (int r = 0; r < rows; r += GROUP) {
-            int n = rows - r < GROUP ? rows - r : GROUP;
-            two_blocks(low, n, k, element(low, a, (size_t)r * k), k, l->weight, b0 * size, b1 * size, c, 32);
-            if (l->bias)
-                for (int i = 0; i < n; i++)
-                    for (int j = 0; j < 32 && 32 * p + j < l->out; j++) c[i * 32 + j] += l->bias[32 * p + j];
-            use(context, r, n, 32 * p, c);
+    for (int batch = 0; batch < rows; batch += BATCH)
+        for (int p = pairs * me / threads; p < pairs * (me + 1) / threads; p++) {
+            int b0 = 2 * p, b1 = b0 < last ? b0 + 1 : b0;
+            for (int r = batch; r < rows && r < batch + BATCH; r += GROUP) {
+                int n = rows - r < GROUP ? rows - r : GROUP;
+                two_blocks(low, n, k, element(low, a, (size_t)r * k), k, l->weight, b0 * size, b1 * size, c, 32);
+                if (l->bias)
+                    for (int i = 0; i < n; i++)
+                        for (int j = 0; j < 32 && 32 * p + j < l->out; j++) c[i * 32 + j] += l->bias[32 * p + j];
+                use(context, r, n, 32 * p, c);
+            }
         }
-    }
 }
 
 /* Lay out w [out, k] of float32 or bfloat16; its block i becomes block first + i * stride of `packed`. */

@@ -1,0 +1,53 @@
+/* Keys and values of many tokens as second factors of products: panels of blocks, see products.h. */
+#ifndef GROUPRL_PANELS_H
+#define GROUPRL_PANELS_H
+
+#include "products.h"
+
+static int up(int n, int to) { return (n + to - 1) / to * to; }
+
+/* Rows r..r + W of [n][d], columns c..c + W, with zeros around. */
+INLINE vec part(int low, const void *x, size_t ld, int n, int d, int r, int c) {
+    return r < n && c < d ? get(low, x, r * ld + c) : all(0);
+}
+
+/* x [n][d] into places `at`.. of blocks of 16 rows; `places` of them are written. */
+static void pack_places(int low, const void *x, size_t ld, int n, int d, int D, int places, int at, void *to) {
+    for (int b = 0; b < places; b += W) {
+        void *block = (void *)element(low, to, (size_t)(at + b) * D);
+        int rows = n - b < 0 ? 0 : n - b < W ? n - b : W;
+        if (d == D) {
+            pack_rows(low, rows, D, element(low, x, b * ld), low, ld, block);
+            continue;
+        }
+        float y[W][D];
+        for (int r = 0; r < W; r++)
+            for (int c = 0; c < D; c += W) store(y[r] + c, part(low, x, ld, n, d, b + r, c));
+        pack_rows(low, rows, D, y, 0, D, block);
+    }
+}
+
+/* x [n][d] into blocks of 16 of its columns, places `at`.. of `all_places` in each; `places` of them are written. */
+static void pack_dimensions(int low, const void *x, size_t ld, int n, int d, int D, int places, int at, int all_places, void *to) {
+    for (int c = 0; c < D; c += W) {
+        char *block = (char *)element(low, to, ((size_t)c * all_places) + (size_t)at * W);
+        for (int r = 0; r < places; r += low ? 2 : 1) {
+            vec a = part(low, x, ld, n, d, r, c);
+            if (low) {
+                uvec pair = ((uvec)a >> 16) | (uvec)part(1, x, ld, n, d, r + 1, c);
+                memcpy((bf16 *)block + (size_t)r * W, &pair, sizeof pair);
+            } else {
+                store((float *)block + (size_t)r * W, a);
+            }
+        }
+    }
+}
+
+/* c [m][n] = a [m][k] times n / 16 blocks of `places` along k each, of which k are used. m, k, n: multiples of 32. */
+static void multiply(int low, int m, int n, int k, const void *a, int lda, const void *w, int places, float *c, int ldc) {
+    for (int j = 0; j < n; j += 32)
+        for (int i = 0; i < m; i += 32)
+            two_blocks(low, 32, k, element(low, a, (size_t)i * lda), lda, w, (size_t)j * places, (size_t)(j + W) * places, c + (size_t)i * ldc + j, ldc);
+}
+
+#endif
