@@ -84,7 +84,7 @@ class Learner:
             if self.backbone is None:
                 yield
             elif self.layers is not None:
-                with self.products.learning(self.layers.linears), self.layers.learning():
+                with self.products.learning(self.layers.linears):
                     yield
             else:
                 with self.products.learning(), self.backbone.following(self._plan):

@@ -184,7 +184,7 @@ static void attend(const Model *m, const Layer *l, int at, const Cache *c, const
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < D; j += W) put(m->low, rows, (size_t)r * D + j, part(0, q, d, n, d, r, j));
-    multiply(m->low, R, places, D, rows, D, element(m->low, c->prompt_k, of_prompt), D, w, ld);
+    multiply(m->low, 0, R, places, D, rows, D, element(m->low, c->prompt_k, of_prompt), D, w, ld);
     int first = 0, first_own = 0, end = c->T + (own + W - 1) / W * W;
     if (l->window > 0) {
         first = length + own - l->window;
@@ -210,7 +210,7 @@ static void attend(const Model *m, const Layer *l, int at, const Cache *c, const
     }
     for (int r = 0; r < R; r++)
         for (int t = 0; t < places; t += W) put(m->low, weights, (size_t)r * c->T + t, part(0, w, ld, n, places, r, t));
-    multiply(m->low, R, D, places, weights, c->T, element(m->low, c->prompt_v, of_prompt), c->T, mixed, D);
+    multiply(m->low, 0, R, D, places, weights, c->T, element(m->low, c->prompt_v, of_prompt), c->T, mixed, D);
     for (int i = from; i < to; i++) {
         int row = s->row[i], at_row = (i - from) * g;
         size_t slot = ((size_t)at * c->slots + s->slot[row]) * m->k_heads + h;

@@ -62,18 +62,18 @@ int grouprl_weight_gradient(int tokens, int outs, int ins, const bf16 *g, int ld
                     int other = b + 1 < ins / W ? b + 1 : b;
                     float *c = to + (size_t)o * ins + b * W;
                     size_t i0 = (size_t)b * W * depth, i1 = (size_t)other * W * depth;
-                    if (!add && t == 0 && other > b) {
-                        two_blocks(1, height, depth, rows, ld, blocks, i0, i1, c, ins);
+                    int more = add || t > 0;
+                    if (other > b) {
+                        two_blocks(1, more, height, depth, rows, ld, blocks, i0, i1, c, ins);
                         continue;
                     }
-                    float sums[TALL * 2 * W];
-                    two_blocks(1, height, depth, rows, ld, blocks, i0, i1, sums, 2 * W);
-                    for (int i = 0; i < height; i++)
-                        for (int j = 0; j <= other - b; j++) {
-                            float *at = c + (size_t)i * ins + j * W;
-                            vec s = load(sums + (i * 2 + j) * W);
-                            store(at, !add && t == 0 ? s : load(at) + s);
-                        }
+                    float sums[TALL * 2 * W]; /* one block is left: its twin goes nowhere */
+                    two_blocks(1, 0, height, depth, rows, ld, blocks, i0, i1, sums, 2 * W);
+                    for (int i = 0; i < height; i++) {
+                        float *at = c + (size_t)i * ins;
+                        vec v = load(sums + i * 2 * W);
+                        store(at, more ? load(at) + v : v);
+                    }
                 }
             }
         }

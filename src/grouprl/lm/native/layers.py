@@ -1,13 +1,12 @@
 """The layers of a Llama-shaped model as one differentiable function each: what :mod:`grouprl.lm.lean` is to sampling.
 
-torch does the products, compiled code all that lies between them. A layer keeps for its backward pass only what a
-product gave (queries, keys and values; gates; attended values) and the residual stream, and computes the rest again.
+torch does the products, compiled code all that lies between them. A layer keeps for its backward pass only its input
+and the attended values, a quarter of what it computes; the rest, and the weights in the precision of the products, it
+makes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +39,8 @@ class _Layer(Parts):
     down_bias: Tensor | None
 
     @classmethod
-    def rounded(cls, module: Any, how: How, dtype: torch.dtype) -> _Layer:
-        parts = Parts.of(module, how)
-        a, mlp = module.self_attn, module.mlp
+    def rounded(cls, parts: Parts, dtype: torch.dtype) -> _Layer:
+        a, mlp = parts.module.self_attn, parts.module.mlp
         qkv = (a.q_proj, a.k_proj, a.v_proj)
 
         def joined(*layers: nn.Linear) -> Tensor:
@@ -52,16 +50,11 @@ class _Layer(Parts):
         if any(p.bias is not None for p in qkv):
             bias = _joined([torch.zeros(p.out_features) if p.bias is None else p.bias.detach() for p in qkv], dtype)
         return cls(
-            module, how, parts.norms, dtype, joined(*qkv), bias, joined(a.o_proj),
+            parts.module, parts.how, parts.norms, dtype, joined(*qkv), bias, joined(a.o_proj),
             None if a.o_proj.bias is None else a.o_proj.bias.detach().to(dtype),
             joined(mlp.gate_proj, mlp.up_proj), joined(mlp.down_proj),
             None if mlp.down_proj.bias is None else mlp.down_proj.bias.detach().to(dtype),
         )  # fmt: skip
-
-    @property
-    def anchor(self) -> Tensor | None:
-        """A weight that is learned, so that autograd knows that something is."""
-        return next((p for p in self.module.parameters() if p.requires_grad), None)
 
 
 def _joined(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -79,24 +72,16 @@ class LlamaLayers:
     def __init__(self, decoder: Any, ways: tuple[How, ...], dtype: torch.dtype) -> None:
         self.decoder, self.ways, self.dtype = decoder, ways, dtype
         self.linears = frozenset(m for m in decoder.layers.modules() if type(m) is nn.Linear)
-        self._layers: list[_Layer] = []
-
-    @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Within, weights are rounded once and must not change."""
-        layers = zip(self.decoder.layers, self.ways, strict=True)
-        self._layers = [_Layer.rounded(module, how, self.dtype) for module, how in layers]
-        try:
-            yield
-        finally:
-            self._layers = []
 
     def hidden(self, pack: Pack) -> Tensor:
-        """Last hidden states ``[S, d]`` of a pack; within :meth:`learning`."""
+        """Last hidden states ``[S, d]`` of a pack."""
         x: Tensor = self.decoder.embed_tokens(pack.ids).float()
         cos, sin = rotary(self.decoder, x, pack.positions)
-        for layer in self._layers:
-            x = _Run.apply(x, layer.anchor, layer, cos, sin, pack)  # type: ignore[no-untyped-call]
+        for module, how in zip(self.decoder.layers, self.ways, strict=True):
+            # One weight that is learned tells autograd that something is.
+            anchor = next((p for p in module.parameters() if p.requires_grad), None)
+            parts = Parts.of(module, how)
+            x = _Run.apply(x, anchor, parts, self.dtype, cos, sin, pack)  # type: ignore[no-untyped-call]
         out: Tensor = self.decoder.norm(x)
         return out
 
@@ -118,9 +103,8 @@ def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
 
     def compare(module: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
         x, wanted = given[0][0].float().contiguous(), (out[0] if isinstance(out, tuple) else out)[0].float()
-        how = step.ways[len(differences)]
-        layer = _Layer.rounded(module, how, torch.float32)
-        found = _Run.apply(x, None, layer, *rotary(backbone.decoder, x, pack.positions), pack)  # type: ignore[no-untyped-call]
+        parts = Parts.of(module, step.ways[len(differences)])
+        found = _Run.apply(x, None, parts, torch.float32, *rotary(backbone.decoder, x, pack.positions), pack)  # type: ignore[no-untyped-call]
         differences.append(float((found - wanted).norm() / wanted.norm()))
 
     training = backbone.model.training
@@ -142,8 +126,16 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor | None, layer: _Layer, cos: Tensor, sin: Tensor, pack: Pack
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        parts: Parts,
+        dtype: torch.dtype,
+        cos: Tensor,
+        sin: Tensor,
+        pack: Pack,
     ) -> Tensor:
+        layer = _Layer.rounded(parts, dtype)
         h = layer.norm(x, layer.dtype)
         qkv = F.linear(h, layer.qkv, layer.qkv_bias)
         q, k, v = layer.split(layer.rotate(qkv, cos, sin))
@@ -151,22 +143,23 @@ class _Run(torch.autograd.Function):
         attention(q, k, v, pack, layer.how.scale, layer.how.window, {"out": attended})
         attended = attended.flatten(1)
         x2, h = layer.post_norm(x, F.linear(attended, layer.o, layer.o_bias))
-        gate_up = F.linear(h, layer.gate_up)
-        ctx.save_for_backward(x, qkv, attended, x2, gate_up, cos, sin)
-        ctx.layer, ctx.pack = layer, pack
-        return x2 + F.linear(gate(gate_up), layer.down, layer.down_bias)
+        ctx.save_for_backward(x, attended, cos, sin)
+        ctx.parts, ctx.dtype, ctx.pack = parts, dtype, pack
+        return x2 + F.linear(gate(F.linear(h, layer.gate_up)), layer.down, layer.down_bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, qkv, attended, x2, gate_up, cos, sin = ctx.saved_tensors
-        layer: _Layer = ctx.layer
+        x, attended, cos, sin = ctx.saved_tensors
+        layer = _Layer.rounded(ctx.parts, ctx.dtype)
         a, mlp = layer.module.self_attn, layer.module.mlp
         g = gradient.float().clone(memory_format=torch.contiguous_format)
         g_low = g.to(layer.dtype, copy=True)
 
+        x2, h = layer.post_norm(x, F.linear(attended, layer.o, layer.o_bias))
+        gate_up = F.linear(h, layer.gate_up)
         d_gate_up, m = gate_gradient(gate_up, g_low @ layer.down)
         _learn(mlp.down_proj, g_low, m)
-        del m
+        del m, gate_up
         h = layer.post_norm_gradient(x2, d_gate_up @ layer.gate_up, g, g_low)
         for part, d in zip((mlp.gate_proj, mlp.up_proj), d_gate_up.chunk(2, 1), strict=True):
             _learn(part, d, h)
@@ -174,9 +167,10 @@ class _Run(torch.autograd.Function):
 
         d_attended = g_low @ layer.o
         _learn(a.o_proj, g_low, attended)
+        qkv = F.linear(layer.norm(x, layer.dtype), layer.qkv, layer.qkv_bias)
+        q, k, v = layer.split(layer.rotate(qkv, cos, sin))
         made = torch.empty(qkv.shape, dtype=torch.float32)
         parts = dict(zip(("dq", "dk", "dv"), layer.split(made), strict=True))
-        q, k, v = layer.split(layer.rotate(qkv, cos, sin))
         attention(q, k, v, ctx.pack, layer.how.scale, layer.how.window, parts, d_attended.view(q.shape))
         dqkv = layer.rotate_gradient(qkv, cos, sin, made)
         del made, parts, q, k, v, d_attended
@@ -185,7 +179,7 @@ class _Run(torch.autograd.Function):
         sizes = [part.out_features for part in projections]
         for part, d in zip(projections, torch.split(dqkv, sizes, 1), strict=True):
             _learn(part, d, h)
-        return g, None, None, None, None, None
+        return g, None, None, None, None, None, None
 
 
 def _learn(linear: nn.Linear, g: Tensor, x: Tensor) -> None:

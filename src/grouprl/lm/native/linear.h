@@ -26,7 +26,7 @@ static void product(int low, int rows, const void *a, const Linear *l, int me, i
             int b0 = 2 * p, b1 = b0 < last ? b0 + 1 : b0;
             for (int r = batch; r < rows && r < batch + BATCH; r += GROUP) {
                 int n = rows - r < GROUP ? rows - r : GROUP;
-                two_blocks(low, n, k, element(low, a, (size_t)r * k), k, l->weight, b0 * size, b1 * size, c, 32);
+                two_blocks(low, 0, n, k, element(low, a, (size_t)r * k), k, l->weight, b0 * size, b1 * size, c, 32);
                 if (l->bias)
                     for (int i = 0; i < n; i++)
                         for (int j = 0; j < 32 && 32 * p + j < l->out; j++) c[i * 32 + j] += l->bias[32 * p + j];

@@ -43,11 +43,11 @@ static void pack_dimensions(int low, const void *x, size_t ld, int n, int d, int
     }
 }
 
-/* c [m][n] = a [m][k] times n / 16 blocks of `places` along k each, of which k are used. m, k, n: multiples of 32. */
-static void multiply(int low, int m, int n, int k, const void *a, int lda, const void *w, int places, float *c, int ldc) {
+/* c [m][n] = (more: +=) a [m][k] times n / 16 blocks of `places` along k, of which k are used; multiples of 32. */
+static void multiply(int low, int more, int m, int n, int k, const void *a, int lda, const void *w, int places, float *c, int ldc) {
     for (int j = 0; j < n; j += 32)
         for (int i = 0; i < m; i += 32)
-            two_blocks(low, 32, k, element(low, a, (size_t)i * lda), lda, w, (size_t)j * places, (size_t)(j + W) * places, c + (size_t)i * ldc + j, ldc);
+            two_blocks(low, more, 32, k, element(low, a, (size_t)i * lda), lda, w, (size_t)j * places, (size_t)(j + W) * places, c + (size_t)i * ldc + j, ldc);
 }
 
 #endif

@@ -37,11 +37,22 @@ INLINE void stop_products(void) {
 #endif
 }
 
-/* c [rows up to 32][32] = a [rows][k] times blocks w0 and w1; a has a multiple of 16 rows, and as many are written. */
+/* c [rows up to 32][32] = (more: +=) a [rows][k] times blocks w0 and w1; a has a multiple of 16 rows, and so has c. */
 #ifdef GROUPRL_TILES
-static void two_blocks_bf16(int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
-    _tile_zero(0);
-    _tile_zero(1);
+static void two_blocks_bf16(int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
+    float *below = c + (size_t)16 * ldc;
+    size_t apart = ldc * sizeof(float);
+    if (more) {
+        _tile_loadd(0, c, apart);
+        _tile_loadd(1, c + W, apart);
+        if (rows > 16) _tile_loadd(2, below, apart);
+        if (rows > 16) _tile_loadd(3, below + W, apart);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     if (rows <= 16) {
         for (int i = 0; i < k; i += 32) {
             _tile_loadd(4, a + i, lda * sizeof(bf16));
@@ -51,8 +62,6 @@ static void two_blocks_bf16(int rows, int k, const bf16 *a, int lda, const bf16 
             _tile_dpbf16ps(1, 4, 7);
         }
     } else {
-        _tile_zero(2);
-        _tile_zero(3);
         for (int i = 0; i < k; i += 32) {
             _tile_loadd(4, a + i, lda * sizeof(bf16));
             _tile_loadd(6, w0 + i * W, 64);
@@ -63,16 +72,17 @@ static void two_blocks_bf16(int rows, int k, const bf16 *a, int lda, const bf16 
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(2, c + (size_t)16 * ldc, ldc * sizeof(float));
-        _tile_stored(3, c + (size_t)16 * ldc + W, ldc * sizeof(float));
+        _tile_stored(2, below, apart);
+        _tile_stored(3, below + W, apart);
     }
-    _tile_stored(0, c, ldc * sizeof(float));
-    _tile_stored(1, c + W, ldc * sizeof(float));
+    _tile_stored(0, c, apart);
+    _tile_stored(1, c + W, apart);
 }
 #else
-INLINE void four_rows_bf16(int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
+INLINE void four_rows_bf16(int more, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
     vec x[4], y[4];
-    for (int r = 0; r < 4; r++) x[r] = y[r] = all(0);
+    for (int r = 0; r < 4; r++) x[r] = more ? load(c + (size_t)r * ldc) : all(0);
+    for (int r = 0; r < 4; r++) y[r] = more ? load(c + (size_t)r * ldc + W) : all(0);
     for (int i = 0; i < k; i += 2) {
 #ifdef __AVX512BF16__
         __m512bh u = (__m512bh)_mm512_loadu_si512(w0 + i * W), v = (__m512bh)_mm512_loadu_si512(w1 + i * W);
@@ -99,15 +109,16 @@ INLINE void four_rows_bf16(int k, const bf16 *a, int lda, const bf16 *w0, const 
     for (int r = 0; r < 4; r++) store(c + (size_t)r * ldc, x[r]), store(c + (size_t)r * ldc + W, y[r]);
 }
 
-static void two_blocks_bf16(int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
-    for (int r = 0; r < rows; r += 4) four_rows_bf16(k, a + (size_t)r * lda, lda, w0, w1, c + (size_t)r * ldc, ldc);
+static void two_blocks_bf16(int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
+    for (int r = 0; r < rows; r += 4) four_rows_bf16(more, k, a + (size_t)r * lda, lda, w0, w1, c + (size_t)r * ldc, ldc);
 }
 #endif
 
-static void two_blocks_f32(int rows, int k, const float *a, int lda, const float *w0, const float *w1, float *c, int ldc) {
+static void two_blocks_f32(int more, int rows, int k, const float *a, int lda, const float *w0, const float *w1, float *c, int ldc) {
     for (int r0 = 0; r0 < rows; r0 += 4) {
         vec x[4], y[4];
-        for (int r = 0; r < 4; r++) x[r] = y[r] = all(0);
+        for (int r = 0; r < 4; r++) x[r] = more ? load(c + (size_t)(r0 + r) * ldc) : all(0);
+        for (int r = 0; r < 4; r++) y[r] = more ? load(c + (size_t)(r0 + r) * ldc + W) : all(0);
         for (int i = 0; i < k; i++) {
             vec u = load(w0 + i * W), v = load(w1 + i * W);
             for (int r = 0; r < 4; r++) {
@@ -125,12 +136,12 @@ INLINE const void *element(int low, const void *p, size_t i) {
     return low ? (const void *)((const bf16 *)p + i) : (const void *)((const float *)p + i);
 }
 
-/* The same for bfloat16 (low) or float32: c [rows][32] = a times the blocks that begin at elements i0 and i1 of w. */
-static void two_blocks(int low, int rows, int k, const void *a, int lda, const void *w, size_t i0, size_t i1, float *c, int ldc) {
+/* The same for bfloat16 (low) or float32, and the blocks that begin at elements i0 and i1 of w. */
+static void two_blocks(int low, int more, int rows, int k, const void *a, int lda, const void *w, size_t i0, size_t i1, float *c, int ldc) {
     if (low)
-        two_blocks_bf16(rows, k, a, lda, element(1, w, i0), element(1, w, i1), c, ldc);
+        two_blocks_bf16(more, rows, k, a, lda, element(1, w, i0), element(1, w, i1), c, ldc);
     else
-        two_blocks_f32(rows, k, a, lda, element(0, w, i0), element(0, w, i1), c, ldc);
+        two_blocks_f32(more, rows, k, a, lda, element(0, w, i0), element(0, w, i1), c, ldc);
 }
 
 /* Sixteen rows of x (some may lack), columns 0..k, as a block: its outputs are those rows. */
