@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grouprl.lm.native import head as native
 from grouprl.lm.products import Products, add_gradient, add_product
 
 _ROWS = 16
@@ -50,28 +51,13 @@ class _LogProb(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         low, w = h.detach().to(products.dtype), products.weight(weight)
         z = F.linear(low, w, None if bias is None else bias.detach().to(products.dtype))
-        logp, entropy, others = (torch.empty(len(targets), dtype=torch.float32, device=h.device) for _ in range(3))
-        for start in range(0, len(targets), _ROWS if h.device.type == "cpu" else 1024):
-            rows = slice(start, start + (_ROWS if h.device.type == "cpu" else 1024))
-            x = z[rows].float()
-            if temperature != 1.0:
-                x.div_(temperature)
-            t = targets[rows, None]
-            x.sub_(x.amax(-1, keepdim=True))
-            chosen = x.gather(1, t)[:, 0]
-            e = x.exp()
-            total = e.sum(-1)
-            logp[rows] = chosen - total.log()
-            entropy[rows] = total.log() - torch.linalg.vecdot(e, x) / total
-            if learning:
-                # The target's own entry is kept apart in full: near 1 low precision would lose 1 - p.
-                e.scatter_(1, t, 0.0)
-                others[rows] = e.sum(-1) / total
-                torch.mul(e, (1.0 / total)[:, None], out=x)
-                z[rows] = x
+        if products.native and native.supported(z):
+            logp, entropy, others = native.softmax(z, targets, temperature, learning=learning)
+        else:
+            logp, entropy, others = _softmax(z, targets, temperature, learning)
         ctx.save_for_backward(low, z, targets, others)
         ctx.weight, ctx.bias, ctx.temperature, ctx.dtype = weight, bias, temperature, h.dtype
-        ctx.w = w
+        ctx.w, ctx.native = w, products.native
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -88,9 +74,33 @@ class _LogProb(torch.autograd.Function):
         weight, bias = ctx.weight, ctx.bias
         if weight.requires_grad:
             scaled = h.float() * -scale[:, None]
-            add_product(weight, p, scaled.to(p.dtype))
+            add_product(weight, p, scaled.to(p.dtype), ctx.native)
             weight.grad.index_add_(0, targets, (at_target[:, None] * h).to(weight.dtype))
         if bias is not None and bias.requires_grad:
             add_gradient(bias, (p.t() @ (-scale).to(p.dtype)[:, None])[:, 0])
             bias.grad.index_add_(0, targets, at_target.to(bias.dtype))
         return dh, None, None, None, None, None, None
+
+
+def _softmax(z: Tensor, targets: Tensor, temperature: float, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`grouprl.lm.native.head.softmax` does."""
+    logp, entropy, others = (torch.empty(len(targets), dtype=torch.float32, device=z.device) for _ in range(3))
+    for start in range(0, len(targets), _ROWS if z.device.type == "cpu" else 1024):
+        rows = slice(start, start + (_ROWS if z.device.type == "cpu" else 1024))
+        x = z[rows].float()
+        if temperature != 1.0:
+            x.div_(temperature)
+        t = targets[rows, None]
+        x.sub_(x.amax(-1, keepdim=True))
+        chosen = x.gather(1, t)[:, 0]
+        e = x.exp()
+        total = e.sum(-1)
+        logp[rows] = chosen - total.log()
+        entropy[rows] = total.log() - torch.linalg.vecdot(e, x) / total
+        if learning:
+            # The target's own entry is kept apart in full: near 1 low precision would lose 1 - p.
+            e.scatter_(1, t, 0.0)
+            others[rows] = e.sum(-1) / total
+            torch.mul(e, (1.0 / total)[:, None], out=x)
+            z[rows] = x
+    return logp, entropy, others

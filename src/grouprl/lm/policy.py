@@ -50,7 +50,8 @@ class Policy:
             raise UsageError(f"bf16=True, but {self.device} has no bfloat16; leave bf16 out")
         low = fast if config.bf16 is None else config.bf16
         own = next(model.parameters()).dtype
-        self.products = Products(model, torch.bfloat16 if low or own == torch.bfloat16 else torch.float32)
+        dtype = torch.bfloat16 if low or own == torch.bfloat16 else torch.float32
+        self.products = Products(model, dtype, config.native)
         backbone, self.why_plain = (None, "attention='plain' asks for it")
         if config.attention == "auto":
             backbone, self.why_plain = find_backbone(model)
@@ -122,7 +123,7 @@ class Policy:
         for parameter in model.parameters():
             parameter.grad = None
         backbone = find_backbone(model)[0] if self.packed else None
-        return self._learner(model, backbone, Products(model, self.products.dtype))
+        return self._learner(model, backbone, Products(model, self.products.dtype, self.config.native))
 
     def _rows_that_fit(self) -> int:
         """Rows whose keys and values of a whole completion fit into _CACHE_BYTES."""

@@ -38,14 +38,14 @@ def add_gradient(parameter: Tensor, value: Tensor) -> None:
     parameter.grad = value.to(parameter.dtype) if place is None else place.copy_(value)
 
 
-def add_product(parameter: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(parameter: Tensor, a: Tensor, b: Tensor, compiled: bool = True) -> None:
     """Add ``a^T b`` to ``parameter.grad``: ``a [n, out]``, ``b [n, in]``. See :func:`add_gradient`."""
     place: Tensor | None = parameter.grad
     if place is not None and place.dtype == a.dtype:
         place.addmm_(a.t(), b)
         return
     into = getattr(parameter, "main_grad", None) if place is None else place
-    if into is not None and native.supported(into, a, b):
+    if compiled and into is not None and native.supported(into, a, b):
         native.weight_gradient(into, a, b, add=place is not None)
         parameter.grad = into
     else:
@@ -66,12 +66,13 @@ class Products:
     Args:
         model: any module; its layers are found once.
         dtype: what products run in; weights of another dtype are rounded to it.
+        native: use compiled code where it can do something.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, native: bool = True) -> None:
         from transformers.pytorch_utils import Conv1D
 
-        self.dtype = dtype
+        self.dtype, self.native = dtype, native
         self._layers = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
         self._embeddings = [m for m in model.modules() if type(m) is nn.Embedding]
         self._last: tuple[Tensor, int, Tensor] | None = None
@@ -200,6 +201,7 @@ class _Linear(torch.autograd.Function):
         low = products.rounded(x)
         ctx.save_for_backward(low, w)
         ctx.weight, ctx.bias, ctx.transposed, ctx.dtype = weight, bias, transposed, x.dtype
+        ctx.native = products.native
         return F.linear(low, w.t() if transposed else w, b)
 
     @staticmethod
@@ -211,7 +213,8 @@ class _Linear(torch.autograd.Function):
             dx = torch.matmul(g, w.t() if ctx.transposed else w).to(ctx.dtype)
         g, x = g.flatten(0, -2), x.flatten(0, -2)
         if ctx.weight.requires_grad:
-            add_product(ctx.weight, *((x, g) if ctx.transposed else (g, x)))
+            a, b = (x, g) if ctx.transposed else (g, x)
+            add_product(ctx.weight, a, b, ctx.native)
         if ctx.bias is not None and ctx.bias.requires_grad:
             add_gradient(ctx.bias, gradient.flatten(0, -2).float().sum(0))
         return dx, None, None, None, None, None, None

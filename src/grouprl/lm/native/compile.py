@@ -15,7 +15,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _HEADERS = ("vector.h", "products.h", "linear.h", "panels.h")
-_SOURCES = ("decode.c", "attention.c", "gradient.c", "layer.c")
+_SOURCES = ("decode.c", "attention.c", "gradient.c", "head.c", "layer.c")
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
 
 

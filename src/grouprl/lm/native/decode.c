@@ -51,7 +51,14 @@ typedef struct {
 
 static void *room(size_t bytes) {
     void *p = NULL;
-    return posix_memalign(&p, 64, bytes + 4096) ? NULL : memset(p, 0, bytes);
+    return posix_memalign(&p, 64, bytes) ? NULL : p;
+}
+
+/* Room for rows of activations, and for rows of zeros behind them that fill up the last group. */
+static void *room_for_rows(int low, size_t rows, size_t width) {
+    size_t one = low ? sizeof(bf16) : sizeof(float), used = rows * width * one, padded = (rows + GROUP - 1) / GROUP * GROUP;
+    char *p = room(padded * width * one);
+    return p ? memset(p + used, 0, padded * width * one - used), p : NULL;
 }
 
 static float inverse_rms(const float *x, int n, float eps) {
@@ -277,7 +284,7 @@ void grouprl_pack(const void *w, int is_bf16, int low, int out, int k, void *pac
    y [rows, out / 2] = silu(gate) * up. 0, or 1 if there is no memory. */
 int grouprl_linear(int low, int rows, const void *x, int x_low, const Linear *l, void *y, int y_low, int gated) {
     size_t n = (size_t)rows * l->k;
-    void *made = room(((size_t)rows + GROUP) * l->k * (low ? sizeof(bf16) : sizeof(float)));
+    void *made = room_for_rows(low, rows, l->k);
     if (!made) return 1;
     Output o = {y, gated ? l->out / 2 : l->out, y_low};
 #pragma omp parallel
@@ -306,13 +313,13 @@ void grouprl_keep(int low, int n, int k_heads, int d, int ld, int T, const void 
 /* 0, or 1 if there is no memory. */
 int grouprl_decode(const Model *m, const Cache *c, const Step *s) {
     int g = m->heads / m->k_heads, d = m->head_dim, rows = s->rows;
-    int padded = (rows + GROUP - 1) / GROUP * GROUP, chunk = 32 / g > 1 ? 32 / g : 1;
+    int chunk = 32 / g > 1 ? 32 / g : 1;
     int threads = omp_get_max_threads();
-    size_t size = m->low ? sizeof(bf16) : sizeof(float), space = space_of(m, c, chunk * g);
-    void *h = room(padded * m->width * size), *attended = room(padded * m->heads * d * size);
+    size_t space = space_of(m, c, chunk * g);
+    void *h = room_for_rows(m->low, rows, m->width), *attended = room_for_rows(m->low, rows, m->heads * d);
     int wide = (m->heads + 2 * m->k_heads) * d;
     float *qkv = room((size_t)rows * wide * sizeof(float));
-    void *inner = room(padded * m->inner * size);
+    void *inner = room_for_rows(m->low, rows, m->inner);
     Output projected = {qkv, wide, 0}, residual = {s->x, m->width, 0}, logits = {s->logits, m->head.out, 0};
     Output gated = {inner, m->inner, m->low};
     char *spaces = room(threads * space);
