@@ -29,8 +29,7 @@ LOG = RESULTS / "lm_speed.jsonl"
 OURS = HERE.parent / ".venv" / "bin" / "python"
 PEER = HERE.parent / ".venv-peers-lm" / "bin" / "python"
 SHORTCUTS = (
-    "shared-prompts", "prompts-read-once", "rows-leave", "packed-weights", "low-precision", "kept-memory",
-    "packed-attention",
+    "shared-prompts", "prompts-read-once", "compiled-code", "low-precision", "kept-memory", "packed-attention",
 )  # fmt: skip
 REACH = {"W1": (4.0, 0.6), "W2": (4.0, 0.6), "LONG": (10.0, 0.35)}
 

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/lm_worker_grouprl.py --work W1 --steps 7 --warmup 2
     .venv/bin/python benchmarks/lm_worker_grouprl.py --work nth-word --seed 0 --seconds 150
-    .venv/bin/python benchmarks/lm_worker_grouprl.py --work W1 --without shared-prompts --without packed-weights
+    .venv/bin/python benchmarks/lm_worker_grouprl.py --work W1 --without shared-prompts --without compiled-code
 
 ``--without`` takes one shortcut away, for the ablation table; it may be repeated.
 
@@ -26,8 +26,7 @@ import measuring
 SHORTCUTS = {
     "shared-prompts": "each completion carries a copy of its prompt through the learner",
     "prompts-read-once": "the sampler reads and stores a prompt once per completion",
-    "rows-leave": "finished completions stay in the batch until the last one ends",
-    "packed-weights": "the sampler's weights are not laid out for the processor",
+    "compiled-code": "torch operations only",
     "low-precision": "all products in float32",
     "kept-memory": "freed memory goes back to the system",
     "packed-attention": "the plain path: transformers' own generate, one completion after another in the learner",
@@ -36,7 +35,7 @@ SHORTCUTS = {
 
 def take_away(shortcuts: list[str]) -> dict[str, Any]:
     """Change the library from outside; the settings that the rest needs."""
-    from grouprl.lm import learner, products, sampler, trainer
+    from grouprl.lm import learner, sampler, trainer
 
     settings: dict[str, Any] = {}
     if "shared-prompts" in shortcuts:
@@ -53,15 +52,8 @@ def take_away(shortcuts: list[str]) -> dict[str, Any]:
             return once(self, [p for p in prompts for _ in range(group_size)], 1, *args)
 
         sampler.Sampler.sample = repeated
-    if "rows-leave" in shortcuts:
-
-        class Staying(sampler.DecodeAttention):
-            def drop(self, finished: list[int]) -> list[int]:
-                return list(range(len(self.prompt_of_row)))
-
-        sampler.DecodeAttention = Staying
-    if "packed-weights" in shortcuts:
-        products.Products._packed = products.Products._plain
+    if "compiled-code" in shortcuts:
+        settings["native"] = False
     if "low-precision" in shortcuts:
         settings["bf16"] = False
     if "kept-memory" in shortcuts:

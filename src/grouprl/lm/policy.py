@@ -67,6 +67,8 @@ class Policy:
         else:
             rows = config.max_rows_per_decode or self._rows_that_fit()
             self.sampler = Sampler(backbone, self.products, ends, rows, "native" if config.native else "lean")
+            if self.sampler.why:
+                _log.warning("%s runs without compiled code, at half the speed: %s", _class(model), self.sampler.why)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
         self.reference: Learner | None = None

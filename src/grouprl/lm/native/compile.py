@@ -32,17 +32,18 @@ def library() -> ctypes.CDLL:
     Raises UnavailableError if there is no compiler, it fails, or the processor refuses.
     """
     found = _find()
-    if isinstance(found, UnavailableError):
-        raise found
+    if isinstance(found, str):
+        raise UnavailableError(found)
     return found
 
 
 @cache
-def _find() -> ctypes.CDLL | UnavailableError:
+def _find() -> ctypes.CDLL | str:
+    """The compiled functions, or why there are none: text, as an exception would keep what its frames hold alive."""
     try:
         return _load()
     except UnavailableError as error:
-        return error
+        return str(error)
 
 
 def _load() -> ctypes.CDLL:
@@ -69,11 +70,7 @@ def _load() -> ctypes.CDLL:
 
 def available() -> bool:
     """Whether :func:`library` gives one."""
-    try:
-        library()
-    except UnavailableError:
-        return False
-    return True
+    return not isinstance(_find(), str)
 
 
 def _folder() -> Path:
