@@ -304,12 +304,40 @@ def test_it_is_compiled_once_and_nothing_else_is_left(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64-v4", "-march=cooperlake"])
-def test_every_variant_of_the_inner_product_compiles(flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_every_variant_of_the_inner_product_compiles_without_a_warning(flags: str, tmp_path) -> None:
     if native.platform.machine() != "x86_64":
         pytest.skip("variants of another processor")
-    monkeypatch.setattr(native, "_FLAGS", ("-Wall", "-Werror", "-Wno-unused-function", flags, *native._FLAGS[2:]))
-    native._compile("cc", tmp_path / "kernels.so")
+    others = [flag for flag in native._FLAGS if not flag.startswith("-march")]
+    native._compile(
+        ["cc"], ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function", flags, *others], tmp_path / "kernels.so"
+    )
     assert (tmp_path / "kernels.so").stat().st_size > 10_000
+
+
+def test_a_matrix_unit_that_is_not_granted_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built, asked = native._built, []
+
+    class Refusing:
+        @staticmethod
+        def grouprl_start() -> int:
+            return 1
+
+    def refuse_once(compiler: list[str], flags: tuple[str, ...]) -> object:
+        asked.append(flags)
+        return Refusing if len(asked) == 1 else built(compiler, flags)
+
+    monkeypatch.setattr(native, "_built", refuse_once)
+    without = native._load()
+    monkeypatch.setattr(native, "_find", lambda: without)
+    model = wide("llama")
+    found, wanted = sampled(model, "native"), sampled(model, "lean")
+    assert [c.ids for c in found] == [c.ids for c in wanted]
+    groups = random_groups(*MIXED)
+    weights = random_weights(groups)
+    low = learned(fused(model, torch.bfloat16), groups, weights)
+    assert relative_error(low[1], naive(model, groups, weights)[1]) < 0.05
+    assert "-mno-amx-tile" in asked[1]
 
 
 assert VOCABULARY % 16, "the head's last block of outputs is not full"

@@ -1,19 +1,19 @@
 /* Attention over packed groups, and its gradient: see grouprl/lm/attention.py for what it computes.
 
-   A group is a prompt and its completions, each a stretch of the row. A token sees its prompt and what came before it in
-   its own stretch. Work is divided by group and key head; within one, the keys of the prompt lie in places 0.., those of
-   the completion at hand in places `start`.. of the same panels. The query heads of a key head are rows of one product:
-   row i * g + j is head j of token i of a chunk. Scores are computed again for the gradient. */
+   A group is a prompt and its completions, each a stretch of the row. A token sees its prompt and what came before it
+   in its own stretch. Work is divided by group and key head; within one, the keys of the prompt lie in places 0..,
+   those of the completion at hand in places `start`.. of the same panels. The query heads of a key head are rows of one
+   product: row i * g + j is head j of token i of a chunk. Scores are computed again for the gradient. */
 #include "panels.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <omp.h>
+#include <stdlib.h>
 
 typedef struct {
     int32_t heads, k_heads, d, low, out_low, groups;
-    int32_t window;               /* tokens a token sees, itself included; 0: all */
-    int32_t ld_q, ld_k;           /* elements from token to token of q and dq, and of k, v, dk, dv */
+    int32_t window;     /* tokens a token sees, itself included; 0: all */
+    int32_t ld_q, ld_k; /* elements from token to token of q and dq, and of k, v, dk, dv */
     float scale;
     const int32_t *group;         /* [groups + 1] where each group's stretches begin; the first is its prompt */
     const int32_t *start, *count; /* tokens of each stretch, in the row */
@@ -27,10 +27,10 @@ enum { CHUNK = 96, SPREAD = 4 }; /* rows worked on at once, about; tasks per thr
 /* What a thread works in. L: places of keys; R: rows; both multiples of 32. D: d rounded up to one. */
 typedef struct {
     int L, R, D;
-    void *kd, *vd;           /* keys and values, blocks of 16 places: for scores and for the gradient of probabilities */
-    void *kt, *vt;           /* the same, blocks of 16 dimensions: for the gradient of queries and for outputs */
-    void *q, *qt, *o, *ot;   /* [R][D] queries and gradients of outputs as rows, and in blocks of 16 dimensions */
-    float *s, *dp, *c;       /* [R][L] scores, then probabilities; their gradient; [R][D] a product */
+    void *kd, *vd;         /* keys and values, blocks of 16 places: for scores and for the gradient of probabilities */
+    void *kt, *vt;         /* the same, blocks of 16 dimensions: for the gradient of queries and for outputs */
+    void *q, *qt, *o, *ot; /* [R][D] queries and gradients of outputs as rows, and in blocks of 16 dimensions */
+    float *s, *dp, *c;     /* [R][L] scores, then probabilities; their gradient; [R][D] a product */
     void *p, *ds, *pt, *dst; /* [R][L] probabilities and gradients of scores, and their transposes [L][R] */
     float *dk, *dv;          /* [L][D] */
     float *total;            /* [R] */
@@ -50,11 +50,11 @@ static char *lay_out(Space *s, char *at, int low, int gradient, int L, int R, in
     s->kd = (void *)slice(&at, panel);
     s->q = (void *)slice(&at, rows);
     s->s = (float *)slice(&at, (size_t)R * L * sizeof(float));
-    s->p = (void *)slice(&at, square);
     s->total = (float *)slice(&at, R * sizeof(float));
     s->c = (float *)slice(&at, rows_f);
     if (!gradient) {
         s->vt = (void *)slice(&at, panel);
+        s->p = (void *)slice(&at, square);
         return at;
     }
     s->vd = (void *)slice(&at, panel);
@@ -82,11 +82,15 @@ static void turn(int low, const float *a, int R, int ld, int n, void *to) {
         }
 }
 
-/* Probabilities of a chunk's scores s [rows of R][L], places 0..end; unnormalised, their sums in `total`. */
-static void soften(const Attention *a, Space *x, int R, int rows, int g, int first, int prompt, int start, int end) {
+/* Probabilities of a chunk's scores s [rows of R][L], places 0..end; unnormalised, their sums in `total`. They take the
+   place of the scores, or (to_p) go to p. */
+static void soften(
+    const Attention *a, Space *x, int to_p, int R, int rows, int g, int first, int prompt, int start, int end
+) {
     for (int r = 0; r < rows; r++) {
         float *s = x->s + (size_t)r * x->L;
-        int seen = start + first + r / g + 1, at = prompt + first + r / g; /* own places end; position in the sequence */
+        int seen = start + first + r / g + 1,
+            at = prompt + first + r / g; /* own places end; position in the sequence */
         for (int t = prompt; t < start; t++) s[t] = -1e30f;
         for (int t = seen; t < end; t++) s[t] = -1e30f;
         if (a->window > 0) {
@@ -100,11 +104,21 @@ static void soften(const Attention *a, Space *x, int R, int rows, int g, int fir
         for (int t = 0; t < end; t += W) {
             vec e = exponential((load(s + t) - most) * a->scale);
             sums += e;
-            store(s + t, e);
+            if (to_p)
+                put(a->low, x->p, (size_t)r * x->L + t, e);
+            else
+                store(s + t, e);
         }
         x->total[r] = sum(sums);
     }
-    for (int r = rows; r < R; r++) memset(x->s + (size_t)r * x->L, 0, end * sizeof(float)), x->total[r] = 1.0f;
+    for (int r = rows; r < R; r++) {
+        x->total[r] = 1.0f;
+        for (int t = 0; t < end; t += W)
+            if (to_p)
+                put(a->low, x->p, (size_t)r * x->L + t, all(0));
+            else
+                store(x->s + (size_t)r * x->L + t, all(0));
+    }
 }
 
 /* Keys and values of n tokens from `at` of the row into places start.. of the panels. */
@@ -133,13 +147,12 @@ static void stretch(const Attention *a, Space *x, int h, int at, int n, int prom
                 size_t token = at + first + r / g, head = (size_t)(h * g + r % g) * d + c;
                 int there = r < rows && c < d;
                 put(low, x->q, (size_t)r * D + c, there ? get(low, a->q, token * of_query + head) : all(0));
-                if (gradient) put(low, x->o, (size_t)r * D + c, there ? get(low, a->dout, token * of_out + head) : all(0));
+                if (gradient)
+                    put(low, x->o, (size_t)r * D + c, there ? get(low, a->dout, token * of_out + head) : all(0));
             }
         multiply(low, 0, R, end, D, x->q, D, x->kd, D, x->s, L);
-        soften(a, x, R, rows, g, first, prompt, start, end);
+        soften(a, x, !gradient, R, rows, g, first, prompt, start, end);
         if (!gradient) {
-            for (int r = 0; r < R; r++)
-                for (int t = 0; t < end; t += W) put(low, x->p, (size_t)r * L + t, load(x->s + (size_t)r * L + t));
             multiply(low, 0, R, D, end, x->p, L, x->vt, L, x->c, D);
             for (int r = 0; r < rows; r++) {
                 float f = 1.0f / x->total[r];
@@ -196,7 +209,8 @@ static void collect(float *x, int shares, size_t apart, size_t n) {
 
 /* 0, or 1 if there is no memory. With `gradient` from q, k, v, dout to dq, dk, dv, otherwise from q, k, v to out. */
 int grouprl_attention(const Attention *a, int gradient) {
-    int g = a->heads / a->k_heads, D = up(a->d, 32), L = 0, longest_prompt = 0, failed = 0, tasks = a->groups * a->k_heads;
+    int g = a->heads / a->k_heads, D = up(a->d, 32), L = 0, longest_prompt = 0, failed = 0,
+        tasks = a->groups * a->k_heads;
     for (int i = 0; i < a->groups; i++) {
         int longest = 0, prompt = up(a->count[a->group[i]], 32);
         for (int j = a->group[i] + 1; j < a->group[i + 1]; j++)
@@ -223,7 +237,8 @@ int grouprl_attention(const Attention *a, int gradient) {
             if (!memory) continue;
             int share = task % shares, h = task / shares % a->k_heads, i = task / shares / a->k_heads;
             int first = a->group[i], prompt = a->count[first], start = up(prompt, 32);
-            if (gradient) memset(x.dk, 0, (size_t)start * D * sizeof(float)), memset(x.dv, 0, (size_t)start * D * sizeof(float));
+            if (gradient)
+                memset(x.dk, 0, (size_t)start * D * sizeof(float)), memset(x.dv, 0, (size_t)start * D * sizeof(float));
             pack_keys(a, &x, h, a->start[first], prompt, 0, gradient);
             if (share == 0) stretch(a, &x, h, a->start[first], prompt, 0, 0, gradient);
             for (int j = first + 1 + share; j < a->group[i + 1]; j += shares) {

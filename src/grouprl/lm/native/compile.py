@@ -6,11 +6,14 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -48,24 +51,26 @@ def _find() -> ctypes.CDLL | str:
 
 def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
-        raise UnavailableError(f"compiled sampling is for Linux, this is {sys.platform}")
-    import torch  # its OpenMP is the one the functions use
-
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+        raise UnavailableError(f"compiled code is for Linux, this is {sys.platform}")
+    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if found is None:
         raise UnavailableError("there is no C compiler (cc, gcc or clang; install gcc, or set CC)")
-    if torch.get_num_threads() < 1:
-        raise UnavailableError("torch has no threads")
-    path = _folder() / f"kernels-{_key(compiler)}.so"
+    import_module("torch")  # its OpenMP is the one the functions use
+    for flags in (_FLAGS, (*_FLAGS, "-mno-amx-tile")):
+        loaded = _built(shlex.split(found), flags)
+        if loaded.grouprl_start() == 0:
+            return loaded
+    raise UnavailableError("the system does not grant what the processor says it has")
+
+
+def _built(compiler: list[str], flags: Sequence[str]) -> ctypes.CDLL:
+    path = _folder() / f"kernels-{_key(compiler, flags)}.so"
     try:
         if not path.exists():
-            _compile(compiler, path)
-        loaded = ctypes.CDLL(str(path))
+            _compile(compiler, flags, path)
+        return ctypes.CDLL(str(path))
     except OSError as error:
         raise UnavailableError(f"{path}: {error}") from error
-    if loaded.grouprl_start():
-        raise UnavailableError("the system does not grant the processor's matrix unit")
-    return loaded
 
 
 def available() -> bool:
@@ -89,36 +94,38 @@ def _folder() -> Path:
     return other
 
 
-def _key(compiler: str) -> str:
+def _key(compiler: list[str], flags: Sequence[str]) -> str:
+    """What the result of compiling depends on."""
     digest = hashlib.sha256()
     for name in (*_HEADERS, *_SOURCES):
         digest.update((_HERE / name).read_bytes())
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise UnavailableError(f"{compiler} --version: {error}") from error
+        raise UnavailableError(f"{shlex.join(compiler)} --version: {error}") from error
     cpu = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu += "".join(
             line for line in info.read_text().split("\n\n")[0].splitlines() if line.startswith(("flags", "model name"))
         )
-    for part in (version, " ".join(_FLAGS).encode(), cpu.encode()):
+    for part in (version, " ".join(flags).encode(), cpu.encode()):
         digest.update(part)
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], flags: Sequence[str], path: Path) -> None:
     """Compile to ``path``. OpenMP's library is not linked: torch has loaded one, and two would fight for the cores."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         for command in (
-            [compiler, *_FLAGS, "-c", *(str(_HERE / name) for name in _SOURCES)],
-            [compiler, "-shared", *(name.replace(".c", ".o") for name in _SOURCES), "-o", "kernels.so", "-lm"],
+            [*compiler, *flags, "-c", *(str(_HERE / name) for name in _SOURCES)],
+            [*compiler, "-shared", *(name.replace(".c", ".o") for name in _SOURCES), "-o", "kernels.so", "-lm"],
         ):
             try:
                 done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False, timeout=120)
             except (OSError, subprocess.SubprocessError) as error:
-                raise UnavailableError(f"{compiler}: {error}") from error
+                raise UnavailableError(f"{shlex.join(compiler)}: {error}") from error
             if done.returncode != 0:
-                raise UnavailableError(f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+                why = (done.stderr.strip().splitlines() or ["no message"])[0]
+                raise UnavailableError(f"{shlex.join(compiler)} failed: {why}")
         (Path(scratch) / "kernels.so").replace(path)

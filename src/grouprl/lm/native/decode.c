@@ -7,8 +7,8 @@
 #include "panels.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <omp.h>
+#include <stdlib.h>
 #ifdef GROUPRL_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -36,17 +36,17 @@ typedef struct {
     int32_t prompts, T, slots, C;
     void *prompt_k, *prompt_v;
     float *own_k, *own_v;
-    const int32_t *lengths;     /* [P] tokens of each prompt */
+    const int32_t *lengths; /* [P] tokens of each prompt */
 } Cache;
 
 typedef struct {
-    int32_t rows, parts, t;     /* t: own tokens seen before */
-    const int32_t *part;        /* [parts + 1] where each part of `row` starts; the rows of a part share a prompt */
-    const int32_t *prompt;      /* [parts] */
-    const int32_t *row, *slot;  /* [rows] rows by part; and the slot of each row */
-    float *x;                   /* [rows, width], overwritten */
-    const float *cos, *sin;     /* [rows, D] */
-    float *logits;              /* [rows, vocabulary] */
+    int32_t rows, parts, t;    /* t: own tokens seen before */
+    const int32_t *part;       /* [parts + 1] where each part of `row` starts; the rows of a part share a prompt */
+    const int32_t *prompt;     /* [parts] */
+    const int32_t *row, *slot; /* [rows] rows by part; and the slot of each row */
+    float *x;                  /* [rows, width], overwritten */
+    const float *cos, *sin;    /* [rows, D] */
+    float *logits;             /* [rows, vocabulary] */
 } Step;
 
 static void *room(size_t bytes) {
@@ -56,7 +56,8 @@ static void *room(size_t bytes) {
 
 /* Room for rows of activations, and for rows of zeros behind them that fill up the last group. */
 static void *room_for_rows(int low, size_t rows, size_t width) {
-    size_t one = low ? sizeof(bf16) : sizeof(float), used = rows * width * one, padded = (rows + GROUP - 1) / GROUP * GROUP;
+    size_t one = low ? sizeof(bf16) : sizeof(float), used = rows * width * one,
+           padded = (rows + GROUP - 1) / GROUP * GROUP;
     char *p = room(padded * width * one);
     return p ? memset(p + used, 0, padded * width * one - used), p : NULL;
 }
@@ -72,7 +73,8 @@ static void norms(const Model *m, int rows, const float *x, const float *weight,
     for (int r = rows * me / threads; r < rows * (me + 1) / threads; r++) {
         const float *row = x + (size_t)r * m->width;
         float f = inverse_rms(row, m->width, m->eps);
-        for (int i = 0; i < m->width; i += W) put(m->low, to, (size_t)r * m->width + i, load(row + i) * f * load(weight + i));
+        for (int i = 0; i < m->width; i += W)
+            put(m->low, to, (size_t)r * m->width + i, load(row + i) * f * load(weight + i));
     }
 }
 
@@ -98,17 +100,25 @@ static void scores(int n, int tokens, int d, const float *q, const float *k, flo
         const int step = take == 12 ? 1 : take == 6 ? 2 : 4;
         for (; b + step <= blocks; b += step) {
             const float *key = k + (size_t)b * d * W;
-            if (take == 12) scores_of(12, 1, d, q, key, s + b * W, ld);
-            else if (take == 6) scores_of(6, 2, d, q, key, s + b * W, ld);
-            else if (take == 3) scores_of(3, 4, d, q, key, s + b * W, ld);
-            else scores_of(1, 4, d, q, key, s + b * W, ld);
+            if (take == 12)
+                scores_of(12, 1, d, q, key, s + b * W, ld);
+            else if (take == 6)
+                scores_of(6, 2, d, q, key, s + b * W, ld);
+            else if (take == 3)
+                scores_of(3, 4, d, q, key, s + b * W, ld);
+            else
+                scores_of(1, 4, d, q, key, s + b * W, ld);
         }
         for (; b < blocks; b++) {
             const float *key = k + (size_t)b * d * W;
-            if (take == 12) scores_of(12, 1, d, q, key, s + b * W, ld);
-            else if (take == 6) scores_of(6, 1, d, q, key, s + b * W, ld);
-            else if (take == 3) scores_of(3, 1, d, q, key, s + b * W, ld);
-            else scores_of(1, 1, d, q, key, s + b * W, ld);
+            if (take == 12)
+                scores_of(12, 1, d, q, key, s + b * W, ld);
+            else if (take == 6)
+                scores_of(6, 1, d, q, key, s + b * W, ld);
+            else if (take == 3)
+                scores_of(3, 1, d, q, key, s + b * W, ld);
+            else
+                scores_of(1, 1, d, q, key, s + b * W, ld);
         }
         n -= take, q += (size_t)take * d, s += (size_t)take * ld;
     }
@@ -132,21 +142,29 @@ static void mix(int n, int tokens, int d, const float *p, int ld, const float *v
     while (n > 0) {
         int take = n >= 12 ? 12 : n >= 6 ? 6 : n >= 3 ? 3 : 1, j = 0;
         for (; take < 6 && j + 4 * W <= d; j += 4 * W) {
-            if (take == 3) mix_of(3, 4, tokens, d, p, ld, v + j, out + j);
-            else mix_of(1, 4, tokens, d, p, ld, v + j, out + j);
+            if (take == 3)
+                mix_of(3, 4, tokens, d, p, ld, v + j, out + j);
+            else
+                mix_of(1, 4, tokens, d, p, ld, v + j, out + j);
         }
         for (; j < d; j += W) {
-            if (take == 12) mix_of(12, 1, tokens, d, p, ld, v + j, out + j);
-            else if (take == 6) mix_of(6, 1, tokens, d, p, ld, v + j, out + j);
-            else if (take == 3) mix_of(3, 1, tokens, d, p, ld, v + j, out + j);
-            else mix_of(1, 1, tokens, d, p, ld, v + j, out + j);
+            if (take == 12)
+                mix_of(12, 1, tokens, d, p, ld, v + j, out + j);
+            else if (take == 6)
+                mix_of(6, 1, tokens, d, p, ld, v + j, out + j);
+            else if (take == 3)
+                mix_of(3, 1, tokens, d, p, ld, v + j, out + j);
+            else
+                mix_of(1, 1, tokens, d, p, ld, v + j, out + j);
         }
         n -= take, p += (size_t)take * ld, out += (size_t)take * d;
     }
 }
 
 /* x [D] normed (if there is a norm), turned by its position, scaled. */
-static void rotate(const float *x, int d, const float *norm, float eps, const float *cos, const float *sin, float scale, float *to) {
+static void rotate(
+    const float *x, int d, const float *norm, float eps, const float *cos, const float *sin, float scale, float *to
+) {
     float f = norm ? inverse_rms(x, d, eps) : 1.0f;
     int half = d / 2;
     for (int i = 0; i < half; i++) {
@@ -169,7 +187,10 @@ static size_t space_of(const Model *m, const Cache *c, int n) {
 }
 
 /* Rows from..to of part p, key head h. */
-static void attend(const Model *m, const Layer *l, int at, const Cache *c, const Step *s, int p, int h, int from, int to, const float *qkv, void *out, float *space) {
+static void attend(
+    const Model *m, const Layer *l, int at, const Cache *c, const Step *s, int p, int h, int from, int to,
+    const float *qkv, void *out, float *space
+) {
     int d = m->head_dim, g = m->heads / m->k_heads, n = (to - from) * g, all_heads = m->heads + 2 * m->k_heads;
     int prompt = s->prompt[p], length = c->lengths[prompt], own = s->t + 1, ld = c->T + c->C;
     int R = up(n, 32), D = up(d, 32), places = up(length, 32);
@@ -221,10 +242,12 @@ static void attend(const Model *m, const Layer *l, int at, const Cache *c, const
     for (int i = from; i < to; i++) {
         int row = s->row[i], at_row = (i - from) * g;
         size_t slot = ((size_t)at * c->slots + s->slot[row]) * m->k_heads + h;
-        mix(g, own - first_own, d, w + at_row * ld + c->T + first_own, ld, c->own_v + (slot * c->C + first_own) * d, o + at_row * d);
+        mix(g, own - first_own, d, w + at_row * ld + c->T + first_own, ld, c->own_v + (slot * c->C + first_own) * d,
+            o + at_row * d);
         for (int r = at_row; r < at_row + g; r++)
             for (int j = 0; j < d; j += W)
-                put(m->low, out, ((size_t)row * m->heads + h * g + r - at_row) * d + j, load(o + r * d + j) + load(mixed + (size_t)r * D + j));
+                put(m->low, out, ((size_t)row * m->heads + h * g + r - at_row) * d + j,
+                    load(o + r * d + j) + load(mixed + (size_t)r * D + j));
     }
 }
 
@@ -300,7 +323,9 @@ int grouprl_linear(int low, int rows, const void *x, int x_low, const Linear *l,
 }
 
 /* Keys and values of n tokens of a prompt, [K][d] each, tokens `ld` elements apart, into its panels of T places. */
-void grouprl_keep(int low, int n, int k_heads, int d, int ld, int T, const void *k, const void *v, void *to_k, void *to_v) {
+void grouprl_keep(
+    int low, int n, int k_heads, int d, int ld, int T, const void *k, const void *v, void *to_k, void *to_v
+) {
     int D = up(d, 32), places = up(n, 32);
 #pragma omp parallel for schedule(static)
     for (int h = 0; h < k_heads; h++) {

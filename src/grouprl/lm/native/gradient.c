@@ -1,8 +1,8 @@
 /* The gradient of a weight, g^T x summed over many tokens, added in float32 to where the gradient stands. */
 #include "products.h"
 
-#include <stdlib.h>
 #include <omp.h>
+#include <stdlib.h>
 
 enum { DEPTH = 320, TALL = 32 }; /* tokens and outputs worked on at once */
 
@@ -38,7 +38,9 @@ static void pair_tokens(const bf16 *x, int apart, int c, int n, int depth, bf16 
 
 /* to [outs][ins] float32 = (add: +=) g^T x for g [tokens][outs], x [tokens][ins] in bfloat16; outs and ins are
    multiples of 16; tokens of g lie ld_g elements apart, those of x ld_x. 0, or 1 if there is no memory. */
-int grouprl_weight_gradient(int tokens, int outs, int ins, const bf16 *g, int ld_g, const bf16 *x, int ld_x, float *to, int add) {
+int grouprl_weight_gradient(
+    int tokens, int outs, int ins, const bf16 *g, int ld_g, const bf16 *x, int ld_x, float *to, int add
+) {
     int most = up32(tokens < DEPTH ? tokens : DEPTH), ld = most + 32; /* not a power of 2, which the cache dislikes */
     bf16 *blocks;
     int failed = 0;

@@ -32,7 +32,10 @@ INLINE void put_some(int low, void *z, size_t at, int n, vec v) {
 
 /* From logits z [rows][size] times `scale`: the log-probability of each row's target, the entropy, the probability of
    all others together. If `learning`, z becomes probabilities, that of the target 0. */
-void grouprl_softmax(int low, int rows, int size, void *z, float scale, const int64_t *targets, int learning, float *logp, float *entropy, float *others) {
+void grouprl_softmax(
+    int low, int rows, int size, void *z, float scale, const int64_t *targets, int learning, float *logp,
+    float *entropy, float *others
+) {
 #pragma omp parallel for schedule(static)
     for (int r = 0; r < rows; r++) {
         size_t at = (size_t)r * size;

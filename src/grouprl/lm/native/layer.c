@@ -3,8 +3,8 @@
 #include "products.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <omp.h>
+#include <stdlib.h>
 
 static float inverse_rms(int low, const void *x, size_t at, int n, float eps) {
     vec s = all(0);
@@ -16,7 +16,9 @@ static float inverse_rms(int low, const void *x, size_t at, int n, float eps) {
 }
 
 /* h [n][width] = x / rms(x) * weight, for x = x + y if there is a y; then also `to` = x + y. */
-void grouprl_norm(int low, int n, int width, const float *x, const void *y, const float *weight, float eps, float *to, void *h) {
+void grouprl_norm(
+    int low, int n, int width, const float *x, const void *y, const float *weight, float eps, float *to, void *h
+) {
 #pragma omp parallel for schedule(static)
     for (int r = 0; r < n; r++) {
         size_t at = (size_t)r * width;
@@ -32,7 +34,10 @@ void grouprl_norm(int low, int n, int width, const float *x, const void *y, cons
 
 /* From the gradient dh of h: added to g, the gradient of x; the sum also as activations g_low; h again; and added to
    dweight. 0, or 1 if there is no memory. */
-int grouprl_norm_gradient(int low, int n, int width, const float *x, const float *weight, float eps, const void *dh, float *g, void *g_low, void *h, float *dweight) {
+int grouprl_norm_gradient(
+    int low, int n, int width, const float *x, const float *weight, float eps, const void *dh, float *g, void *g_low,
+    void *h, float *dweight
+) {
     int threads = omp_get_max_threads();
     float *sums = calloc((size_t)threads * width, sizeof(float));
     if (!sums) return 1;

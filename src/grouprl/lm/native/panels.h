@@ -28,7 +28,9 @@ static void pack_places(int low, const void *x, size_t ld, int n, int d, int D, 
 }
 
 /* x [n][d] into blocks of 16 of its columns, places `at`.. of `all_places` in each; `places` of them are written. */
-static void pack_dimensions(int low, const void *x, size_t ld, int n, int d, int D, int places, int at, int all_places, void *to) {
+static void pack_dimensions(
+    int low, const void *x, size_t ld, int n, int d, int D, int places, int at, int all_places, void *to
+) {
     for (int c = 0; c < D; c += W) {
         char *block = (char *)element(low, to, ((size_t)c * all_places) + (size_t)at * W);
         for (int r = 0; r < places; r += low ? 2 : 1) {
@@ -44,10 +46,15 @@ static void pack_dimensions(int low, const void *x, size_t ld, int n, int d, int
 }
 
 /* c [m][n] = (more: +=) a [m][k] times n / 16 blocks of `places` along k, of which k are used; multiples of 32. */
-static void multiply(int low, int more, int m, int n, int k, const void *a, int lda, const void *w, int places, float *c, int ldc) {
+static void multiply(
+    int low, int more, int m, int n, int k, const void *a, int lda, const void *w, int places, float *c, int ldc
+) {
     for (int j = 0; j < n; j += 32)
         for (int i = 0; i < m; i += 32)
-            two_blocks(low, more, 32, k, element(low, a, (size_t)i * lda), lda, w, (size_t)j * places, (size_t)(j + W) * places, c + (size_t)i * ldc + j, ldc);
+            two_blocks(
+                low, more, 32, k, element(low, a, (size_t)i * lda), lda, w, (size_t)j * places,
+                (size_t)(j + W) * places, c + (size_t)i * ldc + j, ldc
+            );
 }
 
 #endif

@@ -1,7 +1,7 @@
 /* The innermost product: up to 32 rows times 32 columns, by whatever unit of the processor is best at it.
 
-   The second factor lies packed in blocks of 16 columns. In float32 a block is [k][16]; in bfloat16 it is [k / 2][16][2],
-   pairs along k, which is what the processor's bfloat16 instructions take. Sums are float32. */
+   The second factor lies packed in blocks of 16 columns. In float32 a block is [k][16]; in bfloat16 it is [k /
+   2][16][2], pairs along k, which is what the processor's bfloat16 instructions take. Sums are float32. */
 #ifndef GROUPRL_PRODUCTS_H
 #define GROUPRL_PRODUCTS_H
 
@@ -39,7 +39,9 @@ INLINE void stop_products(void) {
 
 /* c [rows up to 32][32] = (more: +=) a [rows][k] times blocks w0 and w1; a has a multiple of 16 rows, and so has c. */
 #ifdef GROUPRL_TILES
-static void two_blocks_bf16(int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
+static void two_blocks_bf16(
+    int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc
+) {
     float *below = c + (size_t)16 * ldc;
     size_t apart = ldc * sizeof(float);
     if (more) {
@@ -99,8 +101,14 @@ INLINE void four_rows_bf16(int more, int k, const bf16 *a, int lda, const bf16 *
         memcpy(&v, w1 + i * W, sizeof v);
         vec u0 = (vec)(u << 16), u1 = (vec)(u & 0xffff0000u), v0 = (vec)(v << 16), v1 = (vec)(v & 0xffff0000u);
         for (int r = 0; r < 4; r++) {
-            union { uint32_t bits; float value; } first = {(uint32_t)a[(size_t)r * lda + i] << 16};
-            union { uint32_t bits; float value; } second = {(uint32_t)a[(size_t)r * lda + i + 1] << 16};
+            union {
+                uint32_t bits;
+                float value;
+            } first = {(uint32_t)a[(size_t)r * lda + i] << 16};
+            union {
+                uint32_t bits;
+                float value;
+            } second = {(uint32_t)a[(size_t)r * lda + i + 1] << 16};
             x[r] += u0 * first.value + u1 * second.value;
             y[r] += v0 * first.value + v1 * second.value;
         }
@@ -109,12 +117,17 @@ INLINE void four_rows_bf16(int more, int k, const bf16 *a, int lda, const bf16 *
     for (int r = 0; r < 4; r++) store(c + (size_t)r * ldc, x[r]), store(c + (size_t)r * ldc + W, y[r]);
 }
 
-static void two_blocks_bf16(int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
-    for (int r = 0; r < rows; r += 4) four_rows_bf16(more, k, a + (size_t)r * lda, lda, w0, w1, c + (size_t)r * ldc, ldc);
+static void two_blocks_bf16(
+    int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc
+) {
+    for (int r = 0; r < rows; r += 4)
+        four_rows_bf16(more, k, a + (size_t)r * lda, lda, w0, w1, c + (size_t)r * ldc, ldc);
 }
 #endif
 
-static void two_blocks_f32(int more, int rows, int k, const float *a, int lda, const float *w0, const float *w1, float *c, int ldc) {
+static void two_blocks_f32(
+    int more, int rows, int k, const float *a, int lda, const float *w0, const float *w1, float *c, int ldc
+) {
     for (int r0 = 0; r0 < rows; r0 += 4) {
         vec x[4], y[4];
         for (int r = 0; r < 4; r++) x[r] = more ? load(c + (size_t)(r0 + r) * ldc) : all(0);
@@ -137,7 +150,9 @@ INLINE const void *element(int low, const void *p, size_t i) {
 }
 
 /* The same for bfloat16 (low) or float32, and the blocks that begin at elements i0 and i1 of w. */
-static void two_blocks(int low, int more, int rows, int k, const void *a, int lda, const void *w, size_t i0, size_t i1, float *c, int ldc) {
+static void two_blocks(
+    int low, int more, int rows, int k, const void *a, int lda, const void *w, size_t i0, size_t i1, float *c, int ldc
+) {
     if (low)
         two_blocks_bf16(more, rows, k, a, lda, element(1, w, i0), element(1, w, i1), c, ldc);
     else

@@ -87,27 +87,35 @@ INLINE vec get(int low, const void *from, size_t at) {
 /* Rows become columns. */
 INLINE void transpose(uvec r[W]) {
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-#define SWAP(a, b, low, high)                           \
-    do {                                                \
-        uvec x = a, y = b;                              \
-        a = __builtin_shufflevector(x, y, LIST low);    \
-        b = __builtin_shufflevector(x, y, LIST high);   \
+#define SWAP(a, b, low, high)                                                                                          \
+    do {                                                                                                               \
+        uvec x = a, y = b;                                                                                             \
+        a = __builtin_shufflevector(x, y, LIST low);                                                                   \
+        b = __builtin_shufflevector(x, y, LIST high);                                                                  \
     } while (0)
 #define LIST(...) __VA_ARGS__
     for (int i = 0; i < W; i += 2)
-        SWAP(r[i], r[i + 1], (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-             (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
+        SWAP(
+            r[i], r[i + 1], (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+            (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+        );
     for (int i = 0; i < W; i++)
         if (!(i & 2))
-            SWAP(r[i], r[i + 2], (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-                 (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+            SWAP(
+                r[i], r[i + 2], (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+            );
     for (int i = 0; i < W; i++)
         if (!(i & 4))
-            SWAP(r[i], r[i + 4], (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-                 (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+            SWAP(
+                r[i], r[i + 4], (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+                (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+            );
     for (int i = 0; i < W / 2; i++)
-        SWAP(r[i], r[i + 8], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-             (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+        SWAP(
+            r[i], r[i + 8], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+            (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+        );
 #undef SWAP
 #undef LIST
 #else
