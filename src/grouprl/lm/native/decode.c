@@ -6,7 +6,6 @@
 #include "linear.h"
 #include "panels.h"
 
-#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 #ifdef GROUPRL_TILES
@@ -62,17 +61,11 @@ static void *room_for_rows(int low, size_t rows, size_t width) {
     return p ? memset(p + used, 0, padded * width * one - used), p : NULL;
 }
 
-static float inverse_rms(const float *x, int n, float eps) {
-    vec s = all(0);
-    for (int i = 0; i < n; i += W) s += load(x + i) * load(x + i);
-    return 1.0f / sqrtf(sum(s) / n + eps);
-}
-
 /* Norms of the rows that are this thread's. */
 static void norms(const Model *m, int rows, const float *x, const float *weight, void *to, int me, int threads) {
     for (int r = rows * me / threads; r < rows * (me + 1) / threads; r++) {
         const float *row = x + (size_t)r * m->width;
-        float f = inverse_rms(row, m->width, m->eps);
+        float f = inverse_rms(0, row, 0, m->width, m->eps);
         for (int i = 0; i < m->width; i += W)
             put(m->low, to, (size_t)r * m->width + i, load(row + i) * f * load(weight + i));
     }
@@ -165,7 +158,7 @@ static void mix(int n, int tokens, int d, const float *p, int ld, const float *v
 static void rotate(
     const float *x, int d, const float *norm, float eps, const float *cos, const float *sin, float scale, float *to
 ) {
-    float f = norm ? inverse_rms(x, d, eps) : 1.0f;
+    float f = norm ? inverse_rms(0, x, 0, d, eps) : 1.0f;
     int half = d / 2;
     for (int i = 0; i < half; i++) {
         float a = x[i] * f, b = x[i + half] * f;

@@ -2,18 +2,8 @@
    gates. Activations are bfloat16 (low) or float32; the residual stream and all arithmetic are float32. */
 #include "products.h"
 
-#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
-
-static float inverse_rms(int low, const void *x, size_t at, int n, float eps) {
-    vec s = all(0);
-    for (int i = 0; i < n; i += W) {
-        vec v = get(low, x, at + i);
-        s += v * v;
-    }
-    return 1.0f / sqrtf(sum(s) / n + eps);
-}
 
 /* h [n][width] = x / rms(x) * weight, for x = x + y if there is a y; then also `to` = x + y. */
 void grouprl_norm(

@@ -2,6 +2,7 @@
 #ifndef GROUPRL_VECTOR_H
 #define GROUPRL_VECTOR_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -82,6 +83,16 @@ INLINE void put(int low, void *to, size_t at, vec v) {
 
 INLINE vec get(int low, const void *from, size_t at) {
     return low ? load_bf16((const bf16 *)from + at) : load((const float *)from + at);
+}
+
+/* 1 / sqrt(mean of x^2 + eps) of n numbers from `at`. */
+INLINE float inverse_rms(int low, const void *x, size_t at, int n, float eps) {
+    vec s = all(0);
+    for (int i = 0; i < n; i += W) {
+        vec v = get(low, x, at + i);
+        s += v * v;
+    }
+    return 1.0f / sqrtf(sum(s) / n + eps);
 }
 
 /* Rows become columns. */
