@@ -3,6 +3,8 @@
     python benchmarks/envs_learning.py --seeds 0,1,2,3,4                 # every preset
     python benchmarks/envs_learning.py --env LunarLander-v3 --seeds 0,1  # one of them
     python benchmarks/envs_learning.py --default --seeds 0,1,2           # the same environments, untuned
+    python benchmarks/envs_learning.py --ppo                             # Stable-Baselines3's PPO, the same budgets
+    python benchmarks/envs_learning.py --env Hopper-v5 --set gamma=0.995 --out tried.jsonl   # an experiment
     python benchmarks/envs_learning.py --table                           # only render the table again
 
 One line of results/envs_learning.jsonl per run; runs already there with the same configuration are not repeated.
@@ -23,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 import measuring
+import zoo_ppo
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "envs_learning.jsonl"
+PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
 CURVE_POINTS, CURVE_EPISODES, FINAL_EPISODES = 20, 20, 100
 RESAMPLES = 10_000
 
@@ -65,7 +70,7 @@ def train(arguments: dict[str, Any]) -> Run:
     from grouprl.envs.vector import reward_threshold
 
     env_id, env_kwargs, seed, budget = (arguments[key] for key in ("env_id", "env_kwargs", "seed", "budget"))
-    agent = GRPO(env_id, preset=arguments["preset"], env_kwargs=env_kwargs, seed=seed)
+    agent = GRPO(env_id, preset=arguments["preset"], env_kwargs=env_kwargs, seed=seed, **arguments["settings"])
     evaluator = Evaluator(env_id, env_kwargs, n_envs=CURVE_EPISODES)
     every = max(1, budget // CURVE_POINTS)
     curve: list[tuple[int, float]] = []
@@ -94,12 +99,16 @@ def train(arguments: dict[str, Any]) -> Run:
 
 
 # --- which runs ------------------------------------------------------------------------------------------------------
-def plan(names: list[str], seeds: list[int], steps: int | None, default: bool) -> list[Run]:
-    """One entry per environment and seed, with the hash of all that decides its outcome but the seed."""
+def plan(names: list[str], seeds: list[int], steps: int | None, mode: str, settings: dict[str, Any]) -> list[Run]:
+    """One entry per environment and seed, with the hash of all that decides its outcome but the seed.
+
+    ``mode`` is preset, default (the robust default) or ppo (RL-Zoo's settings); ``settings`` win over a preset's.
+    """
     from grouprl.envs import presets
     from grouprl.envs.config import make_config
 
     found = []
+    default = mode == "default"
     for name in names:
         preset = presets.load(name) if name in presets.names() else None
         if preset is None and not (default and steps):
@@ -107,20 +116,25 @@ def plan(names: list[str], seeds: list[int], steps: int | None, default: bool) -
                 f"no preset {name!r} (there are: {', '.join(presets.names())}); without one give --default --steps N"
             )
         budget = steps or (preset.total_timesteps if preset else 0)
-        values = preset.config if preset and not default else {}
+        values = {**(preset.config if preset and not default else {}), **settings}
         what = {
             "env_id": preset.env_id if preset else name,
             "env_kwargs": preset.env_kwargs if preset else {},
             "budget": budget,
         }
-        decides = {**what, "config": make_config(values).model_dump(mode="json", exclude={"seed"})}
+        if mode == "ppo":
+            decides = {**what, "ppo": zoo_ppo.SETTINGS[name]}
+        else:
+            decides = {**what, "config": make_config(values).model_dump(mode="json", exclude={"seed"})}
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         for seed in seeds:
             found.append(
                 {
                     "name": name,
-                    "mode": "default" if default else "preset",
+                    "mode": mode,
                     "preset": None if default else name,
+                    "settings": zoo_ppo.SETTINGS[name] if mode == "ppo" else settings,
+                    "episodes": FINAL_EPISODES,
                     "seed": seed,
                     "config_hash": digest,
                     **what,
@@ -146,7 +160,7 @@ def commit() -> str:
     return said.stdout.strip()
 
 
-def run_all(todo: list[Run], out: Path, jobs: int) -> int:
+def run_all(todo: list[Run], out: Path, jobs: int, peers: Path) -> int:
     """Run each in a process of its own, append what it reached to ``out``; returns how many failed."""
     out.parent.mkdir(parents=True, exist_ok=True)
     context = {"commit": commit(), "jobs": jobs, "machine": measuring.machine()}
@@ -154,7 +168,8 @@ def run_all(todo: list[Run], out: Path, jobs: int) -> int:
     def one(run: Run) -> bool:
         label = f"{run['name']} ({run['mode']}) seed {run['seed']}"
         try:
-            result = measuring.run_worker([sys.executable, __file__, "--worker"], run)
+            peer = [peers, HERE / "worker_ppo.py"]
+            result = measuring.run_worker(peer if run["mode"] == "ppo" else [sys.executable, __file__, "--worker"], run)
         except RuntimeError as error:
             print(f"{label}: FAILED\n{error}", file=sys.stderr, flush=True)
             return False
@@ -225,7 +240,11 @@ def render(runs: list[Run]) -> str:
         "over seeds with a 95 % bootstrap interval. How this is measured, and what to keep in mind: "
         "[../README.md](../README.md#learning).\n"
     )
-    for mode, title in (("preset", "Presets"), ("default", "The robust default, untuned")):
+    for mode, title in (
+        ("preset", "Presets"),
+        ("default", "The robust default, untuned"),
+        ("ppo", "Stable-Baselines3's PPO with RL-Zoo's settings, the presets' budgets"),
+    ):
         chosen = sorted(name for name in groups if name[0] == mode)
         if chosen:
             rows = []
@@ -235,8 +254,10 @@ def render(runs: list[Run]) -> str:
             lines = [header, ["---"] * len(header), *rows]
             text += f"\n## {title}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
     machines = sorted({f"{run['machine']['cpu']}, {run['machine']['cores']} cores" for run in runs})
-    versions = sorted({run["versions"]["grouprl"] for run in runs})
-    return f"{text}\n{SOURCES}\n\ngrouprl {', '.join(versions)}; {'; '.join(machines)}.\n"
+    versions = sorted(
+        {f"{name} {run['versions'][name]}" for run in runs for name in ("grouprl", "stable-baselines3") if name in run["versions"]}
+    )
+    return f"{text}\n{SOURCES}\n\n{', '.join(versions)}; {'; '.join(machines)}.\n"
 
 
 def main() -> None:
@@ -247,6 +268,11 @@ def main() -> None:
     parser.add_argument(
         "--default", action="store_true", help="the robust default instead of the preset's configuration"
     )
+    parser.add_argument("--ppo", action="store_true", help="Stable-Baselines3's PPO with RL-Zoo's settings instead")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting (YAML); give --out as well"
+    )
+    parser.add_argument("--peers-python", type=Path, default=PEERS_PYTHON, help="the Python that has them")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1; seconds suffer from more)")
     parser.add_argument("--table", action="store_true", help="render the table again, run nothing")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON lines; the table goes beside them as .md")
@@ -259,12 +285,15 @@ def main() -> None:
     if not given.table:
         from grouprl.envs import presets
 
-        names = given.env or [name for name in presets.names() if name != "tutorial"]
-        wanted = plan(names, [int(seed) for seed in given.seeds.split(",")], given.steps, given.default)
+        mode = "ppo" if given.ppo else "default" if given.default else "preset"
+        every = zoo_ppo.SETTINGS if given.ppo else [name for name in presets.names() if name != "tutorial"]
+        settings = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in given.set)}
+        seeds = [int(seed) for seed in given.seeds.split(",")]
+        wanted = plan(given.env or list(every), seeds, given.steps, mode, settings)
         known = {key(run) for run in read(given.out)}
         todo = [run for run in wanted if key(run) not in known]
         print(f"{len(wanted)} runs wanted, {len(wanted) - len(todo)} already in {given.out}", flush=True)
-        failed = run_all(todo, given.out, given.jobs)
+        failed = run_all(todo, given.out, given.jobs, given.peers_python)
     runs = read(given.out)
     if not runs:
         raise SystemExit(f"{given.out} holds no runs")

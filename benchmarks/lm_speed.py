@@ -3,9 +3,11 @@
     python benchmarks/lm_speed.py                       # the works of lm_work.py, both sides in turn
     python benchmarks/lm_speed.py --ablation            # grouprl on W1 and LONG, one shortcut less at a time
     python benchmarks/lm_speed.py --table               # write the table of what was measured
+    python benchmarks/lm_speed.py --device cuda         # on a GPU, with one more work; files of its own
 
 Each measurement is a process of its own; the two sides take turns, so that a machine that grows slower or faster meets
-both. What a process measured is appended to results/lm_speed.jsonl; the table takes the newest run of each kind.
+both. What a process measured is appended to results/lm_speed.jsonl (lm_speed_cuda.jsonl); the table takes the newest
+run of each kind. ``--python`` and ``--peer-python`` name other interpreters than those of the two virtual environments.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import measuring
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-LOG = RESULTS / "lm_speed.jsonl"
+NAMES = {"cpu": "lm_speed", "cuda": "lm_speed_cuda"}
 OURS = HERE.parent / ".venv" / "bin" / "python"
 PEER = HERE.parent / ".venv-peers-lm" / "bin" / "python"
 SHORTCUTS = (
@@ -45,41 +48,61 @@ def run(python: Path, worker: str, *arguments: str) -> dict[str, Any]:
     return {**result, "load_before": load}
 
 
-def keep(batch: str, side: str, result: dict[str, Any]) -> None:
+def keep(log: Path, batch: str, side: str, result: dict[str, Any]) -> None:
     """Append a result and say what it was."""
     RESULTS.mkdir(exist_ok=True)
-    with LOG.open("a", encoding="utf-8") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"batch": batch, "side": side, "machine": measuring.machine(), **result}) + "\n")
     step = statistics.median(s["step"] for s in result["steps"])
-    print(f"{result['work']:5s} {side:24s} {step:7.2f} s a step, {result['peak_rss_mb'] / 1e3:.2f} GB", flush=True)
+    print(f"{result['work']:5s} {side:24s} {step:7.2f} s a step, {_peak_mb(result) / 1e3:.2f} GB", flush=True)
 
 
-def compare(works: list[str], rounds: int, steps: int, warmup: int, variants: list[str]) -> None:
-    """Both sides in turn on every work."""
-    batch = f"compare {time.strftime('%Y-%m-%d %H:%M')}"
-    for work in works:
-        for _ in range(rounds):
-            size = ("--work", work, "--steps", str(steps + warmup), "--warmup", str(warmup))
-            keep(batch, "grouprl", run(OURS, "lm_worker_grouprl.py", *size))
-            for variant in variants:
-                keep(batch, f"trl {variant}", run(PEER, "lm_worker_trl.py", *size, "--variant", variant))
+def _peak_mb(result: dict[str, Any]) -> float:
+    """The peak memory that counts: of the GPU, where one was used."""
+    peak: float = result.get("peak_gpu_mb", result["peak_rss_mb"])
+    return peak
 
 
-def ablate(works: list[str], rounds: int, steps: int, warmup: int) -> None:
-    """grouprl with everything and with one shortcut less, in turn."""
-    batch = f"ablation {time.strftime('%Y-%m-%d %H:%M')}"
-    for work in works:
-        for _ in range(rounds):
-            size = ("--work", work, "--steps", str(steps + warmup), "--warmup", str(warmup))
-            keep(batch, "everything", run(OURS, "lm_worker_grouprl.py", *size))
-            for shortcut in SHORTCUTS:
-                given = (*size, "--without", shortcut)
-                keep(batch, f"without {shortcut}", run(OURS, "lm_worker_grouprl.py", *given))
+@dataclass(frozen=True)
+class Series:
+    """How often to measure what, and with which interpreters."""
+
+    device: str
+    works: list[str]
+    rounds: int
+    steps: int
+    warmup: int
+    ours: Path
+    peer: Path
+
+    def compare(self, variants: list[str]) -> None:
+        """Both sides in turn on every work."""
+        batch = f"compare {time.strftime('%Y-%m-%d %H:%M')}"
+        for work in self.works:
+            for _ in range(self.rounds):
+                self._measure(batch, "grouprl", work)
+                for variant in variants:
+                    self._measure(batch, f"trl {variant}", work, "--variant", variant)
+
+    def ablate(self) -> None:
+        """grouprl with everything and with one shortcut less, in turn."""
+        batch = f"ablation {time.strftime('%Y-%m-%d %H:%M')}"
+        for work in self.works:
+            for _ in range(self.rounds):
+                self._measure(batch, "everything", work)
+                for shortcut in SHORTCUTS:
+                    self._measure(batch, f"without {shortcut}", work, "--without", shortcut)
+
+    def _measure(self, batch: str, side: str, work: str, *more: str) -> None:
+        python, worker = (self.peer, "lm_worker_trl.py") if "--variant" in more else (self.ours, "lm_worker_grouprl.py")
+        steps = ("--steps", str(self.steps + self.warmup), "--warmup", str(self.warmup))
+        result = run(python, worker, "--work", work, *steps, "--device", self.device, *more)
+        keep(RESULTS / f"{NAMES[self.device]}.jsonl", batch, side, result)
 
 
-def _newest(kind: str) -> list[dict[str, Any]]:
+def _newest(log: Path, kind: str) -> list[dict[str, Any]]:
     """For each work the results of the newest batch of a kind."""
-    rows = [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()] if LOG.exists() else []
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     rows = [row for row in rows if row["batch"].startswith(kind)]
     last = {row["work"]: row["batch"] for row in rows}
     return [row for row in rows if last[row["work"]] == row["batch"]]
@@ -97,20 +120,26 @@ def _sides(rows: list[dict[str, Any]], work: str) -> dict[str, dict[str, float]]
         out[side] = {
             **{name: statistics.median(step[name] for step in steps) for name in ("generate", "learn", "step")},
             "low": min(step["step"] for step in steps), "high": max(step["step"] for step in steps),
-            "n": len(steps), "gb": statistics.median(result["peak_rss_mb"] for result in results) / 1e3,
+            "n": len(steps), "gb": statistics.median(_peak_mb(result) for result in results) / 1e3,
         }  # fmt: skip
     return out
 
 
-def table() -> str:
+def table(device: str) -> str:
     """The Markdown page."""
-    compared, ablated = _newest("compare"), _newest("ablation")
-    machine = (compared or ablated)[0]["machine"]
+    log = RESULTS / f"{NAMES[device]}.jsonl"
+    compared, ablated = _newest(log, "compare"), _newest(log, "ablation")
+    first = (compared or ablated)[0]
+    machine, on_gpu = first["machine"], device == "cuda"
     versions = {k: v for row in compared for k, v in row["versions"].items()}
+    option = " --device cuda" if on_gpu else ""
+    threads = lm_work.GPU_THREADS if on_gpu else lm_work.THREADS
     lines = [
-        "# A GRPO step on SmolLM2-135M-Instruct", "",
-        "Made by `python benchmarks/lm_speed.py --table` from `lm_speed.jsonl`; the works are defined in `lm_work.py`.",
-        f"{machine['cpu']}, {machine['cores']} cores, {lm_work.THREADS} threads; "
+        "# A GRPO step on SmolLM2-135M-Instruct" + (", on a GPU" if on_gpu else ""), "",
+        f"Made by `python benchmarks/lm_speed.py{option} --table` from `{log.name}`; the works are defined in "
+        "`lm_work.py`.",
+        (f"{first['gpu']}; " if on_gpu else "")
+        + f"{machine['cpu']}, {machine['cores']} cores, {threads} threads; "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".", "",
         "| work | side | generate (s) | learn (s) | step (s) | range of steps | steps | peak memory (GB) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -127,17 +156,23 @@ def table() -> str:
         if peers and "grouprl" in sides:
             ours, best = sides["grouprl"], peers["trl best"]
             fastest, leanest = min(m["step"] for m in peers.values()), min(m["gb"] for m in peers.values())
-            wanted = REACH[work]
+            speed, memory = ("", "") if on_gpu else (f" {REACH[work][0]:g} |", f" {REACH[work][1]:g} |")
             factors.append(
-                f"| {work} | {best['step'] / ours['step']:.1f} | {wanted[0]:g} | {fastest / ours['step']:.1f} | "
-                f"{ours['gb'] / best['gb']:.2f} | {wanted[1]:g} | {ours['gb'] / leanest:.2f} |"
+                f"| {work} | {best['step'] / ours['step']:.1f} |{speed} {fastest / ours['step']:.1f} | "
+                f"{ours['gb'] / best['gb']:.2f} |{memory} {ours['gb'] / leanest:.2f} |"
             )
     lines += [
         "", "`trl best`: the fastest that settings alone reach. `trl patched`: the same with two of TRL's functions",
         "replaced (one autocast region around generation, the head on completions only). `trl lean`: `best` in",
-        "parts of 8 samples.", "",
-        "| work | times faster than best | aim | than the fastest | share of best's memory | aim | of the leanest's |",
-        "| --- | --- | --- | --- | --- | --- | --- |", *factors,
+        "parts of 8 samples. `trl low`: `best` with bfloat16 weights and moments." if on_gpu else "parts of 8 samples.",
+        "",
+    ]  # fmt: skip
+    aim = "" if on_gpu else " aim |"
+    if on_gpu:
+        lines += ["On TRL's side all samples of a step at once. Memory is what tensors took on the GPU.", ""]
+    lines += [
+        f"| work | times faster than best |{aim} than the fastest | share of best's memory |{aim} of the leanest's |",
+        "| --- | --- | --- | --- | --- |" + ("" if on_gpu else " --- | --- |"), *factors,
     ]  # fmt: skip
     for work in dict.fromkeys(row["work"] for row in ablated):
         sides = _sides(ablated, work)
@@ -158,6 +193,9 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", action="append", choices=list(lm_work.WORKS), help="default: all; may be repeated")
+    parser.add_argument("--device", choices=list(NAMES), default="cpu")
+    parser.add_argument("--python", type=Path, default=OURS, help="what grouprl is installed in")
+    parser.add_argument("--peer-python", type=Path, default=PEER, help="what TRL is installed in")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
     parser.add_argument("--warmup", type=int, default=1, help="steps of a process before those")
@@ -166,15 +204,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if not given.table:
-        subprocess.run([str(OURS), str(HERE / "lm_work.py")], check=True)
+        subprocess.run([str(given.python), str(HERE / "lm_work.py")], check=True)
+        works = given.work or (["W1", "LONG"] if given.ablation else list(lm_work.USUAL[given.device]))
+        series = Series(
+            given.device, works, given.rounds, given.steps, given.warmup, given.python, given.peer_python
+        )  # fmt: skip
         if given.ablation:
-            ablate(given.work or ["W1", "LONG"], given.rounds, given.steps, given.warmup)
+            series.ablate()
         else:
-            compare(
-                given.work or list(lm_work.WORKS), given.rounds, given.steps, given.warmup, given.variant or ["best"]
-            )
-    (RESULTS / "lm_speed.md").write_text(table(), encoding="utf-8")
-    print(f"wrote {RESULTS / 'lm_speed.md'}", file=sys.stderr)
+            series.compare(given.variant or ["best"])
+    page = RESULTS / f"{NAMES[given.device]}.md"
+    page.write_text(table(given.device), encoding="utf-8")
+    print(f"wrote {page}", file=sys.stderr)
 
 
 if __name__ == "__main__":

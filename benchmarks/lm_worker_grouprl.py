@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/lm_worker_grouprl.py --work nth-word --seed 0 --seconds 150
     .venv/bin/python benchmarks/lm_worker_grouprl.py --work W1 --without shared-prompts --without compiled-code
 
-``--without`` takes one shortcut away, for the ablation table; it may be repeated.
+``--without`` takes one shortcut away, for the ablation table; it may be repeated. ``--device cuda`` measures on a GPU:
+bfloat16 products, larger micro-batches, a clock that waits for it, and its memory.
 
 Seconds of a step: ``generate`` is the sampler alone, ``learn`` all that follows the rewards until the optimizer step is
 done, ``step`` the whole step; what remains is tokenizing, rewards and advantages.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ SHORTCUTS = {
     "kept-memory": "freed memory goes back to the system",
     "packed-attention": "the plain path: transformers' own generate, one completion after another in the learner",
 }
+
+
+ON_CUDA = {"tokens_per_micro_batch": 16384}
+"""Settings on a GPU, which needs more at once than a CPU to be busy."""
 
 
 def take_away(shortcuts: list[str]) -> dict[str, Any]:
@@ -63,20 +67,23 @@ def take_away(shortcuts: list[str]) -> dict[str, Any]:
     return settings
 
 
-def timed(clock: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def timed(clock: dict[str, float], name: str, function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """``function``, its seconds added to ``clock[name]``."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
+        began = measuring.now(device)
         result = function(*args, **kwargs)
-        clock[name] = clock.get(name, 0.0) + time.perf_counter() - began
+        clock[name] = clock.get(name, 0.0) + measuring.now(device) - began
         return result
 
     return wrapped
 
 
-def run_work(work: lm_work.Work, steps: int, warmup: int, settings: dict[str, Any], cache: Path) -> dict[str, Any]:
+def run_work(
+    work: lm_work.Work, steps: int, warmup: int, settings: dict[str, Any], cache: Path, device: str
+) -> dict[str, Any]:
     """``steps`` optimizer steps, the first ``warmup`` of them not measured."""
+    import torch
     from transformers import TrainerCallback
 
     from grouprl.lm import GRPOConfig, GRPOTrainer
@@ -89,7 +96,18 @@ def run_work(work: lm_work.Work, steps: int, warmup: int, settings: dict[str, An
 
     rows = [{"prompt": p} for step in range(steps) for p in lm_work.prompts(work, step, count_tokens)]
     tokens: list[int] = []
+    ends: dict[str, Any] = {}
     end = tokenizer.eos_token_id
+
+    def lengths_on_gpu(logits: Any, rows: Any, step: int) -> Any:
+        """What ``given_lengths`` does, without waiting for the GPU."""
+        logits[:, end] = -float("inf")
+        if work.natural:
+            if step == 0:
+                ends["at"] = torch.tensor(lm_work.lengths(work, len(tokens)), device=device)
+            ending = (ends["at"][rows] == step + 1) & (step + 1 < work.max_tokens)
+            logits.masked_fill_(ending[:, None], -float("inf"))[:, end].masked_fill_(ending, 0.0)
+        return logits
 
     def given_lengths(logits: Any, rows: Any, step: int) -> Any:
         wanted = lm_work.lengths(work, len(tokens))
@@ -113,10 +131,10 @@ def run_work(work: lm_work.Work, steps: int, warmup: int, settings: dict[str, An
     class EndOfStep(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             clock.clear()
-            clock["began"] = time.perf_counter()
+            clock["began"] = measuring.now(device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            step = time.perf_counter() - clock.pop("began")
+            step = measuring.now(device) - clock.pop("began")
             learn = step - clock.pop("rollout")
             measured.append({**clock, "step": step, "learn": learn, "peak_rss_mb": measuring.peak_rss_mb()})
 
@@ -138,6 +156,7 @@ def run_work(work: lm_work.Work, steps: int, warmup: int, settings: dict[str, An
                 logging_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
+                use_cpu=device == "cpu",
                 **settings,
             ),
             rows,
@@ -155,12 +174,13 @@ def run_work(work: lm_work.Work, steps: int, warmup: int, settings: dict[str, An
 
                 how = replace(sampling_settings(trainer.args), min_new_tokens=work.max_tokens)
                 return sample(prompts, group_size, generator, how)
-            return sample(prompts, group_size, generator, given, given_lengths)
+            adjust = given_lengths if device == "cpu" else lengths_on_gpu
+            return sample(prompts, group_size, generator, given, adjust)
 
-        trainer.policy.sample = timed(clock, "generate", with_lengths)
+        trainer.policy.sample = timed(clock, "generate", with_lengths, device)
         from grouprl.lm.collect import Collector
 
-        Collector.collect = timed(clock, "rollout", Collector.collect)
+        Collector.collect = timed(clock, "rollout", Collector.collect, device)
         trainer.train()
     return {
         "work": work.name,
@@ -170,7 +190,7 @@ def run_work(work: lm_work.Work, steps: int, warmup: int, settings: dict[str, An
     }
 
 
-def run_task(seed: int, seconds: float, settings: dict[str, Any], cache: Path) -> dict[str, Any]:
+def run_task(seed: int, seconds: float, settings: dict[str, Any], cache: Path, device: str) -> dict[str, Any]:
     """Learn lm_work.TASK for ``seconds`` of training, evaluation not counted; prints a line of JSON per evaluation."""
     import torch
     from transformers import TrainerCallback
@@ -188,15 +208,15 @@ def run_task(seed: int, seconds: float, settings: dict[str, Any], cache: Path) -
         began = paused = 0.0
 
         def look(self, step: int) -> float:
-            now = time.perf_counter()
+            now = measuring.now(device)
             trained = now - self.began - self.paused
             curve.append({"step": step, "seconds": trained, "accuracy": evaluate_greedily(trainer, source).accuracy})
             print(json.dumps({"seed": seed, **curve[-1]}), flush=True)
-            self.paused += time.perf_counter() - now
+            self.paused += measuring.now(device) - now
             return trained
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
+            self.began = measuring.now(device)
             self.look(0)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -218,6 +238,7 @@ def run_task(seed: int, seconds: float, settings: dict[str, Any], cache: Path) -
             report_to="none",
             disable_tqdm=True,
             seed=seed,
+            use_cpu=device == "cpu",
             **settings,
         )
         optimizer = torch.optim.AdamW(
@@ -243,18 +264,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="nth-word: of prompts and sampling")
     parser.add_argument("--seconds", type=float, default=300.0, help="nth-word: seconds of training")
     parser.add_argument("--malloc", default="plain", help="as in lm_work.environment; grouprl asks for what it needs")
-    parser.add_argument("--threads", type=int, default=lm_work.THREADS)
+    parser.add_argument("--threads", type=int, help=f"default: {lm_work.THREADS}, on cuda {lm_work.GPU_THREADS}")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cache", type=Path, default=lm_work.CACHE, help="where the model's folder is")
     given = parser.parse_args()
-    lm_work.start_in(given.malloc, given.threads)
-    settings = take_away(given.without)
+    lm_work.start_in(given.malloc, given.threads or (lm_work.THREADS if given.device == "cpu" else lm_work.GPU_THREADS))
+    settings = {} if given.device == "cpu" else dict(ON_CUDA)
+    settings |= take_away(given.without)
     settings |= {name: json.loads(value) for name, value in (item.split("=", 1) for item in given.set)}
     if given.work == "nth-word":
-        result = run_task(given.seed, given.seconds, settings, given.cache)
+        result = run_task(given.seed, given.seconds, settings, given.cache, given.device)
     else:
-        result = run_work(lm_work.WORKS[given.work], given.steps, given.warmup, settings, given.cache)
+        result = run_work(lm_work.WORKS[given.work], given.steps, given.warmup, settings, given.cache, given.device)
     versions = measuring.versions("grouprl", "transformers", "torch", "numpy")
-    measuring.report({**result, "without": given.without, "versions": versions})
+    measuring.report({**result, **measuring.gpu(given.device), "without": given.without, "versions": versions})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     .venv-peers-lm/bin/python benchmarks/lm_worker_trl.py --work lengths          # what NATURAL_LENGTHS was drawn from
 
 The script starts itself again with the allocator of the variant. ``--set micro_batch=4`` changes a variant.
+``--device cuda`` measures on a GPU: all samples of a step at once, a clock that waits for it, and its memory.
 
 Seconds of a step: ``generate`` is `model.generate` alone, ``learn`` all that follows until the optimizer step is done
 (forward, backward, clipping, AdamW), ``step`` the whole step; what remains is tokenizing, rewards and advantages.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -46,6 +46,7 @@ VARIANTS = {
     "lean": Variant(micro_batch=8),  # the same with parts of 8 samples: less memory at nearly the same speed
     "frugal": Variant(micro_batch=1, checkpointing=True),  # the least memory
     "plain": Variant(micro_batch=8, checkpointing=True, malloc="plain"),  # what GRPOConfig() does by itself
+    "low": Variant(weights="bfloat16"),  # bfloat16 weights and moments of the optimizer too
 }
 BEST_MICRO_BATCH = {"W1": 16, "W2": 32, "LONG": 4, "nth-word": 16}
 
@@ -72,24 +73,25 @@ class FixedLengths:
 class Clock:
     """Seconds of each part of each step, from hooks around TRL's own functions."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.steps: list[dict[str, float]] = []
         self.current: dict[str, float] = {}
-        self.began = time.perf_counter()
+        self.began = measuring.now()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, its seconds added to ``name``."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = measuring.now(self.device)
             result = function(*args, **kwargs)
-            self.current[name] = self.current.get(name, 0.0) + time.perf_counter() - began
+            self.current[name] = self.current.get(name, 0.0) + measuring.now(self.device) - began
             return result
 
         return wrapped
 
     def end_step(self) -> None:
-        now = time.perf_counter()
+        now = measuring.now(self.device)
         part = self.current
         part["step"] = now - self.began
         part["learn"] = part["step"] - part.pop("rollout")
@@ -110,8 +112,9 @@ def load(folder: Path, variant: Variant) -> tuple[Any, Any]:
 
 
 def build(
-    variant: Variant, model: Any, tokenizer: Any, rows: list[dict[str, Any]], reward: Callable[..., Any], **options: Any
-) -> Any:
+    variant: Variant, device: str, model: Any, tokenizer: Any, rows: list[dict[str, Any]], reward: Callable[..., Any],
+    **options: Any,
+) -> Any:  # fmt: skip
     """A GRPOTrainer for batches of ``samples``; other ``options`` go to GRPOConfig."""
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -128,7 +131,7 @@ def build(
     scratch = tempfile.TemporaryDirectory(prefix="trl-")
     config = GRPOConfig(
         output_dir=scratch.name,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=variant.bf16,
         gradient_checkpointing=variant.checkpointing,
         per_device_train_batch_size=variant.micro_batch,
@@ -163,14 +166,14 @@ def left_padded(tokenizer: Any, prompts: list[list[dict[str, str]]]) -> Any:
     return tokenizer(text, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
 
 
-def one_autocast(variant: Variant) -> Any:
+def one_autocast(variant: Variant, device: str) -> Any:
     """The context generation runs in."""
     import torch
 
-    return torch.autocast("cpu", torch.bfloat16) if variant.bf16 and variant.hold_casts else nullcontext()
+    return torch.autocast(device, torch.bfloat16) if variant.bf16 and variant.hold_casts else nullcontext()
 
 
-def run_work(work: lm_work.Work, variant: Variant, steps: int, warmup: int, cache: Path) -> dict[str, Any]:
+def run_work(work: lm_work.Work, variant: Variant, steps: int, warmup: int, cache: Path, device: str) -> dict[str, Any]:
     """``steps`` optimizer steps, the first ``warmup`` of them not measured."""
     from transformers import LogitsProcessorList, TrainerCallback
 
@@ -180,14 +183,14 @@ def run_work(work: lm_work.Work, variant: Variant, steps: int, warmup: int, cach
         return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
     rows = [{"prompt": p} for step in range(steps) for p in lm_work.prompts(work, step, count_tokens)]
-    clock, tokens = Clock(), []
+    clock, tokens = Clock(device), []
     generate = model.generate
 
     def given_lengths(*args: Any, **kwargs: Any) -> Any:
         prompt_tokens = kwargs["input_ids"].shape[1]
         wanted = lm_work.lengths(work, len(tokens))
         processor = FixedLengths(wanted, work.max_tokens, prompt_tokens, tokenizer.eos_token_id)
-        with one_autocast(variant):
+        with one_autocast(variant, device):
             return generate(*args, **kwargs, logits_processor=LogitsProcessorList([processor]))
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -199,13 +202,14 @@ def run_work(work: lm_work.Work, variant: Variant, steps: int, warmup: int, cach
 
     class EndOfStep(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            clock.began = time.perf_counter()
+            clock.began = measuring.now(device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.end_step()
 
     trainer = build(
         variant,
+        device,
         model,
         tokenizer,
         rows,
@@ -226,7 +230,7 @@ def run_work(work: lm_work.Work, variant: Variant, steps: int, warmup: int, cach
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
-def run_task(variant: Variant, seed: int, seconds: float, cache: Path) -> dict[str, Any]:
+def run_task(variant: Variant, seed: int, seconds: float, cache: Path, device: str) -> dict[str, Any]:
     """Learn lm_work.TASK for ``seconds`` of training, evaluation not counted; prints a line of JSON per evaluation."""
     import torch
     from transformers import TrainerCallback
@@ -237,14 +241,14 @@ def run_task(variant: Variant, seed: int, seconds: float, cache: Path) -> dict[s
     generate = model.generate
 
     def cast_once(*args: Any, **kwargs: Any) -> Any:
-        with one_autocast(variant):
+        with one_autocast(variant, device):
             return generate(*args, **kwargs)
 
     def accuracy() -> float:
         was_training = model.training
         model.eval()
-        inputs = left_padded(tokenizer, [row["prompt"] for row in held_out])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=variant.bf16):
+        inputs = left_padded(tokenizer, [row["prompt"] for row in held_out]).to(device)
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=variant.bf16):
             out = generate(**inputs, max_new_tokens=hyper.max_tokens, do_sample=False)
         said = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         model.train(was_training)
@@ -256,15 +260,15 @@ def run_task(variant: Variant, seed: int, seconds: float, cache: Path) -> dict[s
             self.curve: list[dict[str, float]] = []
 
         def look(self, step: int) -> float:
-            now = time.perf_counter()
+            now = measuring.now(device)
             trained = now - self.began - self.paused
             self.curve.append({"step": step, "seconds": trained, "accuracy": accuracy()})
             print(json.dumps({"seed": seed, **self.curve[-1]}), flush=True)
-            self.paused += time.perf_counter() - now
+            self.paused += measuring.now(device) - now
             return trained
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.began = time.perf_counter()
+            self.began = measuring.now(device)
             self.look(0)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -278,6 +282,7 @@ def run_task(variant: Variant, seed: int, seconds: float, cache: Path) -> dict[s
     warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / hyper.warmup_steps))
     trainer = build(
         variant,
+        device,
         model,
         tokenizer,
         train,
@@ -314,7 +319,7 @@ def run_lengths(cache: Path, count: int = 200) -> dict[str, Any]:
     return {"work": "lengths", "lengths": sorted(found.tolist())}
 
 
-def changed(variant: Variant, settings: list[str], work: str) -> Variant:
+def changed(variant: Variant, settings: list[str], work: str, device: str) -> Variant:
     """``variant`` with ``name=value`` settings, and the micro-batch filled in."""
     types = {field.name: type(getattr(variant, field.name)) for field in fields(variant)}
     for setting in settings:
@@ -322,6 +327,10 @@ def changed(variant: Variant, settings: list[str], work: str) -> Variant:
         if name not in types or (types[name] is bool and value not in ("True", "False")):
             raise SystemExit(f"--set {setting} is not possible; it takes NAME=VALUE with a name of {', '.join(types)}")
         variant = replace(variant, **{name: value == "True" if types[name] is bool else types[name](value)})
+    if device == "cuda":  # the allocators are those of the CPU's memory
+        variant = replace(variant, malloc="plain")
+        whole = lm_work.WORKS[work].samples if work in lm_work.WORKS else lm_work.TASK.prompts * lm_work.TASK.group
+        return variant if variant.micro_batch else replace(variant, micro_batch=whole)
     return variant if variant.micro_batch else replace(variant, micro_batch=BEST_MICRO_BATCH.get(work, 8))
 
 
@@ -334,19 +343,22 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one of the variant's")
     parser.add_argument("--seed", type=int, default=0, help="nth-word: of prompts and sampling")
     parser.add_argument("--seconds", type=float, default=300.0, help="nth-word: seconds of training")
-    parser.add_argument("--threads", type=int, default=lm_work.THREADS)
+    parser.add_argument("--threads", type=int, help=f"default: {lm_work.THREADS}, on cuda {lm_work.GPU_THREADS}")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cache", type=Path, default=lm_work.CACHE, help="where the model's folder is")
     given = parser.parse_args()
-    variant = changed(VARIANTS[given.variant], given.set, given.work)
-    lm_work.start_in(variant.malloc, given.threads)
+    device = given.device
+    variant = changed(VARIANTS[given.variant], given.set, given.work, device)
+    lm_work.start_in(variant.malloc, given.threads or (lm_work.THREADS if device == "cpu" else lm_work.GPU_THREADS))
     if given.work == "lengths":
         result = run_lengths(given.cache)
     elif given.work == "nth-word":
-        result = run_task(variant, given.seed, given.seconds, given.cache)
+        result = run_task(variant, given.seed, given.seconds, given.cache, device)
     else:
-        result = run_work(lm_work.WORKS[given.work], variant, given.steps, given.warmup, given.cache)
+        result = run_work(lm_work.WORKS[given.work], variant, given.steps, given.warmup, given.cache, device)
     versions = measuring.versions("trl", "transformers", "accelerate", "torch", "numpy")
-    measuring.report({**result, "variant": {"name": given.variant, **asdict(variant)}, "versions": versions})
+    described = {"name": given.variant, **asdict(variant)}
+    measuring.report({**result, **measuring.gpu(device), "variant": described, "versions": versions})
 
 
 if __name__ == "__main__":

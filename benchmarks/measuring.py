@@ -99,6 +99,28 @@ def peak_rss_mb() -> float:
     raise RuntimeError("/proc/self/status has no VmHWM; this benchmark needs Linux")
 
 
+def now(device: str = "cpu") -> float:
+    """The clock of a benchmark, in seconds; on a GPU, once that has done all it was asked for."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def gpu(device: str) -> dict[str, Any]:
+    """Name of the GPU and the most memory this process has had there in MB (10^6 bytes): in tensors, and in all."""
+    if device != "cuda":
+        return {}
+    import torch
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6,
+        "reserved_gpu_mb": torch.cuda.max_memory_reserved() / 1e6,
+    }
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions, and Python's."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}

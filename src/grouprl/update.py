@@ -152,7 +152,7 @@ def update(
         TrainingError: the gradient is not finite; the parameters are left as they were before that step.
     """
     n = logp_old.shape[0]
-    probe = torch.from_numpy(rng.permutation(n)[:2048])
+    probe = torch.from_numpy(rng.permutation(n)[:2048]).to(logp_old.device)
     totals = torch.zeros(3, device=logp_old.device)
     steps = 0
     norm_total = 0.0
@@ -200,33 +200,33 @@ def _gradient(
     threads: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradient ``[P]`` of one minibatch's loss and the sums [policy loss, kl, entropy]."""
-    denominator = index.shape[0]
+    denominator, index = index.shape[0], index.to(logp_old.device)
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor]:
         gradient: Tensor | None = None
-        sums = torch.zeros(3, device=logp_old.device)
-        for i in torch.split(rows, settings.micro_batch):
+        nothing = torch.zeros((), device=logp_old.device)
+        sums: Tensor | None = None
+        for i in rows.tensor_split(-(-len(rows) // settings.micro_batch)):
             terms = evaluate(i)
-            weight = None if weights is None else weights[i]
+            weight = None if weights is None else weights.index_select(0, i)
 
             def total(losses: Tensor, weight: Tensor | None = weight) -> Tensor:
                 return (losses if weight is None else weight * losses).sum() / denominator
 
-            policy_loss = total(surrogate_loss(settings, terms.logp, logp_old[i], advantages[i]))
-            loss = policy_loss
+            old, a = logp_old.index_select(0, i), advantages.index_select(0, i)
+            loss = policy_loss = total(surrogate_loss(settings, terms.logp, old, a))
+            kl = entropy = nothing
             if terms.kl is not None and settings.beta > 0:
                 kl = total(terms.kl)
                 loss = loss + settings.beta * kl
-                sums[1] += kl.detach()
             if terms.entropy is not None:
                 entropy = total(terms.entropy)
                 if settings.entropy_coef > 0:
                     loss = loss - settings.entropy_coef * entropy
-                sums[2] += entropy.detach()
-            sums[0] += policy_loss.detach()
+            s = torch.stack([policy_loss.detach(), kl.detach(), entropy.detach()])
             g = parameters.gradient(loss)
-            gradient = g if gradient is None else gradient.add_(g)
-        assert gradient is not None
+            gradient, sums = (g, s) if gradient is None or sums is None else (gradient.add_(g), sums.add_(s))
+        assert gradient is not None and sums is not None
         return gradient, sums
 
     n_parts = min(threads, max(1, denominator // MIN_PART)) if pool is not None else 1

@@ -116,7 +116,7 @@ MIXED = ((5, (4, 1, 7)), (1, (3,)), (9, (1, 2, 6, 2)), (2, (1, 1)))
 
 def naive_log_probs(model: Any, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0) -> Tensor:
     """``[n]``: one sequence, no padding, no cache, the softmax over everything."""
-    ids = torch.tensor([[*prompt, *completion]])
+    ids = torch.tensor([[*prompt, *completion]], device=model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     logp = (logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
     return logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
@@ -125,14 +125,17 @@ def naive_log_probs(model: Any, prompt: Sequence[int], completion: Sequence[int]
 def naive(
     model: Any, groups: Sequence[Group], weights: Tensor | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probabilities ``[m]`` of all completions, and the gradient of ``(weights * logp).sum()`` by autograd."""
+    """Log-probabilities ``[m]`` of all completions, and the gradient of ``(weights * logp).sum()`` by autograd.
+
+    Log-probabilities come on the CPU, gradients where the model is.
+    """
     model.zero_grad(set_to_none=True)
     parts = [naive_log_probs(model, g.prompt, c, temperature) for g in groups for c in g.completions]
     logp = torch.cat(parts)
     if weights is None:
-        return logp.detach(), {}
-    (weights * logp).sum().backward()
-    return logp.detach(), take_gradient(model)
+        return logp.detach().cpu(), {}
+    (weights.to(logp.device) * logp).sum().backward()
+    return logp.detach().cpu(), take_gradient(model)
 
 
 def take_gradient(model: nn.Module) -> dict[str, Tensor]:
@@ -180,8 +183,8 @@ def learned(learner: Any, groups: Sequence[Group], weights: Tensor) -> tuple[Ten
         for part in learner.parts(prompts, completions, group):
             index = steps_of(part.samples, lengths)
             terms = learner.evaluate(part)
-            logp[index] = terms.logp.detach()
-            (weights[index] * terms.logp).sum().backward()
+            logp[index] = terms.logp.detach().cpu()
+            (weights[index].to(terms.logp.device) * terms.logp).sum().backward()
     return logp, take_gradient(learner.model)
 
 

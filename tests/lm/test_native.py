@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import sys
 
@@ -269,7 +270,7 @@ def test_without_a_compiler_everything_runs_on_torch(monkeypatch: pytest.MonkeyP
     groups = random_groups(*MIXED)
     weights = random_weights(groups)
     wanted = learned(fused(model), groups, weights)
-    monkeypatch.setattr(native, "_find", lambda: "there is no C compiler")
+    monkeypatch.setattr(native.kernels, "_found", "there is no C compiler")
     backbone, _ = find_backbone(model)
     assert backbone is not None
     assert find_layers(backbone, torch.float32) is None
@@ -282,41 +283,18 @@ def test_without_a_compiler_everything_runs_on_torch(monkeypatch: pytest.MonkeyP
     assert relative_error(gradient, wanted[1]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("compiler", "message"), [("/no/such/compiler", "No such file"), ("false", "returned non-zero exit status")]
-)
-def test_a_compiler_that_fails_is_named(compiler: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setenv("CC", compiler)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(native.UnavailableError, match=message) as caught:
-        native._load()
-    assert compiler in str(caught.value)
-
-
-def test_it_is_compiled_once_and_nothing_else_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._load()
-    (made,) = (tmp_path / "grouprl").iterdir()
-    when = made.stat().st_mtime_ns
-    native._load()
-    assert [made] == list((tmp_path / "grouprl").iterdir())
-    assert made.stat().st_mtime_ns == when
-
-
 @pytest.mark.parametrize("flags", ["-march=x86-64-v3", "-march=x86-64-v4", "-march=cooperlake"])
 def test_every_variant_of_the_inner_product_compiles_without_a_warning(flags: str, tmp_path) -> None:
-    if native.platform.machine() != "x86_64":
+    if platform.machine() != "x86_64":
         pytest.skip("variants of another processor")
-    others = [flag for flag in native._FLAGS if not flag.startswith("-march")]
-    native._compile(
-        ["cc"], ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function", flags, *others], tmp_path / "kernels.so"
-    )
+    strict = ["-O1", "-fopenmp", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi", flags]
+    native.kernels._compile(["cc"], strict, tmp_path / "kernels.so")
     assert (tmp_path / "kernels.so").stat().st_size > 10_000
 
 
 def test_a_matrix_unit_that_is_not_granted_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    built, asked = native._built, []
+    built, asked = native.kernels._built, []
 
     class Refusing:
         @staticmethod
@@ -327,9 +305,8 @@ def test_a_matrix_unit_that_is_not_granted_is_done_without(monkeypatch: pytest.M
         asked.append(flags)
         return Refusing if len(asked) == 1 else built(compiler, flags)
 
-    monkeypatch.setattr(native, "_built", refuse_once)
-    without = native._load()
-    monkeypatch.setattr(native, "_find", lambda: without)
+    monkeypatch.setattr(native.kernels, "_built", refuse_once)
+    monkeypatch.setattr(native.kernels, "_found", native.kernels._load())
     model = wide("llama")
     found, wanted = sampled(model, "native"), sampled(model, "lean")
     assert [c.ids for c in found] == [c.ids for c in wanted]

@@ -115,7 +115,7 @@ class PackedAttention:
         native: bool = True,
     ) -> None:
         self.pack, self.dtype, self.keep = pack, dtype, keep
-        self.native = native and available()
+        self.native = native
         self.asked: dict[nn.Module, How] = {}
         """What each layer has asked for."""
 
@@ -127,7 +127,7 @@ class PackedAttention:
         self.asked[module] = how
         if self.keep is not None:
             self.keep(module, k, v)
-        if self.native and native.supported(q, dtype, how.softcap):
+        if self.native and native.supported(q, dtype, how.softcap) and available():
             return native.attend(q, k, v, self.pack, how.scale, how.window, dtype)
         out: Tensor = _Packed.apply(q, k, v, self.pack, how, dtype)  # type: ignore[no-untyped-call]
         return out

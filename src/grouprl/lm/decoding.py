@@ -57,21 +57,22 @@ class DecodeAttention:
     """The plan of a decode step: each row sees its prompt, whose keys are stored once per group, and its own past.
 
     Rows of one prompt are queries of one product, ``R`` slots per prompt; ``slots [P, R]`` names the row in each (any
-    row where a slot is empty) and ``place [B]`` the slot of each row, flat.
+    row where a slot is empty) and ``place [B]`` the slot of each row, flat. What is where is worked out on the CPU: a
+    GPU that is asked for numbers stops.
     """
 
     def __init__(self, pack: Pack, group_size: int, dtype: torch.dtype) -> None:
-        lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
-        device = lengths.device
+        self.lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
+        self.device = self.lengths.device
         self.dtype, self.pack = dtype, pack
-        self.lengths = lengths
+        self._lengths = lengths = self.lengths.cpu()
         self.t = int(lengths.max())
         ends = lengths.cumsum(0)
-        places = torch.arange(self.t, device=device)
+        places = torch.arange(self.t)
         index = (ends - lengths)[:, None] + places
-        self.index = torch.where(places < lengths[:, None], index, pack.ids.shape[0])
+        self.index = torch.where(places < lengths[:, None], index, pack.ids.shape[0]).to(self.device)
         self.layers: dict[nn.Module, _Layer] = {}
-        self.prompt_of_row = torch.arange(len(lengths), device=device).repeat_interleave(group_size)
+        self._prompt_of_row = torch.arange(len(lengths)).repeat_interleave(group_size)
         self.step = 0
         self._arrange()
 
@@ -79,45 +80,47 @@ class DecodeAttention:
         """Store a layer's keys and values of the prompts: the ``keep`` of a :class:`PackedAttention`."""
         if module in self.layers:
             raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
-        self.layers[module] = _Layer(k, v, self.index, len(self.prompt_of_row), self.dtype)
+        self.layers[module] = _Layer(k, v, self.index, len(self._prompt_of_row), self.dtype)
 
     def _arrange(self) -> None:
         """Find slots, places and what is hidden from each row."""
-        rows, device = len(self.prompt_of_row), self.prompt_of_row.device
-        order = torch.argsort(self.prompt_of_row, stable=True)
-        counts = torch.bincount(self.prompt_of_row, minlength=len(self.lengths))
+        prompt_of_row, rows = self._prompt_of_row, len(self._prompt_of_row)
+        order = torch.argsort(prompt_of_row, stable=True)
+        counts = torch.bincount(prompt_of_row, minlength=len(self._lengths))
         r = int(counts.max())
         start = counts.cumsum(0) - counts
-        within = torch.arange(rows, device=device) - start[self.prompt_of_row[order]]
+        within = torch.arange(rows) - start[prompt_of_row[order]]
         place = torch.empty_like(order)
-        place[order] = self.prompt_of_row[order] * r + within
-        slots = torch.zeros(len(self.lengths) * r, dtype=torch.int64, device=device)
-        slots[place] = torch.arange(rows, device=device)
-        straight = rows == len(slots) and bool((place == torch.arange(rows, device=device)).all())
-        self.slots: Tensor | None = None if straight else slots
-        self.place: Tensor | None = None if straight else place
-        hidden = torch.arange(self.t, device=device) >= self.lengths[self.prompt_of_row][:, None]
-        self.hidden = hidden[:, None, None, :] if bool(hidden.any()) else None
+        place[order] = prompt_of_row[order] * r + within
+        slots = torch.zeros(len(self._lengths) * r, dtype=torch.int64)
+        slots[place] = torch.arange(rows)
+        straight = rows == len(slots) and bool((place == torch.arange(rows)).all())
+        self.slots: Tensor | None = None if straight else slots.to(self.device)
+        self.place: Tensor | None = None if straight else place.to(self.device)
+        lengths = self._lengths[prompt_of_row]
+        self.length_of_row = lengths.to(self.device)
+        hidden = torch.arange(self.t) >= lengths[:, None]
+        self.hidden = hidden[:, None, None, :].to(self.device) if bool(hidden.any()) else None
 
     def drop(self, finished: Sequence[int]) -> list[int]:
         """Remove rows; the last ones move into the gaps. Returns for each remaining row which one it was before."""
-        rows = list(range(len(self.prompt_of_row)))
-        moves = []
+        rows = list(range(len(self._prompt_of_row)))
         for row in sorted(finished, reverse=True):
-            last = len(rows) - 1
-            if row != last:
-                moves.append((row, last))
             rows[row] = rows[-1]
             rows.pop()
-        for layer in self.layers.values():
-            for row, last in moves:
-                layer.own[:, row] = layer.own[:, last]
-        self.prompt_of_row = self.prompt_of_row[torch.tensor(rows, dtype=torch.int64, device=self.index.device)]
-        alive, renumbered = torch.unique(self.prompt_of_row, return_inverse=True)
-        if len(alive) < len(self.lengths):
+        before = torch.tensor(rows, dtype=torch.int64)
+        gaps = torch.nonzero(before != torch.arange(len(rows)))[:, 0]
+        if len(gaps):
+            into, source = gaps.to(self.device), before[gaps].to(self.device)
             for layer in self.layers.values():
-                layer.select_prompts(alive)
-            self.lengths, self.prompt_of_row = self.lengths[alive], renumbered
+                layer.own[:, into] = layer.own[:, source]  # what moves comes from behind all that stay
+        self._prompt_of_row = self._prompt_of_row[before]
+        alive, renumbered = torch.unique(self._prompt_of_row, return_inverse=True)
+        if len(alive) < len(self._lengths):
+            index = alive.to(self.device)
+            for layer in self.layers.values():
+                layer.select_prompts(index)
+            self._lengths, self._prompt_of_row = self._lengths[alive], renumbered
         if rows:
             self._arrange()
         return rows
@@ -148,17 +151,17 @@ class DecodeAttention:
         """``[B, K, g, c]`` -> ``[P K, R g, c]``."""
         if self.slots is not None:
             x = x[self.slots]
-        x = x.view(len(self.lengths), -1, *x.shape[1:]).transpose(1, 2)
+        x = x.view(len(self._lengths), -1, *x.shape[1:]).transpose(1, 2)
         return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
 
     def _by_row(self, x: Tensor, k_heads: int, g: int) -> Tensor:
         """``[P K, R g, c]`` -> ``[B, K, g, c]``."""
-        x = x.view(len(self.lengths), k_heads, -1, g, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+        x = x.view(len(self._lengths), k_heads, -1, g, x.shape[-1]).transpose(1, 2).flatten(0, 1)
         return x if self.place is None else x[self.place]
 
     def _hide_far(self, s: Tensor, window: int) -> None:
         own = torch.arange(self.step + 1, device=s.device)
-        now = self.lengths[self.prompt_of_row] + self.step
+        now = self.length_of_row + self.step
         far = now[:, None] - torch.arange(self.t, device=s.device) >= window
         s[..., : self.t].masked_fill_(far[:, None, None], _HIDDEN)
         s[..., self.t :].masked_fill_(self.step - own >= window, _HIDDEN)

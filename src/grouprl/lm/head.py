@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grouprl.lm.native import head as native
-from grouprl.lm.products import Products, add_gradient, add_product
+from grouprl.lm.products import Products, add_gradient, add_product, add_rows
 
 _ROWS = 16
 """Rows whose float32 logits are worked on at once: few enough to stay in the processor's cache."""
@@ -75,10 +75,10 @@ class _LogProb(torch.autograd.Function):
         if weight.requires_grad:
             scaled = h.float() * -scale[:, None]
             add_product(weight, p, scaled.to(p.dtype), ctx.native)
-            weight.grad.index_add_(0, targets, (at_target[:, None] * h).to(weight.dtype))
+            add_rows(weight.grad, targets, (at_target[:, None] * h).to(weight.dtype))
         if bias is not None and bias.requires_grad:
             add_gradient(bias, (p.t() @ (-scale).to(p.dtype)[:, None])[:, 0])
-            bias.grad.index_add_(0, targets, at_target.to(bias.dtype))
+            add_rows(bias.grad, targets, at_target.to(bias.dtype))
         return dh, None, None, None, None, None, None
 
 

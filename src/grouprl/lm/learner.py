@@ -100,7 +100,8 @@ class Learner:
             return self._evaluate_plainly(part.groups)
         pack = self._plan.pack = Pack.of(part.groups, self.backbone.device)
         hidden = self.backbone.hidden(pack.ids, pack.positions) if self.layers is None else self.layers.hidden(pack)
-        hidden = hidden.index_select(0, pack.predictors)
+        # On a GPU the gradient of index_select is added up in whatever order threads arrive, that of indexing is not.
+        hidden = hidden[pack.predictors] if hidden.is_cuda else hidden.index_select(0, pack.predictors)
         head = self.backbone.head
         return log_probs(hidden, head.weight, head.bias, pack.targets, self.temperature, self.products)
 

@@ -119,16 +119,17 @@ def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) 
         losses = losses * objective.off_policy_mask(
             logp, old.to(logp.dtype), fixed.advantages, fixed.lengths, config.off_policy_mask_threshold
         )
-    sums = LossSums(tokens=len(logp), entropy=float(entropy.sum()))
+    divergence = torch.zeros((), device=logp.device)
     if fixed.logp_ref is not None and config.beta > 0 and config.kl_in == "loss":
         kl = objective.sampled_kl_loss(logp, fixed.logp_ref, config.kl_estimator, fixed.logp_old)
         losses = losses + config.beta * kl
-        sums.kl = float(kl.detach().sum())
+        divergence = kl.detach().sum()
     loss = (fixed.weights * losses).sum()
     with torch.no_grad():
-        sums.loss = float(loss)
         rho = objective.ratio(effective, old)
         cap = high if config.loss_type == "cispo" else 1 + high
-        sums.low = float(((rho < 1 - low) & (a < 0)).float().sum())
-        sums.high = float(((rho > cap) & (a > 0)).float().sum())
-    return loss, sums
+        cut_low, cut_high = ((rho < 1 - low) & (a < 0)).float().sum(), ((rho > cap) & (a > 0)).float().sum()
+        sums = {"loss": loss, "kl": divergence, "entropy": entropy.sum(), "low": cut_low, "high": cut_high}
+        # Together, as a GPU stops each time it is asked for a number.
+        numbers = torch.stack([x.double() for x in sums.values()]).tolist()
+    return loss, LossSums(**dict(zip(sums, numbers, strict=True)), tokens=len(logp))

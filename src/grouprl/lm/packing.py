@@ -16,6 +16,8 @@ from torch import Tensor
 
 BLOCK_SCORES = 1 << 18
 """Attention scores per head held at once, about; larger blocks fall out of the cache, smaller ones cost calls."""
+ACCELERATOR_SCORES = 1 << 22
+"""The same on an accelerator, where calls cost more and there is no cache to fall out of."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Pack:
             places.append((prompt, own))
         back = torch.empty(len(ids), dtype=torch.int64)
         blocks, offset = [], 0
-        for part in _split(places):
+        scores = BLOCK_SCORES if torch.device(device).type == "cpu" else ACCELERATOR_SCORES
+        for part in _split(places, scores):
             blocks.append(_block(part, back, offset, device))
             offset += blocks[-1].size
 
@@ -149,15 +152,15 @@ class Pack:
 _Places = tuple[range, list[range]]
 
 
-def _split(places: Sequence[_Places]) -> list[list[_Places]]:
-    """Consecutive groups whose padded attention scores stay within BLOCK_SCORES (or one group, whatever its size)."""
+def _split(places: Sequence[_Places], scores: int) -> list[list[_Places]]:
+    """Consecutive groups whose padded attention scores stay within ``scores`` (or one group, whatever its size)."""
     parts: list[list[_Places]] = []
     t = r = n = 0
     for prompt, own in places:
         t2, r2 = max(t, len(prompt)), max([r, *map(len, own)])
         n2 = max(n, len(own))
         size = len(parts[-1]) + 1 if parts else 1
-        if not parts or size * (t2 * t2 + n2 * r2 * (t2 + r2)) > BLOCK_SCORES:
+        if not parts or size * (t2 * t2 + n2 * r2 * (t2 + r2)) > scores:
             parts.append([])
             t2, r2, n2 = len(prompt), max([0, *map(len, own)]), len(own)
         parts[-1].append((prompt, own))

@@ -23,7 +23,7 @@ from grouprl.lm.sampler import Adjust, Completion, Sampler
 from grouprl.lm.sampling import SamplingSettings
 
 _CACHE_BYTES = 1 << 30
-"""What the sampler's own keys and values may take by default."""
+"""What the sampler's own keys and values may take by default; on a GPU, an eighth of its memory."""
 
 _log = logging.getLogger("grouprl")
 
@@ -128,7 +128,10 @@ class Policy:
         return self._learner(model, backbone, Products(model, self.products.dtype, self.config.native))
 
     def _rows_that_fit(self) -> int:
-        """Rows whose keys and values of a whole completion fit into _CACHE_BYTES."""
+        """Rows whose keys and values of a whole completion fit into _CACHE_BYTES, or an eighth of a GPU's memory."""
+        room = _CACHE_BYTES
+        if self.device.type == "cuda":  # of all, not of what is free: a run must not depend on what else is there
+            room = torch.cuda.get_device_properties(self.device).total_memory // 8
         text = self.model.config.get_text_config()
         heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
         size: Any = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -139,7 +142,7 @@ class Policy:
             * int(size)
             * (4 if self.device.type == "cpu" else self.products.dtype.itemsize)
         )
-        return max(16, min(1024, _CACHE_BYTES // (token * self.config.max_completion_length)))
+        return max(16, min(1024, room // (token * self.config.max_completion_length)))
 
 
 def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSettings:

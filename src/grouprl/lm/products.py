@@ -20,8 +20,8 @@ from grouprl.lm.native import gradient as native
 
 def supports_bf16(device: torch.device) -> bool:
     """Whether bf16 products are faster than float32 ones on ``device``."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+    if device.type == "cuda":  # torch says that older ones can as well, but they convert to float32 and back
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -50,6 +50,14 @@ def add_product(parameter: Tensor, a: Tensor, b: Tensor, compiled: bool = True) 
         parameter.grad = into
     else:
         add_gradient(parameter, a.t() @ b)
+
+
+def add_rows(to: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``to[index] += rows`` in place, in an order that is the same every time."""
+    if to.device.type == "cuda":  # there index_add_ adds in whatever order threads arrive
+        to.index_put_((index,), rows, accumulate=True)
+    else:
+        to.index_add_(0, index, rows)
 
 
 def _zero_gradient(parameter: Tensor) -> Tensor:
@@ -234,5 +242,5 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         weight = ctx.weight
-        _zero_gradient(weight).index_add_(0, ctx.ids.reshape(-1), gradient.flatten(0, -2).to(weight.dtype))
+        add_rows(_zero_gradient(weight), ctx.ids.reshape(-1), gradient.flatten(0, -2).to(weight.dtype))
         return None, None

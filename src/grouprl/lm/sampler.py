@@ -24,8 +24,13 @@ Steps = Literal["native", "lean", "modules"]
 PROMPT_TOKENS = 8192
 """Most prompt tokens read in one pass: it bounds the activations of that pass."""
 
+WAITING = 0.25
+"""On a GPU, the share of rows that may have ended before any leaves: a step without them takes about as long, and
+leaving stops the GPU."""
+
 Adjust = Callable[[Tensor, Tensor, int], Tensor]
-"""(logits [B, V], which completions the rows are [B], tokens generated so far) -> logits; called before drawing."""
+"""(logits [B, V], which completions the rows are [B], steps so far) -> logits; called before drawing. On a GPU some of
+the completions may have ended; what is drawn for those is dropped."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +198,9 @@ class Sampler:
         logps = torch.zeros(n, settings.max_new_tokens, device=device)
         lengths = torch.zeros(n, dtype=torch.int64, device=device)
         ended = torch.zeros(n, dtype=torch.bool, device=device)
+        waiting = WAITING if device.type == "cuda" else 0.0
         for step in range(settings.max_new_tokens):
-            uniform = torch.rand(n, generator=generator).to(device)[rows]
+            uniform = _moved(torch.rand(n, generator=generator), device)[rows]
             if adjust is not None:
                 logits = adjust(logits, rows + first, step)
             if seen is not None:
@@ -202,24 +208,29 @@ class Sampler:
             if step < settings.min_new_tokens:
                 logits[:, self.end_ids] = float("-inf")
             token, logp = _choose(logits, settings, uniform)
-            tokens[rows, step], logps[rows, step], lengths[rows] = token, logp, step + 1
+            before = ended[rows]
+            over = before | torch.isin(token, self.end_ids)
+            tokens[rows, step], logps[rows, step], ended[rows] = token, logp, over
+            lengths[rows] = torch.where(before, lengths[rows], step + 1)
             if seen is not None:
                 seen[rows, token] = True
-            over = torch.isin(token, self.end_ids)
-            if bool(over.any()):
-                ended[rows[over]] = True
-                if bool(over.all()):
-                    break
+            n_over = int(over.sum())  # the one number of a step that a GPU is asked for
+            if n_over == len(rows):
+                break
+            if n_over > waiting * len(rows):
                 kept = torch.tensor(decoder.drop(over.nonzero()[:, 0].tolist()), device=device)
                 rows, token, position = rows[kept], token[kept], position[kept]
             if step + 1 == settings.max_new_tokens:
                 break
             logits = decoder.step(token, position)
             position = position + 1
-        return [
-            Completion(tokens[i, : int(lengths[i])].tolist(), logps[i, : int(lengths[i])].cpu(), bool(ended[i]))
-            for i in range(n)
-        ]
+        tokens, logps, counts, finished = tokens.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()
+        return [Completion(tokens[i, : counts[i]].tolist(), logps[i, : counts[i]], finished[i]) for i in range(n)]
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``, without waiting for what a GPU has yet to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:

@@ -89,7 +89,7 @@ def keep_likely(logits: Tensor, settings: SamplingSettings) -> Tensor:
         logits.masked_fill_(torch.zeros_like(out).scatter_(1, index, out), _NEVER)
     if settings.min_p > 0.0:
         best = logits.amax(-1, keepdim=True)
-        logits.masked_fill_(logits - best < torch.tensor(settings.min_p, device=logits.device).log(), _NEVER)
+        logits.masked_fill_(logits - best < torch.tensor(settings.min_p).log(), _NEVER)
     return logits
 
 

@@ -93,6 +93,7 @@ def independent_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, with a copy of each tensor that is a part of a larger one; tied weights stay one tensor.
 
     Safetensors refuses tensors that share memory, and Transformers would take views into one storage for tied weights.
+    The copies are on the CPU, as a GPU may have no room for the model twice.
     """
     copies: dict[tuple[Any, ...], Tensor] = {}
     state = {}
@@ -101,7 +102,7 @@ def independent_state(model: nn.Module) -> dict[str, Tensor]:
         if not whole or not tensor.is_contiguous():
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             if place not in copies:
-                copies[place] = tensor.detach().clone().contiguous()
+                copies[place] = tensor.detach().to("cpu", copy=True).contiguous()
             tensor = copies[place]
         state[name] = tensor
     return state

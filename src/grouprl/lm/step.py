@@ -78,13 +78,13 @@ class Step:
         with self.policy.learner.learning() if self.parts else nullcontext():
             for part in self.parts:
                 index = steps_of(part.samples, lengths)
-                terms = self.policy.learner.evaluate(part)
                 fixed = Fixed(
                     samples.advantages[index].to(device), self.weights[index].to(device),
                     samples.logp_old[index].to(device) if old_known else None,
                     samples.logp_ref[index].to(device) if self.config.beta > 0 else None,
                     lengths[part.samples].to(device),
                 )  # fmt: skip
+                terms = self.policy.learner.evaluate(part)
                 loss, part_sums = token_loss(self.config, terms.logp, terms.entropy, fixed)
                 loss.backward()  # type: ignore[no-untyped-call]
                 sums.add(part_sums)

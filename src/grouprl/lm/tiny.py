@@ -49,7 +49,7 @@ def build_tiny(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed those of GPUs as well
         model = LlamaForCausalLM(config)
     embedding: Any = model.get_input_embeddings()
     embedding.padding_idx = None

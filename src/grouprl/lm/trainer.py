@@ -197,6 +197,20 @@ class GRPOTrainer:
         """Tell one more TrainerCallback (object or class) of what happens."""
         self.flow.handler.add_callback(callback)
 
+    def remove_callback(self, callback: Any) -> None:
+        """Tell a TrainerCallback (object, or class: the first of it) nothing more; nothing happens if there is none."""
+        self.pop_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """:meth:`remove_callback`, and return it, or None."""
+        handler = self.flow.handler
+        kind = callback if isinstance(callback, type) else None
+        for known in handler.callbacks:
+            if known is callback or (kind is not None and isinstance(known, kind)):
+                handler.callbacks.remove(known)
+                return known
+        return None
+
     def prompts(self, dataset: Any, name: str) -> PromptSource:
         """The prompts of a dataset, as this model reads them. Raises UsageError if it cannot be used."""
         config = self.args

@@ -79,6 +79,8 @@ def segment_sum(x: Tensor, lengths: Tensor) -> Tensor:
     check_packed(lengths, x=x)
     wide = x.to(accumulator_dtype(x)) if x.is_floating_point() else x
     sums = torch.zeros(lengths.shape[0], dtype=wide.dtype, device=x.device)
+    if x.is_cuda:  # there index_add adds in whatever order threads arrive
+        return sums.index_put((segment_ids(lengths),), wide, accumulate=True).to(x.dtype)
     return sums.index_add(0, segment_ids(lengths), wide).to(x.dtype)
 
 

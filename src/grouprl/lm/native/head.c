@@ -1,5 +1,5 @@
 /* The softmax over the vocabulary, and what the log-probability of one token and its gradient need of it. */
-#include "vector.h"
+#include <vector.h>
 
 #include <math.h>
 #include <omp.h>

@@ -5,7 +5,7 @@
 #ifndef GROUPRL_PRODUCTS_H
 #define GROUPRL_PRODUCTS_H
 
-#include "vector.h"
+#include <vector.h>
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
 #define GROUPRL_TILES 1

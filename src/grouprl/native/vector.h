@@ -23,7 +23,7 @@ INLINE vec load(const float *p) {
 
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
-INLINE vec all(float x) { return (vec){0} + x; }
+INLINE vec all(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 INLINE vec larger(vec a, vec b) {
     ivec m = a > b;

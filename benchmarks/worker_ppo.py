@@ -1,0 +1,63 @@
+"""Stable-Baselines3's PPO with RL-Zoo's settings on one environment, in a fresh process; run by envs_learning.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
+
+import measuring
+
+
+def value_of(setting: Any) -> Any:
+    """RL-Zoo's ``lin_x``: from x to 0 over the run; anything else as it is."""
+    if not (isinstance(setting, str) and setting.startswith("lin_")):
+        return setting
+    first = float(setting.removeprefix("lin_"))
+    schedule: Callable[[float], float] = lambda remaining: remaining * first  # noqa: E731
+    return schedule
+
+
+def main() -> None:
+    """Train for the budget, then play greedy episodes with raw rewards and frozen statistics."""
+    arguments = measuring.worker_arguments()
+    torch.set_num_threads(1)  # more are no faster on networks this small
+    settings = {name: value_of(value) for name, value in arguments["settings"].items()}
+    n_envs, normalize = settings.pop("n_envs"), settings.pop("normalize", False)
+    env_id, env_kwargs, seed = arguments["env_id"], arguments["env_kwargs"], arguments["seed"]
+    venv: Any = make_vec_env(env_id, n_envs, seed=seed, env_kwargs=env_kwargs)
+    if normalize:
+        venv = VecNormalize(venv, gamma=settings["gamma"])
+    model = PPO("MlpPolicy", venv, seed=seed, device="cpu", **settings)
+    began = time.perf_counter()
+    model.learn(arguments["budget"])
+    seconds = time.perf_counter() - began
+    held_out: Any = make_vec_env(env_id, 10, seed=seed + 1000, env_kwargs=env_kwargs)
+    if normalize:
+        held_out = VecNormalize(held_out, training=False, norm_reward=False)
+        held_out.obs_rms = venv.obs_rms
+    returns, _ = evaluate_policy(model, held_out, arguments["episodes"], return_episode_rewards=True, warn=False)
+    measuring.report(
+        {
+            "steps": model.num_timesteps,
+            "train_seconds": seconds,
+            "mean": float(np.mean(returns)),
+            "std": float(np.std(returns)),
+            "min": float(np.min(returns)),
+            "max": float(np.max(returns)),
+            "episodes": len(returns),
+            "threshold": None,
+            "versions": measuring.versions("stable-baselines3", "torch", "numpy", "gymnasium"),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

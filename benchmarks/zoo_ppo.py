@@ -1,0 +1,41 @@
+"""RL Baselines3 Zoo's tuned PPO settings, by the name of our preset for the same environment.
+
+Facts taken from its hyperparams/ppo.yml (github.com/DLR-RM/rl-baselines3-zoo); an environment it lists as v2 or v3 is
+used in Gymnasium's current version. "lin_x" falls from x to 0 over the run. ``normalize``: observations and rewards by
+VecNormalize, as its ``normalize: true`` means.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+LUNAR_LANDER = {
+    "n_envs": 16, "n_steps": 1024, "batch_size": 64, "gae_lambda": 0.98, "gamma": 0.999, "n_epochs": 4,
+    "ent_coef": 0.01,
+}  # fmt: skip
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": {
+        "n_envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20,
+        "ent_coef": 0.0, "learning_rate": "lin_0.001", "clip_range": "lin_0.2",
+    },
+    "Acrobot-v1": {
+        "normalize": True, "n_envs": 16, "n_steps": 256, "gae_lambda": 0.94, "gamma": 0.99, "n_epochs": 4,
+        "ent_coef": 0.0,
+    },
+    "MountainCar-v0": {
+        "normalize": True, "n_envs": 16, "n_steps": 16, "gae_lambda": 0.98, "gamma": 0.99, "n_epochs": 4,
+        "ent_coef": 0.0,
+    },
+    "MountainCarContinuous-v0": {
+        "normalize": True, "n_envs": 1, "n_steps": 8, "batch_size": 256, "gae_lambda": 0.9, "gamma": 0.9999,
+        "n_epochs": 10, "ent_coef": 0.00429, "learning_rate": 7.77e-5, "clip_range": 0.1, "max_grad_norm": 5,
+        "vf_coef": 0.19, "use_sde": True, "policy_kwargs": {"log_std_init": -3.29, "ortho_init": False},
+    },
+    "Pendulum-v1": {
+        "n_envs": 4, "n_steps": 1024, "gae_lambda": 0.95, "gamma": 0.9, "n_epochs": 10, "ent_coef": 0.0,
+        "learning_rate": 1e-3, "clip_range": 0.2, "use_sde": True, "sde_sample_freq": 4,
+    },
+    "LunarLander-v3": LUNAR_LANDER,
+    "LunarLander-v3-continuous": LUNAR_LANDER,
+}  # fmt: skip
