@@ -115,12 +115,13 @@ class Categorical:
 
     def log_prob(self, params: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [m] of actions int64 [m] under logits [m, K]."""
-        return params.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        # Transposed, so that vectors lie along the long axis (m) and not along the short one (K).
+        return params.t().log_softmax(0).gather(0, actions.unsqueeze(0)).squeeze(0)
 
     def entropy(self, params: torch.Tensor) -> torch.Tensor:
         """Entropies [m] in nats of logits [m, K]."""
-        log_probs = params.log_softmax(-1)
-        return -(log_probs.exp() * log_probs).sum(-1)
+        log_probs = params.t().log_softmax(0)
+        return -(log_probs.exp() * log_probs).sum(0)
 
     def kl(self, params_p: torch.Tensor, params_q: torch.Tensor) -> torch.Tensor:
         """Exact KL(p || q), [m], in nats."""

@@ -117,20 +117,21 @@ class Learner:
         kl_kind, entropy_coef = self.config.kl, self.config.entropy_coef
 
         def evaluate(index: Tensor) -> Terms:
-            params = self.policy({key: value[index] for key, value in inputs.items()})
+            params = self.policy({key: value.index_select(0, index) for key, value in inputs.items()})
             if mask is not None:
-                params = distribution.apply_mask(params, mask[index])
-            logp = distribution.log_prob(params, actions[index])
+                params = distribution.apply_mask(params, mask.index_select(0, index))
+            chosen = actions.index_select(0, index)
+            logp = distribution.log_prob(params, chosen)
             kl = None
             if reference is not None:
-                other = reference[index]
+                other = reference.index_select(0, index)
                 if kl_kind == "exact":
                     kl = distribution.kl(params, other)
                 elif kl_kind == "exact_forward":
                     kl = distribution.kl(other, params)
                 else:
                     kl = sampled_kl_loss(
-                        logp, distribution.log_prob(other, actions[index]), kl_kind, logp_old=logp_old[index]
+                        logp, distribution.log_prob(other, chosen), kl_kind, logp_old=logp_old.index_select(0, index)
                     )
             return Terms(logp, distribution.entropy(params) if entropy_coef > 0 else None, kl)
 

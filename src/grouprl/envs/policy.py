@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,42 +14,13 @@ from torch import Tensor, nn
 
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
+from grouprl.envs.mlp import MLP
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 
 Network = Callable[[int, int], nn.Module]
 """Builds a network from (inputs, outputs): takes ``[m, inputs]`` to ``[m, outputs]``."""
 
 CLIP_OBSERVATION = 10.0
-
-
-class MLP(nn.Module):
-    """Fully connected layers with orthogonal initialisation and zero biases."""
-
-    def __init__(
-        self,
-        n_inputs: int,
-        n_outputs: int,
-        hidden: tuple[int, ...],
-        activation: str,
-        hidden_gain: float,
-        output_gain: float,
-    ) -> None:
-        super().__init__()
-        sizes = (n_inputs, *hidden, n_outputs)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.tanh = activation == "tanh"
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, nn.Linear)
-            nn.init.orthogonal_(layer.weight, output_gain if i == len(self.layers) - 1 else hidden_gain)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if i < last:
-                x = torch.tanh_(x) if self.tanh else torch.relu_(x)
-        return x
 
 
 class ImageEncoder(nn.Module):
@@ -105,7 +75,9 @@ class Policy(nn.Module):
         self.encoders = nn.ModuleList(ImageEncoder(shape[0]) for shape in observations.images.values())
         n_in = observations.n_flat + ImageEncoder.n_outputs * len(self.encoders)
         self.network = (
-            MLP(n_in, n_out, config.hidden_sizes, config.activation, config.hidden_gain, config.output_gain)
+            MLP(
+                n_in, n_out, config.hidden_sizes, config.activation, config.hidden_gain, config.output_gain, config.native
+            )
             if network is None
             else network(n_in, n_out)
         )

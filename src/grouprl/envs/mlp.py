@@ -1,0 +1,131 @@
+"""The default network: fully connected layers, on CPUs as one compiled function with a compiled gradient."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_int32, c_size_t, c_void_p
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from grouprl.native.compile import Kernels
+
+DEEPEST = 8
+"""Most layers the compiled function takes, as in ``mlp.c``."""
+
+kernels = Kernels(Path(__file__).resolve().parent, ("mlp.c",))
+
+
+class MLP(nn.Module):
+    """Fully connected layers with orthogonal initialisation and zero biases.
+
+    Args:
+        n_inputs, n_outputs: widths of both ends.
+        hidden: widths between them.
+        activation: ``"tanh"`` or ``"relu"``, after every layer but the last.
+        hidden_gain, output_gain: of the orthogonal initialisation.
+        native: compiled code for float32 on CPUs, where there is a compiler; torch operations otherwise. They agree
+            within rounding.
+    """
+
+    def __init__(
+        self,
+        n_inputs: int,
+        n_outputs: int,
+        hidden: tuple[int, ...],
+        activation: str,
+        hidden_gain: float,
+        output_gain: float,
+        native: bool = True,
+    ) -> None:
+        super().__init__()
+        sizes = (n_inputs, *hidden, n_outputs)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.tanh = activation == "tanh"
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
+            nn.init.orthogonal_(layer.weight, output_gain if i == len(self.layers) - 1 else hidden_gain)
+            nn.init.zeros_(layer.bias)
+        self.native = native and 1 < len(self.layers) <= DEEPEST and kernels.available
+        self._in_order = [p for layer in self.layers for p in (layer.weight, layer.bias)]  # parameters() is slow
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[m, n_inputs]`` -> ``[m, n_outputs]``."""
+        if self.native and x.device.type == "cpu" and x.dtype == torch.float32:
+            if torch.is_grad_enabled():
+                out: Tensor = _Compiled.apply(x, self.tanh, *self._in_order)  # type: ignore[no-untyped-call]
+                return out
+            return _forward(x.contiguous(), self.tanh, self._in_order)[0]
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i < last:
+                x = torch.tanh_(x) if self.tanh else torch.relu_(x)
+        return x
+
+
+class _Network(Structure):
+    _fields_ = [
+        ("layers", c_int32), ("tanh", c_int32), ("width", c_int32 * (DEEPEST + 1)),
+        ("weight", c_void_p * DEEPEST), ("bias", c_void_p * DEEPEST),
+    ]  # fmt: skip
+
+
+def _network(tanh: bool, parameters: Sequence[Tensor]) -> Any:
+    weights, biases = parameters[::2], parameters[1::2]
+    struct = _Network(len(weights), tanh)
+    struct.width[0] = weights[0].shape[1]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        struct.width[i + 1] = weight.shape[0]
+        struct.weight[i], struct.bias[i] = weight.data_ptr(), bias.data_ptr()
+    return ctypes.cast(ctypes.pointer(struct), POINTER(_Network))
+
+
+def _forward(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Outputs ``[m, n_outputs]`` for ``x [m, n_inputs]``, and what every hidden layer gave, one after the other."""
+    rows = len(x)
+    hidden = x.new_empty(rows * sum(_padded(bias.shape[0]) for bias in parameters[1:-2:2]))
+    out = x.new_empty(rows, parameters[-1].shape[0])
+    pointers = (c_void_p(t.data_ptr()) for t in (x, hidden, out))
+    if kernels.library().grouprl_mlp(_network(tanh, parameters), c_size_t(rows), *pointers):
+        raise MemoryError(f"no memory for a network on {rows} rows")
+    return out, hidden
+
+
+def _padded(n: int) -> int:
+    return (n + 15) // 16 * 16
+
+
+class _Compiled(torch.autograd.Function):
+    """The layers with parameters (weight ``[out, in]``, bias ``[out]``) of each, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tanh: bool, *parameters: Tensor) -> Tensor:
+        x = x.contiguous()
+        out, hidden = _forward(x, tanh, parameters)
+        ctx.tanh = tanh
+        ctx.save_for_backward(x, hidden, *parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, *parameters = ctx.saved_tensors
+        dout = dout.contiguous()
+        sizes = [p.numel() for p in parameters]
+        gradient = x.new_empty(sum(sizes))
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        pointers = (c_void_p(t.data_ptr()) for t in (x, hidden, dout, gradient))
+        failed = kernels.library().grouprl_mlp_gradient(
+            _network(ctx.tanh, parameters), c_size_t(len(x)), *pointers,
+            c_void_p(None if dx is None else dx.data_ptr()),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the gradient of a network on {len(x)} rows")
+        made = [part.view(p.shape) for part, p in zip(gradient.split(sizes), parameters, strict=True)]
+        return dx, None, *made
