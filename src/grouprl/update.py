@@ -43,6 +43,11 @@ Evaluate = Callable[[Tensor], Terms]
 """Maps step indices ``[m]`` (int64) to :class:`Terms` under the current parameters."""
 
 
+Gradient = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Maps step indices ``[m]`` and a denominator to the gradient ``[P]`` of their share of the loss, and the sums [surrogate,
+KL, entropy] over the denominator."""
+
+
 @dataclass(frozen=True)
 class UpdateSettings:
     """How a batch is learned from; field meanings as in the arenas' configurations."""
@@ -134,6 +139,7 @@ def update(
     rng: np.random.Generator,
     pool: ThreadPoolExecutor | None = None,
     threads: int = 1,
+    gradient_of: Gradient | None = None,
 ) -> UpdateStats:
     """Learn from one batch of ``S`` steps.
 
@@ -147,6 +153,7 @@ def update(
         settings: see :class:`UpdateSettings`.
         rng: the stream that shuffles.
         pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order.
+        gradient_of: gives the gradient in the place of autograd through ``evaluate``; all weights are then equal.
 
     Raises:
         TrainingError: the gradient is not finite; the parameters are left as they were before that step.
@@ -161,7 +168,7 @@ def update(
     for epoch in range(1, settings.epochs + 1):
         for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
             gradient, sums = _gradient(
-                evaluate, parameters, index, logp_old, advantages, weights, settings, pool, threads
+                evaluate, parameters, index, logp_old, advantages, weights, settings, pool, threads, gradient_of
             )
             norm = float(gradient.norm())
             if not np.isfinite(norm):
@@ -198,11 +205,14 @@ def _gradient(
     settings: UpdateSettings,
     pool: ThreadPoolExecutor | None,
     threads: int,
+    gradient_of: Gradient | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient ``[P]`` of one minibatch's loss and the sums [policy loss, kl, entropy]."""
     denominator, index = index.shape[0], index.to(logp_old.device)
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor]:
+        if gradient_of is not None:
+            return gradient_of(rows, denominator)
         gradient: Tensor | None = None
         nothing = torch.zeros((), device=logp_old.device)
         sums: Tensor | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grouprl.adam import Adam
 from grouprl.envs.config import GRPOConfig
+from grouprl.envs.fused import fused_gradient
 from grouprl.envs.policy import Policy
 from grouprl.errors import UsageError
 from grouprl.memory import keep_freed_memory
@@ -136,17 +137,20 @@ class Learner:
             return Terms(logp, distribution.entropy(params) if entropy_coef > 0 else None, kl)
 
         self.optimizer.learning_rate = self.rate(progress)
+        advantages = rows(advantages)
+        fused = fused_gradient(self.policy, self.settings, inputs, actions, logp_old, advantages) if mask is None else None
         stats = update(
             evaluate,
             self.parameters,
             self.optimizer,
             logp_old,
-            rows(advantages),
+            advantages,
             None,
             self.settings,
             self.rng,
             self.pool,
             self.config.threads,
+            fused,
         )
         self._adapt(stats.approx_kl, progress)
         self.updates += 1

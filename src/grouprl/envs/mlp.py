@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from grouprl.native.compile import Kernels
 
 DEEPEST = 8
-"""Most layers the compiled function takes, as in ``mlp.c``."""
+"""Most layers that compiled code takes, as in ``native/layers.h``."""
 
-kernels = Kernels(Path(__file__).resolve().parent, ("mlp.c",))
+kernels = Kernels(Path(__file__).resolve().parent / "native", ("network.c", "objective.c"), ("layers.h",))
 
 
 class MLP(nn.Module):
@@ -52,15 +52,15 @@ class MLP(nn.Module):
             nn.init.orthogonal_(layer.weight, output_gain if i == len(self.layers) - 1 else hidden_gain)
             nn.init.zeros_(layer.bias)
         self.native = native and 1 < len(self.layers) <= DEEPEST and kernels.available
-        self._in_order = [p for layer in self.layers for p in (layer.weight, layer.bias)]  # parameters() is slow
+        self.in_order = [p for layer in self.layers for p in (layer.weight, layer.bias)]  # parameters() is slow
 
     def forward(self, x: Tensor) -> Tensor:
         """``[m, n_inputs]`` -> ``[m, n_outputs]``."""
         if self.native and x.device.type == "cpu" and x.dtype == torch.float32:
             if torch.is_grad_enabled():
-                out: Tensor = _Compiled.apply(x, self.tanh, *self._in_order)  # type: ignore[no-untyped-call]
+                out: Tensor = _Compiled.apply(x, self.tanh, *self.in_order)  # type: ignore[no-untyped-call]
                 return out
-            return _forward(x.contiguous(), self.tanh, self._in_order)[0]
+            return _forward(x.contiguous(), self.tanh, self.in_order)[0]
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -76,7 +76,8 @@ class _Network(Structure):
     ]  # fmt: skip
 
 
-def _network(tanh: bool, parameters: Sequence[Tensor]) -> Any:
+def described(tanh: bool, parameters: Sequence[Tensor]) -> Any:
+    """The network as compiled code takes it; it reads ``parameters`` where they are at each call."""
     weights, biases = parameters[::2], parameters[1::2]
     struct = _Network(len(weights), tanh)
     struct.width[0] = weights[0].shape[1]
@@ -92,7 +93,7 @@ def _forward(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> tuple[Tenso
     hidden = x.new_empty(rows * sum(_padded(bias.shape[0]) for bias in parameters[1:-2:2]))
     out = x.new_empty(rows, parameters[-1].shape[0])
     pointers = (c_void_p(t.data_ptr()) for t in (x, hidden, out))
-    if kernels.library().grouprl_mlp(_network(tanh, parameters), c_size_t(rows), *pointers):
+    if kernels.library().grouprl_mlp(described(tanh, parameters), c_size_t(rows), *pointers):
         raise MemoryError(f"no memory for a network on {rows} rows")
     return out, hidden
 
@@ -122,7 +123,7 @@ class _Compiled(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         pointers = (c_void_p(t.data_ptr()) for t in (x, hidden, dout, gradient))
         failed = kernels.library().grouprl_mlp_gradient(
-            _network(ctx.tanh, parameters), c_size_t(len(x)), *pointers,
+            described(ctx.tanh, parameters), c_size_t(len(x)), *pointers,
             c_void_p(None if dx is None else dx.data_ptr()),
         )  # fmt: skip
         if failed:

@@ -1,6 +1,8 @@
 /* A small fully connected network and its gradient, a few rows at a time, so that what lies between two layers stays
-   in the cache. Rows of x and of the outputs follow each other closely; between layers a row is a multiple of 16 wide,
-   and what is beyond a layer's width is 0. */
+   in the cache. Between layers a row is a multiple of 16 wide, and what is beyond a layer's width is 0. */
+#ifndef GROUPRL_LAYERS_H
+#define GROUPRL_LAYERS_H
+
 #include <stdlib.h>
 #include <vector.h>
 #ifdef __AVX512F__
@@ -15,7 +17,7 @@ typedef struct {
     const float *weight[DEEPEST], *bias[DEEPEST]; /* [out][in] and [out] */
 } Mlp;
 
-static int up(int n) { return (n + W - 1) / W * W; }
+INLINE int up(int n) { return (n + W - 1) / W * W; }
 
 /* --- products --------------------------------------------------------------------------------------------------- */
 
@@ -149,107 +151,95 @@ static void through_activation(const Mlp *net, const float *h, float *d, size_t 
 
 /* --- the network ------------------------------------------------------------------------------------------------ */
 
-static int least(size_t a, int b) { return a < (size_t)b ? (int)a : b; }
+/* A network laid out for work on at most ROWS rows at a time. */
+typedef struct {
+    const Mlp *net;
+    int last, columns[DEEPEST + 1]; /* of layer l's inputs, rounded up to 16 */
+    float *room;
+    float *turned[DEEPEST], *bias[DEEPEST];                    /* [in][columns of out] and [columns of out] */
+    float *weight[DEEPEST], *d_weight[DEEPEST], *d_bias[DEEPEST]; /* [out][columns of in]; sums; sums */
+    float *out, *d[2];                                         /* [ROWS][columns] */
+} Work;
 
-/* out [rows][last width] of x [rows][first width]. hidden: what each layer but the last gives, one after the other,
-   each [rows][width rounded up to 16]. 0, or 1 if there is no memory. */
-int grouprl_mlp(const Mlp *net, size_t rows, const float *x, float *hidden, float *out) {
-    int last = net->layers - 1, outs = net->width[last + 1], wide = up(outs);
-    size_t size = (size_t)ROWS * wide;
-    for (int l = 0; l <= last; l++) size += ((size_t)net->width[l] + 1) * up(net->width[l + 1]);
-    float *room, *turned[DEEPEST], *bias[DEEPEST];
-    if (posix_memalign((void **)&room, 64, size * sizeof(float))) return 1;
-    float *free_room = room + (size_t)ROWS * wide;
-    for (int l = 0; l <= last; l++) {
-        int k = net->width[l], n = net->width[l + 1], columns = up(n);
-        bias[l] = free_room, turned[l] = free_room + columns;
-        free_room += ((size_t)k + 1) * columns;
-        memset(bias[l], 0, ((size_t)k + 1) * columns * sizeof(float));
-        memcpy(bias[l], net->bias[l], n * sizeof(float));
-        for (int j = 0; j < n; j++)
-            for (int i = 0; i < k; i++) turned[l][(size_t)i * columns + j] = net->weight[l][(size_t)j * k + i];
-    }
-    for (size_t r = 0; r < rows; r += ROWS) {
-        int m = least(rows - r, ROWS), lda = net->width[0];
-        const float *a = x + r * lda;
-        float *layer = hidden;
-        for (int l = 0; l < last; l++) {
-            int columns = up(net->width[l + 1]);
-            float *to = layer + r * columns;
-            product(m, columns, net->width[l], a, lda, turned[l], bias[l], to);
-            activate(net, to, (size_t)m * columns);
-            a = to, lda = columns, layer += rows * columns;
-        }
-        product(m, wide, net->width[last], a, lda, turned[last], bias[last], room);
-        for (int i = 0; i < m; i++)
-            for (int j = 0; j < outs; j++) out[(r + i) * outs + j] = room[(size_t)i * wide + j];
-    }
-    free(room);
-    return 0;
-}
+INLINE int least(size_t a, int b) { return a < (size_t)b ? (int)a : b; }
 
-/* to [m][n] = from [m][ld] (turned: from [n][ld], rows and columns exchanged) */
-static void lay_down(int turned, int m, int n, const float *from, int ld, float *to) {
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++) to[(size_t)i * n + j] = turned ? from[(size_t)j * ld + i] : from[(size_t)i * ld + j];
-}
-
-/* The gradient, from that of out: [out][in] and [out] of each layer, one after the other; and of x, unless dx is NULL.
-   Of one layer alone there is none here. 0, or 1 if there is no memory. */
-int grouprl_mlp_gradient(
-    const Mlp *net, size_t rows, const float *x, const float *hidden, const float *dout, float *gradient, float *dx
-) {
-    int last = net->layers - 1, widest = W, columns[DEEPEST + 1];
+/* 0, or 1 if there is no memory. `gradients`: there will be some. */
+static int start_work(Work *w, const Mlp *net, int gradients) {
+    int widest = W;
     size_t size = 0;
-    for (int l = 0; l <= last + 1; l++) {
-        columns[l] = up(net->width[l]);
-        if (columns[l] > widest) widest = columns[l];
+    w->net = net, w->last = net->layers - 1;
+    for (int l = 0; l <= w->last + 1; l++) {
+        w->columns[l] = up(net->width[l]);
+        if (w->columns[l] > widest) widest = w->columns[l];
     }
-    for (int l = 0; l <= last; l++)
-        size += (size_t)columns[l + 1] * (columns[l] + 1) + (size_t)net->width[l + 1] * columns[l];
-    size += (size_t)2 * ROWS * widest;
-    float *room, *sums[DEEPEST], *bias[DEEPEST], *weight[DEEPEST], *d[2];
-    if (posix_memalign((void **)&room, 64, size * sizeof(float))) return 1;
-    memset(room, 0, size * sizeof(float));
-    d[0] = room, d[1] = room + (size_t)ROWS * widest;
-    float *free_room = d[1] + (size_t)ROWS * widest;
-    for (int l = 0; l <= last; l++) {
-        int k = net->width[l], n = net->width[l + 1];
-        bias[l] = free_room, sums[l] = bias[l] + columns[l + 1], weight[l] = sums[l] + (size_t)columns[l + 1] * columns[l];
-        free_room = weight[l] + (size_t)n * columns[l];
-        for (int j = 0; j < n; j++) memcpy(weight[l] + (size_t)j * columns[l], net->weight[l] + (size_t)j * k, k * sizeof(float));
+    for (int l = 0; l <= w->last; l++) {
+        size_t in = w->columns[l], out = w->columns[l + 1];
+        size += out * (in + 1) + (gradients ? out * (2 * in + 1) : 0);
     }
-    for (size_t r = 0; r < rows; r += ROWS) {
-        int m = least(rows - r, ROWS), ldg = net->width[last + 1], which = 0;
-        const float *g = dout + r * ldg, *layer = hidden;
-        for (int l = 0; l < last; l++) layer += rows * columns[l + 1];
-        for (int l = last; l >= 0; l--) {
-            int k = net->width[l], n = net->width[l + 1];
-            for (int i = 0; i < m; i++) /* n where g has no columns to spare, and few there */
-                for (int j = 0; j < n; j++) bias[l][j] += g[(size_t)i * ldg + j];
-            if (l == 0) {
-                product_sum(k, columns[1], m, x + r * k, k, g, sums[0]);
-                if (dx) {
-                    product(m, columns[0], n, g, ldg, weight[0], NULL, d[which]);
-                    lay_down(0, m, k, d[which], columns[0], dx + r * k);
-                }
-                break;
-            }
-            layer -= rows * columns[l];
-            const float *h = layer + r * columns[l];
-            product_sum(n, columns[l], m, g, ldg, h, sums[l]);
-            product(m, columns[l], n, g, ldg, weight[l], NULL, d[which]);
-            through_activation(net, h, d[which], (size_t)m * columns[l]);
-            g = d[which], ldg = columns[l], which = !which;
-        }
+    size += (size_t)ROWS * (w->columns[w->last + 1] + (gradients ? 2 * widest : 0));
+    if (posix_memalign((void **)&w->room, 64, size * sizeof(float))) return 1;
+    memset(w->room, 0, size * sizeof(float));
+    float *at = w->room;
+    for (int l = 0; l <= w->last; l++) {
+        int k = net->width[l], n = net->width[l + 1], in = w->columns[l], out = w->columns[l + 1];
+        w->bias[l] = at, w->turned[l] = at + out, at += (size_t)out * (in + 1);
+        memcpy(w->bias[l], net->bias[l], n * sizeof(float));
+        for (int i = 0; i < k; i++)
+            for (int j = 0; j < n; j++) w->turned[l][(size_t)i * out + j] = net->weight[l][(size_t)j * k + i];
+        if (!gradients) continue;
+        w->d_bias[l] = at, w->d_weight[l] = at + out, w->weight[l] = w->d_weight[l] + (size_t)out * in;
+        at = w->weight[l] + (size_t)out * in;
+        for (int j = 0; j < n; j++)
+            memcpy(w->weight[l] + (size_t)j * in, net->weight[l] + (size_t)j * k, k * sizeof(float));
     }
-    for (int l = 0; l <= last; l++) {
-        int k = net->width[l], n = net->width[l + 1];
-        lay_down(l == 0, n, k, sums[l], columns[l == 0 ? 1 : l], gradient);
-        gradient += (size_t)n * k;
-        memcpy(gradient, bias[l], n * sizeof(float));
-        gradient += n;
-    }
-    free(room);
+    w->out = at, w->d[0] = w->out + (size_t)ROWS * w->columns[w->last + 1], w->d[1] = w->d[0] + (size_t)ROWS * widest;
     return 0;
 }
+
+/* w->out of m rows of x; hidden[l] [m][columns] gets what layer l gives. */
+static void forwards(Work *w, int m, const float *x, float *const *hidden) {
+    int lda = w->net->width[0];
+    for (int l = 0; l < w->last; l++) {
+        int columns = w->columns[l + 1];
+        product(m, columns, w->net->width[l], x, lda, w->turned[l], w->bias[l], hidden[l]);
+        activate(w->net, hidden[l], (size_t)m * columns);
+        x = hidden[l], lda = columns;
+    }
+    product(m, w->columns[w->last + 1], w->net->width[w->last], x, lda, w->turned[w->last], w->bias[w->last], w->out);
+}
+
+/* Add up the gradients of m rows from that of their outputs, g [m][ldg]; and write that of x, unless dx is NULL. */
+static void backwards(Work *w, int m, const float *x, float *const *hidden, const float *g, int ldg, float *dx) {
+    const Mlp *net = w->net;
+    for (int l = w->last, which = 0; l >= 0; l--, which = !which) {
+        int k = net->width[l], n = net->width[l + 1], columns = w->columns[l];
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < n; j++) w->d_bias[l][j] += g[(size_t)i * ldg + j];
+        if (l == 0) {
+            product_sum(k, w->columns[1], m, x, k, g, w->d_weight[0]);
+            if (!dx) return;
+            product(m, columns, n, g, ldg, w->weight[0], NULL, w->d[which]);
+            for (int i = 0; i < m; i++) memcpy(dx + (size_t)i * k, w->d[which] + (size_t)i * columns, k * sizeof(float));
+            return;
+        }
+        product_sum(n, columns, m, g, ldg, hidden[l - 1], w->d_weight[l]);
+        product(m, columns, n, g, ldg, w->weight[l], NULL, w->d[which]);
+        through_activation(net, hidden[l - 1], w->d[which], (size_t)m * columns);
+        g = w->d[which], ldg = columns;
+    }
+}
+
+/* The sums of gradients: [out][in] and [out] of each layer, one after the other. */
+static void gradients_of(const Work *w, float *to) {
+    for (int l = 0; l <= w->last; l++) {
+        int k = w->net->width[l], n = w->net->width[l + 1], ld = w->columns[l == 0 ? 1 : l];
+        for (int j = 0; j < n; j++)
+            for (int i = 0; i < k; i++) *to++ = w->d_weight[l][l == 0 ? (size_t)i * ld + j : (size_t)j * ld + i];
+        memcpy(to, w->d_bias[l], n * sizeof(float));
+        to += n;
+    }
+}
+
+static void stop_work(Work *w) { free(w->room); }
+
+#endif

@@ -1,0 +1,128 @@
+/* The gradient of a minibatch's loss in one pass: network, distribution of actions, surrogate, and back again, a few rows
+   at a time. The formulas are those of grouprl.objective.surrogates and grouprl.envs.distributions; tests hold the two
+   to each other. */
+#include "layers.h"
+
+enum { CLIP, DUAL_CLIP, SPO };
+enum { LARGEST_LOG_RATIO = 20 };
+
+typedef struct {
+    int32_t surrogate, gaussian; /* else categorical */
+    float low, high, dual;       /* the clip range is 1 - low .. 1 + high; bound of the dual clip */
+    float entropy;               /* weight of the bonus */
+    const float *log_std;        /* [actions] of the normal distributions */
+} Objective;
+
+/* The loss of a step and its derivative by the log-probability. */
+static float surrogate(const Objective *o, float logp, float old, float a, float *slope) {
+    float difference = logp - old, rho = expf(difference > LARGEST_LOG_RATIO ? LARGEST_LOG_RATIO : difference);
+    if (o->surrogate == SPO) {
+        float steep = fabsf(a) / o->high;
+        *slope = -rho * (a - steep * (rho - 1.0f));
+        return -(rho * a - 0.5f * steep * (rho - 1.0f) * (rho - 1.0f));
+    }
+    float bounded = rho < 1.0f - o->low ? 1.0f - o->low : rho > 1.0f + o->high ? 1.0f + o->high : rho;
+    float loss = -(rho * a);
+    *slope = loss;
+    if (bounded * a < rho * a) loss = -(bounded * a), *slope = 0.0f;
+    if (o->surrogate == DUAL_CLIP && a < 0.0f && -o->dual * a < loss) loss = -o->dual * a, *slope = 0.0f;
+    return loss;
+}
+
+/* Log-probabilities of `action` under logits z [m][ld]; z becomes probabilities, top their log-normalisers. */
+static void categorical(int m, int n, float *z, int ld, const int64_t *action, float *logp, float *top) {
+    for (int i = 0; i < m; i++) {
+        float *row = z + (size_t)i * ld, most = row[0], total = 0.0f, chosen = row[action[i]];
+        for (int j = 1; j < n; j++) most = row[j] > most ? row[j] : most;
+        for (int j = 0; j < n; j++) total += row[j] = expf(row[j] - most);
+        for (int j = 0; j < n; j++) row[j] /= total;
+        top[i] = most + logf(total);
+        logp[i] = chosen - top[i];
+    }
+}
+
+typedef struct {
+    const float *x, *old, *advantages;
+    const void *actions; /* int64 [S], or float [S][actions] */
+    const int64_t *index;
+} Batch;
+
+/* The gradient of (sum over the indexed steps of surrogate - entropy bonus) / denominator by log_std, where there is one,
+   and all weights and biases; sums gets that of the surrogate and that of the entropies, each over denominator.
+   0, or 1 if there is no memory. */
+int grouprl_objective(
+    const Mlp *net, const Objective *o, const Batch *b, size_t rows, double denominator, float *gradient, double *sums
+) {
+    Work w;
+    if (start_work(&w, net, 1)) return 1;
+    int k = net->width[0], n = net->width[w.last + 1], ld = w.columns[w.last + 1], failed = 0;
+    size_t size = (size_t)ROWS * k;
+    for (int l = 0; l < w.last; l++) size += (size_t)ROWS * w.columns[l + 1];
+    float *room, *hidden[DEEPEST] = {0}, *at;
+    double *d_log_std = calloc(n, sizeof(double));
+    failed = posix_memalign((void **)&room, 64, size * sizeof(float)) || !d_log_std;
+    if (failed) room = NULL;
+    at = room;
+    for (int l = 0; l < w.last && !failed; l++) hidden[l] = at, at += (size_t)ROWS * w.columns[l + 1];
+    float *x = at, inverse[n], constant = 0.0f, spread = 0.0f;
+    for (int j = 0; j < n && o->gaussian; j++) {
+        inverse[j] = expf(-o->log_std[j]);
+        constant -= o->log_std[j] + 0.91893853f; /* log(2 pi) / 2 */
+        spread += o->log_std[j] + 1.41893853f;   /* the entropy of a normal distribution */
+    }
+    double loss = 0.0, entropy = 0.0;
+    const float share = (float)(1.0 / denominator);
+    for (size_t r = 0; r < rows && !failed; r += ROWS) {
+        int m = least(rows - r, ROWS);
+        const int64_t *index = b->index + r;
+        float logp[ROWS], top[ROWS], *z = w.out;
+        int64_t chosen[ROWS];
+        for (int i = 0; i < m; i++) memcpy(x + (size_t)i * k, b->x + index[i] * k, k * sizeof(float));
+        forwards(&w, m, x, hidden);
+        if (o->gaussian) {
+            for (int i = 0; i < m; i++) {
+                const float *action = (const float *)b->actions + index[i] * n;
+                float *row = z + (size_t)i * ld, square = 0.0f;
+                for (int j = 0; j < n; j++) {
+                    row[j] = (action[j] - row[j]) * inverse[j];
+                    square += row[j] * row[j];
+                }
+                logp[i] = constant - 0.5f * square;
+            }
+        } else {
+            for (int i = 0; i < m; i++) chosen[i] = ((const int64_t *)b->actions)[index[i]];
+            categorical(m, n, z, ld, chosen, logp, top);
+        }
+        for (int i = 0; i < m; i++) {
+            float slope, *row = z + (size_t)i * ld;
+            loss += surrogate(o, logp[i], b->old[index[i]], b->advantages[index[i]], &slope);
+            slope *= share;
+            if (o->gaussian) {
+                for (int j = 0; j < n; j++) {
+                    d_log_std[j] += slope * (row[j] * row[j] - 1.0f) - o->entropy * share;
+                    row[j] *= slope * inverse[j];
+                }
+                entropy += spread;
+                continue;
+            }
+            float h = 0.0f;
+            if (o->entropy > 0.0f)
+                for (int j = 0; j < n; j++)
+                    if (row[j] > 0.0f) h -= row[j] * logf(row[j]);
+            entropy += h;
+            for (int j = 0; j < n; j++) {
+                float p = row[j], bonus = o->entropy > 0.0f && p > 0.0f ? o->entropy * share * p * (logf(p) + h) : 0.0f;
+                row[j] = slope * ((j == chosen[i]) - p) + bonus;
+            }
+        }
+        backwards(&w, m, x, hidden, z, ld, NULL);
+    }
+    if (!failed) {
+        for (int j = 0; j < n && o->gaussian; j++) *gradient++ = (float)d_log_std[j];
+        gradients_of(&w, gradient);
+        sums[0] = loss / denominator, sums[1] = entropy / denominator;
+    }
+    free(room), free(d_log_std);
+    stop_work(&w);
+    return failed;
+}

@@ -1,0 +1,177 @@
+"""The compiled gradient of a minibatch against autograd through the update loop's own evaluation."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from grouprl import GRPO
+from grouprl.envs.fused import fused_gradient
+from grouprl.update import Gradient, Terms, UpdateSettings, _gradient
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler here"
+)
+
+SPACES = {
+    "two actions": spaces.Discrete(2),
+    "seven actions": spaces.Discrete(7, start=3),
+    "a number": spaces.Box(-1, 1, (1,), np.float32),
+    "five numbers": spaces.Box(-1, 1, (5,), np.float32),
+}
+SURROGATES = {
+    "clip": {},
+    "clip higher": {"clip_low": 0.1, "clip_high": 0.4},
+    "dual_clip": {"surrogate": "dual_clip", "dual_clip": 1.7},
+    "spo": {"surrogate": "spo"},
+    "entropy bonus": {"entropy_coef": 0.3},
+}
+
+
+class Scripted(gym.Env):
+    def __init__(self, action_space: spaces.Space) -> None:
+        self.observation_space, self.action_space = spaces.Box(-9, 9, (6,), np.float32), action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.normal(size=6).astype(np.float32), {}
+
+    def step(self, action):
+        return self.np_random.normal(size=6).astype(np.float32), 0.0, False, False, {}
+
+
+class Batch:
+    """Steps whose ratios lie on both sides of every bound, and a policy that has left the one they were drawn from."""
+
+    def __init__(self, space: spaces.Space, n: int = 500, **settings) -> None:
+        self.agent = GRPO(lambda: Scripted(space), preset=None, seed=0, n_envs=2, output_gain=1.0, **settings)
+        self.policy, distribution = self.agent.policy, self.agent.policy.distribution
+        generator = torch.Generator().manual_seed(1)
+        self.inputs = {"flat": torch.randn(n, 6, generator=generator)}
+        with torch.no_grad():
+            params = self.policy(self.inputs)
+            drawn = distribution.sample(params.numpy(), np.random.default_rng(2))
+            self.actions = torch.from_numpy(drawn)
+            self.logp_old = distribution.log_prob(params, self.actions) + 0.3 * torch.randn(n, generator=generator)
+            self.logp_old[:3] = -60.0  # ratios beyond the largest
+        self.advantages = torch.randn(n, generator=generator)
+        self.advantages[5] = 0.0
+
+    def evaluate(self, index: Tensor) -> Terms:
+        params = self.policy({"flat": self.inputs["flat"][index]})
+        distribution = self.policy.distribution
+        return Terms(distribution.log_prob(params, self.actions[index]), distribution.entropy(params), None)
+
+    def by_autograd(self, index: Tensor, settings: UpdateSettings) -> tuple[Tensor, Tensor]:
+        network = self.policy.network
+        network.native = False
+        parameters = self.agent.learner.parameters
+        given = (parameters, index, self.logp_old, self.advantages, None, settings, None, 1, None)
+        gradient, sums = _gradient(self.evaluate, *given)
+        network.native = True
+        return gradient, sums
+
+    def fused(self, settings: UpdateSettings) -> Gradient | None:
+        return fused_gradient(self.policy, settings, self.inputs, self.actions, self.logp_old, self.advantages)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("space", SPACES)
+def test_it_is_the_gradient_autograd_gives(space: str, surrogate: str, activation: str) -> None:
+    batch = Batch(SPACES[space], activation=activation)
+    settings = UpdateSettings(epochs=1, minibatch_size=64, **SURROGATES[surrogate])
+    gradient = batch.fused(settings)
+    assert gradient is not None
+    for rows in (torch.arange(3, 500), torch.tensor([499, 7, 7, 5]), torch.tensor([42])):
+        found, sums = gradient(rows, 77)
+        wanted, wanted_sums = batch.by_autograd(rows, settings)
+        wanted_sums = wanted_sums * len(rows) / 77
+        wanted = wanted * len(rows) / 77
+        assert float((found - wanted).norm()) <= 2e-5 * float(wanted.norm())
+        if settings.entropy_coef == 0:
+            wanted_sums[2] = 0.0
+        torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("surrogate", [name for name in SURROGATES if name != "dual_clip"])  # which bounds it
+def test_a_step_gone_far_astray_is_pulled_back_as_by_autograd(surrogate: str) -> None:
+    batch = Batch(SPACES["five numbers"])
+    settings = UpdateSettings(epochs=1, minibatch_size=64, **SURROGATES[surrogate])
+    gradient = batch.fused(settings)
+    assert gradient is not None
+    found, _ = gradient(torch.arange(3), 3)
+    wanted, _ = batch.by_autograd(torch.arange(3), settings)
+    assert torch.isfinite(found).all()
+    assert float(wanted.norm()) > 1e3
+    assert float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    batch = Batch(SPACES["seven actions"])
+    gradient = batch.fused(UpdateSettings(epochs=1, minibatch_size=64, entropy_coef=0.1))
+    assert gradient is not None
+    rows = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    whole, sums = gradient(rows, 500)
+    parts = [gradient(part, 500) for part in torch.split(rows, 130)]
+    assert float((sum(p[0] for p in parts) - whole).norm()) <= 1e-5 * float(whole.norm())
+    torch.testing.assert_close(sum(p[1] for p in parts), sums, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_are_read_where_they_are_at_every_call() -> None:
+    batch = Batch(SPACES["a number"])
+    gradient = batch.fused(UpdateSettings(epochs=1, minibatch_size=64))
+    assert gradient is not None
+    rows = torch.arange(100, 200)
+    before, _ = gradient(rows, 100)
+    with torch.no_grad():
+        batch.agent.learner.parameters.vector.mul_(1.1)
+    after, _ = gradient(rows, 100)
+    wanted, _ = batch.by_autograd(rows, UpdateSettings(epochs=1, minibatch_size=64))
+    assert float((after - before).norm()) > 1e-3
+    assert float((after - wanted).norm()) <= 2e-5 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("where", ["logp_old", "advantages", "observation"])
+def test_a_number_that_is_not_finite_is_not_swallowed(where: str) -> None:
+    batch = Batch(SPACES["two actions"])
+    target = batch.inputs["flat"] if where == "observation" else getattr(batch, where)
+    target[50] = float("nan")
+    gradient = batch.fused(UpdateSettings(epochs=1, minibatch_size=64))
+    assert gradient is not None
+    assert not torch.isfinite(gradient(torch.arange(40, 60), 20)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("space", "settings"),
+    [
+        (spaces.MultiDiscrete([2, 3]), {}),
+        (spaces.MultiBinary(3), {}),
+        (spaces.Discrete(2), {"native": False}),
+        (spaces.Discrete(2), {"beta": 0.1}),
+        (spaces.Discrete(2), {"hidden_sizes": ()}),
+    ],
+)
+def test_whatever_else_is_left_to_autograd(space: spaces.Space, settings: dict) -> None:
+    batch = Batch(space, **settings)
+    assert batch.fused(UpdateSettings(epochs=1, minibatch_size=64, beta=settings.get("beta", 0.0))) is None
+
+
+def test_a_network_of_the_users_own_is_left_to_autograd() -> None:
+    own = GRPO(lambda: Scripted(SPACES["two actions"]), preset=None, n_envs=2, network=lambda a, b: torch.nn.Linear(a, b))
+    batch = Batch(SPACES["two actions"])
+    given = (batch.inputs, batch.actions, batch.logp_old, batch.advantages)
+    assert fused_gradient(own.policy, UpdateSettings(epochs=1, minibatch_size=64), *given) is None
+
+
+def test_frozen_parameters_are_left_to_autograd() -> None:
+    batch = Batch(SPACES["two actions"])
+    next(iter(batch.policy.parameters())).requires_grad_(False)
+    assert batch.fused(UpdateSettings(epochs=1, minibatch_size=64)) is None
