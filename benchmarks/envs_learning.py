@@ -255,7 +255,12 @@ def render(runs: list[Run]) -> str:
             text += f"\n## {title}\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
     machines = sorted({f"{run['machine']['cpu']}, {run['machine']['cores']} cores" for run in runs})
     versions = sorted(
-        {f"{name} {run['versions'][name]}" for run in runs for name in ("grouprl", "stable-baselines3") if name in run["versions"]}
+        {
+            f"{name} {run['versions'][name]}"
+            for run in runs
+            for name in ("grouprl", "stable-baselines3")
+            if name in run["versions"]
+        }
     )
     return f"{text}\n{SOURCES}\n\n{', '.join(versions)}; {'; '.join(machines)}.\n"
 

@@ -32,7 +32,7 @@ WORKERS = {
     "trl": (lm_speed.PEER, "lm_worker_trl.py", 360.0),
 }
 LEVELS = (0.5, 0.7, 0.8, 0.9)
-AVERAGED = 3
+AVERAGED = 1
 
 
 def measure(sides: list[str], seeds: list[int]) -> None:
@@ -89,8 +89,8 @@ def table() -> str:
     machine = every[0]["machine"]
     lines = [
         "# Learning nth-word, accuracy against seconds", "",
-        "Made by `python benchmarks/lm_learning.py --table` from `lm_learning.jsonl`. SmolLM2-135M-Instruct, 8 prompts x 8",
-        f"completions a step; greedy accuracy on {lm_work.TASK.held_out} held-out questions every "
+        "Made by `python benchmarks/lm_learning.py --table` from `lm_learning.jsonl`. SmolLM2-135M-Instruct,",
+        f"8 prompts x 8 completions a step; greedy accuracy on {lm_work.TASK.held_out} held-out questions every "
         f"{lm_work.TASK.evaluate_every} steps, mean of the last {AVERAGED} evaluations.",
         "Median (range) over seeds. Seconds are of training; evaluating is left out.  ",
         f"{machine['cpu']}, {machine['cores']} cores, {lm_work.THREADS} threads; "

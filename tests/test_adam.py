@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
-from grouprl.adam import Adam
+from grouprl.adam import Adam, kernels
 
 
 def test_it_takes_the_steps_of_pytorchs_adam() -> None:
@@ -24,6 +25,27 @@ def test_it_takes_the_steps_of_pytorchs_adam() -> None:
         mine.step()
         reference.step()
     torch.testing.assert_close(ours.data, theirs.data, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not kernels.available, reason="there is no C compiler here")
+def test_compiled_code_takes_the_same_steps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(1003, generator=generator)
+    one, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    compiled, plain = Adam(one, 0.01, eps=1e-5), Adam(other, 0.01, eps=1e-5, native=False)
+    assert (compiled.native, plain.native) == (True, False)
+    for step in range(30):
+        gradient = torch.randn(1003, generator=generator) * 10.0 ** (step % 5 - 3)
+        one.grad, other.grad = gradient.clone(), gradient.clone()
+        compiled.step()
+        plain.step()
+    assert float((one - start).abs().max()) > 0.05
+    torch.testing.assert_close(one.data, other.data, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled.second, plain.second, rtol=1e-4, atol=0)
+
+
+def test_what_is_not_float32_is_left_to_torch() -> None:
+    assert not Adam(nn.Parameter(torch.ones(3, dtype=torch.float64)), 0.1).native
 
 
 def test_it_goes_on_from_its_state() -> None:

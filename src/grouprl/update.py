@@ -44,8 +44,8 @@ Evaluate = Callable[[Tensor], Terms]
 
 
 Gradient = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""Maps step indices ``[m]`` and a denominator to the gradient ``[P]`` of their share of the loss, and the sums [surrogate,
-KL, entropy] over the denominator."""
+"""Maps step indices ``[m]`` and a denominator to the gradient ``[P]`` of their share of the loss, and the sums
+[surrogate, KL, entropy] over the denominator."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,8 @@ def _gradient(
             s = torch.stack([policy_loss.detach(), kl.detach(), entropy.detach()])
             g = parameters.gradient(loss)
             gradient, sums = (g, s) if gradient is None or sums is None else (gradient.add_(g), sums.add_(s))
-        assert gradient is not None and sums is not None
+        assert gradient is not None
+        assert sums is not None
         return gradient, sums
 
     n_parts = min(threads, max(1, denominator // MIN_PART)) if pool is not None else 1

@@ -165,7 +165,9 @@ def test_whatever_else_is_left_to_autograd(space: spaces.Space, settings: dict) 
 
 
 def test_a_network_of_the_users_own_is_left_to_autograd() -> None:
-    own = GRPO(lambda: Scripted(SPACES["two actions"]), preset=None, n_envs=2, network=lambda a, b: torch.nn.Linear(a, b))
+    own = GRPO(
+        lambda: Scripted(SPACES["two actions"]), preset=None, n_envs=2, network=lambda a, b: torch.nn.Linear(a, b)
+    )
     batch = Batch(SPACES["two actions"])
     given = (batch.inputs, batch.actions, batch.logp_old, batch.advantages)
     assert fused_gradient(own.policy, UpdateSettings(epochs=1, minibatch_size=64), *given) is None

@@ -33,7 +33,7 @@ def network(widths: tuple[int, ...], activation: str = "tanh", native: bool = Tr
 
 def exact(net: MLP, x: Tensor, weight: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
     """Outputs, gradients of the parameters and of ``x`` for the loss ``sum(weight * out)``, by torch in float64."""
-    twin = network(tuple([x.shape[1], *(layer.out_features for layer in net.layers)]), native=False)  # type: ignore[misc]
+    twin = network((x.shape[1], *(layer.out_features for layer in net.layers)), native=False)  # type: ignore[misc]
     twin.tanh = net.tanh
     twin.load_state_dict(net.state_dict())
     twin, x = twin.double(), x.double().requires_grad_()
@@ -75,7 +75,7 @@ def test_the_hyperbolic_tangent_is_within_4e_7_everywhere() -> None:
     assert float((found - wanted).abs().max()) < 4e-7
     small = x.abs() < 1e-2
     torch.testing.assert_close(found[small], wanted[small], rtol=4e-7, atol=0)
-    assert float(net(torch.tensor([[0.0]]))) == 0.0
+    assert net(torch.tensor([[0.0]])).item() == 0.0
 
 
 @compiled

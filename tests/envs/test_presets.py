@@ -56,7 +56,7 @@ def test_a_preset_holds_only_what_differs_from_the_defaults() -> None:
 
 
 def test_auto_takes_the_preset_named_like_the_environment() -> None:
-    assert GRPO("CartPole-v1").config.n_envs == 32
+    assert GRPO("CartPole-v1").config.n_envs == 50
     assert GRPO("CartPole-v1", preset=None).config == GRPOConfig()
     assert GRPO("CartPole-v0").config == GRPOConfig()
 

@@ -69,7 +69,9 @@ def test_a_processor_that_accepts_nothing_is_said_to(source: Path) -> None:
         kernels.library()
 
 
-@pytest.mark.parametrize(("compiler", "message"), [("/no/such/compiler", "No such file"), ("false", "--version failed")])
+@pytest.mark.parametrize(
+    ("compiler", "message"), [("/no/such/compiler", "No such file"), ("false", "--version failed")]
+)
 def test_a_compiler_that_fails_is_named(
     compiler: str, message: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

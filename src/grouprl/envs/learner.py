@@ -77,7 +77,7 @@ class Learner:
     def __init__(self, policy: Policy, config: GRPOConfig, rng: np.random.Generator) -> None:
         self.policy, self.config, self.rng = policy, config, rng
         self.parameters = FlatParameters(policy)
-        self.optimizer = Adam(self.parameters.vector, config.learning_rate, config.adam_eps)
+        self.optimizer = Adam(self.parameters.vector, config.learning_rate, config.adam_eps, native=config.native)
         self.learning_rate = config.learning_rate
         self.updates = 0
         self.reference: Policy | None = None
@@ -138,7 +138,9 @@ class Learner:
 
         self.optimizer.learning_rate = self.rate(progress)
         advantages = rows(advantages)
-        fused = fused_gradient(self.policy, self.settings, inputs, actions, logp_old, advantages) if mask is None else None
+        fused = (
+            fused_gradient(self.policy, self.settings, inputs, actions, logp_old, advantages) if mask is None else None
+        )
         stats = update(
             evaluate,
             self.parameters,

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -33,6 +34,8 @@ class MLP(nn.Module):
             within rounding.
     """
 
+    in_order: list[nn.Parameter]
+
     def __init__(
         self,
         n_inputs: int,
@@ -52,21 +55,33 @@ class MLP(nn.Module):
             nn.init.orthogonal_(layer.weight, output_gain if i == len(self.layers) - 1 else hidden_gain)
             nn.init.zeros_(layer.bias)
         self.native = native and 1 < len(self.layers) <= DEEPEST and kernels.available
-        self.in_order = [p for layer in self.layers for p in (layer.weight, layer.bias)]  # parameters() is slow
+        self.in_order = list(self.parameters())  # asking for them again and again is slow
 
     def forward(self, x: Tensor) -> Tensor:
         """``[m, n_inputs]`` -> ``[m, n_outputs]``."""
         if self.native and x.device.type == "cpu" and x.dtype == torch.float32:
-            if torch.is_grad_enabled():
-                out: Tensor = _Compiled.apply(x, self.tanh, *self.in_order)  # type: ignore[no-untyped-call]
-                return out
-            return _forward(x.contiguous(), self.tanh, self.in_order)[0]
+            out: Tensor = _Compiled.apply(x, self.tanh, *self.in_order)  # type: ignore[no-untyped-call]
+            return out
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i < last:
                 x = torch.tanh_(x) if self.tanh else torch.relu_(x)
         return x
+
+    def infer(self, x: np.ndarray) -> np.ndarray:
+        """:meth:`forward` without a gradient, of float32 ``x [m, n_inputs]`` as numpy has it."""
+        if not self.native or self.in_order[0].device.type != "cpu":
+            with torch.inference_mode():
+                out: np.ndarray = self(torch.from_numpy(x).to(self.in_order[0].device)).cpu().numpy()
+                return out
+        x = np.ascontiguousarray(x, np.float32)
+        widths = [bias.shape[0] for bias in self.in_order[1::2]]
+        made = np.empty((len(x), widths[-1]), np.float32)
+        hidden = np.empty(len(x) * sum(map(_padded, widths[:-1])), np.float32)
+        addresses = (a.__array_interface__["data"][0] for a in (x, hidden, made))
+        _call(described(self.tanh, self.in_order), len(x), *addresses)
+        return made
 
 
 class _Network(Structure):
@@ -92,10 +107,13 @@ def _forward(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> tuple[Tenso
     rows = len(x)
     hidden = x.new_empty(rows * sum(_padded(bias.shape[0]) for bias in parameters[1:-2:2]))
     out = x.new_empty(rows, parameters[-1].shape[0])
-    pointers = (c_void_p(t.data_ptr()) for t in (x, hidden, out))
-    if kernels.library().grouprl_mlp(described(tanh, parameters), c_size_t(rows), *pointers):
-        raise MemoryError(f"no memory for a network on {rows} rows")
+    _call(described(tanh, parameters), rows, x.data_ptr(), hidden.data_ptr(), out.data_ptr())
     return out, hidden
+
+
+def _call(network: Any, rows: int, *addresses: int) -> None:
+    if kernels.library().grouprl_mlp(network, c_size_t(rows), *map(c_void_p, addresses)):
+        raise MemoryError(f"no memory for a network on {rows} rows")
 
 
 def _padded(n: int) -> int:
@@ -114,7 +132,7 @@ class _Compiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, *parameters = ctx.saved_tensors
         dout = dout.contiguous()

@@ -76,7 +76,13 @@ class Policy(nn.Module):
         n_in = observations.n_flat + ImageEncoder.n_outputs * len(self.encoders)
         self.network = (
             MLP(
-                n_in, n_out, config.hidden_sizes, config.activation, config.hidden_gain, config.output_gain, config.native
+                n_in,
+                n_out,
+                config.hidden_sizes,
+                config.activation,
+                config.hidden_gain,
+                config.output_gain,
+                config.native,
             )
             if network is None
             else network(n_in, n_out)
@@ -150,6 +156,11 @@ class Policy(nn.Module):
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """:meth:`forward` for acting: numpy in, numpy out, no gradient."""
+        if isinstance(self.network, MLP) and list(inputs) == ["flat"]:
+            out = self.network.infer(inputs["flat"])
+            if not self.gaussian:
+                return out
+            return np.concatenate([out, np.broadcast_to(self.log_std.detach().cpu().numpy(), out.shape)], 1)
         device = self.mean.device
         with torch.inference_mode():
             tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in inputs.items()}

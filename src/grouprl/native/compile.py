@@ -16,7 +16,8 @@ from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
-_SHARED = Path(__file__).resolve().parent
+SHARED = Path(__file__).resolve().parent
+"""Where what both arenas use is."""
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-fno-math-errno", "-Wno-psabi")
 
 
@@ -46,7 +47,7 @@ class Kernels:
         accept: Callable[[ctypes.CDLL], bool] = lambda _: True,
     ) -> None:
         self.sources = [folder / name for name in sources]
-        self.headers = [_SHARED / "vector.h", *(folder / name for name in headers)]
+        self.headers = [SHARED / "vector.h", *(folder / name for name in headers)]
         self.variants, self.accept = variants, accept
 
     def library(self) -> ctypes.CDLL:
@@ -65,7 +66,7 @@ class Kernels:
 
     @cached_property
     def _found(self) -> ctypes.CDLL | str:
-        """The compiled functions, or why there are none: text, as an exception would keep what its frames hold alive."""
+        """The compiled functions, or why there are none, as text: an exception would keep what its frames hold."""
         try:
             return self._load()
         except UnavailableError as error:
@@ -104,10 +105,10 @@ class Kernels:
         return digest.hexdigest()[:20]
 
     def _compile(self, compiler: list[str], flags: Sequence[str], path: Path) -> None:
-        """Compile to ``path``. OpenMP's library is not linked: torch has loaded one, and two would fight for the cores."""
+        """Compile to ``path``. OpenMP's library is not linked: torch has loaded one, two would fight for the cores."""
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             for command in (
-                [*compiler, *flags, f"-I{_SHARED}", "-c", *map(str, self.sources)],
+                [*compiler, *flags, f"-I{SHARED}", "-c", *map(str, self.sources)],
                 [*compiler, "-shared", *(f"{source.stem}.o" for source in self.sources), "-o", "kernels.so", "-lm"],
             ):
                 done = _run(command, cwd=scratch)

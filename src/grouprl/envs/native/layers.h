@@ -22,7 +22,9 @@ INLINE int up(int n) { return (n + W - 1) / W * W; }
 /* --- products --------------------------------------------------------------------------------------------------- */
 
 /* c [m][16 n] = bias + a [m][k] b [k][16 n], m and n constants. */
-INLINE void tile(int m, int n, int k, const float *a, int lda, const float *b, int ldb, const float *bias, float *c, int ldc) {
+INLINE void tile(
+    int m, int n, int k, const float *a, int lda, const float *b, int ldb, const float *bias, float *c, int ldc
+) {
     vec s[6][4];
 #pragma GCC unroll 8
     for (int i = 0; i < m; i++)
@@ -69,7 +71,9 @@ INLINE void tile_sum(int m, int n, int rows, const float *a, int lda, const floa
         for (int j = 0; j < n; j++) store(c + (size_t)i * ldc + j * W, s[i][j]);
 }
 
-INLINE void strip(int n, int rows, int k, const float *a, int lda, const float *b, int ldb, const float *bias, float *c, int ldc) {
+INLINE void strip(
+    int n, int rows, int k, const float *a, int lda, const float *b, int ldb, const float *bias, float *c, int ldc
+) {
     int r = 0;
     for (; r + 6 <= rows; r += 6) tile(6, n, k, a + (size_t)r * lda, lda, b, ldb, bias, c + (size_t)r * ldc, ldc);
     for (; r + 2 <= rows; r += 2) tile(2, n, k, a + (size_t)r * lda, lda, b, ldb, bias, c + (size_t)r * ldc, ldc);
@@ -77,14 +81,23 @@ INLINE void strip(int n, int rows, int k, const float *a, int lda, const float *
 }
 
 /* c [rows][columns] = bias + a [rows][k] b [k][columns]; columns is a multiple of 16, bias may be NULL. */
-static void product(int rows, int columns, int k, const float *a, int lda, const float *b, const float *bias, float *c) {
+static void product(
+    int rows, int columns, int k, const float *a, int lda, const float *b, const float *bias, float *c
+) {
     for (int j = 0; j < columns; j += 4 * W) {
         const float *at = bias ? bias + j : NULL;
         switch ((columns - j) / W) {
-        case 1: strip(1, rows, k, a, lda, b + j, columns, at, c + j, columns); break;
-        case 2: strip(2, rows, k, a, lda, b + j, columns, at, c + j, columns); break;
-        case 3: strip(3, rows, k, a, lda, b + j, columns, at, c + j, columns); break;
-        default: strip(4, rows, k, a, lda, b + j, columns, at, c + j, columns);
+        case 1:
+            strip(1, rows, k, a, lda, b + j, columns, at, c + j, columns);
+            break;
+        case 2:
+            strip(2, rows, k, a, lda, b + j, columns, at, c + j, columns);
+            break;
+        case 3:
+            strip(3, rows, k, a, lda, b + j, columns, at, c + j, columns);
+            break;
+        default:
+            strip(4, rows, k, a, lda, b + j, columns, at, c + j, columns);
         }
     }
 }
@@ -98,12 +111,18 @@ INLINE void strip_sum(int n, int m, int rows, const float *a, int lda, const flo
 
 /* c [m][columns] += a [rows][m]^T b [rows][columns]; columns is a multiple of 16. */
 static void product_sum(int m, int columns, int rows, const float *a, int lda, const float *b, float *c) {
-    for (int j = 0; j < columns; j += 4 * W)
-        switch ((columns - j) / W) {
-        case 1: strip_sum(1, m, rows, a, lda, b + j, columns, c + j, columns); break;
-        case 2: strip_sum(2, m, rows, a, lda, b + j, columns, c + j, columns); break;
-        case 3: strip_sum(3, m, rows, a, lda, b + j, columns, c + j, columns); break;
-        default: strip_sum(4, m, rows, a, lda, b + j, columns, c + j, columns);
+    for (int j = 0; j < columns; j += 4 * W) switch ((columns - j) / W) {
+        case 1:
+            strip_sum(1, m, rows, a, lda, b + j, columns, c + j, columns);
+            break;
+        case 2:
+            strip_sum(2, m, rows, a, lda, b + j, columns, c + j, columns);
+            break;
+        case 3:
+            strip_sum(3, m, rows, a, lda, b + j, columns, c + j, columns);
+            break;
+        default:
+            strip_sum(4, m, rows, a, lda, b + j, columns, c + j, columns);
         }
 }
 
@@ -156,9 +175,9 @@ typedef struct {
     const Mlp *net;
     int last, columns[DEEPEST + 1]; /* of layer l's inputs, rounded up to 16 */
     float *room;
-    float *turned[DEEPEST], *bias[DEEPEST];                    /* [in][columns of out] and [columns of out] */
+    float *turned[DEEPEST], *bias[DEEPEST];                       /* [in][columns of out] and [columns of out] */
     float *weight[DEEPEST], *d_weight[DEEPEST], *d_bias[DEEPEST]; /* [out][columns of in]; sums; sums */
-    float *out, *d[2];                                         /* [ROWS][columns] */
+    float *out, *d[2];                                            /* [ROWS][columns] */
 } Work;
 
 INLINE int least(size_t a, int b) { return a < (size_t)b ? (int)a : b; }
@@ -219,7 +238,8 @@ static void backwards(Work *w, int m, const float *x, float *const *hidden, cons
             product_sum(k, w->columns[1], m, x, k, g, w->d_weight[0]);
             if (!dx) return;
             product(m, columns, n, g, ldg, w->weight[0], NULL, w->d[which]);
-            for (int i = 0; i < m; i++) memcpy(dx + (size_t)i * k, w->d[which] + (size_t)i * columns, k * sizeof(float));
+            for (int i = 0; i < m; i++)
+                memcpy(dx + (size_t)i * k, w->d[which] + (size_t)i * columns, k * sizeof(float));
             return;
         }
         product_sum(n, columns, m, g, ldg, hidden[l - 1], w->d_weight[l]);

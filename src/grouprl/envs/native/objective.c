@@ -1,6 +1,6 @@
-/* The gradient of a minibatch's loss in one pass: network, distribution of actions, surrogate, and back again, a few rows
-   at a time. The formulas are those of grouprl.objective.surrogates and grouprl.envs.distributions; tests hold the two
-   to each other. */
+/* The gradient of a minibatch's loss in one pass: network, distribution of actions, surrogate, and back again, a few
+   rows at a time. The formulas are those of grouprl.objective.surrogates and grouprl.envs.distributions; tests hold the
+   two to each other. */
 #include "layers.h"
 
 enum { CLIP, DUAL_CLIP, SPO };
@@ -47,9 +47,9 @@ typedef struct {
     const int64_t *index;
 } Batch;
 
-/* The gradient of (sum over the indexed steps of surrogate - entropy bonus) / denominator by log_std, where there is one,
-   and all weights and biases; sums gets that of the surrogate and that of the entropies, each over denominator.
-   0, or 1 if there is no memory. */
+/* The gradient of (sum over the indexed steps of surrogate - entropy bonus) / denominator by log_std, where there is
+   one, and all weights and biases; sums gets that of the surrogate and that of the entropies, each over denominator. 0,
+   or 1 if there is no memory. */
 int grouprl_objective(
     const Mlp *net, const Objective *o, const Batch *b, size_t rows, double denominator, float *gradient, double *sums
 ) {
