@@ -28,7 +28,7 @@ SHORTCUTS = {
     "prompts-read-once": "the sampler reads and stores a prompt once per completion",
     "compiled-code": "torch operations only",
     "low-precision": "all products in float32",
-    "kept-memory": "freed memory goes back to the system",
+    "kept-memory": "freed memory goes back to the system, and pages are small",
     "packed-attention": "the plain path: transformers' own generate, one completion after another in the learner",
 }
 
@@ -61,7 +61,7 @@ def take_away(shortcuts: list[str]) -> dict[str, Any]:
     if "low-precision" in shortcuts:
         settings["bf16"] = False
     if "kept-memory" in shortcuts:
-        trainer.keep_freed_memory = lambda: None
+        trainer.use_huge_pages = lambda: None
     if "packed-attention" in shortcuts:
         settings["attention"] = "plain"
     return settings

@@ -28,7 +28,7 @@ from grouprl.lm.policy import Policy, sampling_settings
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.samples import Samples
 from grouprl.lm.saving import load_weights, save_model
-from grouprl.memory import keep_freed_memory
+from grouprl.memory import use_huge_pages
 
 
 class GRPOTrainer:
@@ -69,7 +69,7 @@ class GRPOTrainer:
         peft_config: Any = None,
         ref_model: Any = None,
     ) -> None:
-        keep_freed_memory()
+        use_huge_pages()
         self.args = config = _configuration(args)
         self.plan = batch_plan(config)
         self.rewards = RewardCaller(reward_funcs, config.reward_weights)
