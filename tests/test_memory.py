@@ -1,4 +1,4 @@
-"""What the allocator is asked for, seen from the kernel's side; in processes of their own, as it holds for a process."""
+"""What the allocator is asked for, seen from the side of the kernel; each in a process of its own."""
 
 from __future__ import annotations
 
@@ -42,20 +42,3 @@ use_huge_pages(2 << 30)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     assert int(printed(code)) < 20 << 10
-
-
-@linux
-def test_freed_memory_is_used_again() -> None:
-    code = """
-import resource, torch
-from grouprl.memory import keep_freed_memory
-keep_freed_memory()
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-x = torch.ones(16 << 20); del x
-before = faults()
-for _ in range(20):
-    x = torch.ones(16 << 20); del x
-print(faults() - before)
-"""
-    assert int(printed(code)) < 2000  # a page each would be 20 x 16384
