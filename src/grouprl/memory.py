@@ -10,6 +10,7 @@ from typing import Any
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
+ROOM = 8 << 30
 
 
 def _libc() -> Any:
@@ -40,7 +41,7 @@ def keep_freed_memory() -> None:
 
 
 @cache
-def use_huge_pages(room: int = 8 << 30) -> None:
+def use_huge_pages(room: int = ROOM) -> None:
     """Let the next ``room`` bytes of the heap, at most a third of the machine's memory, be made of pages of 2 MB.
 
     Passing over hundreds of megabytes of weights again and again, a processor spends some of its time looking up where
@@ -55,10 +56,30 @@ def use_huge_pages(room: int = 8 << 30) -> None:
     room = min(room, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block = libc.malloc(room)
-    if not block:
+    if block:
+        _name(libc, block, block + room)
+        libc.free(block)  # stays at the end of the heap, where the next blocks are taken from
+
+
+def renew_freed_memory() -> None:
+    """Give what is free within the heap back to the kernel, to be made of pages of 2 MB when it is used again.
+
+    After something large was freed that came before :func:`use_huge_pages`, such as a model that has been copied.
+    """
+    libc = _libc()
+    if libc is None or not use_huge_pages.cache_info().currsize:
         return
-    start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
-    libc.madvise(start, (block + room - start) // _HUGE_PAGE * _HUGE_PAGE, _MADV_HUGEPAGE)
-    libc.free(block)  # stays at the end of the heap, where the next blocks are taken from
+    libc.malloc_trim.argtypes = [ctypes.c_size_t]
+    libc.malloc_trim(ROOM)  # the end of the heap stays
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            if line.rstrip().endswith("[heap]"):
+                _name(libc, *(int(at, 16) for at in line.split()[0].split("-")))
+
+
+def _name(libc: Any, start: int, end: int) -> None:
+    start, end = -(-start // _HUGE_PAGE) * _HUGE_PAGE, end // _HUGE_PAGE * _HUGE_PAGE
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if end > start:
+        libc.madvise(start, end - start, _MADV_HUGEPAGE)

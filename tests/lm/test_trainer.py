@@ -650,3 +650,94 @@ def test_the_example_in_the_style_of_trl_runs(
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     shown = capsys.readouterr().out
     assert [line.split(":")[0] for line in shown.splitlines() if line.startswith("step")] == ["step 1", "step 2"]
+
+
+# --- the best model ---------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A reward that is 0 while training and, in evaluations, what the script says next."""
+
+    __name__ = "scripted"
+
+    def __init__(self, *script: float) -> None:
+        self.script = list(script)
+
+    def __call__(self, prompts: list[Any], **kwargs: Any) -> list[float]:
+        return [self.script.pop(0) if len(prompts) == len(EVAL_ROWS) * 4 else 0.0] * len(prompts)
+
+
+def judged(folder: Path, *script: float, callbacks: Any = (), **settings: Any) -> GRPOTrainer:
+    given = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    made = trainer(
+        folder, reward=[Scripted(*script), REVERSE.reward], reward_weights=[1.0, 1.0], eval_dataset=EVAL_ROWS,
+        metric_for_best_model="rewards/scripted/mean", callbacks=list(callbacks), **given | settings,
+    )  # fmt: skip
+    made.train()
+    return made
+
+
+def test_the_best_checkpoint_is_spared_and_its_model_is_what_training_ends_with(tmp_path: Path) -> None:
+    made = judged(tmp_path, 0.1, 0.9, 0.3, 0.9, 0.2, load_best_model_at_end=True, save_total_limit=1)
+    assert (made.state.best_global_step, made.state.best_metric) == (2, 0.9)
+    assert Path(made.state.best_model_checkpoint) == tmp_path / "checkpoint-2"
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5"]
+    other, last = trainer(tmp_path / "other"), trainer(tmp_path / "last")
+    other.load_weights(tmp_path / "checkpoint-2")
+    last.load_weights(tmp_path / "checkpoint-5")
+    assert same(weights(made), weights(other))
+    assert not same(weights(made), weights(last))
+
+
+def test_less_is_better_where_it_is_said_to_be(tmp_path: Path) -> None:
+    made = judged(tmp_path, 0.4, 0.1, 0.3, 0.2, 0.5, greater_is_better=False)
+    assert made.state.best_global_step == 2
+
+
+def test_without_loading_the_best_the_last_model_stays_and_old_checkpoints_go(tmp_path: Path) -> None:
+    made = judged(tmp_path, 0.9, 0.1, 0.1, 0.1, 0.1, save_total_limit=1)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    last = trainer(tmp_path / "last")
+    last.load_weights(tmp_path / "checkpoint-5")
+    assert same(weights(made), weights(last))
+
+
+def test_transformers_early_stopping_stops(tmp_path: Path) -> None:
+    from transformers import EarlyStoppingCallback
+
+    made = judged(tmp_path, 0.5, 0.6, 0.4, 0.3, 0.2, load_best_model_at_end=True, callbacks=[EarlyStoppingCallback(2)])
+    assert made.state.global_step == 4
+    assert made.state.best_global_step == 2
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'accuracy' is not among .* eval_reward,"):
+        judged(tmp_path, *[0.0] * 5, metric_for_best_model="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric_for_best_model": "reward"}, "there are none; set eval_strategy"),
+        ({"load_best_model_at_end": True}, "there are none; set eval_strategy"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"},
+            "set save_strategy='steps' and save_steps=5",
+        ),
+        ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "set save_strategy='epoch'"),
+    ],
+)
+def test_a_best_model_that_could_not_be_found_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        GRPOConfig(**settings)
+
+
+def test_a_removed_callback_hears_nothing_more(tmp_path: Path) -> None:
+    heard = Heard()
+    made = trainer(tmp_path, max_steps=1, callbacks=[heard])
+    heard.trainer = made
+    assert made.pop_callback(Heard) is heard
+    made.remove_callback(heard)
+    made.remove_callback(Stop)
+    made.train()
+    assert heard.texts == []

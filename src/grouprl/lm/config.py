@@ -213,9 +213,25 @@ class GRPOConfig(BaseModel):
     save_steps: float = Field(500, gt=0, description="optimizer steps between; below 1: share of the run")
     save_total_limit: int | None = Field(None, ge=1, description="checkpoints kept; default: all")
     save_only_model: bool = Field(False, description="save the model alone; such a checkpoint cannot be resumed from")
+    metric_for_best_model: str | None = Field(
+        None,
+        description="the number of an evaluation that says which model is best, such as reward, which is the default "
+        "with load_best_model_at_end",
+    )
+    greater_is_better: bool | None = Field(
+        None, description="whether more of it is better; default: unless its name ends in loss"
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="end with the model of the best checkpoint, which save_total_limit then spares"
+    )
 
     def __init__(self, **values: Any) -> None:
         settings = translate(values, type(self).model_fields)
+        if settings.get("load_best_model_at_end") and settings.get("metric_for_best_model") is None:
+            settings["metric_for_best_model"] = "reward"
+        metric = settings.get("metric_for_best_model")
+        if isinstance(metric, str) and settings.get("greater_is_better") is None:
+            settings["greater_is_better"] = not metric.endswith("loss")
         try:
             super().__init__(**settings)
         except ValidationError as error:

@@ -12,7 +12,12 @@ _CLIPPED_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
 
 def problems(config: GRPOConfig) -> list[str]:
     """What is wrong with the combination of settings and how to fix it, one sentence each; empty if nothing is."""
-    return [*_batch_problems(config), *_advantage_problems(config), *_objective_problems(config)]
+    return [
+        *_batch_problems(config),
+        *_advantage_problems(config),
+        *_objective_problems(config),
+        *_best_problems(config),
+    ]
 
 
 def _batch_problems(c: GRPOConfig) -> list[str]:
@@ -95,4 +100,21 @@ def _objective_problems(c: GRPOConfig) -> list[str]:
             found.append(f"delta={c.delta} must exceed 1 + epsilon_high = {1 + c.clip_high:g}; 3.0 or 4.0 is usual")
     if c.sync_ref_model and c.beta == 0:
         found.append("sync_ref_model=True needs a reference model, which beta=0 has not; set beta, or leave it out")
+    return found
+
+
+def _best_problems(c: GRPOConfig) -> list[str]:
+    found: list[str] = []
+    if c.metric_for_best_model is not None and c.eval_strategy == "no":
+        found.append(
+            f"metric_for_best_model={c.metric_for_best_model!r} is a number of evaluations, and there are none; set "
+            "eval_strategy='steps' or 'epoch', or leave it out"
+        )
+    elif c.load_best_model_at_end:
+        every = {"eval": c.eval_steps or c.logging_steps, "save": c.save_steps}
+        if c.save_strategy != c.eval_strategy or (c.eval_strategy == "steps" and every["eval"] != every["save"]):
+            found.append(
+                "load_best_model_at_end=True needs a checkpoint of every model that is evaluated; set save_strategy="
+                f"{c.eval_strategy!r}" + (f" and save_steps={every['eval']:g}" if c.eval_strategy == "steps" else "")
+            )
     return found

@@ -44,7 +44,6 @@ TRAINER_ARGUMENTS = (
 
 _SAMPLER = "the sampler is built in; leave it out"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
-_BEST = "the last model is the one that is kept; set save_total_limit=None and choose among the checkpoints"
 _PACKED = "completions are packed without padding; leave it out"
 _ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
 _VESPO = "loss_type='vespo' is not offered; loss_type='sapo' is a soft gate as well"
@@ -81,7 +80,6 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
     }),
-    (_BEST, {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}),
     (_LAUNCH, {"local_rank": -1, "fsdp": None, "fsdp_config": None, "deepspeed": None, "accelerator_config": None,
                "parallelism_config": None, "ddp_backend": None}),
     (_COMPILE, {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,

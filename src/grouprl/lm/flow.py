@@ -141,13 +141,40 @@ class Flow:
         self.log(metrics)
         self.event("on_evaluate", metrics=metrics)
 
+    def judge(self, metrics: Metrics) -> None:
+        """Note the model as the best so far, if the numbers of its evaluation say so.
+
+        Raises UsageError if the number that decides is not among them.
+        """
+        wanted = self.config.metric_for_best_model
+        if wanted is None:
+            return
+        name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+        if name not in metrics:
+            raise UsageError(
+                f"metric_for_best_model={wanted!r} is not among the numbers of an evaluation, which are "
+                f"{', '.join(sorted(metrics))}"
+            )
+        value, best = metrics[name], self.state.best_metric
+        if best is None or (value > best if self.config.greater_is_better else value < best):
+            self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+
+    @property
+    def best(self) -> Path | None:
+        """The best model's checkpoint, if there is one."""
+        step = self.state.best_global_step
+        path = self.output_dir / f"checkpoint-{step}"
+        return path if step is not None and path.is_dir() else None
+
     def saved(self, path: Path) -> None:
         """A checkpoint was written: drop the oldest ones beyond the limit."""
         self.control.should_save = False
+        self.state.best_model_checkpoint = None if self.best is None else str(self.best)
         limit = self.config.save_total_limit
         if limit is not None:
+            spared = (path, self.best) if self.config.load_best_model_at_end else (path,)
             for old in checkpoint.existing(self.output_dir)[:-limit]:
-                if old != path:
+                if old not in spared:
                     shutil.rmtree(old)
         self.event("on_save")
 

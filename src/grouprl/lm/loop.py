@@ -87,9 +87,11 @@ class Run:
             metrics["step_time"] = time.perf_counter() - began_step
             flow.stepped(metrics, self.order.epoch)
             if flow.control.should_evaluate:
-                self.trainer.evaluate()
+                flow.judge(self.trainer.evaluate())
             if flow.control.should_save:
                 self.save()
+        if self.config.load_best_model_at_end and flow.best is not None:
+            self.trainer.load_weights(flow.best)
         flow.event("on_train_end")
         flow.end()
         seconds = time.perf_counter() - began

@@ -28,7 +28,7 @@ from grouprl.lm.policy import Policy, sampling_settings
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.samples import Samples
 from grouprl.lm.saving import load_weights, save_model
-from grouprl.memory import use_huge_pages
+from grouprl.memory import renew_freed_memory, use_huge_pages
 
 
 class GRPOTrainer:
@@ -97,6 +97,7 @@ class GRPOTrainer:
         else:
             _check_optimizer(self.optimizer, self.parameters)
         self.flow = Flow(self, list(callbacks or []))
+        renew_freed_memory()
         self.last_samples: Samples | None = None
         """What the last optimizer step learned from (its whole generation)."""
 
@@ -133,11 +134,12 @@ class GRPOTrainer:
                 )
             wanted = newest
         found = checkpoint.read(Path(wanted))
-        self._load_weights(Path(wanted))
+        self.load_weights(Path(wanted))
         return found
 
     @torch.no_grad()
-    def _load_weights(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
+        """Go on with the weights saved in ``folder``, as :meth:`save_model` and checkpoints write them."""
         load_weights(self.model, folder)
 
     # --- evaluation, prediction, saving ------------------------------------------------------------------------------
