@@ -48,18 +48,9 @@ def measure(sides: list[str], seeds: list[int]) -> None:
             print(f"{side} seed {seed}: {last['accuracy']:.3f} after {last['step']} steps, {last['seconds']:.0f} s")
 
 
-def smoothed(curve: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The curve with each accuracy the mean of the last ``AVERAGED`` evaluations: 64 questions are few."""
-    out = []
-    for i, point in enumerate(curve):
-        recent = [p["accuracy"] for p in curve[max(0, i + 1 - AVERAGED) : i + 1]]
-        out.append({**point, "accuracy": sum(recent) / len(recent)})
-    return out
-
-
 def reached(curve: list[dict[str, float]], level: float) -> dict[str, float] | None:
-    """The first point of the smoothed curve at or above ``level``."""
-    return next((point for point in smoothed(curve) if point["accuracy"] >= level), None)
+    """The first point of the curve at or above ``level``."""
+    return next((point for point in curve if point["accuracy"] >= level), None)
 
 
 def newest() -> dict[str, dict[int, dict[str, Any]]]:
@@ -87,38 +78,39 @@ def table() -> str:
     every = [run for seeds in runs.values() for run in seeds.values()]
     versions = sorted({item for run in every for item in run["versions"].items()})
     machine = every[0]["machine"]
+    common = min(int(run["curve"][-1]["step"]) for run in every)
     lines = [
         "# Learning nth-word, accuracy against seconds", "",
         "Made by `python benchmarks/lm_learning.py --table` from `lm_learning.jsonl`. SmolLM2-135M-Instruct,",
         f"8 prompts x 8 completions a step; greedy accuracy on {lm_work.TASK.held_out} held-out questions every "
-        f"{lm_work.TASK.evaluate_every} steps, mean of the last {AVERAGED} evaluations.",
+        f"{lm_work.TASK.evaluate_every} steps.",
         "Median (range) over seeds. Seconds are of training; evaluating is left out.  ",
         f"{machine['cpu']}, {machine['cores']} cores, {lm_work.THREADS} threads; "
         + ", ".join(f"{name} {version}" for name, version in versions) + ".", "",
-        "| side | seeds | seconds a step | " + " | ".join(f"steps to {level}" for level in LEVELS) + " |",
-        "| --- | --- | --- |" + " --- |" * len(LEVELS),
+        f"| side | seeds | seconds a step | accuracy after {common} steps | seconds to that | at the end | after |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    for field, title, digits in (("step", "", 0), ("seconds", "seconds to", 0)):
-        if title:
-            lines += [
-                "", "| side | seeds | accuracy at the end | "
-                + " | ".join(f"{title} {level}" for level in LEVELS) + " |",
-                "| --- | --- | --- |" + " --- |" * len(LEVELS),
-            ]  # fmt: skip
+    for side, seeds in runs.items():
+        curves = [run["curve"] for run in seeds.values()]
+        last, then = [c[-1] for c in curves], [next(p for p in c if p["step"] == common) for c in curves]
+        cells = [
+            side,
+            ", ".join(map(str, seeds)),
+            _spread([p["seconds"] / p["step"] for p in last], 2),
+            _spread([p["accuracy"] for p in then], 2),
+            _spread([p["seconds"] for p in then], 0),
+            _spread([p["accuracy"] for p in last], 2),
+            f"{statistics.median(p['step'] for p in last):.0f} steps, "
+            f"{statistics.median(p['seconds'] for p in last):.0f} s",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    for field in ("step", "seconds"):
+        names = " | ".join(f"{field}s to {level}".replace("secondss", "seconds") for level in LEVELS)
+        lines += ["", f"| side | {names} |", "| --- |" + " --- |" * len(LEVELS)]
         for side, seeds in runs.items():
-            curves = [run["curve"] for run in seeds.values()]
-            cells = []
-            for level in LEVELS:
-                points = [reached(curve, level) for curve in curves]
-                cells.append(_spread([point[field] if point else None for point in points], digits))
-            last = [smoothed(curve)[-1] for curve in curves]
-            first = (
-                _spread([point["accuracy"] for point in last], 2)
-                + f" after {statistics.median(p['seconds'] for p in last):.0f} s"
-                if title
-                else _spread([point["seconds"] / point["step"] for point in last], 2)
-            )
-            lines.append(f"| {side} | {', '.join(map(str, seeds))} | {first} | " + " | ".join(cells) + " |")
+            points = [[reached(run["curve"], level) for run in seeds.values()] for level in LEVELS]
+            cells = [_spread([p[field] if p else None for p in row], 0) for row in points]
+            lines.append(f"| {side} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +122,7 @@ def draw(path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     for colour, (side, seeds) in zip(("C0", "C1"), newest().items(), strict=False):
         for i, run in enumerate(seeds.values()):
-            curve = smoothed(run["curve"])
+            curve = run["curve"]
             for axes, field in ((left, "seconds"), (right, "step")):
                 axes.plot(
                     [point[field] for point in curve],

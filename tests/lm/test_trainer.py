@@ -668,10 +668,13 @@ class Scripted:
 
 
 def judged(folder: Path, *script: float, callbacks: Any = (), **settings: Any) -> GRPOTrainer:
-    given = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    given = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 5,
+        "metric_for_best_model": "rewards/scripted/mean",
+    }  # fmt: skip
     made = trainer(
         folder, reward=[Scripted(*script), REVERSE.reward], reward_weights=[1.0, 1.0], eval_dataset=EVAL_ROWS,
-        metric_for_best_model="rewards/scripted/mean", callbacks=list(callbacks), **given | settings,
+        callbacks=list(callbacks), **given | settings,
     )  # fmt: skip
     made.train()
     return made
