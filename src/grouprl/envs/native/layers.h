@@ -21,22 +21,24 @@ INLINE int up(int n) { return (n + W - 1) / W * W; }
 
 /* --- products --------------------------------------------------------------------------------------------------- */
 
-/* c [m][16 n] = bias + a [m][k] b [k][16 n], m and n constants. */
+/* c [m][16 n] = start + a [m][k] b [k][16 n], m and n constants. Rows of a lie `down` apart, columns `along`; those of
+   start `start_down`: 0 where all rows begin with the same, and nothing where it is NULL. */
 INLINE void tile(
-    int m, int n, int k, const float *a, int lda, const float *b, int ldb, const float *bias, float *c, int ldc
+    int m, int n, int k, const float *a, size_t down, size_t along, const float *b, int ldb, const float *start,
+    int start_down, float *c, int ldc
 ) {
     vec s[6][4];
 #pragma GCC unroll 8
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 8
-        for (int j = 0; j < n; j++) s[i][j] = bias ? load(bias + j * W) : all(0);
+        for (int j = 0; j < n; j++) s[i][j] = start ? load(start + (size_t)i * start_down + j * W) : all(0);
     for (int t = 0; t < k; t++) {
         vec w[4];
 #pragma GCC unroll 8
         for (int j = 0; j < n; j++) w[j] = load(b + (size_t)t * ldb + j * W);
 #pragma GCC unroll 8
         for (int i = 0; i < m; i++) {
-            vec x = all(a[(size_t)i * lda + t]);
+            vec x = all(a[i * down + t * along]);
 #pragma GCC unroll 8
             for (int j = 0; j < n; j++) s[i][j] += x * w[j];
         }
@@ -47,83 +49,57 @@ INLINE void tile(
         for (int j = 0; j < n; j++) store(c + (size_t)i * ldc + j * W, s[i][j]);
 }
 
-/* c [m][16 n] += a [rows][m]^T b [rows][16 n], m and n constants. */
-INLINE void tile_sum(int m, int n, int rows, const float *a, int lda, const float *b, int ldb, float *c, int ldc) {
-    vec s[6][4];
-#pragma GCC unroll 8
-    for (int i = 0; i < m; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < n; j++) s[i][j] = load(c + (size_t)i * ldc + j * W);
-    for (int r = 0; r < rows; r++) {
-        vec w[4];
-#pragma GCC unroll 8
-        for (int j = 0; j < n; j++) w[j] = load(b + (size_t)r * ldb + j * W);
-#pragma GCC unroll 8
-        for (int i = 0; i < m; i++) {
-            vec x = all(a[(size_t)r * lda + i]);
-#pragma GCC unroll 8
-            for (int j = 0; j < n; j++) s[i][j] += x * w[j];
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < m; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < n; j++) store(c + (size_t)i * ldc + j * W, s[i][j]);
-}
-
+/* The same for any m; n stays a constant. */
 INLINE void strip(
-    int n, int rows, int k, const float *a, int lda, const float *b, int ldb, const float *bias, float *c, int ldc
+    int n, int m, int k, const float *a, size_t down, size_t along, const float *b, const float *start, int start_down,
+    float *c, int ld
 ) {
-    int r = 0;
-    for (; r + 6 <= rows; r += 6) tile(6, n, k, a + (size_t)r * lda, lda, b, ldb, bias, c + (size_t)r * ldc, ldc);
-    for (; r + 2 <= rows; r += 2) tile(2, n, k, a + (size_t)r * lda, lda, b, ldb, bias, c + (size_t)r * ldc, ldc);
-    if (r < rows) tile(1, n, k, a + (size_t)r * lda, lda, b, ldb, bias, c + (size_t)r * ldc, ldc);
+    int i = 0;
+#define ROWS_OF(count)                                                                                                 \
+    for (; i + count <= m; i += count)                                                                                 \
+    tile(                                                                                                              \
+        count, n, k, a + i * down, down, along, b, ld, start ? start + (size_t)i * start_down : NULL, start_down,      \
+        c + (size_t)i * ld, ld                                                                                         \
+    )
+    ROWS_OF(6);
+    ROWS_OF(2);
+    ROWS_OF(1);
+#undef ROWS_OF
 }
 
-/* c [rows][columns] = bias + a [rows][k] b [k][columns]; columns is a multiple of 16, bias may be NULL. */
+/* The same for any number of columns that is a multiple of 16, all of which b, start and c have. */
+INLINE void product_of(
+    int m, int columns, int k, const float *a, size_t down, size_t along, const float *b, const float *start,
+    int start_down, float *c
+) {
+    for (int j = 0; j < columns; j += 4 * W) {
+        const float *from = start ? start + j : NULL;
+        switch ((columns - j) / W) {
+        case 1:
+            strip(1, m, k, a, down, along, b + j, from, start_down, c + j, columns);
+            break;
+        case 2:
+            strip(2, m, k, a, down, along, b + j, from, start_down, c + j, columns);
+            break;
+        case 3:
+            strip(3, m, k, a, down, along, b + j, from, start_down, c + j, columns);
+            break;
+        default:
+            strip(4, m, k, a, down, along, b + j, from, start_down, c + j, columns);
+        }
+    }
+}
+
+/* c [rows][columns] = bias + a [rows][k] b [k][columns]; bias may be NULL. */
 static void product(
     int rows, int columns, int k, const float *a, int lda, const float *b, const float *bias, float *c
 ) {
-    for (int j = 0; j < columns; j += 4 * W) {
-        const float *at = bias ? bias + j : NULL;
-        switch ((columns - j) / W) {
-        case 1:
-            strip(1, rows, k, a, lda, b + j, columns, at, c + j, columns);
-            break;
-        case 2:
-            strip(2, rows, k, a, lda, b + j, columns, at, c + j, columns);
-            break;
-        case 3:
-            strip(3, rows, k, a, lda, b + j, columns, at, c + j, columns);
-            break;
-        default:
-            strip(4, rows, k, a, lda, b + j, columns, at, c + j, columns);
-        }
-    }
+    product_of(rows, columns, k, a, lda, 1, b, bias, 0, c);
 }
 
-INLINE void strip_sum(int n, int m, int rows, const float *a, int lda, const float *b, int ldb, float *c, int ldc) {
-    int i = 0;
-    for (; i + 6 <= m; i += 6) tile_sum(6, n, rows, a + i, lda, b, ldb, c + (size_t)i * ldc, ldc);
-    for (; i + 2 <= m; i += 2) tile_sum(2, n, rows, a + i, lda, b, ldb, c + (size_t)i * ldc, ldc);
-    if (i < m) tile_sum(1, n, rows, a + i, lda, b, ldb, c + (size_t)i * ldc, ldc);
-}
-
-/* c [m][columns] += a [rows][m]^T b [rows][columns]; columns is a multiple of 16. */
+/* c [m][columns] += a [rows][m]^T b [rows][columns]. */
 static void product_sum(int m, int columns, int rows, const float *a, int lda, const float *b, float *c) {
-    for (int j = 0; j < columns; j += 4 * W) switch ((columns - j) / W) {
-        case 1:
-            strip_sum(1, m, rows, a, lda, b + j, columns, c + j, columns);
-            break;
-        case 2:
-            strip_sum(2, m, rows, a, lda, b + j, columns, c + j, columns);
-            break;
-        case 3:
-            strip_sum(3, m, rows, a, lda, b + j, columns, c + j, columns);
-            break;
-        default:
-            strip_sum(4, m, rows, a, lda, b + j, columns, c + j, columns);
-        }
+    product_of(m, columns, rows, a, 1, lda, b, c, columns, c);
 }
 
 /* --- activations ------------------------------------------------------------------------------------------------ */
