@@ -290,6 +290,12 @@ def main() -> None:
     if not given.table:
         from grouprl.envs import presets
 
+        if given.ppo and (given.default or given.set):
+            parser.error("--ppo has settings of its own; leave --default and --set out")
+        if given.ppo and (unknown := set(given.env or []) - set(zoo_ppo.SETTINGS)):
+            parser.error(
+                f"there are no PPO settings for {', '.join(sorted(unknown))}, but for {', '.join(zoo_ppo.SETTINGS)}"
+            )
         mode = "ppo" if given.ppo else "default" if given.default else "preset"
         every = zoo_ppo.SETTINGS if given.ppo else [name for name in presets.names() if name != "tutorial"]
         settings = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in given.set)}

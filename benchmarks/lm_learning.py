@@ -1,6 +1,6 @@
 """Accuracy against seconds of training: grouprl beside TRL on "nth-word", the same hyper-parameters, several seeds.
 
-    python benchmarks/lm_learning.py                    # both sides in turn, seeds 0, 1, 2: about 45 minutes
+    python benchmarks/lm_learning.py                    # both sides in turn, seeds 0, 1, 2: about 35 minutes
     python benchmarks/lm_learning.py --side grouprl     # one side alone
     python benchmarks/lm_learning.py --table            # write the table and the picture again, measure nothing
 
@@ -32,7 +32,6 @@ WORKERS = {
     "trl": (lm_speed.PEER, "lm_worker_trl.py", 360.0),
 }
 LEVELS = (0.5, 0.7, 0.8, 0.9)
-AVERAGED = 1
 
 
 def measure(sides: list[str], seeds: list[int]) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 _HUGE_PAGE = 2 << 20
@@ -72,10 +73,13 @@ def renew_freed_memory() -> None:
         return
     libc.malloc_trim.argtypes = [ctypes.c_size_t]
     libc.malloc_trim(ROOM)  # the end of the heap stays
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        for line in maps:
-            if line.rstrip().endswith("[heap]"):
-                _name(libc, *(int(at, 16) for at in line.split()[0].split("-")))
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:  # not mounted: pages stay small
+        return
+    for line in maps.splitlines():
+        if line.endswith("[heap]"):
+            _name(libc, *(int(at, 16) for at in line.split()[0].split("-")))
 
 
 def _name(libc: Any, start: int, end: int) -> None:

@@ -156,9 +156,11 @@ def update(
         gradient_of: gives the gradient in the place of autograd through ``evaluate``; all weights are then equal.
 
     Raises:
-        TrainingError: the gradient is not finite; the parameters are left as they were before that step.
+        TrainingError: there is no step, or the gradient is not finite; the parameters are left as they were before.
     """
     n = logp_old.shape[0]
+    if n == 0:
+        raise TrainingError("the batch holds no step to learn from; collect more steps, or lower sticky")
     probe = torch.from_numpy(rng.permutation(n)[:2048]).to(logp_old.device)
     totals = torch.zeros(3, device=logp_old.device)
     steps = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium as gym
 import numpy as np
@@ -71,11 +72,11 @@ class Batch:
 
     def by_autograd(self, index: Tensor, settings: UpdateSettings) -> tuple[Tensor, Tensor]:
         network = self.policy.network
-        network.native = False
+        network.prefer_native = False
         parameters = self.agent.learner.parameters
         given = (parameters, index, self.logp_old, self.advantages, None, settings, None, 1, None)
         gradient, sums = _gradient(self.evaluate, *given)
-        network.native = True
+        network.prefer_native = True
         return gradient, sums
 
     def fused(self, settings: UpdateSettings) -> Gradient | None:
@@ -112,6 +113,29 @@ def test_a_step_gone_far_astray_is_pulled_back_as_by_autograd(surrogate: str) ->
     assert torch.isfinite(found).all()
     assert float(wanted.norm()) > 1e3
     assert float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("hidden", [(33,), (7, 100, 3), (64, 64, 64)])
+@pytest.mark.parametrize("space", [spaces.Discrete(19), spaces.Box(-1, 1, (18,), np.float32)])
+def test_widths_that_are_no_multiple_of_16_and_more_outputs_than_that(space: spaces.Space, hidden: tuple) -> None:
+    batch, settings = Batch(space, hidden_sizes=hidden), UpdateSettings(epochs=1, minibatch_size=64, entropy_coef=0.1)
+    gradient = batch.fused(settings)
+    assert gradient is not None
+    rows = torch.arange(3, 200)
+    found, _ = gradient(rows, 197)
+    wanted, _ = batch.by_autograd(rows, settings)
+    assert float((found - wanted).norm()) <= 5e-5 * float(wanted.norm())
+
+
+def test_two_threads_at_once_give_what_one_after_the_other_gives() -> None:
+    batch = Batch(SPACES["seven actions"])
+    gradient = batch.fused(UpdateSettings(epochs=1, minibatch_size=64))
+    assert gradient is not None
+    parts = [torch.randperm(500, generator=torch.Generator().manual_seed(i))[:400] for i in range(20)]
+    wanted = [gradient(part, 400)[0] for part in parts]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda part: gradient(part, 400)[0], parts))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_parts_add_up_to_the_whole() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import platform
 import shutil
 import sys
@@ -117,6 +119,59 @@ def test_no_hidden_layer_or_too_many_are_torch_operations(hidden: tuple[int, ...
 def test_other_number_types_are_torch_operations() -> None:
     net = network((3, 8, 2)).double()
     assert net(torch.zeros(5, 3, dtype=torch.float64)).dtype == torch.float64
+
+
+@compiled
+@pytest.mark.parametrize("shape", [(5, 2), (5, 9), (4,), (0, 3)])
+def test_inputs_that_do_not_fit_are_torchs_own_error(shape: tuple[int, ...]) -> None:
+    net = network((4, 8, 2))
+    for call in (lambda: net(torch.zeros(shape)), lambda: net.infer(np.zeros(shape, np.float32))):
+        if shape == (4,):
+            assert call().shape == (2,)
+        else:
+            with pytest.raises(RuntimeError, match="mat1 and mat2"):
+                call()
+
+
+@compiled
+def test_parameters_that_compiled_code_cannot_read_are_left_to_torch() -> None:
+    net = network((4, 8, 2))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    wanted = net(x)
+    net.layers[0].weight.data = net.layers[0].weight.data.t().contiguous().t()
+    torch.testing.assert_close(net(x), wanted)
+    net.double()
+    with pytest.raises(RuntimeError, match="dtype"):
+        net(x)
+
+
+@compiled
+def test_parameters_that_were_replaced_are_the_ones_that_count() -> None:
+    net = network((4, 8, 2))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    before = net(x)
+    zeros = {name: torch.zeros_like(value) for name, value in net.state_dict().items()}
+    assert not torch.func.functional_call(net, zeros, (x,)).any()
+    twin = copy.deepcopy(net)
+    twin.load_state_dict(zeros, assign=True)
+    assert not twin(x).any()
+    assert not twin.infer(x.numpy()).any()
+    assert torch.equal(net(x), before)
+
+
+@compiled
+def test_calls_leave_nothing_behind() -> None:
+    net = network((4, 8, 2))
+    x = np.zeros((3, 4), np.float32)
+    net.infer(x)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(100):
+            net.infer(x)
+        assert gc.collect() < 50
+    finally:
+        gc.enable()
 
 
 def test_without_a_compiler_it_is_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import resource
 import runpy
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -690,6 +691,30 @@ def test_the_best_checkpoint_is_spared_and_its_model_is_what_training_ends_with(
     last.load_weights(tmp_path / "checkpoint-5")
     assert same(weights(made), weights(other))
     assert not same(weights(made), weights(last))
+
+
+def test_the_best_model_is_found_again_by_a_run_that_was_resumed_elsewhere(tmp_path: Path) -> None:
+    judged(tmp_path / "a", 0.1, 0.9, max_steps=2, load_best_model_at_end=True)
+    rest = trainer(
+        tmp_path / "b", reward=[Scripted(0.3, 0.2), REVERSE.reward], reward_weights=[1.0, 1.0], max_steps=4,
+        eval_dataset=EVAL_ROWS, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="rewards/scripted/mean",
+    )  # fmt: skip
+    rest.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
+    assert Path(rest.state.best_model_checkpoint) == tmp_path / "a" / "checkpoint-2"
+    best = trainer(tmp_path / "c")
+    best.load_weights(tmp_path / "a" / "checkpoint-2")
+    assert same(weights(rest), weights(best))
+
+
+def test_a_best_model_that_is_gone_is_missed_aloud(tmp_path: Path) -> None:
+    class Removes(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                shutil.rmtree(tmp_path / "checkpoint-2")
+
+    with pytest.warns(UserWarning, match="the best model, of step 2, is in no checkpoint"):
+        judged(tmp_path, 0.1, 0.9, 0.3, 0.5, 0.2, load_best_model_at_end=True, callbacks=[Removes()])
 
 
 def test_less_is_better_where_it_is_said_to_be(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,29 @@ def test_a_compiler_that_fails_is_named(
     with pytest.raises(UnavailableError, match=message) as caught:
         Kernels(source, ["answer.c"], variants=[("-DVALUE=1",)]).library()
     assert compiler in str(caught.value)
+
+
+def test_without_a_home_folder_the_result_is_kept_among_temporary_files(
+    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def nobody_knows(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(nobody_knows))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert Kernels(source, ["answer.c"], variants=[("-DVALUE=26",)]).library().answer() == 42
+    assert list(tmp_path.glob("grouprl-*/kernels-*.so"))
+
+
+def test_sources_that_are_missing_and_commands_that_are_none_are_said_to_be(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnavailableError, match=r"nowhere\.c"):
+        Kernels(source, ["nowhere.c"]).library()
+    monkeypatch.setenv("CC", "cc 'unfinished")
+    with pytest.raises(UnavailableError, match="No closing quotation"):
+        Kernels(source, ["answer.c"]).library()
 
 
 def test_what_the_compiler_says_of_a_mistake_is_passed_on(source: Path, own_cache: Path) -> None:

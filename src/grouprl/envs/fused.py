@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_size_t, c_void_p
-from typing import Any
+from ctypes import Structure, c_double, c_float, c_int32, c_size_t, c_void_p
 
 import torch
 from torch import Tensor
@@ -58,6 +57,8 @@ def fused_gradient(
         or list(inputs) != ["flat"]
         or settings.beta > 0
         or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (inputs["flat"], logp_old, advantages))
+        or actions.device.type != "cpu"
+        or actions.dtype != (torch.float32 if gaussian else torch.int64)
         or not all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in policy.parameters())
     ):
         return None
@@ -75,19 +76,16 @@ def fused_gradient(
 
     def gradient(index: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
         assert kept  # read by their addresses
-        made, sums = torch.empty(size), (c_double * 2)()
+        made, sums = torch.empty(size, dtype=torch.float32, device="cpu"), (c_double * 2)()
         index = index.contiguous()
         batch = _Batch(x, old, a, chosen, index.data_ptr())
         failed = library.grouprl_objective(
-            net, _at(objective, _Objective), _at(batch, _Batch), c_size_t(len(index)), c_double(denominator),
-            c_void_p(made.data_ptr()), sums,
+            ctypes.byref(net), ctypes.byref(objective), ctypes.byref(batch), c_size_t(len(index)),
+            c_double(denominator), c_void_p(made.data_ptr()), sums,
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the gradient of {len(index)} steps")
-        return made, torch.tensor([sums[0], 0.0, sums[1] if settings.entropy_coef > 0 else 0.0])
+        entropy = sums[1] if settings.entropy_coef > 0 else 0.0
+        return made, torch.tensor([sums[0], 0.0, entropy], dtype=torch.float32, device="cpu")
 
     return gradient
-
-
-def _at(struct: Any, kind: Any) -> Any:
-    return ctypes.cast(ctypes.pointer(struct), POINTER(kind))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_int32, c_size_t, c_void_p
+from ctypes import Structure, c_int32, c_size_t, c_void_p
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,8 @@ class MLP(nn.Module):
         activation: ``"tanh"`` or ``"relu"``, after every layer but the last.
         hidden_gain, output_gain: of the orthogonal initialisation.
         native: compiled code for float32 on CPUs, where there is a compiler; torch operations otherwise. They agree
-            within rounding.
+            within rounding. Hooks on single layers do not run with it.
     """
-
-    in_order: list[nn.Parameter]
 
     def __init__(
         self,
@@ -54,13 +52,32 @@ class MLP(nn.Module):
             assert isinstance(layer, nn.Linear)
             nn.init.orthogonal_(layer.weight, output_gain if i == len(self.layers) - 1 else hidden_gain)
             nn.init.zeros_(layer.bias)
-        self.native = native and 1 < len(self.layers) <= DEEPEST and kernels.available
-        self.in_order = list(self.parameters())  # asking for them again and again is slow
+        self.prefer_native = native
+
+    @property
+    def native(self) -> bool:
+        """Whether compiled code can do it here."""
+        return self.prefer_native and 1 < len(self.layers) <= DEEPEST and kernels.available
+
+    @property
+    def in_order(self) -> list[Tensor]:
+        """Weight ``[out, in]`` and bias ``[out]`` of each layer in turn, as they are now."""
+        return [p for layer in self.layers for p in (layer.weight, layer.bias)]  # type: ignore[misc]
+
+    def _compiled(self, parameters: Sequence[Tensor], n_dimensions: int, width: int) -> bool:
+        """Whether compiled code can read the parameters, and inputs of that shape; torch says what is wrong if not."""
+        return (
+            self.native
+            and n_dimensions == 2
+            and width == parameters[0].shape[1]
+            and all(p.dtype == torch.float32 and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``[m, n_inputs]`` -> ``[m, n_outputs]``."""
-        if self.native and x.device.type == "cpu" and x.dtype == torch.float32:
-            out: Tensor = _Compiled.apply(x, self.tanh, *self.in_order)  # type: ignore[no-untyped-call]
+        parameters = self.in_order
+        if x.device.type == "cpu" and x.dtype == torch.float32 and self._compiled(parameters, x.ndim, x.shape[-1]):
+            out: Tensor = _Compiled.apply(x, self.tanh, *parameters)  # type: ignore[no-untyped-call]
             return out
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
@@ -71,16 +88,17 @@ class MLP(nn.Module):
 
     def infer(self, x: np.ndarray) -> np.ndarray:
         """:meth:`forward` without a gradient, of float32 ``x [m, n_inputs]`` as numpy has it."""
-        if not self.native or self.in_order[0].device.type != "cpu":
+        parameters = self.in_order
+        if x.dtype != np.float32 or not self._compiled(parameters, x.ndim, x.shape[-1]):
             with torch.inference_mode():
-                out: np.ndarray = self(torch.from_numpy(x).to(self.in_order[0].device)).cpu().numpy()
+                out: np.ndarray = self(torch.from_numpy(x).to(parameters[0].device)).cpu().numpy()
                 return out
-        x = np.ascontiguousarray(x, np.float32)
-        widths = [bias.shape[0] for bias in self.in_order[1::2]]
+        x = np.ascontiguousarray(x)
+        widths = [bias.shape[0] for bias in parameters[1::2]]
         made = np.empty((len(x), widths[-1]), np.float32)
         hidden = np.empty(len(x) * sum(map(_padded, widths[:-1])), np.float32)
         addresses = (a.__array_interface__["data"][0] for a in (x, hidden, made))
-        _call(described(self.tanh, self.in_order), len(x), *addresses)
+        _call(described(self.tanh, parameters), len(x), *addresses)
         return made
 
 
@@ -99,7 +117,7 @@ def described(tanh: bool, parameters: Sequence[Tensor]) -> Any:
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         struct.width[i + 1] = weight.shape[0]
         struct.weight[i], struct.bias[i] = weight.data_ptr(), bias.data_ptr()
-    return ctypes.cast(ctypes.pointer(struct), POINTER(_Network))
+    return struct
 
 
 def _forward(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -112,7 +130,7 @@ def _forward(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> tuple[Tenso
 
 
 def _call(network: Any, rows: int, *addresses: int) -> None:
-    if kernels.library().grouprl_mlp(network, c_size_t(rows), *map(c_void_p, addresses)):
+    if kernels.library().grouprl_mlp(ctypes.byref(network), c_size_t(rows), *map(c_void_p, addresses)):
         raise MemoryError(f"no memory for a network on {rows} rows")
 
 
@@ -141,7 +159,7 @@ class _Compiled(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         pointers = (c_void_p(t.data_ptr()) for t in (x, hidden, dout, gradient))
         failed = kernels.library().grouprl_mlp_gradient(
-            described(ctx.tanh, parameters), c_size_t(len(x)), *pointers,
+            ctypes.byref(described(ctx.tanh, parameters)), c_size_t(len(x)), *pointers,
             c_void_p(None if dx is None else dx.data_ptr()),
         )  # fmt: skip
         if failed:

@@ -227,11 +227,6 @@ class GRPOConfig(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         settings = translate(values, type(self).model_fields)
-        if settings.get("load_best_model_at_end") and settings.get("metric_for_best_model") is None:
-            settings["metric_for_best_model"] = "reward"
-        metric = settings.get("metric_for_best_model")
-        if isinstance(metric, str) and settings.get("greater_is_better") is None:
-            settings["greater_is_better"] = not metric.endswith("loss")
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -310,6 +305,10 @@ class GRPOConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> GRPOConfig:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            object.__setattr__(self, "metric_for_best_model", "reward")
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
         found = problems(self)
         if found:
             raise ValueError("; ".join(found))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from contextlib import ExitStack
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,17 @@ class Flow:
         enabled = None if config.disable_tqdm is None else not config.disable_tqdm
         self._progress = self._stack.enter_context(Progress(total, enabled, done=done))
 
+    def load_best(self) -> None:
+        """Go back to the best model, or say why that is not possible."""
+        if self.best is not None:
+            self.trainer.load_weights(self.best)
+        elif self.state.best_global_step is not None:
+            warnings.warn(
+                f"the best model, of step {self.state.best_global_step}, is in no checkpoint any more (it was "
+                f"{self.state.best_model_checkpoint}); the last one is kept",
+                stacklevel=2,
+            )
+
     def end(self) -> None:
         """Log what is left."""
         if self._sums and self.config.logging_strategy != "no":
@@ -156,20 +169,26 @@ class Flow:
                 f"{', '.join(sorted(metrics))}"
             )
         value, best = metrics[name], self.state.best_metric
-        if best is None or (value > best if self.config.greater_is_better else value < best):
+        if isfinite(value) and (best is None or (value > best if self.config.greater_is_better else value < best)):
             self.state.best_metric, self.state.best_global_step = value, self.state.global_step
 
     @property
     def best(self) -> Path | None:
         """The best model's checkpoint, if there is one."""
-        step = self.state.best_global_step
-        path = self.output_dir / f"checkpoint-{step}"
-        return path if step is not None and path.is_dir() else None
+        path, step = self.state.best_model_checkpoint, self.state.best_global_step
+        found = None if path is None else Path(path)
+        return found if found is not None and found.name == f"checkpoint-{step}" and found.is_dir() else None
+
+    def saves(self) -> Path:
+        """Where the checkpoint of this step goes; noted as the best model's, if that is what it is."""
+        path = self.output_dir / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(path)
+        return path
 
     def saved(self, path: Path) -> None:
         """A checkpoint was written: drop the oldest ones beyond the limit."""
         self.control.should_save = False
-        self.state.best_model_checkpoint = None if self.best is None else str(self.best)
         limit = self.config.save_total_limit
         if limit is not None:
             spared = (path, self.best) if self.config.load_best_model_at_end else (path,)

@@ -90,8 +90,8 @@ class Run:
                 flow.judge(self.trainer.evaluate())
             if flow.control.should_save:
                 self.save()
-        if self.config.load_best_model_at_end and flow.best is not None:
-            self.trainer.load_weights(flow.best)
+        if self.config.load_best_model_at_end:
+            flow.load_best()
         flow.event("on_train_end")
         flow.end()
         seconds = time.perf_counter() - began
@@ -144,7 +144,7 @@ class Run:
     def save(self) -> None:
         """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit."""
         trainer, flow = self.trainer, self.trainer.flow
-        path = flow.output_dir / f"checkpoint-{flow.state.global_step}"
+        path = flow.saves()
         checkpoint.write(
             path, trainer.model, trainer.processing_class, None if self.config.save_only_model else self._state()
         )

@@ -21,6 +21,9 @@ SHARED = Path(__file__).resolve().parent
 _FLAGS = ("-O3", "-march=native", "-fPIC", "-fno-math-errno", "-Wno-psabi")
 
 
+_NAMES_OF_PROCESSORS = ("flags", "model name", "Features", "CPU implementer", "CPU variant", "CPU part")
+
+
 class UnavailableError(RuntimeError):
     """There is no compiled code here; the message says why."""
 
@@ -79,20 +82,24 @@ class Kernels:
         if found is None:
             raise UnavailableError("there is no C compiler (cc, gcc or clang; install gcc, or set CC)")
         import_module("torch")  # its OpenMP is the one the functions use
+        try:
+            compiler = shlex.split(found)
+        except ValueError as error:
+            raise UnavailableError(f"CC={found!r} is no command ({error})") from error
         for variant in self.variants:
-            loaded = self._built(shlex.split(found), (*_FLAGS, *variant))
+            loaded = self._built(compiler, (*_FLAGS, *variant))
             if self.accept(loaded):
                 return loaded
         raise UnavailableError("the system does not grant what the processor says it has")
 
     def _built(self, compiler: list[str], flags: Sequence[str]) -> ctypes.CDLL:
-        path = _folder() / f"kernels-{self._key(compiler, flags)}.so"
         try:
+            path = _folder() / f"kernels-{self._key(compiler, flags)}.so"
             if not path.exists():
                 self._compile(compiler, flags, path)
             return ctypes.CDLL(str(path))
         except OSError as error:
-            raise UnavailableError(f"{path}: {error}") from error
+            raise UnavailableError(str(error)) from error
 
     def _key(self, compiler: list[str], flags: Sequence[str]) -> str:
         """What the result of compiling depends on."""
@@ -135,17 +142,17 @@ def _version(compiler: list[str]) -> bytes:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
-    return platform.machine() + "".join(line for line in lines if line.startswith(("flags", "model name")))
+    return platform.machine() + "".join(line for line in lines if line.startswith(_NAMES_OF_PROCESSORS))
 
 
 def _folder() -> Path:
     """Where compiled files are kept, or a folder of the process's user where that cannot be written to."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grouprl"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grouprl"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where nobody knows a home folder
         pass
     other = Path(tempfile.gettempdir()) / f"grouprl-{os.getuid()}"
     other.mkdir(mode=0o700, exist_ok=True)

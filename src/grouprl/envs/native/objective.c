@@ -29,15 +29,14 @@ static float surrogate(const Objective *o, float logp, float old, float a, float
     return loss;
 }
 
-/* Log-probabilities of `action` under logits z [m][ld]; z becomes probabilities, top their log-normalisers. */
-static void categorical(int m, int n, float *z, int ld, const int64_t *action, float *logp, float *top) {
+/* Log-probabilities of `action` under logits z [m][ld]; z becomes probabilities. */
+static void categorical(int m, int n, float *z, int ld, const int64_t *action, float *logp) {
     for (int i = 0; i < m; i++) {
         float *row = z + (size_t)i * ld, most = row[0], total = 0.0f, chosen = row[action[i]];
         for (int j = 1; j < n; j++) most = row[j] > most ? row[j] : most;
         for (int j = 0; j < n; j++) total += row[j] = expf(row[j] - most);
         for (int j = 0; j < n; j++) row[j] /= total;
-        top[i] = most + logf(total);
-        logp[i] = chosen - top[i];
+        logp[i] = chosen - most - logf(total);
     }
 }
 
@@ -56,7 +55,7 @@ int grouprl_objective(
     Work w;
     if (start_work(&w, net, 1)) return 1;
     int k = net->width[0], n = net->width[w.last + 1], ld = w.columns[w.last + 1], failed = 0;
-    size_t size = (size_t)ROWS * k;
+    size_t size = (size_t)ROWS * k + n;
     for (int l = 0; l < w.last; l++) size += (size_t)ROWS * w.columns[l + 1];
     float *room, *hidden[DEEPEST] = {0}, *at;
     double *d_log_std = calloc(n, sizeof(double));
@@ -64,8 +63,8 @@ int grouprl_objective(
     if (failed) room = NULL;
     at = room;
     for (int l = 0; l < w.last && !failed; l++) hidden[l] = at, at += (size_t)ROWS * w.columns[l + 1];
-    float *x = at, inverse[n], constant = 0.0f, spread = 0.0f;
-    for (int j = 0; j < n && o->gaussian; j++) {
+    float *x = at, *inverse = x + (size_t)ROWS * k, constant = 0.0f, spread = 0.0f;
+    for (int j = 0; j < n && o->gaussian && !failed; j++) {
         inverse[j] = expf(-o->log_std[j]);
         constant -= o->log_std[j] + 0.91893853f; /* log(2 pi) / 2 */
         spread += o->log_std[j] + 1.41893853f;   /* the entropy of a normal distribution */
@@ -75,7 +74,7 @@ int grouprl_objective(
     for (size_t r = 0; r < rows && !failed; r += ROWS) {
         int m = least(rows - r, ROWS);
         const int64_t *index = b->index + r;
-        float logp[ROWS], top[ROWS], *z = w.out;
+        float logp[ROWS], *z = w.out;
         int64_t chosen[ROWS];
         for (int i = 0; i < m; i++) memcpy(x + (size_t)i * k, b->x + index[i] * k, k * sizeof(float));
         forwards(&w, m, x, hidden);
@@ -91,7 +90,7 @@ int grouprl_objective(
             }
         } else {
             for (int i = 0; i < m; i++) chosen[i] = ((const int64_t *)b->actions)[index[i]];
-            categorical(m, n, z, ld, chosen, logp, top);
+            categorical(m, n, z, ld, chosen, logp);
         }
         for (int i = 0; i < m; i++) {
             float slope, *row = z + (size_t)i * ld;
