@@ -6,6 +6,9 @@ from architectures import build
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from grouprl.lm.attention import PackedAttention
+from grouprl.lm.backbone import find_backbone
+from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import Products, add_gradient, supports_bf16
 
 BF16, FLOAT = torch.bfloat16, torch.float32
@@ -162,12 +165,20 @@ def test_an_input_that_was_changed_in_place_is_rounded_again(net: Net) -> None:
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_sampling_computes_what_learning_does(name: str, dtype: torch.dtype) -> None:
-    model = build(name)
-    products = Products(model, dtype)
+    backbone, why = find_backbone(build(name))
+    assert backbone is not None, why
+    products = Products(backbone.model, dtype)
+    pack = Pack.of([Group(row, ()) for row in IDS.tolist()])
+
+    def logits() -> torch.Tensor:
+        with backbone.following(PackedAttention(pack, dtype)):
+            out: torch.Tensor = backbone.head(backbone.hidden(pack.ids, pack.positions))
+            return out.float()
+
     with torch.no_grad(), products.learning():
-        learning = model(IDS).logits.float()
+        learning = logits()
     with products.sampling():
-        sampling = model(IDS).logits.float()
+        sampling = logits()
         assert not sampling.requires_grad
     tolerance = 1e-5 if dtype == FLOAT else 0.15
     torch.testing.assert_close(sampling, learning, rtol=tolerance, atol=tolerance)
