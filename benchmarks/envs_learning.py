@@ -290,6 +290,8 @@ def main() -> None:
     if not given.table:
         from grouprl.envs import presets
 
+        if given.set and given.out == RESULTS:
+            parser.error("--set is for experiments, whose runs are no results; give --out a file of their own")
         if given.ppo and (given.default or given.set):
             parser.error("--ppo has settings of its own; leave --default and --set out")
         if given.ppo and (unknown := set(given.env or []) - set(zoo_ppo.SETTINGS)):

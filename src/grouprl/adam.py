@@ -53,7 +53,7 @@ class Adam:
         scale = 1 / math.sqrt(1 - beta2**self.steps)
         if self.native:
             gradient = gradient.contiguous()
-            kernels.library().grouprl_adam(
+            kernels.functions().grouprl_adam(
                 c_size_t(self.vector.numel()),
                 *(c_void_p(t.data_ptr()) for t in (self.vector, gradient, self.first, self.second)),
                 *(c_float(number) for number in (beta1, beta2, rate, scale, self.eps)),

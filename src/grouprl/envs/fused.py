@@ -72,14 +72,14 @@ def fused_gradient(
         _SURROGATES.index(settings.surrogate), gaussian, settings.clip_low, settings.clip_high, settings.dual_clip,
         settings.entropy_coef, policy.log_std.data_ptr() if gaussian else None,
     )  # fmt: skip
-    library, net = kernels.library(), described(network.tanh, network.in_order)
+    compiled, net = kernels.functions(), described(network.tanh, network.in_order)
 
     def gradient(index: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
         assert kept  # read by their addresses
         made, sums = torch.empty(size, dtype=torch.float32, device="cpu"), (c_double * 2)()
         index = index.contiguous()
         batch = _Batch(x, old, a, chosen, index.data_ptr())
-        failed = library.grouprl_objective(
+        failed = compiled.grouprl_objective(
             ctypes.byref(net), ctypes.byref(objective), ctypes.byref(batch), c_size_t(len(index)),
             c_double(denominator), c_void_p(made.data_ptr()), sums,
         )  # fmt: skip

@@ -130,7 +130,7 @@ def _forward(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> tuple[Tenso
 
 
 def _call(network: Any, rows: int, *addresses: int) -> None:
-    if kernels.library().grouprl_mlp(ctypes.byref(network), c_size_t(rows), *map(c_void_p, addresses)):
+    if kernels.functions().grouprl_mlp(ctypes.byref(network), c_size_t(rows), *map(c_void_p, addresses)):
         raise MemoryError(f"no memory for a network on {rows} rows")
 
 
@@ -158,7 +158,7 @@ class _Compiled(torch.autograd.Function):
         gradient = x.new_empty(sum(sizes))
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         pointers = (c_void_p(t.data_ptr()) for t in (x, hidden, dout, gradient))
-        failed = kernels.library().grouprl_mlp_gradient(
+        failed = kernels.functions().grouprl_mlp_gradient(
             ctypes.byref(described(ctx.tanh, parameters)), c_size_t(len(x)), *pointers,
             c_void_p(None if dx is None else dx.data_ptr()),
         )  # fmt: skip

@@ -53,7 +53,7 @@ class Kernels:
         self.headers = [SHARED / "vector.h", *(folder / name for name in headers)]
         self.variants, self.accept = variants, accept
 
-    def library(self) -> ctypes.CDLL:
+    def functions(self) -> ctypes.CDLL:
         """The compiled functions.
 
         Raises UnavailableError if there is no compiler, it fails, or the processor refuses.
@@ -64,7 +64,7 @@ class Kernels:
 
     @property
     def available(self) -> bool:
-        """Whether :meth:`library` gives one."""
+        """Whether :meth:`functions` gives one."""
         return not isinstance(self._found, str)
 
     @cached_property

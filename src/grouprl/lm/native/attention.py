@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.lm.native.compile import library
+from grouprl.lm.native.compile import functions
 from grouprl.lm.packing import Pack
 
 _W = 16
@@ -79,5 +79,5 @@ def attention(
         *(x.data_ptr() for x in (*where, q, k, v)), None if gradient is None else gradient.data_ptr(),
         **{name: x.data_ptr() for name, x in outputs.items()},
     )  # fmt: skip
-    if library().grouprl_attention(ctypes.byref(struct), int(gradient is not None)):
+    if functions().grouprl_attention(ctypes.byref(struct), int(gradient is not None)):
         raise MemoryError(f"no memory for attention over {q.shape[0]} tokens")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grouprl.native.compile import Kernels, UnavailableError
 
-__all__ = ["UnavailableError", "available", "kernels", "library"]
+__all__ = ["UnavailableError", "available", "functions", "kernels"]
 
 kernels = Kernels(
     Path(__file__).resolve().parent,
@@ -18,11 +18,11 @@ kernels = Kernels(
 )
 
 
-def library() -> ctypes.CDLL:
+def functions() -> ctypes.CDLL:
     """The compiled functions; raises UnavailableError where there are none."""
-    return kernels.library()
+    return kernels.functions()
 
 
 def available() -> bool:
-    """Whether :func:`library` gives one."""
+    """Whether :func:`functions` gives one."""
     return kernels.available

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grouprl.lm.attention import UnsupportedError
 from grouprl.lm.native.attention import attention
-from grouprl.lm.native.compile import library
+from grouprl.lm.native.compile import functions
 from grouprl.lm.native.parts import Parts, rotary
 from grouprl.lm.packing import Pack
 
@@ -105,7 +105,7 @@ class NativeModel:
     """
 
     def __init__(self, decoder: Any, head: Any, ways: Sequence[Any], low: bool) -> None:
-        self.lib, self.decoder, self.head, self.low = library(), decoder, head, low
+        self.lib, self.decoder, self.head, self.low = functions(), decoder, head, low
         self.dtype = torch.bfloat16 if low else torch.float32
         self._kept: list[Tensor] = []
         self.parts = [Parts.of(layer, how) for layer, how in zip(decoder.layers, ways, strict=True)]

@@ -7,7 +7,7 @@ from ctypes import c_void_p
 import torch
 from torch import Tensor
 
-from grouprl.lm.native.compile import available, library
+from grouprl.lm.native.compile import available, functions
 
 _W = 16
 
@@ -23,7 +23,7 @@ def supported(to: Tensor, g: Tensor, x: Tensor) -> bool:
 def weight_gradient(to: Tensor, g: Tensor, x: Tensor, *, add: bool) -> None:
     """``to [out, in]`` float32 = (``add``: +=) ``g^T x`` for ``g [n, out]``, ``x [n, in]`` bfloat16."""
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
-    if library().grouprl_weight_gradient(
+    if functions().grouprl_weight_gradient(
         g.shape[0], g.shape[1], x.shape[1], c_void_p(g.data_ptr()), g.stride(0), c_void_p(x.data_ptr()), x.stride(0),
         c_void_p(to.data_ptr()), int(add),
     ):  # fmt: skip

@@ -7,7 +7,7 @@ from ctypes import c_float, c_void_p
 import torch
 from torch import Tensor
 
-from grouprl.lm.native.compile import available, library
+from grouprl.lm.native.compile import available, functions
 
 
 def supported(z: Tensor) -> bool:
@@ -22,7 +22,7 @@ def softmax(z: Tensor, targets: Tensor, temperature: float, *, learning: bool) -
     """
     out = [torch.empty(len(z), dtype=torch.float32) for _ in range(3)]
     z, targets = z.contiguous(), targets.contiguous()
-    library().grouprl_softmax(
+    functions().grouprl_softmax(
         int(z.dtype == torch.bfloat16), *z.shape, c_void_p(z.data_ptr()), c_float(1.0 / temperature),
         c_void_p(targets.data_ptr()), int(learning), *(c_void_p(x.data_ptr()) for x in out),
     )  # fmt: skip

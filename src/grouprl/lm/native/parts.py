@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grouprl.lm.attention import How
-from grouprl.lm.native.compile import library
+from grouprl.lm.native.compile import functions
 from grouprl.lm.products import add_gradient
 
 
@@ -70,14 +70,14 @@ class Parts:
     def rotate(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``qkv [S, (H + 2 K) D]`` with queries and keys normed, where there are norms, and turned by position."""
         out = torch.empty_like(qkv)
-        library().grouprl_rotate(self._rotary(qkv, cos, sin), _at(qkv), _at(out))
+        functions().grouprl_rotate(self._rotary(qkv, cos, sin), _at(qkv), _at(out))
         return out
 
     def rotate_gradient(self, qkv: Tensor, cos: Tensor, sin: Tensor, g: Tensor) -> Tensor:
         """The gradient of ``qkv``, from that of :meth:`rotate` in float32."""
         out = torch.empty_like(qkv)
         made = [torch.zeros_like(self.norms[name]) for name in ("q", "k") if name in self.norms]
-        if library().grouprl_rotate_gradient(self._rotary(qkv, cos, sin, *made), _at(qkv), _at(g), _at(out)):
+        if functions().grouprl_rotate_gradient(self._rotary(qkv, cos, sin, *made), _at(qkv), _at(g), _at(out)):
             raise MemoryError("no memory for the gradient of a rotation")
         a = self.module.self_attn
         for norm, d in zip((a.q_norm, a.k_norm) if made else (), made, strict=True):
@@ -97,14 +97,14 @@ class Parts:
 def gate(gate_up: Tensor) -> Tensor:
     """silu(gate) * up ``[S, I]`` of ``gate_up [S, 2 I]``."""
     m = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    library().grouprl_gate(is_low(m), *m.shape, _at(gate_up), _at(m))
+    functions().grouprl_gate(is_low(m), *m.shape, _at(gate_up), _at(m))
     return m
 
 
 def gate_gradient(gate_up: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of ``gate_up`` from that of :func:`gate`, and the gate again."""
     out, m = torch.empty_like(gate_up), torch.empty_like(dm)
-    library().grouprl_gate_gradient(is_low(m), *m.shape, _at(gate_up), _at(dm), _at(out), _at(m))
+    functions().grouprl_gate_gradient(is_low(m), *m.shape, _at(gate_up), _at(dm), _at(out), _at(m))
     return out, m
 
 
@@ -127,14 +127,14 @@ def _norm(
     norm: Any, weight: Tensor, x: Tensor, dtype: torch.dtype, y: Tensor | None = None, to: Tensor | None = None
 ) -> Tensor:
     h, eps = torch.empty(x.shape, dtype=dtype), c_float(norm.variance_epsilon)
-    library().grouprl_norm(is_low(h), *x.shape, _at(x), _at(y), _at(weight), eps, _at(to), _at(h))
+    functions().grouprl_norm(is_low(h), *x.shape, _at(x), _at(y), _at(weight), eps, _at(to), _at(h))
     return h
 
 
 def _norm_gradient(norm: Any, weight: Tensor, x: Tensor, dh: Tensor, g: Tensor, g_low: Tensor) -> Tensor:
     h, dweight, eps = torch.empty_like(dh), torch.zeros_like(weight), c_float(norm.variance_epsilon)
     pointers = (_at(x), _at(weight), eps, _at(dh), _at(g), _at(g_low), _at(h), _at(dweight))
-    if library().grouprl_norm_gradient(is_low(h), *x.shape, *pointers):
+    if functions().grouprl_norm_gradient(is_low(h), *x.shape, *pointers):
         raise MemoryError("no memory for the gradient of a norm")
     if norm.weight.requires_grad:
         add_gradient(norm.weight, dweight)
