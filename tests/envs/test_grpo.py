@@ -1,6 +1,7 @@
 """The agent as a whole: seeds, saving, predicting, and what it says to wrong input."""
 
 import os
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from grouprl import GRPO, TrainingError, UsageError, evaluate
 from grouprl.envs.evaluation import Evaluator
+from grouprl.envs.vector import close_vector, make_vector
 
 QUICK = {**probes.FAST, "n_steps": 16, "minibatch_size": 32, "epochs": 2}
 
@@ -470,6 +472,27 @@ class TestEnvironments:
         agent.close()
         assert agent.get_env() is None
         assert not any(worker.is_alive() for worker in workers)
+
+    @pytest.mark.parametrize("busy", [False, True])
+    def test_workers_close_their_environments_unless_they_are_stuck(self, tmp_path, busy):
+        class Closing(probes.Truncated):
+            def step(self, action):
+                if busy:
+                    time.sleep(60)
+                return super().step(action)
+
+            def close(self):
+                (tmp_path / str(os.getpid())).touch()
+
+        venv = make_vector(lambda: Closing(), 2, "async")
+        venv.reset()
+        if busy:
+            venv.step_async(np.zeros(2, dtype=np.int64))
+        close_vector(venv, patience=0.5 if busy else 60.0)
+        assert venv.closed
+        assert not any(worker.is_alive() for worker in venv.processes)
+        closed = [(tmp_path / str(worker.pid)).exists() for worker in venv.processes]
+        assert closed == [not busy, not busy]
 
     def test_an_unknown_environment_is_refused_with_a_close_name(self):
         with pytest.raises(UsageError, match="CartPole-v1"):

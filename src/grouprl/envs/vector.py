@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -165,15 +167,20 @@ class EnvPoolVector(VectorEnv[Any, Any, Any]):
         self.pool.close()
 
 
-def close_vector(venv: VectorEnv[Any, Any, Any]) -> None:
-    """Close ``venv``, also where a worker process is dead and the others cannot be asked to leave."""
+def close_vector(venv: VectorEnv[Any, Any, Any], patience: float = 5.0) -> None:
+    """Close ``venv``; workers that are dead, or busy for longer than ``patience`` seconds, stop nobody.
+
+    Gymnasium's own ``close`` waits for an answer of each worker, and fails or hangs where one of them died.
+    """
     if not isinstance(venv, AsyncVectorEnv):
         venv.close()
     elif not venv.closed:
-        if all(process.is_alive() for process in venv.processes):
-            venv.close(terminate=True)
-            return
+        for pipe in filter(None, venv.parent_pipes):
+            with contextlib.suppress(OSError):
+                pipe.send(("close", None))
+        deadline = time.monotonic() + patience
         for process, pipe in zip(venv.processes, venv.parent_pipes, strict=True):
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             process.join()
             if pipe is not None:
