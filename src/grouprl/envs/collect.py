@@ -10,7 +10,7 @@ ended environments are reset with ``options={"reset_mask": ...}``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ from grouprl.envs.trace import Array, Bools, Trace, check_observations, pack
 from grouprl.envs.vector import autoreset_mode, environment_error
 from grouprl.errors import TrainingError, UsageError
 from grouprl.rollouts import Rollout
+
+Act = Callable[[Mapping[str, Array]], Array]
+"""From an encoded observation, ``[n, ...]``, to parameters ``[n, K]`` of the action distribution."""
 
 CHECK_EVERY = 16
 """Vector steps between two looks at whether an auto-sized batch is complete."""
@@ -185,10 +188,10 @@ class Collector:
         self._obs, self._info = obs, info
         return rewards, terminated, done, ended, final
 
-    def _step(self, policy: Policy, trace: Trace, running: Bools, sticky: float) -> Bools:
+    def _step(self, act: Act, trace: Trace, running: Bools, sticky: float) -> Bools:
         valid = running & ~self._waiting
         encoded = {key: value.copy() for key, value in self.observations.encode(self._obs).items()}
-        params = policy.infer(policy.prepare(encoded))
+        params = act(encoded)
         mask = valid_actions(self.observations, self.actions, self._obs, self._info, valid)
         if mask is None and trace.masks:
             mask = np.ones_like(trace.masks[0])
@@ -226,18 +229,22 @@ class Collector:
         Raises:
             TrainingError: the environment raised or died, or gave an observation or a reward that is not finite.
         """
-        trace = Trace()
+        trace, infer = Trace(), policy.inference()
+
+        def act(encoded: Mapping[str, Array]) -> Array:
+            return infer(policy.prepare(encoded))
+
         if self.config.whole_episodes:
-            self._collect_episodes(policy, trace, sticky)
+            self._collect_episodes(act, trace, sticky)
         else:
-            self._collect_segments(policy, trace, sticky)
+            self._collect_segments(act, trace, sticky)
         now = self.observations.encode(self._obs)
         rollout, self._elapsed, self._return = pack(
             trace, policy, now, self._elapsed, self._return, self.config.group_size
         )
         return rollout
 
-    def _collect_segments(self, policy: Policy, trace: Trace, sticky: float) -> None:
+    def _collect_segments(self, act: Act, trace: Trace, sticky: float) -> None:
         config = self.config
         if config.reset_each_batch:
             self._new_round()
@@ -246,12 +253,12 @@ class Collector:
         if config.collect == "segments":
             taken = 0
             while taken < config.n_steps * self.n:
-                self._step(policy, trace, running, sticky)
+                self._step(act, trace, running, sticky)
                 taken += int(trace.valid[-1].sum())
         else:
             taken = complete = 0
             while taken < config.max_steps:
-                done = self._step(policy, trace, running, sticky)
+                done = self._step(act, trace, running, sticky)
                 taken += int(trace.valid[-1].sum())
                 complete += int(done.sum())
                 if taken >= config.min_steps and len(trace.rewards) % CHECK_EVERY == 0:
@@ -260,14 +267,14 @@ class Collector:
                         break
         trace.rounds = [0] * len(trace.rewards)
 
-    def _collect_episodes(self, policy: Policy, trace: Trace, sticky: float) -> None:
+    def _collect_episodes(self, act: Act, trace: Trace, sticky: float) -> None:
         taken = round_number = 0
         while round_number == 0 or taken < self.config.min_steps:
             self._new_round()
             running = np.ones(self.n, bool)
             start = len(trace.rewards)
             while running.any():
-                done = self._step(policy, trace, running, sticky)
+                done = self._step(act, trace, running, sticky)
                 taken += int(trace.valid[-1].sum())
                 running &= ~done
                 if len(trace.rewards) - start > MAX_EPISODE:

@@ -92,10 +92,11 @@ class Evaluator:
         waiting = np.zeros(n, bool)
         rng = np.random.default_rng(seed)
         limit = self.step_limit
+        infer = agent.policy.inference()
         try:
             obs, info = venv.reset(seed=seed)
             while left.any():
-                params = agent.policy.infer(agent.policy.prepare(agent.observations.encode(obs)))
+                params = infer(agent.policy.prepare(agent.observations.encode(obs)))
                 mask = valid_actions(agent.observations, agent.actions, obs, info, ~waiting)
                 if mask is not None:
                     params = agent.policy.distribution.apply_mask(params, mask)

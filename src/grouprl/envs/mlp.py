@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import Structure, c_int32, c_size_t, c_void_p
 from itertools import pairwise
 from pathlib import Path
@@ -88,18 +88,28 @@ class MLP(nn.Module):
 
     def infer(self, x: np.ndarray) -> np.ndarray:
         """:meth:`forward` without a gradient, of float32 ``x [m, n_inputs]`` as numpy has it."""
+        return self.inference()(x)
+
+    def inference(self) -> Callable[[np.ndarray], np.ndarray]:
+        """:meth:`infer` made ready for many calls, for as long as the parameters stay where they are in memory."""
         parameters = self.in_order
-        if x.dtype != np.float32 or not self._compiled(parameters, x.ndim, x.shape[-1]):
-            with torch.inference_mode():
-                out: np.ndarray = self(torch.from_numpy(x).to(parameters[0].device)).cpu().numpy()
-                return out
-        x = np.ascontiguousarray(x)
         widths = [bias.shape[0] for bias in parameters[1::2]]
-        made = np.empty((len(x), widths[-1]), np.float32)
-        hidden = np.empty(len(x) * sum(map(_padded, widths[:-1])), np.float32)
-        addresses = (a.__array_interface__["data"][0] for a in (x, hidden, made))
-        _call(described(self.tanh, parameters), len(x), *addresses)
-        return made
+        n_hidden = sum(map(_padded, widths[:-1]))
+        compiled = self._compiled(parameters, 2, parameters[0].shape[1])
+        network = described(self.tanh, parameters) if compiled else None
+
+        def infer(x: np.ndarray) -> np.ndarray:
+            if network is None or x.dtype != np.float32 or x.ndim != 2 or x.shape[1] != network.width[0]:
+                with torch.inference_mode():
+                    out: np.ndarray = self(torch.from_numpy(x).to(parameters[0].device)).cpu().numpy()
+                    return out
+            x = np.ascontiguousarray(x)
+            made = np.empty((len(x), widths[-1]), np.float32)
+            hidden = np.empty(len(x) * n_hidden, np.float32)
+            _call(network, len(x), *(a.__array_interface__["data"][0] for a in (x, hidden, made)))
+            return made
+
+        return infer
 
 
 class _Network(Structure):

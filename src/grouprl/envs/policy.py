@@ -156,12 +156,20 @@ class Policy(nn.Module):
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """:meth:`forward` for acting: numpy in, numpy out, no gradient."""
-        if isinstance(self.network, MLP) and list(inputs) == ["flat"]:
-            out = self.network.infer(inputs["flat"])
-            if not self.gaussian:
-                return out
-            return np.concatenate([out, np.broadcast_to(self.log_std.detach().cpu().numpy(), out.shape)], 1)
+        return self.inference()(inputs)
+
+    def inference(self) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
+        """:meth:`infer` made ready for many calls, none of which may come after a change of the parameters."""
+        log_std = self.log_std.detach().cpu().numpy() if self.gaussian else None
+        network = self.network.inference() if isinstance(self.network, MLP) else None
         device = self.mean.device
-        with torch.inference_mode():
-            tensors = {key: torch.from_numpy(np.ascontiguousarray(value)).to(device) for key, value in inputs.items()}
-            return self.forward(tensors).cpu().numpy()
+
+        def infer(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+            if network is not None and list(inputs) == ["flat"]:
+                out = network(inputs["flat"])
+                return out if log_std is None else np.concatenate([out, np.broadcast_to(log_std, out.shape)], 1)
+            with torch.inference_mode():
+                tensors = {k: torch.from_numpy(np.ascontiguousarray(value)).to(device) for k, value in inputs.items()}
+                return self.forward(tensors).cpu().numpy()
+
+        return infer

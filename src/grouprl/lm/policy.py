@@ -121,7 +121,11 @@ class Policy:
         )  # fmt: skip
 
     def _frozen(self, model: Any) -> Learner:
-        model.requires_grad_(False)
+        """``model`` as a reference. Only ever used without gradients, its parameters may go on asking for them.
+
+        They should: torch multiplies by a weight that asks for a gradient in another way than by one that does not,
+        and rounds differently; the divergence of a model from its copy would not be 0.
+        """
         for parameter in model.parameters():
             parameter.grad = None
         backbone = find_backbone(model)[0] if self.packed else None

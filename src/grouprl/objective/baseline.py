@@ -85,7 +85,9 @@ class RandomFeatures:
         s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT)
         u = elapsed.to(s).unsqueeze(1)
         weight, offset = self.weight.to(s.device), self.offset.to(s.device)
-        return torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight).tanh_(), s, u
+        # tanh(x) = 2 sigmoid(2x) - 1, which torch computes in a fraction of the time of tanh on a CPU.
+        doubled = torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight, beta=2.0, alpha=2.0)
+        return doubled.sigmoid_().mul_(2.0).sub_(1.0), s, u
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _factor(phi: Tensor, ridge: float) -> Tensor:
     for dtype in (phi.dtype, torch.float64):
         # float32 products are exact enough unless features all but coincide; then once more in float64.
         rows = phi if dtype == phi.dtype else phi.cpu().to(dtype)
-        gram = (rows.T @ rows).to("cpu", torch.float64)
+        gram = _gram(rows).to("cpu", torch.float64)
         if not bool(torch.isfinite(gram).all()):
             raise TrainingError("the baseline's features are not finite; check the environment's observations.")
         n = rows.shape[0]
@@ -167,6 +169,14 @@ def _factor(phi: Tensor, ridge: float) -> Tensor:
         if int(info) == 0:
             return torch.as_tensor(factor)
     raise TrainingError(f"the baseline's features are linearly dependent and ridge={ridge} is too small; raise ridge.")
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rows^T rows. On a CPU by numpy, which knows the result to be symmetric and computes one half of it."""
+    if rows.device.type != "cpu":
+        return rows.T @ rows
+    array = rows.numpy()
+    return torch.from_numpy(array.T @ array)
 
 
 def _check(
