@@ -80,48 +80,82 @@ static void two_blocks_bf16(
     _tile_stored(0, c, apart);
     _tile_stored(1, c + W, apart);
 }
-#else
-INLINE void four_rows_bf16(int more, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc) {
-    vec x[4], y[4];
-    for (int r = 0; r < 4; r++) x[r] = more ? load(c + (size_t)r * ldc) : all(0);
-    for (int r = 0; r < 4; r++) y[r] = more ? load(c + (size_t)r * ldc + W) : all(0);
+#elif defined(__AVX512BF16__)
+/* n rows, a constant. The sums of 8 rows are 16 registers: as many as the unit needs to be busy at its latency. Unless
+   `ahead` is 0, what lies so far behind the blocks is fetched meanwhile. */
+INLINE void few_rows_bf16(
+    const int n, int more, int k, size_t ahead, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c,
+    int ldc
+) {
+    __m512 x[8], y[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < n; r++) {
+        x[r] = more ? _mm512_loadu_ps(c + (size_t)r * ldc) : _mm512_setzero_ps();
+        y[r] = more ? _mm512_loadu_ps(c + (size_t)r * ldc + W) : _mm512_setzero_ps();
+    }
     for (int i = 0; i < k; i += 2) {
-#ifdef __AVX512BF16__
         __m512bh u = (__m512bh)_mm512_loadu_si512(w0 + i * W), v = (__m512bh)_mm512_loadu_si512(w1 + i * W);
-        for (int r = 0; r < 4; r++) {
+        if (ahead) _mm_prefetch(w0 + ahead + i * W, _MM_HINT_T0), _mm_prefetch(w1 + ahead + i * W, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int r = 0; r < n; r++) {
             int32_t pair;
             memcpy(&pair, a + (size_t)r * lda + i, sizeof pair);
             __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            x[r] = (vec)_mm512_dpbf16_ps((__m512)x[r], u, both);
-            y[r] = (vec)_mm512_dpbf16_ps((__m512)y[r], v, both);
+            x[r] = _mm512_dpbf16_ps(x[r], u, both);
+            y[r] = _mm512_dpbf16_ps(y[r], v, both);
         }
-#else
-        uvec u, v;
-        memcpy(&u, w0 + i * W, sizeof u);
-        memcpy(&v, w1 + i * W, sizeof v);
-        vec u0 = (vec)(u << 16), u1 = (vec)(u & 0xffff0000u), v0 = (vec)(v << 16), v1 = (vec)(v & 0xffff0000u);
-        for (int r = 0; r < 4; r++) {
-            union {
-                uint32_t bits;
-                float value;
-            } first = {(uint32_t)a[(size_t)r * lda + i] << 16};
-            union {
-                uint32_t bits;
-                float value;
-            } second = {(uint32_t)a[(size_t)r * lda + i + 1] << 16};
-            x[r] += u0 * first.value + u1 * second.value;
-            y[r] += v0 * first.value + v1 * second.value;
-        }
-#endif
     }
-    for (int r = 0; r < 4; r++) store(c + (size_t)r * ldc, x[r]), store(c + (size_t)r * ldc + W, y[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < n; r++)
+        _mm512_storeu_ps(c + (size_t)r * ldc, x[r]), _mm512_storeu_ps(c + (size_t)r * ldc + W, y[r]);
 }
 
+/* A piece of the blocks at a time, which stays in the nearest cache while the rows pass by and the next one comes: of
+   these blocks, and at their end of the two behind them. */
 static void two_blocks_bf16(
     int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc
 ) {
-    for (int r = 0; r < rows; r += 4)
-        four_rows_bf16(more, k, a + (size_t)r * lda, lda, w0, w1, c + (size_t)r * ldc, ldc);
+    enum { PIECE = 96 };
+    for (int i = 0; i < k; i += PIECE, a += PIECE, w0 += PIECE * W, w1 += PIECE * W, more = 1) {
+        int here = k - i < PIECE ? k - i : PIECE;
+        size_t next = i + PIECE < k ? PIECE * W : (size_t)(2 * k - i) * W;
+        if (rows <= 4) {
+            few_rows_bf16(4, more, here, next, a, lda, w0, w1, c, ldc);
+            continue;
+        }
+        few_rows_bf16(8, more, here, next, a, lda, w0, w1, c, ldc);
+        for (int r = 8; r < rows; r += 8)
+            few_rows_bf16(8, more, here, 0, a + (size_t)r * lda, lda, w0, w1, c + (size_t)r * ldc, ldc);
+    }
+}
+#else
+static void two_blocks_bf16(
+    int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc
+) {
+    for (int r0 = 0; r0 < rows; r0 += 4, a += (size_t)4 * lda, c += (size_t)4 * ldc) {
+        vec x[4], y[4];
+        for (int r = 0; r < 4; r++) x[r] = more ? load(c + (size_t)r * ldc) : all(0);
+        for (int r = 0; r < 4; r++) y[r] = more ? load(c + (size_t)r * ldc + W) : all(0);
+        for (int i = 0; i < k; i += 2) {
+            uvec u, v;
+            memcpy(&u, w0 + i * W, sizeof u);
+            memcpy(&v, w1 + i * W, sizeof v);
+            vec u0 = (vec)(u << 16), u1 = (vec)(u & 0xffff0000u), v0 = (vec)(v << 16), v1 = (vec)(v & 0xffff0000u);
+            for (int r = 0; r < 4; r++) {
+                union {
+                    uint32_t bits;
+                    float value;
+                } first = {(uint32_t)a[(size_t)r * lda + i] << 16};
+                union {
+                    uint32_t bits;
+                    float value;
+                } second = {(uint32_t)a[(size_t)r * lda + i + 1] << 16};
+                x[r] += u0 * first.value + u1 * second.value;
+                y[r] += v0 * first.value + v1 * second.value;
+            }
+        }
+        for (int r = 0; r < 4; r++) store(c + (size_t)r * ldc, x[r]), store(c + (size_t)r * ldc + W, y[r]);
+    }
 }
 #endif
 
