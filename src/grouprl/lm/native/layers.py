@@ -1,8 +1,8 @@
 """The layers of a Llama-shaped model as one differentiable function each: what :mod:`grouprl.lm.lean` is to sampling.
 
-torch does the products, compiled code all that lies between them. A layer keeps for its backward pass only its input
-and the attended values, a quarter of what it computes; the rest, and the weights in the precision of the products, it
-makes again.
+torch does the products, compiled code all that lies between them. A layer keeps for its backward pass its input and the
+attended values, a quarter of what it computes. Where it is little beside what the weights take anyway, it keeps
+what the largest products gave as well. The rest, and the weights in the precision of the products, it makes again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from grouprl.lm.native.decode import supported
 from grouprl.lm.native.parts import Parts, gate, gate_gradient, rotary
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import add_gradient, add_product
+
+
+KEPT_SHARE = 0.2
+"""Most bytes kept of what products gave, per byte of weights, gradients and moments. All or nothing of a pack."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,22 @@ class LlamaLayers:
         """Last hidden states ``[S, d]`` of a pack."""
         x: Tensor = self.decoder.embed_tokens(pack.ids).float()
         cos, sin = rotary(self.decoder, x, pack.positions)
+        keep = self._keeps(len(pack.ids))
         for module, how in zip(self.decoder.layers, self.ways, strict=True):
             # One weight that is learned tells autograd that something is.
             anchor = next((p for p in module.parameters() if p.requires_grad), None)
             parts = Parts.of(module, how)
-            x = _Run.apply(x, anchor, parts, self.dtype, cos, sin, pack)  # type: ignore[no-untyped-call]
+            x = _Run.apply(x, anchor, parts, self.dtype, cos, sin, pack, keep)  # type: ignore[no-untyped-call]
         out: Tensor = self.decoder.norm(x)
         return out
+
+    def _keeps(self, tokens: int) -> bool:
+        """Whether results of products are kept for the backward pass of so many tokens."""
+        weights = sum(p.numel() * (16 if p.requires_grad else 4) for p in self.decoder.parameters())
+        a, mlp = self.decoder.layers[0].self_attn, self.decoder.layers[0].mlp
+        made = (a.q_proj, a.k_proj, a.v_proj, mlp.gate_proj, mlp.up_proj)
+        width = sum(part.out_features for part in made) * self.dtype.itemsize
+        return tokens * len(self.decoder.layers) * width <= KEPT_SHARE * weights
 
 
 @torch.no_grad()
@@ -104,7 +117,7 @@ def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
     def compare(module: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
         x, wanted = given[0][0].float().contiguous(), (out[0] if isinstance(out, tuple) else out)[0].float()
         parts = Parts.of(module, step.ways[len(differences)])
-        found = _Run.apply(x, None, parts, torch.float32, *rotary(backbone.decoder, x, pack.positions), pack)  # type: ignore[no-untyped-call]
+        found = _Run.apply(x, None, parts, torch.float32, *rotary(backbone.decoder, x, pack.positions), pack, False)  # type: ignore[no-untyped-call]
         differences.append(float((found - wanted).norm() / wanted.norm()))
 
     training = backbone.model.training
@@ -134,6 +147,7 @@ class _Run(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         pack: Pack,
+        keep: bool,
     ) -> Tensor:
         layer = _Layer.rounded(parts, dtype)
         h = layer.norm(x, layer.dtype)
@@ -143,20 +157,21 @@ class _Run(torch.autograd.Function):
         attention(q, k, v, pack, layer.how.scale, layer.how.window, {"out": attended})
         attended = attended.flatten(1)
         x2, h = layer.post_norm(x, F.linear(attended, layer.o, layer.o_bias))
-        ctx.save_for_backward(x, attended, cos, sin)
+        gate_up = F.linear(h, layer.gate_up)
+        ctx.save_for_backward(x, attended, cos, sin, *((qkv, gate_up) if keep else ()))
         ctx.parts, ctx.dtype, ctx.pack = parts, dtype, pack
-        return x2 + F.linear(gate(F.linear(h, layer.gate_up)), layer.down, layer.down_bias)
+        return x2 + F.linear(gate(gate_up), layer.down, layer.down_bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, attended, cos, sin = ctx.saved_tensors
+        x, attended, cos, sin, *kept = ctx.saved_tensors
         layer = _Layer.rounded(ctx.parts, ctx.dtype)
         a, mlp = layer.module.self_attn, layer.module.mlp
         g = gradient.float().clone(memory_format=torch.contiguous_format)
         g_low = g.to(layer.dtype, copy=True)
 
         x2, h = layer.post_norm(x, F.linear(attended, layer.o, layer.o_bias))
-        gate_up = F.linear(h, layer.gate_up)
+        gate_up = kept[1] if kept else F.linear(h, layer.gate_up)
         d_gate_up, m = gate_gradient(gate_up, g_low @ layer.down)
         _learn(mlp.down_proj, g_low, m)
         del m, gate_up
@@ -167,7 +182,7 @@ class _Run(torch.autograd.Function):
 
         d_attended = g_low @ layer.o
         _learn(a.o_proj, g_low, attended)
-        qkv = F.linear(layer.norm(x, layer.dtype), layer.qkv, layer.qkv_bias)
+        qkv = kept[0] if kept else F.linear(layer.norm(x, layer.dtype), layer.qkv, layer.qkv_bias)
         q, k, v = layer.split(layer.rotate(qkv, cos, sin))
         made = torch.empty(qkv.shape, dtype=torch.float32)
         parts = dict(zip(("dq", "dk", "dv"), layer.split(made), strict=True))
@@ -179,7 +194,7 @@ class _Run(torch.autograd.Function):
         sizes = [part.out_features for part in projections]
         for part, d in zip(projections, torch.split(dqkv, sizes, 1), strict=True):
             _learn(part, d, h)
-        return g, None, None, None, None, None, None
+        return g, None, None, None, None, None, None, None
 
 
 def _learn(linear: nn.Linear, g: Tensor, x: Tensor) -> None:
