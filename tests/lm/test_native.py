@@ -27,6 +27,7 @@ from grouprl.lm.attention import How, PackedAttention, _Packed
 from grouprl.lm.backbone import find_backbone
 from grouprl.lm.learner import Learner
 from grouprl.lm.native import compile as native
+from grouprl.lm.native import layers
 from grouprl.lm.native.attention import attend
 from grouprl.lm.native.gradient import weight_gradient
 from grouprl.lm.native.layers import find_layers
@@ -53,9 +54,9 @@ def wide(name: str) -> nn.Module:
 def fused(model: nn.Module, dtype: torch.dtype = torch.float32, temperature: float = 1.0) -> Learner:
     backbone, why = find_backbone(model)
     assert backbone is not None, why
-    layers = find_layers(backbone, dtype)
-    assert layers is not None
-    return Learner(model, backbone, Products(model, dtype), temperature, 10**9, layers=layers)
+    found = find_layers(backbone, dtype)
+    assert found is not None
+    return Learner(model, backbone, Products(model, dtype), temperature, 10**9, layers=found)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -73,6 +74,22 @@ def test_fused_layers_give_the_naive_log_probabilities_and_gradients(name: str, 
     assert relative_error(found[1], wanted[1]) < 2e-5
     for parameter, gradient in wanted[1].items():  # of every parameter, the small ones too
         assert relative_error({"": found[1][parameter]}, {"": gradient}) < 2e-4, parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_for_the_backward_pass_changes_no_bit(dtype: torch.dtype, monkeypatch) -> None:
+    model, groups = wide("qwen3"), random_groups(*MIXED)
+    weights = random_weights(groups)
+    found, kept = [], []
+    for share in (0.0, 1e9):
+        monkeypatch.setattr(layers, "KEPT_SHARE", share)
+        learner = fused(model, dtype)
+        assert learner.layers is not None
+        kept.append(learner.layers._keeps(1))
+        found.append(learned(learner, groups, weights))
+    assert kept == [False, True]
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
 
 
 @pytest.mark.parametrize("name", LLAMAS)

@@ -24,7 +24,6 @@ from grouprl.lm.native.parts import Parts, gate, gate_gradient, rotary
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import add_gradient, add_product
 
-
 KEPT_SHARE = 0.2
 """Most bytes kept of what products gave, per byte of weights, gradients and moments. All or nothing of a pack."""
 
@@ -96,7 +95,7 @@ class LlamaLayers:
         a, mlp = self.decoder.layers[0].self_attn, self.decoder.layers[0].mlp
         made = (a.q_proj, a.k_proj, a.v_proj, mlp.gate_proj, mlp.up_proj)
         width = sum(part.out_features for part in made) * self.dtype.itemsize
-        return tokens * len(self.decoder.layers) * width <= KEPT_SHARE * weights
+        return bool(tokens * len(self.decoder.layers) * width <= KEPT_SHARE * weights)
 
 
 @torch.no_grad()
