@@ -180,7 +180,6 @@ def test_a_number_that_is_not_finite_is_not_swallowed(where: str) -> None:
         (spaces.MultiBinary(3), {}),
         (spaces.Discrete(2), {"native": False}),
         (spaces.Discrete(2), {"beta": 0.1}),
-        (spaces.Discrete(2), {"hidden_sizes": ()}),
     ],
 )
 def test_whatever_else_is_left_to_autograd(space: spaces.Space, settings: dict) -> None:
@@ -188,13 +187,58 @@ def test_whatever_else_is_left_to_autograd(space: spaces.Space, settings: dict) 
     assert batch.fused(UpdateSettings(epochs=1, minibatch_size=64, beta=settings.get("beta", 0.0))) is None
 
 
-def test_a_network_of_the_users_own_is_left_to_autograd() -> None:
-    own = GRPO(
-        lambda: Scripted(SPACES["two actions"]), preset=None, n_envs=2, network=lambda a, b: torch.nn.Linear(a, b)
-    )
-    batch = Batch(SPACES["two actions"])
-    given = (batch.inputs, batch.actions, batch.logp_old, batch.advantages)
-    assert fused_gradient(own.policy, UpdateSettings(epochs=1, minibatch_size=64), *given) is None
+class Own(torch.nn.Module):
+    """A network of the user's, with a parameter that takes no part."""
+
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        super().__init__()
+        self.idle = torch.nn.Parameter(torch.ones(3))
+        self.body = torch.nn.Sequential(torch.nn.Linear(n_inputs, 9), torch.nn.SiLU(), torch.nn.Linear(9, n_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("network", [Own, None], ids=["own", "one layer"])
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("space", SPACES)
+def test_behind_any_other_network_it_is_the_gradient_autograd_gives(space: str, surrogate: str, network) -> None:
+    batch = Batch(SPACES[space], network=network, hidden_sizes=())
+    settings = UpdateSettings(epochs=1, minibatch_size=64, micro_batch=100, **SURROGATES[surrogate])
+    gradient = batch.fused(settings)
+    assert gradient is not None
+    rows = torch.randperm(497, generator=torch.Generator().manual_seed(3)) + 3
+    found, sums = gradient(rows, 497)
+    wanted, wanted_sums = batch.by_autograd(rows, settings)
+    assert float((found - wanted).norm()) <= 2e-5 * float(wanted.norm())
+    if settings.entropy_coef == 0:
+        wanted_sums[2] = 0.0
+    torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-6)
+
+
+def test_images_are_learned_from_the_same_way() -> None:
+    class Looks(Scripted):
+        def __init__(self, action_space: spaces.Space) -> None:
+            super().__init__(action_space)
+            self.observation_space = spaces.Box(0, 255, (12, 12, 3), np.uint8)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self.look(), {}
+
+        def step(self, action):
+            return self.look(), float(self.np_random.normal()), False, False, {}
+
+        def look(self):
+            return self.np_random.integers(0, 256, (12, 12, 3), np.uint8)
+
+    quick = {"n_envs": 2, "n_steps": 32, "collect": "segments", "minibatch_size": 32, "epochs": 2, "threads": 1}
+    vectors = []
+    for native in (True, False):
+        agent = GRPO(lambda: Looks(SPACES["two actions"]), preset=None, seed=0, native=native, **quick)
+        agent.learn(192)
+        vectors.append(agent.learner.parameters.vector.detach().clone())
+    assert float((vectors[0] - vectors[1]).norm()) <= 1e-4 * float(vectors[1].norm())
 
 
 def test_frozen_parameters_are_left_to_autograd() -> None:

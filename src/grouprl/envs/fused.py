@@ -1,4 +1,4 @@
-"""The gradient of a minibatch's loss as one compiled function, where network, actions and loss are of the usual kind.
+"""The gradient of a minibatch's loss as one compiled function, where actions and loss are of the usual kind.
 
 What autograd makes of some hundred operations is one pass over the rows. It computes what the update loop computes by
 itself, from the same settings; a test holds each of the two to the other.
@@ -7,8 +7,10 @@ itself, from the same settings; a test holds each of the two to the other.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import Structure, c_double, c_float, c_int32, c_size_t, c_void_p
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,50 +44,110 @@ def fused_gradient(
 ) -> Gradient | None:
     """The gradient of any steps of a batch, for :func:`grouprl.update.update`; None where autograd has to do it.
 
-    It is there for the default network on a CPU with one categorical or normal distribution of actions, without
-    masks, without images and without a divergence to a reference policy.
+    It is there on a CPU for one categorical or normal distribution of actions, without masks and without a divergence
+    to a reference policy: for the default network as a whole, for any other from its outputs on.
 
     Args:
         policy: its parameters are read where they are, at every call.
         settings: those of the update.
         inputs, actions, logp_old, advantages: the batch, ``[S, ...]``, as the update sees it.
     """
-    network, distribution = policy.network, policy.distribution
+    distribution = policy.distribution
     gaussian = isinstance(distribution, DiagonalGaussian)
     if (
-        not (isinstance(network, MLP) and network.native and (gaussian or isinstance(distribution, Categorical)))
-        or list(inputs) != ["flat"]
+        not (policy.native and kernels.available and (gaussian or isinstance(distribution, Categorical)))
         or settings.beta > 0
-        or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (inputs["flat"], logp_old, advantages))
+        or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (logp_old, advantages))
         or actions.device.type != "cpu"
         or actions.dtype != (torch.float32 if gaussian else torch.int64)
-        or not all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in policy.parameters())
+        or not all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
     ):
         return None
-    parameters = ([policy.log_std] if gaussian else []) + network.in_order
-    if [id(p) for p in parameters] != [id(p) for p in policy.parameters()]:
-        return None
-    size = sum(p.numel() for p in parameters)
-    kept = [t.contiguous() for t in (inputs["flat"], logp_old, advantages, actions)]
-    x, old, a, chosen = (t.data_ptr() for t in kept)
     objective = _Objective(
         _SURROGATES.index(settings.surrogate), gaussian, settings.clip_low, settings.clip_high, settings.dual_clip,
         settings.entropy_coef, policy.log_std.data_ptr() if gaussian else None,
     )  # fmt: skip
+    batch = _Steps(actions.contiguous(), logp_old.contiguous(), advantages.contiguous())
+    network = policy.network
+    if isinstance(network, MLP) and network.native and list(inputs) == ["flat"]:
+        parameters = ([policy.log_std] if gaussian else []) + network.in_order
+        x = inputs["flat"]
+        if x.dtype == torch.float32 and [id(p) for p in parameters] == [id(p) for p in policy.parameters()]:
+            return _of_all(network, parameters, settings, objective, batch, x.contiguous())
+    return _of_what_is_behind(policy, settings, objective, batch, inputs)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What compiled code reads by addresses, and so must stay: of all steps of a batch."""
+
+    actions: Tensor
+    logp_old: Tensor
+    advantages: Tensor
+
+    def at(self, index: Tensor, x: Tensor | None = None) -> Any:
+        """The steps at ``index [m]``, contiguous, as compiled code takes them; it must stay as well."""
+        rows = None if x is None else x.data_ptr()
+        return _Batch(
+            rows, self.logp_old.data_ptr(), self.advantages.data_ptr(), self.actions.data_ptr(), index.data_ptr()
+        )
+
+
+def _of_all(
+    network: MLP, parameters: Sequence[Tensor], settings: UpdateSettings, objective: Any, batch: _Steps, x: Tensor
+) -> Gradient:
+    """The gradient by ``parameters`` in one call, from inputs ``x [S, n_inputs]``."""
     compiled, net = kernels.functions(), described(network.tanh, network.in_order)
+    size = sum(p.numel() for p in parameters)
 
     def gradient(index: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
-        assert kept  # read by their addresses
         made, sums = torch.empty(size, dtype=torch.float32, device="cpu"), (c_double * 2)()
         index = index.contiguous()
-        batch = _Batch(x, old, a, chosen, index.data_ptr())
         failed = compiled.grouprl_objective(
-            ctypes.byref(net), ctypes.byref(objective), ctypes.byref(batch), c_size_t(len(index)),
+            ctypes.byref(net), ctypes.byref(objective), ctypes.byref(batch.at(index, x)), c_size_t(len(index)),
             c_double(denominator), c_void_p(made.data_ptr()), sums,
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the gradient of {len(index)} steps")
-        entropy = sums[1] if settings.entropy_coef > 0 else 0.0
-        return made, torch.tensor([sums[0], 0.0, entropy], dtype=torch.float32, device="cpu")
+        return made, _logged(sums, settings)
 
     return gradient
+
+
+def _of_what_is_behind(
+    policy: Policy, settings: UpdateSettings, objective: Any, batch: _Steps, inputs: Mapping[str, Tensor]
+) -> Gradient:
+    """The gradient by the policy's parameters: autograd's through the network, compiled code's through the rest."""
+    compiled, parameters = kernels.functions(), list(policy.parameters())
+    learned = [p for p in parameters if not (policy.gaussian and p is policy.log_std)]
+
+    def gradient(index: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
+        total, logged = None, torch.zeros(3, device="cpu")
+        for i in index.tensor_split(-(-len(index) // settings.micro_batch)):
+            rows, sums = i.contiguous(), (c_double * 2)()
+            out = policy.outputs({key: value.index_select(0, rows) for key, value in inputs.items()})
+            z = out.detach().to(torch.float32, copy=True).contiguous()
+            d_log_std = torch.zeros(z.shape[1] if policy.gaussian else 0, device="cpu")
+            failed = compiled.grouprl_objective_of(
+                ctypes.byref(objective), ctypes.byref(batch.at(rows)), c_size_t(len(rows)), c_int32(z.shape[1]),
+                c_double(denominator), c_void_p(z.data_ptr()), c_void_p(d_log_std.data_ptr()), sums,
+            )  # fmt: skip
+            if failed:
+                raise MemoryError(f"no memory for the gradient of {len(rows)} steps")
+            found = iter(torch.autograd.grad(out, learned, z.to(out.dtype), allow_unused=True))
+            made = [d_log_std if policy.gaussian and p is policy.log_std else next(found) for p in parameters]
+            flat = torch.cat([
+                p.new_zeros(p.numel()) if g is None else g.reshape(-1) for p, g in zip(parameters, made, strict=True)
+            ])  # fmt: skip
+            total = flat if total is None else total.add_(flat)
+            logged += _logged(sums, settings)
+        assert total is not None
+        return total, logged
+
+    return gradient
+
+
+def _logged(sums: Any, settings: UpdateSettings) -> Tensor:
+    """Policy loss, divergence and entropy, as the update loop adds them up."""
+    entropy = sums[1] if settings.entropy_coef > 0 else 0.0
+    return torch.tensor([sums[0], 0.0, entropy], dtype=torch.float32, device="cpu")

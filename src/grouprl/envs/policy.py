@@ -70,6 +70,7 @@ class Policy(nn.Module):
         super().__init__()
         self.observations = observations
         self.distribution = actions.distribution
+        self.native = config.native
         self.gaussian = isinstance(self.distribution, DiagonalGaussian)
         n_out = self.distribution.n if isinstance(self.distribution, DiagonalGaussian) else self.distribution.n_params
         self.encoders = nn.ModuleList(ImageEncoder(shape[0]) for shape in observations.images.values())
@@ -147,11 +148,14 @@ class Policy(nn.Module):
     # --- network -------------------------------------------------------------------------------------------------
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Distribution parameters ``[m, K]`` for ``m`` prepared inputs."""
+        out = self.outputs(inputs)
+        return torch.cat([out, self.log_std.expand_as(out)], 1) if self.gaussian else out
+
+    def outputs(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the network gives for ``m`` prepared inputs: :meth:`forward` without standard deviations."""
         parts = [inputs["flat"]] if "flat" in inputs else []
         parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders, strict=True)]
         out: Tensor = self.network(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-        if self.gaussian:
-            out = torch.cat([out, self.log_std.expand_as(out)], 1)
         return out
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
