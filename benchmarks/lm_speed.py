@@ -7,7 +7,7 @@
 
 Each measurement is a process of its own; the two sides take turns, so that a machine that grows slower or faster meets
 both. What a process measured is appended to results/lm_speed.jsonl (lm_speed_cuda.jsonl); the table takes the newest
-run of each kind. ``--python`` and ``--peer-python`` name other interpreters than those of the two virtual environments.
+run of each kind on each processor. ``--python`` and ``--peer-python`` name other interpreters than those of the two virtual environments.
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ class Series:
         keep(RESULTS / f"{NAMES[self.device]}.jsonl", batch, side, result)
 
 
-def _newest(log: Path, kind: str) -> list[dict[str, Any]]:
+def _newest(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     """For each work the results of the newest batch of a kind."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     rows = [row for row in rows if row["batch"].startswith(kind)]
     last = {row["work"]: row["batch"] for row in rows}
     return [row for row in rows if last[row["work"]] == row["batch"]]
@@ -127,19 +126,37 @@ def _sides(rows: list[dict[str, Any]], work: str) -> dict[str, dict[str, float]]
 
 def table(device: str) -> str:
     """The Markdown page."""
-    log = RESULTS / f"{NAMES[device]}.jsonl"
-    compared, ablated = _newest(log, "compare"), _newest(log, "ablation")
-    first = (compared or ablated)[0]
-    machine, on_gpu = first["machine"], device == "cuda"
-    versions = {k: v for row in compared for k, v in row["versions"].items()}
+    log, on_gpu = RESULTS / f"{NAMES[device]}.jsonl", device == "cuda"
     option = " --device cuda" if on_gpu else ""
-    threads = lm_work.GPU_THREADS if on_gpu else lm_work.THREADS
     lines = [
         "# A GRPO step on SmolLM2-135M-Instruct" + (", on a GPU" if on_gpu else ""), "",
         f"Made by `python benchmarks/lm_speed.py{option} --table` from `{log.name}`; the works are defined in "
-        "`lm_work.py`.",
-        (f"{first['gpu']}; " if on_gpu else "")
-        + f"{machine['cpu']}, {machine['cores']} cores, {threads} threads; "
+        "`lm_work.py`. `trl best`: the fastest that settings alone reach. `trl patched`: the same with two of TRL's "
+        "functions replaced (one autocast region around generation, the head on completions only). `trl lean`: `best` "
+        "in parts of 8 samples." + (" `trl low`: `best` with bfloat16 weights and moments." if on_gpu else ""),
+    ]  # fmt: skip
+    if on_gpu:
+        lines += ["", "On TRL's side all samples of a step at once. Memory is what tensors took on the GPU."]
+    by_machine: dict[str, list[dict[str, Any]]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        name = row["gpu"] + " beside " + row["machine"]["cpu"] if on_gpu else row["machine"]["cpu"]
+        by_machine.setdefault(name, []).append(row)
+    for name, rows in sorted(by_machine.items(), key=lambda item: item[1][-1]["batch"].split(" ", 1)[1], reverse=True):
+        lines += ["", f"## {name}", *_section(rows, on_gpu)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
+    """What was measured on one machine."""
+    compared, ablated = _newest(rows, "compare"), _newest(rows, "ablation")
+    machine = rows[-1]["machine"]
+    versions = {k: v for row in compared for k, v in row["versions"].items()}
+    threads = lm_work.GPU_THREADS if on_gpu else lm_work.THREADS
+    dates = " and ".join(dict.fromkeys(row["batch"].split(" ")[1] for row in compared))
+    lines = [
+        "",
+        f"{machine['cores']} cores, {threads} threads; {dates}; "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".", "",
         "| work | side | generate (s) | learn (s) | step (s) | range of steps | steps | peak memory (GB) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -161,16 +178,9 @@ def table(device: str) -> str:
                 f"| {work} | {best['step'] / ours['step']:.1f} |{speed} {fastest / ours['step']:.1f} | "
                 f"{ours['gb'] / best['gb']:.2f} |{memory} {ours['gb'] / leanest:.2f} |"
             )
-    lines += [
-        "", "`trl best`: the fastest that settings alone reach. `trl patched`: the same with two of TRL's functions",
-        "replaced (one autocast region around generation, the head on completions only). `trl lean`: `best` in",
-        "parts of 8 samples. `trl low`: `best` with bfloat16 weights and moments." if on_gpu else "parts of 8 samples.",
-        "",
-    ]  # fmt: skip
     aim = "" if on_gpu else " aim |"
-    if on_gpu:
-        lines += ["On TRL's side all samples of a step at once. Memory is what tensors took on the GPU.", ""]
     lines += [
+        "",
         f"| work | times faster than best |{aim} than the fastest | share of best's memory |{aim} of the leanest's |",
         "| --- | --- | --- | --- | --- |" + ("" if on_gpu else " --- | --- |"), *factors,
     ]  # fmt: skip
@@ -178,7 +188,7 @@ def table(device: str) -> str:
         sides = _sides(ablated, work)
         whole = sides["everything"]
         lines += [
-            "", f"## What each shortcut buys, {work}", "",
+            "", f"### What each shortcut buys, {work}", "",
             "| | generate (s) | learn (s) | step (s) | times slower | peak memory (GB) |",
             "| --- | --- | --- | --- | --- | --- |",
         ]  # fmt: skip
@@ -187,7 +197,7 @@ def table(device: str) -> str:
                 f"| {side} | {m['generate']:.2f} | {m['learn']:.2f} | {m['step']:.2f} | "
                 f"{m['step'] / whole['step']:.2f} | {m['gb']:.2f} |"
             )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:

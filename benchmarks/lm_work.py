@@ -224,6 +224,13 @@ def make_model(cache: Path, gguf: Path | None = None) -> None:
     save_model(model, tokenizer, folder)
 
 
+def adapters(rank: int) -> Any:
+    """PEFT's low-rank adapters on all linear layers of the decoder, as both sides take them."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 def environment(malloc: str, threads: int = THREADS) -> dict[str, str]:
     """The environment a worker is started in: torch's threads, no network, and an allocator.

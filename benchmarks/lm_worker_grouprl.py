@@ -80,9 +80,9 @@ def timed(clock: dict[str, float], name: str, function: Callable[..., Any], devi
 
 
 def run_work(
-    work: lm_work.Work, steps: int, warmup: int, settings: dict[str, Any], cache: Path, device: str
+    work: lm_work.Work, steps: int, warmup: int, settings: dict[str, Any], cache: Path, device: str, lora: int
 ) -> dict[str, Any]:
-    """``steps`` optimizer steps, the first ``warmup`` of them not measured."""
+    """``steps`` optimizer steps, the first ``warmup`` of them not measured; of adapters of rank ``lora``, if not 0."""
     import torch
     from transformers import TrainerCallback
 
@@ -162,6 +162,7 @@ def run_work(
             rows,
             processing_class=tokenizer,
             callbacks=[EndOfStep()],
+            peft_config=lm_work.adapters(lora) if lora else None,
         )
         sample = trainer.policy.sample
         plain = not trainer.policy.packed
@@ -261,6 +262,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps that are run and not measured")
     parser.add_argument("--without", action="append", default=[], choices=list(SHORTCUTS), help="one shortcut less")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of GRPOConfig")
+    parser.add_argument("--lora", type=int, default=0, help="train low-rank adapters of this rank instead")
     parser.add_argument("--seed", type=int, default=0, help="nth-word: of prompts and sampling")
     parser.add_argument("--seconds", type=float, default=300.0, help="nth-word: seconds of training")
     parser.add_argument("--malloc", default="plain", help="as in lm_work.environment; grouprl asks for what it needs")
@@ -275,7 +277,9 @@ def main() -> None:
     if given.work == "nth-word":
         result = run_task(given.seed, given.seconds, settings, given.cache, given.device)
     else:
-        result = run_work(lm_work.WORKS[given.work], given.steps, given.warmup, settings, given.cache, given.device)
+        result = run_work(
+            lm_work.WORKS[given.work], given.steps, given.warmup, settings, given.cache, given.device, given.lora
+        )
     versions = measuring.versions("grouprl", "transformers", "torch", "numpy")
     measuring.report({**result, **measuring.gpu(given.device), "without": given.without, "versions": versions})
 

@@ -11,6 +11,7 @@ import torch
 from architectures import (
     MIXED,
     VOCABULARY,
+    as_samples,
     build,
     learned,
     naive,
@@ -105,6 +106,59 @@ def test_fused_layers_in_low_precision_are_no_less_exact_than_autocast(name: str
     assert autocast_error > 1e-3  # there is something to compare with
     assert relative_error(found[1], gradient) <= 1.25 * autocast_error
     assert float((found[0] - logp).norm()) <= 1.25 * float((torch.cat(parts).detach() - logp).norm())
+
+
+def adapted(name: str, **settings) -> nn.Module:
+    """A model with low-rank adapters that do something."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]} | settings
+    model = get_peft_model(wide(name), LoraConfig(**settings))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"r": 16, "target_modules": "all-linear"}, {"bias": "lora_only"}])
+@pytest.mark.parametrize("name", LLAMAS)
+def test_fused_layers_give_the_naive_gradients_of_adapters(name: str, settings: dict) -> None:
+    model, groups = adapted(name, **settings), random_groups(*MIXED)
+    weights = random_weights(groups)
+    wanted = naive(model, groups, weights)
+    learner = fused(model)
+    found = learned(learner, groups, weights)
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-4)
+    assert {key for key in found[1] if "lora" in key}
+    for parameter, gradient in wanted[1].items():
+        assert relative_error({"": found[1][parameter]}, {"": gradient}) < 2e-4, parameter
+    prompts, completions, group, lengths = as_samples(groups)
+    with model.disable_adapter():
+        without = learner.log_probs(learner.parts(prompts, completions, group), lengths)
+        torch.testing.assert_close(without, naive(model, groups, None)[0], rtol=0, atol=1e-4)
+    assert float((without - found[0]).abs().max()) > 1e-2
+
+
+def test_adapters_in_low_precision_are_no_less_exact_than_autocast() -> None:
+    model, groups = adapted("llama", r=16), random_groups((12, (20, 9, 30)), (5, (16, 24)), (20, (12,)))
+    weights = random_weights(groups)
+    logp, gradient = naive(model, groups, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [naive_log_probs(model, g.prompt, c) for g in groups for c in g.completions]
+    (weights * torch.cat(parts)).sum().backward()
+    autocast_error = relative_error(take_gradient(model), gradient)
+    found = learned(fused(model, torch.bfloat16), groups, weights)
+    assert relative_error(found[1], gradient) <= 1.25 * autocast_error
+    assert float((found[0] - logp).norm()) <= 1.25 * float((torch.cat(parts).detach() - logp).norm())
+
+
+def test_merged_adapters_have_no_fused_layers() -> None:
+    model = adapted("llama")
+    model.merge_adapter()
+    backbone, why = find_backbone(model)
+    assert backbone is not None, why
+    assert find_layers(backbone, torch.float32) is None
 
 
 def test_frozen_weights_get_no_gradient_and_the_others_theirs() -> None:

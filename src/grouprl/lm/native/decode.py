@@ -62,7 +62,7 @@ def supported(decoder: Any, head: Any) -> bool:
     )]  # fmt: skip
     return (
         type(head) is nn.Linear
-        and all(type(m) is nn.Linear or _is_lora(m) for m in [*gates, *others])
+        and all(type(m) is nn.Linear or is_lora(m) for m in [*gates, *others])
         and all(m.weight.device.type == "cpu" and m.in_features % 32 == 0 for m in [*gates, *others, head])
         and all(m.out_features % _W == 0 for m in [*gates, *others])
         and all(m.bias is None for m in gates)
@@ -71,7 +71,7 @@ def supported(decoder: Any, head: Any) -> bool:
     )
 
 
-def _is_lora(module: Any) -> bool:
+def is_lora(module: Any) -> bool:
     """Whether it is PEFT's plain low-rank layer: W x + B A x, whose weight can be added up."""
     return (
         type(module).__module__ == "peft.tuners.lora.layer"

@@ -7,7 +7,9 @@ what the largest products gave as well. The rest, and the weights in the precisi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from grouprl.lm.backbone import Backbone
 from grouprl.lm.lean import lean_step
 from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import available
-from grouprl.lm.native.decode import supported
+from grouprl.lm.native.decode import is_lora, supported
 from grouprl.lm.native.parts import Parts, gate, gate_gradient, rotary
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import add_gradient, add_product
@@ -28,36 +30,63 @@ KEPT_SHARE = 0.2
 """Most bytes kept of what products gave, per byte of weights, gradients and moments. All or nothing of a pack."""
 
 
-@dataclass(frozen=True)
-class _Layer(Parts):
-    """A layer with its weights in the dtype of the products. Linear layers with one input are one weight."""
+class _Product:
+    """Linear layers with one input as one product, and their low-rank adapters (PEFT's, W x + s B A x).
 
-    dtype: torch.dtype
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
-    gate_up: Tensor
-    down: Tensor
-    down_bias: Tensor | None
+    Args:
+        parts: the layers; their outputs lie side by side.
+        dtype: what weights are rounded to.
+    """
 
-    @classmethod
-    def rounded(cls, parts: Parts, dtype: torch.dtype) -> _Layer:
-        a, mlp = parts.module.self_attn, parts.module.mlp
-        qkv = (a.q_proj, a.k_proj, a.v_proj)
+    def __init__(self, parts: Sequence[Any], dtype: torch.dtype) -> None:
+        self.parts, self.dtype = parts, dtype
+        ends = list(accumulate(part.out_features for part in parts))
+        self.columns = [slice(end - part.out_features, end) for end, part in zip(ends, parts, strict=True)]
+        self.weight = _joined([part.weight.detach() for part in parts], dtype)
+        self.bias = None
+        if any(part.bias is not None for part in parts):
+            biases = (torch.zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts)
+            self.bias = _joined(list(biases), dtype)
+        adapted = zip(self.columns, parts, strict=True)
+        self.adapters = [(columns, *adapter) for columns, part in adapted for adapter in _adapters(part)]
 
-        def joined(*layers: nn.Linear) -> Tensor:
-            return _joined([layer.weight.detach() for layer in layers], dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [S, in]`` in the dtype -> ``[S, sum of outputs]``."""
+        y = F.linear(x, self.weight, self.bias)
+        for columns, a, b, scale in self.adapters:
+            y[:, columns].addmm_(x @ self._low(a).t(), self._low(b).t(), alpha=scale)
+        return y
 
-        bias = None
-        if any(p.bias is not None for p in qkv):
-            bias = _joined([torch.zeros(p.out_features) if p.bias is None else p.bias.detach() for p in qkv], dtype)
-        return cls(
-            parts.module, parts.how, parts.norms, dtype, joined(*qkv), bias, joined(a.o_proj),
-            None if a.o_proj.bias is None else a.o_proj.bias.detach().to(dtype),
-            joined(mlp.gate_proj, mlp.up_proj), joined(mlp.down_proj),
-            None if mlp.down_proj.bias is None else mlp.down_proj.bias.detach().to(dtype),
-        )  # fmt: skip
+    def backward(self, g: Tensor) -> Tensor:
+        """The gradient of the input from that of the output."""
+        dx = g @ self.weight
+        for columns, a, b, scale in self.adapters:
+            dx.addmm_(g[:, columns] @ self._low(b), self._low(a), alpha=scale)
+        return dx
+
+    def learn(self, g: Tensor, x: Tensor) -> None:
+        """Add the gradients of all that is learned, from that of the output and the input."""
+        for columns, part in zip(self.columns, self.parts, strict=True):
+            if part.weight.requires_grad:
+                add_product(part.weight, g[:, columns], x)
+            if part.bias is not None and part.bias.requires_grad:
+                add_gradient(part.bias, g[:, columns].float().sum(0))
+        for columns, a, b, scale in self.adapters:
+            if a.requires_grad:
+                add_product(a, (g[:, columns] @ self._low(b)).mul_(scale), x)
+            if b.requires_grad:
+                add_product(b, g[:, columns], (x @ self._low(a).t()).mul_(scale))
+
+    def _low(self, weight: Tensor) -> Tensor:
+        return weight.detach().to(self.dtype)
+
+
+def _adapters(part: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """A ``[r, in]``, B ``[out, r]`` and s of the active adapters of a linear layer."""
+    if is_lora(part) and not part.disable_adapters:
+        for name in part.active_adapters:
+            if name in part.lora_A:
+                yield part.lora_A[name].weight, part.lora_B[name].weight, part.scaling[name]
 
 
 def _joined(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -67,6 +96,23 @@ def _joined(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
     for place, weight in zip(torch.split(out, [w.shape[0] for w in weights]), weights, strict=True):
         place.copy_(weight)
     return out
+
+
+@dataclass(frozen=True)
+class _Layer(Parts):
+    """A layer with its weights in the dtype of the products."""
+
+    dtype: torch.dtype
+    qkv: _Product
+    o: _Product
+    gate_up: _Product
+    down: _Product
+
+    @classmethod
+    def rounded(cls, parts: Parts, dtype: torch.dtype) -> _Layer:
+        a, mlp = parts.module.self_attn, parts.module.mlp
+        groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+        return cls(parts.module, parts.how, parts.norms, dtype, *(_Product(group, dtype) for group in groups))
 
 
 class LlamaLayers:
@@ -102,13 +148,17 @@ class LlamaLayers:
 def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
     """The layers of ``backbone`` as fused functions, if each gives what the model's own module gives, else None.
 
-    Needs a Llama-shaped model on a CPU (see :mod:`grouprl.lm.lean`), without adapters, and a C compiler.
+    Needs a Llama-shaped model on a CPU (see :mod:`grouprl.lm.lean`), without adapters other than PEFT's plain low-rank
+    ones, and a C compiler.
     """
     step = lean_step(backbone)
     if step is None or not supported(backbone.decoder, backbone.head) or not available():
         return None
     layers = LlamaLayers(backbone.decoder, step.ways, dtype)
-    if len(layers.linears) != 7 * len(backbone.decoder.layers):
+    adapted = [m for m in backbone.decoder.layers.modules() if is_lora(m)]
+    if len(layers.linears) != 7 * len(backbone.decoder.layers) + sum(2 * len(m.lora_A) for m in adapted):
+        return None
+    if any(m.merged for m in adapted):
         return None
     pack = Pack.of([Group([1, 2, 3, 4, 2], ([3, 1, 2], [0, 4])), Group([2, 1], ([1, 3, 2],))], backbone.device)
     differences: list[float] = []
@@ -150,55 +200,42 @@ class _Run(torch.autograd.Function):
     ) -> Tensor:
         layer = _Layer.rounded(parts, dtype)
         h = layer.norm(x, layer.dtype)
-        qkv = F.linear(h, layer.qkv, layer.qkv_bias)
+        qkv = layer.qkv(h)
         q, k, v = layer.split(layer.rotate(qkv, cos, sin))
         attended = torch.empty(q.shape, dtype=layer.dtype)
         attention(q, k, v, pack, layer.how.scale, layer.how.window, {"out": attended})
         attended = attended.flatten(1)
-        x2, h = layer.post_norm(x, F.linear(attended, layer.o, layer.o_bias))
-        gate_up = F.linear(h, layer.gate_up)
+        x2, h = layer.post_norm(x, layer.o(attended))
+        gate_up = layer.gate_up(h)
         ctx.save_for_backward(x, attended, cos, sin, *((qkv, gate_up) if keep else ()))
         ctx.parts, ctx.dtype, ctx.pack = parts, dtype, pack
-        return x2 + F.linear(gate(gate_up), layer.down, layer.down_bias)
+        return x2 + layer.down(gate(gate_up))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, attended, cos, sin, *kept = ctx.saved_tensors
         layer = _Layer.rounded(ctx.parts, ctx.dtype)
-        a, mlp = layer.module.self_attn, layer.module.mlp
         g = gradient.float().clone(memory_format=torch.contiguous_format)
         g_low = g.to(layer.dtype, copy=True)
 
-        x2, h = layer.post_norm(x, F.linear(attended, layer.o, layer.o_bias))
-        gate_up = kept[1] if kept else F.linear(h, layer.gate_up)
-        d_gate_up, m = gate_gradient(gate_up, g_low @ layer.down)
-        _learn(mlp.down_proj, g_low, m)
+        x2, h = layer.post_norm(x, layer.o(attended))
+        gate_up = kept[1] if kept else layer.gate_up(h)
+        d_gate_up, m = gate_gradient(gate_up, layer.down.backward(g_low))
+        layer.down.learn(g_low, m)
         del m, gate_up
-        h = layer.post_norm_gradient(x2, d_gate_up @ layer.gate_up, g, g_low)
-        for part, d in zip((mlp.gate_proj, mlp.up_proj), d_gate_up.chunk(2, 1), strict=True):
-            _learn(part, d, h)
+        h = layer.post_norm_gradient(x2, layer.gate_up.backward(d_gate_up), g, g_low)
+        layer.gate_up.learn(d_gate_up, h)
         del d_gate_up
 
-        d_attended = g_low @ layer.o
-        _learn(a.o_proj, g_low, attended)
-        qkv = kept[0] if kept else F.linear(layer.norm(x, layer.dtype), layer.qkv, layer.qkv_bias)
+        d_attended = layer.o.backward(g_low)
+        layer.o.learn(g_low, attended)
+        qkv = kept[0] if kept else layer.qkv(layer.norm(x, layer.dtype))
         q, k, v = layer.split(layer.rotate(qkv, cos, sin))
         made = torch.empty(qkv.shape, dtype=torch.float32)
         parts = dict(zip(("dq", "dk", "dv"), layer.split(made), strict=True))
         attention(q, k, v, ctx.pack, layer.how.scale, layer.how.window, parts, d_attended.view(q.shape))
         dqkv = layer.rotate_gradient(qkv, cos, sin, made)
         del made, parts, q, k, v, d_attended
-        h = layer.norm_gradient(x, dqkv @ layer.qkv, g, g_low)
-        projections = (a.q_proj, a.k_proj, a.v_proj)
-        sizes = [part.out_features for part in projections]
-        for part, d in zip(projections, torch.split(dqkv, sizes, 1), strict=True):
-            _learn(part, d, h)
+        h = layer.norm_gradient(x, layer.qkv.backward(dqkv), g, g_low)
+        layer.qkv.learn(dqkv, h)
         return g, None, None, None, None, None, None, None
-
-
-def _learn(linear: nn.Linear, g: Tensor, x: Tensor) -> None:
-    """Add the gradient of a linear layer whose output's is ``g [S, out]`` and whose input is ``x [S, in]``."""
-    if linear.weight.requires_grad:
-        add_product(linear.weight, g, x)
-    if linear.bias is not None and linear.bias.requires_grad:
-        add_gradient(linear.bias, g.float().sum(0))
