@@ -2,12 +2,14 @@
 
     python benchmarks/lm_speed.py                       # the works of lm_work.py, both sides in turn
     python benchmarks/lm_speed.py --ablation            # grouprl on W1 and LONG, one shortcut less at a time
+    python benchmarks/lm_speed.py --lora 16             # both sides in turn, training adapters of rank 16 alone
     python benchmarks/lm_speed.py --table               # write the table of what was measured
     python benchmarks/lm_speed.py --device cuda         # on a GPU, with one more work; files of its own
 
 Each measurement is a process of its own; the two sides take turns, so that a machine that grows slower or faster meets
 both. What a process measured is appended to results/lm_speed.jsonl (lm_speed_cuda.jsonl); the table takes the newest
-run of each kind on each processor. ``--python`` and ``--peer-python`` name other interpreters than those of the two virtual environments.
+run of each kind on each processor. ``--python`` and ``--peer-python`` name other interpreters than those of the two
+virtual environments.
 """
 
 from __future__ import annotations
@@ -74,10 +76,11 @@ class Series:
     warmup: int
     ours: Path
     peer: Path
+    lora: int
 
     def compare(self, variants: list[str]) -> None:
         """Both sides in turn on every work."""
-        batch = f"compare {time.strftime('%Y-%m-%d %H:%M')}"
+        batch = f"{'lora' if self.lora else 'compare'} {time.strftime('%Y-%m-%d %H:%M')}"
         for work in self.works:
             for _ in range(self.rounds):
                 self._measure(batch, "grouprl", work)
@@ -95,7 +98,7 @@ class Series:
 
     def _measure(self, batch: str, side: str, work: str, *more: str) -> None:
         python, worker = (self.peer, "lm_worker_trl.py") if "--variant" in more else (self.ours, "lm_worker_grouprl.py")
-        steps = ("--steps", str(self.steps + self.warmup), "--warmup", str(self.warmup))
+        steps = ("--steps", str(self.steps + self.warmup), "--warmup", str(self.warmup), "--lora", str(self.lora))
         result = run(python, worker, "--work", work, *steps, "--device", self.device, *more)
         keep(RESULTS / f"{NAMES[self.device]}.jsonl", batch, side, result)
 
@@ -149,7 +152,7 @@ def table(device: str) -> str:
 
 def _section(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
     """What was measured on one machine."""
-    compared, ablated = _newest(rows, "compare"), _newest(rows, "ablation")
+    compared, adapters, ablated = (_newest(rows, kind) for kind in ("compare", "lora", "ablation"))
     machine = rows[-1]["machine"]
     versions = {k: v for row in compared for k, v in row["versions"].items()}
     threads = lm_work.GPU_THREADS if on_gpu else lm_work.THREADS
@@ -158,32 +161,10 @@ def _section(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
         "",
         f"{machine['cores']} cores, {threads} threads; {dates}; "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".", "",
-        "| work | side | generate (s) | learn (s) | step (s) | range of steps | steps | peak memory (GB) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *_comparison(compared, reach=not on_gpu),
     ]  # fmt: skip
-    factors = []
-    for work in dict.fromkeys(row["work"] for row in compared):
-        sides = _sides(compared, work)
-        for side, m in sides.items():
-            lines.append(
-                f"| {work} | {side} | {m['generate']:.2f} | {m['learn']:.2f} | {m['step']:.2f} | "
-                f"{m['low']:.2f}-{m['high']:.2f} | {m['n']:.0f} | {m['gb']:.2f} |"
-            )
-        peers = {side: m for side, m in sides.items() if side != "grouprl"}
-        if peers and "grouprl" in sides:
-            ours, best = sides["grouprl"], peers["trl best"]
-            fastest, leanest = min(m["step"] for m in peers.values()), min(m["gb"] for m in peers.values())
-            speed, memory = ("", "") if on_gpu else (f" {REACH[work][0]:g} |", f" {REACH[work][1]:g} |")
-            factors.append(
-                f"| {work} | {best['step'] / ours['step']:.1f} |{speed} {fastest / ours['step']:.1f} | "
-                f"{ours['gb'] / best['gb']:.2f} |{memory} {ours['gb'] / leanest:.2f} |"
-            )
-    aim = "" if on_gpu else " aim |"
-    lines += [
-        "",
-        f"| work | times faster than best |{aim} than the fastest | share of best's memory |{aim} of the leanest's |",
-        "| --- | --- | --- | --- | --- |" + ("" if on_gpu else " --- | --- |"), *factors,
-    ]  # fmt: skip
+    if adapters:
+        lines += ["", "### Low-rank adapters of rank 16 on all linear layers", "", *_comparison(adapters)]
     for work in dict.fromkeys(row["work"] for row in ablated):
         sides = _sides(ablated, work)
         whole = sides["everything"]
@@ -200,6 +181,37 @@ def _section(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
     return lines
 
 
+def _comparison(rows: list[dict[str, Any]], *, reach: bool = False) -> list[str]:
+    """Both sides of some works, and their ratios; with ``reach`` beside what they should be."""
+    lines = [
+        "| work | side | generate (s) | learn (s) | step (s) | range of steps | steps | peak memory (GB) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    factors = []
+    for work in dict.fromkeys(row["work"] for row in rows):
+        sides = _sides(rows, work)
+        for side, m in sides.items():
+            lines.append(
+                f"| {work} | {side} | {m['generate']:.2f} | {m['learn']:.2f} | {m['step']:.2f} | "
+                f"{m['low']:.2f}-{m['high']:.2f} | {m['n']:.0f} | {m['gb']:.2f} |"
+            )
+        peers = {side: m for side, m in sides.items() if side != "grouprl"}
+        if peers and "grouprl" in sides:
+            ours, best = sides["grouprl"], peers["trl best"]
+            fastest, leanest = min(m["step"] for m in peers.values()), min(m["gb"] for m in peers.values())
+            speed, memory = (f" {REACH[work][0]:g} |", f" {REACH[work][1]:g} |") if reach else ("", "")
+            factors.append(
+                f"| {work} | {best['step'] / ours['step']:.1f} |{speed} {fastest / ours['step']:.1f} | "
+                f"{ours['gb'] / best['gb']:.2f} |{memory} {ours['gb'] / leanest:.2f} |"
+            )
+    aim = " aim |" if reach else ""
+    return [
+        *lines, "",
+        f"| work | times faster than best |{aim} than the fastest | share of best's memory |{aim} of the leanest's |",
+        "| --- | --- | --- | --- | --- |" + (" --- | --- |" if reach else ""), *factors,
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", action="append", choices=list(lm_work.WORKS), help="default: all; may be repeated")
@@ -210,6 +222,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
     parser.add_argument("--warmup", type=int, default=1, help="steps of a process before those")
     parser.add_argument("--variant", action="append", help="of TRL, as in lm_worker_trl.py; default: best")
+    parser.add_argument("--lora", type=int, default=0, help="low-rank adapters of this rank, a table of their own")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -217,7 +230,7 @@ def main() -> None:
         subprocess.run([str(given.python), str(HERE / "lm_work.py")], check=True)
         works = given.work or (["W1", "LONG"] if given.ablation else list(lm_work.USUAL[given.device]))
         series = Series(
-            given.device, works, given.rounds, given.steps, given.warmup, given.python, given.peer_python
+            given.device, works, given.rounds, given.steps, given.warmup, given.python, given.peer_python, given.lora,
         )  # fmt: skip
         if given.ablation:
             series.ablate()

@@ -124,6 +124,7 @@ def build(
 
     logging.set_verbosity_error()
     samples, optimizers = options.pop("samples"), options.pop("optimizers", (None, None))
+    peft_config = options.pop("peft_config", None)
     if samples % variant.micro_batch:
         raise SystemExit(f"micro_batch={variant.micro_batch} does not divide the {samples} samples of a batch")
     if variant.score_completions_only:
@@ -154,6 +155,7 @@ def build(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         optimizers=optimizers,
+        peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.scratch = scratch  # removed with it
@@ -173,8 +175,10 @@ def one_autocast(variant: Variant, device: str) -> Any:
     return torch.autocast(device, torch.bfloat16) if variant.bf16 and variant.hold_casts else nullcontext()
 
 
-def run_work(work: lm_work.Work, variant: Variant, steps: int, warmup: int, cache: Path, device: str) -> dict[str, Any]:
-    """``steps`` optimizer steps, the first ``warmup`` of them not measured."""
+def run_work(
+    work: lm_work.Work, variant: Variant, steps: int, warmup: int, cache: Path, device: str, lora: int
+) -> dict[str, Any]:
+    """``steps`` optimizer steps, the first ``warmup`` of them not measured; of adapters of rank ``lora``, if not 0."""
     from transformers import LogitsProcessorList, TrainerCallback
 
     model, tokenizer = load(lm_work.model_folder(cache), variant)
@@ -220,6 +224,7 @@ def run_work(work: lm_work.Work, variant: Variant, steps: int, warmup: int, cach
         learning_rate=lm_work.LEARNING_RATE,
         lr_scheduler_type="constant",
         max_steps=steps,
+        peft_config=lm_work.adapters(lora) if lora else None,
     )
     model.generate = clock.timed("generate", given_lengths)
     trainer._generate_and_score_completions = clock.timed("rollout", trainer._generate_and_score_completions)
@@ -341,6 +346,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, help="steps that are run and not measured")
     parser.add_argument("--variant", choices=list(VARIANTS), default="best")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one of the variant's")
+    parser.add_argument("--lora", type=int, default=0, help="train low-rank adapters of this rank instead")
     parser.add_argument("--seed", type=int, default=0, help="nth-word: of prompts and sampling")
     parser.add_argument("--seconds", type=float, default=300.0, help="nth-word: seconds of training")
     parser.add_argument("--threads", type=int, help=f"default: {lm_work.THREADS}, on cuda {lm_work.GPU_THREADS}")
@@ -355,7 +361,9 @@ def main() -> None:
     elif given.work == "nth-word":
         result = run_task(variant, given.seed, given.seconds, given.cache, device)
     else:
-        result = run_work(lm_work.WORKS[given.work], variant, given.steps, given.warmup, given.cache, device)
+        result = run_work(
+            lm_work.WORKS[given.work], variant, given.steps, given.warmup, given.cache, device, given.lora
+        )
     versions = measuring.versions("trl", "transformers", "accelerate", "torch", "numpy")
     described = {"name": given.variant, **asdict(variant)}
     measuring.report({**result, **measuring.gpu(device), "variant": described, "versions": versions})
