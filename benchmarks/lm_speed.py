@@ -154,14 +154,15 @@ def _section(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
     """What was measured on one machine."""
     compared, adapters, ablated = (_newest(rows, kind) for kind in ("compare", "lora", "ablation"))
     machine = rows[-1]["machine"]
-    versions = {k: v for row in compared for k, v in row["versions"].items()}
+    newest = [*compared, *adapters]
+    versions = {k: v for row in newest for k, v in row["versions"].items()}
     threads = lm_work.GPU_THREADS if on_gpu else lm_work.THREADS
-    dates = " and ".join(dict.fromkeys(row["batch"].split(" ")[1] for row in compared))
+    dates = " and ".join(dict.fromkeys(row["batch"].split(" ")[1] for row in newest))
     lines = [
         "",
         f"{machine['cores']} cores, {threads} threads; {dates}; "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".", "",
-        *_comparison(compared, reach=not on_gpu),
+        *(_comparison(compared, reach=not on_gpu) if compared else ()),
     ]  # fmt: skip
     if adapters:
         lines += ["", "### Low-rank adapters of rank 16 on all linear layers", "", *_comparison(adapters)]

@@ -216,6 +216,27 @@ def test_behind_any_other_network_it_is_the_gradient_autograd_gives(space: str, 
     torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-6)
 
 
+class Constant(torch.nn.Module):
+    """Outputs that no parameter reaches: only standard deviations are learned."""
+
+    def __init__(self, n_inputs: int, n_outputs: int) -> None:
+        super().__init__()
+        self.n_outputs = n_outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros(len(x), self.n_outputs)
+
+
+def test_a_network_without_parameters_leaves_the_standard_deviations_to_learn() -> None:
+    batch, settings = Batch(SPACES["five numbers"], network=Constant), UpdateSettings(epochs=1, minibatch_size=64)
+    gradient = batch.fused(settings)
+    assert gradient is not None
+    rows = torch.arange(3, 500)
+    found, wanted = gradient(rows, 497)[0], batch.by_autograd(rows, settings)[0]
+    assert found.shape == (5,)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_images_are_learned_from_the_same_way() -> None:
     class Looks(Scripted):
         def __init__(self, action_space: spaces.Space) -> None:

@@ -494,6 +494,21 @@ class TestEnvironments:
         closed = [(tmp_path / str(worker.pid)).exists() for worker in venv.processes]
         assert closed == [not busy, not busy]
 
+    def test_a_worker_stuck_with_a_large_result_still_closes_its_environment(self, tmp_path):
+        class Talkative(probes.Truncated):
+            def step(self, action):
+                *rest, info = super().step(action)
+                return *rest, {**info, "story": "x" * 2_000_000}
+
+            def close(self):
+                (tmp_path / str(os.getpid())).touch()
+
+        venv = make_vector(lambda: Talkative(), 2, "async")
+        venv.reset()
+        venv.step_async(np.zeros(2, dtype=np.int64))
+        close_vector(venv, patience=60.0)
+        assert all((tmp_path / str(worker.pid)).exists() for worker in venv.processes)
+
     def test_an_unknown_environment_is_refused_with_a_close_name(self):
         with pytest.raises(UsageError, match="CartPole-v1"):
             GRPO("CartPoll-v1")

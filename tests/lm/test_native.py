@@ -24,6 +24,7 @@ from architectures import (
 )
 from torch import Tensor, nn
 
+from grouprl.errors import TrainingError
 from grouprl.lm.attention import How, PackedAttention, _Packed
 from grouprl.lm.backbone import find_backbone
 from grouprl.lm.learner import Learner
@@ -153,9 +154,27 @@ def test_adapters_in_low_precision_are_no_less_exact_than_autocast() -> None:
     assert float((found[0] - logp).norm()) <= 1.25 * float((torch.cat(parts).detach() - logp).norm())
 
 
-def test_merged_adapters_have_no_fused_layers() -> None:
-    model = adapted("llama")
+def test_adapters_merged_meanwhile_are_added_once() -> None:
+    model, groups = adapted("llama"), random_groups(*MIXED)
+    learner = fused(model)
+    prompts, completions, group, lengths = as_samples(groups)
+    before = learner.log_probs(learner.parts(prompts, completions, group), lengths)
     model.merge_adapter()
+    after = learner.log_probs(learner.parts(prompts, completions, group), lengths)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+    with model.disable_adapter(), pytest.raises(TrainingError, match="unmerge_adapter"):
+        learner.log_probs(learner.parts(prompts, completions, group), lengths)
+
+
+def test_a_trial_with_new_adapters_gives_them_something_to_do_and_takes_it_back(monkeypatch) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(wide("llama"), LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    assert fused(model)
+    empty = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+    assert len(empty) > 1
+    assert not any(parameter.any() for parameter in empty)
+    monkeypatch.setattr(layers, "added", lambda part: ())  # a forward that adds nothing is found out
     backbone, why = find_backbone(model)
     assert backbone is not None, why
     assert find_layers(backbone, torch.float32) is None

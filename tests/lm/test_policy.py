@@ -134,6 +134,14 @@ def test_a_copied_reference_begins_equal_to_the_last_bit_and_stays(bf16: bool, a
     assert all(p.requires_grad for p in found.model.parameters())
 
 
+def test_a_reference_that_shares_weights_with_the_model_is_refused() -> None:
+    base = build("llama")
+    with pytest.raises(UsageError, match="shares weights"):
+        policy(adapted(base), base, beta=0.1)
+    with pytest.raises(UsageError, match="shares weights"):
+        policy(base, base, beta=0.1)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_reference_of_an_adapter_is_the_model_without_it(bf16: bool) -> None:
     base = build("llama")

@@ -105,7 +105,7 @@ class GRPOConfig(BaseModel):
         None, description="initial log standard deviation of continuous actions; default: -0.5 - log(dimensions) / 2"
     )
     normalize_observations: bool = Field(True, description="running mean and variance, part of the model")
-    native: bool = Field(True, description="compiled code for the network on CPUs, where there is a C compiler")
+    native: bool = Field(True, description="compiled network, loss and optimizer on CPUs with a C compiler")
 
     # --- run -----------------------------------------------------------------------------------------------------
     seed: int = Field(0, ge=0, description="of every random stream")

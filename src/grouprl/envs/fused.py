@@ -122,20 +122,21 @@ def _of_what_is_behind(
     learned = [p for p in parameters if not (policy.gaussian and p is policy.log_std)]
 
     def gradient(index: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
-        total, logged = None, torch.zeros(3, device="cpu")
+        total, logged = None, torch.zeros(3, dtype=torch.float32, device="cpu")
         for i in index.tensor_split(-(-len(index) // settings.micro_batch)):
             rows, sums = i.contiguous(), (c_double * 2)()
             out = policy.outputs({key: value.index_select(0, rows) for key, value in inputs.items()})
             z = out.detach().to(torch.float32, copy=True).contiguous()
-            d_log_std = torch.zeros(z.shape[1] if policy.gaussian else 0, device="cpu")
+            d_log_std = torch.zeros(z.shape[1] if policy.gaussian else 0, dtype=torch.float32, device="cpu")
             failed = compiled.grouprl_objective_of(
                 ctypes.byref(objective), ctypes.byref(batch.at(rows)), c_size_t(len(rows)), c_int32(z.shape[1]),
                 c_double(denominator), c_void_p(z.data_ptr()), c_void_p(d_log_std.data_ptr()), sums,
             )  # fmt: skip
             if failed:
                 raise MemoryError(f"no memory for the gradient of {len(rows)} steps")
-            found = iter(torch.autograd.grad(out, learned, z.to(out.dtype), allow_unused=True))
-            made = [d_log_std if policy.gaussian and p is policy.log_std else next(found) for p in parameters]
+            reached = learned if out.requires_grad else []  # not where a network's outputs are constant
+            found = iter(torch.autograd.grad(out, reached, z.to(out.dtype), allow_unused=True) if reached else ())
+            made = [d_log_std if policy.gaussian and p is policy.log_std else next(found, None) for p in parameters]
             flat = torch.cat([
                 p.new_zeros(p.numel()) if g is None else g.reshape(-1) for p, g in zip(parameters, made, strict=True)
             ])  # fmt: skip

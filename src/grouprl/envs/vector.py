@@ -180,7 +180,11 @@ def close_vector(venv: VectorEnv[Any, Any, Any], patience: float = 5.0) -> None:
                 pipe.send(("close", None))
         deadline = time.monotonic() + patience
         for process, pipe in zip(venv.processes, venv.parent_pipes, strict=True):
-            process.join(max(0.0, deadline - time.monotonic()))
+            while process.is_alive() and time.monotonic() < deadline:
+                process.join(0.01)
+                with contextlib.suppress(OSError, EOFError):
+                    while pipe is not None and pipe.poll():  # a worker that cannot get rid of a result reads nothing
+                        pipe.recv()
             process.kill()
             process.join()
             if pipe is not None:

@@ -75,6 +75,11 @@ class Policy:
         self._adapter_is_difference = hasattr(model, "disable_adapter")
         if config.beta > 0:
             if ref_model is not None:
+                if {id(p) for p in ref_model.parameters()} & {id(p) for p in model.parameters()}:
+                    raise UsageError(
+                        "ref_model shares weights with the model and would be trained along; leave it out (the "
+                        "reference is then the model as it is now, with PEFT without its adapter), or pass a copy"
+                    )
                 self._adapter_is_difference = False
                 self.reference = self._frozen(ref_model.to(self.device))
             else:

@@ -173,7 +173,7 @@ def _factor(phi: Tensor, ridge: float) -> Tensor:
 
 def _gram(rows: Tensor) -> Tensor:
     """rows^T rows. On a CPU by numpy, which knows the result to be symmetric and computes one half of it."""
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64):
         return rows.T @ rows
     array = rows.numpy()
     return torch.from_numpy(array.T @ array)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.lm.attention import UnsupportedError
+from grouprl.lm.native.adapters import added, is_lora
 from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import functions
 from grouprl.lm.native.parts import Parts, rotary
@@ -71,24 +72,11 @@ def supported(decoder: Any, head: Any) -> bool:
     )
 
 
-def is_lora(module: Any) -> bool:
-    """Whether it is PEFT's plain low-rank layer: W x + B A x, whose weight can be added up."""
-    return (
-        type(module).__module__ == "peft.tuners.lora.layer"
-        and type(module).__name__ == "Linear"
-        and not getattr(module, "lora_variant", None)
-        and not any(getattr(module, "lora_bias", {}).values())
-        and type(module.get_base_layer()) is nn.Linear
-    )
-
-
 def _weight(module: Any) -> Tensor:
     """The weight ``[out, in]`` that a layer multiplies by, low-rank adapters added."""
     weight: Tensor = module.weight.detach()
-    if type(module) is not nn.Linear and not module.disable_adapters and not module.merged:
-        for name in module.active_adapters:
-            if name in module.lora_A:
-                weight = weight + module.get_delta_weight(name).detach().to(weight.dtype)
+    for a, b, scale in added(module):
+        weight = weight + (scale * (b.detach().float() @ a.detach().float())).to(weight.dtype)
     return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
 
 

@@ -7,7 +7,7 @@ what the largest products gave as well. The rest, and the weights in the precisi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from grouprl.lm.attention import How, PackedAttention
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.lean import lean_step
+from grouprl.lm.native.adapters import added, doing_something, is_lora
 from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import available
-from grouprl.lm.native.decode import is_lora, supported
+from grouprl.lm.native.decode import supported
 from grouprl.lm.native.parts import Parts, gate, gate_gradient, rotary
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import add_gradient, add_product
@@ -48,7 +49,7 @@ class _Product:
             biases = (torch.zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts)
             self.bias = _joined(list(biases), dtype)
         adapted = zip(self.columns, parts, strict=True)
-        self.adapters = [(columns, *adapter) for columns, part in adapted for adapter in _adapters(part)]
+        self.adapters = [(columns, *adapter) for columns, part in adapted for adapter in added(part)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x [S, in]`` in the dtype -> ``[S, sum of outputs]``."""
@@ -79,14 +80,6 @@ class _Product:
 
     def _low(self, weight: Tensor) -> Tensor:
         return weight.detach().to(self.dtype)
-
-
-def _adapters(part: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """A ``[r, in]``, B ``[out, r]`` and s of the active adapters of a linear layer."""
-    if is_lora(part) and not part.disable_adapters:
-        for name in part.active_adapters:
-            if name in part.lora_A:
-                yield part.lora_A[name].weight, part.lora_B[name].weight, part.scaling[name]
 
 
 def _joined(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -137,7 +130,7 @@ class LlamaLayers:
 
     def _keeps(self, tokens: int) -> bool:
         """Whether results of products are kept for the backward pass of so many tokens."""
-        weights = sum(p.numel() * (16 if p.requires_grad else 4) for p in self.decoder.parameters())
+        weights = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in self.decoder.parameters())
         a, mlp = self.decoder.layers[0].self_attn, self.decoder.layers[0].mlp
         made = (a.q_proj, a.k_proj, a.v_proj, mlp.gate_proj, mlp.up_proj)
         width = sum(part.out_features for part in made) * self.dtype.itemsize
@@ -158,8 +151,6 @@ def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
     adapted = [m for m in backbone.decoder.layers.modules() if is_lora(m)]
     if len(layers.linears) != 7 * len(backbone.decoder.layers) + sum(2 * len(m.lora_A) for m in adapted):
         return None
-    if any(m.merged for m in adapted):
-        return None
     pack = Pack.of([Group([1, 2, 3, 4, 2], ([3, 1, 2], [0, 4])), Group([2, 1], ([1, 3, 2],))], backbone.device)
     differences: list[float] = []
 
@@ -173,7 +164,7 @@ def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
     backbone.model.eval()
     hooks = [layer.register_forward_hook(compare) for layer in backbone.decoder.layers]
     try:
-        with backbone.following(PackedAttention(pack)):
+        with doing_something(backbone.decoder), backbone.following(PackedAttention(pack)):
             backbone.hidden(pack.ids, pack.positions)
     finally:
         backbone.model.train(training)

@@ -37,7 +37,8 @@ INLINE void stop_products(void) {
 #endif
 }
 
-/* c [rows up to 32][32] = (more: +=) a [rows][k] times blocks w0 and w1; a has a multiple of 16 rows, and so has c. */
+/* c [rows up to 32][32] = (more: +=) a [rows][k] times blocks w0 and w1; a has a multiple of 16 rows, and so has c;
+   k > 0. */
 #ifdef GROUPRL_TILES
 static void two_blocks_bf16(
     int more, int rows, int k, const bf16 *a, int lda, const bf16 *w0, const bf16 *w1, float *c, int ldc
