@@ -181,6 +181,25 @@ def test_the_epochs_end_once_the_policy_has_moved_too_far():
     assert torch.equal(patient.parameters.vector, free.parameters.vector)
 
 
+def test_an_epoch_that_leaves_the_trust_region_far_behind_is_undone(monkeypatch):
+    monkeypatch.setattr("grouprl.update.TOO_FAR", 3.0)
+    one, two = Problem(lr=0.1), Problem(lr=0.1)
+    after_one = one.run(epochs=1, kl_stop=1e9).approx_kl
+    reached = two.run(epochs=2, kl_stop=1e9).approx_kl
+    assert reached > 3.0 * after_one > 0.0
+    for stop, undone in ((reached / 2.9, False), (reached / 3.1, True)):  # after one epoch it is below either
+        problem = Problem(lr=0.1)
+        stats = problem.run(epochs=6, kl_stop=stop)
+        assert (stats.epochs, stats.approx_kl) == (2, reached)  # what was attempted is what is reported
+        assert torch.equal(problem.parameters.vector, (one if undone else two).parameters.vector)
+
+
+def test_a_first_epoch_that_is_undone_leaves_the_policy_as_it_was():
+    problem, before = Problem(lr=1e4), Problem().parameters.vector
+    assert problem.run(epochs=6, kl_stop=0.01).epochs == 1
+    assert torch.equal(problem.parameters.vector, before)
+
+
 def test_the_reported_divergence_is_that_of_old_to_new_on_the_sampled_actions():
     problem = Problem()
     stats = problem.run()

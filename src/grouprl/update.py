@@ -23,6 +23,9 @@ from grouprl.objective import clip_fraction, clipped, dual_clipped, k3, spo
 MIN_PART = 2048
 """Rows under which a second thread costs more than it saves (waking one takes tens of microseconds)."""
 
+TOO_FAR = 4.0
+"""An epoch that ends at a KL of this many times ``kl_stop`` is undone."""
+
 
 class Terms(NamedTuple):
     """What the current policy says of ``m`` steps, with gradients; each ``[m]``, the last two may be None."""
@@ -74,7 +77,7 @@ class UpdateStats:
     ``policy_loss``, ``entropy`` (0 where it was not asked for), ``grad_norm`` and ``kl``, the divergence to the
     reference policy (0 without one), are means over the optimizer steps. ``approx_kl``, KL(old || new) as k3, and
     ``clip_fraction``, the share of steps whose ratio lies outside the clip range on the side their advantage pushes to,
-    are those of the updated policy on a sample of the batch.
+    are those of the updated policy on a sample of the batch; where its last epoch was undone, those it had ended at.
     """
 
     policy_loss: float
@@ -155,6 +158,10 @@ def update(
         pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order.
         gradient_of: gives the gradient in the place of autograd through ``evaluate``; all weights are then equal.
 
+    With ``kl_stop`` an epoch that ends beyond it is the last. One that ends ``TOO_FAR`` times beyond is undone, as the line
+    search of TRPO (1502.05477, appendix C) refuses a step that leaves the trust region: what a policy that is all but
+    deterministic loses in one epoch, no reward may ever show it again.
+
     Raises:
         TrainingError: there is no step, or the gradient is not finite; the parameters are left as they were before.
     """
@@ -168,6 +175,7 @@ def update(
     epoch = 0
     approx_kl = clip = 0.0
     for epoch in range(1, settings.epochs + 1):
+        before = None if settings.kl_stop is None else parameters.vector.detach().clone()
         for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
             gradient, sums = _gradient(
                 evaluate, parameters, index, logp_old, advantages, weights, settings, pool, threads, gradient_of
@@ -191,7 +199,9 @@ def update(
                 approx_kl = float(k3(old, logp).mean())
                 outside = clip_fraction(logp, old, advantages[probe], settings.clip_low, settings.clip_high)
                 clip = float(outside.float().mean())
-            if settings.kl_stop is not None and approx_kl > settings.kl_stop:
+            if settings.kl_stop is not None and not approx_kl <= settings.kl_stop:  # nor is it nan
+                if before is not None and not approx_kl <= TOO_FAR * settings.kl_stop:
+                    parameters.vector.data.copy_(before)
                 break
     policy_loss, kl, entropy = (totals / steps).tolist()
     return UpdateStats(policy_loss, kl, entropy, clip, norm_total / steps, approx_kl, epoch, steps)
