@@ -158,9 +158,9 @@ def update(
         pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order.
         gradient_of: gives the gradient in the place of autograd through ``evaluate``; all weights are then equal.
 
-    With ``kl_stop`` an epoch that ends beyond it is the last. One that ends ``TOO_FAR`` times beyond is undone, as the line
-    search of TRPO (1502.05477, appendix C) refuses a step that leaves the trust region: what a policy that is all but
-    deterministic loses in one epoch, no reward may ever show it again.
+    With ``kl_stop`` an epoch that ends beyond it is the last. One that ends ``TOO_FAR`` times beyond is undone, as the
+    line search of TRPO (1502.05477, appendix C) refuses a step that leaves the trust region: what a policy that is all
+    but deterministic loses in one epoch, no reward may ever show it again.
 
     Raises:
         TrainingError: there is no step, or the gradient is not finite; the parameters are left as they were before.

@@ -92,7 +92,9 @@ class GRPOConfig(BaseModel):
     lr_final: float = Field(0.02, ge=0, le=1, description="last learning rate of the linear schedule, as a fraction")
     lr_max: float = Field(1e-2, gt=0, description="upper bound of an adaptive learning rate")
     kl_target: float = Field(0.02, gt=0, description="KL(old || new) per update an adaptive learning rate aims at")
-    kl_stop: float | None = Field(None, gt=0, description="end the epochs once KL(old || new) exceeds this")
+    kl_stop: float | None = Field(
+        None, gt=0, description="end the epochs once KL(old || new) exceeds this; one beyond four times it is undone"
+    )
     max_grad_norm: float = Field(0.5, gt=0, description="bound on the global gradient norm")
     adam_eps: float = Field(1e-5, gt=0, description="Adam epsilon")
 
