@@ -55,7 +55,7 @@ def fused_gradient(
     distribution = policy.distribution
     gaussian = isinstance(distribution, DiagonalGaussian)
     if (
-        not (policy.native and kernels.available and (gaussian or isinstance(distribution, Categorical)))
+        not (policy.native and (gaussian or isinstance(distribution, Categorical)))
         or settings.beta > 0
         or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (logp_old, advantages))
         or actions.device.type != "cpu"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
-from grouprl.envs.mlp import MLP
+from grouprl.envs.mlp import MLP, kernels
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 
 Network = Callable[[int, int], nn.Module]
@@ -70,7 +70,7 @@ class Policy(nn.Module):
         super().__init__()
         self.observations = observations
         self.distribution = actions.distribution
-        self.native = config.native
+        self.native = config.native and kernels.available  # asked here, so that what compiles is not the training
         self.gaussian = isinstance(self.distribution, DiagonalGaussian)
         n_out = self.distribution.n if isinstance(self.distribution, DiagonalGaussian) else self.distribution.n_params
         self.encoders = nn.ModuleList(ImageEncoder(shape[0]) for shape in observations.images.values())
