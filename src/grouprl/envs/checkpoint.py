@@ -8,18 +8,21 @@ on and a resumed one then both continue from the same new seed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from grouprl.envs.collect import HISTORY_LIMIT
 from grouprl.envs.estimate import DEFAULT_HORIZON
-from grouprl.envs.grpo import GRPO
-from grouprl.envs.policy import Network
-from grouprl.envs.vector import EnvLike, horizon
+from grouprl.envs.vector import horizon
 from grouprl.errors import UsageError
 from grouprl.runs.state import load_state, save_state
+
+if TYPE_CHECKING:
+    from grouprl.envs.grpo import GRPO
 
 RESTART_AFTER = 10
 """Time limits after which a scheduled checkpoint starts fresh episodes: cuts few of them, bounds the replay."""
@@ -49,8 +52,8 @@ def write(agent: GRPO, path: Path, may_restart: bool, extra: dict[str, Any]) -> 
     save_state(path, tensors, {**agent.describe("checkpoint"), "state": state})
 
 
-def read(path: Path, env: EnvLike | None, network: Network | None) -> GRPO:
-    """The agent written to ``path``, its environments where they were.
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`write` wrote to ``path``: tensors, and the description with its ``state``.
 
     Raises:
         UsageError: not a checkpoint, or a corrupt one.
@@ -58,9 +61,11 @@ def read(path: Path, env: EnvLike | None, network: Network | None) -> GRPO:
     tensors, meta = load_state(path)
     if meta.get("kind") != "checkpoint":
         raise UsageError(f"{path} is a saved model, not a checkpoint; GRPO.load reads it")
-    agent = GRPO.from_description(path, meta, network, {})
-    agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
-    state = meta["state"]
+    return tensors, meta
+
+
+def restore(agent: GRPO, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Put ``agent``, which has the policy and the environments of the checkpoint, where it was."""
     agent.learner.load(tensors, state["learner"])
     if agent.baseline is not None and "baseline.weights" in tensors:
         agent.baseline.weights = tensors["baseline.weights"]
@@ -72,4 +77,3 @@ def read(path: Path, env: EnvLike | None, network: Network | None) -> GRPO:
     prefix = "collector."
     arrays = {key.removeprefix(prefix): value.numpy() for key, value in tensors.items() if key.startswith(prefix)}
     agent.ready().load(arrays, state["collector"])
-    return agent

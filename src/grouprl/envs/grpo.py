@@ -14,7 +14,7 @@ import torch
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
 
-from grouprl.envs import presets
+from grouprl.envs import checkpoint, presets
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
@@ -387,8 +387,6 @@ class GRPO:
             may_restart: the checkpoint is taken on schedule and may begin fresh episodes.
             extra: JSON that :meth:`from_checkpoint` gives back as ``agent.extra``.
         """
-        from grouprl.envs import checkpoint
-
         checkpoint.write(self, Path(path), may_restart, dict(extra or {}))
 
     @classmethod
@@ -398,9 +396,11 @@ class GRPO:
         Raises:
             UsageError: not a checkpoint, or a corrupt one.
         """
-        from grouprl.envs import checkpoint
-
-        return checkpoint.read(Path(path), env, network)
+        tensors, meta = checkpoint.read(Path(path))
+        agent = cls.from_description(Path(path), meta, network, {})
+        agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
+        checkpoint.restore(agent, tensors, meta["state"])
+        return agent
 
     def streams(self) -> dict[str, np.random.Generator]:
         """The random streams that training draws from, by name."""

@@ -66,19 +66,13 @@ class MLP(nn.Module):
 
     def _compiled(self, parameters: Sequence[Tensor], n_dimensions: int, width: int) -> bool:
         """Whether compiled code can read the parameters, and inputs of that shape; torch says what is wrong if not."""
-        return (
-            self.native
-            and n_dimensions == 2
-            and width == parameters[0].shape[1]
-            and all(p.dtype == torch.float32 and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
-        )
+        return self.native and n_dimensions == 2 and width == parameters[0].shape[1] and fits(*parameters)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[m, n_inputs]`` -> ``[m, n_outputs]``."""
         parameters = self.in_order
         if x.device.type == "cpu" and x.dtype == torch.float32 and self._compiled(parameters, x.ndim, x.shape[-1]):
-            out: Tensor = _Compiled.apply(x, self.tanh, *parameters)  # type: ignore[no-untyped-call]
-            return out
+            return layers(x, self.tanh, parameters)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -110,6 +104,24 @@ class MLP(nn.Module):
             return made
 
         return infer
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether compiled code can read them where they are: float32, row after row, in the CPU's memory."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
+def layers(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> Tensor:
+    """``[m, last width]`` of ``x [m, first width]`` through fully connected layers, as compiled code with its gradient.
+
+    Args:
+        x: float32, on the CPU.
+        tanh: the activation after every layer but the last; else the rectifier.
+        parameters: weight ``[out, in]`` and bias ``[out]`` of each layer in turn, all of which :func:`fits`. A layer
+            alone must be a multiple of 16 wide.
+    """
+    out: Tensor = _Compiled.apply(x, tanh, *parameters)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Network(Structure):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
 from grouprl.envs.mlp import MLP, kernels
+from grouprl.envs.operations import QuickOperations
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 
 Network = Callable[[int, int], nn.Module]
@@ -88,6 +90,7 @@ class Policy(nn.Module):
             if network is None
             else network(n_in, n_out)
         )
+        self._quick = self.native and not isinstance(self.network, MLP)
         if self.gaussian:
             # The same length of the noise vector whatever the number of dimensions.
             start = -0.5 - 0.5 * math.log(n_out) if config.log_std_init is None else config.log_std_init
@@ -155,7 +158,9 @@ class Policy(nn.Module):
         """What the network gives for ``m`` prepared inputs: :meth:`forward` without standard deviations."""
         parts = [inputs["flat"]] if "flat" in inputs else []
         parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders, strict=True)]
-        out: Tensor = self.network(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        with QuickOperations() if self._quick else nullcontext():
+            out: Tensor = self.network(x)
         return out
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:

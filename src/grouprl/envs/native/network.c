@@ -28,7 +28,7 @@ int grouprl_mlp(const Mlp *net, size_t rows, const float *x, float *hidden, floa
 }
 
 /* The gradient, from that of out: [out][in] and [out] of each layer, one after the other; and of x, unless dx is NULL.
-   Of one layer alone there is none here. 0, or 1 if there is no memory. */
+   One layer alone must be a multiple of 16 wide. 0, or 1 if there is no memory. */
 int grouprl_mlp_gradient(
     const Mlp *net, size_t rows, const float *x, float *hidden, const float *dout, float *gradient, float *dx
 ) {
