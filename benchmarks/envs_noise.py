@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
+import measuring
+import zoo_ppo
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "envs_noise.json"
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 4.0)
 STEPS = 100_000
+EPISODES = 100
+PEERS_PYTHON = HERE.parent / ".venv-peers" / "bin" / "python"
+PPO = "Stable-Baselines3's PPO (RL-Zoo's settings)"
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "closed-form baseline (preset CartPole-v1)": {"preset": "CartPole-v1"},
+    "closed-form baseline (the robust default)": {"preset": None},
     "outcome of groups of 8 (preset chapter)": {"preset": "chapter"},
     "time-step group, batch of 32 episodes": {"preset": "chapter", "advantage": "timestep"}
     | {"group_size": None, "gamma": 0.99, "beta": 0.0},
@@ -45,7 +54,15 @@ def run(settings: dict[str, Any], sigma: float, seed: int) -> float:
     mode = "sync" if groups else "vector_entry_point"  # groups need a seed per environment
     venv = NoisyReward(gym.make_vec("CartPole-v1", num_envs=32, vectorization_mode=mode), sigma, seed)
     agent = GRPO(venv, seed=seed, **settings).learn(STEPS)
-    return evaluate(agent, "CartPole-v1", episodes=100).summary()["mean_return"]
+    return evaluate(agent, "CartPole-v1", episodes=EPISODES).summary()["mean_return"]
+
+
+def run_ppo(peers: Path, sigma: float, seed: int) -> float:
+    """The same by Stable-Baselines3's PPO, in a process of its own."""
+    given = {"env_id": "CartPole-v1", "env_kwargs": {}, "seed": seed, "budget": STEPS, "episodes": EPISODES}
+    given |= {"settings": zoo_ppo.SETTINGS["CartPole-v1"], "sigma": sigma}
+    mean: float = measuring.run_worker([peers, HERE / "worker_ppo.py"], given)["mean"]
+    return mean
 
 
 def table(data: dict[str, Any]) -> str:
@@ -66,13 +83,18 @@ def table(data: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--peers", type=Path, default=PEERS_PYTHON, help="interpreter of the peers' environment")
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if not arguments.table:
         seeds = [int(s) for s in arguments.seeds.split(",")]
         returns: dict[str, list[list[float]]] = {}
-        for name, settings in ESTIMATORS.items():
-            returns[name] = [[run(settings, sigma, seed) for seed in seeds] for sigma in SIGMAS]
+        rows: dict[str, Callable[[float, int], float]] = {
+            name: partial(run, settings) for name, settings in ESTIMATORS.items()
+        }
+        rows[PPO] = partial(run_ppo, arguments.peers)
+        for name, of in rows.items():
+            returns[name] = [[of(sigma, seed) for seed in seeds] for sigma in SIGMAS]
             print(name, [round(float(np.mean(values))) for values in returns[name]], flush=True)
         data = {"sigmas": SIGMAS, "steps": STEPS, "seeds": seeds, "returns": returns}
         RESULTS.parent.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3 import PPO
@@ -25,6 +26,17 @@ def value_of(setting: Any) -> Any:
     return schedule
 
 
+class NoisyReward(gym.RewardWrapper):  # type: ignore[type-arg]
+    """Adds N(0, sigma^2) to every reward."""
+
+    def __init__(self, env: gym.Env[Any, Any], sigma: float, seed: int) -> None:
+        super().__init__(env)
+        self.sigma, self.rng = sigma, np.random.default_rng(seed)
+
+    def reward(self, reward: Any) -> float:
+        return float(reward + self.sigma * self.rng.standard_normal())
+
+
 def main() -> None:
     """Train for the budget, then play greedy episodes with raw rewards and frozen statistics."""
     arguments = measuring.worker_arguments()
@@ -32,7 +44,10 @@ def main() -> None:
     settings = {name: value_of(value) for name, value in arguments["settings"].items()}
     n_envs, normalize = settings.pop("n_envs"), settings.pop("normalize", False)
     env_id, env_kwargs, seed = arguments["env_id"], arguments["env_kwargs"], arguments["seed"]
-    venv: Any = make_vec_env(env_id, n_envs, seed=seed, env_kwargs=env_kwargs)
+    seeds = iter(range(1000 * seed, 1000 * seed + n_envs))
+    sigma = arguments.get("sigma", 0.0)
+    noisy = None if sigma == 0 else lambda env: NoisyReward(env, sigma, next(seeds))
+    venv: Any = make_vec_env(env_id, n_envs, seed=seed, env_kwargs=env_kwargs, wrapper_class=noisy)
     if normalize:
         venv = VecNormalize(venv, gamma=settings["gamma"])
     model = PPO("MlpPolicy", venv, seed=seed, device="cpu", **settings)
@@ -53,7 +68,7 @@ def main() -> None:
             "min": float(np.min(returns)),
             "max": float(np.max(returns)),
             "episodes": len(returns),
-            "threshold": None,
+            "threshold": held_out.get_attr("spec")[0].reward_threshold,
             "versions": measuring.versions("stable-baselines3", "torch", "numpy", "gymnasium"),
         }
     )

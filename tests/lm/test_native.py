@@ -29,10 +29,12 @@ from grouprl.lm.attention import How, PackedAttention, _Packed
 from grouprl.lm.backbone import find_backbone
 from grouprl.lm.learner import Learner
 from grouprl.lm.native import compile as native
+from grouprl.lm.native import head as native_head
 from grouprl.lm.native import layers
 from grouprl.lm.native.attention import attend
 from grouprl.lm.native.gradient import weight_gradient
 from grouprl.lm.native.layers import find_layers
+from grouprl.lm.native.linear import Linear
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import Products
 from grouprl.lm.sampler import Completion, Sampler
@@ -87,11 +89,28 @@ def test_what_is_kept_for_the_backward_pass_changes_no_bit(dtype: torch.dtype, m
         monkeypatch.setattr(layers, "KEPT_SHARE", share)
         learner = fused(model, dtype)
         assert learner.layers is not None
-        kept.append(learner.layers._keeps(1))
+        kept.append(learner.layers.most_kept)
         found.append(learned(learner, groups, weights))
-    assert kept == [False, True]
+    assert kept[0] == 0
+    assert kept[1] > 10**6
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
+
+
+def test_groups_are_learned_from_together_as_far_as_results_can_be_kept(monkeypatch) -> None:
+    learner = fused(wide("llama"))
+    assert learner.layers is not None
+    monkeypatch.setattr(layers, "WORTH_A_PASS", 16)
+    most = learner.layers.most_kept
+    monkeypatch.setattr(layers, "KEPT_SHARE", layers.KEPT_SHARE * 20.5 / most)
+    assert learner.layers.together == learner.layers.most_kept == 20
+    group = ([1, 2, 3, 4, 5], [[6, 7, 8], [9, 10, 11]])  # 9 inputs
+    prompts, completions = [group[0]] * 4, group[1] * 4
+    sizes = [len(part.groups) for part in learner.parts(prompts, completions, [0, 0, 1, 1, 2, 2, 3, 3])]
+    assert sizes == [2, 2]
+    monkeypatch.setattr(layers, "WORTH_A_PASS", 21)
+    assert learner.layers.together is None
+    assert len(learner.parts(prompts, completions, [0, 0, 1, 1, 2, 2, 3, 3])) == 1
 
 
 def check_no_less_exact_than_autocast(model: nn.Module) -> None:
@@ -109,6 +128,15 @@ def check_no_less_exact_than_autocast(model: nn.Module) -> None:
     assert float((found[0] - logp).norm()) <= 1.25 * float((torch.cat(parts).detach() - logp).norm())
 
 
+@pytest.fixture(params=[False, True], ids=["torch's products", "compiled products"])
+def products_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Products of many rows by torch or by compiled code, whichever this processor prefers."""
+    for module in (layers, native_head):
+        monkeypatch.setattr(module, "preferred", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.mark.usefixtures("products_by")
 @pytest.mark.parametrize("name", LLAMAS)
 def test_fused_layers_in_low_precision_are_no_less_exact_than_autocast(name: str) -> None:
     check_no_less_exact_than_autocast(wide(name))
@@ -328,6 +356,56 @@ def test_a_soft_cap_is_left_to_torch() -> None:
     assert not torch.allclose(
         found, PackedAttention(pack, torch.float32).attend(module, q, k, v, How(0.25, None, None))
     )
+
+
+# --- products of many rows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 170])
+@pytest.mark.parametrize(("outs", "k"), [((16,), 32), ((48, 16), 96), ((80, 32, 16), 160)])
+@pytest.mark.parametrize("low", [False, True])
+def test_products_are_those_of_the_weights_above_one_another(rows: int, outs: tuple, k: int, low: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weights = [torch.randn(out, k, generator=generator) for out in outs]
+    biases = [torch.randn(outs[0], generator=generator), *(None for _ in outs[1:])]
+    dtype = torch.bfloat16 if low else torch.float32
+    wide_x = torch.randn(rows, k + 16, generator=generator).to(dtype)
+    x, y = wide_x[:, 16:], torch.full((rows, sum(outs) + 16), 7.0)
+    wanted = torch.cat([x.double() @ w.to(dtype).double().t() for w in weights], 1)
+    linear = Linear(weights, low=low)
+    scale = 2e-6 * k**0.5
+    torch.testing.assert_close(linear(x).double(), wanted, rtol=scale, atol=5 * scale)
+    linear.into(y[:, :-16], x)
+    torch.testing.assert_close(y[:, :-16].double(), wanted, rtol=scale, atol=5 * scale)
+    linear.into(y[:, :-16], x, add=True)
+    torch.testing.assert_close(y[:, :-16].double(), 2 * wanted, rtol=scale, atol=9 * scale)
+    assert bool((y[:, -16:] == 7).all())
+    wanted[:, : outs[0]] += biases[0].double()
+    torch.testing.assert_close(Linear(weights, biases, low=low)(x).double(), wanted, rtol=scale, atol=5 * scale)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 170])
+@pytest.mark.parametrize(("outs", "k"), [((32,), 16), ((48, 16), 96), ((80, 32, 16), 176)])
+def test_the_way_back_through_weights(rows: int, outs: tuple, k: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weights = [torch.randn(out, k, generator=generator) for out in outs]
+    g = torch.randn(rows, sum(outs), generator=generator).bfloat16()
+    wanted = g.double() @ torch.cat(weights).bfloat16().double()
+    torch.testing.assert_close(Linear.backwards(weights)(g).double(), wanted, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        Linear.backwards([w.bfloat16() for w in weights])(g, torch.bfloat16).double(), wanted, rtol=1e-2, atol=0.1
+    )
+
+
+def test_a_head_of_more_tokens_than_are_laid_out_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_head, "_SLAB", 64)
+    generator = torch.Generator().manual_seed(0)
+    h, weight = torch.randn(37, 96, generator=generator).bfloat16(), torch.randn(160, 96, generator=generator)
+    wanted = h.double() @ weight.bfloat16().double().t()
+    torch.testing.assert_close(native_head.logits(h, weight).double(), wanted, rtol=1e-2, atol=0.1)
+    g = torch.randn(37, 160, generator=generator).bfloat16()
+    found = native_head.logits_gradient(g, weight)
+    torch.testing.assert_close(found.double(), g.double() @ weight.bfloat16().double(), rtol=1e-5, atol=1e-4)
 
 
 # --- gradients of weights ---------------------------------------------------------------------------------------------

@@ -131,10 +131,12 @@ def inputs(groups: list[Group], pack: list[tuple[int, list[int]]]) -> int:
 
 
 @settings(deadline=None, max_examples=200)
-@given(shapes, st.integers(1, 60))
-def test_micro_batches_hold_each_completion_once_and_keep_to_the_budget(shape: list, budget: int) -> None:
+@given(shapes, st.integers(1, 60), st.none() | st.integers(1, 60))
+def test_micro_batches_hold_each_completion_once_and_keep_to_the_budget(
+    shape: list, budget: int, together: int | None
+) -> None:
     groups = numbered(shape)
-    packs = micro_batches(groups, budget)
+    packs = micro_batches(groups, budget, together)
     everything = [(g, j) for pack in packs for g, which in pack for j in which]
     assert sorted(everything) == [(g, j) for g, (_, ns) in enumerate(shape) for j in range(len(ns))]
     for pack in packs:
@@ -142,6 +144,8 @@ def test_micro_batches_hold_each_completion_once_and_keep_to_the_budget(shape: l
         assert all(which for _, which in pack)
         alone = len(pack) == 1 and len(pack[0][1]) == 1
         assert alone or inputs(groups, pack) <= budget
+        if together is not None and len(pack) > 1:
+            assert inputs(groups, pack) <= together
 
 
 @settings(deadline=None, max_examples=100)

@@ -49,15 +49,20 @@ class _LogProb(torch.autograd.Function):
         products: Products,
         learning: bool,
     ) -> tuple[Tensor, Tensor]:
-        low, w = h.detach().to(products.dtype), products.weight(weight)
-        z = F.linear(low, w, None if bias is None else bias.detach().to(products.dtype))
+        low = h.detach().to(products.dtype)
+        compiled = products.native and native.multiplies(low, weight, bias)
+        w = weight.detach() if compiled else products.weight(weight)
+        if compiled:
+            z = native.logits(low, w)
+        else:
+            z = F.linear(low, w, None if bias is None else bias.detach().to(products.dtype))
         if products.native and native.supported(z):
             logp, entropy, others = native.softmax(z, targets, temperature, learning=learning)
         else:
             logp, entropy, others = _softmax(z, targets, temperature, learning)
         ctx.save_for_backward(low, z, targets, others)
         ctx.weight, ctx.bias, ctx.temperature, ctx.dtype = weight, bias, temperature, h.dtype
-        ctx.w, ctx.native = w, products.native
+        ctx.w, ctx.native, ctx.compiled = w, products.native, compiled
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -68,8 +73,8 @@ class _LogProb(torch.autograd.Function):
         at_target = scale * others
         dh = None
         if ctx.needs_input_grad[0]:
-            dh = torch.mm(p, ctx.w).float().mul_(-scale[:, None])
-            dh.addcmul_(at_target[:, None], ctx.w[targets].float())
+            dh = native.logits_gradient(p, ctx.w) if ctx.compiled else torch.mm(p, ctx.w).float()
+            dh.mul_(-scale[:, None]).addcmul_(at_target[:, None], ctx.w[targets].to(p.dtype).float())
             dh = dh.to(ctx.dtype)
         weight, bias = ctx.weight, ctx.bias
         if weight.requires_grad:

@@ -63,7 +63,7 @@ class Learner:
         groups = [Group(prompts[p], [completions[i] for i in samples]) for p, samples in members.items()]
         of_group = list(members.values())
         parts = []
-        for chosen in micro_batches(groups, self.budget):
+        for chosen in micro_batches(groups, self.budget, None if self.layers is None else self.layers.together):
             cut = [Group(groups[g].prompt, [groups[g].completions[j] for j in which]) for g, which in chosen]
             parts.append(Part(cut, torch.tensor([of_group[g][j] for g, which in chosen for j in which])))
         return parts

@@ -186,8 +186,12 @@ def _block(places: Sequence[_Places], back: Tensor, offset: int, device: torch.d
     return Block(prompt_index.to(device), completion_index.to(device) if r else None, lengths)
 
 
-def micro_batches(groups: Sequence[Group], budget: int) -> list[list[tuple[int, list[int]]]]:
+def micro_batches(
+    groups: Sequence[Group], budget: int, together: int | None = None
+) -> list[list[tuple[int, list[int]]]]:
     """Split groups into packs of at most ``budget`` input tokens: for each pack, (group, its completions) by index.
+
+    A pack of several groups has at most ``together`` tokens, where that is given.
 
     Groups are taken by length, longest first, so that what lies side by side in a block has similar lengths and the
     largest pack comes first: if memory does not suffice, it shows at once. A group is divided only if it alone exceeds
@@ -214,5 +218,5 @@ def micro_batches(groups: Sequence[Group], budget: int) -> list[list[tuple[int, 
             pieces[-1].append(j)
             left -= n
         packs += [[(i, sorted(piece))] for piece in pieces]
-        room = left
+        room = left if together is None else left - max(0, budget - together)
     return packs

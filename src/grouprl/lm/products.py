@@ -145,10 +145,10 @@ class Products:
 
     def _learner(self, layer: Any, weights: _Rounded) -> Callable[[Tensor], Tensor]:
         weight, bias = layer.weight, layer.bias
-        rounded, rounded_bias = weights(weight), None if bias is None else weights(bias)
         transposed = not isinstance(layer, nn.Linear)
 
         def forward(x: Tensor) -> Tensor:
+            rounded, rounded_bias = weights(weight), None if bias is None else weights(bias)
             out: Tensor = _Linear.apply(x, weight, bias, rounded, rounded_bias, transposed, self)  # type: ignore[no-untyped-call]
             return out
 

@@ -50,7 +50,7 @@ typedef struct {
 
 static void *room(size_t bytes) {
     void *p = NULL;
-    return posix_memalign(&p, 64, bytes) ? NULL : p;
+    return posix_memalign(&p, 64, bytes ? bytes : 1) ? NULL : p;
 }
 
 /* Room for rows of activations, and for rows of zeros behind them that fill up the last group. */
@@ -246,16 +246,18 @@ static void attend(
 
 /* --- what becomes of products ---------------------------------------------------------------------------------- */
 
+/* y [rows][out], rows `apart` elements apart. */
 typedef struct {
     void *y;
     int out, low;
+    size_t apart;
 } Output;
 
 static void use_output(void *context, int row, int n, int column, const float *c) {
     Output *o = context;
     int wide = o->out - column < 32 ? o->out - column : 32;
     for (int i = 0; i < n; i++) {
-        size_t at = (size_t)(row + i) * o->out + column;
+        size_t at = (row + i) * o->apart + column;
         if (o->low)
             for (int j = 0; j + W <= wide; j += W) store_bf16((bf16 *)o->y + at + j, load(c + i * 32 + j));
         else
@@ -267,7 +269,7 @@ static void use_residual(void *context, int row, int n, int column, const float 
     Output *o = context;
     for (int i = 0; i < n; i++)
         for (int j = 0; j < 32 && column + j < o->out; j += W) {
-            float *y = (float *)o->y + (size_t)(row + i) * o->out + column + j;
+            float *y = (float *)o->y + (row + i) * o->apart + column + j;
             store(y, load(y) + load(c + i * 32 + j));
         }
 }
@@ -276,7 +278,7 @@ static void use_gate(void *context, int row, int n, int column, const float *c) 
     Output *o = context;
     for (int i = 0; i < n; i++) {
         vec gate = load(c + i * 32), up = load(c + i * 32 + W);
-        put(o->low, o->y, (size_t)(row + i) * o->out + column / 2, gate / (1.0f + exponential(-gate)) * up);
+        put(o->low, o->y, (row + i) * o->apart + column / 2, gate / (1.0f + exponential(-gate)) * up);
     }
 }
 
@@ -296,19 +298,42 @@ void grouprl_pack(const void *w, int is_bf16, int low, int out, int k, void *pac
     pack_weight(w, is_bf16, low, out, k, packed, first, stride);
 }
 
-/* y [rows, out] = x [rows, k] W^T + b; x is bfloat16 if x_low, y if y_low. With `gated` W is that of gate and up, and
+void grouprl_pack_turned(const void *w, int is_bf16, int n, int columns, int at, int places, bf16 *packed) {
+    pack_turned(w, is_bf16, n, columns, at, places, packed);
+}
+
+/* Whether bfloat16 products run in vectors made for them, and not in a matrix unit. */
+int grouprl_vectors(void) {
+#if defined(__AVX512BF16__) && !defined(GROUPRL_TILES)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* y [rows, out] = x [rows, k] W^T + b; x is bfloat16 if x_low, y if y_low; their rows lie so many elements apart. What
+   else than STORE becomes of it: ADD adds it to y (float32); GATE takes W for gate's and up's, and
    y [rows, out / 2] = silu(gate) * up. 0, or 1 if there is no memory. */
-int grouprl_linear(int low, int rows, const void *x, int x_low, const Linear *l, void *y, int y_low, int gated) {
-    size_t n = (size_t)rows * l->k;
-    void *made = room_for_rows(low, rows, l->k);
+int grouprl_linear(
+    int low, int rows, const void *x, int x_low, int x_apart, const Linear *l, void *y, int y_low, int y_apart, int what
+) {
+    enum { STORE, ADD, GATE };
+    int k = l->k, there = x_low == low && x_apart == k ? rows / GROUP * GROUP : 0; /* rows to be read where they are */
+    size_t n = (size_t)(rows - there) * k;
+    void *made = room_for_rows(low, rows - there, k);
     if (!made) return 1;
-    Output o = {y, gated ? l->out / 2 : l->out, y_low};
+    Output o = {y, what == GATE ? l->out / 2 : l->out, y_low, y_apart}, rest = o;
+    rest.y = (void *)element(y_low, y, (size_t)there * y_apart);
+    Use use = what == ADD ? use_residual : what == GATE ? use_gate : use_output;
 #pragma omp parallel
     {
+        int me = omp_get_thread_num(), threads = omp_get_num_threads();
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < n; i += W) put(low, made, i, get(x_low, x, i));
+        for (size_t i = 0; i < n; i += W)
+            put(low, made, i, get(x_low, x, (there + i / k) * x_apart + i % k));
         start_products();
-        product(low, rows, made, l, omp_get_thread_num(), omp_get_num_threads(), gated ? use_gate : use_output, &o);
+        product(low, there, x, l, me, threads, use, &o);
+        product(low, rows - there, made, l, me, threads, use, &rest);
         stop_products();
     }
     free(made);
@@ -338,8 +363,8 @@ int grouprl_decode(const Model *m, const Cache *c, const Step *s) {
     int wide = (m->heads + 2 * m->k_heads) * d;
     float *qkv = room((size_t)rows * wide * sizeof(float));
     void *inner = room_for_rows(m->low, rows, m->inner);
-    Output projected = {qkv, wide, 0}, residual = {s->x, m->width, 0}, logits = {s->logits, m->head.out, 0};
-    Output gated = {inner, m->inner, m->low};
+    Output projected = {qkv, wide, 0, wide}, residual = {s->x, m->width, 0, m->width};
+    Output gated = {inner, m->inner, m->low, m->inner}, logits = {s->logits, m->head.out, 0, m->head.out};
     char *spaces = room(threads * space);
     int failed = !h || !attended || !qkv || !inner || !spaces;
     if (!failed)

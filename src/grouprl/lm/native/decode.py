@@ -14,21 +14,18 @@ from grouprl.lm.attention import UnsupportedError
 from grouprl.lm.native.adapters import added, is_lora
 from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import functions
+from grouprl.lm.native.linear import Linear, LinearStruct
 from grouprl.lm.native.parts import Parts, rotary
 from grouprl.lm.packing import Pack
 
 _W = 16
-"""Floats of a vector: outputs of a block of a weight, tokens of a block of keys."""
-
-
-class _Linear(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("k", c_int32), ("out", c_int32)]
+"""Floats of a vector: tokens of a block of keys."""
 
 
 class _Layer(Structure):
     _fields_ = [
         ("norm1", c_void_p), ("norm2", c_void_p), ("q_norm", c_void_p), ("k_norm", c_void_p),
-        ("qkv", _Linear), ("o", _Linear), ("gate_up", _Linear), ("down", _Linear),
+        *((name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")),
         ("scale", c_float), ("window", c_int32),
     ]  # fmt: skip
 
@@ -36,7 +33,7 @@ class _Layer(Structure):
 class _Model(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("layers", "width", "heads", "k_heads", "head_dim", "inner", "low")),
-        ("eps", c_float), ("norm", c_void_p), ("head", _Linear), ("layer", POINTER(_Layer)),
+        ("eps", c_float), ("norm", c_void_p), ("head", LinearStruct), ("layer", POINTER(_Layer)),
     ]  # fmt: skip
 
 
@@ -77,7 +74,7 @@ def _weight(module: Any) -> Tensor:
     weight: Tensor = module.weight.detach()
     for a, b, scale in added(module):
         weight = weight + (scale * (b.detach().float() @ a.detach().float())).to(weight.dtype)
-    return weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()
+    return weight
 
 
 def _up(n: int, to: int) -> int:
@@ -97,14 +94,20 @@ class NativeModel:
         self.dtype = torch.bfloat16 if low else torch.float32
         self._kept: list[Tensor] = []
         self.parts = [Parts.of(layer, how) for layer, how in zip(decoder.layers, ways, strict=True)]
+        self._head = self._linear(head)
+        self.linears: list[tuple[Linear, Linear, Linear, Linear]] = []
+        """Of each layer: queries, keys and values; output; gate and up, in turns; down."""
         layers = []
         for parts in self.parts:
             a, mlp = parts.module.self_attn, parts.module.mlp
             norms = [parts.norms.get(name) for name in ("input", "post", "q", "k")]
-            layers.append(_Layer(
-                *(None if norm is None else norm.data_ptr() for norm in norms),
+            linears = (
                 self._linear(a.q_proj, a.k_proj, a.v_proj), self._linear(a.o_proj),
                 self._linear(mlp.gate_proj, mlp.up_proj, turns=True), self._linear(mlp.down_proj),
+            )  # fmt: skip
+            self.linears.append(linears)
+            layers.append(_Layer(
+                *(None if norm is None else norm.data_ptr() for norm in norms), *(linear.struct for linear in linears),
                 parts.how.scale, parts.how.window or 0,
             ))  # fmt: skip
         first = decoder.layers[0]
@@ -115,70 +118,33 @@ class NativeModel:
         self.struct = _Model(
             len(layers), decoder.norm.weight.numel(), a.q_proj.out_features // a.head_dim, self.k_heads, a.head_dim,
             first.mlp.gate_proj.out_features, low, decoder.norm.variance_epsilon, self._vector(decoder.norm.weight),
-            self._linear(head), self._layers,
+            self._head.struct, self._layers,
         )  # fmt: skip
 
     def _vector(self, x: Tensor) -> int:
         self._kept.append(x.detach().float().contiguous())
         return self._kept[-1].data_ptr()
 
-    def _linear(self, *parts: Any, turns: bool = False) -> _Linear:
-        """Parts above one another, or (``turns``) their blocks in turn."""
-        k, outs = parts[0].in_features, [part.out_features for part in parts]
-        blocks = [_up(out, _W) // _W for out in outs]
-        packed = torch.empty(sum(blocks) * _W * k, dtype=self.dtype)
-        first = 0
-        for i, part in enumerate(parts):
-            w = _weight(part).contiguous()
-            start, stride = (i, len(parts)) if turns else (first, 1)
-            self.lib.grouprl_pack(
-                c_void_p(w.data_ptr()), int(w.dtype == torch.bfloat16), int(self.low), outs[i], k,
-                c_void_p(packed.data_ptr()), start, stride,
-            )  # fmt: skip
-            first += blocks[i]
-        self._kept.append(packed)
-        bias = None
-        if any(part.bias is not None for part in parts):
-            bias = self._vector(torch.cat([
-                torch.zeros(out) if part.bias is None else part.bias.detach().float()
-                for part, out in zip(parts, outs, strict=True)
-            ]))  # fmt: skip
-        return _Linear(packed.data_ptr(), bias, k, sum(outs))
-
-    def product(self, x: Tensor, linear: _Linear, dtype: torch.dtype = torch.float32, *, gated: bool = False) -> Tensor:
-        """``x [..., k]`` times a weight: ``[..., out]`` in ``dtype``; bfloat16 needs a multiple of 16 outputs.
-
-        With ``gated`` the weight is that of gate and up, and what comes back silu(gate) * up.
-        """
-        x = x.detach()
-        x = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
-        y = x.new_empty(*x.shape[:-1], linear.out // 2 if gated else linear.out, dtype=dtype)
-        if self.lib.grouprl_linear(
-            int(self.low), x.numel() // linear.k, c_void_p(x.data_ptr()), int(x.dtype == torch.bfloat16),
-            ctypes.byref(linear), c_void_p(y.data_ptr()), int(dtype == torch.bfloat16), int(gated),
-        ):  # fmt: skip
-            raise MemoryError(f"no memory for the product of {tuple(x.shape)} with a weight of {linear.out} rows")
-        return y
+    def _linear(self, *parts: Any, turns: bool = False) -> Linear:
+        return Linear([_weight(part) for part in parts], [part.bias for part in parts], low=self.low, turns=turns)
 
     def read(self, pack: Pack, keep: Callable[[nn.Module, Tensor, Tensor], None]) -> Tensor:
         """Last hidden states ``[S, d]`` of a pack of prompts; ``keep`` is given each layer's keys and values."""
         x = self.decoder.embed_tokens.weight.detach()[pack.ids].float()
         cos, sin = rotary(self.decoder, x, pack.positions)
-        for parts, struct in zip(self.parts, self._layers, strict=True):
-            qkv = self.product(parts.norm(x, self.dtype), struct.qkv, self.dtype)
-            q, k, v = parts.split(parts.rotate(qkv, cos, sin))
+        for parts, (qkv, o, gate_up, down) in zip(self.parts, self.linears, strict=True):
+            q, k, v = parts.split(parts.rotate(qkv(parts.norm(x, self.dtype), self.dtype), cos, sin))
             keep(parts.module.self_attn, k, v)
             out = torch.empty(q.shape, dtype=self.dtype)
             attention(q, k, v, pack, parts.how.scale, parts.how.window, {"out": out})
-            x, h = parts.post_norm(x, self.product(out.flatten(1), struct.o, self.dtype))
-            m = self.product(h, struct.gate_up, self.dtype, gated=True)
-            x = x + self.product(m, struct.down)
+            x, h = parts.post_norm(x, o(out.flatten(1), self.dtype))
+            x = x + down(gate_up(h, self.dtype, gated=True))
         hidden: Tensor = self.decoder.norm(x)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, V]`` float32 of hidden states ``[n, d]``."""
-        return self.product(hidden, self.struct.head)
+        return self._head(hidden)
 
 
 class NativeDecoder:

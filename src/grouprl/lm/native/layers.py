@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -23,12 +24,16 @@ from grouprl.lm.native.adapters import added, doing_something, is_lora
 from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import available
 from grouprl.lm.native.decode import supported
+from grouprl.lm.native.linear import Linear, preferred
 from grouprl.lm.native.parts import Parts, gate, gate_gradient, rotary
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import add_gradient, add_product
 
 KEPT_SHARE = 0.2
 """Most bytes kept of what products gave, per byte of weights, gradients and moments. All or nothing of a pack."""
+
+WORTH_A_PASS = 1024
+"""Tokens whose results are worth another pass over all weights to keep."""
 
 
 class _Product:
@@ -43,24 +48,34 @@ class _Product:
         self.parts, self.dtype = parts, dtype
         ends = list(accumulate(part.out_features for part in parts))
         self.columns = [slice(end - part.out_features, end) for end, part in zip(ends, parts, strict=True)]
-        self.weight = _joined([part.weight.detach() for part in parts], dtype)
-        self.bias = None
-        if any(part.bias is not None for part in parts):
-            biases = (torch.zeros(part.out_features) if part.bias is None else part.bias.detach() for part in parts)
-            self.bias = _joined(list(biases), dtype)
+        self.compiled = dtype == torch.bfloat16 and preferred() and ends[-1] % 32 == 0
         adapted = zip(self.columns, parts, strict=True)
         self.adapters = [(columns, *adapter) for columns, part in adapted for adapter in added(part)]
 
+    @cached_property
+    def _weight(self) -> Tensor:
+        return _joined([part.weight.detach() for part in self.parts], self.dtype)
+
+    def _forwards(self, x: Tensor) -> Tensor:
+        biases = [part.bias for part in self.parts]
+        if self.compiled:
+            return Linear([part.weight for part in self.parts], biases, low=True)(x, self.dtype)
+        bias = None
+        if any(b is not None for b in biases):
+            found = zip(biases, self.parts, strict=True)
+            bias = _joined([torch.zeros(p.out_features) if b is None else b.detach() for b, p in found], self.dtype)
+        return F.linear(x, self._weight, bias)
+
     def __call__(self, x: Tensor) -> Tensor:
         """``x [S, in]`` in the dtype -> ``[S, sum of outputs]``."""
-        y = F.linear(x, self.weight, self.bias)
+        y = self._forwards(x)
         for columns, a, b, scale in self.adapters:
             y[:, columns].addmm_(x @ self._low(a).t(), self._low(b).t(), alpha=scale)
         return y
 
     def backward(self, g: Tensor) -> Tensor:
         """The gradient of the input from that of the output."""
-        dx = g @ self.weight
+        dx = Linear.backwards([p.weight for p in self.parts])(g, self.dtype) if self.compiled else g @ self._weight
         for columns, a, b, scale in self.adapters:
             dx.addmm_(g[:, columns] @ self._low(b), self._low(a), alpha=scale)
         return dx
@@ -119,7 +134,7 @@ class LlamaLayers:
         """Last hidden states ``[S, d]`` of a pack."""
         x: Tensor = self.decoder.embed_tokens(pack.ids).float()
         cos, sin = rotary(self.decoder, x, pack.positions)
-        keep = self._keeps(len(pack.ids))
+        keep = len(pack.ids) <= self.most_kept
         for module, how in zip(self.decoder.layers, self.ways, strict=True):
             # One weight that is learned tells autograd that something is.
             anchor = next((p for p in module.parameters() if p.requires_grad), None)
@@ -128,13 +143,19 @@ class LlamaLayers:
         out: Tensor = self.decoder.norm(x)
         return out
 
-    def _keeps(self, tokens: int) -> bool:
-        """Whether results of products are kept for the backward pass of so many tokens."""
+    @property
+    def most_kept(self) -> int:
+        """The tokens of a pack up to which results of products are kept for the backward pass."""
         weights = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in self.decoder.parameters())
         a, mlp = self.decoder.layers[0].self_attn, self.decoder.layers[0].mlp
         made = (a.q_proj, a.k_proj, a.v_proj, mlp.gate_proj, mlp.up_proj)
         width = sum(part.out_features for part in made) * self.dtype.itemsize
-        return bool(tokens * len(self.decoder.layers) * width <= KEPT_SHARE * weights)
+        return int(KEPT_SHARE * weights / (len(self.decoder.layers) * width))
+
+    @property
+    def together(self) -> int | None:
+        """The tokens that groups are best learned from together, or None for any number."""
+        return self.most_kept if self.most_kept >= WORTH_A_PASS else None
 
 
 @torch.no_grad()

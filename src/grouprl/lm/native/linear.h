@@ -45,4 +45,21 @@ static void pack_weight(const void *w, int is_bf16, int low, int out, int k, voi
     }
 }
 
+/* The same for the way back: the columns of w [n, columns] become outputs, its rows places at.. of `places`; n is even.
+   In bfloat16. */
+static void pack_turned(const void *w, int is_bf16, int n, int columns, int at, int places, bf16 *packed) {
+#pragma omp parallel for schedule(static)
+    for (int b = 0; b < columns / W; b++) {
+        bf16 *block = packed + ((size_t)b * places + at) * W;
+        for (int r = 0; r < n; r += 2) {
+            size_t from = (size_t)r * columns + b * W;
+            bf16 two[2][W];
+            store_bf16(two[0], get(is_bf16, w, from));
+            store_bf16(two[1], get(is_bf16, w, from + columns));
+            uvec pair = ((uvec)load_bf16(two[0]) >> 16) | (uvec)load_bf16(two[1]);
+            memcpy(block + (size_t)r * W, &pair, sizeof pair);
+        }
+    }
+}
+
 #endif
