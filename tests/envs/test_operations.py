@@ -57,7 +57,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize(("build", "done"), [(Written, 5), (stack, 3)])
+@pytest.mark.parametrize(("build", "done"), [(Written, 5), (stack, 5)])
 def test_outputs_and_gradients_are_torchs(build: Callable[[int, int], nn.Module], done: int, calls: list[str]) -> None:
     network = build(6, 3)
     x = torch.randn(600, 6, requires_grad=True)

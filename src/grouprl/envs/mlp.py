@@ -117,8 +117,7 @@ def layers(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> Tensor:
     Args:
         x: float32, on the CPU.
         tanh: the activation after every layer but the last; else the rectifier.
-        parameters: weight ``[out, in]`` and bias ``[out]`` of each layer in turn, all of which :func:`fits`. A layer
-            alone must be a multiple of 16 wide.
+        parameters: weight ``[out, in]`` and bias ``[out]`` of each layer in turn, all of which :func:`fits`.
     """
     out: Tensor = _Compiled.apply(x, tanh, *parameters)  # type: ignore[no-untyped-call]
     return out

@@ -42,7 +42,7 @@ class QuickOperations(TorchFunctionMode):
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     if bias is None or x.ndim != 2 or len(x) < FEWEST_ROWS or not fits(x, weight, bias):
         return None
-    if weight.shape[0] % 16 or weight.shape[1:] != x.shape[1:] or bias.shape != weight.shape[:1]:
+    if weight.shape[1:] != x.shape[1:] or bias.shape != weight.shape[:1]:
         return None
     return layers(x, True, (weight, bias))
 

@@ -28,17 +28,23 @@ int grouprl_mlp(const Mlp *net, size_t rows, const float *x, float *hidden, floa
 }
 
 /* The gradient, from that of out: [out][in] and [out] of each layer, one after the other; and of x, unless dx is NULL.
-   One layer alone must be a multiple of 16 wide. 0, or 1 if there is no memory. */
+   0, or 1 if there is no memory. */
 int grouprl_mlp_gradient(
     const Mlp *net, size_t rows, const float *x, float *hidden, const float *dout, float *gradient, float *dx
 ) {
     Work w;
     float *at[DEEPEST];
     if (start_work(&w, net, 1)) return 1;
-    int k = net->width[0], n = net->width[w.last + 1];
+    int k = net->width[0], n = net->width[w.last + 1], padded = w.last ? n : w.columns[1];
     for (size_t r = 0; r < rows; r += ROWS) {
+        int m = least(rows - r, ROWS);
+        const float *g = dout + r * n;
+        if (n < padded) { /* the first layer's are taken by whole vectors: w.out holds zeros beyond n */
+            for (int i = 0; i < m; i++) memcpy(w.out + (size_t)i * padded, g + (size_t)i * n, n * sizeof(float));
+            g = w.out;
+        }
         places(&w, rows, r, hidden, at);
-        backwards(&w, least(rows - r, ROWS), x + r * k, at, dout + r * n, n, dx ? dx + r * k : NULL);
+        backwards(&w, m, x + r * k, at, g, padded, dx ? dx + r * k : NULL);
     }
     gradients_of(&w, gradient);
     stop_work(&w);

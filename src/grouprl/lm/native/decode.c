@@ -329,8 +329,7 @@ int grouprl_linear(
     {
         int me = omp_get_thread_num(), threads = omp_get_num_threads();
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < n; i += W)
-            put(low, made, i, get(x_low, x, (there + i / k) * x_apart + i % k));
+        for (size_t i = 0; i < n; i += W) put(low, made, i, get(x_low, x, (there + i / k) * x_apart + i % k));
         start_products();
         product(low, there, x, l, me, threads, use, &o);
         product(low, rows - there, made, l, me, threads, use, &rest);
