@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     if not arguments.table:
+        if not arguments.peers.exists():
+            parser.error(f"there is no {arguments.peers}; make it as README.md says, or name another with --peers")
         seeds = [int(s) for s in arguments.seeds.split(",")]
         returns: dict[str, list[list[float]]] = {}
         rows: dict[str, Callable[[float, int], float]] = {

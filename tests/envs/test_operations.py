@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from grouprl import GRPO
 from grouprl.envs import operations
@@ -57,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize(("build", "done"), [(Written, 5), (stack, 5)])
+@pytest.mark.parametrize(("build", "done"), [(Written, 5), (stack, 4)])
 def test_outputs_and_gradients_are_torchs(build: Callable[[int, int], nn.Module], done: int, calls: list[str]) -> None:
     network = build(6, 3)
     x = torch.randn(600, 6, requires_grad=True)
@@ -71,6 +72,73 @@ def test_outputs_and_gradients_are_torchs(build: Callable[[int, int], nn.Module]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for one, other in zip(gradients, wanted_gradients, strict=True):
         assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+
+
+class Potential(nn.Module):
+    """Outputs are a gradient of what layers give, as of energy-based and Hamiltonian networks."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            energy = self.body(x).square().sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0][:, : self.outputs]
+
+
+class Checkpointed(nn.Module):
+    """Makes what lies between its layers again in the backward pass."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.body = stack(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("build", [Potential, Checkpointed])
+def test_networks_that_differentiate_themselves_learn(build: Callable[[int, int], nn.Module]) -> None:
+    network = build(6, 3)
+    x, weight = torch.randn(600, 6, requires_grad=True), torch.randn(600, 3)
+    leaves = [x, *network.parameters()]
+    wanted = torch.autograd.grad(network(x), leaves, weight, allow_unused=True)
+    with QuickOperations():
+        out = network(x)
+    found = torch.autograd.grad(out, leaves, weight, allow_unused=True)
+    assert sum(g is not None for g in wanted) >= 4
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert float((one - other).norm()) <= 2e-5 * float(other.norm())
+
+
+def test_many_gradients_at_once_and_forward_mode() -> None:
+    network, x, direction = stack(6, 3), torch.randn(600, 6), torch.randn(600, 6)
+    weights = torch.randn(4, 600, 3)
+    wanted = torch.autograd.grad(network(x), list(network.parameters()), weights, is_grads_batched=True)
+    with QuickOperations():
+        found = torch.autograd.grad(network(x), list(network.parameters()), weights, is_grads_batched=True)
+        _, tangent = torch.func.jvp(network, (x,), (direction,))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(tangent, torch.func.jvp(network, (x,), (direction,))[1])
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e-2, 1.0, 30.0])
+def test_tanh_is_exact_relative_to_its_value(scale: float) -> None:
+    x = scale * torch.randn(20_001)
+    with QuickOperations():
+        found = torch.tanh(x)
+    wanted = torch.tanh(x.double())
+    assert float(((found - wanted) / wanted).abs().max()) < 4e-7
+
+
+class Labelled(Tensor):
+    """A subclass with nothing of its own."""
 
 
 def test_a_gradient_of_a_gradient_through_tanh() -> None:
@@ -88,11 +156,23 @@ def test_a_gradient_of_a_gradient_through_tanh() -> None:
         lambda net, x: (net, x[:20]),
         lambda net, x: (net.double(), x.double()),
         lambda net, x: (net.bfloat16(), x.bfloat16()),
+        lambda net, x: (torch.autocast("cpu", torch.bfloat16)(net), x),
+        lambda net, x: (net, x.as_subclass(Labelled)),
         lambda net, x: (torch.func.vmap(net), x.view(6, 100, 6)),
         lambda net, x: (torch.jit.trace(net, x), x),
         lambda net, x: (torch.compile(net, backend="aot_eager", fullgraph=True), x),
     ],
-    ids=["few rows", "float64", "bfloat16", "function transform", "traced", "compiled"],
+    ids=[
+        "few rows",
+        "float64",
+        "bfloat16",
+        "autocast",
+        "subclass",
+        "negative view",
+        "function transform",
+        "traced",
+        "compiled",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_what_it_cannot_do_is_left_to_torch(change: Callable, calls: list[str]) -> None:
@@ -102,6 +182,12 @@ def test_what_it_cannot_do_is_left_to_torch(change: Callable, calls: list[str]) 
         with QuickOperations():
             assert torch.equal(network(x), wanted)
     assert not calls
+
+
+def test_a_view_with_the_sign_turned_is_not_read_as_it_lies_in_memory() -> None:
+    network, x = stack(6, 3), torch.randn(600, 6)
+    with QuickOperations():
+        torch.testing.assert_close(network(torch._neg_view(x)), network(-x))
 
 
 @pytest.mark.parametrize("width", [5, 7])

@@ -204,6 +204,15 @@ def test_a_trial_with_new_adapters_gives_them_something_to_do_and_takes_it_back(
     assert find_layers(backbone, torch.float32) is None
 
 
+@pytest.mark.parametrize("name", LLAMAS)
+def test_a_model_in_low_precision_is_packed_and_has_fused_layers(name: str) -> None:
+    model = wide(name).to(torch.bfloat16)
+    for module in model.modules():  # as from_pretrained leaves it: rotary frequencies stay in full precision
+        if hasattr(module, "inv_freq"):
+            module.inv_freq = module.inv_freq.float()
+    fused(model, torch.bfloat16)
+
+
 def test_frozen_weights_get_no_gradient_and_the_others_theirs() -> None:
     model, groups = wide("qwen3"), random_groups(*MIXED)
     for name, parameter in model.named_parameters():
@@ -406,6 +415,16 @@ def test_a_head_of_more_tokens_than_are_laid_out_at_once(monkeypatch: pytest.Mon
     g = torch.randn(37, 160, generator=generator).bfloat16()
     found = native_head.logits_gradient(g, weight)
     torch.testing.assert_close(found.double(), g.double() @ weight.bfloat16().double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("products_by")
+def test_a_head_of_whole_blocks_within_a_model_is_no_less_exact_than_autocast(monkeypatch) -> None:
+    monkeypatch.setattr(native_head, "_SLAB", 64)
+    made = []
+    logits = native_head.logits
+    monkeypatch.setattr(native_head, "logits", lambda *given: made.append(1) or logits(*given))
+    check_no_less_exact_than_autocast(build("llama", **WIDE, vocab_size=160))
+    assert bool(made) == native_head.preferred()
 
 
 # --- gradients of weights ---------------------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ class MLP(nn.Module):
         """``[m, n_inputs]`` -> ``[m, n_outputs]``."""
         parameters = self.in_order
         if x.device.type == "cpu" and x.dtype == torch.float32 and self._compiled(parameters, x.ndim, x.shape[-1]):
-            return layers(x, self.tanh, parameters)
+            out: Tensor = _Compiled.apply(x, self.tanh, *parameters)  # type: ignore[no-untyped-call]
+            return out
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -111,18 +112,6 @@ def fits(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
-def layers(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> Tensor:
-    """``[m, last width]`` of ``x [m, first width]`` through fully connected layers, as compiled code with its gradient.
-
-    Args:
-        x: float32, on the CPU.
-        tanh: the activation after every layer but the last; else the rectifier.
-        parameters: weight ``[out, in]`` and bias ``[out]`` of each layer in turn, all of which :func:`fits`.
-    """
-    out: Tensor = _Compiled.apply(x, tanh, *parameters)  # type: ignore[no-untyped-call]
-    return out
-
-
 class _Network(Structure):
     _fields_ = [
         ("layers", c_int32), ("tanh", c_int32), ("width", c_int32 * (DEEPEST + 1)),
@@ -141,13 +130,30 @@ def described(tanh: bool, parameters: Sequence[Tensor]) -> Any:
     return struct
 
 
-def _forward(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def forwards(x: Tensor, tanh: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Outputs ``[m, n_outputs]`` for ``x [m, n_inputs]``, and what every hidden layer gave, one after the other."""
     rows = len(x)
     hidden = x.new_empty(rows * sum(_padded(bias.shape[0]) for bias in parameters[1:-2:2]))
     out = x.new_empty(rows, parameters[-1].shape[0])
     _call(described(tanh, parameters), rows, x.data_ptr(), hidden.data_ptr(), out.data_ptr())
     return out, hidden
+
+
+def backwards(
+    x: Tensor, tanh: bool, parameters: Sequence[Tensor], hidden: Tensor, dout: Tensor, *, to_inputs: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradients of ``x``, if that is asked for, and of ``parameters``, from that of what :func:`forwards` gave."""
+    dout = dout.contiguous()
+    sizes = [p.numel() for p in parameters]
+    gradient = x.new_empty(sum(sizes))
+    dx = torch.empty_like(x) if to_inputs else None
+    failed = kernels.functions().grouprl_mlp_gradient(
+        ctypes.byref(described(tanh, parameters)), c_size_t(len(x)),
+        *(c_void_p(t.data_ptr()) for t in (x, hidden, dout, gradient)), c_void_p(None if dx is None else dx.data_ptr()),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for the gradient of a network on {len(x)} rows")
+    return dx, [part.view(p.shape) for part, p in zip(torch.split(gradient, sizes), parameters, strict=True)]
 
 
 def _call(network: Any, rows: int, *addresses: int) -> None:
@@ -165,7 +171,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tanh: bool, *parameters: Tensor) -> Tensor:
         x = x.contiguous()
-        out, hidden = _forward(x, tanh, parameters)
+        out, hidden = forwards(x, tanh, parameters)
         ctx.tanh = tanh
         ctx.save_for_backward(x, hidden, *parameters)
         return out
@@ -174,16 +180,5 @@ class _Compiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, *parameters = ctx.saved_tensors
-        dout = dout.contiguous()
-        sizes = [p.numel() for p in parameters]
-        gradient = x.new_empty(sum(sizes))
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        pointers = (c_void_p(t.data_ptr()) for t in (x, hidden, dout, gradient))
-        failed = kernels.functions().grouprl_mlp_gradient(
-            ctypes.byref(described(ctx.tanh, parameters)), c_size_t(len(x)), *pointers,
-            c_void_p(None if dx is None else dx.data_ptr()),
-        )  # fmt: skip
-        if failed:
-            raise MemoryError(f"no memory for the gradient of a network on {len(x)} rows")
-        made = [part.view(p.shape) for part, p in zip(gradient.split(sizes), parameters, strict=True)]
+        dx, made = backwards(x, ctx.tanh, parameters, hidden, dout, to_inputs=ctx.needs_input_grad[0])
         return dx, None, *made

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
 from grouprl.envs.mlp import MLP, kernels
-from grouprl.envs.operations import QuickOperations
+from grouprl.envs.operations import FEWEST_ROWS, QuickOperations
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 
 Network = Callable[[int, int], nn.Module]
@@ -159,7 +159,7 @@ class Policy(nn.Module):
         parts = [inputs["flat"]] if "flat" in inputs else []
         parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders, strict=True)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        with QuickOperations() if self._quick else nullcontext():
+        with QuickOperations() if self._quick and len(x) >= FEWEST_ROWS else nullcontext():
             out: Tensor = self.network(x)
         return out
 
@@ -177,7 +177,7 @@ class Policy(nn.Module):
             if network is not None and list(inputs) == ["flat"]:
                 out = network(inputs["flat"])
                 return out if log_std is None else np.concatenate([out, np.broadcast_to(log_std, out.shape)], 1)
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference mode, in which a network could not differentiate inside itself
                 tensors = {k: torch.from_numpy(np.ascontiguousarray(value)).to(device) for k, value in inputs.items()}
                 return self.forward(tensors).cpu().numpy()
 

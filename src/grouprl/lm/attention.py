@@ -128,7 +128,8 @@ class PackedAttention:
         if self.keep is not None:
             self.keep(module, k, v)
         if self.native and native.supported(q, dtype, how.softcap) and available():
-            return native.attend(q, k, v, self.pack, how.scale, how.window, dtype)
+            found = native.attend(q, k, v, self.pack, how.scale, how.window, dtype)
+            return found if self.dtype is not None else found.to(dtype)  # the model's own layers take no other
         out: Tensor = _Packed.apply(q, k, v, self.pack, how, dtype)  # type: ignore[no-untyped-call]
         return out
 

@@ -89,7 +89,8 @@ def _is_rms(module: Any) -> bool:
     """Whether a norm is x / rms(x) * weight: Gemma's 1 + weight has the same look, so it is tried."""
     if not hasattr(module, "variance_epsilon") or [n for n, _ in module.named_parameters()] != ["weight"]:
         return False
-    x = torch.linspace(-2.0, 3.0, 2 * module.weight.numel(), device=module.weight.device, dtype=module.weight.dtype)
-    x = x.view(2, -1)
+    weight = module.weight.detach().float()
+    x = torch.linspace(-2.0, 3.0, 2 * weight.numel(), device=weight.device).view(2, -1)
     with torch.no_grad():
-        return bool(torch.allclose(module(x), _norm(module, x), rtol=1e-4, atol=1e-5))
+        wanted = F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
+        return bool(torch.allclose(module(x).float(), wanted, rtol=1e-4, atol=1e-5))

@@ -113,6 +113,12 @@ class Products:
             yield
 
     @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Within, layers run forwards only and in float32, from each weight as it is, one at a time."""
+        with torch.no_grad(), self._forwards(_exact_linear, _exact_embedding):
+            yield
+
+    @contextmanager
     def _forwards(
         self,
         of_layer: Callable[[Any], Callable[..., Tensor] | None],
@@ -185,6 +191,18 @@ class Products:
         low = x.detach().to(self.dtype)
         self._last = (x, x._version, low)
         return low
+
+
+def _exact_linear(layer: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+        return F.linear(x.float(), weight.float(), None if layer.bias is None else layer.bias.float())
+
+    return forward
+
+
+def _exact_embedding(layer: nn.Embedding) -> Callable[[Tensor], Tensor]:
+    return lambda ids: F.embedding(ids, layer.weight).float()
 
 
 class _Rounded:

@@ -85,6 +85,9 @@ class Linear:
 
     def into(self, y: Tensor, x: Tensor, *, add: bool = False) -> None:
         """Write ``x [m, k]`` times the weights to ``y [m, out]``, or ``add`` it to what float32 is there."""
+        assert y.shape == (len(x), self.struct.out)
+        assert y.stride(1) == 1
+        assert y.dtype == torch.float32 or not add
         self._run(x.detach(), y, _ADD if add else _STORE)
 
     def _run(self, x: Tensor, y: Tensor, what: int) -> None:
