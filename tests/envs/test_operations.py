@@ -168,7 +168,6 @@ def test_a_gradient_of_a_gradient_through_tanh() -> None:
         "bfloat16",
         "autocast",
         "subclass",
-        "negative view",
         "function transform",
         "traced",
         "compiled",
