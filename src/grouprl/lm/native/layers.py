@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grouprl.lm.attention import How, PackedAttention
@@ -56,19 +55,21 @@ class _Product:
     def _weight(self) -> Tensor:
         return _joined([part.weight.detach() for part in self.parts], self.dtype)
 
-    def _forwards(self, x: Tensor) -> Tensor:
+    def _forwards(self, x: Tensor, y: Tensor) -> None:
         biases = [part.bias for part in self.parts]
         if self.compiled:
-            return Linear([part.weight for part in self.parts], biases, low=True)(x, self.dtype)
-        bias = None
-        if any(b is not None for b in biases):
+            Linear([part.weight for part in self.parts], biases, low=True).into(y, x)
+        elif any(b is not None for b in biases):
             found = zip(biases, self.parts, strict=True)
             bias = _joined([torch.zeros(p.out_features) if b is None else b.detach() for b, p in found], self.dtype)
-        return F.linear(x, self._weight, bias)
+            torch.addmm(bias, x, self._weight.t(), out=y)
+        else:
+            torch.mm(x, self._weight.t(), out=y)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x [S, in]`` in the dtype -> ``[S, sum of outputs]``."""
-        y = self._forwards(x)
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """``x [S, in]`` in the dtype -> ``[S, sum of outputs]``, in the place of ``y`` if that is given."""
+        y = x.new_empty(len(x), self.columns[-1].stop) if y is None else y
+        self._forwards(x, y)
         for columns, a, b, scale in self.adapters:
             y[:, columns].addmm_(x @ self._low(a).t(), self._low(b).t(), alpha=scale)
         return y
@@ -123,6 +124,36 @@ class _Layer(Parts):
         return cls(parts.module, parts.how, parts.norms, dtype, *(_Product(group, dtype) for group in groups))
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Where a layer puts what its backward pass needs.
+
+    Made before all else that the layer makes and soon frees: between that it would leave holes that nothing fits in.
+    """
+
+    out: Tensor
+    attended: Tensor
+    qkv: Tensor | None
+    gate_up: Tensor | None
+
+    @classmethod
+    def of(cls, parts: Parts, tokens: int, dtype: torch.dtype, everything: bool) -> _Kept:
+        """The output ``[S, d]`` float32, attended values, and with ``everything`` what the largest products give."""
+        a, mlp = parts.module.self_attn, parts.module.mlp
+        return cls(
+            torch.empty(tokens, mlp.down_proj.out_features, dtype=torch.float32),
+            torch.empty(tokens, a.o_proj.in_features, dtype=dtype),
+            *(torch.empty(tokens, width, dtype=dtype) if everything else None for width in _widths(parts.module)),
+        )
+
+
+def _widths(layer: Any) -> tuple[int, int]:
+    """Outputs of the largest products: queries, keys and values; gate and up."""
+    a, mlp = layer.self_attn, layer.mlp
+    qkv = a.q_proj.out_features + a.k_proj.out_features + a.v_proj.out_features
+    return qkv, mlp.gate_proj.out_features + mlp.up_proj.out_features
+
+
 class LlamaLayers:
     """The layers of a Llama-shaped model, for learning. See :func:`find_layers`."""
 
@@ -134,12 +165,14 @@ class LlamaLayers:
         """Last hidden states ``[S, d]`` of a pack."""
         x: Tensor = self.decoder.embed_tokens(pack.ids).float()
         cos, sin = rotary(self.decoder, x, pack.positions)
-        keep = len(pack.ids) <= self.most_kept
-        for module, how in zip(self.decoder.layers, self.ways, strict=True):
+        layers = [Parts.of(module, how) for module, how in zip(self.decoder.layers, self.ways, strict=True)]
+        tokens = len(pack.ids)
+        everything = tokens <= self.most_kept and torch.is_grad_enabled()
+        for parts in layers:
+            place = _Kept.of(parts, tokens, self.dtype, everything)
             # One weight that is learned tells autograd that something is.
-            anchor = next((p for p in module.parameters() if p.requires_grad), None)
-            parts = Parts.of(module, how)
-            x = _Run.apply(x, anchor, parts, self.dtype, cos, sin, pack, keep)  # type: ignore[no-untyped-call]
+            anchor = next((p for p in parts.module.parameters() if p.requires_grad), None)
+            x = _Run.apply(x, anchor, parts, self.dtype, cos, sin, pack, place)  # type: ignore[no-untyped-call]
         out: Tensor = self.decoder.norm(x)
         return out
 
@@ -147,9 +180,7 @@ class LlamaLayers:
     def most_kept(self) -> int:
         """The tokens of a pack up to which results of products are kept for the backward pass."""
         weights = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in self.decoder.parameters())
-        a, mlp = self.decoder.layers[0].self_attn, self.decoder.layers[0].mlp
-        made = (a.q_proj, a.k_proj, a.v_proj, mlp.gate_proj, mlp.up_proj)
-        width = sum(part.out_features for part in made) * self.dtype.itemsize
+        width = sum(_widths(self.decoder.layers[0])) * self.dtype.itemsize
         return int(KEPT_SHARE * weights / (len(self.decoder.layers) * width))
 
     @property
@@ -178,7 +209,8 @@ def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
     def compare(module: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
         x, wanted = given[0][0].float().contiguous(), (out[0] if isinstance(out, tuple) else out)[0].float()
         parts = Parts.of(module, step.ways[len(differences)])
-        found = _Run.apply(x, None, parts, torch.float32, *rotary(backbone.decoder, x, pack.positions), pack, False)  # type: ignore[no-untyped-call]
+        angles, place = rotary(backbone.decoder, x, pack.positions), _Kept.of(parts, len(x), torch.float32, False)
+        found = _Run.apply(x, None, parts, torch.float32, *angles, pack, place)  # type: ignore[no-untyped-call]
         differences.append(float((found - wanted).norm() / wanted.norm()))
 
     training = backbone.model.training
@@ -208,20 +240,19 @@ class _Run(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         pack: Pack,
-        keep: bool,
+        place: _Kept,
     ) -> Tensor:
         layer = _Layer.rounded(parts, dtype)
         h = layer.norm(x, layer.dtype)
-        qkv = layer.qkv(h)
+        qkv = layer.qkv(h, place.qkv)
         q, k, v = layer.split(layer.rotate(qkv, cos, sin))
-        attended = torch.empty(q.shape, dtype=layer.dtype)
-        attention(q, k, v, pack, layer.how.scale, layer.how.window, {"out": attended})
-        attended = attended.flatten(1)
+        attended = place.attended
+        attention(q, k, v, pack, layer.how.scale, layer.how.window, {"out": attended.view(q.shape)})
         x2, h = layer.post_norm(x, layer.o(attended))
-        gate_up = layer.gate_up(h)
-        ctx.save_for_backward(x, attended, cos, sin, *((qkv, gate_up) if keep else ()))
+        gate_up = layer.gate_up(h, place.gate_up)
+        ctx.save_for_backward(x, attended, cos, sin, *(() if place.qkv is None else (qkv, gate_up)))
         ctx.parts, ctx.dtype, ctx.pack = parts, dtype, pack
-        return x2 + layer.down(gate(gate_up))
+        return torch.add(x2, layer.down(gate(gate_up)), out=place.out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
