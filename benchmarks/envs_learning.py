@@ -201,7 +201,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def number(value: float) -> str:
-    """Four significant digits at most, no exponent."""
+    """Four significant digits at most, no exponent; nothing for what is not known."""
+    if value != value:
+        return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
