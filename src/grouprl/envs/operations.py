@@ -17,6 +17,7 @@ from grouprl.envs.mlp import backwards, fits, forwards, kernels
 FEWEST_ROWS = 256
 """Under which a call from Python costs as much as it saves."""
 FEWEST_NUMBERS = 64 * FEWEST_ROWS
+"""The same for an operation on single numbers."""
 LEAST_WIDTH = 16
 """Outputs of a layer under which torch is as fast."""
 MOST_WEIGHTS = 512

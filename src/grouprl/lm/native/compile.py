@@ -11,7 +11,7 @@ __all__ = ["UnavailableError", "available", "functions", "kernels"]
 
 kernels = Kernels(
     Path(__file__).resolve().parent,
-    ("decode.c", "attention.c", "gradient.c", "head.c", "layer.c"),
+    ("decode.c", "linear.c", "attention.c", "gradient.c", "head.c", "layer.c"),
     ("products.h", "linear.h", "panels.h"),
     (("-fopenmp",), ("-fopenmp", "-mno-amx-tile")),  # the matrix unit has to be granted by the system
     lambda loaded: loaded.grouprl_start() == 0,

@@ -48,19 +48,6 @@ typedef struct {
     float *logits;             /* [rows, vocabulary] */
 } Step;
 
-static void *room(size_t bytes) {
-    void *p = NULL;
-    return posix_memalign(&p, 64, bytes ? bytes : 1) ? NULL : p;
-}
-
-/* Room for rows of activations, and for rows of zeros behind them that fill up the last group. */
-static void *room_for_rows(int low, size_t rows, size_t width) {
-    size_t one = low ? sizeof(bf16) : sizeof(float), used = rows * width * one,
-           padded = (rows + GROUP - 1) / GROUP * GROUP;
-    char *p = room(padded * width * one);
-    return p ? memset(p + used, 0, padded * width * one - used), p : NULL;
-}
-
 /* Norms of the rows that are this thread's. */
 static void norms(const Model *m, int rows, const float *x, const float *weight, void *to, int me, int threads) {
     for (int r = rows * me / threads; r < rows * (me + 1) / threads; r++) {
@@ -244,44 +231,6 @@ static void attend(
     }
 }
 
-/* --- what becomes of products ---------------------------------------------------------------------------------- */
-
-/* y [rows][out], rows `apart` elements apart. */
-typedef struct {
-    void *y;
-    int out, low;
-    size_t apart;
-} Output;
-
-static void use_output(void *context, int row, int n, int column, const float *c) {
-    Output *o = context;
-    int wide = o->out - column < 32 ? o->out - column : 32;
-    for (int i = 0; i < n; i++) {
-        size_t at = (row + i) * o->apart + column;
-        if (o->low)
-            for (int j = 0; j + W <= wide; j += W) store_bf16((bf16 *)o->y + at + j, load(c + i * 32 + j));
-        else
-            memcpy((float *)o->y + at, c + i * 32, wide * sizeof(float));
-    }
-}
-
-static void use_residual(void *context, int row, int n, int column, const float *c) {
-    Output *o = context;
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < 32 && column + j < o->out; j += W) {
-            float *y = (float *)o->y + (row + i) * o->apart + column + j;
-            store(y, load(y) + load(c + i * 32 + j));
-        }
-}
-
-static void use_gate(void *context, int row, int n, int column, const float *c) {
-    Output *o = context;
-    for (int i = 0; i < n; i++) {
-        vec gate = load(c + i * 32), up = load(c + i * 32 + W);
-        put(o->low, o->y, (row + i) * o->apart + column / 2, gate / (1.0f + exponential(-gate)) * up);
-    }
-}
-
 /* --- what Python calls ----------------------------------------------------------------------------------------- */
 
 /* 0 if the processor's units that this was compiled for may be used by this process. */
@@ -292,51 +241,6 @@ int grouprl_start(void) {
 #else
     return 0;
 #endif
-}
-
-void grouprl_pack(const void *w, int is_bf16, int low, int out, int k, void *packed, int first, int stride) {
-    pack_weight(w, is_bf16, low, out, k, packed, first, stride);
-}
-
-void grouprl_pack_turned(const void *w, int is_bf16, int n, int columns, int at, int places, bf16 *packed) {
-    pack_turned(w, is_bf16, n, columns, at, places, packed);
-}
-
-/* Whether bfloat16 products run in vectors made for them, and not in a matrix unit. */
-int grouprl_vectors(void) {
-#if defined(__AVX512BF16__) && !defined(GROUPRL_TILES)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-/* y [rows, out] = x [rows, k] W^T + b; x is bfloat16 if x_low, y if y_low; their rows lie so many elements apart. What
-   else than STORE becomes of it: ADD adds it to y (float32); GATE takes W for gate's and up's, and
-   y [rows, out / 2] = silu(gate) * up. 0, or 1 if there is no memory. */
-int grouprl_linear(
-    int low, int rows, const void *x, int x_low, int x_apart, const Linear *l, void *y, int y_low, int y_apart, int what
-) {
-    enum { STORE, ADD, GATE };
-    int k = l->k, there = x_low == low && x_apart == k ? rows / GROUP * GROUP : 0; /* rows to be read where they are */
-    size_t n = (size_t)(rows - there) * k;
-    void *made = room_for_rows(low, rows - there, k);
-    if (!made) return 1;
-    Output o = {y, what == GATE ? l->out / 2 : l->out, y_low, y_apart}, rest = o;
-    rest.y = (void *)element(y_low, y, (size_t)there * y_apart);
-    Use use = what == ADD ? use_residual : what == GATE ? use_gate : use_output;
-#pragma omp parallel
-    {
-        int me = omp_get_thread_num(), threads = omp_get_num_threads();
-#pragma omp for schedule(static)
-        for (size_t i = 0; i < n; i += W) put(low, made, i, get(x_low, x, (there + i / k) * x_apart + i % k));
-        start_products();
-        product(low, there, x, l, me, threads, use, &o);
-        product(low, rows - there, made, l, me, threads, use, &rest);
-        stop_products();
-    }
-    free(made);
-    return 0;
 }
 
 /* Keys and values of n tokens of a prompt, [K][d] each, tokens `ld` elements apart, into its panels of T places. */

@@ -165,13 +165,12 @@ class LlamaLayers:
         """Last hidden states ``[S, d]`` of a pack."""
         x: Tensor = self.decoder.embed_tokens(pack.ids).float()
         cos, sin = rotary(self.decoder, x, pack.positions)
-        layers = [Parts.of(module, how) for module, how in zip(self.decoder.layers, self.ways, strict=True)]
-        tokens = len(pack.ids)
-        everything = tokens <= self.most_kept and torch.is_grad_enabled()
-        for parts in layers:
-            place = _Kept.of(parts, tokens, self.dtype, everything)
+        everything = len(pack.ids) <= self.most_kept and torch.is_grad_enabled()
+        for module, how in zip(self.decoder.layers, self.ways, strict=True):
+            parts = Parts.of(module, how)
+            place = _Kept.of(parts, len(pack.ids), self.dtype, everything)
             # One weight that is learned tells autograd that something is.
-            anchor = next((p for p in parts.module.parameters() if p.requires_grad), None)
+            anchor = next((p for p in module.parameters() if p.requires_grad), None)
             x = _Run.apply(x, anchor, parts, self.dtype, cos, sin, pack, place)  # type: ignore[no-untyped-call]
         out: Tensor = self.decoder.norm(x)
         return out

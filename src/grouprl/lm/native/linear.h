@@ -4,6 +4,8 @@
 
 #include "products.h"
 
+#include <stdlib.h>
+
 enum { GROUP = 32, BATCH = 128 }; /* rows worked on at once; rows that stay in the cache while weights pass by */
 
 typedef struct {
@@ -59,6 +61,57 @@ static void pack_turned(const void *w, int is_bf16, int n, int columns, int at, 
             uvec pair = ((uvec)load_bf16(two[0]) >> 16) | (uvec)load_bf16(two[1]);
             memcpy(block + (size_t)r * W, &pair, sizeof pair);
         }
+    }
+}
+
+static void *room(size_t bytes) {
+    void *p = NULL;
+    return posix_memalign(&p, 64, bytes ? bytes : 1) ? NULL : p;
+}
+
+/* Room for rows of activations, and for rows of zeros behind them that fill up the last group. */
+static void *room_for_rows(int low, size_t rows, size_t width) {
+    size_t one = low ? sizeof(bf16) : sizeof(float), used = rows * width * one,
+           padded = (rows + GROUP - 1) / GROUP * GROUP;
+    char *p = room(padded * width * one);
+    return p ? memset(p + used, 0, padded * width * one - used), p : NULL;
+}
+
+/* --- what becomes of a product ---------------------------------------------------------------------------------- */
+
+/* y [rows][out], rows `apart` elements apart. */
+typedef struct {
+    void *y;
+    int out, low;
+    size_t apart;
+} Output;
+
+static void use_output(void *context, int row, int n, int column, const float *c) {
+    Output *o = context;
+    int wide = o->out - column < 32 ? o->out - column : 32;
+    for (int i = 0; i < n; i++) {
+        size_t at = (row + i) * o->apart + column;
+        if (o->low)
+            for (int j = 0; j + W <= wide; j += W) store_bf16((bf16 *)o->y + at + j, load(c + i * 32 + j));
+        else
+            memcpy((float *)o->y + at, c + i * 32, wide * sizeof(float));
+    }
+}
+
+static void use_residual(void *context, int row, int n, int column, const float *c) {
+    Output *o = context;
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < 32 && column + j < o->out; j += W) {
+            float *y = (float *)o->y + (row + i) * o->apart + column + j;
+            store(y, load(y) + load(c + i * 32 + j));
+        }
+}
+
+static void use_gate(void *context, int row, int n, int column, const float *c) {
+    Output *o = context;
+    for (int i = 0; i < n; i++) {
+        vec gate = load(c + i * 32), up = load(c + i * 32 + W);
+        put(o->low, o->y, (row + i) * o->apart + column / 2, gate / (1.0f + exponential(-gate)) * up);
     }
 }
 
