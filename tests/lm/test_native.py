@@ -84,33 +84,32 @@ def test_fused_layers_give_the_naive_log_probabilities_and_gradients(name: str, 
 def test_what_is_kept_for_the_backward_pass_changes_no_bit(dtype: torch.dtype, monkeypatch) -> None:
     model, groups = wide("qwen3"), random_groups(*MIXED)
     weights = random_weights(groups)
-    found, kept = [], []
-    for share in (0.0, 1e9):
-        monkeypatch.setattr(layers, "KEPT_SHARE", share)
-        learner = fused(model, dtype)
-        assert learner.layers is not None
-        kept.append(learner.layers.most_kept)
-        found.append(learned(learner, groups, weights))
-    assert kept[0] == 0
-    assert kept[1] > 10**6
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
-
-
-def test_groups_are_learned_from_together_as_far_as_results_can_be_kept(monkeypatch) -> None:
-    learner = fused(wide("llama"))
+    learner = fused(model, dtype)
     assert learner.layers is not None
-    monkeypatch.setattr(layers, "WORTH_A_PASS", 16)
-    most = learner.layers.most_kept
-    monkeypatch.setattr(layers, "KEPT_SHARE", layers.KEPT_SHARE * 20.5 / most)
-    assert learner.layers.together == learner.layers.most_kept == 20
+    tokens, found = sum(group.n_inputs for group in groups), []
+    one = layers.KEPT_SHARE / learner.layers.keeping(1) / 0.999 * tokens  # as much as one layer of the pack needs
+    for n_layers in (0, 1, 10**6):
+        monkeypatch.setattr(layers, "KEPT_SHARE", one * n_layers)
+        assert learner.layers.keeping(tokens) == pytest.approx(n_layers, rel=0.1)
+        found.append(learned(learner, groups, weights))
+    for logp, gradients in found[1:]:
+        assert torch.equal(found[0][0], logp)
+        assert all(torch.equal(gradient, gradients[name]) for name, gradient in found[0][1].items())
+
+
+def test_fused_layers_learn_from_groups_together_up_to_a_size(monkeypatch) -> None:
+    learner = fused(wide("llama"))
     group = ([1, 2, 3, 4, 5], [[6, 7, 8], [9, 10, 11]])  # 9 inputs
     prompts, completions = [group[0]] * 4, group[1] * 4
-    sizes = [len(part.groups) for part in learner.parts(prompts, completions, [0, 0, 1, 1, 2, 2, 3, 3])]
-    assert sizes == [2, 2]
-    monkeypatch.setattr(layers, "WORTH_A_PASS", 21)
-    assert learner.layers.together is None
-    assert len(learner.parts(prompts, completions, [0, 0, 1, 1, 2, 2, 3, 3])) == 1
+
+    def sizes() -> list[int]:
+        return [len(part.groups) for part in learner.parts(prompts, completions, [0, 0, 1, 1, 2, 2, 3, 3])]
+
+    assert sizes() == [4]
+    monkeypatch.setattr("grouprl.lm.learner.TOGETHER", 20)
+    assert sizes() == [2, 2]
+    learner.layers = None
+    assert sizes() == [4]
 
 
 def check_no_less_exact_than_autocast(model: nn.Module) -> None:

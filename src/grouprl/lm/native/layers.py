@@ -1,8 +1,9 @@
 """The layers of a Llama-shaped model as one differentiable function each: what :mod:`grouprl.lm.lean` is to sampling.
 
 torch does the products, compiled code all that lies between them. A layer keeps for its backward pass its input and the
-attended values, a quarter of what it computes. Where it is little beside what the weights take anyway, it keeps
-what the largest products gave as well. The rest, and the weights in the precision of the products, it makes again.
+attended values, a quarter of what it computes. As many layers as may keep what the largest products gave as well: so
+many that it is little beside what the weights take anyway. The rest, and the weights in the precision of the products,
+a layer makes again.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from grouprl.lm.native.parts import Parts, gate, gate_gradient, rotary
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import add_gradient, add_product
 
-KEPT_SHARE = 0.2
-"""Most bytes kept of what products gave, per byte of weights, gradients and moments. All or nothing of a pack."""
+KEPT_SHARE = 0.08
+"""Most bytes kept of what products gave, per byte of weights, gradients and moments."""
 
-WORTH_A_PASS = 1024
-"""Tokens whose results are worth another pass over all weights to keep."""
+TOGETHER = 1024
+"""Tokens of a pack beside which one more pass over all weights costs little; with fewer of them more layers keep."""
 
 
 class _Product:
@@ -165,27 +166,21 @@ class LlamaLayers:
         """Last hidden states ``[S, d]`` of a pack."""
         x: Tensor = self.decoder.embed_tokens(pack.ids).float()
         cos, sin = rotary(self.decoder, x, pack.positions)
-        everything = len(pack.ids) <= self.most_kept and torch.is_grad_enabled()
-        for module, how in zip(self.decoder.layers, self.ways, strict=True):
+        keeping = self.keeping(len(pack.ids)) if torch.is_grad_enabled() else 0
+        for i, (module, how) in enumerate(zip(self.decoder.layers, self.ways, strict=True)):
             parts = Parts.of(module, how)
-            place = _Kept.of(parts, len(pack.ids), self.dtype, everything)
+            place = _Kept.of(parts, len(pack.ids), self.dtype, i < keeping)
             # One weight that is learned tells autograd that something is.
             anchor = next((p for p in module.parameters() if p.requires_grad), None)
             x = _Run.apply(x, anchor, parts, self.dtype, cos, sin, pack, place)  # type: ignore[no-untyped-call]
         out: Tensor = self.decoder.norm(x)
         return out
 
-    @property
-    def most_kept(self) -> int:
-        """The tokens of a pack up to which results of products are kept for the backward pass."""
+    def keeping(self, tokens: int) -> int:
+        """How many layers keep what products gave for the backward pass of a pack of ``tokens``."""
         weights = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in self.decoder.parameters())
         width = sum(_widths(self.decoder.layers[0])) * self.dtype.itemsize
-        return int(KEPT_SHARE * weights / (len(self.decoder.layers) * width))
-
-    @property
-    def together(self) -> int | None:
-        """The tokens that groups are best learned from together, or None for any number."""
-        return self.most_kept if self.most_kept >= WORTH_A_PASS else None
+        return int(KEPT_SHARE * weights / (tokens * width))
 
 
 @torch.no_grad()
