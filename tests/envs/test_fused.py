@@ -73,7 +73,7 @@ class Batch:
     def by_autograd(self, index: Tensor, settings: UpdateSettings) -> tuple[Tensor, Tensor]:
         network = self.policy.network
         network.prefer_native = False
-        parameters = self.agent.learner.parameters
+        parameters = self.agent.loop.learner.parameters
         given = (parameters, index, self.logp_old, self.advantages, None, settings, None, 1, None)
         gradient, sums = _gradient(self.evaluate, *given)
         network.prefer_native = True
@@ -156,7 +156,7 @@ def test_parameters_are_read_where_they_are_at_every_call() -> None:
     rows = torch.arange(100, 200)
     before, _ = gradient(rows, 100)
     with torch.no_grad():
-        batch.agent.learner.parameters.vector.mul_(1.1)
+        batch.agent.loop.learner.parameters.vector.mul_(1.1)
     after, _ = gradient(rows, 100)
     wanted, _ = batch.by_autograd(rows, UpdateSettings(epochs=1, minibatch_size=64))
     assert float((after - before).norm()) > 1e-3
@@ -258,7 +258,7 @@ def test_images_are_learned_from_the_same_way() -> None:
     for native in (True, False):
         agent = GRPO(lambda: Looks(SPACES["two actions"]), preset=None, seed=0, native=native, **quick)
         agent.learn(192)
-        vectors.append(agent.learner.parameters.vector.detach().clone())
+        vectors.append(agent.loop.learner.parameters.vector.detach().clone())
     assert float((vectors[0] - vectors[1]).norm()) <= 1e-4 * float(vectors[1].norm())
 
 

@@ -19,7 +19,7 @@ QUICK = {**probes.FAST, "n_steps": 16, "minibatch_size": 32, "epochs": 2}
 
 
 def weights(agent):
-    return agent.learner.parameters.vector.detach().clone()
+    return agent.loop.learner.parameters.vector.detach().clone()
 
 
 def trained(seed=0, steps=600, env="CartPole-v1", **settings):
@@ -148,10 +148,10 @@ class TestLearn:
 
     def test_an_adaptive_learning_rate_that_begins_low_is_not_raised_where_the_policy_moved_too_far(self):
         agent = GRPO("CartPole-v1", **{**QUICK, "lr_schedule": "adaptive", "learning_rate": 1e-5})
-        agent.learner._adapt(approx_kl=1.0, progress=0.0)
-        assert agent.learner.learning_rate <= 1e-5
-        agent.learner._adapt(approx_kl=0.0, progress=0.0)
-        assert agent.learner.learning_rate > 1e-5
+        agent.loop.learner._adapt(approx_kl=1.0, progress=0.0)
+        assert agent.loop.learner.learning_rate <= 1e-5
+        agent.loop.learner._adapt(approx_kl=0.0, progress=0.0)
+        assert agent.loop.learner.learning_rate > 1e-5
 
     def test_any_network_can_be_used(self):
         def build(n_in, n_out):

@@ -207,6 +207,6 @@ def test_an_update_of_a_users_network_is_the_same_on_compiled_code_and_on_torch(
         GRPO(env_id, preset=None, network=stack, native=native, seed=3, **short).learn(2000) for native in (False, True)
     ]
     assert {"_tanh", "_linear"} <= set(calls)
-    theirs, ours = (agent.learner.parameters.vector.detach().numpy() for agent in agents)
-    before = GRPO(env_id, preset=None, network=stack, seed=3).learner.parameters.vector.detach().numpy()
+    theirs, ours = (agent.loop.learner.parameters.vector.detach().numpy() for agent in agents)
+    before = GRPO(env_id, preset=None, network=stack, seed=3).loop.learner.parameters.vector.detach().numpy()
     assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(ours - before)

@@ -100,11 +100,11 @@ def test_whole_episode_estimators_credit_late_reward_too(advantage):
 )
 def test_where_every_action_pays_the_same_the_policy_stays_as_it_was(advantage, extra, skip):
     agent = GRPO(probes.constant, **{**probes.FAST, "advantage": advantage, "skip_without_signal": skip, **extra})
-    before = agent.learner.parameters.vector.detach().clone()
+    before = agent.loop.learner.parameters.vector.detach().clone()
     agent.learn(4000)
     assert agent.num_timesteps >= 4000
     assert entropy(agent, (0.5,)) == pytest.approx(math.log(3), abs=0.005)
-    assert torch.allclose(agent.learner.parameters.vector, before, atol=0.02)
+    assert torch.allclose(agent.loop.learner.parameters.vector, before, atol=0.02)
 
 
 @pytest.mark.parametrize("where", ["info", "dict"])
@@ -127,10 +127,10 @@ def test_an_environment_that_only_truncates_is_worth_the_endless_sum_at_every_st
     agent = GRPO(probes.Truncated, **{**probes.FAST, "gamma": 0.9, "baseline_sweeps": 20})
     for _ in range(5):
         rollout = batch_of(agent)
-        advantages(rollout, agent.config, agent.baseline)
+        advantages(rollout, agent.config, agent.loop.baseline)
     assert rollout.truncated.any()
     assert not rollout.terminated.any()
-    values = agent.baseline.phi(dict(rollout.inputs), rollout.elapsed) @ agent.baseline.weights
+    values = agent.loop.baseline.phi(dict(rollout.inputs), rollout.elapsed) @ agent.loop.baseline.weights
     assert torch.allclose(values, torch.full_like(values, 1 / (1 - 0.9)), rtol=0.02)
 
 
@@ -143,7 +143,7 @@ def test_the_step_before_a_truncation_is_not_taught_to_be_worse(shows_time):
     agent.ready().warm_up(agent.policy, 64)
     for _ in range(5):
         rollout = agent.ready().collect(agent.policy)
-        advantage, _ = advantages(rollout, agent.config, agent.baseline)
+        advantage, _ = advantages(rollout, agent.config, agent.loop.baseline)
     early = rollout.elapsed < 5
     for action, sign in ((0, 1), (1, -1)):
         chosen = rollout.actions == action

@@ -165,7 +165,7 @@ def test_an_interrupted_process_saves_and_its_resumed_run_is_exact(tmp_path: Pat
 def test_a_checkpoint_far_from_the_last_reset_starts_fresh_and_stays_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grouprl.envs.checkpoint.RESTART_AFTER", 0.1)
+    monkeypatch.setattr("grouprl.envs.loop.RESTART_AFTER", 0.1)
     run = {"checkpoint_every": 700}
     small_run(tmp_path / "whole", run=run)
     small_run(tmp_path / "cut", run=run)

@@ -119,7 +119,7 @@ def test_the_network_starts_as_the_textbook_says():
 def test_the_advantages_are_the_textbook_s():
     batch = Batch()
     assert batch.rollout.terminated.any()  # several episodes in one batch, the last one cut
-    ours, _ = advantages(batch.rollout, batch.agent.config, batch.agent.baseline)
+    ours, _ = advantages(batch.rollout, batch.agent.config, batch.agent.loop.baseline)
     assert_close(ours, batch.advantage, atol=1e-6, rtol=0)
 
 
@@ -135,7 +135,7 @@ def test_a_whole_update_is_the_textbook_s(seed, monkeypatch):
         return parts
 
     monkeypatch.setattr(update_module, "minibatches", recorded)
-    ours, _ = advantages(batch.rollout, batch.agent.config, batch.agent.baseline)
+    ours, _ = advantages(batch.rollout, batch.agent.config, batch.agent.loop.baseline)
     stats = batch.learner.learn(batch.rollout, ours.double(), progress=0.0)
     n = batch.rollout.n_steps
     assert len(order) == 10 * -(-n // 32) == stats.optimizer_steps
@@ -158,7 +158,7 @@ def test_the_comparison_would_notice_another_divergence(monkeypatch):
     order = []
     original = update_module.minibatches
     monkeypatch.setattr(update_module, "minibatches", lambda *args: order.extend(original(*args)) or order[-7:])
-    ours, _ = advantages(batch.rollout, batch.agent.config, batch.agent.baseline)
+    ours, _ = advantages(batch.rollout, batch.agent.config, batch.agent.loop.baseline)
     stats = batch.learner.learn(batch.rollout, ours.double(), progress=0.0)
     _, kl = plain_update(batch.network, batch.states, batch.actions, batch.advantage.double(), order, beta=1.0)
     assert abs(stats.kl - kl) > 1e-6

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,24 +14,18 @@ from gymnasium.vector import VectorEnv
 from grouprl.envs import checkpoint, presets
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
-from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
-from grouprl.envs.learner import Learner, load_policy, model_file, single_threaded_kernels
+from grouprl.envs.learner import load_policy, model_file, single_threaded_kernels
+from grouprl.envs.loop import Loop, Metrics
 from grouprl.envs.policy import Network, Policy
 from grouprl.envs.space_json import space_from_json, space_to_json
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
-from grouprl.envs.sticky import StickyActions
-from grouprl.envs.vector import EnvLike, close_vector, env_name, horizon, make_vector
+from grouprl.envs.vector import EnvLike, close_vector, env_name, make_vector
 from grouprl.errors import UsageError
-from grouprl.objective import RandomFeatures
-from grouprl.rollouts import Rollout
 from grouprl.runs.progress import Progress
 from grouprl.runs.state import read_meta, save_state
 
-Metrics = dict[str, float]
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
-
-RECENT_EPISODES = 100
 
 
 class GRPO:
@@ -96,35 +87,35 @@ class GRPO:
             torch.manual_seed(int(init.generate_state(1)[0]))
             self.policy = Policy(self.observations, self.actions, config, network).to(config.device)
         self.policy.eval()  # dropout in a user's network would make the ratio differ from 1 before any update
-        self._act_rng, self._start_rng = np.random.default_rng(act), np.random.default_rng(starts)
         self._predict_rng = np.random.default_rng(predict)
-        self.learner = Learner(self.policy, config, np.random.default_rng(shuffle))
-        self.baseline: Baseline | None = None
+        self.loop = Loop(self.policy, self.actions, config, act, shuffle, starts)
         self._custom_network = network is not None
         self._env: EnvLike | None = None
         self._venv: VectorEnv[Any, Any, Any] | None = None
-        self._collector: Collector | None = None
         self.env_id: str = ""
         self.env_kwargs: dict[str, Any] = {}
-        self.num_timesteps = 0
-        self.train_seconds = 0.0
         self.extra: dict[str, Any] = {}
-        self._warm = False
-        self._signal_steps = 0
-        self.sticky = StickyActions(config)
-        self.recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
-        self.recent_lengths: deque[int] = deque(maxlen=RECENT_EPISODES)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Environment steps of training so far."""
+        return self.loop.n_steps
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of collecting and learning so far."""
+        return self.loop.seconds
+
+    @property
+    def recent_returns(self) -> list[float]:
+        """Returns of the last training episodes, at most 100, the newest last."""
+        return list(self.loop.recent_returns)
 
     # --- environment -------------------------------------------------------------------------------------------------
     def _attach(self, env: EnvLike, venv: VectorEnv[Any, Any, Any]) -> None:
         self._env, self._venv = env, venv
         self.env_id = env_name(env)
-        self._collector = Collector(venv, self.observations, self.actions, self.config, self._act_rng)
-        self._collector.restart(int(self._start_rng.integers(2**31 - 1)))
-        if self.config.advantage == "baseline" and self.baseline is None:
-            width = n_summary(self.observations.n_flat, dict(self.observations.images))
-            features = RandomFeatures.create(width, self.config.baseline_features, self.config.seed)
-            self.baseline = Baseline(features, horizon(venv) or DEFAULT_HORIZON)
+        self.loop.attach(venv)
 
     def set_env(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
         """Train on another environment with the same spaces from now on; its next batch starts with fresh episodes.
@@ -152,11 +143,6 @@ class GRPO:
         """The vector environment batches are collected from, or None after :meth:`load` without one."""
         return self._venv
 
-    def restart_episodes(self) -> None:
-        """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
-        if self._collector is not None:
-            self._collector.restart(int(self._start_rng.integers(2**31 - 1)))
-
     @property
     def env(self) -> EnvLike | None:
         """The environment as it was given."""
@@ -164,7 +150,7 @@ class GRPO:
 
     def ready(self) -> Collector:
         """The collector; makes the saved environment first where a loaded agent has none yet."""
-        if self._collector is None:
+        if self.loop.collector is None:
             if not self.env_id:
                 raise UsageError("this agent was loaded without an environment; call agent.set_env(env) before learn")
             try:
@@ -173,8 +159,8 @@ class GRPO:
                 raise UsageError(
                     f"call agent.set_env(env) first: {self.env_id!r} cannot be made again ({error})"
                 ) from None
-        assert self._collector is not None
-        return self._collector
+        assert self.loop.collector is not None
+        return self.loop.collector
 
     # --- training ----------------------------------------------------------------------------------------------------
     def learn(
@@ -209,67 +195,12 @@ class GRPO:
         self.ready()
         with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
             while self.num_timesteps < end:
-                metrics = self._iterate((self.num_timesteps - start) / (end - start))
+                metrics = self.loop.iterate((self.num_timesteps - start) / (end - start))
                 bar.update(self.num_timesteps - start, episode_return=metrics["return_mean"])
                 verdicts = [call(self, metrics) for call in callbacks]
                 if any(verdict is False for verdict in verdicts):
                     break
         return self
-
-    def _iterate(self, progress: float) -> Metrics:
-        """Collect a batch, learn from it, and say what happened."""
-        began = perf_counter()
-        config, collector = self.config, self.ready()
-        if not self._warm:
-            self.num_timesteps += collector.warm_up(self.policy, config.warmup_steps)
-            self._warm = True
-        used = progress
-        if config.skip_without_signal:  # only what carried a signal counts as used
-            used *= self._signal_steps / max(self.num_timesteps, 1)
-        sticky, learning_rate = self.sticky.probability(used), self.learner.rate(progress)
-        rollout = collector.collect(self.policy, sticky)
-        collected = perf_counter()
-        self.num_timesteps += rollout.n_steps
-        self.recent_returns.extend(rollout.episode_returns)
-        self.recent_lengths.extend(rollout.episode_lengths)
-        metrics = self._describe(rollout)
-        if has_signal(rollout) or not config.skip_without_signal:
-            self._signal_steps += rollout.n_steps
-            advantage, info = advantages(rollout, config, self.baseline)
-            estimated = perf_counter()
-            stats = self.learner.learn(rollout, advantage, progress)
-            metrics |= info | {key: float(value) for key, value in asdict(stats).items() if key != "entropy"}
-            metrics["time_advantages"] = estimated - collected
-            metrics["time_update"] = perf_counter() - estimated
-        if rollout.observed is not None:
-            self.policy.observe(rollout.observed)
-        if sticky > 0:
-            self.sticky.judge(rollout, collector.sticky_envs)
-        seconds = perf_counter() - began
-        self.train_seconds += seconds
-        metrics |= {
-            "learning_rate": learning_rate,
-            "sticky": sticky,
-            "time_collect": collected - began,
-            "train_seconds": self.train_seconds,
-            "steps_per_second": rollout.n_steps / seconds,
-        }
-        return metrics
-
-    def _describe(self, rollout: Rollout) -> Metrics:
-        distribution = self.policy.distribution
-        recent = np.asarray(self.recent_returns, float)
-        return {
-            "update": self.learner.updates + 1,
-            "step": self.num_timesteps,
-            "return_mean": float(recent.mean()) if len(recent) else float("nan"),
-            "return_batch": float(np.mean(rollout.episode_returns)) if rollout.episode_returns else float("nan"),
-            "length_mean": float(np.mean(self.recent_lengths)) if self.recent_lengths else float("nan"),
-            "episodes": len(rollout.episode_returns),
-            "batch_steps": rollout.n_steps,
-            "policy_entropy": float(distribution.entropy(rollout.behaviour).mean()),
-            "reward_mean": float(rollout.rewards.mean()),
-        }
 
     # --- acting ------------------------------------------------------------------------------------------------------
     def predict(
@@ -372,8 +303,7 @@ class GRPO:
         spaces = (space_from_json(meta["observation_space"]), space_from_json(meta["action_space"]))
         agent._build(config, *spaces, network)
         agent.env_id, agent.env_kwargs = meta["env_id"], dict(meta["env_kwargs"])
-        agent.num_timesteps = int(meta["num_timesteps"])
-        agent._warm = True
+        agent.loop.n_steps, agent.loop.warm = int(meta["num_timesteps"]), True
         load_policy(agent.policy, path)
         return agent
 
@@ -387,7 +317,8 @@ class GRPO:
             may_restart: the checkpoint is taken on schedule and may begin fresh episodes.
             extra: JSON that :meth:`from_checkpoint` gives back as ``agent.extra``.
         """
-        checkpoint.write(self, Path(path), may_restart, dict(extra or {}))
+        self.ready()
+        checkpoint.write(Path(path), self.loop, may_restart, self.describe("checkpoint"), extra or {})
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None) -> GRPO:
@@ -399,32 +330,12 @@ class GRPO:
         tensors, meta = checkpoint.read(Path(path))
         agent = cls.from_description(Path(path), meta, network, {})
         agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
-        checkpoint.restore(agent, tensors, meta["state"])
+        agent.loop.load(tensors, meta["state"])
+        agent.extra = meta["state"]["extra"]
         return agent
-
-    def streams(self) -> dict[str, np.random.Generator]:
-        """The random streams that training draws from, by name."""
-        return {"act": self._act_rng, "starts": self._start_rng, "shuffle": self.learner.rng}
-
-    def counters(self) -> dict[str, Any]:
-        """How far training has come, as JSON."""
-        return {
-            "train_seconds": self.train_seconds,
-            "warm": self._warm,
-            "signal_steps": self._signal_steps,
-            "recent_returns": list(self.recent_returns),
-            "recent_lengths": list(self.recent_lengths),
-        }
-
-    def restore_counters(self, counters: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`counters`."""
-        self.train_seconds, self._warm = counters["train_seconds"], counters["warm"]
-        self._signal_steps = counters["signal_steps"]
-        self.recent_returns.extend(counters["recent_returns"])
-        self.recent_lengths.extend(counters["recent_lengths"])
 
     def close(self) -> None:
         """Close the environments."""
         if self._venv is not None:
             close_vector(self._venv)
-            self._venv = self._collector = None
+            self._venv = self.loop.collector = None

@@ -15,7 +15,8 @@ import numpy as np
 from grouprl.envs import presets
 from grouprl.envs.config import check_names
 from grouprl.envs.evaluation import Evaluator, evaluate
-from grouprl.envs.grpo import GRPO, Metrics
+from grouprl.envs.grpo import GRPO
+from grouprl.envs.loop import Metrics
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import GrouprlError, TrainingError, UsageError
@@ -126,7 +127,7 @@ class Recorder:
         else:
             metrics["eval_return"] = float("nan")
         self.log.append(metrics)
-        recent = list(agent.recent_returns)[-CHAPTER_EPISODES:]
+        recent = agent.recent_returns[-CHAPTER_EPISODES:]
         chapter = {"avg_reward": float(np.mean(recent))} if recent else {}
         if "kl" in metrics:
             chapter["kl_divergence"] = metrics["kl"] if agent.config.beta > 0 else metrics["approx_kl"]

@@ -1,0 +1,194 @@
+"""The loop of training: batches, updates on them, and what a checkpoint must remember between two."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from grouprl.envs.collect import HISTORY_LIMIT, Collector
+from grouprl.envs.config import GRPOConfig
+from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
+from grouprl.envs.learner import Learner
+from grouprl.envs.policy import Policy
+from grouprl.envs.spaces import ActionCodec
+from grouprl.envs.sticky import StickyActions
+from grouprl.envs.vector import horizon
+from grouprl.objective import RandomFeatures
+from grouprl.rollouts import Rollout
+
+Metrics = dict[str, float]
+
+RECENT_EPISODES = 100
+
+RESTART_AFTER = 10
+"""Time limits after which a scheduled checkpoint starts fresh episodes: cuts few of them, bounds the replay."""
+
+
+class Loop:
+    """What trains a policy on environments, and how far it has come.
+
+    Args:
+        policy: what is trained. actions: its action space.
+        act, shuffle, starts: seeds of what actions, minibatches and first states are drawn with.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        actions: ActionCodec,
+        config: GRPOConfig,
+        act: np.random.SeedSequence,
+        shuffle: np.random.SeedSequence,
+        starts: np.random.SeedSequence,
+    ) -> None:
+        self.policy, self.actions, self.config = policy, actions, config
+        self.act_rng, self.start_rng = np.random.default_rng(act), np.random.default_rng(starts)
+        self.learner = Learner(policy, config, np.random.default_rng(shuffle))
+        self.sticky = StickyActions(config)
+        self.baseline: Baseline | None = None
+        self.collector: Collector | None = None
+        self.n_steps = 0
+        """Environment steps so far, those of the warm-up included."""
+        self.seconds = 0.0
+        """Of collecting and learning, so far."""
+        self.warm = False
+        self.signal_steps = 0
+        self.recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self.recent_lengths: deque[int] = deque(maxlen=RECENT_EPISODES)
+
+    def attach(self, venv: VectorEnv[Any, Any, Any]) -> None:
+        """Collect from ``venv`` from now on, fresh episodes first."""
+        observations = self.policy.observations
+        self.collector = Collector(venv, observations, self.actions, self.config, self.act_rng)
+        self.restart_episodes()
+        if self.config.advantage == "baseline" and self.baseline is None:
+            width = n_summary(observations.n_flat, dict(observations.images))
+            features = RandomFeatures.create(width, self.config.baseline_features, self.config.seed)
+            self.baseline = Baseline(features, horizon(venv) or DEFAULT_HORIZON)
+
+    def restart_episodes(self) -> None:
+        """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
+        if self.collector is not None:
+            self.collector.restart(int(self.start_rng.integers(2**31 - 1)))
+
+    def bound_replay(self, may_restart: bool) -> None:
+        """Begin fresh episodes if repeating all actions since the last reset would take too long, or cannot be done.
+
+        Args:
+            may_restart: too long counts, not only what cannot be done.
+        """
+        assert self.collector is not None
+        since = self.collector.steps_since_reset
+        far = since > RESTART_AFTER * (horizon(self.collector.venv) or DEFAULT_HORIZON)
+        if (may_restart and far) or since > HISTORY_LIMIT:
+            self.restart_episodes()
+
+    def iterate(self, progress: float) -> Metrics:
+        """Collect a batch, learn from it, and say what happened; ``progress`` in [0, 1] drives the schedules."""
+        began = perf_counter()
+        config, collector = self.config, self.collector
+        assert collector is not None
+        if not self.warm:
+            self.n_steps += collector.warm_up(self.policy, config.warmup_steps)
+            self.warm = True
+        used = progress
+        if config.skip_without_signal:  # only what carried a signal counts as used
+            used *= self.signal_steps / max(self.n_steps, 1)
+        sticky, learning_rate = self.sticky.probability(used), self.learner.rate(progress)
+        rollout = collector.collect(self.policy, sticky)
+        collected = perf_counter()
+        self.n_steps += rollout.n_steps
+        self.recent_returns.extend(rollout.episode_returns)
+        self.recent_lengths.extend(rollout.episode_lengths)
+        metrics = self._describe(rollout)
+        if has_signal(rollout) or not config.skip_without_signal:
+            self.signal_steps += rollout.n_steps
+            advantage, info = advantages(rollout, config, self.baseline)
+            estimated = perf_counter()
+            stats = self.learner.learn(rollout, advantage, progress)
+            metrics |= info | {key: float(value) for key, value in asdict(stats).items() if key != "entropy"}
+            metrics["time_advantages"] = estimated - collected
+            metrics["time_update"] = perf_counter() - estimated
+        if rollout.observed is not None:
+            self.policy.observe(rollout.observed)
+        if sticky > 0:
+            self.sticky.judge(rollout, collector.sticky_envs)
+        seconds = perf_counter() - began
+        self.seconds += seconds
+        metrics |= {
+            "learning_rate": learning_rate,
+            "sticky": sticky,
+            "time_collect": collected - began,
+            "train_seconds": self.seconds,
+            "steps_per_second": rollout.n_steps / seconds,
+        }
+        return metrics
+
+    def _describe(self, rollout: Rollout) -> Metrics:
+        distribution = self.policy.distribution
+        recent = np.asarray(self.recent_returns, float)
+        return {
+            "update": self.learner.updates + 1,
+            "step": self.n_steps,
+            "return_mean": float(recent.mean()) if len(recent) else float("nan"),
+            "return_batch": float(np.mean(rollout.episode_returns)) if rollout.episode_returns else float("nan"),
+            "length_mean": float(np.mean(self.recent_lengths)) if self.recent_lengths else float("nan"),
+            "episodes": len(rollout.episode_returns),
+            "batch_steps": rollout.n_steps,
+            "policy_entropy": float(distribution.entropy(rollout.behaviour).mean()),
+            "reward_mean": float(rollout.rewards.mean()),
+        }
+
+    # --- state -------------------------------------------------------------------------------------------------------
+    def _streams(self) -> dict[str, np.random.Generator]:
+        return {"act": self.act_rng, "starts": self.start_rng, "shuffle": self.learner.rng}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a resumed run needs besides the policy and ``n_steps``: tensors, and the rest as JSON."""
+        assert self.collector is not None
+        tensors, learner = self.learner.state()
+        arrays, collector = self.collector.state()
+        tensors |= {f"collector.{key}": torch.from_numpy(value) for key, value in arrays.items()}
+        if self.baseline is not None and self.baseline.weights is not None:
+            tensors["baseline.weights"] = self.baseline.weights
+        counters = {
+            "train_seconds": self.seconds,
+            "warm": self.warm,
+            "signal_steps": self.signal_steps,
+            "recent_returns": list(self.recent_returns),
+            "recent_lengths": list(self.recent_lengths),
+        }
+        return tensors, {
+            "learner": learner,
+            "collector": collector,
+            "rng": {name: rng.bit_generator.state for name, rng in self._streams().items()},
+            "sticky": self.sticky.state(),
+            "counters": counters,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`; the policy must have been loaded and the environments attached before."""
+        assert self.collector is not None
+        self.learner.load(tensors, state["learner"])
+        if self.baseline is not None and "baseline.weights" in tensors:
+            self.baseline.weights = tensors["baseline.weights"]
+        for name, rng in self._streams().items():
+            rng.bit_generator.state = state["rng"][name]
+        self.sticky.load(state["sticky"])
+        counters = state["counters"]
+        self.seconds, self.warm, self.signal_steps = (
+            counters["train_seconds"], counters["warm"], counters["signal_steps"],
+        )  # fmt: skip
+        self.recent_returns.extend(counters["recent_returns"])
+        self.recent_lengths.extend(counters["recent_lengths"])
+        prefix = "collector."
+        arrays = {key.removeprefix(prefix): value.numpy() for key, value in tensors.items() if key.startswith(prefix)}
+        self.collector.load(arrays, state["collector"])
