@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,11 @@ def commit() -> str:
     return said.stdout.strip()
 
 
-def run_all(todo: list[Run], out: Path, jobs: int, peers: Path) -> int:
-    """Run each in a process of its own, append what it reached to ``out``; returns how many failed."""
+def run_all(wanted: list[Run], out: Path, jobs: int, peers: Path) -> int:
+    """Run each that ``out`` lacks in a process of its own, append what it reached; returns how many failed."""
+    known = {key(run) for run in read(out)}
+    todo = [run for run in wanted if key(run) not in known]
+    print(f"{len(wanted)} runs wanted, {len(wanted) - len(todo)} already in {out}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     context = {"commit": commit(), "jobs": jobs, "machine": measuring.machine()}
 
@@ -301,6 +305,17 @@ def render(runs: list[Run]) -> str:
     return f"{text}\n{SOURCES}\n\n{', '.join(versions)}; {'; '.join(machines)}.\n"
 
 
+def report(out: Path, render: Callable[[list[Run]], str], failed: int) -> None:
+    """Render the runs in ``out`` into a page beside it and print that."""
+    runs = read(out)
+    if not runs:
+        raise SystemExit(f"{out} holds no runs")
+    out.with_suffix(".md").write_text(render(runs))
+    print(out.with_suffix(".md").read_text())
+    if failed:
+        raise SystemExit(f"{failed} runs failed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", action="append", help="a preset (with --default also a Gymnasium id); may be repeated")
@@ -339,17 +354,8 @@ def main() -> None:
         settings = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in given.set)}
         seeds = [int(seed) for seed in given.seeds.split(",")]
         wanted = plan(given.env or list(every), seeds, given.steps, mode, settings)
-        known = {key(run) for run in read(given.out)}
-        todo = [run for run in wanted if key(run) not in known]
-        print(f"{len(wanted)} runs wanted, {len(wanted) - len(todo)} already in {given.out}", flush=True)
-        failed = run_all(todo, given.out, given.jobs, given.peers_python)
-    runs = read(given.out)
-    if not runs:
-        raise SystemExit(f"{given.out} holds no runs")
-    given.out.with_suffix(".md").write_text(render(runs))
-    print(given.out.with_suffix(".md").read_text())
-    if failed:
-        raise SystemExit(f"{failed} runs failed")
+        failed = run_all(wanted, given.out, given.jobs, given.peers_python)
+    report(given.out, render, failed)
 
 
 if __name__ == "__main__":
