@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 import pickle
 from enum import Enum
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from grouprl.errors import UsageError
 from grouprl.lm.batch_plan import BatchPlan, batch_plan, interval, total_steps
 from grouprl.lm.config import GRPOConfig
-from grouprl.lm.config_trl import FOREIGN, RENAMED, TRAINER_ARGUMENTS
+from grouprl.lm.config_trl import FOREIGN, FOREIGN_ARGUMENTS, RENAMED, TRAINER_ARGUMENTS, check_arguments
+from grouprl.lm.trainer import GRPOTrainer
 
 
 def plan(world_size: int = 1, **values: Any) -> BatchPlan:
@@ -222,13 +224,24 @@ def test_a_torch_type_is_kept_by_its_name_and_an_object_that_no_file_can_hold_is
         GRPOConfig(model_init_kwargs={"quantization_config": object()}).to_dict()
 
 
-def test_a_configuration_cannot_be_changed_but_replaced() -> None:
+def test_a_setting_that_is_changed_is_checked_like_all_others() -> None:
     c = GRPOConfig()
-    with pytest.raises(ValueError, match="frozen"):
-        c.beta = 0.1  # type: ignore[misc]
     assert c.replace(beta=0.1).beta == 0.1
-    with pytest.raises(UsageError, match="beta=-1"):
-        c.replace(beta=-1)
+    assert c.beta == 0.0
+    c.beta = 0.1
+    c.no_cuda = True  # type: ignore[attr-defined]
+    c.push_to_hub = False  # type: ignore[attr-defined]
+    assert (c.beta, c.use_cpu, c.push_to_hub) == (0.1, True, False)
+    before = c.to_dict()
+    for name, value, why in (
+        ("beta", -1, "beta=-1"), ("betta", 1, "did you mean 'beta'"), ("push_to_hub", True, "push_to_hub=True: upload"),
+        ("num_generations", 1, "num_generations"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=why):
+            setattr(c, name, value)
+        with pytest.raises(UsageError, match=why):
+            c.replace(**{name: value})
+    assert c.to_dict() == before
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -358,3 +371,23 @@ def test_generation_kwargs_are_settings_and_win_over_them() -> None:
     kwargs = {"temperature": 0.7, "min_new_tokens": 3, "max_new_tokens": 9}
     config = GRPOConfig(temperature=0.5, generation_kwargs=kwargs)
     assert (config.temperature, config.min_new_tokens, config.max_completion_length) == (0.7, 3, 9)
+
+
+# --- arguments of the trainer ----------------------------------------------------------------------------------------
+
+
+def test_arguments_of_trl_are_refused_by_name_unless_they_do_nothing() -> None:
+    check_arguments({})
+    check_arguments({**dict.fromkeys(FOREIGN_ARGUMENTS), "tools": []})
+    for name in FOREIGN_ARGUMENTS:
+        with pytest.raises(UsageError, match=f"^{name}: .*(leave it out|give one that)"):
+            check_arguments({name: [print]})
+    with pytest.raises(UsageError, match="no argument 'callback'; did you mean 'callbacks'"):
+        check_arguments({"callback": None})
+    with pytest.raises(UsageError, match="no argument 'zzz'; it takes model, reward_funcs"):
+        check_arguments({"zzz": None})
+
+
+def test_the_arguments_named_in_errors_are_those_of_the_trainer() -> None:
+    taken = list(inspect.signature(GRPOTrainer.__init__).parameters)[1:]
+    assert sorted(taken) == sorted(["args", "others", *TRAINER_ARGUMENTS])

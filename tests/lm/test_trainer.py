@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.util
+import json
 import math
 import resource
 import runpy
@@ -18,7 +19,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig
-from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, same, trainer, warm, weights, without_times
+from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, config, same, trainer, warm, weights, without_times
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grouprl.errors import TrainingError, UsageError
@@ -415,6 +416,51 @@ def test_the_model_is_saved_where_a_trl_script_saves_it(tmp_path: Path) -> None:
     assert same(dict(loaded.named_parameters()), weights(made))
     assert {"checkpoint-1", "checkpoint-2", "config.json", "tokenizer.json"} <= {p.name for p in tmp_path.iterdir()}
     assert not (tmp_path / ".model").exists()
+
+
+def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = warm()
+    args = config(tmp_path)
+    args.max_steps = 2
+    made = GRPOTrainer(
+        model, REVERSE.reward, args, ROWS, None, tokenizer, quantization_config=None, peft_config=None, tools=None
+    )
+    args.max_steps = 50  # too late
+    result = made.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    assert made.state.global_step == 2
+    made.accelerator.print("Training completed.")
+    metrics = {**result.metrics, "train_samples": len(ROWS)}
+    made.log_metrics("train", metrics)
+    made.save_metrics("train", metrics)
+    made.save_state()
+    made.save_model(args.output_dir)
+    made.log_metrics("eval", {})
+    made.save_metrics("eval", made.evaluate(EVAL_ROWS))
+    made.save_metrics("test", {"train_loss": 7.0}, combined=False)
+    made.end()
+    assert made.is_world_process_zero()
+    assert made.accelerator.is_main_process
+    shown = capsys.readouterr().out
+    assert "Training completed." in shown
+    assert f"  train_samples          = {len(ROWS)}" in shown
+    saved = json.loads((tmp_path / "train_results.json").read_text())
+    assert saved == metrics
+    together = json.loads((tmp_path / "all_results.json").read_text())
+    assert together["train_loss"] == metrics["train_loss"]
+    assert "eval_reward" in together
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert state["log_history"] == made.state.log_history[:2]
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_what_other_trainers_can_do_is_missing_with_advice(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    assert not hasattr(made, "push_to_hub")
+    with pytest.raises(AttributeError, match=r"no attribute 'push_to_hub': .*trainer\.model\.push_to_hub"):
+        made.push_to_hub()
+    with pytest.raises(AttributeError, match=r"no attribute 'trian'$"):
+        made.trian()
 
 
 def test_sixty_steps_raise_the_reward_clearly(tmp_path: Path) -> None:

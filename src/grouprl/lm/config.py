@@ -1,4 +1,4 @@
-"""The one configuration of the language-model arena: frozen, validated, and the only place where its defaults live.
+"""The one configuration of the language-model arena: validated, and the only place where its defaults live.
 
 Names, meanings and defaults are those of TRL's GRPOConfig and of transformers' TrainingArguments wherever the setting
 exists there. Four defaults differ, none of which changes what is optimised:
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from grouprl.errors import UsageError
 from grouprl.lm.config_checks import problems
-from grouprl.lm.config_trl import FOREIGN, translate
+from grouprl.lm.config_trl import FOREIGN, RENAMED, translate
 
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -36,9 +36,7 @@ class GRPOConfig(BaseModel):
     no setting here reads as its "off" value, so that callbacks written for transformers find what they look for.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
 
     # --- run -----------------------------------------------------------------------------------------------------
     output_dir: str | None = Field(None, description="folder of the run; default: a new one")
@@ -236,6 +234,10 @@ class GRPOConfig(BaseModel):
         if name in FOREIGN:
             return FOREIGN[name].off
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting, checked as all of them are. A trainer that was made already keeps what it was given."""
+        vars(self).update(vars(self.replace(**{RENAMED.get(name, name): value})))
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain types; ``GRPOConfig(**config.to_dict())`` equals it.

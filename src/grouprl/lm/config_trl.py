@@ -1,4 +1,4 @@
-"""Options of TRL's GRPOConfig and of transformers' TrainingArguments that are no settings here: what becomes of each.
+"""What TRL's GRPOConfig and GRPOTrainer and transformers' TrainingArguments take and we do not: what becomes of it.
 
 An option given at the value that changes nothing is accepted, so that a configuration written for TRL can be used as it
 is; any other value is refused by name, with what to do instead. Checked against TRL 1.16 and transformers 5.23.
@@ -135,6 +135,32 @@ FOREIGN: dict[str, Foreign] = {
     "resume_from_checkpoint": Foreign(None, "pass it to GRPOTrainer.train(resume_from_checkpoint=...)"),
     "debug": Foreign("", "use torch.autograd.set_detect_anomaly; leave it out", ([],)),
 }  # fmt: skip
+
+
+_SINGLE = "completions are single turns, sampled here, without tools; leave it out"
+_REWARD_MODEL = "rewards are functions here; give one that tokenizes for the reward model and calls it"
+
+FOREIGN_ARGUMENTS: dict[str, Foreign] = {
+    "reward_processing_classes": Foreign(None, _REWARD_MODEL, ([],)),
+    "quantization_config": Foreign(None, "weights are trained in float32 or bfloat16; leave it out"),
+    "tools": Foreign(None, _SINGLE, ([],)),
+    "rollout_func": Foreign(None, _SINGLE),
+    "environment_factory": Foreign(None, _SINGLE, ({},)),
+}
+"""Arguments of TRL's GRPOTrainer that are none of ours."""
+
+
+def check_arguments(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for what is no argument of GRPOTrainer, unless it is one of TRL's and does nothing."""
+    for name, value in values.items():
+        if name in FOREIGN_ARGUMENTS:
+            option = FOREIGN_ARGUMENTS[name]
+            if value is not None and value not in option.also_off:
+                raise UsageError(f"{name}: {option.advice}")
+            continue
+        close = difflib.get_close_matches(name, TRAINER_ARGUMENTS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(TRAINER_ARGUMENTS)}"
+        raise UsageError(f"GRPOTrainer has no argument {name!r}; {hint}")
 
 
 def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:

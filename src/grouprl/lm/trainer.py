@@ -15,23 +15,22 @@ from grouprl.lm.batch_plan import batch_plan
 from grouprl.lm.checkpoint import Checkpoint
 from grouprl.lm.collect import Metrics, describe_judged, judged
 from grouprl.lm.config import GRPOConfig
+from grouprl.lm.config_trl import check_arguments
 from grouprl.lm.data import PromptSource, prepare_prompts
 from grouprl.lm.flow import Flow
 from grouprl.lm.locate import first_line
 from grouprl.lm.loop import Run, TrainOutput
 from grouprl.lm.models import load
-from grouprl.lm.parameters import (
-    MasterParameters,
-    make_optimizer,
-)
+from grouprl.lm.parameters import MasterParameters, make_optimizer
 from grouprl.lm.policy import Policy, sampling_settings
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.samples import Samples
 from grouprl.lm.saving import load_weights, save_model
+from grouprl.lm.scripting import ScriptMethods
 from grouprl.memory import renew_freed_memory, use_huge_pages
 
 
-class GRPOTrainer:
+class GRPOTrainer(ScriptMethods):
     """Group Relative Policy Optimization (arXiv 2402.03300) of a causal language model.
 
     A TRL script runs with its import changed. What is different underneath: each prompt is read and learned from once
@@ -49,6 +48,7 @@ class GRPOTrainer:
             configuration's is put on the optimizer.
         peft_config: train an adapter (LoRA and others); the reference is then the model without it.
         ref_model: what the KL divergence is measured to, if not the model as it is now: as ``model``.
+        **others: arguments of TRL's that are none here are accepted at the value that does nothing.
 
     Attributes:
         state: transformers' TrainerState; ``state.log_history`` holds everything logged.
@@ -64,11 +64,14 @@ class GRPOTrainer:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        *,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] | None = (None, None),
         peft_config: Any = None,
         ref_model: Any = None,
+        **others: Any,
     ) -> None:
+        check_arguments(others)
         use_huge_pages()
         self.args = config = _configuration(args)
         self.plan = batch_plan(config)
@@ -238,7 +241,7 @@ def _configuration(args: Any) -> GRPOConfig:
             f"args is a {type(args).__module__}.{type(args).__name__}; give a grouprl.lm.GRPOConfig, which takes the "
             "same settings"
         )
-    return args
+    return args.replace()  # as it is now
 
 
 def _check_optimizer(optimizer: Any, parameters: MasterParameters) -> None:

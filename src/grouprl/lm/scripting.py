@@ -1,0 +1,81 @@
+"""What training scripts ask transformers' Trainer for before and after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grouprl.runs.files import write_json
+
+if TYPE_CHECKING:
+    from grouprl.lm.flow import Flow
+
+_HUB = "upload when training is done: trainer.model.push_to_hub(name) and trainer.processing_class.push_to_hub(name)"
+_OWN_LOOP = "the training loop is grouprl.lm.loop.Run; a callback is told of every step"
+MISSING = {
+    "push_to_hub": _HUB,
+    "create_model_card": _HUB,
+    "init_hf_repo": _HUB,
+    "predict": "evaluate(dataset) judges its completions, and trainer.policy.sample gives them",
+    "hyperparameter_search": "train once per setting",
+    "get_train_dataloader": _OWN_LOOP,
+    "get_eval_dataloader": _OWN_LOOP,
+    "training_step": _OWN_LOOP,
+    "compute_loss": "the loss is grouprl.lm.loss; loss_type and advantage choose it",
+    "create_optimizer": "pass optimizers=(optimizer, scheduler)",
+    "create_scheduler": "pass optimizers=(optimizer, scheduler)",
+}
+"""Methods of transformers' and TRL's trainers that are none here: what to do instead."""
+
+
+class ScriptMethods:
+    """The part of a trainer that scripts use around training; all on one process."""
+
+    flow: Flow
+
+    @property
+    def accelerator(self) -> Any:
+        """accelerate's PartialState, by which scripts print, and ask whether they run in the main process."""
+        from accelerate import PartialState
+
+        return PartialState()
+
+    def is_world_process_zero(self) -> bool:
+        """True: there is one process."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print ``metrics`` of ``split`` (train, eval, ...), a line each."""
+        width = max((len(name) for name in metrics), default=0)
+        print(f"***** {split} metrics *****")
+        for name, value in sorted(metrics.items()):
+            print(f"  {name:<{width}} = {value:.4f}" if isinstance(value, float) else f"  {name:<{width}} = {value}")
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+        """Write ``metrics`` to ``{split}_results.json`` in the output folder, and add them to ``all_results.json``.
+
+        Raises UsageError if they cannot be written there, TrainingError if the disk is full.
+        """
+        folder = self.flow.output_dir
+        write_json(folder / f"{split}_results.json", dict(metrics))
+        if combined:
+            path = folder / "all_results.json"
+            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            write_json(path, {**before, **metrics})
+
+    def save_state(self) -> None:
+        """Write transformers' TrainerState to ``trainer_state.json`` in the output folder."""
+        from grouprl.lm.checkpoint import trainer_state
+
+        write_json(Path(self.flow.output_dir) / "trainer_state.json", trainer_state(self.flow.state))
+
+    def end(self) -> None:
+        """Nothing: trackers are closed when training ends."""
+
+    def __getattr__(self, name: str) -> Any:
+        said = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(f"{said}: {MISSING[name]}" if name in MISSING else said)
