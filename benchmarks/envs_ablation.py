@@ -30,9 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "observations as they come": ("normalize_observations=false", {"normalize_observations": False}),
     "a large last layer": ("output_gain=1", {"output_gain": 1.0}),
-    "a constant step size": (
-        "lr_schedule=constant learning_rate=3e-4", {"lr_schedule": "constant", "learning_rate": 3e-4},
-    ),
+    "a constant step size": ("lr_schedule=constant kl_stop=0.04", {"lr_schedule": "constant", "kl_stop": 0.04}),
     "no entropy bonus": ("entropy_coef=0", {"entropy_coef": 0.0}),
     "no repeated actions": ("sticky=0", {"sticky": 0.0}),
     "learning from every batch": ("skip_without_signal=false", {"skip_without_signal": False}),
@@ -52,22 +50,28 @@ def plan(seeds: list[int]) -> list[learning.Run]:
 
 def render(runs: list[learning.Run]) -> str:
     """The Markdown report: a row for each variant, a column for each environment."""
+    newest = {(run["variant"], run["name"]): run["config_hash"] for run in runs}
     found: dict[tuple[str, str], dict[int, learning.Run]] = {}
     for run in runs:
-        found.setdefault((run["variant"], run["name"]), {})[run["seed"]] = run
+        if run["config_hash"] == newest[run["variant"], run["name"]]:
+            found.setdefault((run["variant"], run["name"]), {})[run["seed"]] = run
     budgets = {run["name"]: run["budget"] for run in runs}
     seeds = sorted({run["seed"] for run in runs})
     rows = []
     for variant, (settings, _) in VARIANTS.items():
         cells = [found.get((variant, name), {}) for name in budgets]
         shown = [learning.with_interval(learning.means_of(list(cell.values()))) if cell else "" for cell in cells]
+        fewer = [f" ({len(cell)} of {len(seeds)} seeds)" if len(cell) < len(seeds) else "" for cell in cells]
+        shown = [text + note for text, note in zip(shown, fewer, strict=True)]
         rows.append([variant, f"`{settings}`" if settings else "", *shown])
     header = ["the robust default", "changed", *(f"{name}, {steps:,} steps" for name, steps in budgets.items())]
     machines = sorted({f"{run['machine']['cpu']}, {run['machine']['cores']} cores" for run in runs})
     about = (
         "Made by `python benchmarks/envs_ablation.py --table` from `envs_ablation.jsonl`. Greedy return of the final "
         f"policy over {learning.FINAL_EPISODES} episodes; interquartile mean over seeds {', '.join(map(str, seeds))} "
-        "with a 95 % bootstrap interval. One thing is changed at a time, and nothing is tuned again after the change."
+        "with a 95 % bootstrap interval. One choice is changed at a time, with what hangs on it: one environment "
+        "repeats no actions, and a baseline for moments or whole episodes needs whole episodes. Nothing is tuned again "
+        "after the change."
     )
     title = "# What each choice of the robust default buys"
     return f"{title}\n\n{about}\n\n{learning.markdown(header, rows)}\n{'; '.join(machines)}.\n"

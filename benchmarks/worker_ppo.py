@@ -18,7 +18,9 @@ import measuring
 
 
 def value_of(setting: Any) -> Any:
-    """RL-Zoo's ``lin_x``: from x to 0 over the run; anything else as it is."""
+    """RL-Zoo's ``lin_x``: from x to 0 over the run; its name of an activation; anything else as it is."""
+    if isinstance(setting, dict) and "activation_fn" in setting:
+        return {**setting, "activation_fn": getattr(torch.nn, setting["activation_fn"])}
     if not (isinstance(setting, str) and setting.startswith("lin_")):
         return setting
     first = float(setting.removeprefix("lin_"))

@@ -281,6 +281,7 @@ def python_part() -> str:
     text += "\n### Language models\n\n`from grouprl.lm import GRPOConfig, GRPOTrainer`\n"
     for title, module, names in (
         ("The trainer", "grouprl.lm.trainer", ["GRPOTrainer"]),
+        ("Around training", "grouprl.lm.scripting", ["ScriptMethods"]),
         ("What training returns", "grouprl.lm.loop", ["TrainOutput"]),
         ("Batches", "grouprl.lm.batch_plan", ["BatchPlan", "batch_plan"]),
         ("Models", "grouprl.lm.models", ["load"]),

@@ -224,24 +224,48 @@ def test_a_torch_type_is_kept_by_its_name_and_an_object_that_no_file_can_hold_is
         GRPOConfig(model_init_kwargs={"quantization_config": object()}).to_dict()
 
 
-def test_a_setting_that_is_changed_is_checked_like_all_others() -> None:
+def test_a_setting_may_be_changed_until_a_trainer_has_it() -> None:
     c = GRPOConfig()
     assert c.replace(beta=0.1).beta == 0.1
     assert c.beta == 0.0
-    c.beta = 0.1
-    c.no_cuda = True  # type: ignore[attr-defined]
-    c.push_to_hub = False  # type: ignore[attr-defined]
-    assert (c.beta, c.use_cpu, c.push_to_hub) == (0.1, True, False)
+    c.beta, c.scale_rewards = 0.1, False  # type: ignore[assignment]
+    c.no_cuda, c.warmup_ratio, c.push_to_hub = True, 0.25, False  # type: ignore[attr-defined]
+    c.warmup_ratio = 0.0  # type: ignore[attr-defined]
+    assert (c.beta, c.scale_rewards, c.use_cpu, c.warmup_steps, c.push_to_hub) == (0.1, "none", True, 0.25, False)
     before = c.to_dict()
     for name, value, why in (
         ("beta", -1, "beta=-1"), ("betta", 1, "did you mean 'beta'"), ("push_to_hub", True, "push_to_hub=True: upload"),
-        ("num_generations", 1, "num_generations"),
+        ("loss_type", "grop", "loss_type='grop'"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=why):
             setattr(c, name, value)
-        with pytest.raises(UsageError, match=why):
-            c.replace(**{name: value})
     assert c.to_dict() == before
+    used = c.in_use()
+    assert used.to_dict() == before
+    with pytest.raises(UsageError, match=r"beta=0\.2: these settings are a trainer's; change them before"):
+        used.beta = 0.2
+    assert used.replace(beta=0.2).beta == 0.2
+
+
+def test_what_does_not_go_together_is_found_when_a_trainer_is_made() -> None:
+    c = GRPOConfig(load_best_model_at_end=True, eval_strategy="steps", eval_steps=100, save_steps=100)
+    c.eval_steps = 50
+    with pytest.raises(UsageError, match="needs a checkpoint of every model"):
+        c.in_use()
+    c.save_steps = 50
+    used = c.in_use()
+    assert (used.metric_for_best_model, used.greater_is_better) == ("reward", True)
+    assert c.metric_for_best_model is None
+    c.load_best_model_at_end, c.eval_strategy = False, "no"
+    assert c.in_use().metric_for_best_model is None
+
+
+def test_what_scripts_ask_a_configuration_for() -> None:
+    c = GRPOConfig(do_train=True, use_cpu=True)
+    assert (c.do_train, c.do_eval, c.do_predict) == (True, False, False)
+    assert GRPOConfig(eval_strategy="steps").do_eval
+    assert (str(c.device), c.n_gpu) == ("cpu", 0)
+    assert c.get_process_log_level() > 0
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -379,8 +403,9 @@ def test_generation_kwargs_are_settings_and_win_over_them() -> None:
 def test_arguments_of_trl_are_refused_by_name_unless_they_do_nothing() -> None:
     check_arguments({})
     check_arguments({**dict.fromkeys(FOREIGN_ARGUMENTS), "tools": []})
-    for name in FOREIGN_ARGUMENTS:
-        with pytest.raises(UsageError, match=f"^{name}: .*(leave it out|give one that)"):
+    check_arguments({"reward_processing_classes": [object()]})  # TRL asks nothing of them for functions either
+    for name in ("quantization_config", "tools", "rollout_func", "environment_factory"):
+        with pytest.raises(UsageError, match=f"^{name}: .*leave it out"):
             check_arguments({name: [print]})
     with pytest.raises(UsageError, match="no argument 'callback'; did you mean 'callbacks'"):
         check_arguments({"callback": None})

@@ -106,9 +106,10 @@ def test_fused_layers_learn_from_groups_together_up_to_a_size(monkeypatch) -> No
         return [len(part.groups) for part in learner.parts(prompts, completions, [0, 0, 1, 1, 2, 2, 3, 3])]
 
     assert sizes() == [4]
-    monkeypatch.setattr("grouprl.lm.learner.TOGETHER", 20)
+    monkeypatch.setattr(layers, "TOGETHER", 20)
+    monkeypatch.setattr(layers, "KEPT_SHARE", 1e9)
     assert sizes() == [2, 2]
-    learner.layers = None
+    monkeypatch.setattr(layers, "KEPT_SHARE", 0.0)  # nothing is kept, so nothing is won
     assert sizes() == [4]
 
 

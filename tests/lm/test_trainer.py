@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, config, same, trainer, warm, weights, without_times
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -434,6 +435,10 @@ def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureF
     made.save_metrics("train", metrics)
     made.save_state()
     made.save_model(args.output_dir)
+    made.create_model_card(dataset_name="words", tags=["reverse"], finetuned_from="nothing")
+    card = (tmp_path / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["reverse", "grpo", "grouprl"]
+    made.model.config.save_pretrained(args.output_dir)
     made.log_metrics("eval", {})
     made.save_metrics("eval", made.evaluate(EVAL_ROWS))
     made.save_metrics("test", {"train_loss": 7.0}, combined=False)

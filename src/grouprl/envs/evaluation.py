@@ -158,4 +158,4 @@ def evaluate(
         if isinstance(target, str) or callable(target):
             evaluator.close()
         elif target is agent.env:
-            agent.loop.restart_episodes()
+            agent.restart_episodes()

@@ -143,6 +143,10 @@ class GRPO:
         """The vector environment batches are collected from, or None after :meth:`load` without one."""
         return self._venv
 
+    def restart_episodes(self) -> None:
+        """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
+        self.loop.restart_episodes()
+
     @property
     def env(self) -> EnvLike | None:
         """The environment as it was given."""
@@ -192,9 +196,9 @@ class GRPO:
     ) -> GRPO:
         """Train until ``end`` total steps on schedules that run from ``start`` to ``end``."""
         callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
-        self.ready()
         with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
             while self.num_timesteps < end:
+                self.ready()
                 metrics = self.loop.iterate((self.num_timesteps - start) / (end - start))
                 bar.update(self.num_timesteps - start, episode_return=metrics["return_mean"])
                 verdicts = [call(self, metrics) for call in callbacks]

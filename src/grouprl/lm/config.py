@@ -20,11 +20,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from grouprl.errors import UsageError
 from grouprl.lm.config_checks import problems
-from grouprl.lm.config_trl import FOREIGN, RENAMED, translate
+from grouprl.lm.config_trl import FOREIGN, translate
 
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -36,7 +36,10 @@ class GRPOConfig(BaseModel):
     no setting here reads as its "off" value, so that callbacks written for transformers find what they look for.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, validate_assignment=True, allow_inf_nan=False, protected_namespaces=()
+    )
+    _in_use: bool = PrivateAttr(False)
 
     # --- run -----------------------------------------------------------------------------------------------------
     output_dir: str | None = Field(None, description="folder of the run; default: a new one")
@@ -222,6 +225,9 @@ class GRPOConfig(BaseModel):
     load_best_model_at_end: bool = Field(
         False, description="end with the model of the best checkpoint, which save_total_limit then spares"
     )
+    do_train: bool = Field(False, description="for scripts that ask for it; nothing here does")
+    do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
+    do_predict: bool = Field(False, description="the same")
 
     def __init__(self, **values: Any) -> None:
         settings = translate(values, type(self).model_fields)
@@ -229,15 +235,54 @@ class GRPOConfig(BaseModel):
             super().__init__(**settings)
         except ValidationError as error:
             raise UsageError(_explain(error)) from None
+        if self.eval_strategy != "no":
+            self.do_eval = True
+        if found := problems(self):
+            raise UsageError("; ".join(found))
 
     def __getattr__(self, name: str) -> Any:
-        if name in FOREIGN:
-            return FOREIGN[name].off
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return FOREIGN[name].off if name in FOREIGN else super().__getattr__(name)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting, checked as all of them are. A trainer that was made already keeps what it was given."""
-        vars(self).update(vars(self.replace(**{RENAMED.get(name, name): value})))
+        """Change a setting. Its value is checked now, what it does not go together with when a trainer is made."""
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+            return
+        if self._in_use:
+            raise UsageError(f"{name}={value!r}: these settings are a trainer's; change them before it is made")
+        for setting, translated in translate({name: value}, type(self).model_fields).items():
+            try:
+                super().__setattr__(setting, translated)
+            except ValidationError as error:
+                raise UsageError(_explain(error)) from None
+
+    def in_use(self) -> GRPOConfig:
+        """A copy for a trainer: completed, checked once more, and not to be changed. Raises UsageError."""
+        made = self.replace()
+        if made.load_best_model_at_end and made.metric_for_best_model is None:
+            made.metric_for_best_model = "reward"
+        if made.metric_for_best_model is not None and made.greater_is_better is None:
+            made.greater_is_better = not made.metric_for_best_model.endswith("loss")
+        made._in_use = True
+        return made
+
+    @property
+    def device(self) -> Any:
+        """The torch device that a trainer trains on."""
+        import torch
+
+        return torch.device("cpu" if self.use_cpu or not torch.cuda.is_available() else "cuda")
+
+    @property
+    def n_gpu(self) -> int:
+        """1 if that is a GPU, else 0."""
+        return int(self.device.type == "cuda")
+
+    def get_process_log_level(self) -> int:
+        """The level of transformers' loggers."""
+        from transformers.utils import logging
+
+        return logging.get_verbosity()
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain types; ``GRPOConfig(**config.to_dict())`` equals it.
@@ -304,17 +349,6 @@ class GRPOConfig(BaseModel):
         if value is not None and value >= 1 and not value.is_integer():
             raise ValueError("must be a whole number of steps, or a share of the run below 1")
         return int(value) if value is not None and value.is_integer() else value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> GRPOConfig:
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            object.__setattr__(self, "metric_for_best_model", "reward")
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
-            object.__setattr__(self, "greater_is_better", not self.metric_for_best_model.endswith("loss"))
-        found = problems(self)
-        if found:
-            raise ValueError("; ".join(found))
-        return self
 
 
 def _explain(error: ValidationError) -> str:

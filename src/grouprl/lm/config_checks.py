@@ -105,9 +105,10 @@ def _objective_problems(c: GRPOConfig) -> list[str]:
 
 def _best_problems(c: GRPOConfig) -> list[str]:
     found: list[str] = []
-    if c.metric_for_best_model is not None and c.eval_strategy == "no":
+    metric = c.metric_for_best_model or ("reward" if c.load_best_model_at_end else None)
+    if metric is not None and c.eval_strategy == "no":
         found.append(
-            f"metric_for_best_model={c.metric_for_best_model!r} is a number of evaluations, and there are none; set "
+            f"metric_for_best_model={metric!r} is a number of evaluations, and there are none; set "
             "eval_strategy='steps' or 'epoch', or leave it out"
         )
     elif c.load_best_model_at_end:

@@ -91,17 +91,16 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
                 "trackio_static_space_id": None}),
     (_ORDER, {"train_sampling_strategy": "random", "group_by_length": False, "length_column_name": "length"}),
     ("", {
-        "ds3_gather_for_generation": True, "log_multimodal": True, "do_train": False, "do_eval": False,
-        "do_predict": False, "prediction_loss_only": False, "skip_memory_metrics": True, "log_level": "passive",
-        "log_level_replica": "warning", "log_on_each_node": True, "logging_nan_inf_filter": True,
-        "average_tokens_across_devices": True, "include_num_input_tokens_seen": "no", "use_cache": False,
-        "torch_empty_cache_steps": None, "save_on_each_node": False, "restore_callback_states_from_checkpoint": False,
-        "eval_do_concat_batches": True, "eval_use_gather_object": False, "eval_accumulation_steps": None,
-        "batch_eval_metrics": False, "include_for_metrics": [], "label_names": None, "dataloader_drop_last": False,
-        "dataloader_num_workers": 0, "dataloader_pin_memory": True, "dataloader_persistent_workers": False,
-        "dataloader_prefetch_factor": None, "dataloader_multiprocessing_context": None, "dataloader_in_order": True,
-        "ddp_find_unused_parameters": None, "ddp_bucket_cap_mb": None, "ddp_broadcast_buffers": None,
-        "ddp_static_graph": None, "ddp_timeout": 1800,
+        "ds3_gather_for_generation": True, "log_multimodal": True, "prediction_loss_only": False,
+        "skip_memory_metrics": True, "log_level": "passive", "log_level_replica": "warning", "log_on_each_node": True,
+        "logging_nan_inf_filter": True, "average_tokens_across_devices": True, "include_num_input_tokens_seen": "no",
+        "use_cache": False, "torch_empty_cache_steps": None, "save_on_each_node": False,
+        "restore_callback_states_from_checkpoint": False, "eval_do_concat_batches": True,
+        "eval_use_gather_object": False, "eval_accumulation_steps": None, "batch_eval_metrics": False,
+        "include_for_metrics": [], "label_names": None, "dataloader_drop_last": False, "dataloader_num_workers": 0,
+        "dataloader_pin_memory": True, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
+        "dataloader_multiprocessing_context": None, "dataloader_in_order": True, "ddp_find_unused_parameters": None,
+        "ddp_bucket_cap_mb": None, "ddp_broadcast_buffers": None, "ddp_static_graph": None, "ddp_timeout": 1800,
     }),
 )  # fmt: skip
 
@@ -138,14 +137,13 @@ FOREIGN: dict[str, Foreign] = {
 
 
 _SINGLE = "completions are single turns, sampled here, without tools; leave it out"
-_REWARD_MODEL = "rewards are functions here; give one that tokenizes for the reward model and calls it"
 
 FOREIGN_ARGUMENTS: dict[str, Foreign] = {
-    "reward_processing_classes": Foreign(None, _REWARD_MODEL, ([],)),
+    "reward_processing_classes": Foreign(None),  # of reward models, which are refused themselves
     "quantization_config": Foreign(None, "weights are trained in float32 or bfloat16; leave it out"),
-    "tools": Foreign(None, _SINGLE, ([],)),
+    "tools": Foreign(None, _SINGLE),
     "rollout_func": Foreign(None, _SINGLE),
-    "environment_factory": Foreign(None, _SINGLE, ({},)),
+    "environment_factory": Foreign(None, _SINGLE),
 }
 """Arguments of TRL's GRPOTrainer that are none of ours."""
 
@@ -155,7 +153,8 @@ def check_arguments(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in FOREIGN_ARGUMENTS:
             option = FOREIGN_ARGUMENTS[name]
-            if value is not None and value not in option.also_off:
+            nothing = value is None or (isinstance(value, list | tuple | dict) and not value)
+            if option.advice and not nothing:
                 raise UsageError(f"{name}: {option.advice}")
             continue
         close = difflib.get_close_matches(name, TRAINER_ARGUMENTS, n=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from grouprl.lm.attention import PackedAttention
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.head import TokenTerms, log_probs
-from grouprl.lm.native.layers import TOGETHER, LlamaLayers
+from grouprl.lm.native.layers import LlamaLayers
 from grouprl.lm.packing import Group, Pack, micro_batches
 from grouprl.lm.products import Products
 from grouprl.objective.packed import position
@@ -63,7 +63,7 @@ class Learner:
         groups = [Group(prompts[p], [completions[i] for i in samples]) for p, samples in members.items()]
         of_group = list(members.values())
         parts = []
-        for chosen in micro_batches(groups, self.budget, None if self.layers is None else TOGETHER):
+        for chosen in micro_batches(groups, self.budget, None if self.layers is None else self.layers.together):
             cut = [Group(groups[g].prompt, [groups[g].completions[j] for j in which]) for g, which in chosen]
             parts.append(Part(cut, torch.tensor([of_group[g][j] for g, which in chosen for j in which])))
         return parts

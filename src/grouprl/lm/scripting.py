@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grouprl.runs.files import write_json
+from grouprl.runs.files import write_json, write_text
 
 if TYPE_CHECKING:
     from grouprl.lm.flow import Flow
@@ -16,7 +17,6 @@ _HUB = "upload when training is done: trainer.model.push_to_hub(name) and traine
 _OWN_LOOP = "the training loop is grouprl.lm.loop.Run; a callback is told of every step"
 MISSING = {
     "push_to_hub": _HUB,
-    "create_model_card": _HUB,
     "init_hf_repo": _HUB,
     "predict": "evaluate(dataset) judges its completions, and trainer.policy.sample gives them",
     "hyperparameter_search": "train once per setting",
@@ -26,6 +26,7 @@ MISSING = {
     "compute_loss": "the loss is grouprl.lm.loss; loss_type and advantage choose it",
     "create_optimizer": "pass optimizers=(optimizer, scheduler)",
     "create_scheduler": "pass optimizers=(optimizer, scheduler)",
+    "log": "log_metric, which reward functions are given, logs a number",
 }
 """Methods of transformers' and TRL's trainers that are none here: what to do instead."""
 
@@ -33,7 +34,9 @@ MISSING = {
 class ScriptMethods:
     """The part of a trainer that scripts use around training; all on one process."""
 
+    model: Any
     flow: Flow
+    is_deepspeed_enabled = is_fsdp_enabled = False
 
     @property
     def accelerator(self) -> Any:
@@ -72,6 +75,31 @@ class ScriptMethods:
         from grouprl.lm.checkpoint import trainer_state
 
         write_json(Path(self.flow.output_dir) / "trainer_state.json", trainer_state(self.flow.state))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None, **others: Any,
+    ) -> None:  # fmt: skip
+        """Write ``README.md`` with the model hub's metadata to the output folder.
+
+        Args:
+            others: what transformers writes there besides; it has no place here.
+
+        Raises UsageError if it cannot be written there, TrainingError if the disk is full.
+        """
+        from huggingface_hub import ModelCardData
+
+        folder = self.flow.output_dir
+        base = getattr(self.model.config, "_name_or_path", None) or None
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        datasets = dataset_name if dataset_name is None or isinstance(dataset_name, str) else list(dataset_name)
+        about = ModelCardData(
+            base_model=base, datasets=datasets, library_name="transformers", tags=[*given, "grpo", "grouprl"]
+        )
+        origin = f" of {base}" if base else ""
+        text = f"Trained{origin} with grouprl {version('grouprl')} by GRPO (arXiv 2402.03300)."
+        card = f"---\n{about.to_yaml()}\n---\n\n# {model_name or folder.name}\n\n{text}\n"
+        write_text(folder / "README.md", card)
 
     def end(self) -> None:
         """Nothing: trackers are closed when training ends."""

@@ -235,13 +235,13 @@ class GRPOTrainer(ScriptMethods):
 
 def _configuration(args: Any) -> GRPOConfig:
     if args is None:
-        return GRPOConfig()
+        args = GRPOConfig()
     if not isinstance(args, GRPOConfig):
         raise UsageError(
             f"args is a {type(args).__module__}.{type(args).__name__}; give a grouprl.lm.GRPOConfig, which takes the "
             "same settings"
         )
-    return args.replace()  # as it is now
+    return args.in_use()
 
 
 def _check_optimizer(optimizer: Any, parameters: MasterParameters) -> None:
@@ -271,8 +271,7 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
             loaded = get_peft_model(loaded, peft_config)
         except (ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"peft_config does not fit the model: {first_line(error)}") from error
-    device = "cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda"
-    loaded = loaded.to(device)
+    loaded = loaded.to(config.device)
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)
     return loaded, tokenizer

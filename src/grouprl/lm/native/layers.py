@@ -182,6 +182,11 @@ class LlamaLayers:
         width = sum(_widths(self.decoder.layers[0])) * self.dtype.itemsize
         return int(KEPT_SHARE * weights / (tokens * width))
 
+    @property
+    def together(self) -> int | None:
+        """The tokens that groups are best learned from together; None for any number, where few layers could keep."""
+        return TOGETHER if 2 * self.keeping(TOGETHER) >= len(self.decoder.layers) else None
+
 
 @torch.no_grad()
 def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
