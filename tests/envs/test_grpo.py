@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from grouprl import GRPO, TrainingError, UsageError, evaluate
 from grouprl.envs.evaluation import Evaluator
+from grouprl.envs.policy import ACTING_ROWS
 from grouprl.envs.vector import close_vector, make_vector
 
 QUICK = {**probes.FAST, "n_steps": 16, "minibatch_size": 32, "epochs": 2}
@@ -159,6 +160,12 @@ class TestLearn:
 
         agent = GRPO("CartPole-v1", **QUICK, network=build).learn(300)
         assert agent.predict(np.zeros(4, np.float32))[0] in (0, 1)
+        x = np.random.default_rng(0).standard_normal((2 * ACTING_ROWS + 7, 4)).astype(np.float32)
+        learned = agent.policy({"flat": torch.from_numpy(x)}).detach().numpy()
+        for rows in (0, 1, ACTING_ROWS, len(x)):
+            found = agent.policy.infer({"flat": x[:rows]})
+            assert found.shape == (rows, 2)
+            np.testing.assert_allclose(found, learned[:rows], atol=1e-6)
 
     @pytest.mark.parametrize("hidden", [(), (8,), (8, 8, 8)])
     @pytest.mark.parametrize("activation", ["tanh", "relu"])

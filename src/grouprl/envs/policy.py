@@ -23,6 +23,8 @@ Network = Callable[[int, int], nn.Module]
 """Builds a network from (inputs, outputs): takes ``[m, inputs]`` to ``[m, outputs]``."""
 
 CLIP_OBSERVATION = 10.0
+ACTING_ROWS = 1024
+"""Rows that act at once on a CPU. What is made and freed between what a batch keeps would leave holes in the heap."""
 
 
 class ImageEncoder(nn.Module):
@@ -179,6 +181,9 @@ class Policy(nn.Module):
                 return out if log_std is None else np.concatenate([out, np.broadcast_to(log_std, out.shape)], 1)
             with torch.no_grad():  # not inference mode, in which a network could not differentiate inside itself
                 tensors = {k: torch.from_numpy(np.ascontiguousarray(value)).to(device) for k, value in inputs.items()}
-                return self.forward(tensors).cpu().numpy()
+                n = max(1, len(next(iter(tensors.values()))))
+                size = ACTING_ROWS if device.type == "cpu" else n
+                parts = [{k: x[i : i + size] for k, x in tensors.items()} for i in range(0, n, size)]
+                return torch.cat([self.forward(part).cpu() for part in parts]).numpy()
 
         return infer
