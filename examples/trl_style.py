@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from grouprl.lm import GRPOConfig, GRPOTrainer
@@ -36,11 +37,14 @@ def main() -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
+        use_cpu=not torch.cuda.is_available(),  # which is what grouprl does by itself
     )
     dataset = Dataset.from_dict({"prompt": QUESTIONS})
     trainer = GRPOTrainer(model=model, reward_funcs=brevity, args=args, train_dataset=dataset)
     trainer.train()
     for entry in trainer.state.log_history:
+        if "reward" not in entry:  # TRL ends with an entry on the whole run
+            continue
         print(f"step {entry['step']}: mean reward {entry['reward']:.3f}, {entry['completions/mean_length']:.0f} tokens")
     trainer.save_model(args.output_dir)
 
