@@ -438,10 +438,22 @@ def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureF
     made.create_model_card(dataset_name="words", tags=["reverse"], finetuned_from="nothing")
     card = (tmp_path / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["reverse", "grpo", "grouprl"]
+    assert "base_model" not in card
+    made.model.config._name_or_path = str(tmp_path)
+    made.create_model_card()
+    assert str(tmp_path) not in (tmp_path / "README.md").read_text()
+    made.model.config._name_or_path = "someone/something"
+    made.create_model_card()
+    assert "base_model: someone/something" in (tmp_path / "README.md").read_text()
     made.model.config.save_pretrained(args.output_dir)
     made.log_metrics("eval", {})
     made.save_metrics("eval", made.evaluate(EVAL_ROWS))
     made.save_metrics("test", {"train_loss": 7.0}, combined=False)
+    (tmp_path / "all_results.json").rename(tmp_path / "kept.json")
+    (tmp_path / "all_results.json").write_text("{")
+    with pytest.raises(UsageError, match=r"all_results\.json is no JSON .*combined=False"):
+        made.save_metrics("eval", {})
+    (tmp_path / "kept.json").rename(tmp_path / "all_results.json")
     made.end()
     assert made.is_world_process_zero()
     assert made.accelerator.is_main_process

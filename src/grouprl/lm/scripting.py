@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grouprl.errors import UsageError
+from grouprl.lm.checkpoint import trainer_state
 from grouprl.runs.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -61,20 +63,21 @@ class ScriptMethods:
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
         """Write ``metrics`` to ``{split}_results.json`` in the output folder, and add them to ``all_results.json``.
 
-        Raises UsageError if they cannot be written there, TrainingError if the disk is full.
+        Raises UsageError if they cannot be written there, or added to what is there; TrainingError if the disk is full.
         """
         folder = self.flow.output_dir
         write_json(folder / f"{split}_results.json", dict(metrics))
         if combined:
             path = folder / "all_results.json"
-            before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            try:
+                before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            except ValueError as error:
+                raise UsageError(f"{path} is no JSON ({error}); remove it, or give combined=False") from None
             write_json(path, {**before, **metrics})
 
     def save_state(self) -> None:
         """Write transformers' TrainerState to ``trainer_state.json`` in the output folder."""
-        from grouprl.lm.checkpoint import trainer_state
-
-        write_json(Path(self.flow.output_dir) / "trainer_state.json", trainer_state(self.flow.state))
+        write_json(self.flow.output_dir / "trainer_state.json", trainer_state(self.flow.state))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | Sequence[str] | None = None,
@@ -91,6 +94,8 @@ class ScriptMethods:
 
         folder = self.flow.output_dir
         base = getattr(self.model.config, "_name_or_path", None) or None
+        if base is not None and Path(base).exists():  # a folder of this machine is no name on the hub
+            base = None
         given = [tags] if isinstance(tags, str) else list(tags or [])
         datasets = dataset_name if dataset_name is None or isinstance(dataset_name, str) else list(dataset_name)
         about = ModelCardData(
