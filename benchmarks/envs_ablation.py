@@ -10,6 +10,7 @@ configuration are not repeated.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,21 @@ import envs_learning as learning
 
 RESULTS = learning.RESULTS.with_name("envs_ablation.jsonl")
 ENVIRONMENTS = ("Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLander-v3")
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "as it is": ("", {}),
-    "one baseline for all moments": ("advantage=tutorial", {"advantage": "tutorial"}),
-    "a baseline for each moment": ("advantage=timestep", {"advantage": "timestep"}),
-    "a baseline for whole episodes": ("advantage=outcome", {"advantage": "outcome"}),
-    "one environment": ("n_envs=1", {"n_envs": 1}),
-    "small batches, many small steps": (
-        "n_envs=1 collect=segments n_steps=200 minibatch_size=32",
-        {"n_envs": 1, "collect": "segments", "n_steps": 200, "minibatch_size": 32},
-    ),
-    "observations as they come": ("normalize_observations=false", {"normalize_observations": False}),
-    "a large last layer": ("output_gain=1", {"output_gain": 1.0}),
-    "a constant step size": ("lr_schedule=constant kl_stop=0.04", {"lr_schedule": "constant", "kl_stop": 0.04}),
-    "no entropy bonus": ("entropy_coef=0", {"entropy_coef": 0.0}),
-    "no repeated actions": ("sticky=0", {"sticky": 0.0}),
-    "learning from every batch": ("skip_without_signal=false", {"skip_without_signal": False}),
-}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "one baseline for all moments": {"advantage": "tutorial"},
+    "a baseline for each moment": {"advantage": "timestep"},
+    "a baseline for whole episodes": {"advantage": "outcome"},
+    "one environment": {"n_envs": 1},
+    "small batches, many small steps": {"n_envs": 1, "collect": "segments", "n_steps": 200, "minibatch_size": 32},
+    "observations as they come": {"normalize_observations": False},
+    "a large last layer": {"output_gain": 1.0},
+    "a constant step size": {"lr_schedule": "constant", "kl_stop": 0.04},
+    "no entropy bonus": {"entropy_coef": 0.0},
+    "no repeated actions": {"sticky": 0.0},
+    "learning from every batch": {"skip_without_signal": False},
+}
+"""What is changed, and the settings that change it."""
 
 
 def plan(seeds: list[int]) -> list[learning.Run]:
@@ -43,7 +42,7 @@ def plan(seeds: list[int]) -> list[learning.Run]:
         {**run, "variant": variant}
         for seed in seeds
         for name in ENVIRONMENTS
-        for variant, (_, settings) in VARIANTS.items()
+        for variant, settings in VARIANTS.items()
         for run in learning.plan([name], [seed], None, "default", settings)
     ]
 
@@ -58,12 +57,13 @@ def render(runs: list[learning.Run]) -> str:
     budgets = {run["name"]: run["budget"] for run in runs}
     seeds = sorted({run["seed"] for run in runs})
     rows = []
-    for variant, (settings, _) in VARIANTS.items():
+    for variant, settings in VARIANTS.items():
         cells = [found.get((variant, name), {}) for name in budgets]
         shown = [learning.with_interval(learning.means_of(list(cell.values()))) if cell else "" for cell in cells]
         fewer = [f" ({len(cell)} of {len(seeds)} seeds)" if len(cell) < len(seeds) else "" for cell in cells]
         shown = [text + note for text, note in zip(shown, fewer, strict=True)]
-        rows.append([variant, f"`{settings}`" if settings else "", *shown])
+        changed = " ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items())
+        rows.append([variant, f"`{changed}`" if changed else "", *shown])
     header = ["the robust default", "changed", *(f"{name}, {steps:,} steps" for name, steps in budgets.items())]
     machines = sorted({f"{run['machine']['cpu']}, {run['machine']['cores']} cores" for run in runs})
     about = (

@@ -92,7 +92,12 @@ class Loop:
             self.restart_episodes()
 
     def iterate(self, progress: float) -> Metrics:
-        """Collect a batch, learn from it, and say what happened; ``progress`` in [0, 1] drives the schedules."""
+        """Collect a batch, learn from it, and say what happened; ``progress`` in [0, 1] drives the schedules.
+
+        Raises:
+            TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
+                after the last good gradient step.
+        """
         began = perf_counter()
         config, collector = self.config, self.collector
         assert collector is not None
