@@ -99,18 +99,16 @@ def run_work(
     ends: dict[str, Any] = {}
     end = tokenizer.eos_token_id
 
-    def lengths_on_gpu(logits: Any, rows: Any, step: int) -> Any:
+    def lengths_on_gpu(logits: Any, rows: Any, step: Any) -> Any:
         """What ``given_lengths`` does, without waiting for the GPU."""
         logits[:, end] = -float("inf")
         if work.natural:
-            if step == 0:
-                ends["at"] = torch.tensor(lm_work.lengths(work, len(tokens)), device=device)
             ending = (ends["at"][rows] == step + 1) & (step + 1 < work.max_tokens)
             logits.masked_fill_(ending[:, None], -float("inf"))[:, end].masked_fill_(ending, 0.0)
         return logits
 
-    def given_lengths(logits: Any, rows: Any, step: int) -> Any:
-        wanted = lm_work.lengths(work, len(tokens))
+    def given_lengths(logits: Any, rows: Any, drawn: Any) -> Any:
+        wanted, step = lm_work.lengths(work, len(tokens)), int(drawn)
         logits[:, end] = -float("inf")
         for place, row in enumerate(rows.tolist()):
             if wanted[row] == step + 1 < work.max_tokens:
@@ -175,6 +173,7 @@ def run_work(
 
                 how = replace(sampling_settings(trainer.args), min_new_tokens=work.max_tokens)
                 return sample(prompts, group_size, generator, how)
+            ends["at"] = torch.tensor(lm_work.lengths(work, len(tokens)), device=device)
             adjust = given_lengths if device == "cpu" else lengths_on_gpu
             return sample(prompts, group_size, generator, given, adjust)
 

@@ -10,7 +10,7 @@ from grouprl.lm.collect import Collector, judged
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.data import Prompt, PromptOrder
 from grouprl.lm.rewards.call import RewardCaller
-from grouprl.lm.sampler import Completion
+from grouprl.lm.rows import Completion
 
 EOS = 0
 

@@ -10,7 +10,8 @@ from torch import nn
 from grouprl.lm.backbone import find_backbone
 from grouprl.lm.lean import lean_step
 from grouprl.lm.products import Products
-from grouprl.lm.sampler import Completion, Sampler
+from grouprl.lm.rows import Completion
+from grouprl.lm.sampler import Sampler
 from grouprl.lm.sampling import SamplingSettings
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

@@ -37,7 +37,8 @@ from grouprl.lm.native.layers import find_layers
 from grouprl.lm.native.linear import Linear
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import Products
-from grouprl.lm.sampler import Completion, Sampler
+from grouprl.lm.rows import Completion
+from grouprl.lm.sampler import Sampler
 from grouprl.lm.sampling import SamplingSettings
 
 if sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")):

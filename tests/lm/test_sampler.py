@@ -23,7 +23,8 @@ from grouprl.lm.backbone import Backbone
 from grouprl.lm.packing import Group
 from grouprl.lm.plain import PlainSampler
 from grouprl.lm.products import Products
-from grouprl.lm.sampler import Completion, Sampler
+from grouprl.lm.rows import Completion
+from grouprl.lm.sampler import Sampler
 from grouprl.lm.sampling import SamplingSettings
 
 NEVER = 10**6
@@ -280,8 +281,8 @@ def test_logits_can_be_adjusted_completion_by_completion(max_rows: int) -> None:
     """Completion i is told to say 10 + i, and i of them before it ends."""
     asked = []
 
-    def adjust(logits: Tensor, rows: Tensor, step: int) -> Tensor:
-        asked.append((rows.tolist(), step))
+    def adjust(logits: Tensor, rows: Tensor, step: Tensor) -> Tensor:
+        asked.append((rows.tolist(), int(step)))
         said = torch.where(rows == step, EOS, 10 + rows)
         return torch.full_like(logits, -math.inf).scatter_(1, said[:, None], 0.0)
 

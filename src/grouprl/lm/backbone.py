@@ -56,7 +56,9 @@ class Backbone:
 
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states ``[S, d]`` of a row of tokens ``[S]``; call it within :meth:`following` a plan."""
-        out = self.decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        # given ids, a model may look whether some of them are padding, for which a GPU stops
+        embedded = self.core.get_input_embeddings()(ids[None])
+        out = self.decoder(inputs_embeds=embedded, position_ids=positions[None], use_cache=False)
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
 

@@ -14,7 +14,7 @@ from grouprl.lm.data import Prompt, PromptOrder, PromptSource
 from grouprl.lm.loss import estimate_advantages
 from grouprl.lm.policy import Policy
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
-from grouprl.lm.sampler import Completion
+from grouprl.lm.rows import Completion
 from grouprl.lm.samples import Samples
 from grouprl.lm.sampling import SamplingSettings
 

@@ -13,14 +13,17 @@ from grouprl.lm.lean import LeanStep
 from grouprl.lm.packing import Pack
 
 _HIDDEN = -1e30
-_ROOM = 32
-"""Tokens by which a cache grows."""
+_ROOM = {"cpu": 32, "cuda": 256}
+"""Tokens that a cache has room for at the beginning; then it doubles. On a GPU each growth costs a recording."""
+_EVEN = 8
+"""Tokens that a cache's room is a multiple of, for the sake of low-precision products."""
 
 
 class _Layer:
-    """Keys and values one layer has seen: of the prompts ``[P K, T, D]``, shared, and of each row's own tokens."""
+    """Keys and values one layer has seen: of the prompts ``[P K, T, D]``, shared, and of each row's own tokens, with
+    room for more: ``[2, B, K, C, D]``."""
 
-    def __init__(self, keys: Tensor, values: Tensor, index: Tensor, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, index: Tensor, rows: int, room: int, dtype: torch.dtype) -> None:
         p, t = index.shape
 
         def padded(x: Tensor) -> Tensor:
@@ -29,22 +32,21 @@ class _Layer:
 
         self.k_heads, self.d = keys.shape[1:]
         self.keys, self.values = padded(keys), padded(values)
-        self.own = self.keys.new_empty(2, rows, self.k_heads, _ROOM, self.d)
+        self.own = self.keys.new_zeros(2, rows, self.k_heads, room, self.d)  # what is hidden must not be NaN
 
-    def write(self, k: Tensor, v: Tensor, t: int) -> None:
-        """Append ``[B, K, D]`` as token ``t`` of the first B rows."""
-        if t == self.own.shape[3]:
-            longer = self.own.new_empty(*self.own.shape[:3], 2 * t, self.d)
-            longer[..., :t, :] = self.own
-            self.own = longer
-        rows = k.shape[0]
-        self.own[0, :rows, :, t] = k
-        self.own[1, :rows, :, t] = v
+    def grow(self, room: int) -> None:
+        """Make room for that many more tokens."""
+        self.own = torch.cat([self.own, self.own.new_zeros(*self.own.shape[:3], room, self.d)], 3)
 
-    def read(self, rows: int, t: int) -> tuple[Tensor, Tensor]:
-        """Own keys and values of the first ``rows`` rows up to token ``t``, each ``[B K, t + 1, D]``."""
-        k, v = self.own[:, :rows, :, : t + 1]
-        return k.reshape(-1, t + 1, self.d), v.reshape(-1, t + 1, self.d)
+    def write(self, k: Tensor, v: Tensor, at: Tensor) -> None:
+        """Write ``[B, K, D]`` as token ``at [1]`` of the first B rows."""
+        for own, new in zip(self.own, (k, v), strict=True):
+            own[: len(new)].index_copy_(2, at, new[:, :, None].to(own.dtype))
+
+    def read(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Own keys and values of the first ``rows`` rows, each ``[B K, C, D]``."""
+        k, v = self.own[:, :rows].flatten(1, 2)
+        return k, v
 
     def select_prompts(self, index: Tensor) -> None:
         """Keep only the prompts in ``index``."""
@@ -58,15 +60,21 @@ class DecodeAttention:
 
     Rows of one prompt are queries of one product, ``R`` slots per prompt; ``slots [P, R]`` names the row in each (any
     row where a slot is empty) and ``place [B]`` the slot of each row, flat. What is where is worked out on the CPU: a
-    GPU that is asked for numbers stops.
+    GPU that is asked for numbers stops. How many tokens the rows have is a tensor, ``at [1]``, and between
+    :meth:`reserve` and :meth:`drop` nothing else changes: a GPU may replay a step (:mod:`grouprl.lm.graphs`).
+
+    Args:
+        pack: the prompts. group_size: rows of each. longest: most tokens of a row. dtype: of keys and values.
     """
 
-    def __init__(self, pack: Pack, group_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, pack: Pack, group_size: int, longest: int, dtype: torch.dtype) -> None:
         self.lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
         self.device = self.lengths.device
         self.dtype, self.pack = dtype, pack
         self._lengths = lengths = self.lengths.cpu()
-        self.t = int(lengths.max())
+        self.t = -(-int(lengths.max()) // _EVEN) * _EVEN
+        self.longest = -(-longest // _EVEN) * _EVEN
+        self.room = min(self.longest, _ROOM["cuda" if self.device.type == "cuda" else "cpu"])
         ends = lengths.cumsum(0)
         places = torch.arange(self.t)
         index = (ends - lengths)[:, None] + places
@@ -74,13 +82,15 @@ class DecodeAttention:
         self.layers: dict[nn.Module, _Layer] = {}
         self._prompt_of_row = torch.arange(len(lengths)).repeat_interleave(group_size)
         self.step = 0
+        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._hidden: dict[int | None, Tensor] = {}
         self._arrange()
 
     def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
         """Store a layer's keys and values of the prompts: the ``keep`` of a :class:`PackedAttention`."""
         if module in self.layers:
             raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
-        self.layers[module] = _Layer(k, v, self.index, len(self._prompt_of_row), self.dtype)
+        self.layers[module] = _Layer(k, v, self.index, len(self._prompt_of_row), self.room, self.dtype)
 
     def _arrange(self) -> None:
         """Find slots, places and what is hidden from each row."""
@@ -99,8 +109,18 @@ class DecodeAttention:
         self.place: Tensor | None = None if straight else place.to(self.device)
         lengths = self._lengths[prompt_of_row]
         self.length_of_row = lengths.to(self.device)
-        hidden = torch.arange(self.t) >= lengths[:, None]
-        self.hidden = hidden[:, None, None, :].to(self.device) if bool(hidden.any()) else None
+        self._beyond = (torch.arange(self.t) >= lengths[:, None]).to(self.device)
+
+    def reserve(self) -> bool:
+        """Make room for one more token of each row. Returns whether tensors have moved for that."""
+        self.step += 1
+        if self.step <= self.room:
+            return False
+        more = min(self.room, self.longest - self.room)
+        for layer in self.layers.values():
+            layer.grow(more)
+        self.room += more
+        return True
 
     def drop(self, finished: Sequence[int]) -> list[int]:
         """Remove rows; the last ones move into the gaps. Returns for each remaining row which one it was before."""
@@ -125,25 +145,43 @@ class DecodeAttention:
             self._arrange()
         return rows
 
+    def begin(self) -> None:
+        """Begin a step."""
+        self._hidden = {}
+
+    def end(self) -> None:
+        """End a step: every row has one token more."""
+        self.at += 1
+
+    def hidden(self, window: int | None) -> Tensor:
+        """``[B, 1, 1, T + C]``: which places of prompt and own past the newest token of a row does not see."""
+        if window not in self._hidden:
+            places = torch.arange(self.room, device=self.device)
+            own = (places > self.at).expand(len(self._beyond), -1)
+            hidden = torch.cat([self._beyond, own], 1)
+            if window is not None:
+                begin = torch.arange(self.t, device=self.device).expand(len(self._beyond), -1)
+                place = torch.cat([begin, self.length_of_row[:, None] + places], 1)
+                hidden |= (self.length_of_row + self.at)[:, None] - place >= window
+            self._hidden[window] = hidden[:, None, None]
+        return self._hidden[window]
+
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """``q [B, H, D]``, ``k, v [B, K, D]`` of the newest token of each row -> ``[B, H, D]``."""
         layer = self.layers[module]
         rows, k_heads, d, t = q.shape[0], k.shape[1], q.shape[2], self.t
         g = q.shape[1] // k_heads
-        layer.write(k, v, self.step)
-        own_k, own_v = layer.read(rows, self.step)
-        q = (q * how.scale).to(self.dtype).reshape(rows, k_heads, g, d)
+        layer.write(k, v, self.at)
+        own_k, own_v = layer.read(rows)
+        q = torch.mul(q, how.scale, out=q.new_empty(q.shape, dtype=self.dtype)).view(rows, k_heads, g, d)
         to_prompt = self._by_row(torch.bmm(self._by_prompt(q), layer.keys.transpose(1, 2)), k_heads, g)
-        to_own = torch.bmm(q.reshape(-1, g, d), own_k.transpose(1, 2)).view(rows, k_heads, g, -1)
-        s = torch.cat([to_prompt, to_own], -1).float()
+        to_own = torch.bmm(q.view(-1, g, d), own_k.transpose(1, 2)).view(rows, k_heads, g, -1)
+        s = torch.cat([to_prompt, to_own], -1)
         if how.softcap is not None:
-            s = torch.tanh(s / how.softcap) * how.softcap
-        if self.hidden is not None:
-            s[..., :t].masked_fill_(self.hidden, _HIDDEN)
-        if how.window is not None:
-            self._hide_far(s, how.window)
+            s = torch.tanh(s.float() / how.softcap) * how.softcap
+        s.masked_fill_(self.hidden(how.window), _HIDDEN)
         p = s.softmax(-1).to(self.dtype)
-        out = torch.bmm(p[..., t:].reshape(-1, g, self.step + 1), own_v).view(rows, k_heads, g, d)
+        out = torch.bmm(p[..., t:].flatten(0, 1), own_v).view(rows, k_heads, g, d)
         out += self._by_row(torch.bmm(self._by_prompt(p[..., :t]), layer.values), k_heads, g)
         return out.view(rows, -1, d)
 
@@ -159,37 +197,33 @@ class DecodeAttention:
         x = x.view(len(self._lengths), k_heads, -1, g, x.shape[-1]).transpose(1, 2).flatten(0, 1)
         return x if self.place is None else x[self.place]
 
-    def _hide_far(self, s: Tensor, window: int) -> None:
-        own = torch.arange(self.step + 1, device=s.device)
-        now = self.length_of_row + self.step
-        far = now[:, None] - torch.arange(self.t, device=s.device) >= window
-        s[..., : self.t].masked_fill_(far[:, None, None], _HIDDEN)
-        s[..., self.t :].masked_fill_(self.step - own >= window, _HIDDEN)
-
 
 class TorchDecoder:
     """Rows of some prompts, token by token, by torch operations.
 
     Args:
         backbone: the model. lean: its steps without the library's modules, or None. dtype: of keys and values.
-        pack: the prompts. group_size: rows of each.
+        pack: the prompts. group_size: rows of each. longest: most tokens of a row.
     """
 
     def __init__(
-        self, backbone: Backbone, lean: LeanStep | None, dtype: torch.dtype, pack: Pack, group_size: int
+        self, backbone: Backbone, lean: LeanStep | None, dtype: torch.dtype, pack: Pack, group_size: int, longest: int
     ) -> None:
         self.backbone, self.lean = backbone, lean
         # On a CPU small float32 products are three times faster than bfloat16 ones, and these are all small.
-        self.plan = DecodeAttention(pack, group_size, torch.float32 if backbone.device.type == "cpu" else dtype)
+        kept = torch.float32 if backbone.device.type == "cpu" else dtype
+        self.plan = DecodeAttention(pack, group_size, longest, kept)
         self.lengths, self.keep, self.drop = self.plan.lengths, self.plan.keep, self.plan.drop
+        self.reserve = self.plan.reserve
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits ``[B, V]`` behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
+        self.plan.begin()
         if self.lean is not None:
             hidden = self.lean.hidden(ids, positions, self.plan)
         else:
             with self.backbone.following(self.plan):
                 hidden = self.backbone.hidden(ids, positions)
-        self.plan.step += 1
+        self.plan.end()
         logits: Tensor = self.backbone.head(hidden)
         return logits.float()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import UsageError
-from grouprl.lm.sampler import Adjust, Completion
+from grouprl.lm.rows import Adjust, Completion
 from grouprl.lm.sampling import SamplingSettings
 
 

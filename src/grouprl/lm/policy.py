@@ -19,7 +19,8 @@ from grouprl.lm.models import eos_token_ids
 from grouprl.lm.native.layers import find_layers
 from grouprl.lm.plain import PlainSampler
 from grouprl.lm.products import Products, supports_bf16
-from grouprl.lm.sampler import Adjust, Completion, Sampler
+from grouprl.lm.rows import Adjust, Completion
+from grouprl.lm.sampler import Sampler
 from grouprl.lm.sampling import SamplingSettings
 
 _CACHE_BYTES = 1 << 30
@@ -67,8 +68,6 @@ class Policy:
         else:
             rows = config.max_rows_per_decode or self._rows_that_fit()
             self.sampler = Sampler(backbone, self.products, ends, rows, "native" if config.native else "lean")
-            if self.sampler.why:
-                _log.warning("%s runs without compiled code, at half the speed: %s", _class(model), self.sampler.why)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
         self.reference: Learner | None = None

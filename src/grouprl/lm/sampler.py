@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from grouprl.lm.attention import PackedAttention
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.decoding import TorchDecoder
+from grouprl.lm.graphs import CudaRecorder, Recorder, Repeated
 from grouprl.lm.lean import LeanStep, lean_step
 from grouprl.lm.native.compile import UnavailableError
 from grouprl.lm.native.decode import NativeDecoder, NativeModel, supported
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import Products
-from grouprl.lm.sampling import SamplingSettings, draw, greedy, keep_likely, penalise_repetition
+from grouprl.lm.rows import Adjust, Completion, Rows
+from grouprl.lm.sampling import SamplingSettings
+
+_log = logging.getLogger("grouprl")
 
 Steps = Literal["native", "lean", "modules"]
 PROMPT_TOKENS = 8192
@@ -28,24 +32,11 @@ WAITING = 0.25
 """On a GPU, the share of rows that may have ended before any leaves: a step without them takes about as long, and
 leaving stops the GPU."""
 
-Adjust = Callable[[Tensor, Tensor, int], Tensor]
-"""(logits [B, V], which completions the rows are [B], steps so far) -> logits; called before drawing. On a GPU some of
-the completions may have ended; what is drawn for those is dropped."""
+RECORDED_WAITING, FEW = 0.5, 64
+"""The same where steps are recorded, as other rows need another recording; and rows of which none leaves."""
 
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled completion.
-
-    Attributes:
-        ids: ``[n]`` token ids as sampled, the end-of-sequence token included if it ended by itself.
-        logp: ``[n]`` log-probability of each under the distribution it was drawn from.
-        finished: whether it ended by itself; otherwise it was cut at the maximal length.
-    """
-
-    ids: list[int]
-    logp: Tensor
-    finished: bool
+LOOK = 8
+"""Recorded steps after which a GPU is asked which rows have ended."""
 
 
 class Decoder(Protocol):
@@ -56,6 +47,9 @@ class Decoder(Protocol):
 
     def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
         """Store a layer's keys and values ``[S, K, D]`` of the prompts: the ``keep`` of a PackedAttention."""
+
+    def reserve(self) -> bool:
+        """Make room for one more token of each row; before each step. Returns whether tensors have moved for that."""
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits ``[B, V]`` float32 behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
@@ -75,8 +69,11 @@ class Sampler:
             CPU), "lean" torch operations without the library's modules around them (Llama-shaped models), "modules"
             the model itself. Each falls back to the next; none changes what is computed.
 
+    On a GPU, steps are recorded and replayed (:mod:`grouprl.lm.graphs`) if that gives the same.
+
     Attributes:
-        steps: the way that is used. why: why it is not the one asked for, where a user can do something about it.
+        steps: the way that is used. recorder: what records steps, if they are. why: what is slower than it could be
+            and why, where a user should know.
     """
 
     def __init__(
@@ -84,12 +81,30 @@ class Sampler:
         steps: Steps = "native",
     ) -> None:  # fmt: skip
         self.backbone, self.products = backbone, products
-        self.end_ids = torch.tensor(sorted(set(end_ids)), device=backbone.device)
+        self.end_ids = sorted(set(end_ids))
         self.max_rows = max_rows
         self.steps, self.why = steps, ""
+        self.recorder: Recorder | None = None
         self.lean: LeanStep | None = None
         self._native: NativeModel | None = None
         self._find_steps()
+        if backbone.device.type == "cuda":
+            self.record_with(CudaRecorder(backbone.device))
+
+    def record_with(self, recorder: Recorder) -> None:
+        """Have ``recorder`` record decode steps from now on, if replayed ones give what steps give."""
+        self.recorder = recorder
+        exact = self.products.dtype == torch.float32
+        if _difference(self._try(recorder), self._try()) > (1e-3 if exact else 0.02):
+            self._not_recorded("replayed ones give other logits than the model")
+
+    def _not_recorded(self, why: object) -> None:
+        self.recorder = None
+        self._slower("several times more slowly, its decode steps launched kernel by kernel", str(why))
+
+    def _slower(self, how: str, why: str) -> None:
+        self.why = why
+        _log.warning("%s samples %s: %s", type(self.backbone.core).__name__, how, why)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,
@@ -151,19 +166,28 @@ class Sampler:
             try:
                 self.steps = "native"
                 if _difference(self._try(), wanted) > (1e-3 if exact else 0.1):  # it rounds less often
-                    self.steps, self.why = "lean", "compiled decode steps give other logits than the model"
+                    raise UnavailableError("compiled decode steps give other logits than the model")
             except UnavailableError as error:
-                self.steps, self.why = "lean", str(error)
+                self.steps = "lean"
+                self._slower("at half the speed, without compiled code", str(error))
 
     @torch.no_grad()
-    def _try(self) -> Tensor:
-        """Logits ``[4, V]`` of the second token behind two short prompts."""
-        ids = torch.tensor([[3, 0, 1, 4], [1, 2, 0, 3]], device=self.backbone.device)
+    def _try(self, recorder: Recorder | None = None) -> Tensor:
+        """Logits ``[3, 4, V]`` of three tokens behind two short prompts."""
+        device = self.backbone.device
+        out = torch.empty(3, 4, self.backbone.head.weight.shape[0], device=device)
         with self._sampling():
-            decoder, _ = self._read([[1, 2, 3, 4], [2, 1]], 2, 2)
-            at = decoder.lengths.repeat_interleave(2)
-            decoder.step(ids[0], at)
-            return decoder.step(ids[1], at + 1)
+            decoder, _ = self._read([[1, 2, 3, 4], [2, 1]], 2, len(out))
+            token, position = torch.empty(4, dtype=torch.int64, device=device), decoder.lengths.repeat_interleave(2)
+            logits = torch.empty_like(out[0])
+            step = Repeated(lambda: logits.copy_(decoder.step(token, position)), recorder, self._not_recorded)
+            for i in range(len(out)):
+                token.copy_(torch.tensor([3, 0, 1, 4]).roll(i))
+                decoder.reserve()
+                step()
+                out[i] = logits
+                position += 1
+        return out
 
     def _read(self, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int) -> tuple[Decoder, Tensor]:
         """Read the prompts: a decoder of their rows, and the logits ``[P, V]`` behind each prompt."""
@@ -173,7 +197,7 @@ class Sampler:
             decoder = NativeDecoder(self._native, pack, group_size, max_new_tokens)
             hidden = self._native.read(pack, decoder.keep)
             return decoder, self._native.logits(hidden[decoder.lengths.cumsum(0) - 1])
-        decoder = TorchDecoder(self.backbone, self.lean, self.products.dtype, pack, group_size)
+        decoder = TorchDecoder(self.backbone, self.lean, self.products.dtype, pack, group_size, max_new_tokens)
         lengths = decoder.lengths
         with self.backbone.following(PackedAttention(pack, self.products.dtype, decoder.keep, native=False)):
             hidden = self.backbone.hidden(pack.ids, pack.positions)
@@ -184,64 +208,35 @@ class Sampler:
         self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,
         adjust: Adjust | None, first: int,
     ) -> list[Completion]:  # fmt: skip
-        device, n = self.backbone.device, len(prompts) * group_size
+        recorder = self.recorder
         decoder, logits = self._read(prompts, group_size, settings.max_new_tokens)
-        logits = logits.repeat_interleave(group_size, 0)
-        position = decoder.lengths.repeat_interleave(group_size)
-        seen = None
-        if settings.repetition_penalty != 1.0:
-            seen = torch.zeros(n, logits.shape[-1], dtype=torch.bool, device=device)
-            for i, prompt in enumerate(prompts):
-                seen[i * group_size : (i + 1) * group_size, torch.tensor(prompt, device=device)] = True
-        rows = torch.arange(n, device=device)
-        tokens = torch.zeros(n, settings.max_new_tokens, dtype=torch.int64, device=device)
-        logps = torch.zeros(n, settings.max_new_tokens, device=device)
-        lengths = torch.zeros(n, dtype=torch.int64, device=device)
-        ended = torch.zeros(n, dtype=torch.bool, device=device)
-        waiting = WAITING if device.type == "cuda" else 0.0
-        for step in range(settings.max_new_tokens):
-            uniform = _moved(torch.rand(n, generator=generator), device)[rows]
-            if adjust is not None:
-                logits = adjust(logits, rows + first, step)
-            if seen is not None:
-                logits = penalise_repetition(logits, seen[rows], settings.repetition_penalty)
-            if step < settings.min_new_tokens:
-                logits[:, self.end_ids] = float("-inf")
-            token, logp = _choose(logits, settings, uniform)
-            before = ended[rows]
-            over = before | torch.isin(token, self.end_ids)
-            tokens[rows, step], logps[rows, step], ended[rows] = token, logp, over
-            lengths[rows] = torch.where(before, lengths[rows], step + 1)
-            if seen is not None:
-                seen[rows, token] = True
-            n_over = int(over.sum())  # the one number of a step that a GPU is asked for
-            if n_over == len(rows):
-                break
-            if n_over > waiting * len(rows):
-                kept = torch.tensor(decoder.drop(over.nonzero()[:, 0].tolist()), device=device)
-                rows, token, position = rows[kept], token[kept], position[kept]
-            if step + 1 == settings.max_new_tokens:
-                break
-            logits = decoder.step(token, position)
-            position = position + 1
-        tokens, logps, counts, finished = tokens.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()
-        return [Completion(tokens[i, : counts[i]].tolist(), logps[i, : counts[i]], finished[i]) for i in range(n)]
+        rows = Rows(
+            prompts, group_size, settings, self.end_ids, logits.shape[-1], self.backbone.device, generator, adjust,
+            first, ahead=1 if recorder is None else LOOK,
+        )  # fmt: skip
+        step = Repeated(lambda: rows.take(decoder.step(rows.token, rows.position)), recorder, self._not_recorded)
+        rows.prepare(0)
+        rows.take(logits.repeat_interleave(group_size, 0))
+        for t in range(1, settings.max_new_tokens):
+            if recorder is None or t % LOOK == 0:
+                ended = rows.ended()
+                if len(ended) == len(rows):
+                    break
+                if self._leave(len(ended), len(rows)):
+                    rows.keep(decoder.drop(ended))
+                    step.moved()
+            if decoder.reserve():
+                step.moved()
+            rows.prepare(t)
+            step()
+        return rows.completions()
 
-
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``, without waiting for what a GPU has yet to do."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    def _leave(self, ended: int, rows: int) -> bool:
+        """Whether those of the rows that have ended should go."""
+        if self.recorder is not None:
+            return rows > FEW and ended > RECORDED_WAITING * rows
+        return ended > (WAITING if self.backbone.device.type == "cuda" else 0.0) * rows
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
-
-
-def _choose(logits: Tensor, settings: SamplingSettings, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    if settings.temperature == 0.0:
-        return greedy(logits)
-    if settings.temperature != 1.0:
-        logits = logits / settings.temperature
-    if settings.filtered:
-        logits = keep_likely(logits, settings)
-    return draw(logits, uniform)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,7 @@ def keep_likely(logits: Tensor, settings: SamplingSettings) -> Tensor:
         logits.masked_fill_(torch.zeros_like(out).scatter_(1, index, out), _NEVER)
     if settings.min_p > 0.0:
         best = logits.amax(-1, keepdim=True)
-        logits.masked_fill_(logits - best < torch.tensor(settings.min_p).log(), _NEVER)
+        logits.masked_fill_(logits - best < math.log(settings.min_p), _NEVER)
     return logits
 
 

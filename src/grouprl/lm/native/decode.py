@@ -202,6 +202,10 @@ class NativeDecoder:
         self._arrange()
         return kept
 
+    def reserve(self) -> bool:
+        """There is room for all tokens from the beginning: nothing moves."""
+        return False
+
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits ``[B, V]`` behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
         model, rows = self.model, len(ids)

@@ -1,0 +1,150 @@
+"""Recorded decode steps, by a recorder that a CPU has: they give what steps give, and ask for nothing meanwhile."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from architectures import EOS, PACKED, VOCABULARY, build, random_ids
+from taping import Tape, TapeRecorder
+from torch import Tensor
+
+from grouprl.lm.backbone import Backbone
+from grouprl.lm.graphs import Repeated
+from grouprl.lm.products import Products
+from grouprl.lm.rows import Completion
+from grouprl.lm.sampler import Sampler
+from grouprl.lm.sampling import SamplingSettings
+
+PROMPTS = [random_ids(n, torch.Generator().manual_seed(n)) for n in (5, 1, 9, 3)]
+ENDS = tuple(range(0, VOCABULARY, 9))
+
+
+def sampler(model: Any, ends: tuple[int, ...] = ENDS, *, recorded: bool, steps: Any = "lean") -> Sampler:
+    made = Sampler(Backbone(model), Products(model, torch.float32), ends, steps=steps)
+    if recorded:
+        made.record_with(TapeRecorder())
+        assert made.why == ""
+        assert made.recorder is not None
+    return made
+
+
+def sampled(made: Sampler, how: SamplingSettings, n: int = 6, adjust: Any = None) -> list[Completion]:
+    return made.sample(PROMPTS, n, how, torch.Generator().manual_seed(0), adjust)
+
+
+def assert_same(found: list[Completion], wanted: list[Completion]) -> None:
+    assert [c.ids for c in found] == [c.ids for c in wanted]
+    assert [c.finished for c in found] == [c.finished for c in wanted]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.logp, b.logp, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_recorded_steps_give_what_steps_give(name: str) -> None:
+    model, how = build(name), SamplingSettings(20, temperature=1.4)
+    recorded = sampler(model, recorded=True)
+    assert_same(sampled(recorded, how), sampled(sampler(model, recorded=False), how))
+    assert recorded.recorder.recorded == 2  # at the trial, and now
+    assert recorded.recorder.played > 10
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": 0.0},
+        {"top_k": 7, "top_p": 0.9, "min_p": 0.02},
+        {"repetition_penalty": 1.5},
+        {"min_new_tokens": 9},
+        {"temperature": 0.7, "top_k": 9, "min_p": 0.05, "repetition_penalty": 0.8, "min_new_tokens": 4},
+    ],
+)
+def test_every_setting_can_be_recorded(given: dict[str, Any]) -> None:
+    model, how = build("llama"), SamplingSettings(16, **given)
+    assert_same(sampled(sampler(model, recorded=True), how), sampled(sampler(model, recorded=False), how))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
+def test_rows_may_leave_and_caches_grow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grouprl.lm.sampler.FEW", 3)
+    model, how = build(name), SamplingSettings(70, temperature=1.4)
+    recorded = sampler(model, ENDS[:3], recorded=True)
+    found = sampled(recorded, how)
+    assert_same(found, sampled(sampler(model, ENDS[:3], recorded=False), how))
+    assert max(len(c.ids) for c in found) > 64  # a cache begins with room for 32
+    assert recorded.recorder.recorded >= 4
+
+
+def test_logits_are_adjusted_while_they_are_recorded() -> None:
+    def adjust(logits: Tensor, rows: Tensor, step: Tensor) -> Tensor:
+        said = torch.where(rows == step, EOS, 10 + rows)
+        return torch.full_like(logits, float("-inf")).scatter_(1, said[:, None], 0.0)
+
+    found = sampled(sampler(build("llama"), (EOS,), recorded=True), SamplingSettings(20), 2, adjust)
+    assert [c.ids for c in found] == [[10 + i] * i + [EOS] for i in range(8)]
+
+
+def test_what_cannot_be_recorded_is_done_step_by_step_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    def adjust(logits: Tensor, rows: Tensor, step: Tensor) -> Tensor:
+        logits[:, int(step)] = 9.0
+        return logits
+
+    model, how = build("llama"), SamplingSettings(12)
+    recorded = sampler(model, recorded=True)
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        found = sampled(recorded, how, 2, adjust)
+        assert_same(found, sampled(sampler(model, recorded=False), how, 2, adjust))
+        assert recorded.recorder is None
+        sampled(recorded, how, 2, adjust)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "LlamaForCausalLM samples several times more slowly" in message
+    assert "_local_scalar_dense cannot be recorded" in message
+
+
+def test_a_model_that_counts_in_python_is_not_recorded() -> None:
+    """What its steps compute depends on a number that a recording would freeze."""
+    model, steps = build("llama"), [0]
+
+    def count(module: Any, given: Any, out: Any) -> Any:
+        steps[0] = 0 if out.last_hidden_state.shape[1] > 4 else steps[0] + 1
+        out.last_hidden_state *= 1 + steps[0]
+        return out
+
+    model.get_decoder().register_forward_hook(count)
+    made = Sampler(Backbone(model), Products(model, torch.float32), ENDS, steps="modules")
+    made.record_with(TapeRecorder())
+    assert made.recorder is None
+    assert "replayed ones give other logits" in made.why
+    assert all(c.ids for c in sampled(made, SamplingSettings(5)))
+
+
+def test_work_is_recorded_at_its_second_time_and_again_when_tensors_moved() -> None:
+    recorder, x = TapeRecorder(), [torch.zeros(1)]
+    repeated = Repeated(lambda: x[0].add_(1), recorder, lambda error: pytest.fail(str(error)))
+    for _ in range(4):
+        repeated()
+    assert float(x[0]) == 4
+    assert (recorder.prepared, recorder.recorded, recorder.played) == (1, 1, 3)
+    x[0] = torch.zeros(1)
+    repeated.moved()
+    for _ in range(3):
+        repeated()
+    assert float(x[0]) == 3
+    assert (recorder.prepared, recorder.recorded, recorder.played) == (2, 2, 5)
+
+
+def test_the_stand_in_freezes_numbers_and_leaves_memory_as_it_was() -> None:
+    x, count = torch.zeros(2), [1.0]
+
+    def work() -> None:
+        x[1:].add_(count[0])
+
+    with (tape := Tape()):
+        work()
+    tape.rewind()
+    assert x.tolist() == [0.0, 0.0]
+    count[0] = 5.0
+    tape.play()
+    assert x.tolist() == [0.0, 1.0]
