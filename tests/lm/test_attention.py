@@ -23,6 +23,7 @@ def visible_pairs(groups: list[Group], window: int | None) -> Tensor:
     owner: list[tuple[int, int, int]] = []  # group, completion (-1: prompt), position
     for g, group in enumerate(groups):
         owner += [(g, -1, i) for i in range(len(group.prompt))]
+    for g, group in enumerate(groups):
         for c, completion in enumerate(group.completions):
             owner += [(g, c, len(group.prompt) + i) for i in range(len(completion) - 1)]
 

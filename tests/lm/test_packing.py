@@ -22,20 +22,26 @@ def places(block: Block) -> list[int]:
     return block.prompt.flatten().tolist() + ([] if block.completion is None else block.completion.flatten().tolist())
 
 
-def test_a_pack_holds_prompt_and_completions_of_each_group_end_to_end() -> None:
+def test_a_pack_holds_all_prompts_then_all_completions_end_to_end() -> None:
     pack = Pack.of([Group([10, 11, 12], [[20, 21], [30], [40, 41, 42]]), Group([50], [[60, 61]])])
-    assert pack.ids.tolist() == [10, 11, 12, 20, 40, 41, 50, 60]  # no last token of a completion is an input
-    assert pack.positions.tolist() == [0, 1, 2, 3, 3, 4, 0, 1]
-    assert pack.predictors.tolist() == [2, 3, 2, 2, 4, 5, 6, 7]
+    assert pack.ids.tolist() == [10, 11, 12, 50, 20, 40, 41, 60]  # no last token of a completion is an input
+    assert pack.positions.tolist() == [0, 1, 2, 0, 3, 3, 4, 1]
+    assert pack.predictors.tolist() == [2, 4, 2, 2, 5, 6, 3, 7]
     assert pack.targets.tolist() == [20, 21, 30, 40, 41, 42, 60, 61]
     assert pack.lengths.tolist() == [2, 1, 3, 2]
+    assert pack.prompt_lengths.tolist() == [3, 1]
+    assert pack.prompt_tokens == 4
+    starts, counts, groups = pack.stretches
+    assert starts.tolist() == [0, 4, 5, 5, 3, 7]
+    assert counts.tolist() == [3, 1, 0, 2, 1, 1]
+    assert groups.tolist() == [0, 4, 6]
 
 
 def test_the_block_of_two_groups_is_padded_with_places_behind_the_row() -> None:
-    (block,) = Pack.of([Group([10, 11, 12], [[20, 21], [30]]), Group([50], [[60, 61, 62]])]).blocks
-    assert block.prompt.tolist() == [[0, 1, 2], [4, 7, 7]]
+    (block,) = Pack.of([Group([10, 11, 12], [[20, 21], [30]]), Group([50], [[60, 61, 62]])]).rectangles[0]
+    assert block.prompt.tolist() == [[0, 1, 2], [3, 7, 7]]
     assert block.completion is not None
-    assert block.completion.tolist() == [[[3, 7], [7, 7]], [[5, 6], [7, 7]]]
+    assert block.completion.tolist() == [[[4, 7], [7, 7]], [[5, 6], [7, 7]]]
     assert block.prompt_lengths.tolist() == [3, 1]
     assert block.size == 6 + 8
 
@@ -44,8 +50,8 @@ def test_a_pack_of_completions_of_one_token_has_no_completion_input() -> None:
     pack = Pack.of([Group([10, 11], [[20], [30]])])
     assert pack.ids.tolist() == [10, 11]
     assert pack.predictors.tolist() == [1, 1]
-    assert [block.completion for block in pack.blocks] == [None]
-    assert pack.blocks[0].hidden(None)[1] is None
+    assert [block.completion for block in pack.rectangles[0]] == [None]
+    assert pack.rectangles[0][0].hidden(None)[1] is None
 
 
 def test_a_pack_of_prompts_alone_predicts_nothing() -> None:
@@ -74,18 +80,19 @@ def test_every_target_is_predicted_from_the_token_before_it_at_its_position(shap
 @given(shapes, st.sampled_from([1, 60, 1 << 18]))
 def test_every_token_has_one_place_in_the_blocks_and_all_other_places_are_empty(shape: list, scores: int) -> None:
     before, packing.BLOCK_SCORES = packing.BLOCK_SCORES, scores
+    pack = Pack.of(numbered(shape))
     try:
-        pack = Pack.of(numbered(shape))
+        assert len(pack.rectangles) == 2
     finally:
         packing.BLOCK_SCORES = before
-    everything = [place for block in pack.blocks for place in places(block)]
+    everything = [place for block in pack.rectangles[0] for place in places(block)]
     n = len(pack.ids)
     assert sorted(place for place in everything if place < n) == list(range(n))
     assert {place for place in everything if place >= n} <= {n}
-    assert [everything[i] for i in pack.back.tolist()] == list(range(n))
-    assert sum(len(block.prompt) for block in pack.blocks) == len(shape)
+    assert [everything[i] for i in pack.rectangles[1].tolist()] == list(range(n))
+    assert sum(len(block.prompt) for block in pack.rectangles[0]) == len(shape)
     if scores == 1:
-        assert len(pack.blocks) == len(shape)
+        assert len(pack.rectangles[0]) == len(shape)
 
 
 @settings(deadline=None, max_examples=40)
@@ -94,7 +101,7 @@ def test_a_token_sees_its_prompt_and_its_own_past_within_the_window(shape: list,
     def visible(distance: int) -> bool:
         return distance >= 0 and (window is None or distance < window)
 
-    (block,) = Pack.of(numbered(shape)).blocks
+    (block,) = Pack.of(numbered(shape)).rectangles[0]
     by_prompt, by_completion = block.hidden(window)
     t = block.prompt.shape[1]
     assert by_prompt.tolist() == [[not visible(i - j) for j in range(t)] for i in range(t)]
@@ -113,10 +120,10 @@ def test_numbers_do_not_depend_on_how_groups_are_divided_into_blocks(monkeypatch
     model, groups = build("mistral"), random_groups(*MIXED)
     weights = random_weights(groups)
     learner = make_learner(model)
-    assert len(Pack.of(groups).blocks) == 1
+    assert len(Pack.of(groups).rectangles[0]) == 1
     logp, gradient = learned(learner, groups, weights)
     monkeypatch.setattr(packing, "BLOCK_SCORES", 1)
-    assert len(Pack.of(groups).blocks) == len(groups)
+    assert len(Pack.of(groups).rectangles[0]) == len(groups)
     logp_apart, gradient_apart = learned(learner, groups, weights)
     torch.testing.assert_close(logp_apart, logp, rtol=0, atol=1e-5)
     for name, value in gradient.items():

@@ -9,17 +9,22 @@ of a plain batched product.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from grouprl.errors import UsageError
+from grouprl.lm import flash
 from grouprl.lm.native import attention as native
 from grouprl.lm.native.compile import available
-from grouprl.lm.packing import Block, Pack
+from grouprl.lm.packing import Block, Group, Pack
+
+_log = logging.getLogger("grouprl")
 
 NAME = "grouprl"
 _HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
@@ -100,6 +105,9 @@ def register() -> None:
 class PackedAttention:
     """Each token sees its own prompt and what came before it in its own completion.
 
+    By the first of three ways that can do what is asked for: compiled code (CPU), FlashAttention (GPU, half precision),
+    plain products of padded rectangles.
+
     Args:
         pack: the row; may be exchanged between passes.
         dtype: what products run in, or None for the dtype of the values.
@@ -116,6 +124,7 @@ class PackedAttention:
     ) -> None:
         self.pack, self.dtype, self.keep = pack, dtype, keep
         self.native = native
+        self._laid_out: tuple[Pack, flash.Layout] | None = None
         self.asked: dict[nn.Module, How] = {}
         """What each layer has asked for."""
 
@@ -130,8 +139,46 @@ class PackedAttention:
         if self.native and native.supported(q, dtype, how.softcap) and available():
             found = native.attend(q, k, v, self.pack, how.scale, how.window, dtype)
             return found if self.dtype is not None else found.to(dtype)  # the model's own layers take no other
-        out: Tensor = _Packed.apply(q, k, v, self.pack, how, dtype)  # type: ignore[no-untyped-call]
+        layout = self._layout() if q.is_cuda else None
+        if (
+            layout is not None
+            and flash.supported(q, k, dtype, how.window, how.softcap, layout.span)
+            and _flash_works(q.device, dtype, q.shape[1], *k.shape[1:])
+        ):
+            given = (x.to(dtype) for x in (q, k, v))
+            out: Tensor = flash.Flash.apply(*given, layout, how.scale)  # type: ignore[no-untyped-call]
+            return out
+        out = _Packed.apply(q, k, v, self.pack, how, dtype)  # type: ignore[no-untyped-call]
         return out
+
+    def _layout(self) -> flash.Layout:
+        assert self.pack is not None
+        if self._laid_out is None or self._laid_out[0] is not self.pack:
+            self._laid_out = self.pack, flash.Layout.of(self.pack)
+        return self._laid_out[1]
+
+
+@cache
+def _flash_works(device: torch.device, dtype: torch.dtype, heads: int, k_heads: int, d: int) -> bool:
+    """Whether FlashAttention gives what rectangles give here, forwards and backwards."""
+    pack = Pack.of([Group([0] * 5, ([0] * 9, [0])), Group([0] * 20, ([0],)), Group([0], ([0] * 3,))], device)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(n: int) -> Tensor:
+        return torch.randn(len(pack.ids), n, d, generator=generator).to(device, dtype)
+
+    given = [random(heads), random(k_heads), random(k_heads)]
+    gradient, how, found = random(heads), How(d**-0.5, None, None), []
+    try:
+        with torch.enable_grad():
+            for way, more in ((_Packed, (pack, how, dtype)), (flash.Flash, (flash.Layout.of(pack), how.scale))):
+                inputs = [x.clone().requires_grad_() for x in given]
+                out = way.apply(*inputs, *more)  # type: ignore[no-untyped-call]
+                found.append([out.detach(), *torch.autograd.grad(out, inputs, gradient)])
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        _log.warning("attention is slower than it could be: torch's FlashAttention cannot be used: %s", error)
+        return False
+    return all(float((b - a).float().norm()) < 0.02 * float(a.float().norm()) for a, b in zip(*found, strict=True))
 
 
 class _Packed(torch.autograd.Function):
@@ -140,7 +187,8 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pack: Pack, how: How, dtype: torch.dtype) -> Tensor:
         rows = (_with_zero_row(q, dtype, how.scale), _with_zero_row(k, dtype), _with_zero_row(v, dtype))
-        out = _joined([part for block in pack.blocks for part in _Rectangle(*rows, block, how).forward()], pack.back)
+        blocks, back = pack.rectangles
+        out = _joined([part for block in blocks for part in _Rectangle(*rows, block, how).forward()], back)
         ctx.save_for_backward(*rows, out)
         ctx.pack, ctx.how, ctx.dtypes = pack, how, (q.dtype, k.dtype, v.dtype)
         return out
@@ -148,14 +196,15 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
+        blocks, back = ctx.pack.rectangles
         gradient = _with_zero_row(gradient, q.dtype)
         delta = _with_zero_row((gradient[:-1].float() * out).sum(-1, keepdim=True), torch.float32)
         parts: tuple[list[Tensor], ...] = ([], [], [])
-        for block in ctx.pack.blocks:
+        for block in blocks:
             grads = _Rectangle(q, k, v, block, ctx.how).backward(gradient, delta)
             for part, grad in zip(parts, grads, strict=True):
                 part += grad
-        dq, dk, dv = (_joined(part, ctx.pack.back) for part in parts)
+        dq, dk, dv = (_joined(part, back) for part in parts)
         dq.mul_(ctx.how.scale)
         return *(x.to(dtype) for x, dtype in zip((dq, dk, dv), ctx.dtypes, strict=True)), None, None, None
 

@@ -68,7 +68,7 @@ class DecodeAttention:
     """
 
     def __init__(self, pack: Pack, group_size: int, longest: int, dtype: torch.dtype) -> None:
-        self.lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
+        self.lengths = pack.prompt_lengths
         self.device = self.lengths.device
         self.dtype, self.pack = dtype, pack
         self._lengths = lengths = self.lengths.cpu()

@@ -1,14 +1,15 @@
 """Packs: prompts and completions end to end in one row, each prompt once for its whole group.
 
-A pack of P groups holds ``prompt | completion 1 | completion 2 | ...`` per group. The last token of a completion is
-predicted but never an input, so it is no part of the row. Nothing is padded except inside attention, which works on
-blocks of a few groups at a time.
+A pack of P groups holds ``prompt 1 | prompt 2 | ... | completions of 1 | completions of 2 | ...``. The last token of a
+completion is predicted but never an input, so it is no part of the row. Nothing is padded except inside attention where
+that works on rectangles: on blocks of a few groups at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -18,6 +19,10 @@ BLOCK_SCORES = 1 << 18
 """Attention scores per head held at once, about; larger blocks fall out of the cache, smaller ones cost calls."""
 ACCELERATOR_SCORES = 1 << 22
 """The same on an accelerator, where calls cost more and there is no cache to fall out of."""
+
+
+Places = tuple[range, list[range]]
+"""Where a prompt and its completions lie in a row."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +88,21 @@ class Pack:
     """One row of S_in input tokens and the m completion tokens predicted from it.
 
     Attributes:
+        places: where each group's prompt and its completions lie in the row.
         ids, positions: ``[S_in]``; positions count from the start of each sample's own prompt.
         predictors: ``[m]`` index into the row of the token each target is predicted from.
         targets: ``[m]`` token ids, sample after sample, in the order the groups were given.
         lengths: ``[N]`` completion lengths; they add up to m.
-        blocks: the attention layout. back: ``[S_in]`` where each token lies in the blocks' padded places.
-        starts, counts: where each stretch of the row begins and how many tokens it has, int32 on the CPU: of each group
-            its prompt, then its completions. group_starts: ``[P + 1]`` where each group's stretches begin.
+        prompt_lengths: ``[P]``.
     """
 
+    places: Sequence[Places]
     ids: Tensor
     positions: Tensor
     predictors: Tensor
     targets: Tensor
     lengths: Tensor
-    blocks: tuple[Block, ...]
-    back: Tensor
-    starts: Tensor
-    counts: Tensor
-    group_starts: Tensor
+    prompt_lengths: Tensor
 
     @classmethod
     def of(cls, groups: Sequence[Group], device: torch.device | str = "cpu") -> Pack:
@@ -110,51 +111,61 @@ class Pack:
         positions: list[int] = []
         predictors: list[int] = []
         targets: list[int] = []
-        lengths: list[int] = []
-        places: list[tuple[range, list[range]]] = []
+        prompts: list[range] = []
+        places: list[Places] = []
         for group in groups:
-            p = len(group.prompt)
-            prompt = range(len(ids), len(ids) + p)
+            prompts.append(range(len(ids), len(ids) + len(group.prompt)))
             ids += group.prompt
-            positions += range(p)
+            positions += range(len(group.prompt))
+        for group, prompt in zip(groups, prompts, strict=True):
             own = []
             for completion in group.completions:
-                start = len(ids)
+                own.append(range(len(ids), len(ids) + len(completion) - 1))
                 ids += completion[:-1]
-                positions += range(p, p + len(completion) - 1)
-                own.append(range(start, len(ids)))
+                positions += range(len(prompt), len(prompt) + len(own[-1]))
                 predictors.append(prompt[-1])
                 predictors += own[-1]
                 targets += completion
-                lengths.append(len(completion))
             places.append((prompt, own))
-        back = torch.empty(len(ids), dtype=torch.int64)
-        blocks, offset = [], 0
-        scores = BLOCK_SCORES if torch.device(device).type == "cpu" else ACCELERATOR_SCORES
-        for part in _split(places, scores):
+        lengths = [len(completion) for group in groups for completion in group.completions]
+        lists = (ids, positions, predictors, targets, lengths, [len(prompt) for prompt in prompts])
+        # in one piece, as a GPU stops for each
+        whole = torch.tensor([i for values in lists for i in values], dtype=torch.int64).to(device)
+        return cls(places, *torch.split(whole, [len(values) for values in lists]))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, which come first in the row."""
+        return sum(len(prompt) for prompt, _ in self.places)
+
+    @cached_property
+    def stretches(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each stretch of the row begins and how many tokens it has, int32 on the CPU: of each group its prompt,
+        then its completions; and ``[P + 1]`` where each group's stretches begin."""
+        all_of_them = [stretch for prompt, own in self.places for stretch in (prompt, *own)]
+        return (
+            torch.tensor([s.start for s in all_of_them], dtype=torch.int32),
+            torch.tensor([len(s) for s in all_of_them], dtype=torch.int32),
+            torch.tensor([0, *accumulate(1 + len(own) for _, own in self.places)], dtype=torch.int32),
+        )
+
+    @cached_property
+    def rectangles(self) -> tuple[Sequence[Block], Tensor]:
+        """The blocks of groups that attention pads, and where each token of the row lies in their padded places:
+        ``[S_in]``."""
+        device = self.ids.device
+        back = torch.empty(len(self.ids), dtype=torch.int64)
+        blocks: list[Block] = []
+        offset = 0
+        for part in _split(self.places, BLOCK_SCORES if device.type == "cpu" else ACCELERATOR_SCORES):
             blocks.append(_block(part, back, offset, device))
             offset += blocks[-1].size
-
-        def tensor(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        stretches = [stretch for prompt, own in places for stretch in (prompt, *own)]
-        sizes = [1 + len(own) for _, own in places]
-        return cls(
-            tensor(ids), tensor(positions), tensor(predictors), tensor(targets), tensor(lengths),
-            tuple(blocks), back.to(device),
-            torch.tensor([s.start for s in stretches], dtype=torch.int32),
-            torch.tensor([len(s) for s in stretches], dtype=torch.int32),
-            torch.tensor([0, *accumulate(sizes)], dtype=torch.int32),
-        )  # fmt: skip
+        return blocks, back.to(device)
 
 
-_Places = tuple[range, list[range]]
-
-
-def _split(places: Sequence[_Places], scores: int) -> list[list[_Places]]:
+def _split(places: Sequence[Places], scores: int) -> list[list[Places]]:
     """Consecutive groups whose padded attention scores stay within ``scores`` (or one group, whatever its size)."""
-    parts: list[list[_Places]] = []
+    parts: list[list[Places]] = []
     t = r = n = 0
     for prompt, own in places:
         t2, r2 = max(t, len(prompt)), max([r, *map(len, own)])
@@ -168,7 +179,7 @@ def _split(places: Sequence[_Places], scores: int) -> list[list[_Places]]:
     return parts
 
 
-def _block(places: Sequence[_Places], back: Tensor, offset: int, device: torch.device | str) -> Block:
+def _block(places: Sequence[Places], back: Tensor, offset: int, device: torch.device | str) -> Block:
     """The padded layout of some groups; writes their part of ``back``."""
     n_groups, t = len(places), max(len(prompt) for prompt, _ in places)
     n = max(len(own) for _, own in places)

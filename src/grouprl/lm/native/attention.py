@@ -71,12 +71,12 @@ def attention(
 
     Heads are contiguous; tokens may lie apart, the same in q and dq, and in k, v, dk and dv.
     """
-    where = (pack.group_starts, pack.starts, pack.counts)
+    starts, counts, groups = pack.stretches
     low = q.dtype == torch.bfloat16
     struct = _Attention(
         q.shape[1], k.shape[1], q.shape[2], low, "out" in outputs and outputs["out"].dtype == torch.bfloat16,
-        len(pack.group_starts) - 1, window or 0, q.stride(0), k.stride(0), scale,
-        *(x.data_ptr() for x in (*where, q, k, v)), None if gradient is None else gradient.data_ptr(),
+        len(groups) - 1, window or 0, q.stride(0), k.stride(0), scale,
+        *(x.data_ptr() for x in (groups, starts, counts, q, k, v)), None if gradient is None else gradient.data_ptr(),
         **{name: x.data_ptr() for name, x in outputs.items()},
     )  # fmt: skip
     if functions().grouprl_attention(ctypes.byref(struct), int(gradient is not None)):

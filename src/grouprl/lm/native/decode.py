@@ -152,7 +152,7 @@ class NativeDecoder:
 
     def __init__(self, model: NativeModel, pack: Pack, group_size: int, max_new_tokens: int) -> None:
         self.model = model
-        self.lengths = torch.cat([block.prompt_lengths for block in pack.blocks])
+        self.lengths = pack.prompt_lengths
         prompts, rows = len(self.lengths), len(self.lengths) * group_size
         t, c = _up(int(self.lengths.max()), 32), _up(max_new_tokens, _W)
         layers, heads, d = len(model.order), model.k_heads, model.head_dim

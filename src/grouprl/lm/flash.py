@@ -1,0 +1,158 @@
+"""Attention over packs by the FlashAttention kernels that torch brings for GPUs (arXiv 2307.08691).
+
+A token of a completion sees two stretches of the row: its prompt and its own past. The kernels do each for all groups
+at once, from where the tokens lie: nothing is gathered or padded. What the two give is joined by the logarithms of
+their softmax sums; given the joint sums, the kernels' backward passes are each the part of the whole that concerns it
+(as in ring attention, arXiv 2310.01889).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouprl.lm.packing import Pack
+
+LARGEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stretches of queries and the stretch of keys that each sees.
+
+    Attributes:
+        queries, keys: int32 ``[n + 1]`` where they begin and end. longest: of queries and of keys.
+        causal: whether a query sees only keys up to its own place.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest: tuple[int, int]
+    causal: bool
+
+    @classmethod
+    def of(cls, queries: list[int], keys: list[int], device: torch.device, *, causal: bool) -> Part:
+        """Stretches of these lengths, one behind the other."""
+        ends = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32).to(device)
+        return cls(ends[0], ends[1], (max(queries), max(keys)), causal)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the tokens of a pack see.
+
+    Attributes:
+        own: every prompt and every completion by itself. shared: the completions of each group with its prompt, or None
+            if no completion is in the row. prompts: tokens of prompts, which come first.
+        alone: prompts that no completion in the row sees, where there are others.
+        span: tokens of the longest prompt and the longest completion together.
+    """
+
+    own: Part
+    shared: Part | None
+    prompts: int
+    alone: list[slice]
+    span: int
+
+    @classmethod
+    def of(cls, pack: Pack) -> Layout:
+        """The layout of a pack."""
+        prompts = [len(prompt) for prompt, _ in pack.places]
+        completions = [len(c) for _, own in pack.places for c in own if len(c) > 0]
+        seeing = [sum(map(len, own)) for _, own in pack.places]
+        device = pack.ids.device
+        return cls(
+            Part.of(stretches := prompts + completions, stretches, device, causal=True),
+            Part.of(seeing, prompts, device, causal=False) if completions else None,
+            sum(prompts),
+            [slice(p.start, p.stop) for (p, _), n in zip(pack.places, seeing, strict=True) if n == 0],
+            max(prompts) + max(completions, default=0),
+        )
+
+
+def supported(q: Tensor, k: Tensor, dtype: torch.dtype, window: int | None, softcap: float | None, span: int) -> bool:
+    """Whether the kernels can do it: half precision on a GPU, plain softmax over everything up to the token."""
+    heads, d = q.shape[1:]
+    return (
+        q.is_cuda and dtype in (torch.bfloat16, torch.float16) and softcap is None
+        and (window is None or window >= span) and d % 8 == 0 and d <= LARGEST_HEAD and heads % k.shape[1] == 0
+    )  # fmt: skip
+
+
+class Flash(torch.autograd.Function):
+    """``q [S, H, D]``, ``k, v [S, K, D]`` in half precision -> ``[S, H, D]``."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+        p = layout.prompts
+        out, lse, *state = _forward(q, k, v, layout.own, scale)
+        states = [state]
+        if layout.shared is not None:
+            of_prompt, lse_of_prompt, *state = _forward(q[p:], k[:p], v[:p], layout.shared, scale)
+            states.append(state)
+            more = lse_of_prompt - lse[:, p:]
+            share = torch.sigmoid(more).t()[..., None]
+            out[p:] = torch.lerp(out[p:].float(), of_prompt.float(), share)
+            lse[:, p:] += F.softplus(more)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.scale, ctx.states = layout, scale, states
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        layout, p = ctx.layout, ctx.layout.prompts
+        gradient = gradient.contiguous()
+        with _in_the_same_order():
+            dq, dk, dv = _backward(gradient, q, k, v, out, lse, layout.own, ctx.scale, ctx.states[0])
+            if layout.shared is not None:
+                more = _backward(
+                    gradient[p:], q[p:], k[:p], v[:p], out[p:], lse[:, p:].contiguous(), layout.shared, ctx.scale,
+                    ctx.states[1],
+                )  # fmt: skip
+                for of_keys in more[1:]:
+                    for prompt in layout.alone:
+                        of_keys[prompt] = 0
+                for total, part in zip((dq[p:], dk[:p], dv[:p]), more, strict=True):
+                    total += part
+        return dq, dk, dv, None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, logarithms of the softmax sums ``[H, S]``, and what the backward pass wants besides."""
+    out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, part.queries, part.keys, *part.longest, 0.0, part.causal, False, scale=scale
+    )
+    return out, lse, *state
+
+
+def _backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float,
+    state: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        gradient, q, k, v, out, lse, part.queries, part.keys, *part.longest, 0.0, part.causal, *state, scale=scale
+    )
+    return dq, dk, dv
+
+
+@contextmanager
+def _in_the_same_order() -> Iterator[None]:
+    """Within, kernels that add up do so in an order that is the same every time."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch._C._get_deterministic_fill_uninitialized_memory()
+    # torch.use_deterministic_algorithms does the same and imports the compiler
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_fill_uninitialized_memory(filled)

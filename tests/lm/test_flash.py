@@ -1,0 +1,131 @@
+"""How the parts that FlashAttention's kernels do are put together, with a stand-in for the kernels on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import MIXED, random_groups
+from torch import Tensor
+
+from grouprl.lm import flash
+from grouprl.lm.attention import How, _Packed
+from grouprl.lm.flash import Flash, Layout, Part
+from grouprl.lm.packing import Group, Pack
+
+SCALE = 0.4
+
+
+def scores(q: Tensor, k: Tensor, part: Part, scale: float) -> list[tuple[slice, slice, Tensor]]:
+    """Of each pair of stretches the scores ``[H, n, m]``, -inf where a query does not see a key."""
+    out = []
+    for (a, b), (c, d) in zip(
+        *(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True) for ends in (part.queries, part.keys)), strict=True
+    ):
+        s = scale * torch.einsum("shd,thd->hst", q[a:b], k[c:d])
+        if part.causal:
+            s = s.masked_fill(torch.ones(b - a, d - c).triu(1 + (d - c) - (b - a)) > 0, -torch.inf)
+        out.append((slice(a, b), slice(c, d), s))
+    return out
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
+    out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], len(q)), torch.nan, dtype=torch.float32)
+    for mine, its, s in scores(q, k, part, scale):
+        lse[:, mine] = s.logsumexp(-1).float()
+        out[mine] = torch.einsum("hst,thd->shd", s.softmax(-1), v[its])
+    return out, lse, torch.zeros(2), torch.zeros(1)
+
+
+def backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float, state: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernels' formulas: probabilities from the sums they are given, not from sums of their own."""
+    assert torch.are_deterministic_algorithms_enabled()
+    assert len(state) == 2
+    g, k_heads = q.shape[1] // k.shape[1], k.shape[1]
+    k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
+    dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))  # what no query sees is not written
+    delta = (gradient * out).sum(-1).t()
+    for mine, its, s in scores(q, k, part, scale):
+        if mine.start == mine.stop:
+            continue
+        p = (s - lse[:, mine, None]).exp()
+        ds = p * (torch.einsum("shd,thd->hst", gradient[mine], v[its]) - delta[:, mine, None])
+        dq[mine] = scale * torch.einsum("hst,thd->shd", ds, k[its])
+        dk[its] = scale * torch.einsum("hst,shd->thd", ds, q[mine])
+        dv[its] = torch.einsum("hst,shd->thd", p, gradient[mine])
+    shared = (len(k), k_heads, g, -1)
+    return dq, dk.view(shared).sum(2), dv.view(shared).sum(2)
+
+
+GROUPS = {
+    "mixed": random_groups(*MIXED),
+    "one": random_groups((6, (5, 3, 1))),
+    "prompts alone": [Group([1, 2, 3], ()), Group([4], ())],
+    "completions of one token": random_groups((4, (1, 1)), (2, (1,))),
+    "a prompt that nothing sees": random_groups((4, (1, 1)), (3, (5, 1, 2)), (2, (1,))),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize(("heads", "k_heads"), [(4, 2), (3, 3), (4, 1)])
+def test_the_parts_make_the_whole_forwards_and_backwards(
+    name: str, heads: int, k_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "_forward", forward)
+    monkeypatch.setattr(flash, "_backward", backward)
+    pack, generator = Pack.of(GROUPS[name]), torch.Generator().manual_seed(1)
+    given = [
+        torch.randn(len(pack.ids), n, 8, generator=generator, dtype=torch.float64) for n in (heads, k_heads, k_heads)
+    ]
+    gradient = torch.randn(given[0].shape, generator=generator, dtype=torch.float64)
+    found = []
+    for way, more in ((_Packed, (pack, How(SCALE, None, None), torch.float64)), (Flash, (Layout.of(pack), SCALE))):
+        inputs = [x.clone().requires_grad_() for x in given]
+        out = way.apply(*inputs, *more)
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, gradient)])
+    for wanted, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, wanted, rtol=0, atol=2e-6)  # rectangles have float32 scores
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_layout_says_who_sees_whom() -> None:
+    layout = Layout.of(Pack.of([Group([1, 2, 3], ([4, 5, 6], [7])), Group([8, 9], ([1],)), Group([2], ([3, 4],))]))
+    assert layout.own.queries.tolist() == layout.own.keys.tolist() == [0, 3, 5, 6, 8, 9]
+    assert layout.own.longest == (3, 3)
+    assert layout.own.causal
+    assert layout.shared is not None
+    assert layout.shared.queries.tolist() == [0, 2, 2, 3]
+    assert layout.shared.keys.tolist() == [0, 3, 5, 6]
+    assert layout.shared.longest == (2, 3)
+    assert (layout.prompts, layout.alone, layout.span) == (6, [slice(3, 5)], 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, False),
+        ({"window": 9}, False),
+        ({"window": 10}, True),
+        ({"softcap": 30.0}, False),
+        ({"d": 20}, False),
+        ({"d": 512}, False),
+        ({"device": "cpu"}, False),
+    ],
+)
+def test_what_the_kernels_can_do(changes: dict[str, Any], wanted: bool) -> None:
+    given = {"dtype": torch.bfloat16, "window": None, "softcap": None, "d": 64, "device": "cuda"} | changes
+
+    class Shape:
+        is_cuda = given["device"] == "cuda"
+
+        def __init__(self, heads: int) -> None:
+            self.shape = (30, heads, given["d"])
+
+    asked: tuple[Any, ...] = (Shape(4), Shape(2))
+    assert flash.supported(*asked, given["dtype"], given["window"], given["softcap"], 10) is wanted
