@@ -120,19 +120,30 @@ def test_a_model_that_counts_in_python_is_not_recorded() -> None:
     assert all(c.ids for c in sampled(made, SamplingSettings(5)))
 
 
-def test_work_is_recorded_at_its_second_time_and_again_when_tensors_moved() -> None:
-    recorder, x = TapeRecorder(), [torch.zeros(1)]
-    repeated = Repeated(lambda: x[0].add_(1), recorder, lambda error: pytest.fail(str(error)))
+def test_work_is_recorded_when_its_kind_was_done_before_and_again_when_tensors_moved() -> None:
+    recorder, x, kind = TapeRecorder(), [torch.zeros(1)], ["one"]
+    repeated = Repeated(lambda: x[0].add_(1), recorder, lambda error: pytest.fail(str(error)), lambda: kind[0])
     for _ in range(4):
         repeated()
     assert float(x[0]) == 4
     assert (recorder.prepared, recorder.recorded, recorder.played) == (1, 1, 3)
-    x[0] = torch.zeros(1)
-    repeated.moved()
-    for _ in range(3):
-        repeated()
-    assert float(x[0]) == 3
-    assert (recorder.prepared, recorder.recorded, recorder.played) == (2, 2, 5)
+    for kind[0], prepared, played in (("one", 1, 6), ("another", 2, 8)):
+        x[0] = torch.zeros(1)
+        repeated.moved()
+        for _ in range(3):
+            repeated()
+        assert float(x[0]) == 3
+        assert (recorder.prepared, recorder.played) == (prepared, played)
+
+
+def test_a_second_generation_of_the_same_shape_needs_no_preparation() -> None:
+    recorded, how = sampler(build("llama"), recorded=True), SamplingSettings(20, temperature=1.4)
+    recorder: Any = recorded.recorder
+    first, prepared = sampled(recorded, how), recorder.prepared
+    assert_same(sampled(recorded, how), first)
+    assert recorder.prepared == prepared
+    sampled(recorded, SamplingSettings(20, temperature=1.4, top_k=5))
+    assert recorder.prepared == prepared + 1
 
 
 def test_the_stand_in_freezes_numbers_and_leaves_memory_as_it_was() -> None:

@@ -7,8 +7,10 @@ import torch
 from architectures import PACKED, build
 from torch import nn
 
+from grouprl.lm.attention import PackedAttention
 from grouprl.lm.backbone import find_backbone
-from grouprl.lm.lean import lean_step
+from grouprl.lm.lean import Joined, lean_step
+from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import Products
 from grouprl.lm.rows import Completion
 from grouprl.lm.sampler import Sampler
@@ -38,6 +40,35 @@ def test_the_same_tokens_are_sampled_with_and_without_it(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_llama_shaped_models_have_it(name: str) -> None:
     assert sampled(build(name), lean=True)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_layers_joined_to_one_product_give_what_they_give_apart(name: str, dtype: torch.dtype) -> None:
+    backbone = find_backbone(build(name))[0]
+    step, products = lean_step(backbone), Products(backbone.model, dtype)  # type: ignore[arg-type]
+    pack = Pack.of([Group([5, 6, 7, 1], ()), Group([8, 2], ())])
+    plan = PackedAttention(pack, dtype, native=False)
+    assert step is not None
+    joined = Joined(step, products)
+    assert len(joined.layers) == 5 * len(step.decoder.layers)
+    with products.sampling():
+        wanted = step.hidden(pack.ids, pack.positions, plan)
+    with products.sampling(without=joined.layers):
+        found = step.hidden(pack.ids, pack.positions, plan, joined)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert float((found - wanted).norm() / wanted.norm()) < tolerance
+
+
+def test_what_an_adapter_changes_is_not_joined() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    backbone = find_backbone(model)[0]
+    step = lean_step(backbone)  # type: ignore[arg-type]
+    assert step is not None
+    joined = Joined(step, Products(model, torch.float32))
+    assert all(layer.self_attn not in joined and layer.mlp in joined for layer in step.decoder.layers)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma", "gemma3", "phi", "opt"])

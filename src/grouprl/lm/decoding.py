@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.attention import How, UnsupportedError
-from grouprl.lm.backbone import Backbone
-from grouprl.lm.lean import LeanStep
+from grouprl.lm.attention import How, Plan, UnsupportedError
 from grouprl.lm.packing import Pack
 
 _HIDDEN = -1e30
@@ -111,6 +109,11 @@ class DecodeAttention:
         self.length_of_row = lengths.to(self.device)
         self._beyond = (torch.arange(self.t) >= lengths[:, None]).to(self.device)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows, prompts, places of a prompt, room of a row."""
+        return len(self._prompt_of_row), len(self._lengths), self.t, self.room
+
     def reserve(self) -> bool:
         """Make room for one more token of each row. Returns whether tensors have moved for that."""
         self.step += 1
@@ -202,28 +205,31 @@ class TorchDecoder:
     """Rows of some prompts, token by token, by torch operations.
 
     Args:
-        backbone: the model. lean: its steps without the library's modules, or None. dtype: of keys and values.
-        pack: the prompts. group_size: rows of each. longest: most tokens of a row.
+        hidden: last hidden states ``[B, d]`` of tokens ``[B]`` at positions ``[B]`` whose attention follows a plan.
+        head: on top of them. pack: the prompts. group_size: rows of each. longest: most tokens of a row.
+        dtype: of products.
     """
 
     def __init__(
-        self, backbone: Backbone, lean: LeanStep | None, dtype: torch.dtype, pack: Pack, group_size: int, longest: int
-    ) -> None:
-        self.backbone, self.lean = backbone, lean
+        self, hidden: Callable[[Tensor, Tensor, Plan], Tensor], head: nn.Linear, pack: Pack, group_size: int,
+        longest: int, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.hidden, self.head = hidden, head
         # On a CPU small float32 products are three times faster than bfloat16 ones, and these are all small.
-        kept = torch.float32 if backbone.device.type == "cpu" else dtype
+        kept = torch.float32 if pack.ids.device.type == "cpu" else dtype
         self.plan = DecodeAttention(pack, group_size, longest, kept)
         self.lengths, self.keep, self.drop = self.plan.lengths, self.plan.keep, self.plan.drop
         self.reserve = self.plan.reserve
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See :class:`grouprl.lm.sampler.Decoder`."""
+        return self.plan.shape
+
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits ``[B, V]`` behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
         self.plan.begin()
-        if self.lean is not None:
-            hidden = self.lean.hidden(ids, positions, self.plan)
-        else:
-            with self.backbone.following(self.plan):
-                hidden = self.backbone.hidden(ids, positions)
+        hidden = self.hidden(ids, positions, self.plan)
         self.plan.end()
-        logits: Tensor = self.backbone.head(hidden)
+        logits: Tensor = self.head(hidden)
         return logits.float()

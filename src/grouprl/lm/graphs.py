@@ -9,7 +9,7 @@ recording.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import torch
@@ -19,6 +19,9 @@ Work = Callable[[], object]
 
 class Recorder(Protocol):
     """What makes recordings."""
+
+    known: set[Hashable]
+    """Kinds of work that have been prepared."""
 
     def prepare(self, work: Work) -> None:
         """Do ``work`` once, as it will be recorded."""
@@ -32,6 +35,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.known: set[Hashable] = set()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._newest: torch.cuda.CUDAGraph | None = None
 
@@ -65,32 +69,38 @@ class CudaRecorder:
 
 
 class Repeated:
-    """Work done again and again: as it is the first time, then from a recording.
+    """Work done again and again: from a recording, but as it is where it is the first of its kind.
 
     Args:
         work: what to do. recorder: what records it, or None to do it as it is every time.
         failed: told why, if it cannot be recorded; it is then done as it is.
+        kind: what kind of work it is now: which kernels it runs.
     """
 
-    def __init__(self, work: Work, recorder: Recorder | None, failed: Callable[[RuntimeError], None]) -> None:
-        self._work, self._recorder, self._failed = work, recorder, failed
+    def __init__(
+        self, work: Work, recorder: Recorder | None, failed: Callable[[RuntimeError], None],
+        kind: Callable[[], Hashable] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._work, self._recorder, self._failed, self._kind = work, recorder, failed, kind
         self._recording: Work | None = None
-        self._prepared = False
 
     def moved(self) -> None:
         """Tensors that ``work`` uses are other ones from now on."""
-        self._recording, self._prepared = None, False
+        self._recording = None
 
     def __call__(self) -> None:
         if self._recorder is None:
             self._work()
-        elif not self._prepared:
-            self._recorder.prepare(self._work)
-            self._prepared = True
-        else:
+            return
+        if self._recording is None:
+            kind = self._kind()
+            if kind not in self._recorder.known:
+                self._recorder.prepare(self._work)
+                self._recorder.known.add(kind)
+                return
             try:
-                self._recording = self._recording or self._recorder.record(self._work)
+                self._recording = self._recorder.record(self._work)
             except RuntimeError as error:
                 self._recorder, self._recording = None, self._work
                 self._failed(error)
-            self._recording()
+        self._recording()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grouprl.lm.attention import How, Plan
 from grouprl.lm.backbone import Backbone
+from grouprl.lm.products import Products
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _ATTENTION_NORMS = {"q_norm", "k_norm"}
@@ -33,29 +34,81 @@ class LeanStep:
     decoder: Any
     ways: tuple[How, ...]
 
-    def hidden(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """Last hidden states ``[B, d]`` of one new token per row, ``ids [B]`` at ``positions [B]``."""
+    def hidden(self, ids: Tensor, positions: Tensor, plan: Plan, joined: Joined | None = None) -> Tensor:
+        """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``."""
         decoder = self.decoder
         x: Tensor = decoder.embed_tokens.weight[ids]
         cos, sin = (t[0, :, None] for t in decoder.rotary_emb(x[None], positions[None]))
-        rows = len(ids)
+        first, second = sin.chunk(2, -1)
+        sin = torch.cat([-first, second], -1)
         for layer, how in zip(decoder.layers, self.ways, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
-            h = _norm(layer.input_layernorm, x)
-            q = attention.q_proj.forward(h).view(rows, -1, attention.head_dim)
-            k = attention.k_proj.forward(h).view(rows, -1, attention.head_dim)
-            if hasattr(attention, "q_norm"):
-                q, k = attention.q_norm(q), attention.k_norm(k)
-            heads = q.shape[1]
-            qk = torch.cat([q, k], 1).to(x.dtype)
-            first, second = qk.chunk(2, -1)
-            qk = (qk * cos).addcmul_(torch.cat([-second, first], -1), sin)
-            v = attention.v_proj.forward(h).view(rows, -1, attention.head_dim)
+            qk, v = _queries_keys_values(attention, _norm(layer.input_layernorm, x), joined)
+            heads = qk.shape[1] - v.shape[1]
+            turned = qk.view(*qk.shape[:-1], 2, -1).flip(-2).flatten(-2)
+            qk = (qk * cos).addcmul_(turned, sin)
             out = plan.attend(attention, qk[:, :heads], qk[:, heads:], v, how)
-            x = x + attention.o_proj.forward(out.reshape(rows, -1))
-            h = _norm(layer.post_attention_layernorm, x)
-            x = x + mlp.down_proj.forward(mlp.act_fn(mlp.gate_proj.forward(h)) * mlp.up_proj.forward(h))
+            x = x + attention.o_proj.forward(out.reshape(len(ids), -1))
+            gate, up = _gate_up(mlp, _norm(layer.post_attention_layernorm, x), joined)
+            x = x + mlp.down_proj.forward(mlp.act_fn(gate) * up)
         return _norm(decoder.norm, x)
+
+
+class Joined:
+    """Layers with one input as one product each, for as long as the weights do not change.
+
+    Args:
+        step: whose layers. products: their precision.
+
+    Attributes:
+        layers: all that need no product of their own.
+    """
+
+    def __init__(self, step: LeanStep, products: Products) -> None:
+        self._products = products
+        self._made: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
+        self.layers: set[nn.Module] = set()
+        for layer in step.decoder.layers:
+            a, mlp = layer.self_attn, layer.mlp
+            for owner, parts in ((a, (a.q_proj, a.k_proj, a.v_proj)), (mlp, (mlp.gate_proj, mlp.up_proj))):
+                biased = {part.bias is not None for part in parts} if all(type(p) is nn.Linear for p in parts) else {}
+                if len(biased) == 1:  # all of them, or none
+                    weight = torch.cat([part.weight.detach() for part in parts]).to(products.dtype)
+                    bias = torch.cat([p.bias.detach() for p in parts]).to(products.dtype) if True in biased else None
+                    self._made[owner] = weight, bias
+                    self.layers.update(parts)
+
+    def __contains__(self, owner: nn.Module) -> bool:
+        return owner in self._made
+
+    def __call__(self, owner: nn.Module, x: Tensor) -> Tensor:
+        """All outputs of the layers of an attention or MLP module, side by side."""
+        return F.linear(self._products.rounded(x), *self._made[owner])
+
+
+def _queries_keys_values(attention: Any, h: Tensor, joined: Joined | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``[B, H + K, D]``, normed where that is done; values ``[B, K, D]``."""
+    d, normed = attention.head_dim, hasattr(attention, "q_norm")
+    if joined is not None and attention in joined:
+        qkv = joined(attention, h).view(len(h), -1, d)
+        k_heads = attention.k_proj.out_features // d
+        qk, v = qkv[:, :-k_heads], qkv[:, -k_heads:]
+        if not normed:
+            return qk, v
+        q, k = qk[:, :-k_heads], qk[:, -k_heads:]
+    else:
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (part.forward(h).view(len(h), -1, d) for part in parts)
+    if normed:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return torch.cat([q, k], 1), v
+
+
+def _gate_up(mlp: Any, h: Tensor, joined: Joined | None) -> tuple[Tensor, Tensor]:
+    if joined is not None and mlp in joined:
+        gate, up = joined(mlp, h).chunk(2, -1)
+        return gate, up
+    return mlp.gate_proj.forward(h), mlp.up_proj.forward(h)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

@@ -105,11 +105,15 @@ class Products:
         return parameter.detach().to(self.dtype) if self._weights is None else self._weights(parameter)
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Within, layers run forwards only, from weights laid out for many small products."""
+    def sampling(self, without: Collection[nn.Module] = ()) -> Iterator[None]:
+        """Within, layers run forwards only, from weights laid out for many small products.
+
+        Args:
+            without: layers to leave alone, as something else does their work.
+        """
         packed = self.dtype == torch.bfloat16 and all(m.weight.device.type == "cpu" for m in self._layers)
         make = self._packed if packed and supports_bf16(torch.device("cpu")) else self._plain
-        with torch.no_grad(), self._forwards(make, None):
+        with torch.no_grad(), self._forwards(lambda layer: None if layer in without else make(layer), None):
             yield
 
     @contextmanager

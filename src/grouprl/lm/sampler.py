@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.attention import PackedAttention
+from grouprl.lm.attention import PackedAttention, Plan
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.decoding import TorchDecoder
 from grouprl.lm.graphs import CudaRecorder, Recorder, Repeated
-from grouprl.lm.lean import LeanStep, lean_step
+from grouprl.lm.lean import Joined, LeanStep, lean_step
 from grouprl.lm.native.compile import UnavailableError
 from grouprl.lm.native.decode import NativeDecoder, NativeModel, supported
 from grouprl.lm.packing import Group, Pack
@@ -44,6 +44,10 @@ class Decoder(Protocol):
 
     lengths: Tensor
     """``[P]`` tokens of each prompt."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What decides which kernels a step runs."""
 
     def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
         """Store a layer's keys and values ``[S, K, D]`` of the prompts: the ``keep`` of a PackedAttention."""
@@ -87,6 +91,7 @@ class Sampler:
         self.recorder: Recorder | None = None
         self.lean: LeanStep | None = None
         self._native: NativeModel | None = None
+        self._joined: Joined | None = None
         self._find_steps()
         if backbone.device.type == "cuda":
             self.record_with(CudaRecorder(backbone.device))
@@ -132,10 +137,12 @@ class Sampler:
                     self._native = NativeModel(self.backbone.decoder, self.backbone.head, self.lean.ways, low)
                     yield
             else:
-                with self.products.sampling():
+                if self.lean is not None and self.backbone.device.type != "cpu":  # there they are packed one by one
+                    self._joined = Joined(self.lean, self.products)
+                with self.products.sampling(without=self._joined.layers if self._joined is not None else ()):
                     yield
         finally:
-            self._native = None
+            self._native = self._joined = None
             self.backbone.model.train(training)
 
     def _batches(self, lengths: Sequence[int], group_size: int) -> Iterator[tuple[int, int]]:
@@ -197,11 +204,17 @@ class Sampler:
             decoder = NativeDecoder(self._native, pack, group_size, max_new_tokens)
             hidden = self._native.read(pack, decoder.keep)
             return decoder, self._native.logits(hidden[decoder.lengths.cumsum(0) - 1])
-        decoder = TorchDecoder(self.backbone, self.lean, self.products.dtype, pack, group_size, max_new_tokens)
-        lengths = decoder.lengths
-        with self.backbone.following(PackedAttention(pack, self.products.dtype, decoder.keep, native=False)):
-            hidden = self.backbone.hidden(pack.ids, pack.positions)
-        return decoder, self.backbone.head(hidden[lengths.cumsum(0) - 1]).float()
+        head, dtype = self.backbone.head, self.products.dtype
+        decoder = TorchDecoder(self._hidden, head, pack, group_size, max_new_tokens, dtype)
+        hidden = self._hidden(pack.ids, pack.positions, PackedAttention(pack, dtype, decoder.keep, native=False))
+        return decoder, head(hidden[decoder.lengths.cumsum(0) - 1]).float()
+
+    def _hidden(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``."""
+        if self.lean is not None:
+            return self.lean.hidden(ids, positions, plan, self._joined)
+        with self.backbone.following(plan):
+            return self.backbone.hidden(ids, positions)
 
     @torch.no_grad()
     def _batch(
@@ -214,7 +227,10 @@ class Sampler:
             prompts, group_size, settings, self.end_ids, logits.shape[-1], self.backbone.device, generator, adjust,
             first, ahead=1 if recorder is None else LOOK,
         )  # fmt: skip
-        step = Repeated(lambda: rows.take(decoder.step(rows.token, rows.position)), recorder, self._not_recorded)
+        step = Repeated(
+            lambda: rows.take(decoder.step(rows.token, rows.position)), recorder, self._not_recorded,
+            lambda: (decoder.shape, settings, adjust is None),
+        )  # fmt: skip
         rows.prepare(0)
         rows.take(logits.repeat_interleave(group_size, 0))
         for t in range(1, settings.max_new_tokens):
