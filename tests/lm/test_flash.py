@@ -7,59 +7,14 @@ from typing import Any
 import pytest
 import torch
 from architectures import MIXED, random_groups
-from torch import Tensor
+from kernels import stand_in
 
 from grouprl.lm import flash
 from grouprl.lm.attention import How, _Packed
-from grouprl.lm.flash import Flash, Layout, Part
+from grouprl.lm.flash import Flash, Layout
 from grouprl.lm.packing import Group, Pack
 
 SCALE = 0.4
-
-
-def scores(q: Tensor, k: Tensor, part: Part, scale: float) -> list[tuple[slice, slice, Tensor]]:
-    """Of each pair of stretches the scores ``[H, n, m]``, -inf where a query does not see a key."""
-    out = []
-    for (a, b), (c, d) in zip(
-        *(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True) for ends in (part.queries, part.keys)), strict=True
-    ):
-        s = scale * torch.einsum("shd,thd->hst", q[a:b], k[c:d])
-        if part.causal:
-            s = s.masked_fill(torch.ones(b - a, d - c).triu(1 + (d - c) - (b - a)) > 0, -torch.inf)
-        out.append((slice(a, b), slice(c, d), s))
-    return out
-
-
-def forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
-    out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], len(q)), torch.nan, dtype=torch.float32)
-    for mine, its, s in scores(q, k, part, scale):
-        lse[:, mine] = s.logsumexp(-1).float()
-        out[mine] = torch.einsum("hst,thd->shd", s.softmax(-1), v[its])
-    return out, lse, torch.zeros(2), torch.zeros(1)
-
-
-def backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float, state: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels' formulas: probabilities from the sums they are given, not from sums of their own."""
-    assert torch.are_deterministic_algorithms_enabled()
-    assert len(state) == 2
-    g, k_heads = q.shape[1] // k.shape[1], k.shape[1]
-    k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
-    dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))  # what no query sees is not written
-    delta = (gradient * out).sum(-1).t()
-    for mine, its, s in scores(q, k, part, scale):
-        if mine.start == mine.stop:
-            continue
-        p = (s - lse[:, mine, None]).exp()
-        ds = p * (torch.einsum("shd,thd->hst", gradient[mine], v[its]) - delta[:, mine, None])
-        dq[mine] = scale * torch.einsum("hst,thd->shd", ds, k[its])
-        dk[its] = scale * torch.einsum("hst,shd->thd", ds, q[mine])
-        dv[its] = torch.einsum("hst,shd->thd", p, gradient[mine])
-    shared = (len(k), k_heads, g, -1)
-    return dq, dk.view(shared).sum(2), dv.view(shared).sum(2)
 
 
 GROUPS = {
@@ -76,8 +31,7 @@ GROUPS = {
 def test_the_parts_make_the_whole_forwards_and_backwards(
     name: str, heads: int, k_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flash, "_forward", forward)
-    monkeypatch.setattr(flash, "_backward", backward)
+    stand_in(monkeypatch)
     pack, generator = Pack.of(GROUPS[name]), torch.Generator().manual_seed(1)
     given = [
         torch.randn(len(pack.ids), n, 8, generator=generator, dtype=torch.float64) for n in (heads, k_heads, k_heads)

@@ -25,15 +25,15 @@ from architectures import (
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
+from grouprl.lm import layers
 from grouprl.lm.attention import How, PackedAttention, _Packed
 from grouprl.lm.backbone import find_backbone
+from grouprl.lm.layers import find_layers
 from grouprl.lm.learner import Learner
 from grouprl.lm.native import compile as native
 from grouprl.lm.native import head as native_head
-from grouprl.lm.native import layers
 from grouprl.lm.native.attention import attend
 from grouprl.lm.native.gradient import weight_gradient
-from grouprl.lm.native.layers import find_layers
 from grouprl.lm.native.linear import Linear
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.products import Products

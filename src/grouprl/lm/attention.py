@@ -143,7 +143,7 @@ class PackedAttention:
         if (
             layout is not None
             and flash.supported(q, k, dtype, how.window, how.softcap, layout.span)
-            and _flash_works(q.device, dtype, q.shape[1], *k.shape[1:])
+            and flash_works(q.device, dtype, q.shape[1], *k.shape[1:])
         ):
             given = (x.to(dtype) for x in (q, k, v))
             out: Tensor = flash.Flash.apply(*given, layout, how.scale)  # type: ignore[no-untyped-call]
@@ -159,7 +159,7 @@ class PackedAttention:
 
 
 @cache
-def _flash_works(device: torch.device, dtype: torch.dtype, heads: int, k_heads: int, d: int) -> bool:
+def flash_works(device: torch.device, dtype: torch.dtype, heads: int, k_heads: int, d: int) -> bool:
     """Whether FlashAttention gives what rectangles give here, forwards and backwards."""
     pack = Pack.of([Group([0] * 5, ([0] * 9, [0])), Group([0] * 20, ([0],)), Group([0], ([0] * 3,))], device)
     generator = torch.Generator().manual_seed(0)

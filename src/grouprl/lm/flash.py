@@ -91,38 +91,50 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-        p = layout.prompts
-        out, lse, *state = _forward(q, k, v, layout.own, scale)
-        states = [state]
-        if layout.shared is not None:
-            of_prompt, lse_of_prompt, *state = _forward(q[p:], k[:p], v[:p], layout.shared, scale)
-            states.append(state)
-            more = lse_of_prompt - lse[:, p:]
-            share = torch.sigmoid(more).t()[..., None]
-            out[p:] = torch.lerp(out[p:].float(), of_prompt.float(), share)
-            lse[:, p:] += F.softplus(more)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale, ctx.states = layout, scale, states
+        out, *more = attend(q, k, v, layout, scale)
+        ctx.save_for_backward(q, k, v, out, *more)
+        ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        layout, p = ctx.layout, ctx.layout.prompts
-        gradient = gradient.contiguous()
-        with _in_the_same_order():
-            dq, dk, dv = _backward(gradient, q, k, v, out, lse, layout.own, ctx.scale, ctx.states[0])
-            if layout.shared is not None:
-                more = _backward(
-                    gradient[p:], q[p:], k[:p], v[:p], out[p:], lse[:, p:].contiguous(), layout.shared, ctx.scale,
-                    ctx.states[1],
-                )  # fmt: skip
-                for of_keys in more[1:]:
-                    for prompt in layout.alone:
-                        of_keys[prompt] = 0
-                for total, part in zip((dq[p:], dk[:p], dv[:p]), more, strict=True):
-                    total += part
-        return dq, dk, dv, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return *gradient(g, *ctx.saved_tensors, layout=ctx.layout, scale=ctx.scale), None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, ...]:
+    """Attended values ``[S, H, D]``, logarithms of softmax sums ``[H, S]``, and what :func:`gradient` wants besides.
+
+    Args:
+        q: ``[S, H, D]``. k, v: ``[S, K, D]``. All in half precision.
+    """
+    p = layout.prompts
+    out, lse, *states = _forward(q, k, v, layout.own, scale)
+    if layout.shared is not None:
+        of_prompt, lse_of_prompt, *more = _forward(q[p:], k[:p], v[:p], layout.shared, scale)
+        difference = lse_of_prompt - lse[:, p:]
+        share = torch.sigmoid(difference).t()[..., None]
+        out[p:] = torch.lerp(out[p:].float(), of_prompt.float(), share)
+        lse[:, p:] += F.softplus(difference)
+        states += more
+    return out, lse, *states
+
+
+def gradient(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *states: Tensor, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``q``, ``k`` and ``v`` from ``g``, that of the attended values, and what :func:`attend` gave."""
+    p, g = layout.prompts, g.contiguous()
+    with _in_the_same_order():
+        dq, dk, dv = _backward(g, q, k, v, out, lse, layout.own, scale, states[:2])
+        if layout.shared is not None:
+            ours = (g[p:], q[p:], k[:p], v[:p], out[p:], lse[:, p:].contiguous())
+            more = _backward(*ours, layout.shared, scale, states[2:])
+            for of_keys in more[1:]:
+                for prompt in layout.alone:
+                    of_keys[prompt] = 0
+            for total, part in zip((dq[p:], dk[:p], dv[:p]), more, strict=True):
+                total += part
+    return dq, dk, dv
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,11 +146,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple
 
 
 def _backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float,
-    state: list[Tensor],
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float,
+    state: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        gradient, q, k, v, out, lse, part.queries, part.keys, *part.longest, 0.0, part.causal, *state, scale=scale
+        g, q, k, v, out, lse, part.queries, part.keys, *part.longest, 0.0, part.causal, *state, scale=scale
     )
     return dq, dk, dv
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from grouprl.lm.attention import PackedAttention
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.head import TokenTerms, log_probs
-from grouprl.lm.native.layers import LlamaLayers
+from grouprl.lm.layers import LlamaLayers
 from grouprl.lm.packing import Group, Pack, micro_batches
 from grouprl.lm.products import Products
 from grouprl.objective.packed import position
@@ -84,7 +84,7 @@ class Learner:
             if self.backbone is None:
                 yield
             elif self.layers is not None:
-                with self.products.learning(self.layers.linears):
+                with self.products.learning(self.layers.linears), self.layers.learning():
                     yield
             else:
                 with self.products.learning(), self.backbone.following(self._plan):

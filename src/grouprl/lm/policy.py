@@ -14,9 +14,9 @@ from torch import Tensor
 from grouprl.errors import UsageError
 from grouprl.lm.backbone import find_backbone
 from grouprl.lm.config import GRPOConfig
+from grouprl.lm.layers import find_layers
 from grouprl.lm.learner import Learner, Part
 from grouprl.lm.models import eos_token_ids
-from grouprl.lm.native.layers import find_layers
 from grouprl.lm.plain import PlainSampler
 from grouprl.lm.products import Products, supports_bf16
 from grouprl.lm.rows import Adjust, Completion

@@ -15,8 +15,9 @@ from grouprl.lm.native.adapters import added, is_lora
 from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import functions
 from grouprl.lm.native.linear import Linear, LinearStruct
-from grouprl.lm.native.parts import Parts, rotary
+from grouprl.lm.native.parts import NativeParts
 from grouprl.lm.packing import Pack
+from grouprl.lm.parts import rotary
 
 _W = 16
 """Floats of a vector: tokens of a block of keys."""
@@ -93,7 +94,7 @@ class NativeModel:
         self.lib, self.decoder, self.head, self.low = functions(), decoder, head, low
         self.dtype = torch.bfloat16 if low else torch.float32
         self._kept: list[Tensor] = []
-        self.parts = [Parts.of(layer, how) for layer, how in zip(decoder.layers, ways, strict=True)]
+        self.parts = [NativeParts.of(layer, how) for layer, how in zip(decoder.layers, ways, strict=True)]
         self._head = self._linear(head)
         self.linears: list[tuple[Linear, Linear, Linear, Linear]] = []
         """Of each layer: queries, keys and values; output; gate and up, in turns; down."""
@@ -133,7 +134,7 @@ class NativeModel:
         x = self.decoder.embed_tokens.weight.detach()[pack.ids].float()
         cos, sin = rotary(self.decoder, x, pack.positions)
         for parts, (qkv, o, gate_up, down) in zip(self.parts, self.linears, strict=True):
-            q, k, v = parts.split(parts.rotate(qkv(parts.norm(x, self.dtype), self.dtype), cos, sin))
+            q, k, v = parts.rotate(qkv(parts.norm(x, self.dtype), self.dtype), cos, sin)
             keep(parts.module.self_attn, k, v)
             out = torch.empty(q.shape, dtype=self.dtype)
             attention(q, k, v, pack, parts.how.scale, parts.how.window, {"out": out})

@@ -1,17 +1,18 @@
-"""A layer of a Llama-shaped model, and what lies between its products: norms, rotary positions, gates."""
+"""What lies between the products of a Llama-shaped layer, as compiled code."""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grouprl.lm.attention import How
+from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import functions
+from grouprl.lm.packing import Pack
+from grouprl.lm.parts import Parts, Triple, rotary
 from grouprl.lm.products import add_gradient
 
 
@@ -22,58 +23,70 @@ class _Rotary(Structure):
     ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A decoder layer of :mod:`grouprl.lm.lean`'s shape, what it asks of attention, its norms' weights in float32."""
+class NativeParts(Parts):
+    """By compiled code, on a CPU."""
 
-    module: Any
-    how: How
-    norms: dict[str, Tensor]
+    @staticmethod
+    def angles(decoder: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Parts.angles`: each ``[S, D]``."""
+        return rotary(decoder, x, positions)
 
-    @classmethod
-    def of(cls, module: Any, how: How) -> Parts:
-        """The parts of a layer."""
-        norms = {"input": module.input_layernorm, "post": module.post_attention_layernorm}
-        if hasattr(module.self_attn, "q_norm"):
-            norms |= {"q": module.self_attn.q_norm, "k": module.self_attn.k_norm}
-        return cls(module, how, {name: norm.weight.detach().float().contiguous() for name, norm in norms.items()})
-
-    @property
-    def heads(self) -> tuple[int, int, int]:
-        """Query heads, key heads, size of a head."""
-        a = self.module.self_attn
-        return a.q_proj.out_features // a.head_dim, a.k_proj.out_features // a.head_dim, a.head_dim
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[S, (H + 2 K) D]`` -> views of queries ``[S, H, D]``, keys and values ``[S, K, D]``."""
-        heads, k_heads, d = self.heads
-        q, k, v = torch.split(x.view(len(x), -1, d), [heads, k_heads, k_heads], 1)
-        return q, k, v
+    @staticmethod
+    def seen(pack: Pack) -> Pack:
+        """See :meth:`Parts.seen`."""
+        return pack
 
     def norm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The norm of ``x [S, d]`` before attention."""
+        """See :meth:`Parts.norm`."""
         return _norm(self.module.input_layernorm, self.norms["input"], x, dtype)
 
     def post_norm(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``x + y``, and the norm of it before the MLP, in the dtype of ``y``."""
+        """See :meth:`Parts.post_norm`."""
         to = torch.empty_like(x)
         return to, _norm(self.module.post_attention_layernorm, self.norms["post"], x, y.dtype, y, to)
 
     def norm_gradient(self, x: Tensor, dh: Tensor, g: Tensor, g_low: Tensor) -> Tensor:
-        """Add to ``g`` what flows back through :meth:`norm` of ``x``, write it to ``g_low`` too; the norm again."""
+        """See :meth:`Parts.norm_gradient`."""
         return _norm_gradient(self.module.input_layernorm, self.norms["input"], x, dh, g, g_low)
 
     def post_norm_gradient(self, x: Tensor, dh: Tensor, g: Tensor, g_low: Tensor) -> Tensor:
-        """The same for the norm before the MLP."""
+        """See :meth:`Parts.post_norm_gradient`."""
         return _norm_gradient(self.module.post_attention_layernorm, self.norms["post"], x, dh, g, g_low)
 
-    def rotate(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``qkv [S, (H + 2 K) D]`` with queries and keys normed, where there are norms, and turned by position."""
+    def rotate(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Triple:
+        """See :meth:`Parts.rotate`."""
         out = torch.empty_like(qkv)
         functions().grouprl_rotate(self._rotary(qkv, cos, sin), _at(qkv), _at(out))
-        return out
+        return self.split(out)
 
-    def rotate_gradient(self, qkv: Tensor, cos: Tensor, sin: Tensor, g: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Any, place: Tensor | None) -> tuple[Tensor, ...]:
+        """See :meth:`Parts.attend`. The gradient needs nothing more."""
+        out = torch.empty(q.shape, dtype=q.dtype) if place is None else place.view(q.shape)
+        attention(q, k, v, seen, self.how.scale, self.how.window, {"out": out})
+        return (out.flatten(1),)
+
+    def attention_gradient(
+        self, qkv: Tensor, turned: Triple, cos: Tensor, sin: Tensor, seen: Any, found: tuple[Tensor, ...], d: Tensor
+    ) -> Tensor:
+        """See :meth:`Parts.attention_gradient`."""
+        made = torch.empty(qkv.shape, dtype=torch.float32)
+        parts = dict(zip(("dq", "dk", "dv"), self.split(made), strict=True))
+        attention(*turned, seen, self.how.scale, self.how.window, parts, d.view(turned[0].shape))
+        return self._rotate_gradient(qkv, cos, sin, made)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """See :meth:`Parts.gate`."""
+        m = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        functions().grouprl_gate(is_low(m), *m.shape, _at(gate_up), _at(m))
+        return m
+
+    def gate_gradient(self, gate_up: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Parts.gate_gradient`."""
+        out, m = torch.empty_like(gate_up), torch.empty_like(dm)
+        functions().grouprl_gate_gradient(is_low(m), *m.shape, _at(gate_up), _at(dm), _at(out), _at(m))
+        return out, m
+
+    def _rotate_gradient(self, qkv: Tensor, cos: Tensor, sin: Tensor, g: Tensor) -> Tensor:
         """The gradient of ``qkv``, from that of :meth:`rotate` in float32."""
         out = torch.empty_like(qkv)
         made = [torch.zeros_like(self.norms[name]) for name in ("q", "k") if name in self.norms]
@@ -92,26 +105,6 @@ class Parts:
             *(_at(self.norms.get(name)) for name in ("q", "k")), _at(cos), _at(sin), *(_at(x) for x in made),
         )  # fmt: skip
         return ctypes.cast(ctypes.pointer(struct), POINTER(_Rotary))
-
-
-def gate(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up ``[S, I]`` of ``gate_up [S, 2 I]``."""
-    m = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    functions().grouprl_gate(is_low(m), *m.shape, _at(gate_up), _at(m))
-    return m
-
-
-def gate_gradient(gate_up: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``gate_up`` from that of :func:`gate`, and the gate again."""
-    out, m = torch.empty_like(gate_up), torch.empty_like(dm)
-    functions().grouprl_gate_gradient(is_low(m), *m.shape, _at(gate_up), _at(dm), _at(out), _at(m))
-    return out, m
-
-
-def rotary(decoder: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of ``positions [S]``, each ``[S, D]`` float32."""
-    cos, sin = decoder.rotary_emb(x.detach()[None], positions[None])
-    return cos[0].float().contiguous(), sin[0].float().contiguous()
 
 
 def is_low(x: Tensor) -> int:

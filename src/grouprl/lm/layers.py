@@ -1,32 +1,34 @@
 """The layers of a Llama-shaped model as one differentiable function each: what :mod:`grouprl.lm.lean` is to sampling.
 
-torch does the products, compiled code all that lies between them. A layer keeps for its backward pass its input and the
-attended values, a quarter of what it computes. As many layers as may keep what the largest products gave as well: so
-many that it is little beside what the weights take anyway. The rest, and the weights in the precision of the products,
-a layer makes again.
+Products, and what lies between them by :mod:`grouprl.lm.parts`: compiled code on a CPU, torch on a GPU. A layer keeps
+for its backward pass its input and the attended values, a quarter of what it computes. As many layers as may keep what
+the largest products gave as well: on a CPU so many that it is little beside what the weights take anyway, on a GPU what
+it has the memory for. The rest, and on a CPU the weights in the precision of the products, a layer makes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.attention import How, PackedAttention
+from grouprl.lm import flash
+from grouprl.lm.attention import How, PackedAttention, flash_works
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.lean import lean_step
 from grouprl.lm.native.adapters import added, doing_something, is_lora
-from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import available
 from grouprl.lm.native.decode import supported
 from grouprl.lm.native.linear import Linear, preferred
-from grouprl.lm.native.parts import Parts, gate, gate_gradient, rotary
+from grouprl.lm.native.parts import NativeParts
 from grouprl.lm.packing import Group, Pack
+from grouprl.lm.parts import Parts, TorchParts
 from grouprl.lm.products import add_gradient, add_product
 
 KEPT_SHARE = 0.08
@@ -48,7 +50,8 @@ class _Product:
         self.parts, self.dtype = parts, dtype
         ends = list(accumulate(part.out_features for part in parts))
         self.columns = [slice(end - part.out_features, end) for end, part in zip(ends, parts, strict=True)]
-        self.compiled = dtype == torch.bfloat16 and preferred() and ends[-1] % 32 == 0
+        on_cpu = parts[0].weight.device.type == "cpu"
+        self.compiled = on_cpu and dtype == torch.bfloat16 and preferred() and ends[-1] % 32 == 0
         adapted = zip(self.columns, parts, strict=True)
         self.adapters = [(columns, *adapter) for columns, part in adapted for adapter in added(part)]
 
@@ -56,14 +59,20 @@ class _Product:
     def _weight(self) -> Tensor:
         return _joined([part.weight.detach() for part in self.parts], self.dtype)
 
-    def _forwards(self, x: Tensor, y: Tensor) -> None:
+    @cached_property
+    def _bias(self) -> Tensor | None:
         biases = [part.bias for part in self.parts]
+        if all(bias is None for bias in biases):
+            return None
+        found = zip(biases, self.parts, strict=True)
+        zeros = [p.weight.new_zeros(p.out_features) if b is None else b.detach() for b, p in found]
+        return _joined(zeros, self.dtype)
+
+    def _forwards(self, x: Tensor, y: Tensor) -> None:
         if self.compiled:
-            Linear([part.weight for part in self.parts], biases, low=True).into(y, x)
-        elif any(b is not None for b in biases):
-            found = zip(biases, self.parts, strict=True)
-            bias = _joined([torch.zeros(p.out_features) if b is None else b.detach() for b, p in found], self.dtype)
-            torch.addmm(bias, x, self._weight.t(), out=y)
+            Linear([part.weight for part in self.parts], [part.bias for part in self.parts], low=True).into(y, x)
+        elif self._bias is not None:
+            torch.addmm(self._bias, x, self._weight.t(), out=y)
         else:
             torch.mm(x, self._weight.t(), out=y)
 
@@ -109,9 +118,10 @@ def _joined(weights: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Layer(Parts):
+class _Layer:
     """A layer with its weights in the dtype of the products."""
 
+    parts: Parts
     dtype: torch.dtype
     qkv: _Product
     o: _Product
@@ -122,7 +132,7 @@ class _Layer(Parts):
     def rounded(cls, parts: Parts, dtype: torch.dtype) -> _Layer:
         a, mlp = parts.module.self_attn, parts.module.mlp
         groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
-        return cls(parts.module, parts.how, parts.norms, dtype, *(_Product(group, dtype) for group in groups))
+        return cls(parts, dtype, *(_Product(group, dtype) for group in groups))
 
 
 @dataclass(frozen=True)
@@ -133,18 +143,22 @@ class _Kept:
     """
 
     out: Tensor
-    attended: Tensor
+    attended: Tensor | None
     qkv: Tensor | None
     gate_up: Tensor | None
 
     @classmethod
-    def of(cls, parts: Parts, tokens: int, dtype: torch.dtype, everything: bool) -> _Kept:
+    def of(cls, layer: Any, x: Tensor, dtype: torch.dtype, everything: bool) -> _Kept:
         """The output ``[S, d]`` float32, attended values, and with ``everything`` what the largest products give."""
-        a, mlp = parts.module.self_attn, parts.module.mlp
+        tokens = len(x)
+
+        def place(width: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.empty(tokens, width, dtype=kind, device=x.device)
+
         return cls(
-            torch.empty(tokens, mlp.down_proj.out_features, dtype=torch.float32),
-            torch.empty(tokens, a.o_proj.in_features, dtype=dtype),
-            *(torch.empty(tokens, width, dtype=dtype) if everything else None for width in _widths(parts.module)),
+            place(x.shape[1], torch.float32),
+            place(layer.self_attn.o_proj.in_features) if x.device.type == "cpu" else None,
+            *(place(width) if everything else None for width in _widths(layer)),
         )
 
 
@@ -156,60 +170,91 @@ def _widths(layer: Any) -> tuple[int, int]:
 
 
 class LlamaLayers:
-    """The layers of a Llama-shaped model, for learning. See :func:`find_layers`."""
+    """The layers of a Llama-shaped model, for learning. See :func:`find_layers`.
 
-    def __init__(self, decoder: Any, ways: tuple[How, ...], dtype: torch.dtype) -> None:
-        self.decoder, self.ways, self.dtype = decoder, ways, dtype
+    Args:
+        decoder: the model. ways: what each layer asks of attention. dtype: of products.
+        kind: what does all that lies between the products.
+    """
+
+    def __init__(self, decoder: Any, ways: tuple[How, ...], dtype: torch.dtype, kind: type[Parts]) -> None:
+        self.decoder, self.ways, self.dtype, self.kind = decoder, ways, dtype, kind
         self.linears = frozenset(m for m in decoder.layers.modules() if type(m) is nn.Linear)
+        self._on_cpu = decoder.embed_tokens.weight.device.type == "cpu"
+        self._rounded: list[_Layer] | None = None
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Within, weights do not change. On a GPU they are then rounded once for all that is learned."""
+        if not self._on_cpu:
+            self._rounded = [self._layer(i) for i in range(len(self.ways))]
+        try:
+            yield
+        finally:
+            self._rounded = None
+
+    def _layer(self, i: int) -> _Layer:
+        """Layer ``i`` with its weights as they are now."""
+        if self._rounded is not None:
+            return self._rounded[i]
+        return _Layer.rounded(self.kind.of(self.decoder.layers[i], self.ways[i]), self.dtype)
 
     def hidden(self, pack: Pack) -> Tensor:
         """Last hidden states ``[S, d]`` of a pack."""
         x: Tensor = self.decoder.embed_tokens(pack.ids).float()
-        cos, sin = rotary(self.decoder, x, pack.positions)
+        angles, seen = self.kind.angles(self.decoder, x, pack.positions), self.kind.seen(pack)
         keeping = self.keeping(len(pack.ids)) if torch.is_grad_enabled() else 0
-        for i, (module, how) in enumerate(zip(self.decoder.layers, self.ways, strict=True)):
-            parts = Parts.of(module, how)
-            place = _Kept.of(parts, len(pack.ids), self.dtype, i < keeping)
+        for i, module in enumerate(self.decoder.layers):
+            place = _Kept.of(module, x, self.dtype, i < keeping)
             # One weight that is learned tells autograd that something is.
             anchor = next((p for p in module.parameters() if p.requires_grad), None)
-            x = _Run.apply(x, anchor, parts, self.dtype, cos, sin, pack, place)  # type: ignore[no-untyped-call]
+            x = _Run.apply(x, anchor, partial(self._layer, i), *angles, seen, place)  # type: ignore[no-untyped-call]
         out: Tensor = self.decoder.norm(x)
         return out
 
     def keeping(self, tokens: int) -> int:
         """How many layers keep what products gave for the backward pass of a pack of ``tokens``."""
-        weights = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in self.decoder.parameters())
         width = sum(_widths(self.decoder.layers[0])) * self.dtype.itemsize
-        return int(KEPT_SHARE * weights / (tokens * width))
+        if self._on_cpu:
+            weights = sum(
+                p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in self.decoder.parameters()
+            )
+            room = KEPT_SHARE * weights
+        else:  # of all, not of what is free: a run must not depend on what else is there
+            device = self.decoder.embed_tokens.weight.device
+            room = torch.cuda.get_device_properties(device).total_memory / 8
+        return int(room / (tokens * width))
 
     @property
     def together(self) -> int | None:
         """The tokens that groups are best learned from together; None for any number, where few layers could keep."""
-        return TOGETHER if 2 * self.keeping(TOGETHER) >= len(self.decoder.layers) else None
+        return TOGETHER if self._on_cpu and 2 * self.keeping(TOGETHER) >= len(self.decoder.layers) else None
 
 
 @torch.no_grad()
 def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
     """The layers of ``backbone`` as fused functions, if each gives what the model's own module gives, else None.
 
-    Needs a Llama-shaped model on a CPU (see :mod:`grouprl.lm.lean`), without adapters other than PEFT's plain low-rank
-    ones, and a C compiler.
+    Needs a Llama-shaped model (see :mod:`grouprl.lm.lean`) without adapters other than PEFT's plain low-rank ones; on a
+    CPU a C compiler, on a GPU products in half precision and FlashAttention.
     """
     step = lean_step(backbone)
-    if step is None or not supported(backbone.decoder, backbone.head) or not available():
+    kind = None if step is None else _kind(backbone, step.ways, dtype)
+    if step is None or kind is None:
         return None
-    layers = LlamaLayers(backbone.decoder, step.ways, dtype)
+    layers = LlamaLayers(backbone.decoder, step.ways, dtype, kind)
     adapted = [m for m in backbone.decoder.layers.modules() if is_lora(m)]
     if len(layers.linears) != 7 * len(backbone.decoder.layers) + sum(2 * len(m.lora_A) for m in adapted):
         return None
     pack = Pack.of([Group([1, 2, 3, 4, 2], ([3, 1, 2], [0, 4])), Group([2, 1], ([1, 3, 2],))], backbone.device)
+    tried = torch.float32 if kind is NativeParts else dtype
     differences: list[float] = []
 
     def compare(module: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
         x, wanted = given[0][0].float().contiguous(), (out[0] if isinstance(out, tuple) else out)[0].float()
-        parts = Parts.of(module, step.ways[len(differences)])
-        angles, place = rotary(backbone.decoder, x, pack.positions), _Kept.of(parts, len(x), torch.float32, False)
-        found = _Run.apply(x, None, parts, torch.float32, *angles, pack, place)  # type: ignore[no-untyped-call]
+        layer = partial(_Layer.rounded, kind.of(module, step.ways[len(differences)]), tried)
+        angles, place = kind.angles(backbone.decoder, x, pack.positions), _Kept.of(module, x, tried, False)
+        found = _Run.apply(x, None, layer, *angles, kind.seen(pack), place)  # type: ignore[no-untyped-call]
         differences.append(float((found - wanted).norm() / wanted.norm()))
 
     training = backbone.model.training
@@ -222,8 +267,32 @@ def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
         backbone.model.train(training)
         for hook in hooks:
             hook.remove()
-    exact = backbone.head.weight.dtype == torch.float32
+    exact = tried == backbone.head.weight.dtype == torch.float32
     return layers if max(differences) < (1e-4 if exact else 0.05) else None
+
+
+def _kind(backbone: Backbone, ways: Sequence[How], dtype: torch.dtype) -> type[Parts] | None:
+    """What can do all that lies between the products here."""
+    if supported(backbone.decoder, backbone.head) and available():
+        return NativeParts
+    layers = backbone.decoder.layers
+    mine = (
+        backbone.device.type == "cuda"
+        and all(how.window is None for how in ways)
+        and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in layers)
+        and all(
+            type(m) is nn.Linear or is_lora(m)
+            for layer in layers
+            for m in (*layer.self_attn.children(), *layer.mlp.children())
+            if hasattr(m, "out_features")
+        )
+    )
+    if mine:
+        heads, k_heads, d = TorchParts.of(layers[0], ways[0]).heads
+        q, k = (torch.empty(1, n, d, device=backbone.device, dtype=dtype) for n in (heads, k_heads))
+        if flash.supported(q, k, dtype, None, None, 1) and flash_works(q.device, dtype, heads, k_heads, d):
+            return TorchParts
+    return None
 
 
 class _Run(torch.autograd.Function):
@@ -234,50 +303,46 @@ class _Run(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         anchor: Tensor | None,
-        parts: Parts,
-        dtype: torch.dtype,
+        layer_now: Callable[[], _Layer],
         cos: Tensor,
         sin: Tensor,
-        pack: Pack,
+        seen: Any,
         place: _Kept,
     ) -> Tensor:
-        layer = _Layer.rounded(parts, dtype)
-        h = layer.norm(x, layer.dtype)
-        qkv = layer.qkv(h, place.qkv)
-        q, k, v = layer.split(layer.rotate(qkv, cos, sin))
-        attended = place.attended
-        attention(q, k, v, pack, layer.how.scale, layer.how.window, {"out": attended.view(q.shape)})
-        x2, h = layer.post_norm(x, layer.o(attended))
+        layer = layer_now()
+        parts = layer.parts
+        qkv = layer.qkv(parts.norm(x, layer.dtype), place.qkv)
+        found = parts.attend(*parts.rotate(qkv, cos, sin), seen, place.attended)
+        x2, h = parts.post_norm(x, layer.o(found[0]))
         gate_up = layer.gate_up(h, place.gate_up)
-        ctx.save_for_backward(x, attended, cos, sin, *(() if place.qkv is None else (qkv, gate_up)))
-        ctx.parts, ctx.dtype, ctx.pack = parts, dtype, pack
-        return torch.add(x2, layer.down(gate(gate_up)), out=place.out)
+        ctx.save_for_backward(x, cos, sin, *(() if place.qkv is None else (qkv, gate_up)), *found)
+        ctx.layer, ctx.seen, ctx.kept = layer_now, seen, place.qkv is not None
+        return torch.add(x2, layer.down(parts.gate(gate_up)), out=place.out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, attended, cos, sin, *kept = ctx.saved_tensors
-        layer = _Layer.rounded(ctx.parts, ctx.dtype)
+        x, cos, sin, *saved = ctx.saved_tensors
+        kept, found = (saved[:2], tuple(saved[2:])) if ctx.kept else ((), tuple(saved))
+        layer = ctx.layer()
+        parts = layer.parts
         g = gradient.float().clone(memory_format=torch.contiguous_format)
         g_low = g.to(layer.dtype, copy=True)
 
-        x2, h = layer.post_norm(x, layer.o(attended))
+        x2, h = parts.post_norm(x, layer.o(found[0]))
         gate_up = kept[1] if kept else layer.gate_up(h)
-        d_gate_up, m = gate_gradient(gate_up, layer.down.backward(g_low))
+        d_gate_up, m = parts.gate_gradient(gate_up, layer.down.backward(g_low))
         layer.down.learn(g_low, m)
         del m, gate_up
-        h = layer.post_norm_gradient(x2, layer.gate_up.backward(d_gate_up), g, g_low)
+        h = parts.post_norm_gradient(x2, layer.gate_up.backward(d_gate_up), g, g_low)
         layer.gate_up.learn(d_gate_up, h)
         del d_gate_up
 
         d_attended = layer.o.backward(g_low)
-        layer.o.learn(g_low, attended)
-        qkv = kept[0] if kept else layer.qkv(layer.norm(x, layer.dtype))
-        q, k, v = layer.split(layer.rotate(qkv, cos, sin))
-        made = torch.empty(qkv.shape, dtype=torch.float32)
-        parts = dict(zip(("dq", "dk", "dv"), layer.split(made), strict=True))
-        attention(q, k, v, ctx.pack, layer.how.scale, layer.how.window, parts, d_attended.view(q.shape))
-        dqkv = layer.rotate_gradient(qkv, cos, sin, made)
-        del made, parts, q, k, v, d_attended
-        h = layer.norm_gradient(x, layer.qkv.backward(dqkv), g, g_low)
+        layer.o.learn(g_low, found[0])
+        qkv = kept[0] if kept else layer.qkv(parts.norm(x, layer.dtype))
+        turned = parts.rotate(qkv, cos, sin)
+        dqkv = parts.attention_gradient(qkv, turned, cos, sin, ctx.seen, found, d_attended)
+        del turned, d_attended
+        h = parts.norm_gradient(x, layer.qkv.backward(dqkv), g, g_low)
         layer.qkv.learn(dqkv, h)
-        return g, None, None, None, None, None, None, None
+        return g, None, None, None, None, None, None
