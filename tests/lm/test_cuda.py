@@ -31,12 +31,15 @@ from architectures import (
 from peft import LoraConfig
 from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, same, trainer, warm, weights, without_times
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from grouprl.lm import GRPOConfig, GRPOTrainer
-from grouprl.lm.attention import PackedAttention
+from grouprl.lm.attention import PackedAttention, flash_works
 from grouprl.lm.backbone import Backbone, find_backbone
+from grouprl.lm.layers import find_layers
+from grouprl.lm.learner import Learner
 from grouprl.lm.packing import Group, Pack
+from grouprl.lm.parts import TorchParts
 from grouprl.lm.plain import PlainSampler
 from grouprl.lm.products import Products, supports_bf16
 from grouprl.lm.recorder import peak_memory_gb
@@ -58,10 +61,10 @@ def on_gpu(name: str, **changes: Any) -> Any:
     return build(name, **changes).to("cuda")
 
 
-def wide() -> Any:
-    """A Llama with products large enough for the kernels that real models get."""
+def wide(kind: Any = LlamaConfig) -> Any:
+    """A model with products large enough for the kernels that real ones get."""
     return make(
-        LlamaConfig(
+        kind(
             vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, tie_word_embeddings=True,
         )
@@ -132,6 +135,52 @@ def test_low_precision_is_no_less_exact_than_autocast() -> None:
     assert 1e-3 < autocast_error < 0.2  # there is something to compare with
     assert relative_error(our_gradient, gradient) <= 1.25 * autocast_error
     assert float((our_logp - logp).norm()) <= 1.25 * float((autocast_logp - logp).norm())
+
+
+def fused(model: Any) -> Learner:
+    """With the layers as fused functions, in bfloat16."""
+    backbone, why = find_backbone(model)
+    assert backbone is not None, why
+    layers = find_layers(backbone, torch.bfloat16)
+    assert layers is not None
+    assert layers.kind is TorchParts
+    return Learner(model, backbone, Products(model, torch.bfloat16), 1.0, 10**9, layers=layers)
+
+
+@pytest.mark.parametrize("keeping", [True, False])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+def test_fused_layers_are_no_less_exact_than_autocast(
+    keeping: bool, frozen: bool, norms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wide(Qwen3Config if norms else LlamaConfig)
+    groups = random_groups((12, (20, 9, 30)), (5, (16, 1, 24)), (20, (12,)), (7, (1,)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not (frozen and any(part in name for part in ("embed", "layers.0.mlp", "v_proj")))
+    given = random_weights(groups)
+    logp, gradient = naive(model, groups, given)
+    with torch.autocast("cuda", torch.bfloat16):
+        parts = [naive_log_probs(model, g.prompt, c) for g in groups for c in g.completions]
+    (given.to("cuda") * torch.cat(parts)).sum().backward()
+    autocast_logp, autocast_error = torch.cat(parts).detach().cpu(), relative_error(take_gradient(model), gradient)
+    learner = fused(model)
+    monkeypatch.setattr(learner.layers, "keeping", lambda tokens: 100 if keeping else 0)
+    found = [learned(learner, groups, given) for _ in range(3)]
+    assert relative_error(found[0][1], gradient) <= 1.25 * autocast_error
+    assert float((found[0][0] - logp).norm()) <= 1.25 * float((autocast_logp - logp).norm())
+    for again_logp, again in found[1:]:  # the same every time, bit for bit
+        assert torch.equal(again_logp, found[0][0])
+        assert [key for key in again if not torch.equal(again[key], found[0][1][key])] == []
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_training_uses_fused_layers_and_flash_attention(name: str) -> None:
+    model = on_gpu(name)
+    assert fused(model).layers is not None
+    assert flash_works(torch.device("cuda", 0), torch.bfloat16, 4, 2, 64)
+    assert find_layers(Backbone(model), torch.float32) is None
+    assert find_layers(Backbone(on_gpu("gemma3")), torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -50,25 +50,37 @@ def test_layers_joined_to_one_product_give_what_they_give_apart(name: str, dtype
     pack = Pack.of([Group([5, 6, 7, 1], ()), Group([8, 2], ())])
     plan = PackedAttention(pack, dtype, native=False)
     assert step is not None
+    assert Joined.supported(step)
     joined = Joined(step, products)
-    assert len(joined.layers) == 5 * len(step.decoder.layers)
+    assert len([m for m in joined.linears if isinstance(m, nn.Linear)]) == 7 * len(step.decoder.layers)
     with products.sampling():
         wanted = step.hidden(pack.ids, pack.positions, plan)
-    with products.sampling(without=joined.layers):
+    with products.sampling(without=joined.linears):
         found = step.hidden(pack.ids, pack.positions, plan, joined)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert float((found - wanted).norm() / wanted.norm()) < tolerance
 
 
-def test_what_an_adapter_changes_is_not_joined() -> None:
+def test_adapters_are_joined_with_what_they_add() -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
     backbone = find_backbone(model)[0]
-    step = lean_step(backbone)  # type: ignore[arg-type]
+    step, products = lean_step(backbone), Products(model, torch.float32)  # type: ignore[arg-type]
+    pack = Pack.of([Group([5, 6, 7, 1], ())])
+    plan = PackedAttention(pack, torch.float32, native=False)
     assert step is not None
-    joined = Joined(step, Products(model, torch.float32))
-    assert all(layer.self_attn not in joined and layer.mlp in joined for layer in step.decoder.layers)
+    assert Joined.supported(step)
+    joined = Joined(step, products)
+    with products.sampling():
+        wanted = step.hidden(pack.ids, pack.positions, plan)
+    with products.sampling(without=joined.linears):
+        found = step.hidden(pack.ids, pack.positions, plan, joined)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma", "gemma3", "phi", "opt"])

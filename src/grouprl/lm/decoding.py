@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from grouprl.lm.attention import How, Plan, UnsupportedError
 from grouprl.lm.packing import Pack
 
-_HIDDEN = -1e30
 _ROOM = {"cpu": 32, "cuda": 256}
 """Tokens that a cache has room for at the beginning; then it doubles. On a GPU each growth costs a recording."""
 _EVEN = 8
@@ -106,7 +105,7 @@ class DecodeAttention:
         self.slots: Tensor | None = None if straight else slots.to(self.device)
         self.place: Tensor | None = None if straight else place.to(self.device)
         lengths = self._lengths[prompt_of_row]
-        self.length_of_row = lengths.to(self.device)
+        self.prompt_of_row, self.length_of_row = prompt_of_row.to(self.device), lengths.to(self.device)
         self._beyond = (torch.arange(self.t) >= lengths[:, None]).to(self.device)
 
     @property
@@ -182,7 +181,7 @@ class DecodeAttention:
         s = torch.cat([to_prompt, to_own], -1)
         if how.softcap is not None:
             s = torch.tanh(s.float() / how.softcap) * how.softcap
-        s.masked_fill_(self.hidden(how.window), _HIDDEN)
+        s.masked_fill_(self.hidden(how.window), torch.finfo(s.dtype).min)  # finite, as in attention.py
         p = s.softmax(-1).to(self.dtype)
         out = torch.bmm(p[..., t:].flatten(0, 1), own_v).view(rows, k_heads, g, d)
         out += self._by_row(torch.bmm(self._by_prompt(p[..., :t]), layer.values), k_heads, g)

@@ -9,8 +9,9 @@ other, and if a step of it gives the hidden states of the model itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from grouprl.lm.attention import How, Plan
 from grouprl.lm.backbone import Backbone
+from grouprl.lm.native.adapters import is_lora, with_added
 from grouprl.lm.products import Products
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -41,74 +43,80 @@ class LeanStep:
         cos, sin = (t[0, :, None] for t in decoder.rotary_emb(x[None], positions[None]))
         first, second = sin.chunk(2, -1)
         sin = torch.cat([-first, second], -1)
-        for layer, how in zip(decoder.layers, self.ways, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            qk, v = _queries_keys_values(attention, _norm(layer.input_layernorm, x), joined)
-            heads = qk.shape[1] - v.shape[1]
+        products = _apart(decoder) if joined is None else joined.layers
+        for layer, how, its in zip(decoder.layers, self.ways, products, strict=True):
+            attention, d = layer.self_attn, layer.self_attn.head_dim
+            qkv = its.qkv(_norm(layer.input_layernorm, x)).view(len(ids), -1, d)
+            heads, k_heads = attention.q_proj.out_features // d, attention.k_proj.out_features // d
+            qk, v = qkv[:, :-k_heads], qkv[:, -k_heads:]
+            if hasattr(attention, "q_norm"):
+                qk = torch.cat([attention.q_norm(qk[:, :heads]), attention.k_norm(qk[:, heads:])], 1)
             turned = qk.view(*qk.shape[:-1], 2, -1).flip(-2).flatten(-2)
             qk = (qk * cos).addcmul_(turned, sin)
             out = plan.attend(attention, qk[:, :heads], qk[:, heads:], v, how)
-            x = x + attention.o_proj.forward(out.reshape(len(ids), -1))
-            gate, up = _gate_up(mlp, _norm(layer.post_attention_layernorm, x), joined)
-            x = x + mlp.down_proj.forward(mlp.act_fn(gate) * up)
+            x = x + its.o(out.reshape(len(ids), -1))
+            gate, up = its.gate_up(_norm(layer.post_attention_layernorm, x)).chunk(2, -1)
+            x = x + its.down(layer.mlp.act_fn(gate) * up)
         return _norm(decoder.norm, x)
 
 
-class Joined:
-    """Layers with one input as one product each, for as long as the weights do not change.
+Product = Callable[[Tensor], Tensor]
 
-    Args:
-        step: whose layers. products: their precision.
+
+class LayerProducts(NamedTuple):
+    """The products of a layer. Queries, keys and values come side by side, and so do gate and up."""
+
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
+
+
+def _groups(layer: Any) -> tuple[tuple[Any, ...], ...]:
+    """The linear layers of each product."""
+    a, mlp = layer.self_attn, layer.mlp
+    return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+
+
+def _apart(decoder: Any) -> Iterator[LayerProducts]:
+    """A product for each linear layer."""
+
+    def product(parts: tuple[Any, ...]) -> Product:
+        if len(parts) == 1:
+            forward: Product = parts[0].forward
+            return forward
+        return lambda x: torch.cat([part.forward(x) for part in parts], -1)
+
+    return (LayerProducts(*map(product, _groups(layer))) for layer in decoder.layers)
+
+
+class Joined:
+    """Linear layers with one input as one product, their adapters added; for as long as the weights do not change.
 
     Attributes:
-        layers: all that need no product of their own.
+        layers: the products of each layer. linears: modules that need no products of their own.
     """
 
     def __init__(self, step: LeanStep, products: Products) -> None:
-        self._products = products
-        self._made: dict[nn.Module, tuple[Tensor, Tensor | None]] = {}
-        self.layers: set[nn.Module] = set()
-        for layer in step.decoder.layers:
-            a, mlp = layer.self_attn, layer.mlp
-            for owner, parts in ((a, (a.q_proj, a.k_proj, a.v_proj)), (mlp, (mlp.gate_proj, mlp.up_proj))):
-                biased = {part.bias is not None for part in parts} if all(type(p) is nn.Linear for p in parts) else {}
-                if len(biased) == 1:  # all of them, or none
-                    weight = torch.cat([part.weight.detach() for part in parts]).to(products.dtype)
-                    bias = torch.cat([p.bias.detach() for p in parts]).to(products.dtype) if True in biased else None
-                    self._made[owner] = weight, bias
-                    self.layers.update(parts)
+        groups = [_groups(layer) for layer in step.decoder.layers]
+        self.layers = [LayerProducts(*(_joined(parts, products) for parts in of_layer)) for of_layer in groups]
+        self.linears = {m for of_layer in groups for parts in of_layer for part in parts for m in part.modules()}
 
-    def __contains__(self, owner: nn.Module) -> bool:
-        return owner in self._made
-
-    def __call__(self, owner: nn.Module, x: Tensor) -> Tensor:
-        """All outputs of the layers of an attention or MLP module, side by side."""
-        return F.linear(self._products.rounded(x), *self._made[owner])
+    @staticmethod
+    def supported(step: LeanStep) -> bool:
+        """Whether all layers are linear, or PEFT's plain low-rank ones around those."""
+        parts = (part for layer in step.decoder.layers for group in _groups(layer) for part in group)
+        return all(type(part) is nn.Linear or is_lora(part) for part in parts)
 
 
-def _queries_keys_values(attention: Any, h: Tensor, joined: Joined | None) -> tuple[Tensor, Tensor]:
-    """Queries and keys ``[B, H + K, D]``, normed where that is done; values ``[B, K, D]``."""
-    d, normed = attention.head_dim, hasattr(attention, "q_norm")
-    if joined is not None and attention in joined:
-        qkv = joined(attention, h).view(len(h), -1, d)
-        k_heads = attention.k_proj.out_features // d
-        qk, v = qkv[:, :-k_heads], qkv[:, -k_heads:]
-        if not normed:
-            return qk, v
-        q, k = qk[:, :-k_heads], qk[:, -k_heads:]
-    else:
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (part.forward(h).view(len(h), -1, d) for part in parts)
-    if normed:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    return torch.cat([q, k], 1), v
-
-
-def _gate_up(mlp: Any, h: Tensor, joined: Joined | None) -> tuple[Tensor, Tensor]:
-    if joined is not None and mlp in joined:
-        gate, up = joined(mlp, h).chunk(2, -1)
-        return gate, up
-    return mlp.gate_proj.forward(h), mlp.up_proj.forward(h)
+def _joined(parts: tuple[Any, ...], products: Products) -> Product:
+    weights = [with_added(part) for part in parts]
+    weight = (torch.cat(weights) if len(parts) > 1 else weights[0]).to(products.dtype)
+    bias = None
+    if any(part.bias is not None for part in parts):
+        biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in parts]
+        bias = torch.cat([b.to(products.dtype) for b in biases])
+    return lambda x: F.linear(products.rounded(x), weight, bias)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from grouprl.lm.attention import PackedAttention, Plan
 from grouprl.lm.backbone import Backbone
-from grouprl.lm.decoding import TorchDecoder
+from grouprl.lm.decoding import DecodeAttention, TorchDecoder
+from grouprl.lm.gpu.step import KernelStep
+from grouprl.lm.gpu.step import supported as supported_on_gpu
 from grouprl.lm.graphs import CudaRecorder, Recorder, Repeated
 from grouprl.lm.lean import Joined, LeanStep, lean_step
 from grouprl.lm.native.compile import UnavailableError
@@ -69,9 +71,9 @@ class Sampler:
         backbone: the model. products: in which precision it computes.
         end_ids: the tokens that end a completion.
         max_rows: most rows of one decode step; whole groups are sampled together.
-        steps: the fastest way of a decode step that may be used: "native" compiled code (Llama-shaped models on a
-            CPU), "lean" torch operations without the library's modules around them (Llama-shaped models), "modules"
-            the model itself. Each falls back to the next; none changes what is computed.
+        steps: the fastest way of a decode step that may be used: "native" compiled code (Llama-shaped models; C on a
+            CPU, Triton on a GPU), "lean" torch operations without the library's modules around them (Llama-shaped
+            models), "modules" the model itself. Each falls back to the next; none changes what is computed.
 
     On a GPU, steps are recorded and replayed (:mod:`grouprl.lm.graphs`) if that gives the same.
 
@@ -92,6 +94,7 @@ class Sampler:
         self.lean: LeanStep | None = None
         self._native: NativeModel | None = None
         self._joined: Joined | None = None
+        self._kernels: KernelStep | None = None
         self._find_steps()
         if backbone.device.type == "cuda":
             self.record_with(CudaRecorder(backbone.device))
@@ -131,18 +134,22 @@ class Sampler:
         training = self.backbone.model.training
         self.backbone.model.eval()
         try:
-            if self.steps == "native" and self.lean is not None:
+            if self.steps == "native" and self.lean is not None and self.backbone.device.type == "cpu":
                 low = self.products.dtype == torch.bfloat16
                 with torch.no_grad():
                     self._native = NativeModel(self.backbone.decoder, self.backbone.head, self.lean.ways, low)
                     yield
             else:
-                if self.lean is not None and self.backbone.device.type != "cpu":  # there they are packed one by one
-                    self._joined = Joined(self.lean, self.products)
-                with self.products.sampling(without=self._joined.layers if self._joined is not None else ()):
+                # on a CPU, layers are laid out one by one
+                if self.lean is not None and self.backbone.device.type != "cpu" and Joined.supported(self.lean):
+                    with torch.no_grad():
+                        self._joined = Joined(self.lean, self.products)
+                    if self.steps == "native":
+                        self._kernels = KernelStep(self.lean, self._joined)
+                with self.products.sampling(without=self._joined.linears if self._joined is not None else ()):
                     yield
         finally:
-            self._native = self._joined = None
+            self._native = self._joined = self._kernels = None
             self.backbone.model.train(training)
 
     def _batches(self, lengths: Sequence[int], group_size: int) -> Iterator[tuple[int, int]]:
@@ -169,14 +176,23 @@ class Sampler:
         exact = self.products.dtype == torch.float32
         if _difference(self._try(), wanted) > (1e-3 if exact else 0.02):
             self.steps, self.lean = "modules", None
-        elif asked == "native" and supported(self.backbone.decoder, self.backbone.head):
+        elif asked == "native" and self._compiled(lean):
             try:
                 self.steps = "native"
                 if _difference(self._try(), wanted) > (1e-3 if exact else 0.1):  # it rounds less often
                     raise UnavailableError("compiled decode steps give other logits than the model")
-            except UnavailableError as error:
+            except Exception as error:  # Triton has errors of its own, as many as ways to fail
+                if not isinstance(error, UnavailableError) and self.backbone.device.type == "cpu":
+                    raise
                 self.steps = "lean"
                 self._slower("at half the speed, without compiled code", str(error))
+
+    def _compiled(self, lean: LeanStep) -> bool:
+        """Whether compiled code may be able to run the model's steps: C on a CPU, Triton on a GPU."""
+        if self.backbone.device.type == "cpu":
+            return supported(self.backbone.decoder, self.backbone.head)
+        on_gpu = self.backbone.device.type == "cuda" and Joined.supported(lean)
+        return on_gpu and supported_on_gpu(lean, self.products.dtype)
 
     @torch.no_grad()
     def _try(self, recorder: Recorder | None = None) -> Tensor:
@@ -211,6 +227,8 @@ class Sampler:
 
     def _hidden(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``."""
+        if self._kernels is not None and isinstance(plan, DecodeAttention):
+            return self._kernels.hidden(ids, positions, plan)
         if self.lean is not None:
             return self.lean.hidden(ids, positions, plan, self._joined)
         with self.backbone.following(plan):

@@ -38,6 +38,14 @@ def added(module: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
                 yield module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
 
 
+def with_added(module: Any) -> Tensor:
+    """The weight ``[out, in]`` that a layer multiplies by, adapters added."""
+    weight: Tensor = module.weight.detach()
+    for a, b, scale in added(module):
+        weight = weight + (scale * (b.detach().float() @ a.detach().float())).to(weight.dtype)
+    return weight
+
+
 @contextmanager
 def doing_something(model: nn.Module) -> Iterator[None]:
     """Within, no B is 0, as it is in new adapters: what a trial finds equal holds for trained ones too."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.lm.attention import UnsupportedError
-from grouprl.lm.native.adapters import added, is_lora
+from grouprl.lm.native.adapters import is_lora, with_added
 from grouprl.lm.native.attention import attention
 from grouprl.lm.native.compile import functions
 from grouprl.lm.native.linear import Linear, LinearStruct
@@ -70,14 +70,6 @@ def supported(decoder: Any, head: Any) -> bool:
     )
 
 
-def _weight(module: Any) -> Tensor:
-    """The weight ``[out, in]`` that a layer multiplies by, low-rank adapters added."""
-    weight: Tensor = module.weight.detach()
-    for a, b, scale in added(module):
-        weight = weight + (scale * (b.detach().float() @ a.detach().float())).to(weight.dtype)
-    return weight
-
-
 def _up(n: int, to: int) -> int:
     return -(-n // to) * to
 
@@ -127,7 +119,7 @@ class NativeModel:
         return self._kept[-1].data_ptr()
 
     def _linear(self, *parts: Any, turns: bool = False) -> Linear:
-        return Linear([_weight(part) for part in parts], [part.bias for part in parts], low=self.low, turns=turns)
+        return Linear([with_added(part) for part in parts], [part.bias for part in parts], low=self.low, turns=turns)
 
     def read(self, pack: Pack, keep: Callable[[nn.Module, Tensor, Tensor], None]) -> Tensor:
         """Last hidden states ``[S, d]`` of a pack of prompts; ``keep`` is given each layer's keys and values."""

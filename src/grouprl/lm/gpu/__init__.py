@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs; nothing here is imported unless there is one."""

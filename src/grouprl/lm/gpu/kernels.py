@@ -1,0 +1,179 @@
+"""What lies between the products of a decode step, a kernel each: norms, rotary positions, attention, gates.
+
+Triton's language, not Python: a kernel is compiled for the GPU at its first call. Shapes: B rows of H query and K key
+heads of size D; see :class:`grouprl.lm.decoding.DecodeAttention` for what is kept of keys and values.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_KEYS = 64
+"""Keys of a step of attention."""
+
+
+def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """``x += y`` where there is one; RMSNorm(x) * weight in ``dtype``.
+
+    Args:
+        x: ``[B, d]`` float32. y: ``[B, d]``. weight: ``[d]`` float32.
+    """
+    rows, width = x.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    block = triton.next_power_of_2(width)
+    warps = 4 if block <= 2048 else 8
+    _add_norm[(rows,)](x, x if y is None else y, weight, out, width, eps, y is not None, block, num_warps=warps)
+    return out
+
+
+@triton.jit
+def _add_norm(x, y, weight, out, width, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    place = tl.program_id(0).to(tl.int64) * width + at
+    value = tl.load(x + place, mask=inside, other=0.0)
+    if HAS_Y:
+        value += tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(x + place, value, mask=inside)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + eps)
+    normed = value * scale * tl.load(weight + at, mask=inside, other=0.0)
+    tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def turn_and_keep(
+    qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, eps: float, own: Tensor, at: Tensor,
+    heads: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """Norm queries and keys, where that is done, and turn them by position: queries in place, keys into the cache, and
+    values with them.
+
+    Args:
+        qkv: ``[B, (H + 2 K) D]``. cos, sin: ``[B, D]`` float32. norms: ``[2, D]`` float32, weights of queries and keys.
+        own: ``[2, >= B, K, C, D]``, the cache. at: ``[1]`` where in C. heads: H, K, D.
+    """
+    h, k, d = heads
+    _turn_and_keep[(len(qkv), h + 2 * k)](
+        qkv, cos, sin, cos if norms is None else norms, own, at, own.stride(0), own.shape[3], eps, h, k, d,
+        norms is not None, triton.next_power_of_2(d // 2), num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _turn_and_keep(
+    qkv, cos, sin, norms, own, at, to_values, room, eps,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half = D // 2
+    i = tl.arange(0, BLOCK)
+    inside = i < half
+    place = qkv + (row * (H + 2 * K) + head) * D + i
+    low = tl.load(place, mask=inside, other=0.0)
+    high = tl.load(place + half, mask=inside, other=0.0)
+    first, second = low.to(tl.float32), high.to(tl.float32)
+    if NORMED:
+        weight = norms + tl.where(head < H, 0, D)
+        scale = 1.0 / tl.sqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / D + eps)
+        first *= scale * tl.load(weight + i, mask=inside, other=0.0)
+        second *= scale * tl.load(weight + half + i, mask=inside, other=0.0)
+    angle = row * D + i
+    a = first * tl.load(cos + angle, mask=inside, other=0.0) - second * tl.load(sin + angle, mask=inside, other=0.0)
+    b = second * tl.load(cos + angle + half, mask=inside, other=0.0)
+    b += first * tl.load(sin + angle + half, mask=inside, other=0.0)
+    a, b = a.to(low.dtype), b.to(low.dtype)
+    if head < H:
+        tl.store(place, a, mask=inside)
+        tl.store(place + half, b, mask=inside)
+    else:
+        is_value = head >= H + K
+        k_head = tl.where(is_value, head - H - K, head - H)
+        to = own + tl.where(is_value, to_values, 0) + ((row * K + k_head) * room + tl.load(at)) * D + i
+        tl.store(to, tl.where(is_value, low, a), mask=inside)
+        tl.store(to + half, tl.where(is_value, high, b), mask=inside)
+
+
+def attend(
+    qkv: Tensor, keys: Tensor, values: Tensor, own: Tensor, prompt: Tensor, length: Tensor, at: Tensor, scale: float,
+    window: int | None, heads: tuple[int, int, int],
+) -> Tensor:  # fmt: skip
+    """Attended values ``[B, H D]`` of the newest token of each row, which sees its prompt and its own past.
+
+    Args:
+        qkv: as :func:`turn_and_keep` leaves it. keys, values: ``[P K, T, D]`` of the prompts.
+        own: ``[2, >= B, K, C, D]``. prompt, length: ``[B]`` the prompt of each row and its length. at: ``[1]`` the
+            place of the newest token in C.
+    """
+    h, k, d = heads
+    out = torch.empty(len(qkv), h * d, dtype=qkv.dtype, device=qkv.device)
+    group = max(16, triton.next_power_of_2(h // k))
+    _attend[(len(qkv), k)](
+        qkv, out, keys, values, own, prompt, length, at, own.stride(0), keys.shape[1], own.shape[3], scale,
+        window or 0, h, k, d, group, max(16, triton.next_power_of_2(d)), _KEYS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _seen(
+    q, total, best, out, keys, values, begin, count, far, scale, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr
+):
+    """Go on with a softmax over ``count`` keys at ``begin``, of which those before ``far`` are out of sight."""
+    d, j = tl.arange(0, BD), tl.arange(0, N)
+    for start in range(0, count, N):
+        seen = (start + j < count) & (start + j >= far)
+        place = (begin + start + j)[:, None] * D + d[None, :]
+        inside = seen[:, None] & (d < D)[None, :]
+        k = tl.load(keys + place, mask=inside, other=0.0)
+        s = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, -1e30)
+        now = tl.maximum(best, tl.max(s, 1))
+        p = tl.where(seen[None, :], tl.exp(s - now[:, None]), 0.0)
+        before = tl.exp(best - now)
+        v = tl.load(values + place, mask=inside, other=0.0)
+        total = total * before + tl.sum(p, 1)
+        out = out * before[:, None] + tl.dot(p.to(v.dtype), v)
+        best = now
+    return total, best, out
+
+
+@triton.jit
+def _attend(
+    qkv, out, keys, values, own, prompt, length, at, to_values, longest, room, scale, window,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    row, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i, d = tl.arange(0, G), tl.arange(0, BD)
+    inside = (i < H // K)[:, None] & (d < D)[None, :]
+    place = (k_head * (H // K) + i)[:, None] * D + d[None, :]
+    q = tl.load(qkv + row * (H + 2 * K) * D + place, mask=inside, other=0.0)
+    n, t = tl.load(length + row), tl.load(at)
+    far = tl.where(window > 0, n + t - window + 1, 0)
+    total, best = tl.zeros([G], tl.float32), tl.full([G], -1e30, tl.float32)
+    found = tl.zeros([G, BD], tl.float32)
+    of_prompt = (tl.load(prompt + row) * K + k_head) * longest
+    total, best, found = _seen(q, total, best, found, keys, values, of_prompt, n, far, scale, D, BD, N)
+    of_row = (row * K + k_head) * room
+    total, best, found = _seen(q, total, best, found, own, own + to_values, of_row, t + 1, far - n, scale, D, BD, N)
+    tl.store(out + row * H * D + place, (found / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up ``[B, I]`` of ``gate_up [B, 2 I]``."""
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    _gate[(rows, triton.cdiv(width, 1024))](gate_up, out, width, 1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _gate(gate_up, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (g / (1.0 + tl.exp(-g)) * up).to(out.dtype.element_ty), mask=inside)

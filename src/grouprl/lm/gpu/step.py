@@ -1,0 +1,94 @@
+"""A decode step of a Llama-shaped model on a GPU, nine kernels a layer: :mod:`grouprl.lm.native.decode` for GPUs."""
+
+from __future__ import annotations
+
+from importlib import util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grouprl.lm.attention import How
+from grouprl.lm.decoding import DecodeAttention
+from grouprl.lm.lean import Joined, LayerProducts, LeanStep
+from grouprl.lm.parts import rotary
+
+LARGEST_HEAD, LARGEST_WIDTH = 256, 16384
+
+
+def supported(step: LeanStep, dtype: torch.dtype) -> bool:
+    """Whether the kernels can run a model: half precision, SiLU, heads that fit, and Triton at hand."""
+    layers = step.decoder.layers
+    sizes = {layer.self_attn.head_dim for layer in layers}
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and util.find_spec("triton") is not None
+        and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in layers)
+        and len(sizes) == 1
+        and max(sizes) <= LARGEST_HEAD
+        and max(sizes) % 2 == 0
+        and step.decoder.norm.weight.numel() <= LARGEST_WIDTH
+    )
+
+
+class KernelStep:
+    """The step, for as long as the weights do not change.
+
+    Args:
+        step: the model. joined: its products.
+    """
+
+    def __init__(self, step: LeanStep, joined: Joined) -> None:
+        from grouprl.lm.gpu import kernels
+
+        self._kernels: Any = kernels
+        self._decoder = decoder = step.decoder
+        a = decoder.layers[0].self_attn
+        self._heads = a.q_proj.out_features // a.head_dim, a.k_proj.out_features // a.head_dim, a.head_dim
+        self._first = _norm(decoder.layers[0].input_layernorm)
+        # behind each MLP comes the norm of the next layer
+        after = [*(layer.input_layernorm for layer in decoder.layers[1:]), decoder.norm]
+        self._layers = [
+            _Layer(*of_layer, _norm(of_layer[0].post_attention_layernorm), _norm(norm), *_of_heads(of_layer[0]))
+            for of_layer, norm in zip(zip(decoder.layers, step.ways, joined.layers, strict=True), after, strict=True)
+        ]
+
+    def hidden(self, ids: Tensor, positions: Tensor, plan: DecodeAttention) -> Tensor:
+        """Last hidden states ``[B, d]``, in the dtype of products, of the newest token of each row."""
+        kernels, heads, dtype = self._kernels, self._heads, plan.dtype
+        x = self._decoder.embed_tokens.weight.detach()[ids].float()
+        cos, sin = rotary(self._decoder, x, positions)
+        where = (plan.prompt_of_row, plan.length_of_row, plan.at)
+        h: Tensor = kernels.add_norm(x, None, *self._first, dtype)
+        for its in self._layers:
+            kept, how, products = plan.layers[its.module.self_attn], its.how, its.products
+            qkv = products.qkv(h)
+            kernels.turn_and_keep(qkv, cos, sin, its.of_heads, its.eps, kept.own, plan.at, heads)
+            out = kernels.attend(qkv, kept.keys, kept.values, kept.own, *where, how.scale, how.window, heads)
+            h = kernels.add_norm(x, products.o(out), *its.post, dtype)
+            h = kernels.add_norm(x, products.down(kernels.gate(products.gate_up(h))), *its.after, dtype)
+        return h
+
+
+class _Layer(NamedTuple):
+    """A layer: its products, its weights in float32 of the norms behind attention and MLP, each with its epsilon, and
+    of those of queries and keys, or None."""
+
+    module: Any
+    how: How
+    products: LayerProducts
+    post: tuple[Tensor, float]
+    after: tuple[Tensor, float]
+    of_heads: Tensor | None
+    eps: float
+
+
+def _norm(norm: Any) -> tuple[Tensor, float]:
+    return norm.weight.detach().float().contiguous(), norm.variance_epsilon
+
+
+def _of_heads(layer: Any) -> tuple[Tensor | None, float]:
+    a = layer.self_attn
+    if not hasattr(a, "q_norm"):
+        return None, 0.0
+    return torch.stack([_norm(a.q_norm)[0], _norm(a.k_norm)[0]]), a.q_norm.variance_epsilon

@@ -1,0 +1,138 @@
+"""Triton's kernels against torch: on a GPU, or with TRITON_INTERPRET=1 in the environment by its interpreter."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import build
+from torch import Tensor
+
+pytest.importorskip("triton", reason="there is no Triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("there is no GPU", allow_module_level=True)
+
+from grouprl.lm.attention import PackedAttention  # noqa: E402
+from grouprl.lm.backbone import Backbone  # noqa: E402
+from grouprl.lm.decoding import TorchDecoder  # noqa: E402
+from grouprl.lm.gpu import kernels  # noqa: E402
+from grouprl.lm.gpu.step import KernelStep, supported  # noqa: E402
+from grouprl.lm.lean import Joined, lean_step  # noqa: E402
+from grouprl.lm.packing import Group, Pack  # noqa: E402
+from grouprl.lm.products import Products  # noqa: E402
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+LOW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter computes with numpy, which has no bfloat16
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.mark.parametrize("width", [16, 96, 576, 1000])
+@pytest.mark.parametrize("adding", [False, True])
+def test_sums_and_their_norms(width: int, adding: bool) -> None:
+    x, weight = random(5, width), random(width, seed=1)
+    y = random(5, width, dtype=LOW, seed=2) if adding else None
+    total = x if y is None else x + y
+    found = kernels.add_norm(x, y, weight, 1e-5, LOW)
+    assert found.dtype == LOW
+    assert error(found, F.rms_norm(total, (width,), weight, 1e-5)) < 5e-3
+    assert torch.equal(x, total)
+
+
+@pytest.mark.parametrize("heads", [(6, 2, 16), (4, 4, 20), (3, 1, 64)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_queries_and_keys_are_turned_and_keys_and_values_kept(heads: tuple[int, int, int], normed: bool) -> None:
+    h, k, d = heads
+    qkv, own, at = random(5, (h + 2 * k) * d, dtype=LOW), random(2, 7, k, 12, d, dtype=LOW), torch.tensor([9])
+    cos, sin = random(5, d, seed=1), random(5, d, seed=2)
+    norms = random(2, d, seed=3) if normed else None
+    q, keys, values = torch.split(qkv.view(5, -1, d).float(), [h, k, k], 1)
+    if norms is not None:
+        q, keys = F.rms_norm(q, (d,), norms[0], 1e-6), F.rms_norm(keys, (d,), norms[1], 1e-6)
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+    wanted = own.clone()
+    wanted[0, :5, :, 9], wanted[1, :5, :, 9] = turned(keys).to(LOW), values.to(LOW)
+    kernels.turn_and_keep(qkv, cos, sin, norms, 1e-6, own, at.to(DEVICE), heads)
+    assert error(qkv.view(5, -1, d)[:, :h], turned(q)) < 5e-3
+    assert error(own, wanted) < 1e-3
+    rest = torch.arange(12) != 9
+    assert torch.equal(own[..., rest, :], wanted[..., rest, :])
+
+
+@pytest.mark.parametrize("heads", [(6, 2, 16), (4, 4, 24), (3, 1, 64)])
+@pytest.mark.parametrize("window", [None, 1, 5, 70, 1000])
+@pytest.mark.parametrize("t", [0, 5, 149])
+def test_attention_over_prompt_and_own_past(heads: tuple[int, int, int], window: int | None, t: int) -> None:
+    h, k, d = heads
+    lengths, prompt = [3, 130, 64], [1, 0, 2, 1, 2]
+    qkv, own = random(5, (h + 2 * k) * d, dtype=LOW), random(2, 6, k, 152, d, dtype=LOW)
+    own[..., t + 1 :, :] = torch.nan  # what lies ahead is not looked at
+    keys, values = (random(3 * k, 136, d, dtype=LOW, seed=seed) for seed in (1, 2))
+    wanted = []
+    for row, p in enumerate(prompt):
+        n = lengths[p]
+        near = slice(0 if window is None else max(0, n + t + 1 - window), None)
+        rows = slice(p * k, (p + 1) * k)
+        key = torch.cat([keys[rows, :n], own[0, row, :, : t + 1]], 1)[:, near].float().repeat_interleave(h // k, 0)
+        value = torch.cat([values[rows, :n], own[1, row, :, : t + 1]], 1)[:, near].float().repeat_interleave(h // k, 0)
+        q = qkv.view(5, -1, d)[row, :h].float()
+        p_of_key = (0.3 * torch.einsum("hd,hnd->hn", q, key)).softmax(-1)
+        wanted.append(torch.einsum("hn,hnd->hd", p_of_key, value).flatten())
+    at, rows_of = torch.tensor([t], device=DEVICE), torch.tensor(prompt, device=DEVICE)
+    of_row = torch.tensor(lengths, device=DEVICE)[rows_of]
+    found = kernels.attend(qkv, keys, values, own, rows_of, of_row, at, 0.3, window, heads)
+    assert error(found, torch.stack(wanted)) < 5e-3
+
+
+@pytest.mark.parametrize("width", [48, 1500])
+def test_gates(width: int) -> None:
+    gate_up = random(5, 2 * width, dtype=LOW)
+    gate, up = gate_up.float().chunk(2, -1)
+    assert error(kernels.gate(gate_up), F.silu(gate) * up) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_step_gives_what_torch_operations_give(name: str) -> None:
+    backbone = Backbone(build(name).to(DEVICE))
+    products, step = Products(backbone.model, LOW), lean_step(backbone)
+    assert step is not None
+    assert supported(step, LOW)
+    assert not supported(step, torch.float32)
+    pack = Pack.of([Group([5, 6, 7, 1, 3, 2], ()), Group([8, 2], ())], DEVICE)
+    joined = Joined(step, products)
+    with torch.no_grad(), products.sampling(without=joined.linears):
+        found = []
+        for way in (KernelStep(step, joined), step):
+
+            def hidden(ids: Tensor, positions: Tensor, plan: Any, way: Any = way) -> Tensor:
+                more = () if isinstance(way, KernelStep) else (joined,)
+                return way.hidden(ids, positions, plan, *more)
+
+            decoder = TorchDecoder(hidden, backbone.head, pack, 2, 6, LOW)
+            decoder.plan.dtype = LOW
+            step.hidden(pack.ids, pack.positions, PackedAttention(pack, LOW, decoder.keep, native=False), joined)
+            logits = []
+            for i in range(6):
+                decoder.reserve()
+                logits.append(decoder.step(torch.tensor([3, 4, 5, i], device=DEVICE), decoder.plan.length_of_row + i))
+                if i == 3:
+                    assert decoder.drop([0]) == [3, 1, 2]
+                    decoder.drop([])
+                    break
+            found.append(torch.cat(logits))
+    assert error(*found) < 0.02
