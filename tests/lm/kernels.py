@@ -32,13 +32,13 @@ def scores(q: Tensor, k: Tensor, part: Part, scale: float) -> list[tuple[slice, 
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
+    g, dtype = q.shape[1] // k.shape[1], q.dtype
+    q, k, v = q.double(), k.double().repeat_interleave(g, 1), v.double().repeat_interleave(g, 1)
     out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], len(q)), torch.nan, dtype=torch.float32)
     for mine, its, s in scores(q, k, part, scale):
         lse[:, mine] = s.logsumexp(-1).float()
         out[mine] = torch.einsum("hst,thd->shd", s.softmax(-1), v[its])
-    return out, lse, torch.zeros(2), torch.zeros(1)
+    return out.to(dtype), lse, torch.zeros(2), torch.zeros(1)
 
 
 def backward(
@@ -48,6 +48,7 @@ def backward(
     assert torch.are_deterministic_algorithms_enabled()
     assert len(state) == 2
     g, k_heads = q.shape[1] // k.shape[1], k.shape[1]
+    dtype, (gradient, q, k, v, out) = q.dtype, (x.double() for x in (gradient, q, k, v, out))
     k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
     dq, dk, dv = (torch.full_like(x, torch.nan) for x in (q, k, v))  # what no query sees is not written
     delta = (gradient * out).sum(-1).t()
@@ -60,4 +61,4 @@ def backward(
         dk[its] = scale * torch.einsum("hst,shd->thd", ds, q[mine])
         dv[its] = torch.einsum("hst,shd->thd", p, gradient[mine])
     shared = (len(k), k_heads, g, -1)
-    return dq, dk.view(shared).sum(2), dv.view(shared).sum(2)
+    return dq.to(dtype), dk.view(shared).sum(2).to(dtype), dv.view(shared).sum(2).to(dtype)

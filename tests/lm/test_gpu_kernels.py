@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import build
+from architectures import MIXED, build, learned, naive, random_groups, random_weights, relative_error
+from kernels import stand_in
 from torch import Tensor
 
 pytest.importorskip("triton", reason="there is no Triton")
@@ -20,8 +21,11 @@ from grouprl.lm.attention import PackedAttention  # noqa: E402
 from grouprl.lm.backbone import Backbone  # noqa: E402
 from grouprl.lm.decoding import TorchDecoder  # noqa: E402
 from grouprl.lm.gpu import kernels  # noqa: E402
+from grouprl.lm.gpu.parts import KernelParts  # noqa: E402
 from grouprl.lm.gpu.step import KernelStep, supported  # noqa: E402
+from grouprl.lm.layers import LlamaLayers  # noqa: E402
 from grouprl.lm.lean import Joined, lean_step  # noqa: E402
+from grouprl.lm.learner import Learner  # noqa: E402
 from grouprl.lm.packing import Group, Pack  # noqa: E402
 from grouprl.lm.products import Products  # noqa: E402
 
@@ -97,6 +101,80 @@ def test_attention_over_prompt_and_own_past(heads: tuple[int, int, int], window:
     of_row = torch.tensor(lengths, device=DEVICE)[rows_of]
     found = kernels.attend(qkv, keys, values, own, rows_of, of_row, at, 0.3, window, heads)
     assert error(found, torch.stack(wanted)) < 5e-3
+
+
+@pytest.mark.parametrize("width", [16, 576])
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_gradient_of_a_norm(width: int, learned: bool) -> None:
+    rows = 1500  # more than there are partial sums
+    x, weight, g = random(rows, width), random(width, seed=1), random(rows, width, seed=2)
+    dh, g_low = random(rows, width, dtype=LOW, seed=3), torch.empty(rows, width, dtype=LOW, device=DEVICE)
+    given = [t.clone().requires_grad_() for t in (x, weight)]
+    h = F.rms_norm(given[0], (width,), given[1], 1e-5)
+    dx, dw = torch.autograd.grad(h, given, dh.float())
+    wanted = g + dx
+    found, of_weight = kernels.norm_gradient(x, dh, weight, 1e-5, g, g_low, learned)
+    assert error(found, h.detach()) < 5e-3
+    assert error(g, wanted) < 1e-5
+    assert error(g_low, wanted) < 5e-3
+    assert (of_weight is not None) is learned
+    if of_weight is not None:
+        assert error(of_weight, dw) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(6, 2, 16), (4, 4, 24), (3, 1, 64)])
+def test_turning_back_is_the_gradient_of_turning(heads: tuple[int, int, int]) -> None:
+    h, k, d = heads
+    qkv = random(7, (h + 2 * k) * d, dtype=LOW)
+    cos, sin = random(7, d, seed=1), random(7, d, seed=2)
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+    given = qkv.float().requires_grad_()
+    q, keys, values = torch.split(given.view(7, -1, d), [h, k, k], 1)
+    found = kernels.turn(qkv, cos, sin, None, 0.0, heads)
+    wanted = torch.cat([turned(q), turned(keys)], 1)
+    assert error(found, wanted.detach()) < 5e-3
+    d_all = random(7, h + 2 * k, d, dtype=LOW, seed=3)
+    (of_qkv,) = torch.autograd.grad(torch.cat([wanted, values], 1), given, d_all.float())
+    dq, dk, dv = torch.split(d_all, [h, k, k], 1)
+    assert error(kernels.turn_gradient(dq, dk, dv, cos, sin, heads), of_qkv) < 5e-3
+
+
+@pytest.mark.parametrize("width", [48, 1500])
+def test_the_gradient_of_gates(width: int) -> None:
+    gate_up, dm = random(5, 2 * width, dtype=LOW), random(5, width, dtype=LOW, seed=1)
+    given = gate_up.float().requires_grad_()
+    gate, up = given.chunk(2, -1)
+    m = F.silu(gate) * up
+    (wanted,) = torch.autograd.grad(m, given, dm.float())
+    made, again = kernels.gate_gradient(gate_up, dm)
+    assert error(made, wanted) < 5e-3
+    assert error(again, m.detach()) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("keeping", [False, True])
+def test_fused_layers_of_kernels_have_the_naive_gradients(
+    name: str, keeping: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if INTERPRETED:
+        stand_in(monkeypatch)
+    model, groups = build(name).to(DEVICE), random_groups(*MIXED, (9, (1, 1)))
+    weights = random_weights(groups)
+    wanted = naive(model, groups, weights)
+    backbone = Backbone(model)
+    step = lean_step(backbone)
+    assert step is not None
+    layers: Any = LlamaLayers(backbone.decoder, step.ways, LOW, KernelParts)
+    layers.keeping = lambda tokens: 10**6 if keeping else 0
+    found = learned(Learner(model, backbone, Products(model, LOW), 1.0, 10**9, layers=layers), groups, weights)
+    assert float((found[0] - wanted[0]).abs().max()) < 0.05
+    for parameter, gradient in wanted[1].items():
+        assert relative_error({"": found[1][parameter]}, {"": gradient}) < 0.06, parameter
+    assert relative_error(found[1], wanted[1]) < 0.02
 
 
 @pytest.mark.parametrize("width", [48, 1500])

@@ -8,10 +8,12 @@ it has the memory for. The rest, and on a CPU the weights in the precision of th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import util
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from grouprl.lm import flash
 from grouprl.lm.attention import How, PackedAttention, flash_works
 from grouprl.lm.backbone import Backbone
+from grouprl.lm.gpu.parts import KernelParts
 from grouprl.lm.lean import lean_step
 from grouprl.lm.native.adapters import added, doing_something, is_lora
 from grouprl.lm.native.compile import available
@@ -30,6 +33,8 @@ from grouprl.lm.native.parts import NativeParts
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.parts import Parts, TorchParts
 from grouprl.lm.products import add_gradient, add_product
+
+_log = logging.getLogger("grouprl")
 
 KEPT_SHARE = 0.08
 """Most bytes kept of what products gave, per byte of weights, gradients and moments."""
@@ -239,20 +244,33 @@ def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
     CPU a C compiler, on a GPU products in half precision and FlashAttention.
     """
     step = lean_step(backbone)
-    kind = None if step is None else _kind(backbone, step.ways, dtype)
-    if step is None or kind is None:
+    if step is None:
         return None
-    layers = LlamaLayers(backbone.decoder, step.ways, dtype, kind)
     adapted = [m for m in backbone.decoder.layers.modules() if is_lora(m)]
-    if len(layers.linears) != 7 * len(backbone.decoder.layers) + sum(2 * len(m.lora_A) for m in adapted):
-        return None
+    for kind in _kinds(backbone, step.ways, dtype):
+        layers = LlamaLayers(backbone.decoder, step.ways, dtype, kind)
+        if len(layers.linears) != 7 * len(backbone.decoder.layers) + sum(2 * len(m.lora_A) for m in adapted):
+            return None
+        try:
+            if _differs_by(backbone, layers) < 1.0:
+                return layers
+        except Exception as error:  # Triton has errors of its own, as many as ways to fail
+            if kind is not KernelParts:
+                raise
+            _log.warning("learning is slower than it could be: Triton's kernels cannot be used: %s", error)
+    return None
+
+
+def _differs_by(backbone: Backbone, layers: LlamaLayers) -> float:
+    """How far what fused layers give is from what the model's modules give: beyond 1 is too far."""
     pack = Pack.of([Group([1, 2, 3, 4, 2], ([3, 1, 2], [0, 4])), Group([2, 1], ([1, 3, 2],))], backbone.device)
-    tried = torch.float32 if kind is NativeParts else dtype
+    kind = layers.kind
+    tried = torch.float32 if kind is NativeParts else layers.dtype
     differences: list[float] = []
 
     def compare(module: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
         x, wanted = given[0][0].float().contiguous(), (out[0] if isinstance(out, tuple) else out)[0].float()
-        layer = partial(_Layer.rounded, kind.of(module, step.ways[len(differences)]), tried)
+        layer = partial(_Layer.rounded, kind.of(module, layers.ways[len(differences)]), tried)
         angles, place = kind.angles(backbone.decoder, x, pack.positions), _Kept.of(module, x, tried, False)
         found = _Run.apply(x, None, layer, *angles, kind.seen(pack), place)  # type: ignore[no-untyped-call]
         differences.append(float((found - wanted).norm() / wanted.norm()))
@@ -268,13 +286,13 @@ def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
         for hook in hooks:
             hook.remove()
     exact = tried == backbone.head.weight.dtype == torch.float32
-    return layers if max(differences) < (1e-4 if exact else 0.05) else None
+    return max(differences) / (1e-4 if exact else 0.05)
 
 
-def _kind(backbone: Backbone, ways: Sequence[How], dtype: torch.dtype) -> type[Parts] | None:
-    """What can do all that lies between the products here."""
+def _kinds(backbone: Backbone, ways: Sequence[How], dtype: torch.dtype) -> list[type[Parts]]:
+    """What may be able to do all that lies between the products here, best first."""
     if supported(backbone.decoder, backbone.head) and available():
-        return NativeParts
+        return [NativeParts]
     layers = backbone.decoder.layers
     mine = (
         backbone.device.type == "cuda"
@@ -291,8 +309,8 @@ def _kind(backbone: Backbone, ways: Sequence[How], dtype: torch.dtype) -> type[P
         heads, k_heads, d = TorchParts.of(layers[0], ways[0]).heads
         q, k = (torch.empty(1, n, d, device=backbone.device, dtype=dtype) for n in (heads, k_heads))
         if flash.supported(q, k, dtype, None, None, 1) and flash_works(q.device, dtype, heads, k_heads, d):
-            return TorchParts
-    return None
+            return [KernelParts, TorchParts] if util.find_spec("triton") is not None else [TorchParts]
+    return []
 
 
 class _Run(torch.autograd.Function):

@@ -160,18 +160,7 @@ class TorchParts(Parts):
         shape = turned[0].shape
         out, *more = found
         dq, dk, dv = flash.gradient(d.view(shape), *turned, out.view(shape), *more, layout=seen, scale=self.how.scale)
-        dqk = torch.cat([dq, dk], 1)
-        dqk = (dqk * cos).add_(_other_half(dqk * sin))
-        if "q" in self.norms:
-            a, (q, k, _) = self.module.self_attn, self.split(qkv)
-            parts = torch.split(dqk, [q.shape[1], k.shape[1]], 1)
-            of_q = self._norm_gradient("q", a.q_norm, q.float(), parts[0])[1]
-            dqk = torch.cat([of_q, self._norm_gradient("k", a.k_norm, k.float(), parts[1])[1]], 1)
-        made = torch.empty_like(qkv)
-        heads = made.view(len(qkv), -1, shape[2])
-        heads[:, : dqk.shape[1]] = dqk
-        heads[:, dqk.shape[1] :] = dv
-        return made
+        return self._turned_back(qkv, cos, sin, (dq, dk, dv))
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """See :meth:`Parts.gate`."""
@@ -187,6 +176,21 @@ class TorchParts(Parts):
         torch.mul(dm, s, out=d_up)
         torch.ops.aten.silu_backward.grad_input(dm * up, gate, grad_input=d_gate)
         return made, s.mul_(up)
+
+    def _turned_back(self, qkv: Tensor, cos: Tensor, sin: Tensor, d: Triple) -> Tensor:
+        """The gradient of ``qkv`` from those of what :meth:`rotate` made of it."""
+        dqk = torch.cat(d[:2], 1)
+        dqk = (dqk * cos).add_(_other_half(dqk * sin))
+        if "q" in self.norms:
+            a, (q, k, _) = self.module.self_attn, self.split(qkv)
+            parts = torch.split(dqk, [q.shape[1], k.shape[1]], 1)
+            of_q = self._norm_gradient("q", a.q_norm, q.float(), parts[0])[1]
+            dqk = torch.cat([of_q, self._norm_gradient("k", a.k_norm, k.float(), parts[1])[1]], 1)
+        made = torch.empty_like(qkv)
+        heads = made.view(len(qkv), -1, dqk.shape[2])
+        heads[:, : dqk.shape[1]] = dqk
+        heads[:, dqk.shape[1] :] = d[2]
+        return made
 
     def _norm(self, name: str, norm: Any, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.norms[name], norm.variance_epsilon)
