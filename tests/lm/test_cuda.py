@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from architectures import (
     relative_error,
     take_gradient,
 )
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, same, trainer, warm, weights, without_times
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from grouprl.lm import GRPOConfig, GRPOTrainer
 from grouprl.lm.attention import PackedAttention, flash_works
 from grouprl.lm.backbone import Backbone, find_backbone
+from grouprl.lm.gpu.parts import KernelParts
 from grouprl.lm.layers import find_layers
 from grouprl.lm.learner import Learner
 from grouprl.lm.packing import Group, Pack
@@ -137,21 +139,26 @@ def test_low_precision_is_no_less_exact_than_autocast() -> None:
     assert float((our_logp - logp).norm()) <= 1.25 * float((autocast_logp - logp).norm())
 
 
-def fused(model: Any) -> Learner:
+KINDS = [KernelParts, TorchParts] if util.find_spec("triton") else [TorchParts]
+
+
+def fused(model: Any, kind: Any = None) -> Learner:
     """With the layers as fused functions, in bfloat16."""
     backbone, why = find_backbone(model)
     assert backbone is not None, why
     layers = find_layers(backbone, torch.bfloat16)
     assert layers is not None
-    assert layers.kind is TorchParts
+    assert layers.kind is KINDS[0]
+    layers.kind = kind or layers.kind
     return Learner(model, backbone, Products(model, torch.bfloat16), 1.0, 10**9, layers=layers)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keeping", [True, False])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("norms", [False, True])
 def test_fused_layers_are_no_less_exact_than_autocast(
-    keeping: bool, frozen: bool, norms: bool, monkeypatch: pytest.MonkeyPatch
+    keeping: bool, frozen: bool, norms: bool, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = wide(Qwen3Config if norms else LlamaConfig)
     groups = random_groups((12, (20, 9, 30)), (5, (16, 1, 24)), (20, (12,)), (7, (1,)))
@@ -163,7 +170,7 @@ def test_fused_layers_are_no_less_exact_than_autocast(
         parts = [naive_log_probs(model, g.prompt, c) for g in groups for c in g.completions]
     (given.to("cuda") * torch.cat(parts)).sum().backward()
     autocast_logp, autocast_error = torch.cat(parts).detach().cpu(), relative_error(take_gradient(model), gradient)
-    learner = fused(model)
+    learner = fused(model, kind)
     monkeypatch.setattr(learner.layers, "keeping", lambda tokens: 100 if keeping else 0)
     found = [learned(learner, groups, given) for _ in range(3)]
     assert relative_error(found[0][1], gradient) <= 1.25 * autocast_error
@@ -346,6 +353,36 @@ def test_llama_shaped_models_decode_without_their_modules_and_the_same(name: str
     assert lean.why == ""
     modules = packed(model, steps="modules")
     assert ids_of(lean.sample(PROMPTS, 4, how, seeded())) == ids_of(modules.sample(PROMPTS, 4, how, seeded()))
+
+
+@pytest.mark.skipif(util.find_spec("triton") is None, reason="there is no Triton")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_llama_shaped_models_decode_by_kernels_in_low_precision(name: str) -> None:
+    """Drawn tokens are compared by their log-probabilities: rounding makes others likely enough to be drawn."""
+    model, how = on_gpu(name), SamplingSettings(12, temperature=0.0)
+    kernels, modules = packed(model, dtype=torch.bfloat16), packed(model, dtype=torch.bfloat16, steps="modules")
+    assert (kernels.steps, kernels.why) == ("native", "")
+    found, wanted = (sampler.sample(PROMPTS, 3, how, seeded()) for sampler in (kernels, modules))
+    same = sum(a.ids == b.ids for a, b in zip(found, wanted, strict=True))
+    assert same >= len(found) // 2
+    for a, b in zip(found, wanted, strict=True):
+        assert abs(float(a.logp[0] - b.logp[0])) < 0.05
+
+
+def test_long_completions_and_adapters_decode_by_kernels() -> None:
+    model = get_peft_model(wide(), adapter())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    sampler = packed(model, (NEVER,), dtype=torch.bfloat16)
+    assert sampler.steps == ("native" if util.find_spec("triton") else "lean")
+    found = sampler.sample(PROMPTS, 4, SamplingSettings(400), seeded())
+    groups = [Group(p, ids_of(found)[4 * i : 4 * i + 4]) for i, p in enumerate(PROMPTS)]
+    prompts, completions, group, lengths = as_samples(groups)
+    learner = make_learner(model, dtype=torch.bfloat16)
+    by_learner = learner.log_probs(learner.parts(prompts, completions, group), lengths)
+    assert float((torch.cat([c.logp for c in found]) - by_learner).abs().mean()) < 0.05
 
 
 def test_draws_and_filters_are_those_of_the_cpu() -> None:

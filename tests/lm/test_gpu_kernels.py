@@ -23,6 +23,7 @@ from grouprl.lm.decoding import TorchDecoder  # noqa: E402
 from grouprl.lm.gpu import kernels  # noqa: E402
 from grouprl.lm.gpu.parts import KernelParts  # noqa: E402
 from grouprl.lm.gpu.step import KernelStep, supported  # noqa: E402
+from grouprl.lm.head import _softmax  # noqa: E402
 from grouprl.lm.layers import LlamaLayers  # noqa: E402
 from grouprl.lm.lean import Joined, lean_step  # noqa: E402
 from grouprl.lm.learner import Learner  # noqa: E402
@@ -195,7 +196,7 @@ def test_a_step_gives_what_torch_operations_give(name: str) -> None:
     joined = Joined(step, products)
     with torch.no_grad(), products.sampling(without=joined.linears):
         found = []
-        for way in (KernelStep(step, joined), step):
+        for way in (KernelStep(step, joined, LOW), step):
 
             def hidden(ids: Tensor, positions: Tensor, plan: Any, way: Any = way) -> Tensor:
                 more = () if isinstance(way, KernelStep) else (joined,)
@@ -203,8 +204,8 @@ def test_a_step_gives_what_torch_operations_give(name: str) -> None:
 
             decoder = TorchDecoder(hidden, backbone.head, pack, 2, 6, LOW)
             decoder.plan.dtype = LOW
-            step.hidden(pack.ids, pack.positions, PackedAttention(pack, LOW, decoder.keep, native=False), joined)
-            logits = []
+            reading = PackedAttention(pack, LOW, decoder.keep, native=False)
+            logits = [backbone.head(hidden(pack.ids, pack.positions, reading)).float()]
             for i in range(6):
                 decoder.reserve()
                 logits.append(decoder.step(torch.tensor([3, 4, 5, i], device=DEVICE), decoder.plan.length_of_row + i))
@@ -214,3 +215,23 @@ def test_a_step_gives_what_torch_operations_give(name: str) -> None:
                     break
             found.append(torch.cat(logits))
     assert error(*found) < 0.02
+
+
+@pytest.mark.parametrize("width", [97, 5000])
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_softmax_of_the_head(width: int, learning: bool, temperature: float) -> None:
+    z = 4 * random(6, width, dtype=LOW)
+    z[1, 3], z[2, 5] = 60.0, -60.0
+    z[3, : width // 2] = -float("inf")
+    targets = torch.tensor([0, 3, 5, width - 1, 7, 2], device=DEVICE)
+    copy, before = z.clone(), z.clone()
+    wanted = _softmax(copy, targets, temperature, learning)
+    found = kernels.softmax(z, targets, temperature, learning=learning)
+    for mine, its in list(zip(found, wanted, strict=True))[: 3 if learning else 2]:
+        keep = torch.isfinite(its)  # the entropy beside an impossible token is not there
+        torch.testing.assert_close(mine[keep], its[keep], rtol=1e-5, atol=1e-5)
+    if learning:
+        assert error(z, copy) < 5e-3
+    else:
+        assert torch.equal(z, before)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grouprl.lm.gpu import head as gpu
 from grouprl.lm.native import head as native
 from grouprl.lm.products import Products, add_gradient, add_product, add_rows
 
@@ -56,8 +57,11 @@ class _LogProb(torch.autograd.Function):
             z = native.logits(low, w)
         else:
             z = F.linear(low, w, None if bias is None else bias.detach().to(products.dtype))
+        there = gpu.softmax_there(z.device, z.dtype, _softmax) if products.native and z.is_cuda else None
         if products.native and native.supported(z):
             logp, entropy, others = native.softmax(z, targets, temperature, learning=learning)
+        elif there is not None:
+            logp, entropy, others = there(z, targets, temperature, learning=learning)
         else:
             logp, entropy, others = _softmax(z, targets, temperature, learning)
         ctx.save_for_backward(low, z, targets, others)

@@ -98,8 +98,12 @@ class _Product:
 
     def learn(self, g: Tensor, x: Tensor) -> None:
         """Add the gradients of all that is learned, from that of the output and the input."""
+        together = g.is_cuda and len(self.parts) > 1 and all(part.weight.requires_grad for part in self.parts)
+        whole = g.t() @ x if together else None
         for columns, part in zip(self.columns, self.parts, strict=True):
-            if part.weight.requires_grad:
+            if whole is not None:
+                add_gradient(part.weight, whole[columns])
+            elif part.weight.requires_grad:
                 add_product(part.weight, g[:, columns], x)
             if part.bias is not None and part.bias.requires_grad:
                 add_gradient(part.bias, g[:, columns].float().sum(0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grouprl.lm.attention import PackedAttention, Plan
 from grouprl.lm.backbone import Backbone
-from grouprl.lm.decoding import DecodeAttention, TorchDecoder
+from grouprl.lm.decoding import TorchDecoder
 from grouprl.lm.gpu.step import KernelStep
 from grouprl.lm.gpu.step import supported as supported_on_gpu
 from grouprl.lm.graphs import CudaRecorder, Recorder, Repeated
@@ -145,7 +145,7 @@ class Sampler:
                     with torch.no_grad():
                         self._joined = Joined(self.lean, self.products)
                     if self.steps == "native":
-                        self._kernels = KernelStep(self.lean, self._joined)
+                        self._kernels = KernelStep(self.lean, self._joined, self.products.dtype)
                 with self.products.sampling(without=self._joined.linears if self._joined is not None else ()):
                     yield
         finally:
@@ -227,7 +227,7 @@ class Sampler:
 
     def _hidden(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``."""
-        if self._kernels is not None and isinstance(plan, DecodeAttention):
+        if self._kernels is not None:
             return self._kernels.hidden(ids, positions, plan)
         if self.lean is not None:
             return self.lean.hidden(ids, positions, plan, self._joined)

@@ -322,3 +322,47 @@ def _gate_gradient(gate_up, dm, made, out, width, BLOCK: tl.constexpr):
     tl.store(made + row * 2 * width + at, of_gate.to(made.dtype.element_ty), mask=inside)
     tl.store(made + row * 2 * width + width + at, (d * s).to(made.dtype.element_ty), mask=inside)
     tl.store(out + row * width + at, (s * up).to(out.dtype.element_ty), mask=inside)
+
+
+def softmax(z: Tensor, targets: Tensor, temperature: float, *, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`grouprl.lm.head._softmax` does: of ``z [m, V]`` log-probabilities of ``targets [m]``, entropies, and
+    the probabilities of all other tokens together, each ``[m]`` float32.
+
+    With ``learning`` probabilities are written over ``z``, those of targets as 0.
+    """
+    rows, width = z.shape
+    found = torch.empty(3, rows, dtype=torch.float32, device=z.device)
+    _softmax[(rows,)](z, targets, found, rows, width, 1.0 / temperature, learning, 4096, num_warps=8)
+    return found[0], found[1], found[2]
+
+
+@triton.jit
+def _softmax(z, targets, found, rows, width, sharpness, LEARNING: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    here = z + row.to(tl.int64) * width
+    target = tl.load(targets + row)
+    i = tl.arange(0, BLOCK)
+    best = tl.max(tl.full([BLOCK], -float("inf"), tl.float32), 0)
+    total = tl.sum(tl.zeros([BLOCK], tl.float32), 0)
+    others, moment = total, total  # of all but the target; of the distances to the best, weighted
+    for start in range(0, width, BLOCK):
+        at = start + i
+        x = tl.load(here + at, mask=at < width, other=-float("inf")).to(tl.float32) * sharpness
+        now = tl.maximum(best, tl.max(x, 0))
+        e = tl.where(at < width, tl.exp(x - now), 0.0)
+        distance = tl.where(e > 0.0, x - now, 0.0)
+        before = tl.where(total > 0.0, tl.exp(best - now), 0.0)
+        moment = tl.where(total > 0.0, before * (moment + total * (best - now)), 0.0) + tl.sum(e * distance, 0)
+        others = others * before + tl.sum(tl.where(at == target, 0.0, e), 0)
+        total = total * before + tl.sum(e, 0)
+        best = now
+    chosen = tl.load(here + target).to(tl.float32) * sharpness
+    tl.store(found + row, chosen - best - tl.log(total))
+    tl.store(found + rows + row, tl.log(total) - moment / total)
+    tl.store(found + 2 * rows + row, others / total)
+    if LEARNING:
+        for start in range(0, width, BLOCK):
+            at = start + i
+            x = tl.load(here + at, mask=at < width, other=0.0).to(tl.float32) * sharpness
+            p = tl.where(at == target, 0.0, tl.exp(x - best) / total)
+            tl.store(here + at, p.to(z.dtype.element_ty), mask=at < width)

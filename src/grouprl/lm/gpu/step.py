@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grouprl.lm.attention import How
+from grouprl.lm.attention import How, Plan
 from grouprl.lm.decoding import DecodeAttention
 from grouprl.lm.lean import Joined, LayerProducts, LeanStep
 from grouprl.lm.parts import rotary
@@ -35,13 +35,14 @@ class KernelStep:
     """The step, for as long as the weights do not change.
 
     Args:
-        step: the model. joined: its products.
+        step: the model. joined: its products, in ``dtype``.
     """
 
-    def __init__(self, step: LeanStep, joined: Joined) -> None:
+    def __init__(self, step: LeanStep, joined: Joined, dtype: torch.dtype) -> None:
         from grouprl.lm.gpu import kernels
 
         self._kernels: Any = kernels
+        self._dtype = dtype
         self._decoder = decoder = step.decoder
         a = decoder.layers[0].self_attn
         self._heads = a.q_proj.out_features // a.head_dim, a.k_proj.out_features // a.head_dim, a.head_dim
@@ -53,21 +54,37 @@ class KernelStep:
             for of_layer, norm in zip(zip(decoder.layers, step.ways, joined.layers, strict=True), after, strict=True)
         ]
 
-    def hidden(self, ids: Tensor, positions: Tensor, plan: DecodeAttention) -> Tensor:
-        """Last hidden states ``[B, d]``, in the dtype of products, of the newest token of each row."""
-        kernels, heads, dtype = self._kernels, self._heads, plan.dtype
+    def hidden(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """Last hidden states ``[B, d]``, in the dtype of products, of tokens ``ids [B]`` at ``positions [B]``."""
+        kernels, dtype = self._kernels, self._dtype
         x = self._decoder.embed_tokens.weight.detach()[ids].float()
-        cos, sin = rotary(self._decoder, x, positions)
-        where = (plan.prompt_of_row, plan.length_of_row, plan.at)
+        angles = rotary(self._decoder, x, positions)
         h: Tensor = kernels.add_norm(x, None, *self._first, dtype)
         for its in self._layers:
-            kept, how, products = plan.layers[its.module.self_attn], its.how, its.products
-            qkv = products.qkv(h)
-            kernels.turn_and_keep(qkv, cos, sin, its.of_heads, its.eps, kept.own, plan.at, heads)
-            out = kernels.attend(qkv, kept.keys, kept.values, kept.own, *where, how.scale, how.window, heads)
+            products, qkv = its.products, its.products.qkv(h)
+            if isinstance(plan, DecodeAttention):
+                out = self._of_rows(its, qkv, angles, plan)
+            else:
+                out = self._of_prompts(its, qkv, angles, plan)
             h = kernels.add_norm(x, products.o(out), *its.post, dtype)
             h = kernels.add_norm(x, products.down(kernels.gate(products.gate_up(h))), *its.after, dtype)
         return h
+
+    def _of_rows(self, its: _Layer, qkv: Tensor, angles: tuple[Tensor, Tensor], plan: DecodeAttention) -> Tensor:
+        """Attended values ``[B, H D]`` of the newest token of each row."""
+        kept, heads = plan.layers[its.module.self_attn], self._heads
+        self._kernels.turn_and_keep(qkv, *angles, its.of_heads, its.eps, kept.own, plan.at, heads)
+        where = (plan.prompt_of_row, plan.length_of_row, plan.at)
+        cache = (kept.keys, kept.values, kept.own)
+        out: Tensor = self._kernels.attend(qkv, *cache, *where, its.how.scale, its.how.window, heads)
+        return out
+
+    def _of_prompts(self, its: _Layer, qkv: Tensor, angles: tuple[Tensor, Tensor], plan: Plan) -> Tensor:
+        """The same of tokens that follow another plan."""
+        turned = self._kernels.turn(qkv, *angles, its.of_heads, its.eps, self._heads)
+        h, k, d = self._heads
+        values = qkv.view(len(qkv), -1, d)[:, h + k :]
+        return plan.attend(its.module.self_attn, turned[:, :h], turned[:, h:], values, its.how).reshape(len(qkv), -1)
 
 
 class _Layer(NamedTuple):
