@@ -161,7 +161,9 @@ def _section(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
     lines = [
         "",
         f"{machine['cores']} cores, {threads} threads; {dates}; "
-        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + ".", "",
+        + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + "."
+        + (" Weights are random ones of the same shapes." if any(r.get("weights") == "random" for r in newest) else ""),
+        "",
         *(_comparison(compared, reach=not on_gpu) if compared else ()),
     ]  # fmt: skip
     if adapters:

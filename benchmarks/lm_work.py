@@ -201,6 +201,34 @@ def model_folder(cache: Path) -> Path:
     return folder
 
 
+def weights(cache: Path) -> str:
+    """Whether the weights in :func:`model_folder` are the "real" ones or "random", which take as long."""
+    return "random" if (model_folder(cache) / "random").exists() else "real"
+
+
+def make_random_model(cache: Path, parts: Path) -> None:
+    """Write the folder of :func:`model_folder` with random weights: where the real ones are not at hand.
+
+    Args:
+        parts: a folder with all else: configuration, tokenizer, chat template.
+    """
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = cache / "SmolLM2-135M-Instruct"
+    if (folder / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(parts), dtype=torch.float32)
+    model.save_pretrained(folder)
+    for file in parts.iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, folder)
+    (folder / "random").touch()
+
+
 def make_model(cache: Path, gguf: Path | None = None) -> None:
     """Write the folder of :func:`model_folder`, unless it is there. Needs grouprl installed.
 
@@ -252,4 +280,7 @@ def start_in(malloc: str, threads: int = THREADS) -> None:
 
 
 if __name__ == "__main__":
-    make_model(Path(sys.argv[1]) if len(sys.argv) > 1 else CACHE, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    if len(sys.argv) > 2 and Path(sys.argv[2]).is_dir():
+        make_random_model(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        make_model(Path(sys.argv[1]) if len(sys.argv) > 1 else CACHE, Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -5,7 +5,7 @@
     .venv/bin/python benchmarks/lm_worker_grouprl.py --work W1 --without shared-prompts --without compiled-code
 
 ``--without`` takes one shortcut away, for the ablation table; it may be repeated. ``--device cuda`` measures on a GPU:
-bfloat16 products, larger micro-batches, a clock that waits for it, and its memory.
+bfloat16 products, a clock that waits for it, and its memory.
 
 Seconds of a step: ``generate`` is the sampler alone, ``learn`` all that follows the rewards until the optimizer step is
 done, ``step`` the whole step; what remains is tokenizing, rewards and advantages.
@@ -31,10 +31,6 @@ SHORTCUTS = {
     "kept-memory": "freed memory goes back to the system, and pages are small",
     "packed-attention": "the plain path: transformers' own generate, one completion after another in the learner",
 }
-
-
-ON_CUDA = {"tokens_per_micro_batch": 16384}
-"""Settings on a GPU, which needs more at once than a CPU to be busy."""
 
 
 def take_away(shortcuts: list[str]) -> dict[str, Any]:
@@ -270,8 +266,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=lm_work.CACHE, help="where the model's folder is")
     given = parser.parse_args()
     lm_work.start_in(given.malloc, given.threads or (lm_work.THREADS if given.device == "cpu" else lm_work.GPU_THREADS))
-    settings = {} if given.device == "cpu" else dict(ON_CUDA)
-    settings |= take_away(given.without)
+    settings = take_away(given.without)
     settings |= {name: json.loads(value) for name, value in (item.split("=", 1) for item in given.set)}
     if given.work == "nth-word":
         result = run_task(given.seed, given.seconds, settings, given.cache, given.device)
@@ -280,7 +275,8 @@ def main() -> None:
             lm_work.WORKS[given.work], given.steps, given.warmup, settings, given.cache, given.device, given.lora
         )
     versions = measuring.versions("grouprl", "transformers", "torch", "numpy")
-    measuring.report({**result, **measuring.gpu(given.device), "without": given.without, "versions": versions})
+    measuring.report({**result, **measuring.gpu(given.device), "without": given.without, "versions": versions,
+                      "weights": lm_work.weights(given.cache)})  # fmt: skip
 
 
 if __name__ == "__main__":

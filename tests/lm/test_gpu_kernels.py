@@ -31,6 +31,7 @@ from grouprl.lm.packing import Group, Pack  # noqa: E402
 from grouprl.lm.products import Products  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+SLACK = 1 if INTERPRETED else 4
 LOW = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter computes with numpy, which has no bfloat16
 
 
@@ -172,10 +173,10 @@ def test_fused_layers_of_kernels_have_the_naive_gradients(
     layers: Any = LlamaLayers(backbone.decoder, step.ways, LOW, KernelParts)
     layers.keeping = lambda tokens: 10**6 if keeping else 0
     found = learned(Learner(model, backbone, Products(model, LOW), 1.0, 10**9, layers=layers), groups, weights)
-    assert float((found[0] - wanted[0]).abs().max()) < 0.05
+    assert float((found[0] - wanted[0]).abs().max()) < 0.05 * SLACK
     for parameter, gradient in wanted[1].items():
-        assert relative_error({"": found[1][parameter]}, {"": gradient}) < 0.06, parameter
-    assert relative_error(found[1], wanted[1]) < 0.02
+        assert relative_error({"": found[1][parameter]}, {"": gradient}) < 0.06 * SLACK, parameter
+    assert relative_error(found[1], wanted[1]) < 0.02 * SLACK
 
 
 @pytest.mark.parametrize("width", [48, 1500])

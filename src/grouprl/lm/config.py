@@ -92,8 +92,11 @@ class GRPOConfig(BaseModel):
     )
     num_generations: int = Field(8, ge=1, description="completions per prompt: the size of a group")
     num_iterations: int = Field(1, ge=1, description="passes over the completions of one generation")
-    tokens_per_micro_batch: int = Field(
-        2048, ge=1, description="tokens per forward and backward pass; bounds memory and changes no number"
+    tokens_per_micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per forward and backward pass; bounds memory and changes no number; default: 2048, on a "
+        "GPU as many as take an eighth of its memory",
     )
     dynamic_sampling: bool = Field(
         False, description="replace groups whose rewards are all equal by groups of further prompts (DAPO)"

@@ -26,6 +26,9 @@ from grouprl.lm.sampling import SamplingSettings
 _CACHE_BYTES = 1 << 30
 """What the sampler's own keys and values may take by default; on a GPU, an eighth of its memory."""
 
+_TOKENS = 2048
+"""Tokens of a micro-batch by default."""
+
 _log = logging.getLogger("grouprl")
 
 
@@ -120,7 +123,7 @@ class Policy:
         if backbone is not None and config.native and config.disable_dropout and not config.gradient_checkpointing:
             layers = find_layers(backbone, products.dtype)
         return Learner(
-            model, backbone, products, config.temperature, config.tokens_per_micro_batch,
+            model, backbone, products, config.temperature, config.tokens_per_micro_batch or self._tokens_at_once(),
             not config.disable_dropout, config.native, layers,
         )  # fmt: skip
 
@@ -134,6 +137,18 @@ class Policy:
             parameter.grad = None
         backbone = find_backbone(model)[0] if self.packed else None
         return self._learner(model, backbone, Products(model, self.products.dtype, self.config.native))
+
+    def _tokens_at_once(self) -> int:
+        """Tokens whose activations and logits fit into an eighth of a GPU's memory; _TOKENS on a CPU.
+
+        About 34 bytes per token, layer and number of a hidden state (arXiv 2205.05198, section 4.1), and logits twice.
+        """
+        if self.device.type != "cuda":
+            return _TOKENS
+        text = self.model.config.get_text_config()
+        token = 34 * int(text.num_hidden_layers) * int(text.hidden_size) + 4 * int(text.vocab_size)
+        room = torch.cuda.get_device_properties(self.device).total_memory // 8  # of all, as below
+        return max(_TOKENS // 2, min(32 * _TOKENS, room // token))
 
     def _rows_that_fit(self) -> int:
         """Rows whose keys and values of a whole completion fit into _CACHE_BYTES, or an eighth of a GPU's memory."""
