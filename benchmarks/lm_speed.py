@@ -143,8 +143,9 @@ def table(device: str) -> str:
     by_machine: dict[str, list[dict[str, Any]]] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        name = row["gpu"] + " beside " + row["machine"]["cpu"] if on_gpu else row["machine"]["cpu"]
-        by_machine.setdefault(name, []).append(row)
+        machine = row["machine"]
+        beside = f"{row['gpu']} beside {machine['cores']} cores of {machine['cpu']}" if on_gpu else machine["cpu"]
+        by_machine.setdefault(beside, []).append(row)
     for name, rows in sorted(by_machine.items(), key=lambda item: item[1][-1]["batch"].split(" ", 1)[1], reverse=True):
         lines += ["", f"## {name}", *_section(rows, on_gpu)]
     return "\n".join(lines) + "\n"
@@ -157,12 +158,15 @@ def _section(rows: list[dict[str, Any]], on_gpu: bool) -> list[str]:
     newest = [*compared, *adapters]
     versions = {k: v for row in newest for k, v in row["versions"].items()}
     threads = lm_work.GPU_THREADS if on_gpu else lm_work.THREADS
+    cores = "" if on_gpu else f"{machine['cores']} cores, "
+    notes = dict.fromkeys(row["note"] for row in newest if "note" in row)
     dates = " and ".join(dict.fromkeys(row["batch"].split(" ")[1] for row in newest))
     lines = [
         "",
-        f"{machine['cores']} cores, {threads} threads; {dates}; "
+        f"{cores}{threads} threads; {dates}; "
         + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + "."
-        + (" Weights are random ones of the same shapes." if any(r.get("weights") == "random" for r in newest) else ""),
+        + (" Weights are random ones of the same shapes." if any(r.get("weights") == "random" for r in newest) else "")
+        + "".join(f" {note}" for note in notes),
         "",
         *(_comparison(compared, reach=not on_gpu) if compared else ()),
     ]  # fmt: skip
@@ -207,6 +211,8 @@ def _comparison(rows: list[dict[str, Any]], *, reach: bool = False) -> list[str]
                 f"| {work} | {best['step'] / ours['step']:.1f} |{speed} {fastest / ours['step']:.1f} | "
                 f"{ours['gb'] / best['gb']:.2f} |{memory} {ours['gb'] / leanest:.2f} |"
             )
+    if not factors:
+        return [*lines, "", "The other side was not measured on this machine."]
     aim = " aim |" if reach else ""
     return [
         *lines, "",

@@ -62,7 +62,8 @@ class GRPOConfig(BaseModel):
     )
     native: bool = Field(
         True,
-        description="on a CPU, run what C code can do by C code, compiled at first use; false = torch operations only",
+        description="run what compiled code can do by compiled code, C on a CPU and Triton on a GPU, compiled at first "
+        "use; false = torch operations only",
     )
     bf16: bool | None = Field(
         None, description="matrix products in bfloat16; default: where the hardware is fast at it"
