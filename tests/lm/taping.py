@@ -1,6 +1,6 @@
 """A stand-in for CUDA graphs on a CPU: what torch was asked to do, done again on the same tensors."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,7 +61,6 @@ class TapeRecorder:
 
     def __init__(self) -> None:
         self.prepared = self.recorded = self.played = 0
-        self.known: set[Hashable] = set()
 
     def prepare(self, work: Callable[[], object]) -> None:
         """Do ``work``."""

@@ -64,8 +64,6 @@ def test_a_layout_says_who_sees_whom() -> None:
     [
         ({}, True),
         ({"dtype": torch.float32}, False),
-        ({"window": 9}, False),
-        ({"window": 10}, True),
         ({"softcap": 30.0}, False),
         ({"d": 20}, False),
         ({"d": 512}, False),
@@ -73,7 +71,7 @@ def test_a_layout_says_who_sees_whom() -> None:
     ],
 )
 def test_what_the_kernels_can_do(changes: dict[str, Any], wanted: bool) -> None:
-    given = {"dtype": torch.bfloat16, "window": None, "softcap": None, "d": 64, "device": "cuda"} | changes
+    given = {"dtype": torch.bfloat16, "softcap": None, "d": 64, "device": "cuda"} | changes
 
     class Shape:
         is_cuda = given["device"] == "cuda"
@@ -82,4 +80,4 @@ def test_what_the_kernels_can_do(changes: dict[str, Any], wanted: bool) -> None:
             self.shape = (30, heads, given["d"])
 
     asked: tuple[Any, ...] = (Shape(4), Shape(2))
-    assert flash.supported(*asked, given["dtype"], given["window"], given["softcap"], 10) is wanted
+    assert flash.supported(*asked, given["dtype"], given["softcap"]) is wanted

@@ -83,6 +83,30 @@ def test_adapters_are_joined_with_what_they_add() -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
+def test_weights_in_the_dtype_of_products_are_not_copied_and_their_adapters_not_rounded_away() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = build("qwen2").to(torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    step, products = lean_step(find_backbone(model)[0]), Products(model, torch.bfloat16)  # type: ignore[arg-type]
+    assert step is not None
+    x, layer = torch.randn(5, 32).to(torch.bfloat16), step.decoder.layers[0]
+    with torch.no_grad():
+        for part in (layer.self_attn.q_proj, layer.mlp.down_proj):
+            part.lora_B["default"].weight.normal_(std=1e-4, generator=torch.Generator().manual_seed(1))
+        its = Joined(step, products).layers[0]
+        q = layer.self_attn.q_proj(x).float()
+        assert float((its.qkv(x)[:, : q.shape[1]].float() - q).norm() / q.norm()) < 5e-3
+        kept = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Linear)}
+        held = [c.cell_contents for c in its.o.__closure__ if isinstance(c.cell_contents, torch.Tensor)]
+        assert all(t.data_ptr() in kept for t in held)
+        layer.self_attn.q_proj.lora_B["default"].weight.mul_(1000)  # a change that shows
+        changed = layer.self_attn.q_proj(x).float()
+        found = Joined(step, products).layers[0].qkv(x)[:, : q.shape[1]].float()
+        assert float((changed - q).norm()) > 0.1 * float(q.norm())
+        assert float((found - changed).norm() / changed.norm()) < 1e-2
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma", "gemma3", "phi", "opt"])
 def test_models_with_other_parts_have_none(name: str) -> None:
     assert lean_step(find_backbone(build(name))[0]) is None  # type: ignore[arg-type]

@@ -30,7 +30,6 @@ def test_a_pack_holds_all_prompts_then_all_completions_end_to_end() -> None:
     assert pack.targets.tolist() == [20, 21, 30, 40, 41, 42, 60, 61]
     assert pack.lengths.tolist() == [2, 1, 3, 2]
     assert pack.prompt_lengths.tolist() == [3, 1]
-    assert pack.prompt_tokens == 4
     starts, counts, groups = pack.stretches
     assert starts.tolist() == [0, 4, 5, 5, 3, 7]
     assert counts.tolist() == [3, 1, 0, 2, 1, 1]

@@ -3,8 +3,8 @@
 The model runs on one row of packed tokens ``[1, S]`` and is given no mask and no cache: everything in it except
 attention treats tokens one by one. Attention itself asks the *plan* that is active which tokens see which:
 :class:`PackedAttention` for learning (and for reading prompts), :class:`DecodeAttention` for sampling. Both let the
-samples of a group share their prompt's keys and values, and both fold the query heads of one key head into the rows
-of a plain batched product.
+samples of a group share their prompt's keys and values. Where nothing better is at hand, both fold the query heads of
+one key head into the rows of a plain batched product.
 """
 
 from __future__ import annotations
@@ -139,17 +139,18 @@ class PackedAttention:
         if self.native and native.supported(q, dtype, how.softcap) and available():
             found = native.attend(q, k, v, self.pack, how.scale, how.window, dtype)
             return found if self.dtype is not None else found.to(dtype)  # the model's own layers take no other
-        layout = self._layout() if q.is_cuda else None
-        if (
-            layout is not None
-            and flash.supported(q, k, dtype, how.window, how.softcap, layout.span)
-            and flash_works(q.device, dtype, q.shape[1], *k.shape[1:])
-        ):
-            given = (x.to(dtype) for x in (q, k, v))
-            out: Tensor = flash.Flash.apply(*given, layout, how.scale)  # type: ignore[no-untyped-call]
-            return out
+        if flash.supported(q, k, dtype, how.softcap) and flash_works(q.device, dtype, q.shape[1], *k.shape[1:]):
+            layout = self._layout()
+            if how.window is None or how.window >= layout.span:
+                given = (x.to(dtype) for x in (q, k, v))
+                out: Tensor = flash.Flash.apply(*given, layout, how.scale)  # type: ignore[no-untyped-call]
+                return out
         out = _Packed.apply(q, k, v, self.pack, how, dtype)  # type: ignore[no-untyped-call]
         return out
+
+    def forget(self) -> None:
+        """Let go of the pack."""
+        self.pack = self._laid_out = None
 
     def _layout(self) -> flash.Layout:
         assert self.pack is not None
@@ -178,7 +179,10 @@ def flash_works(device: torch.device, dtype: torch.dtype, heads: int, k_heads: i
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         _log.warning("attention is slower than it could be: torch's FlashAttention cannot be used: %s", error)
         return False
-    return all(float((b - a).float().norm()) < 0.02 * float(a.float().norm()) for a, b in zip(*found, strict=True))
+    if all(float((b - a).float().norm()) < 0.02 * float(a.float().norm()) for a, b in zip(*found, strict=True)):
+        return True
+    _log.warning("attention is slower than it could be: torch's FlashAttention gives other numbers than its products")
+    return False
 
 
 class _Packed(torch.autograd.Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,10 @@ class Backbone:
         """Where the tokens go."""
         weight: Tensor = self.core.get_input_embeddings().weight
         return weight.device
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Within, its device is the one that kernels are launched on, where it is a GPU."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states ``[S, d]`` of a row of tokens ``[S]``; call it within :meth:`following` a plan."""

@@ -67,7 +67,7 @@ class DecodeAttention:
     def __init__(self, pack: Pack, group_size: int, longest: int, dtype: torch.dtype) -> None:
         self.lengths = pack.prompt_lengths
         self.device = self.lengths.device
-        self.dtype, self.pack = dtype, pack
+        self.dtype = dtype
         self._lengths = lengths = self.lengths.cpu()
         self.t = -(-int(lengths.max()) // _EVEN) * _EVEN
         self.longest = -(-longest // _EVEN) * _EVEN
@@ -107,11 +107,6 @@ class DecodeAttention:
         lengths = self._lengths[prompt_of_row]
         self.prompt_of_row, self.length_of_row = prompt_of_row.to(self.device), lengths.to(self.device)
         self._beyond = (torch.arange(self.t) >= lengths[:, None]).to(self.device)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows, prompts, places of a prompt, room of a row."""
-        return len(self._prompt_of_row), len(self._lengths), self.t, self.room
 
     def reserve(self) -> bool:
         """Make room for one more token of each row. Returns whether tensors have moved for that."""
@@ -219,11 +214,6 @@ class TorchDecoder:
         self.plan = DecodeAttention(pack, group_size, longest, kept)
         self.lengths, self.keep, self.drop = self.plan.lengths, self.plan.keep, self.plan.drop
         self.reserve = self.plan.reserve
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """See :class:`grouprl.lm.sampler.Decoder`."""
-        return self.plan.shape
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Logits ``[B, V]`` behind one new token of each row, ``ids [B]`` at ``positions [B]``."""

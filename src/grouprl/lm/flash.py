@@ -77,12 +77,12 @@ class Layout:
         )
 
 
-def supported(q: Tensor, k: Tensor, dtype: torch.dtype, window: int | None, softcap: float | None, span: int) -> bool:
-    """Whether the kernels can do it: half precision on a GPU, plain softmax over everything up to the token."""
+def supported(q: Tensor, k: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
+    """Whether the kernels can do it, but for windows: half precision on a GPU, plain softmax."""
     heads, d = q.shape[1:]
     return (
         q.is_cuda and dtype in (torch.bfloat16, torch.float16) and softcap is None
-        and (window is None or window >= span) and d % 8 == 0 and d <= LARGEST_HEAD and heads % k.shape[1] == 0
+        and d % 8 == 0 and d <= LARGEST_HEAD and heads % k.shape[1] == 0
     )  # fmt: skip
 
 

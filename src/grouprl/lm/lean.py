@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grouprl.lm.attention import How, Plan
 from grouprl.lm.backbone import Backbone
-from grouprl.lm.native.adapters import is_lora, with_added
+from grouprl.lm.native.adapters import added, is_lora, with_added
 from grouprl.lm.products import Products
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -91,7 +91,8 @@ def _apart(decoder: Any) -> Iterator[LayerProducts]:
 
 
 class Joined:
-    """Linear layers with one input as one product, their adapters added; for as long as the weights do not change.
+    """Linear layers with one input as one product, their adapters added, in the dtype of the products; for as long as
+    the weights do not change. Where they are in that dtype already, nothing is copied and there are more products.
 
     Attributes:
         layers: the products of each layer. linears: modules that need no products of their own.
@@ -110,6 +111,8 @@ class Joined:
 
 
 def _joined(parts: tuple[Any, ...], products: Products) -> Product:
+    if all(part.weight.dtype == products.dtype for part in parts):
+        return _in_turn(parts)
     weights = [with_added(part) for part in parts]
     weight = (torch.cat(weights) if len(parts) > 1 else weights[0]).to(products.dtype)
     bias = None
@@ -117,6 +120,26 @@ def _joined(parts: tuple[Any, ...], products: Products) -> Product:
         biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in parts]
         bias = torch.cat([b.to(products.dtype) for b in biases])
     return lambda x: F.linear(products.rounded(x), weight, bias)
+
+
+def _in_turn(parts: tuple[Any, ...]) -> Product:
+    """Layers whose weights are in the dtype of the products already: a copy would be as large as they are, and what
+    adapters add would be lost in rounding."""
+    dtype = parts[0].weight.dtype
+    adapters = [
+        [(a.detach().to(dtype), (scale * b.detach()).to(dtype)) for a, b, scale in added(part)] for part in parts
+    ]
+
+    def product(x: Tensor) -> Tensor:
+        x, out = x.to(dtype), []
+        for part, its in zip(parts, adapters, strict=True):
+            y = F.linear(x, part.weight.detach(), part.bias)
+            for a, b in its:
+                y = y + F.linear(F.linear(x, a), b)
+            out.append(y)
+        return torch.cat(out, -1) if len(out) > 1 else out[0]
+
+    return product
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

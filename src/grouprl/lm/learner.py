@@ -84,15 +84,15 @@ class Learner:
             if self.backbone is None:
                 yield
             elif self.layers is not None:
-                with self.products.learning(self.layers.linears), self.layers.learning():
+                with self.products.learning(self.layers.linears), self.layers.learning(), self.backbone.on_device():
                     yield
             else:
-                with self.products.learning(), self.backbone.following(self._plan):
+                with self.products.learning(), self.backbone.following(self._plan), self.backbone.on_device():
                     yield
         finally:
             for module, training in modes:
                 module.training = training
-            self._plan.pack = None
+            self._plan.forget()
 
     def evaluate(self, part: Part) -> TokenTerms:
         """Terms of the part's completion tokens ``[m]``, sample after sample; within :meth:`learning` only."""

@@ -133,11 +133,6 @@ class Pack:
         whole = torch.tensor([i for values in lists for i in values], dtype=torch.int64).to(device)
         return cls(places, *torch.split(whole, [len(values) for values in lists]))
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts, which come first in the row."""
-        return sum(len(prompt) for prompt, _ in self.places)
-
     @cached_property
     def stretches(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where each stretch of the row begins and how many tokens it has, int32 on the CPU: of each group its prompt,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import UsageError
-from grouprl.lm.backbone import find_backbone
+from grouprl.lm.backbone import Backbone, find_backbone
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.layers import find_layers
 from grouprl.lm.learner import Learner, Part
@@ -69,7 +69,7 @@ class Policy:
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
             self.sampler = PlainSampler(model, self.products.dtype, ends, pad)
         else:
-            rows = config.max_rows_per_decode or self._rows_that_fit()
+            rows = config.max_rows_per_decode or self._rows_that_fit(backbone)
             self.sampler = Sampler(backbone, self.products, ends, rows, "native" if config.native else "lean")
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
@@ -122,8 +122,9 @@ class Policy:
         layers = None
         if backbone is not None and config.native and config.disable_dropout and not config.gradient_checkpointing:
             layers = find_layers(backbone, products.dtype)
+        budget = config.tokens_per_micro_batch or (_TOKENS if backbone is None else self._tokens_at_once(backbone))
         return Learner(
-            model, backbone, products, config.temperature, config.tokens_per_micro_batch or self._tokens_at_once(),
+            model, backbone, products, config.temperature, budget,
             not config.disable_dropout, config.native, layers,
         )  # fmt: skip
 
@@ -138,23 +139,25 @@ class Policy:
         backbone = find_backbone(model)[0] if self.packed else None
         return self._learner(model, backbone, Products(model, self.products.dtype, self.config.native))
 
-    def _tokens_at_once(self) -> int:
+    def _tokens_at_once(self, backbone: Backbone) -> int:
         """Tokens whose activations and logits fit into an eighth of a GPU's memory; _TOKENS on a CPU.
 
         About 34 bytes per token, layer and number of a hidden state (arXiv 2205.05198, section 4.1), and logits twice.
         """
         if self.device.type != "cuda":
             return _TOKENS
-        text = self.model.config.get_text_config()
-        token = 34 * int(text.num_hidden_layers) * int(text.hidden_size) + 4 * int(text.vocab_size)
+        vocabulary, width = map(int, backbone.head.weight.shape)
+        token = 34 * int(self.model.config.get_text_config().num_hidden_layers) * width + 4 * vocabulary
         room = torch.cuda.get_device_properties(self.device).total_memory // 8  # of all, as below
         return max(_TOKENS // 2, min(32 * _TOKENS, room // token))
 
-    def _rows_that_fit(self) -> int:
-        """Rows whose keys and values of a whole completion fit into _CACHE_BYTES, or an eighth of a GPU's memory."""
-        room = _CACHE_BYTES
+    def _rows_that_fit(self, backbone: Backbone) -> int:
+        """Rows whose keys and values of a whole completion fit into _CACHE_BYTES; on a GPU, together with their logits
+        and what is made of those, into an eighth of its memory."""
+        room, logits = _CACHE_BYTES, 0
         if self.device.type == "cuda":  # of all, not of what is free: a run must not depend on what else is there
             room = torch.cuda.get_device_properties(self.device).total_memory // 8
+            logits = 16 * backbone.head.weight.shape[0]
         text = self.model.config.get_text_config()
         heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
         size: Any = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -165,7 +168,7 @@ class Policy:
             * int(size)
             * (4 if self.device.type == "cpu" else self.products.dtype.itemsize)
         )
-        return max(16, min(1024, room // (token * self.config.max_completion_length)))
+        return max(16, min(1024, room // (token * self.config.max_completion_length + logits)))
 
 
 def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import util
 from typing import Literal, Protocol
 
 import torch
@@ -47,10 +48,6 @@ class Decoder(Protocol):
     lengths: Tensor
     """``[P]`` tokens of each prompt."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """What decides which kernels a step runs."""
-
     def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
         """Store a layer's keys and values ``[S, K, D]`` of the prompts: the ``keep`` of a PackedAttention."""
 
@@ -91,24 +88,32 @@ class Sampler:
         self.max_rows = max_rows
         self.steps, self.why = steps, ""
         self.recorder: Recorder | None = None
+        self._unrecorded: set[tuple[SamplingSettings, bool]] = set()  # how, and whether adjusted
         self.lean: LeanStep | None = None
         self._native: NativeModel | None = None
         self._joined: Joined | None = None
         self._kernels: KernelStep | None = None
         self._find_steps()
         if backbone.device.type == "cuda":
-            self.record_with(CudaRecorder(backbone.device))
+            try:
+                self.record_with(CudaRecorder(backbone.device))
+            except RuntimeError as error:
+                self._not_recorded(error)
 
     def record_with(self, recorder: Recorder) -> None:
         """Have ``recorder`` record decode steps from now on, if replayed ones give what steps give."""
         self.recorder = recorder
         exact = self.products.dtype == torch.float32
-        if _difference(self._try(recorder), self._try()) > (1e-3 if exact else 0.02):
+        if not _difference(self._try(recorder), self._try()) <= (1e-3 if exact else 0.02):
             self._not_recorded("replayed ones give other logits than the model")
 
     def _not_recorded(self, why: object) -> None:
         self.recorder = None
-        self._slower("several times more slowly, its decode steps launched kernel by kernel", str(why))
+        self._launched_one_by_one(why)
+
+    def _launched_one_by_one(self, why: object) -> None:
+        reason = str(why).splitlines()[0] if str(why) else type(why).__name__
+        self._slower("several times more slowly, its decode steps launched kernel by kernel", reason)
 
     def _slower(self, how: str, why: str) -> None:
         self.why = why
@@ -131,22 +136,22 @@ class Sampler:
     @contextmanager
     def _sampling(self) -> Iterator[None]:
         """Within, the model evaluates, and its weights are laid out for decode steps."""
-        training = self.backbone.model.training
+        training, on_cpu = self.backbone.model.training, self.backbone.device.type == "cpu"
         self.backbone.model.eval()
         try:
-            if self.steps == "native" and self.lean is not None and self.backbone.device.type == "cpu":
+            if self.steps == "native" and self.lean is not None and on_cpu:
                 low = self.products.dtype == torch.bfloat16
                 with torch.no_grad():
                     self._native = NativeModel(self.backbone.decoder, self.backbone.head, self.lean.ways, low)
                     yield
-            else:
+                return
+            with torch.no_grad(), self.backbone.on_device():
                 # on a CPU, layers are laid out one by one
-                if self.lean is not None and self.backbone.device.type != "cpu" and Joined.supported(self.lean):
-                    with torch.no_grad():
-                        self._joined = Joined(self.lean, self.products)
+                if self.lean is not None and not on_cpu and Joined.supported(self.lean):
+                    self._joined = Joined(self.lean, self.products)
                     if self.steps == "native":
                         self._kernels = KernelStep(self.lean, self._joined, self.products.dtype)
-                with self.products.sampling(without=self._joined.linears if self._joined is not None else ()):
+                with self.products.sampling(without=() if self._joined is None else self._joined.linears):
                     yield
         finally:
             self._native = self._joined = self._kernels = None
@@ -174,12 +179,12 @@ class Sampler:
         wanted = self._try()
         self.steps, self.lean = "lean", lean
         exact = self.products.dtype == torch.float32
-        if _difference(self._try(), wanted) > (1e-3 if exact else 0.02):
+        if not _difference(self._try(), wanted) <= (1e-3 if exact else 0.02):
             self.steps, self.lean = "modules", None
         elif asked == "native" and self._compiled(lean):
             try:
                 self.steps = "native"
-                if _difference(self._try(), wanted) > (1e-3 if exact else 0.1):  # it rounds less often
+                if not _difference(self._try(), wanted) <= (1e-3 if exact else 0.1):  # it rounds less often
                     raise UnavailableError("compiled decode steps give other logits than the model")
             except Exception as error:  # Triton has errors of its own, as many as ways to fail
                 if not isinstance(error, UnavailableError) and self.backbone.device.type == "cpu":
@@ -191,8 +196,14 @@ class Sampler:
         """Whether compiled code may be able to run the model's steps: C on a CPU, Triton on a GPU."""
         if self.backbone.device.type == "cpu":
             return supported(self.backbone.decoder, self.backbone.head)
-        on_gpu = self.backbone.device.type == "cuda" and Joined.supported(lean)
-        return on_gpu and supported_on_gpu(lean, self.products.dtype)
+        if self.backbone.device.type != "cuda" or not Joined.supported(lean):
+            return False
+        if not supported_on_gpu(lean, self.products.dtype):
+            return False
+        if util.find_spec("triton") is None:
+            self._slower("and learns more slowly", "there is no Triton; install it with: pip install triton")
+            return False
+        return True
 
     @torch.no_grad()
     def _try(self, recorder: Recorder | None = None) -> Tensor:
@@ -239,20 +250,24 @@ class Sampler:
         self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,
         adjust: Adjust | None, first: int,
     ) -> list[Completion]:  # fmt: skip
-        recorder = self.recorder
         decoder, logits = self._read(prompts, group_size, settings.max_new_tokens)
+        look = 1 if self.recorder is None else LOOK
         rows = Rows(
             prompts, group_size, settings, self.end_ids, logits.shape[-1], self.backbone.device, generator, adjust,
-            first, ahead=1 if recorder is None else LOOK,
+            first, ahead=look,
         )  # fmt: skip
-        step = Repeated(
-            lambda: rows.take(decoder.step(rows.token, rows.position)), recorder, self._not_recorded,
-            lambda: (decoder.shape, settings, adjust is None),
-        )  # fmt: skip
+        kind = (settings, adjust is not None)
+
+        def failed(error: RuntimeError) -> None:
+            self._unrecorded.add(kind)
+            self._launched_one_by_one(error)
+
+        recorder = None if kind in self._unrecorded else self.recorder
+        step = Repeated(lambda: rows.take(decoder.step(rows.token, rows.position)), recorder, failed)
         rows.prepare(0)
         rows.take(logits.repeat_interleave(group_size, 0))
         for t in range(1, settings.max_new_tokens):
-            if recorder is None or t % LOOK == 0:
+            if t % look == 0:
                 ended = rows.ended()
                 if len(ended) == len(rows):
                     break

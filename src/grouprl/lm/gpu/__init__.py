@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs; nothing here is imported unless there is one."""
+"""Triton kernels for GPUs, and what calls them; `kernels` is imported only where they are wanted."""

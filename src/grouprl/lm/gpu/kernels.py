@@ -345,6 +345,7 @@ def _softmax(z, targets, found, rows, width, sharpness, LEARNING: tl.constexpr, 
     best = tl.max(tl.full([BLOCK], -float("inf"), tl.float32), 0)
     total = tl.sum(tl.zeros([BLOCK], tl.float32), 0)
     others, moment = total, total  # of all but the target; of the distances to the best, weighted
+    chosen = total
     for start in range(0, width, BLOCK):
         at = start + i
         x = tl.load(here + at, mask=at < width, other=-float("inf")).to(tl.float32) * sharpness
@@ -353,10 +354,10 @@ def _softmax(z, targets, found, rows, width, sharpness, LEARNING: tl.constexpr, 
         distance = tl.where(e > 0.0, x - now, 0.0)
         before = tl.where(total > 0.0, tl.exp(best - now), 0.0)
         moment = tl.where(total > 0.0, before * (moment + total * (best - now)), 0.0) + tl.sum(e * distance, 0)
+        chosen += tl.sum(tl.where(at == target, x, 0.0), 0)
         others = others * before + tl.sum(tl.where(at == target, 0.0, e), 0)
         total = total * before + tl.sum(e, 0)
         best = now
-    chosen = tl.load(here + target).to(tl.float32) * sharpness
     tl.store(found + row, chosen - best - tl.log(total))
     tl.store(found + rows + row, tl.log(total) - moment / total)
     tl.store(found + 2 * rows + row, others / total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import util
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +16,11 @@ LARGEST_HEAD, LARGEST_WIDTH = 256, 16384
 
 
 def supported(step: LeanStep, dtype: torch.dtype) -> bool:
-    """Whether the kernels can run a model: half precision, SiLU, heads that fit, and Triton at hand."""
+    """Whether the kernels can run a model: half precision, SiLU, heads that fit. They need Triton."""
     layers = step.decoder.layers
     sizes = {layer.self_attn.head_dim for layer in layers}
     return (
         dtype in (torch.bfloat16, torch.float16)
-        and util.find_spec("triton") is not None
         and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in layers)
         and len(sizes) == 1
         and max(sizes) <= LARGEST_HEAD

@@ -195,11 +195,6 @@ class NativeDecoder:
         self._arrange()
         return kept
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and prompts."""
-        return len(self.slot), len(self._prompt)
-
     def reserve(self) -> bool:
         """There is room for all tokens from the beginning: nothing moves."""
         return False
