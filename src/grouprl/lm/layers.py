@@ -38,7 +38,7 @@ from grouprl.lm.products import add_gradient, add_product
 
 _log = logging.getLogger("grouprl")
 
-KEPT_SHARE = 0.08
+KEPT_SHARE = 0.065
 """Most bytes kept of what products gave, per byte of weights, gradients and moments."""
 
 TOGETHER = 1024
