@@ -343,15 +343,21 @@ def test_a_capture_that_fails_leaves_everything_as_it_was() -> None:
 
     model, how = on_gpu("llama"), SamplingSettings(12)
     sampler = packed(model)
+    recorder: Any = sampler.recorder
+    record, recorded = recorder.record, []
+    recorder.record = lambda work: recorded.append(record(work)) or recorded[-1]
     wanted = sampler.sample(PROMPTS, 2, how, seeded())
-    assert ids_of(sampler.sample(PROMPTS, 2, how, seeded(), adjust)) == ids_of(wanted)
-    assert "kernel by kernel" not in sampler.why
-    assert sampler.why != ""
-    torch.rand(3, device="cuda")
-    torch.nn.functional.dropout(torch.ones(3, device="cuda"))
-    torch.cuda.empty_cache()
-    again = sampler.sample(PROMPTS, 2, how, seeded())  # recorded
-    assert all(torch.equal(a.logp, b.logp) for a, b in zip(again, wanted, strict=True))
+    assert len(recorded) == 1
+    for n in (2, 3):
+        assert ids_of(sampler.sample(PROMPTS, 2, how, seeded(), adjust)) == ids_of(wanted)
+        assert len(sampler._unrecorded) == 1
+        assert sampler.why != ""
+        torch.rand(3, device="cuda")
+        torch.nn.functional.dropout(torch.ones(3, device="cuda"))
+        torch.cuda.empty_cache()
+        again = sampler.sample(PROMPTS, 2, how, seeded())
+        assert len(recorded) == n
+        assert all(torch.equal(a.logp, b.logp) for a, b in zip(again, wanted, strict=True))
 
 
 def test_a_cache_that_grows_is_recorded_again() -> None:
@@ -383,7 +389,7 @@ def test_llama_shaped_models_decode_by_kernels_in_low_precision(name: str) -> No
         for c in sampler.sample(PROMPTS, 3, how, seeded())[i : i + 3]:
             with torch.no_grad():
                 wanted = naive_log_probs(model, prompt, c.ids).cpu()
-            assert float((c.logp - wanted).abs().mean()) < 0.03
+            assert float((c.logp - wanted).abs().mean()) < 0.05
             assert float((c.logp - wanted).abs().max()) < 0.3
 
 
@@ -401,7 +407,8 @@ def test_long_completions_and_adapters_decode_by_kernels(base: torch.dtype) -> N
     prompts, completions, group, lengths = as_samples(groups)
     learner = make_learner(model, dtype=torch.bfloat16)
     by_learner = learner.log_probs(learner.parts(prompts, completions, group), lengths)
-    assert float((torch.cat([c.logp for c in found]) - by_learner).abs().mean()) < 0.05
+    limit = 0.05 if base == torch.float32 else 0.1
+    assert float((torch.cat([c.logp for c in found]) - by_learner).abs().mean()) < limit
 
 
 def test_draws_and_filters_are_those_of_the_cpu() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from taping import Tape, TapeRecorder
 from torch import Tensor
 
 from grouprl.lm.backbone import Backbone
-from grouprl.lm.graphs import Repeated
+from grouprl.lm.graphs import CudaRecorder, Repeated
 from grouprl.lm.products import Products
 from grouprl.lm.rows import Completion
 from grouprl.lm.sampler import Sampler
@@ -180,3 +182,92 @@ def test_the_stand_in_freezes_numbers_and_leaves_memory_as_it_was() -> None:
     count[0] = 5.0
     tape.play()
     assert x.tolist() == [0.0, 1.0]
+
+
+class FakeGraph:
+    """A CUDA graph as torch 2.11 has it: a pool that a failed capture was for cannot be recorded into again."""
+
+    stuck: ClassVar[set[int]] = set()
+    made: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        self.open = self.replayed = False
+        self.handle = 0
+
+    def capture_begin(self, pool: int, mode: str) -> None:
+        assert mode == "thread_local"
+        if pool in FakeGraph.stuck:
+            raise RuntimeError("already recording to mempool_id")
+        self.handle, self.open = pool, True
+
+    def capture_end(self) -> None:
+        if not self.open:
+            raise RuntimeError("nothing to end")
+        self.open = False
+        FakeGraph.made += 1
+
+    def pool(self) -> int:
+        return self.handle
+
+    def replay(self) -> None:
+        self.replayed = True
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
+    class Stream:
+        def __init__(self, *_: Any) -> None: ...
+
+        def wait_stream(self, other: Any) -> None: ...
+
+    pools = iter(range(1, 100))
+    FakeGraph.stuck, FakeGraph.made = set(), 0
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return CudaRecorder(torch.device("cpu"))
+
+
+def failing(error: BaseException, recorder: CudaRecorder) -> Any:
+    def work() -> None:
+        FakeGraph.stuck.add(recorder._keeper.pool())
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("error", [RuntimeError("asked for a number"), KeyboardInterrupt()])
+def test_after_a_capture_that_failed_others_are_recorded(recorder: CudaRecorder, error: BaseException) -> None:
+    first = recorder.record(lambda: None)
+    for _ in range(2):
+        with pytest.raises(type(error), match=str(error)):
+            recorder.record(failing(error, recorder))
+        assert not any(graph.open for graph in recorder._failed)  # type: ignore[attr-defined]
+    again = recorder.record(lambda: None)
+    again()
+    assert again.__self__.replayed  # type: ignore[attr-defined]
+    assert not first.__self__.replayed  # type: ignore[attr-defined]
+    assert gc.isenabled()
+
+
+def test_a_capture_without_memory_is_tried_again_with_what_was_only_kept(
+    recorder: CudaRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back, tries = [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))
+
+    def work() -> None:
+        tries.append(1)
+        if not given_back:
+            failing(torch.cuda.OutOfMemoryError("no memory"), recorder)()
+
+    recorder.record(work)
+    assert len(tries) == 2
+    assert given_back == [1]
+    given_back.clear()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        recorder.record(failing(torch.cuda.OutOfMemoryError("no memory"), recorder))

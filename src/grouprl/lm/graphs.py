@@ -38,7 +38,7 @@ class CudaRecorder:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._newest: torch.cuda.CUDAGraph | None = None
-        # As long as it is there, so is the memory.
+        self._failed: list[torch.cuda.CUDAGraph] = []  # torch's allocators may go on asking them
         self._keeper = self._trivial()
 
     def prepare(self, work: Work) -> None:
@@ -53,46 +53,53 @@ class CudaRecorder:
         """See :class:`Recorder`. The recording made before must not be used any more."""
         self._newest = None  # with it goes a workspace that a new one must not rely on
         try:
-            self._newest = self._capture(work, self._keeper.pool())
-        except torch.cuda.OutOfMemoryError:  # meanwhile torch may not take back what it only keeps
+            graph = self._capture(work, self._keeper.pool())
+        except torch.cuda.OutOfMemoryError:
+            graph = None
+        except BaseException:
+            self._renew()
+            raise
+        if graph is None:  # while it captured, torch could not take back what it only keeps
+            self._renew()
             torch.cuda.empty_cache()
-            self._newest = self._capture(work, self._keeper.pool())
-        return self._newest.replay
+            graph = self._capture(work, self._keeper.pool())
+        self._newest = graph
+        return graph.replay
 
     def _trivial(self) -> torch.cuda.CUDAGraph:
-        return self._capture(lambda: torch.zeros(1, device=self.device), None)
+        """A recording of next to nothing. As long as it is there, so is the memory that others take over."""
+        return self._capture(lambda: torch.zeros(1, device=self.device), torch.cuda.graph_pool_handle())
+
+    def _renew(self) -> None:
+        """After a capture that failed: torch up to 2.11 believes that it goes on, its allocators for the memory it was
+        for, its random numbers until another one succeeds."""
+        with suppress(RuntimeError):
+            self._keeper = self._trivial()
 
     def _capture(self, work: Work, pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        pool = torch.cuda.graph_pool_handle() if pool is None else pool
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         collecting = gc.isenabled()
         gc.disable()  # what a collection frees would get into the recording
         try:
             with torch.cuda.stream(self._stream):
-                # not torch.cuda.graph(): that gives all cached memory back to the driver each time
-                graph.capture_begin(pool, "thread_local")
                 try:
+                    # not torch.cuda.graph(): that gives all cached memory back to the driver each time
+                    graph.capture_begin(pool, "thread_local")
                     work()
                     graph.capture_end()
-                except Exception:
-                    self._abandon(graph, pool)
+                except BaseException:
+                    self._failed.append(graph)
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    index = torch.cuda.current_device() if self.device.index is None else self.device.index
+                    with suppress(RuntimeError, AttributeError):
+                        torch._C._cuda_endAllocateToPool(index, pool)
                     raise
         finally:
             if collecting:
                 gc.enable()
         return graph
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        """Leave a capture that failed. Torch up to 2.11 believes it goes on: its allocator, and its random numbers."""
-        with suppress(RuntimeError):
-            graph.capture_end()
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        with suppress(RuntimeError, AttributeError):
-            torch._C._cuda_endAllocateToPool(index, pool)
-        if hasattr(self, "_keeper"):
-            with suppress(RuntimeError):  # one that succeeds puts the random numbers right
-                self._trivial()
 
 
 class Repeated:

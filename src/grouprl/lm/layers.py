@@ -27,7 +27,7 @@ from grouprl.lm.attention import How, PackedAttention, flash_works
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.gpu.parts import KernelParts
 from grouprl.lm.lean import lean_step
-from grouprl.lm.native.adapters import added, doing_something, is_lora
+from grouprl.lm.native.adapters import added, doing_something, is_lora, is_of
 from grouprl.lm.native.compile import available
 from grouprl.lm.native.decode import supported
 from grouprl.lm.native.linear import Linear, preferred
@@ -58,7 +58,8 @@ class _Product:
         ends = list(accumulate(part.out_features for part in parts))
         self.columns = [slice(end - part.out_features, end) for end, part in zip(ends, parts, strict=True)]
         on_cpu = parts[0].weight.device.type == "cpu"
-        self.apart = not on_cpu and all(part.weight.dtype == dtype for part in parts)  # to join would be to copy
+        # to join would be to copy
+        self.apart = not on_cpu and len(parts) > 1 and all(is_of(part, dtype) for part in parts)
         self.compiled = on_cpu and dtype == torch.bfloat16 and preferred() and ends[-1] % 32 == 0
         adapted = zip(self.columns, parts, strict=True)
         self.adapters = [(columns, *adapter) for columns, part in adapted for adapter in added(part)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grouprl.lm.attention import How, Plan
 from grouprl.lm.backbone import Backbone
-from grouprl.lm.native.adapters import added, is_lora, with_added
+from grouprl.lm.native.adapters import added, is_lora, is_of, with_added
 from grouprl.lm.products import Products
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -111,7 +111,7 @@ class Joined:
 
 
 def _joined(parts: tuple[Any, ...], products: Products) -> Product:
-    if all(part.weight.dtype == products.dtype for part in parts):
+    if all(is_of(part, products.dtype) for part in parts):
         return _in_turn(parts)
     weights = [with_added(part) for part in parts]
     weight = (torch.cat(weights) if len(parts) > 1 else weights[0]).to(products.dtype)

@@ -23,6 +23,12 @@ def is_lora(module: Any) -> bool:
     )
 
 
+def is_of(module: Any, dtype: torch.dtype) -> bool:
+    """Whether weight and bias of a linear layer, without adapters, are of this type."""
+    bias: Tensor | None = module.bias
+    return bool(module.weight.dtype == dtype) and (bias is None or bias.dtype == dtype)
+
+
 def added(module: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
     """A ``[r, in]``, B ``[out, r]`` and s of what a linear layer's active adapters add to its weight now.
 
