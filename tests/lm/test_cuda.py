@@ -38,7 +38,7 @@ from grouprl.lm import GRPOConfig, GRPOTrainer
 from grouprl.lm.attention import PackedAttention, flash_works
 from grouprl.lm.backbone import Backbone, find_backbone
 from grouprl.lm.gpu.parts import KernelParts
-from grouprl.lm.layers import find_layers
+from grouprl.lm.layer_trial import find_layers
 from grouprl.lm.learner import Learner
 from grouprl.lm.packing import Group, Pack
 from grouprl.lm.parts import TorchParts
@@ -125,14 +125,20 @@ def test_the_gpu_gives_what_the_cpu_gives() -> None:
     assert relative_error({name: g.cpu() for name, g in found.items()}, gradient) < 1e-3
 
 
+def by_autocast(model: Any, groups: list[Group], given: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What :func:`naive` gives, with the products in bfloat16."""
+    with torch.autocast("cuda", torch.bfloat16):
+        logp = torch.cat([naive_log_probs(model, g.prompt, c) for g in groups for c in g.completions])
+    (given.to("cuda") * logp).sum().backward()
+    return logp.detach().cpu(), take_gradient(model)
+
+
 def test_low_precision_is_no_less_exact_than_autocast() -> None:
     model, groups = wide(), random_groups((12, (20, 9, 30)), (5, (16, 24)), (20, (12,)))
     given = random_weights(groups)
     logp, gradient = naive(model, groups, given)
-    with torch.autocast("cuda", torch.bfloat16):
-        parts = [naive_log_probs(model, g.prompt, c) for g in groups for c in g.completions]
-    (given.to("cuda") * torch.cat(parts)).sum().backward()
-    autocast_logp, autocast_error = torch.cat(parts).detach().cpu(), relative_error(take_gradient(model), gradient)
+    autocast_logp, found = by_autocast(model, groups, given)
+    autocast_error = relative_error(found, gradient)
     our_logp, our_gradient = learned(make_learner(model, dtype=torch.bfloat16), groups, given)
     assert 1e-3 < autocast_error < 0.2  # there is something to compare with
     assert relative_error(our_gradient, gradient) <= 1.25 * autocast_error
@@ -166,18 +172,16 @@ def test_fused_layers_are_no_less_exact_than_autocast(
         parameter.requires_grad = not (frozen and any(part in name for part in ("embed", "layers.0.mlp", "v_proj")))
     given = random_weights(groups)
     logp, gradient = naive(model, groups, given)
-    with torch.autocast("cuda", torch.bfloat16):
-        parts = [naive_log_probs(model, g.prompt, c) for g in groups for c in g.completions]
-    (given.to("cuda") * torch.cat(parts)).sum().backward()
-    autocast_logp, autocast_error = torch.cat(parts).detach().cpu(), relative_error(take_gradient(model), gradient)
+    autocast_logp, found = by_autocast(model, groups, given)
+    autocast_error = relative_error(found, gradient)
     learner = fused(model, kind)
     monkeypatch.setattr(learner.layers, "keeping", lambda tokens: 100 if keeping else 0)
-    found = [learned(learner, groups, given) for _ in range(3)]
-    assert relative_error(found[0][1], gradient) <= 1.25 * autocast_error
-    assert float((found[0][0] - logp).norm()) <= 1.25 * float((autocast_logp - logp).norm())
-    for again_logp, again in found[1:]:  # the same every time, bit for bit
-        assert torch.equal(again_logp, found[0][0])
-        assert [key for key in again if not torch.equal(again[key], found[0][1][key])] == []
+    runs = [learned(learner, groups, given) for _ in range(3)]
+    assert relative_error(runs[0][1], gradient) <= 1.25 * autocast_error
+    assert float((runs[0][0] - logp).norm()) <= 1.25 * float((autocast_logp - logp).norm())
+    for again_logp, again in runs[1:]:  # the same every time, bit for bit
+        assert torch.equal(again_logp, runs[0][0])
+        assert [key for key in again if not torch.equal(again[key], runs[0][1][key])] == []
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 

@@ -28,7 +28,7 @@ from grouprl.errors import TrainingError
 from grouprl.lm import layers
 from grouprl.lm.attention import How, PackedAttention, _Packed
 from grouprl.lm.backbone import find_backbone
-from grouprl.lm.layers import find_layers
+from grouprl.lm.layer_trial import find_layers
 from grouprl.lm.learner import Learner
 from grouprl.lm.native import compile as native
 from grouprl.lm.native import head as native_head

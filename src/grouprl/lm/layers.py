@@ -1,6 +1,6 @@
 """The layers of a Llama-shaped model as one differentiable function each: what :mod:`grouprl.lm.lean` is to sampling.
 
-Products, and what lies between them by :mod:`grouprl.lm.parts`: compiled code on a CPU, torch on a GPU. A layer keeps
+Products, and what lies between them by :mod:`grouprl.lm.parts`: C on a CPU, Triton or torch on a GPU. A layer keeps
 for its backward pass its input and the attended values, a quarter of what it computes. As many layers as may keep what
 the largest products gave as well: on a CPU so many that it is little beside what the weights take anyway, on a GPU what
 it has the memory for. The rest, and on a CPU the weights in the precision of the products, a layer makes again.
@@ -8,35 +8,24 @@ it has the memory for. The rest, and on a CPU the weights in the precision of th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import util
 from itertools import accumulate
-from math import inf, isfinite
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grouprl.lm import flash
-from grouprl.lm.attention import How, PackedAttention, flash_works
-from grouprl.lm.backbone import Backbone
-from grouprl.lm.gpu.parts import KernelParts
-from grouprl.lm.lean import lean_step
-from grouprl.lm.native.adapters import added, doing_something, is_lora, is_of
-from grouprl.lm.native.compile import available
-from grouprl.lm.native.decode import supported
+from grouprl.lm.attention import How
+from grouprl.lm.lean import groups_of
+from grouprl.lm.native.adapters import added, is_of
 from grouprl.lm.native.linear import Linear, preferred
-from grouprl.lm.native.parts import NativeParts
-from grouprl.lm.packing import Group, Pack
-from grouprl.lm.parts import Parts, TorchParts
+from grouprl.lm.packing import Pack
+from grouprl.lm.parts import Parts
 from grouprl.lm.products import add_gradient, add_product
-
-_log = logging.getLogger("grouprl")
 
 KEPT_SHARE = 0.065
 """Most bytes kept of what products gave, per byte of weights, gradients and moments."""
@@ -154,9 +143,7 @@ class _Layer:
 
     @classmethod
     def rounded(cls, parts: Parts, dtype: torch.dtype) -> _Layer:
-        a, mlp = parts.module.self_attn, parts.module.mlp
-        groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
-        return cls(parts, dtype, *(_Product(group, dtype) for group in groups))
+        return cls(parts, dtype, *(_Product(group, dtype) for group in groups_of(parts.module)))
 
 
 @dataclass(frozen=True)
@@ -194,7 +181,7 @@ def _widths(layer: Any) -> tuple[int, int]:
 
 
 class LlamaLayers:
-    """The layers of a Llama-shaped model, for learning. See :func:`find_layers`.
+    """The layers of a Llama-shaped model, for learning. :mod:`grouprl.lm.layer_trial` finds them.
 
     Args:
         decoder: the model. ways: what each layer asks of attention. dtype: of products.
@@ -255,116 +242,12 @@ class LlamaLayers:
         return TOGETHER if self._on_cpu and 2 * self.keeping(TOGETHER) >= len(self.decoder.layers) else None
 
 
-@torch.no_grad()
-def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
-    """The layers of ``backbone`` as fused functions, if each gives what the model's own module gives, else None.
-
-    Needs a Llama-shaped model (see :mod:`grouprl.lm.lean`) without adapters other than PEFT's plain low-rank ones; on a
-    CPU a C compiler, on a GPU products in half precision and FlashAttention.
-    """
-    step = lean_step(backbone)
-    if step is None:
-        return None
-    with backbone.on_device():
-        return _find(backbone, step.ways, dtype)
-
-
-def _find(backbone: Backbone, ways: tuple[How, ...], dtype: torch.dtype) -> LlamaLayers | None:
-    modules: list[Any] = list(backbone.decoder.layers.modules())
-    low_rank = sum(2 * len(m.lora_A) for m in modules if is_lora(m))
-    for kind in _kinds(backbone, ways, dtype):
-        layers = LlamaLayers(backbone.decoder, ways, dtype, kind)
-        if len(layers.linears) != 7 * len(backbone.decoder.layers) + low_rank:
-            return None
-        try:
-            if _differs_by(backbone, layers) < 1.0 and (kind is not KernelParts or _same_gradient(layers)):
-                return layers
-            if kind is KernelParts:
-                raise ArithmeticError("they give other numbers than torch")
-        except Exception as error:  # Triton has errors of its own, as many as ways to fail
-            if kind is not KernelParts:
-                raise
-            _log.warning("learning is slower than it could be: Triton's kernels cannot be used: %s", error)
-    return None
-
-
-def _differs_by(backbone: Backbone, layers: LlamaLayers) -> float:
-    """How far what fused layers give is from what the model's modules give: beyond 1 is too far."""
-    pack = Pack.of([Group([1, 2, 3, 4, 2], ([3, 1, 2], [0, 4])), Group([2, 1], ([1, 3, 2],))], backbone.device)
-    kind = layers.kind
-    tried = torch.float32 if kind is NativeParts else layers.dtype
-    differences: list[float] = []
-
-    def compare(module: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
-        x, wanted = given[0][0].float().contiguous(), (out[0] if isinstance(out, tuple) else out)[0].float()
-        layer = partial(_Layer.rounded, kind.of(module, layers.ways[len(differences)]), tried)
-        angles, place = kind.angles(backbone.decoder, x, pack.positions), _Kept.of(module, x, tried, False)
-        found = _Run.apply(x, None, layer, *angles, kind.seen(pack), place)  # type: ignore[no-untyped-call]
-        differences.append(float((found - wanted).norm() / wanted.norm()))
-
-    training = backbone.model.training
-    backbone.model.eval()
-    hooks = [layer.register_forward_hook(compare) for layer in backbone.decoder.layers]
-    try:
-        with doing_something(backbone.decoder), backbone.following(PackedAttention(pack)):
-            backbone.hidden(pack.ids, pack.positions)
-    finally:
-        backbone.model.train(training)
-        for hook in hooks:
-            hook.remove()
-    exact = tried == backbone.head.weight.dtype == torch.float32
-    worst = max(differences) if all(map(isfinite, differences)) else inf
-    return worst / (1e-4 if exact else 0.05)
-
-
-def _same_gradient(layers: LlamaLayers) -> bool:
-    """Whether kernels have the gradient that torch operations have, of the input of the first layer."""
-    module, how = layers.decoder.layers[0], layers.ways[0]
-    pack = Pack.of([Group([0] * 5, ([0] * 9, [0])), Group([0] * 20, ([0] * 3,))], module.mlp.down_proj.weight.device)
-    generator = torch.Generator().manual_seed(0)
-    shape = (len(pack.ids), module.mlp.down_proj.out_features)
-    x, g = (torch.randn(shape, generator=generator).to(pack.ids.device) for _ in range(2))
-    learned = [p for p in module.parameters() if p.requires_grad]
-    found = []
-    try:
-        for p in learned:
-            p.requires_grad_(False)
-        for kind in (KernelParts, TorchParts):
-            layer = partial(_Layer.rounded, kind.of(module, how), layers.dtype)
-            given, place = x.clone().requires_grad_(), _Kept.of(module, x, layers.dtype, False)
-            angles = kind.angles(layers.decoder, x, pack.positions)
-            with torch.enable_grad():
-                out = _Run.apply(given, None, layer, *angles, kind.seen(pack), place)  # type: ignore[no-untyped-call]
-                found.append(torch.autograd.grad(out, given, g)[0])
-    finally:
-        for p in learned:
-            p.requires_grad_(True)
-    mine, its = found
-    return float((mine - its).norm()) < 0.02 * float(its.norm())
-
-
-def _kinds(backbone: Backbone, ways: Sequence[How], dtype: torch.dtype) -> list[type[Parts]]:
-    """What may be able to do all that lies between the products here, best first."""
-    if supported(backbone.decoder, backbone.head) and available():
-        return [NativeParts]
-    layers = backbone.decoder.layers
-    mine = (
-        backbone.device.type == "cuda"
-        and all(how.window is None for how in ways)
-        and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in layers)
-        and all(
-            type(m) is nn.Linear or is_lora(m)
-            for layer in layers
-            for m in (*layer.self_attn.children(), *layer.mlp.children())
-            if hasattr(m, "out_features")
-        )
-    )
-    if mine:
-        heads, k_heads, d = TorchParts.of(layers[0], ways[0]).heads
-        q, k = (torch.empty(1, n, d, device=backbone.device, dtype=dtype) for n in (heads, k_heads))
-        if flash.supported(q, k, dtype, None) and flash_works(q.device, dtype, heads, k_heads, d):
-            return [KernelParts, TorchParts] if util.find_spec("triton") is not None else [TorchParts]
-    return []
+def run_layer(decoder: Any, parts: Parts, dtype: torch.dtype, x: Tensor, pack: Pack) -> Tensor:
+    """One layer alone, products in ``dtype``, nothing kept: ``x [S, d]`` float32 -> the same behind it."""
+    place, seen = _Kept.of(parts.module, x, dtype, False), parts.seen(pack)
+    layer, angles = partial(_Layer.rounded, parts, dtype), parts.angles(decoder, x, pack.positions)
+    out: Tensor = _Run.apply(x, None, layer, *angles, seen, place)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Run(torch.autograd.Function):

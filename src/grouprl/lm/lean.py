@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from grouprl.lm.attention import How, Plan
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.native.adapters import added, is_lora, is_of, with_added
+from grouprl.lm.parts import by_halves, other_half
 from grouprl.lm.products import Products
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -36,13 +37,16 @@ class LeanStep:
     decoder: Any
     ways: tuple[How, ...]
 
+    @property
+    def has_silu(self) -> bool:
+        """Whether its gates are SiLU."""
+        return all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in self.decoder.layers)
+
     def hidden(self, ids: Tensor, positions: Tensor, plan: Plan, joined: Joined | None = None) -> Tensor:
         """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``."""
         decoder = self.decoder
         x: Tensor = decoder.embed_tokens.weight[ids]
-        cos, sin = (t[0, :, None] for t in decoder.rotary_emb(x[None], positions[None]))
-        first, second = sin.chunk(2, -1)
-        sin = torch.cat([-first, second], -1)
+        cos, sin = by_halves(*(t[0] for t in decoder.rotary_emb(x[None], positions[None])))
         products = _apart(decoder) if joined is None else joined.layers
         for layer, how, its in zip(decoder.layers, self.ways, products, strict=True):
             attention, d = layer.self_attn, layer.self_attn.head_dim
@@ -51,8 +55,7 @@ class LeanStep:
             qk, v = qkv[:, :-k_heads], qkv[:, -k_heads:]
             if hasattr(attention, "q_norm"):
                 qk = torch.cat([attention.q_norm(qk[:, :heads]), attention.k_norm(qk[:, heads:])], 1)
-            turned = qk.view(*qk.shape[:-1], 2, -1).flip(-2).flatten(-2)
-            qk = (qk * cos).addcmul_(turned, sin)
+            qk = (qk * cos).addcmul_(other_half(qk), sin)
             out = plan.attend(attention, qk[:, :heads], qk[:, heads:], v, how)
             x = x + its.o(out.reshape(len(ids), -1))
             gate, up = its.gate_up(_norm(layer.post_attention_layernorm, x)).chunk(2, -1)
@@ -72,7 +75,7 @@ class LayerProducts(NamedTuple):
     down: Product
 
 
-def _groups(layer: Any) -> tuple[tuple[Any, ...], ...]:
+def groups_of(layer: Any) -> tuple[tuple[Any, ...], ...]:
     """The linear layers of each product."""
     a, mlp = layer.self_attn, layer.mlp
     return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
@@ -87,7 +90,7 @@ def _apart(decoder: Any) -> Iterator[LayerProducts]:
             return forward
         return lambda x: torch.cat([part.forward(x) for part in parts], -1)
 
-    return (LayerProducts(*map(product, _groups(layer))) for layer in decoder.layers)
+    return (LayerProducts(*map(product, groups_of(layer))) for layer in decoder.layers)
 
 
 class Joined:
@@ -99,14 +102,14 @@ class Joined:
     """
 
     def __init__(self, step: LeanStep, products: Products) -> None:
-        groups = [_groups(layer) for layer in step.decoder.layers]
+        groups = [groups_of(layer) for layer in step.decoder.layers]
         self.layers = [LayerProducts(*(_joined(parts, products) for parts in of_layer)) for of_layer in groups]
         self.linears = {m for of_layer in groups for parts in of_layer for part in parts for m in part.modules()}
 
     @staticmethod
     def supported(step: LeanStep) -> bool:
         """Whether all layers are linear, or PEFT's plain low-rank ones around those."""
-        parts = (part for layer in step.decoder.layers for group in _groups(layer) for part in group)
+        parts = (part for layer in step.decoder.layers for group in groups_of(layer) for part in group)
         return all(type(part) is nn.Linear or is_lora(part) for part in parts)
 
 

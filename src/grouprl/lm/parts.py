@@ -105,15 +105,19 @@ def rotary(decoder: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return cos[0].float().contiguous(), sin[0].float().contiguous()
 
 
+def by_halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``[S, D]`` each -> ``[S, 1, D]``, sines with the sign of their half: for ``x cos + other_half(x) sin``."""
+    first, second = sin.chunk(2, -1)
+    return cos[:, None], torch.cat([-first, second], -1)[:, None]
+
+
 class TorchParts(Parts):
     """By torch, with FlashAttention: on a GPU, where each operation is a kernel and few of them are wanted."""
 
     @staticmethod
     def angles(decoder: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Parts.angles`: ``[S, 1, D]``, sines with the sign of the half they turn."""
-        cos, sin = rotary(decoder, x, positions)
-        first, second = sin.chunk(2, -1)
-        return cos[:, None], torch.cat([-first, second], -1)[:, None]
+        return by_halves(*rotary(decoder, x, positions))
 
     @staticmethod
     def seen(pack: Pack) -> flash.Layout:
@@ -145,7 +149,7 @@ class TorchParts(Parts):
             qk = torch.cat([self._norm("q", a.q_norm, q.float()), self._norm("k", a.k_norm, k.float())], 1)
         else:
             qk = qkv.view(len(qkv), -1, q.shape[2])[:, : -v.shape[1]]
-        turned = (qk * cos).addcmul_(_other_half(qk), sin).to(qkv.dtype)
+        turned = (qk * cos).addcmul_(other_half(qk), sin).to(qkv.dtype)
         return turned[:, : q.shape[1]], turned[:, q.shape[1] :], v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Any, place: Tensor | None) -> tuple[Tensor, ...]:
@@ -180,7 +184,7 @@ class TorchParts(Parts):
     def _turned_back(self, qkv: Tensor, cos: Tensor, sin: Tensor, d: Triple) -> Tensor:
         """The gradient of ``qkv`` from those of what :meth:`rotate` made of it."""
         dqk = torch.cat(d[:2], 1)
-        dqk = (dqk * cos).add_(_other_half(dqk * sin))
+        dqk = (dqk * cos).add_(other_half(dqk * sin))
         if "q" in self.norms:
             a, (q, k, _) = self.module.self_attn, self.split(qkv)
             parts = torch.split(dqk, [q.shape[1], k.shape[1]], 1)
@@ -217,6 +221,6 @@ class TorchParts(Parts):
         return h, dx
 
 
-def _other_half(x: Tensor) -> Tensor:
-    """``[..., D]`` with its halves exchanged."""
+def other_half(x: Tensor) -> Tensor:
+    """``x [..., D]`` with its halves exchanged."""
     return x.view(*x.shape[:-1], 2, -1).flip(-2).flatten(-2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from grouprl.errors import UsageError
 from grouprl.lm.backbone import Backbone, find_backbone
 from grouprl.lm.config import GRPOConfig
-from grouprl.lm.layers import find_layers
+from grouprl.lm.layer_trial import find_layers
 from grouprl.lm.learner import Learner, Part
 from grouprl.lm.models import eos_token_ids
 from grouprl.lm.plain import PlainSampler

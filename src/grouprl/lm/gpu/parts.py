@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.lm.parts import TorchParts, Triple, rotary
+from grouprl.lm.parts import TorchParts, Triple, by_halves, rotary
 from grouprl.lm.products import add_gradient
 
 
@@ -55,8 +55,7 @@ class KernelParts(TorchParts):
 
     def _turned_back(self, qkv: Tensor, cos: Tensor, sin: Tensor, d: Triple) -> Tensor:
         if "q" in self.norms:
-            first, second = sin.chunk(2, -1)
-            return super()._turned_back(qkv, cos[:, None], torch.cat([-first, second], -1)[:, None], d)
+            return super()._turned_back(qkv, *by_halves(cos, sin), d)
         made: Tensor = _kernels().turn_gradient(*d, cos, sin, self.heads)
         return made
 

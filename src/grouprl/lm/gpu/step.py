@@ -17,11 +17,10 @@ LARGEST_HEAD, LARGEST_WIDTH = 256, 16384
 
 def supported(step: LeanStep, dtype: torch.dtype) -> bool:
     """Whether the kernels can run a model: half precision, SiLU, heads that fit. They need Triton."""
-    layers = step.decoder.layers
-    sizes = {layer.self_attn.head_dim for layer in layers}
+    sizes = {layer.self_attn.head_dim for layer in step.decoder.layers}
     return (
         dtype in (torch.bfloat16, torch.float16)
-        and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in layers)
+        and step.has_silu
         and len(sizes) == 1
         and max(sizes) <= LARGEST_HEAD
         and max(sizes) % 2 == 0
