@@ -9,6 +9,7 @@ import torch
 from grouprl.lm.collect import Collector, judged
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.data import Prompt, PromptOrder
+from grouprl.lm.loss import groups_with_signal
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.rows import Completion
 
@@ -24,6 +25,7 @@ class Script:
     def __init__(self, *groups: list[list[int]]) -> None:
         self.groups, self.asked = list(groups), []
         self.learner = SimpleNamespace(parts=lambda prompts, completions, group: None, log_probs=self._log_probs)
+        self.reference = SimpleNamespace(log_probs=lambda parts, lengths: self._log_probs(parts, lengths) - 0.1)
 
     def sample(self, prompts, group_size, generator, settings=None):
         self.asked.append([list(p) for p in prompts])
@@ -36,9 +38,6 @@ class Script:
 
     def _log_probs(self, parts, lengths):
         return torch.full((int(lengths.sum()),), -1.0)
-
-    def reference_log_probs(self, parts, lengths):
-        return self._log_probs(parts, lengths) - 0.1
 
 
 class Tokenizer:
@@ -108,7 +107,7 @@ def test_the_metrics_of_a_generation_by_hand() -> None:
             "completions/min_terminated_length": 2,
             "completions/max_terminated_length": 3,
             "reward": 2,
-            "reward_std": math.sqrt(2) / 2,  # of 1, 3 and of 2, 2
+            "reward_std": math.sqrt(2 / 3),  # of 1, 3, 2, 2
             "frac_reward_zero_std": 0.5,
             "rewards/first_token/mean": 2,
             "rewards/first_token/std": math.sqrt(2 / 3),
@@ -178,6 +177,23 @@ def test_groups_without_a_signal_are_replaced_by_further_prompts() -> None:
     assert metrics["dynamic_sampling/batches"] == 2
     assert metrics["frac_reward_zero_std"] == 0.0
     assert metrics["num_tokens"] == (4 + 5 + 4) + 2 * (1 + 2 + 3) + (4 + 4) + 2 * (4 + 5)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "settings", "wanted"),
+    [
+        ([[[1, 0], [0, 2]], [[1, 1], [1, 1]]], {}, [False, False]),
+        ([[[1, 0], [0, 2]], [[1, 1], [1, 1]]], {"multi_objective_aggregation": "normalize_then_sum"}, [True, False]),
+        ([[[0.1, 0.4], [0.3, 0.0]]], {}, [False]),  # but for rounding
+        ([[[1, 0], [1, 0], [0, 0]], [[1, 0], [0, 0], [0, 0]]], {"advantage": "pass_at_k"}, [False, True]),
+        ([[[0, 0], [2, 0]], [[float("nan"), 2], [1, float("nan")]]], {"scale_rewards": "batch"}, [True, False]),
+    ],
+)
+def test_a_group_has_a_signal_if_its_rewards_give_an_advantage(rewards: list, settings: dict, wanted: list) -> None:
+    values, size = torch.tensor(rewards, dtype=torch.float64), len(rewards[0])
+    config = GRPOConfig(num_generations=size, prompts_per_step=1, **settings)
+    found = groups_with_signal(config, values.flatten(0, 1), torch.tensor([1.0, 0.5]).double(), size)
+    assert found.tolist() == wanted
 
 
 def test_a_batch_with_signal_everywhere_is_not_drawn_again() -> None:

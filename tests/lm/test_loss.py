@@ -257,14 +257,6 @@ def test_the_divergence_has_the_gradient_of_the_true_one(estimator: str, loss_ty
     compare(c, logp, None if on_policy else old, ref, a, weights)
 
 
-def test_a_divergence_in_the_reward_is_no_term_of_the_loss() -> None:
-    logp, old, ref, a, weights = data()
-    within = found(config(beta=0.3, kl_in="reward"), logp, old, ref, a, weights)
-    without = found(config(), logp, old, None, a, weights)
-    assert torch.equal(within[0], without[0])
-    assert torch.equal(within[1], without[1])
-
-
 @pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, LEVELS)))
 def test_on_policy_is_the_same_as_old_log_probabilities_equal_to_the_new(loss_type: str, level: str) -> None:
     logp, _, ref, a, weights = data()
@@ -289,6 +281,7 @@ def test_sums_count_what_lies_outside_the_clip_range_on_the_side_that_is_cut() -
     fixed = Fixed(a, torch.full((6,), 0.5), old, old + 0.1, torch.tensor([2, 4]))
     _, sums = token_loss(config(beta=0.1, kl_estimator="k1"), logp, torch.arange(6.0), fixed)
     assert (sums.low, sums.high, sums.tokens, sums.entropy) == (1.0, 1.0, 6, 15.0)
+    assert (sums.least_low, sums.most_high) == (0.0, 0.5)  # of 0 and 1 / 4; of 1 / 2 and 0
     assert sums.kl == pytest.approx(float((logp.exp() * (logp - 0.1)).sum()), abs=1e-5)
     _, capped = token_loss(
         config(loss_type="cispo", epsilon_high=1.2), logp, torch.ones(6), fixed._replace(logp_ref=None)
@@ -297,6 +290,14 @@ def test_sums_count_what_lies_outside_the_clip_range_on_the_side_that_is_cut() -
 
 
 def test_sums_of_parts_add_up() -> None:
-    a, b = LossSums(1.0, 2.0, 3.0, 4.0, 5.0, 6), LossSums(0.5, 0.5, 0.5, 0.5, 0.5, 1)
+    a, b = LossSums(1.0, 2.0, 3.0, 4.0, 5.0, 6, 0.3, 0.6), LossSums(0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.1, 0.2)
     a.add(b)
-    assert a == LossSums(1.5, 2.5, 3.5, 4.5, 5.5, 7)
+    assert a == LossSums(1.5, 2.5, 3.5, 4.5, 5.5, 7, 0.1, 0.6)
+
+
+def test_where_a_completion_has_one_ratio_completions_are_counted() -> None:
+    old, logp = torch.zeros(6), torch.tensor([1.3, 1.3, 0.7, 0.7, 0.7, 0.7]).log()
+    fixed = Fixed(torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, -1.0]), torch.ones(6), old, None, torch.tensor([2, 4]))
+    for level in ("sequence", "sequence_token"):
+        _, sums = token_loss(config(importance_sampling_level=level), logp, torch.zeros(6), fixed)
+        assert (sums.low, sums.high, sums.least_low, sums.most_high) == (1.0, 1.0, 0.0, 1.0)

@@ -39,7 +39,7 @@ def log_probs(of: Policy, groups=GROUPS) -> torch.Tensor:
 
 def reference_log_probs(of: Policy, groups=GROUPS) -> torch.Tensor:
     prompts, completions, group, lengths = as_samples(groups)
-    return of.reference_log_probs(of.learner.parts(prompts, completions, group), lengths)
+    return of.reference.log_probs(of.learner.parts(prompts, completions, group), lengths)
 
 
 # --- packed or plain --------------------------------------------------------------------------------------------------
@@ -113,15 +113,14 @@ def test_low_precision_is_near_full_precision(bf16: bool, master: torch.dtype) -
 
 
 def test_without_beta_there_is_no_reference() -> None:
-    found = policy(build("llama"))
-    assert found.reference is None
-    with pytest.raises(UsageError, match="beta is 0"):
-        reference_log_probs(found)
+    assert policy(build("llama")).reference is None
+    with pytest.raises(UsageError, match="beta=0 gives it no weight"):
+        policy(build("llama"), build("llama", seed=1))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("attention", ["auto", "plain"])
-def test_a_copied_reference_begins_equal_to_the_last_bit_and_stays(bf16: bool, attention: str) -> None:
+def test_the_reference_begins_equal_to_the_last_bit_and_stays(bf16: bool, attention: str) -> None:
     found = policy(build("llama"), beta=0.1, bf16=bf16, attention=attention)
     before = log_probs(found)
     assert torch.equal(reference_log_probs(found), before)
@@ -143,19 +142,49 @@ def test_a_reference_that_shares_weights_with_the_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_reference_of_an_adapter_is_the_model_without_it(bf16: bool) -> None:
+def test_the_reference_of_a_new_adapter_is_the_model_without_it(bf16: bool) -> None:
     base = build("llama")
     wanted = log_probs(policy(build("llama"), bf16=bf16))
     found = policy(adapted(base), beta=0.1, bf16=bf16)
     assert found.packed
-    assert found.reference is found.learner
     assert torch.equal(log_probs(found), wanted)  # an adapter begins as 0
-    with torch.no_grad():
-        for name, p in found.model.named_parameters():
-            if "lora_B" in name:
-                p.normal_()
+    learn(found)
     assert float((log_probs(found) - wanted).abs().max()) > 0.1
     assert torch.equal(reference_log_probs(found), wanted)
+    assert found.reference.state().keys() == {n for n, _ in found.model.named_parameters() if "lora" in n}
+
+
+def test_an_adapter_that_has_learned_something_is_part_of_the_reference() -> None:
+    model = adapted(build("llama"))
+    learn(model=model)
+    found = policy(model, beta=0.1)
+    wanted = log_probs(found)
+    assert torch.equal(reference_log_probs(found), wanted)
+    learn(found)
+    assert torch.equal(reference_log_probs(found), wanted)
+
+
+def learn(found: Policy | None = None, model=None) -> None:
+    """Move the adapter."""
+    with torch.no_grad():
+        for name, p in (found.model if model is None else model).named_parameters():
+            if "lora_B" in name:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+
+
+def test_a_reference_has_no_dropout() -> None:
+    model = build("gpt2")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout) and module is not getattr(module, "attn_dropout", None):
+            module.p = 0.3
+    found = policy(model, beta=0.1, disable_dropout=False, attention="plain")
+    wanted = naive(model.eval(), GROUPS)[0]
+    for _ in range(2):
+        torch.testing.assert_close(reference_log_probs(found), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(log_probs(found), wanted, rtol=0, atol=1e-5)
+    with found.learner.learning():
+        part = found.learner.parts(*as_samples(GROUPS)[:3])[0]
+        assert float((found.learner.evaluate(part).logp - wanted[: int(part.samples.numel())]).abs().max()) > 0.01
 
 
 def test_a_reference_may_be_given() -> None:
@@ -165,15 +194,30 @@ def test_a_reference_may_be_given() -> None:
         torch.testing.assert_close(reference_log_probs(found), naive(other, GROUPS)[0], rtol=0, atol=1e-5)
 
 
-def test_a_reference_can_follow_the_model() -> None:
-    found = policy(build("llama"), build("llama", seed=1), beta=0.1, sync_ref_model=True)
-    found.check_reference_can_follow()
-    its, mine = next(found.reference.model.parameters()).clone(), next(found.model.parameters())
-    found.sync_reference(0.25)
-    torch.testing.assert_close(next(found.reference.model.parameters()), 0.25 * mine + 0.75 * its)
-    with pytest.raises(UsageError, match="sync_ref_model"):
-        policy(adapted(build("llama")), beta=0.1, sync_ref_model=True).check_reference_can_follow()
-    policy(build("llama")).sync_reference(0.25)  # nothing to do
+@pytest.mark.parametrize("kind", ["given", "copied", "adapter"])
+def test_a_reference_can_follow_the_model(kind: str) -> None:
+    model = adapted(build("llama")) if kind == "adapter" else build("llama")
+    other = build("llama", seed=1) if kind == "given" else None
+    found = policy(model, other, beta=0.1, sync_ref_model=True)
+    before = {name: value.clone() for name, value in found.reference.state().items()}
+    with torch.no_grad():
+        for p in found.model.parameters():
+            p.add_(0.5)
+    found.reference.follow(0.25)
+    trained = {name: p for name, p in found.model.named_parameters() if p.requires_grad}
+    assert found.reference.state().keys() == trained.keys() == before.keys()
+    for name, value in found.reference.state().items():
+        torch.testing.assert_close(value, 0.25 * trained[name] + 0.75 * before[name])
+    found.reference.load(before)
+    for name, value in found.reference.state().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_reference_of_another_kind_cannot_follow() -> None:
+    for model, other in ((adapted(build("llama")), build("llama")), (build("llama"), build("gpt2"))):
+        policy(model, other, beta=0.1)
+        with pytest.raises(UsageError, match="give a ref_model of the same kind"):
+            policy(model, other, beta=0.1, sync_ref_model=True)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

@@ -48,6 +48,9 @@ def samples(advantages: Tensor = ADVANTAGES, finished: Tensor | None = None) -> 
     )  # fmt: skip
 
 
+CLIP = [f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")]
+
+
 class Run:
     """A policy with its parameters and optimizer."""
 
@@ -248,6 +251,18 @@ def test_a_second_iteration_uses_the_log_probabilities_of_the_first() -> None:
     assert not any(name.startswith("sampling/") for name in second)
 
 
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"importance_sampling_level": "sequence"}, CLIP), ({"loss_type": "sapo"}, []),
+        ({"loss_type": "cispo", "epsilon_high": 2.0}, ["cispo_clip_ratio"]),
+    ],
+)  # fmt: skip
+def test_a_loss_has_the_clip_ratios_of_what_it_clips(settings: dict, names: list[str]) -> None:
+    run, of = Run(build("llama"), **settings), samples(torch.zeros(N))
+    assert [name for name in run.take(run.step(of)) if "clip" in name] == names
+
+
 def test_a_third_iteration_uses_them_too() -> None:
     run, of = Run(build("llama")), samples(ADVANTAGES + 0.1)
     before = naive_values(run.model)
@@ -314,7 +329,7 @@ def test_the_metrics_of_a_step_by_hand() -> None:
     # On-policy every ratio is 1: the loss is minus the weighted advantages.
     assert metrics["loss"] == pytest.approx(float(-(of.advantages / S).sum()), abs=1e-6)
     assert metrics["grad_norm"] == pytest.approx(float(seen[0].norm()), rel=1e-5)
-    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == metrics["clip_ratio/region_mean"] == 0
+    assert {name: value for name, value in metrics.items() if "clip" in name} == dict.fromkeys(CLIP, 0.0)
     entropies = []
     for i in step.active.tolist():
         prompt, completion = GROUPS[int(of.group[i])].prompt, COMPLETIONS[i]
@@ -355,8 +370,8 @@ def test_an_adapter_learns_by_the_gradient_of_the_objective_and_the_base_stays()
     model = adapted(build("llama"), init_lora_weights=False, lora_dropout=0.1)
     run, of = Run(model, beta=0.1), samples()
     assert run.policy.packed
-    with torch.no_grad(), model.disable_adapter():
-        ref = naive_values(model)
+    ref = naive_values(model)
+    run.perturb()
     wanted = naive_gradient(model, run.config, of, naive_values(model), ref)
     assert all("lora" in name for name in wanted)
     step = run.step(of)
@@ -369,6 +384,14 @@ def test_an_adapter_learns_by_the_gradient_of_the_objective_and_the_base_stays()
     with torch.no_grad():
         by_hand = [naive_log_probs(model, GROUPS[0].prompt, c.ids) for c in completions]
     torch.testing.assert_close(torch.cat([c.logp for c in completions]), torch.cat(by_hand), rtol=0, atol=1e-4)
+
+
+def test_a_divergence_in_the_reward_is_no_term_of_the_loss() -> None:
+    of = samples()
+    run, without = Run(build("llama"), build("llama", seed=1), beta=0.3, kl_in="reward"), Run(build("llama"))
+    run.policy.reference.log_probs = None  # nobody asks
+    found, wanted = run.gradient(run.step(of)), without.gradient(without.step(of))
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
 
 
 def test_an_adapter_on_a_base_of_low_precision_learns_in_full_precision() -> None:

@@ -122,6 +122,17 @@ def test_the_sampled_loss_has_that_gradient_on_samples_of_an_older_policy_too(es
     assert_close(got, exact_gradient(logits, ref))
 
 
+@pytest.mark.parametrize("drop", [1.0, 18.0, 19.9, 29.0, 60.0])
+def test_k3_is_exact_where_the_policy_has_all_but_ruled_an_action_out(drop):
+    """There rho is tiny and exp(-d) huge, and their product is ref / old."""
+    old, ref, logp = -1.0, -2.0, torch.tensor([-2.0 - drop], requires_grad=True)
+    loss = sampled_kl_loss(logp, torch.tensor([ref]), "k3", torch.tensor([old]))
+    loss.sum().backward()
+    d, rho = -drop, math.exp(ref - drop - old)
+    torch.testing.assert_close(loss.item(), math.exp(ref - old) + rho * (d - 1.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(logp.grad.item(), rho * d, rtol=1e-5, atol=0)
+
+
 def test_the_bare_estimators_have_other_gradients_which_is_why_the_loss_exists():
     logits, ref = random(5), random(5, seed=1)
     logr = ref.log_softmax(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from grouprl import objective
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.data import Prompt, PromptOrder, PromptSource
-from grouprl.lm.loss import estimate_advantages
+from grouprl.lm.loss import estimate_advantages, groups_with_signal
 from grouprl.lm.policy import Policy
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 from grouprl.lm.rows import Completion
@@ -48,13 +48,14 @@ class Collector:
         drawn = self._draw(n_prompts, group_size, state)
         rounds = [drawn.rewards]
         if self.config.dynamic_sampling:
-            kept = drawn.with_signal()
+            kept, idle = drawn.parted(self.config)
             while kept.n_prompts < n_prompts and len(rounds) < self.config.dynamic_sampling_max_batches:
                 more = self._draw(n_prompts - kept.n_prompts, group_size, state)
                 rounds.append(more.rewards)
-                kept, drawn = kept.joined(more.with_signal()), drawn.joined(more)
+                further, idler = more.parted(self.config)
+                kept, idle = kept.joined(further), idle.joined(idler)
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
-            drawn = kept.joined(drawn.without_signal()).first(n_prompts)
+            drawn = kept.joined(idle).first(n_prompts)
         samples = self._estimate(drawn)
         metrics = {**describe(samples, drawn.rewards), **_logged(rounds)}
         if self.config.beta > 0 and self.config.kl_in == "reward":
@@ -83,10 +84,10 @@ class Collector:
         n = int(lengths.sum())
         old, ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         penalties = None
-        if config.beta > 0 and config.kl_in == "reward":
+        if self.policy.reference is not None and config.kl_in == "reward":
             parts = self.policy.learner.parts([p.ids for p in drawn.prompts], completions, group.tolist())
             old = self.policy.learner.log_probs(parts, lengths)
-            ref = self.policy.reference_log_probs(parts, lengths)
+            ref = self.policy.reference.log_probs(parts, lengths)
             known = ~known
             penalties = -objective.kl_in_reward(torch.zeros_like(old), old, ref, config.beta, config.kl_estimator)
         advantages = estimate_advantages(
@@ -120,17 +121,10 @@ class Drawn:
         """``[N]`` weighted sums of the rewards."""
         return total(self.rewards.values, self.weights)
 
-    def _signal(self) -> list[bool]:
-        returns = self.returns.view(self.n_prompts, -1)
-        return (returns.amax(1) > returns.amin(1)).tolist() if self.n_prompts else []
-
-    def with_signal(self) -> Drawn:
-        """The groups whose rewards differ."""
-        return self._select([i for i, has in enumerate(self._signal()) if has])
-
-    def without_signal(self) -> Drawn:
-        """The other ones."""
-        return self._select([i for i, has in enumerate(self._signal()) if not has])
+    def parted(self, config: GRPOConfig) -> tuple[Drawn, Drawn]:
+        """The groups whose rewards give their samples advantages, and the other ones."""
+        signal = groups_with_signal(config, self.rewards.values, self.weights, self.group_size).tolist()
+        return tuple(self._select([i for i, has in enumerate(signal) if has is kind]) for kind in (True, False))  # type: ignore[return-value]
 
     def first(self, n: int) -> Drawn:
         """The first n groups."""
@@ -184,17 +178,16 @@ def describe_judged(drawn: Drawn) -> Metrics:
     """TRL's metrics of completions that are not learned from."""
     lengths = torch.tensor([len(c.ids) for c in drawn.completions])
     finished = torch.tensor([c.finished for c in drawn.completions])
-    returns = drawn.returns.view(drawn.n_prompts, -1)
-    return _describe(lengths, finished, returns, drawn.rewards)
+    return _describe(lengths, finished, drawn.returns, drawn.n_prompts, drawn.rewards)
 
 
 def describe(samples: Samples, rewards: Rewards) -> Metrics:
     """TRL's metrics of sampled completions."""
-    returns = samples.returns.view(len(samples.prompts), -1)
-    return _describe(samples.lengths, samples.finished, returns, rewards)
+    return _describe(samples.lengths, samples.finished, samples.returns, len(samples.prompts), rewards)
 
 
-def _describe(lengths: Tensor, finished: Tensor, returns: Tensor, rewards: Rewards) -> Metrics:
+def _describe(lengths: Tensor, finished: Tensor, returns: Tensor, n_groups: int, rewards: Rewards) -> Metrics:
+    ones, groups = torch.ones_like(lengths), torch.arange(n_groups).repeat_interleave(len(lengths) // n_groups)
     lengths = lengths.double()
     ended = lengths[finished] if bool(finished.any()) else torch.zeros(1, dtype=torch.float64)
     metrics: Metrics = {
@@ -206,8 +199,8 @@ def _describe(lengths: Tensor, finished: Tensor, returns: Tensor, rewards: Rewar
         "completions/min_terminated_length": float(ended.min()),
         "completions/max_terminated_length": float(ended.max()),
         "reward": float(returns.mean()),
-        "reward_std": float(returns.std(1).mean()) if returns.shape[1] > 1 else 0.0,
-        "frac_reward_zero_std": float((returns.amax(1) == returns.amin(1)).double().mean()),
+        "reward_std": float(returns.std()) if len(returns) > 1 else 0.0,
+        "frac_reward_zero_std": objective.degenerate_fraction(returns, ones, groups),
     }
     for i, name in enumerate(rewards.names):
         column = rewards.values[:, i]

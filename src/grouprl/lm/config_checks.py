@@ -62,6 +62,23 @@ def _advantage_problems(c: GRPOConfig) -> list[str]:
         )
     if c.num_generations == 1 and c.dynamic_sampling:
         found.append("dynamic_sampling compares the rewards of a group; set num_generations=2 or more, or leave it out")
+    if c.advantage == "reinforce_pp" and c.dynamic_sampling:
+        found.append(
+            "dynamic_sampling replaces groups that teach nothing, and advantage='reinforce_pp' learns from all; leave "
+            "dynamic_sampling out, or set advantage='reinforce_pp_baseline'"
+        )
+    if c.advantage == "maxrl":
+        penalties = (
+            ("soft_overlong_cache", c.soft_overlong_cache is not None),
+            ("kl_in='reward'", c.beta > 0 and c.kl_in == "reward"),
+            (f"reward_weights={c.reward_weights}", any(w < 0 for w in c.reward_weights or ())),
+        )
+        for name, on in penalties:
+            if on:
+                found.append(
+                    f"advantage='maxrl' divides by the mean reward, which must not be negative, and {name} can make it "
+                    "so; leave it out, or choose another advantage"
+                )
     if c.pass_k is not None and c.advantage != "pass_at_k":
         found.append(f"pass_k={c.pass_k} is for advantage='pass_at_k', which is {c.advantage!r}; leave it out")
     if c.pass_k is not None and c.pass_k > c.num_generations:

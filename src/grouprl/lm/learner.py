@@ -69,10 +69,14 @@ class Learner:
         return parts
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Surround :meth:`evaluate` and its backward pass with it; weights are rounded once for as long as it lasts."""
+    def learning(self, *, dropout: bool = True) -> Iterator[None]:
+        """Surround :meth:`evaluate` and its backward pass with it; weights are rounded once for as long as it lasts.
+
+        Args:
+            dropout: False leaves dropout out even where the learner has it.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
-        if self.dropout:
+        if self.dropout and dropout:
             self.model.train()
         else:
             # Only what recomputes activations must believe that it trains; dropout must not, however it is written.
@@ -123,10 +127,13 @@ class Learner:
 
     @torch.no_grad()
     def log_probs(self, parts: Sequence[Part], lengths: Tensor) -> Tensor:
-        """Log-probabilities ``[S]`` of the samples in ``parts``, packed by ``lengths [N]``; 0 for other samples."""
+        """Log-probabilities ``[S]`` of the samples in ``parts``, packed by ``lengths [N]``; 0 for other samples.
+
+        Always without dropout: these are kept, as those of the policy that sampled or of a reference.
+        """
         ends = lengths.cumsum(0)
         out = torch.zeros(int(ends[-1]), device=lengths.device)
-        with self.learning():
+        with self.learning(dropout=False):
             for part in parts:
                 out[steps_of(part.samples, lengths)] = self.evaluate(part).logp.to(out.device)
         return out

@@ -50,6 +50,7 @@ class Run:
         self.collector = Collector(
             trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator
         )
+        self.follows = trainer.policy.reference if config.sync_ref_model else None
         self.samples: Samples | None = None
         self.steps: list[Step] = []
         self.generation_metrics: Metrics = {}
@@ -129,8 +130,8 @@ class Run:
         self.losses += metrics["loss"]
         self.update += 1
         done = trainer.state.global_step + 1
-        if config.sync_ref_model and done % config.ref_model_sync_steps == 0:
-            trainer.policy.sync_reference(config.ref_model_mixup_alpha)
+        if self.follows is not None and done % config.ref_model_sync_steps == 0:
+            self.follows.follow(config.ref_model_mixup_alpha)
             self.samples.known_ref.zero_()
         return metrics
 
@@ -162,9 +163,8 @@ class Run:
             "plan": asdict(self.plan),
             "scheduler": None if trainer.lr_scheduler is None else _plain_state(trainer.lr_scheduler),
         }  # fmt: skip
-        if trainer.policy.reference is not None and self.config.sync_ref_model:
-            for name, value in trainer.policy.reference.model.named_parameters():
-                tensors[f"reference.{name}"] = value.detach()
+        if self.follows is not None:
+            tensors |= {f"reference.{name}": value for name, value in self.follows.state().items()}
         if self.samples is not None and self.update < self.plan.updates_per_generation:
             buffered, meta["samples"] = checkpoint.samples_state(self.samples)
             tensors |= {f"samples.{name}": value for name, value in buffered.items()}
@@ -188,11 +188,8 @@ class Run:
         self.order.load(meta["order"])
         self.collector.tokens, self.update, self.losses = meta["tokens"], meta["update"], meta["losses"]
         trainer.flow.load(meta["flow"])
-        reference = saved.part("reference")
-        if reference and trainer.policy.reference is not None:
-            with torch.no_grad():
-                for name, value in trainer.policy.reference.model.named_parameters():
-                    value.copy_(reference[name])
+        if self.follows is not None:
+            self.follows.load(saved.part("reference"))
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
             trainer.last_samples = self.samples

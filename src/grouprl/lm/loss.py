@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from grouprl import objective
 from grouprl.lm.config import GRPOConfig
-from grouprl.objective.packed import last_index, segment_ids
+from grouprl.lm.rewards.call import total
+from grouprl.objective.packed import last_index, segment_ids, segment_sum
 
 
 def estimate_advantages(
@@ -46,6 +48,20 @@ def estimate_advantages(
     return advantages.float()
 
 
+def groups_with_signal(config: GRPOConfig, rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
+    """``[P]`` bool: whether the rewards of a group give any of its samples an advantage.
+
+    Rewards alone count, without what is added to them for length or divergence: those who judge said the same of all.
+
+    Args:
+        rewards: ``[P * group_size, F]``, NaN where a function does not apply. weights: ``[F]``.
+    """
+    ones = torch.ones(len(rewards), dtype=torch.int64)
+    group = torch.arange(len(rewards) // group_size).repeat_interleave(group_size)
+    advantages = estimate_advantages(config, rewards, weights, total(rewards, weights), ones, group)
+    return (advantages.view(-1, group_size) != 0).any(1)
+
+
 def step_weights(config: GRPOConfig, lengths: Tensor, counted: Tensor) -> Tensor:
     """Weight ``[S]`` of each token in the loss of an optimizer step: fixed before any of it is evaluated.
 
@@ -68,7 +84,10 @@ def step_weights(config: GRPOConfig, lengths: Tensor, counted: Tensor) -> Tensor
 
 
 class Fixed(NamedTuple):
-    """What is fixed of m tokens before they are evaluated; ``logp_old`` None means: the policy itself (on-policy)."""
+    """What is fixed of m tokens before they are evaluated.
+
+    ``logp_old`` None means: the policy itself (on-policy). ``logp_ref`` None: no KL term in the loss.
+    """
 
     advantages: Tensor
     weights: Tensor
@@ -86,13 +105,21 @@ class LossSums:
     kl: float = 0.0
     entropy: float = 0.0
     low: float = 0.0
+    """Ratios cut off below: of tokens, or of completions where each has one ratio."""
     high: float = 0.0
+    """Above."""
     tokens: int = 0
+    least_low: float = math.inf
+    """Share of a completion's ratios cut off below, in the completion with the smallest."""
+    most_high: float = 0.0
+    """Above, in the one with the largest."""
 
     def add(self, other: LossSums) -> None:
         """Add another part's sums."""
-        for name in self.__dataclass_fields__:
+        for name in ("loss", "kl", "entropy", "low", "high", "tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.least_low = min(self.least_low, other.least_low)
+        self.most_high = max(self.most_high, other.most_high)
 
 
 def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) -> tuple[Tensor, LossSums]:
@@ -120,7 +147,7 @@ def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) 
             logp, old.to(logp.dtype), fixed.advantages, fixed.lengths, config.off_policy_mask_threshold
         )
     divergence = torch.zeros((), device=logp.device)
-    if fixed.logp_ref is not None and config.beta > 0 and config.kl_in == "loss":
+    if fixed.logp_ref is not None:
         kl = objective.sampled_kl_loss(logp, fixed.logp_ref, config.kl_estimator, fixed.logp_old)
         losses = losses + config.beta * kl
         divergence = kl.detach().sum()
@@ -128,8 +155,16 @@ def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) 
     with torch.no_grad():
         rho = objective.ratio(effective, old)
         cap = high if config.loss_type == "cispo" else 1 + high
-        cut_low, cut_high = ((rho < 1 - low) & (a < 0)).float().sum(), ((rho > cap) & (a > 0)).float().sum()
-        sums = {"loss": loss, "kl": divergence, "entropy": entropy.sum(), "low": cut_low, "high": cut_high}
+        low_share, high_share = (
+            segment_sum(cut.float(), fixed.lengths) / fixed.lengths
+            for cut in ((rho < 1 - low) & (a < 0), (rho > cap) & (a > 0))
+        )
+        per = fixed.lengths if config.importance_sampling_level == "token" else torch.ones_like(fixed.lengths)
+        sums = {
+            "loss": loss, "kl": divergence, "entropy": entropy.sum(),
+            "low": (low_share * per).sum(), "high": (high_share * per).sum(),
+            "least_low": low_share.min(), "most_high": high_share.max(),
+        }  # fmt: skip
         # Together, as a GPU stops each time it is asked for a number.
         numbers = torch.stack([x.double() for x in sums.values()]).tolist()
     return loss, LossSums(**dict(zip(sums, numbers, strict=True)), tokens=len(logp))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: GRPOConfig, total_st
     from transformers import get_scheduler
 
     warmup = config.warmup_steps
-    steps = int(warmup * total_steps) if 0 < warmup < 1 else int(warmup)
+    steps = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
     return get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=steps, num_training_steps=total_steps,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from grouprl.errors import UsageError
 from grouprl.lm.backbone import Backbone, find_backbone
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.layer_trial import find_layers
-from grouprl.lm.learner import Learner, Part
+from grouprl.lm.learner import Learner
 from grouprl.lm.models import eos_token_ids
 from grouprl.lm.plain import PlainSampler
 from grouprl.lm.products import Products, supports_bf16
+from grouprl.lm.reference import Reference
 from grouprl.lm.rows import Adjust, Completion
 from grouprl.lm.sampler import Sampler
 from grouprl.lm.sampling import SamplingSettings
@@ -39,7 +37,7 @@ class Policy:
         model: a transformers causal model or a PEFT model around one, on its device.
         tokenizer: says which tokens end a completion.
         config: precision, temperature, micro-batches, reference.
-        ref_model: what the KL divergence is measured to; default: the model as it is now, without its adapter if any.
+        ref_model: what the KL divergence is measured to; default: the model as it is now.
 
     Attributes:
         packed: whether the packed paths run it; if not, ``why_plain`` says why.
@@ -73,19 +71,7 @@ class Policy:
             self.sampler = Sampler(backbone, self.products, ends, rows, "native" if config.native else "lean")
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
-        self.reference: Learner | None = None
-        self._adapter_is_difference = hasattr(model, "disable_adapter")
-        if config.beta > 0:
-            if ref_model is not None:
-                if {id(p) for p in ref_model.parameters()} & {id(p) for p in model.parameters()}:
-                    raise UsageError(
-                        "ref_model shares weights with the model and would be trained along; leave it out (the "
-                        "reference is then the model as it is now, with PEFT without its adapter), or pass a copy"
-                    )
-                self._adapter_is_difference = False
-                self.reference = self._frozen(ref_model.to(self.device))
-            else:
-                self.reference = self.learner if self._adapter_is_difference else self._frozen(copy.deepcopy(model))
+        self.reference = self._reference(ref_model)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], group_size: int, generator: torch.Generator,
@@ -93,29 +79,6 @@ class Policy:
     ) -> list[Completion]:  # fmt: skip
         """``group_size`` completions of each prompt, as the configuration says unless ``settings`` are given."""
         return self.sampler.sample(prompts, group_size, settings or sampling_settings(self.config), generator, adjust)
-
-    def reference_log_probs(self, parts: Sequence[Part], lengths: Tensor) -> Tensor:
-        """Log-probabilities ``[S]`` under the reference of the samples in ``parts``; 0 for others."""
-        if self.reference is None:
-            raise UsageError("there is no reference model, since beta is 0")
-        with self.model.disable_adapter() if self._adapter_is_difference else nullcontext():
-            return self.reference.log_probs(parts, lengths)
-
-    @torch.no_grad()
-    def sync_reference(self, alpha: float) -> None:
-        """reference <- alpha * model + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656)."""
-        if self.reference is None or self._adapter_is_difference:
-            return
-        for mine, its in zip(self.model.parameters(), self.reference.model.parameters(), strict=True):
-            its.lerp_(mine, alpha)
-
-    def check_reference_can_follow(self) -> None:
-        """Raises UsageError if the reference is the model without its adapter, which nothing can move."""
-        if self.config.sync_ref_model and self._adapter_is_difference:
-            raise UsageError(
-                "sync_ref_model moves the reference, but with PEFT the reference is the base model itself; leave "
-                "sync_ref_model out, or train all weights"
-            )
 
     def _learner(self, model: Any, backbone: Any, products: Products) -> Learner:
         config = self.config
@@ -128,16 +91,30 @@ class Policy:
             not config.disable_dropout, config.native, layers,
         )  # fmt: skip
 
-    def _frozen(self, model: Any) -> Learner:
-        """``model`` as a reference. Only ever used without gradients, its parameters may go on asking for them.
-
-        They should: torch multiplies by a weight that asks for a gradient in another way than by one that does not,
-        and rounds differently; the divergence of a model from its copy would not be 0.
-        """
-        for parameter in model.parameters():
-            parameter.grad = None
-        backbone = find_backbone(model)[0] if self.packed else None
-        return self._learner(model, backbone, Products(model, self.products.dtype, self.config.native))
+    def _reference(self, ref_model: Any) -> Reference | None:
+        """What the KL divergence is measured to, if ``beta`` asks for one. Raises UsageError if it cannot be that."""
+        if self.config.beta == 0:
+            if ref_model is not None:
+                raise UsageError("ref_model is given, but beta=0 gives it no weight; set beta, or leave it out")
+            return None
+        other = None
+        if ref_model is not None:
+            if {id(p) for p in ref_model.parameters()} & {id(p) for p in self.model.parameters()}:
+                raise UsageError(
+                    "ref_model shares weights with the model and would be trained along; leave it out (the reference "
+                    "is then the model as it is now), or pass a copy"
+                )
+            ref_model = ref_model.to(self.device)
+            # Its parameters may go on asking for gradients, of which there are none. They should: torch multiplies by
+            # a weight that asks for one in another way, and rounds differently; the KL of a model from its copy would
+            # not be 0.
+            backbone = find_backbone(ref_model)[0] if self.packed else None
+            products = Products(ref_model, self.products.dtype, self.config.native)
+            other = ref_model, self._learner(ref_model, backbone, products)
+        reference = Reference(self.model, self.learner, other)
+        if self.config.sync_ref_model:
+            reference.check_can_follow()
+        return reference
 
     def _tokens_at_once(self, backbone: Backbone) -> int:
         """Tokens whose activations and logits fit into an eighth of a GPU's memory; _TOKENS on a CPU.

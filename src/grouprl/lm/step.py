@@ -40,6 +40,7 @@ class Step:
         if config.skip_zero_advantage and not kl_loss:
             active &= segment_sum(samples.advantages.abs(), lengths)[chosen] > 0
         self.active = chosen[active]
+        self.n_tokens, self.n_samples = int(lengths[chosen][counted].sum()), int(counted.sum())
         index = self.active.tolist()
         parts = policy.learner.parts(
             [p.ids for p in samples.prompts], [samples.completions[i] for i in index], samples.group[index].tolist()
@@ -70,8 +71,9 @@ class Step:
         samples, lengths = self.samples, self.samples.lengths
         parameters.start()
         sums, mismatch, worst = LossSums(), 0.0, 0.0
-        if self.parts and self.config.beta > 0 and not self._known(samples.known_ref):
-            logp_ref = self.policy.reference_log_probs(self.parts, lengths)
+        reference = self.policy.reference if self.config.kl_in == "loss" else None
+        if self.parts and reference is not None and not self._known(samples.known_ref):
+            logp_ref = reference.log_probs(self.parts, lengths)
             self._store(samples.logp_ref, samples.known_ref, logp_ref)
         old_known = self._known(samples.known_old)
         device = self.policy.device
@@ -81,7 +83,7 @@ class Step:
                 fixed = Fixed(
                     samples.advantages[index].to(device), self.weights[index].to(device),
                     samples.logp_old[index].to(device) if old_known else None,
-                    samples.logp_ref[index].to(device) if self.config.beta > 0 else None,
+                    None if reference is None else samples.logp_ref[index].to(device),
                     lengths[part.samples].to(device),
                 )  # fmt: skip
                 terms = self.policy.learner.evaluate(part)
@@ -125,13 +127,23 @@ def take(
         )
     on_gradient()
     optimizer.step()  # with a gradient of 0 as well: momentum goes on as it would without the skipping
-    tokens = max(1, sums.tokens)
-    metrics = {"loss": sums.loss, "grad_norm": norm, **extra}
+    metrics = {"loss": sums.loss, "grad_norm": norm, **extra, **_clipped(step, sums, config)}
     if sums.tokens:
-        metrics["entropy"] = sums.entropy / tokens
-        metrics["clip_ratio/low_mean"] = sums.low / tokens
-        metrics["clip_ratio/high_mean"] = sums.high / tokens
-        metrics["clip_ratio/region_mean"] = (sums.low + sums.high) / tokens
+        metrics["entropy"] = sums.entropy / sums.tokens
         if config.beta > 0 and config.kl_in == "loss":
-            metrics["kl"] = sums.kl / tokens
+            metrics["kl"] = sums.kl / sums.tokens
     return metrics
+
+
+def _clipped(step: Step, sums: LossSums, config: GRPOConfig) -> dict[str, float]:
+    """Shares of ratios that the clip cuts off, of all that count: those of samples without advantage are not cut."""
+    n = step.n_tokens if config.importance_sampling_level == "token" else step.n_samples
+    if not n or config.loss_type == "sapo":
+        return {}
+    low, high = sums.low / n, sums.high / n
+    if config.loss_type == "cispo":
+        return {"cispo_clip_ratio": high}
+    return {
+        "clip_ratio/low_mean": low, "clip_ratio/low_min": sums.least_low if len(step.active) == step.n_samples else 0.0,
+        "clip_ratio/high_mean": high, "clip_ratio/high_max": sums.most_high, "clip_ratio/region_mean": low + high,
+    }  # fmt: skip

@@ -46,7 +46,7 @@ class GRPOTrainer(ScriptMethods):
         callbacks: transformers' TrainerCallbacks, objects or classes.
         optimizers: ``(optimizer, scheduler)`` over the model's parameters instead of AdamW; without a scheduler, the
             configuration's is put on the optimizer.
-        peft_config: train an adapter (LoRA and others); the reference is then the model without it.
+        peft_config: train an adapter (LoRA and others).
         ref_model: what the KL divergence is measured to, if not the model as it is now: as ``model``.
         **others: arguments of TRL's that are none here are accepted at the value that does nothing.
 
@@ -88,7 +88,6 @@ class GRPOTrainer(ScriptMethods):
         if isinstance(ref_model, str | Path):
             ref_model, _ = load(ref_model, tokenizer=self.processing_class, dtype=config.master_dtype)
         self.policy = Policy(self.model, self.processing_class, config, ref_model)
-        self.policy.check_reference_can_follow()
         self.optimizer: Any
         self.lr_scheduler: Any
         self.optimizer, self.lr_scheduler = optimizers or (None, None)

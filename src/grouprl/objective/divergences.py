@@ -83,18 +83,20 @@ def sampled_kl_loss(
     with a live rho = exp(logp - sg(logp_old)), logp_old from the policy that drew the samples (default: logp itself, so
     rho = 1 in value). All three have the gradient rho d grad logp and differ in value only; k1 with a live d would add
     rho grad logp, of mean zero: noise and nothing else. Sources: the estimators, J. Schulman 2020, "Approximating KL
-    divergence"; their gradients, arXiv 2512.21852.
+    divergence"; their gradients, arXiv 2512.21852; rho * k3, DeepSeek-V3.2, 2512.02556, equation 7.
     Raises UsageError on differing shapes or an unknown estimator.
     """
     _check_same_shape("logp", logp, "logp_ref", logp_ref)
     logp_ref = logp_ref.detach()
-    rho = ratio(logp, logp if logp_old is None else logp_old)
+    logp_old = (logp if logp_old is None else logp_old).detach()
+    rho = ratio(logp, logp_old)
     if estimator == "k1":
         return rho * k1(logp, logp_ref).detach()
     if estimator == "k2":
         return rho.detach() * k2(logp, logp_ref)
     if estimator == "k3":
-        return rho * k3(logp, logp_ref)
+        # rho exp(-d) is ref / old: written so, no large exp(-d) meets a small rho.
+        return rho * (k1(logp, logp_ref) - 1.0) + ratio(logp_ref, logp_old)
     raise UsageError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}.')
 
 
