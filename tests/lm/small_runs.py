@@ -16,7 +16,7 @@ from grouprl.lm.tiny import build_tiny, warm_start
 REVERSE = tasks.get("reverse", length=3)
 ROWS = tasks.dataset(REVERSE, "train", 40, form="text")
 EVAL_ROWS = tasks.dataset(REVERSE, "eval", 6, form="text")
-TIMES = ("step_time", "runtime", "samples_per_second", "train_seconds")
+TIMES = ("step_time", "runtime", "per_second", "train_seconds")
 
 
 @functools.cache
@@ -71,6 +71,11 @@ def weights(made: GRPOTrainer) -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def logged(made: GRPOTrainer) -> list[dict[str, Any]]:
+    """What was logged while it trained: all but the closing entry on the whole run."""
+    return [entry for entry in made.state.log_history if "train_runtime" not in entry]
 
 
 def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

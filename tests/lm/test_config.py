@@ -365,6 +365,8 @@ def test_every_value_that_an_error_suggests_is_accepted() -> None:
     [
         ({"max_steps": 7}, None, 7),
         ({"prompts_per_step": 4, "num_train_epochs": 3}, 8, 6),
+        ({"prompts_per_step": 4, "num_train_epochs": 3}, 10, 6),
+        ({"prompts_per_step": 2, "num_train_epochs": 1.5}, 10, 8),
         # 10 prompts fill two batches of 4 and begin a third.
         ({"prompts_per_step": 4, "num_train_epochs": 1}, 10, 2),
         ({"prompts_per_step": 4, "num_train_epochs": 0.1}, 120, 3),

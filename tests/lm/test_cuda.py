@@ -30,7 +30,7 @@ from architectures import (
     take_gradient,
 )
 from peft import LoraConfig, get_peft_model
-from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, same, trainer, warm, weights, without_times
+from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, logged, same, trainer, warm, weights, without_times
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
@@ -467,9 +467,9 @@ def test_sixty_steps_raise_the_reward_clearly(tmp_path: Path, bf16: bool) -> Non
     made = trainer(tmp_path, prompts_per_step=8, num_generations=8, max_steps=60, learning_rate=1e-3, adam_beta2=0.99,
                    lr_scheduler_type="constant", bf16=bf16)  # fmt: skip
     made.train()
-    rewards = [entry["reward"] for entry in made.state.log_history]
+    rewards = [entry["reward"] for entry in logged(made)]
     assert sum(rewards[-10:]) / 10 > sum(rewards[:5]) / 5 + 0.15
-    assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in made.state.log_history)
+    assert all(math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]) for entry in logged(made))
     assert 0 < peak_memory_gb(made.policy.device) < 2
     assert made.evaluate(eval_dataset=EVAL_ROWS, greedy=True)["eval_reward"] > 0
 
@@ -480,7 +480,7 @@ def test_the_divergence_begins_at_0(tmp_path: Path, bf16: bool, lora: bool) -> N
     given = {"peft_config": adapter()} if lora else {}
     made = trainer(tmp_path, beta=0.1, bf16=bf16, max_steps=3, learning_rate=1e-2, **given)
     made.train()
-    divergence = [entry["kl"] for entry in made.state.log_history]
+    divergence = [entry["kl"] for entry in logged(made)]
     assert divergence[0] == 0.0
     assert divergence[-1] > 0.0
 
@@ -515,7 +515,7 @@ def test_a_resumed_training_equals_one_that_never_stopped_bit_for_bit(tmp_path: 
     again.trainer = resumed = made("b", [again])
     resumed.train(resume_from_checkpoint=True)
     assert heard.texts[3:] == again.texts
-    assert without_times(straight.state.log_history) == without_times(resumed.state.log_history)
+    assert without_times(logged(straight)) == without_times(logged(resumed))
     assert same(weights(straight), weights(resumed))
 
 
@@ -549,7 +549,7 @@ def test_master_weights_may_be_bfloat16(tmp_path: Path) -> None:
     after = weights(made)
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert all(math.isfinite(entry["grad_norm"]) for entry in made.state.log_history)
+    assert all(math.isfinite(entry["grad_norm"]) for entry in logged(made))
 
 
 def test_a_saved_model_is_loaded_by_the_library_on_any_device(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -243,7 +244,6 @@ def test_every_epoch_visits_every_row_once_however_it_is_drawn(size: int, seed: 
     assert rows == PromptOrder(size, seed).take(sum(takes))
     for start in range(0, len(rows) - size + 1, size):
         assert sorted(rows[start : start + size]) == list(range(size))
-    assert order.epoch == sum(takes) / size
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
@@ -256,7 +256,24 @@ def test_without_shuffling_rows_come_as_they_are_and_a_stream_is_never_shuffled(
     assert PromptOrder(3, shuffle=False).take(7) == [0, 1, 2, 0, 1, 2, 0]
     stream = PromptOrder(None, shuffle=True)
     assert stream.take(4) + stream.take(1) == [0, 1, 2, 3, 4]
-    assert stream.epoch is None
+
+
+def test_an_epoch_holds_whole_batches_of_rows_that_differ() -> None:
+    order = PromptOrder(11, seed=3, batch=4)
+    epochs = [order.take(8) for _ in range(20)]
+    assert all(len(set(rows)) == 8 for rows in epochs)
+    assert set(itertools.chain(*epochs)) == set(range(11))  # what is left out is another row each time
+    assert PromptOrder(11, shuffle=False, batch=4).take(9) == [*range(8), 0]
+    few = PromptOrder(3, seed=3, batch=4).take(6)
+    assert set(few[:3]) == set(few[3:]) == {0, 1, 2}
+
+
+def test_an_order_goes_on_with_batches_of_another_size_at_the_same_row() -> None:
+    first = PromptOrder(11, seed=3, batch=4)
+    first.take(12)  # the second epoch, four rows of it
+    second = PromptOrder(11, seed=3, batch=5)
+    second.load(first.state())
+    assert second.take(6) == PromptOrder(11, seed=3, batch=5).take(20)[14:]
 
 
 def test_a_loaded_order_continues_where_the_other_stopped() -> None:

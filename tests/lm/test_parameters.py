@@ -160,7 +160,7 @@ def test_an_optimizer_goes_on_from_its_state() -> None:
     tensors = {name: value.clone() for name, value in tensors.items()}
     resumed, resumed_optimizer = fresh()
     resumed.vector.copy_(master.vector)
-    load_optimizer_state(resumed_optimizer, tensors, meta)
+    load_optimizer_state(resumed_optimizer, tensors, meta, own_settings=False)
     for i in range(3, 6):
         step(master, optimizer, i)
         step(resumed, resumed_optimizer, i)

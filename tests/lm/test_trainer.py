@@ -6,7 +6,9 @@ import asyncio
 import copy
 import importlib.util
 import json
+import logging
 import math
+import re
 import resource
 import runpy
 import shutil
@@ -20,7 +22,20 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig
-from small_runs import EVAL_ROWS, REVERSE, ROWS, Heard, Stop, config, same, trainer, warm, weights, without_times
+from small_runs import (
+    EVAL_ROWS,
+    REVERSE,
+    ROWS,
+    Heard,
+    Stop,
+    config,
+    logged,
+    same,
+    trainer,
+    warm,
+    weights,
+    without_times,
+)
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grouprl.errors import TrainingError, UsageError
@@ -72,7 +87,7 @@ def test_weights_async_rewards_and_none_make_the_reward_that_is_learned_from(tmp
     assert values[:, 1].tolist() == samples.lengths.tolist()
     expected = values[:, 0] + 0.5 * values[:, 1] + 2.0 * torch.nan_to_num(values[:, 2])
     torch.testing.assert_close(samples.returns, expected)
-    entry = made.state.log_history[0]
+    entry = logged(made)[0]
     assert entry["reward"] == pytest.approx(float(expected.mean()))
     assert entry["rewards/length/mean"] == pytest.approx(float(values[:, 1].mean()))
     assert entry["rewards/sometimes/mean"] == 1.0
@@ -98,7 +113,7 @@ def test_a_reward_function_is_given_what_trl_gives(tmp_path: Path) -> None:
     answers = {row["prompt"]: row["answer"] for row in ROWS}
     assert all(call["answer"] == [answers[p] for p in call["prompts"]] for call in seen)
     assert seen[0]["other"] == {"question"}
-    assert made.state.log_history[-1]["batch"] == 8
+    assert logged(made)[-1]["batch"] == 8
     assert made.last_samples is not None
     assert made.last_samples.extras["answered"] == made.last_samples.texts
 
@@ -119,7 +134,7 @@ def test_conversational_prompts_give_completions_of_messages(tmp_path: Path) -> 
 def test_the_log_has_the_names_of_trl(tmp_path: Path) -> None:
     made = trainer(tmp_path, beta=0.1, max_steps=2)
     made.train()
-    entry = made.state.log_history[0]
+    entry = logged(made)[0]
     for name in (
         "loss", "grad_norm", "learning_rate", "num_tokens", "reward", "reward_std", "frac_reward_zero_std",
         "rewards/reverse/mean", "rewards/reverse/std", "completions/mean_length", "completions/min_length",
@@ -128,10 +143,10 @@ def test_the_log_has_the_names_of_trl(tmp_path: Path) -> None:
         "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "step_time", "epoch", "step",
     ):  # fmt: skip
         assert math.isfinite(entry[name]), name
-    assert [e["step"] for e in made.state.log_history] == [1, 2]
-    assert [e["epoch"] for e in made.state.log_history] == [2 / 40, 4 / 40]
-    assert made.state.log_history[0]["learning_rate"] == 1e-3  # the rate that the step was taken with, as TRL logs
-    assert made.state.log_history[1]["learning_rate"] == pytest.approx(5e-4)
+    assert [e["step"] for e in logged(made)] == [1, 2]
+    assert [e["epoch"] for e in logged(made)] == [2 / 40, 4 / 40]
+    assert logged(made)[0]["learning_rate"] == 1e-3  # the rate that the step was taken with, as TRL logs
+    assert logged(made)[1]["learning_rate"] == pytest.approx(5e-4)
 
 
 def test_arguments_of_another_library_are_refused_by_name(tmp_path: Path) -> None:
@@ -146,8 +161,8 @@ def test_training_twice_starts_over_from_the_weights_as_they_are(tmp_path: Path)
     once = weights(made)
     assert made.train().global_step == 2
     assert not same(once, weights(made))
-    assert [e["step"] for e in made.state.log_history] == [1, 2]
-    assert made.state.log_history[0]["learning_rate"] == 1e-3
+    assert [e["step"] for e in logged(made)] == [1, 2]
+    assert logged(made)[0]["learning_rate"] == 1e-3
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------------
@@ -171,7 +186,7 @@ class Everything(TrainerCallback):
                 self.problems.append(name)
         if name == "pre_optimizer_step" and not any(p.grad.abs().sum() > 0 for p in kwargs["model"].parameters()):
             self.problems.append("no gradient before the optimizer's step")
-        if name == "log" and "loss" not in kwargs["logs"] and "eval_reward" not in kwargs["logs"]:
+        if name == "log" and not kwargs["logs"].keys() & {"loss", "eval_reward", "train_loss"}:
             self.problems.append("log without numbers")
         if name == "evaluate" and "eval_reward" not in kwargs["metrics"]:
             self.problems.append("evaluate without numbers")
@@ -200,8 +215,8 @@ def test_a_callback_hears_every_event_in_order_with_what_it_needs(tmp_path: Path
     assert callback.problems == []
     step = ["step_begin", "pre_optimizer_step", "optimizer_step", "step_end"]
     heard = [name for name, _ in callback.heard]
-    second = [*step, "epoch_end", "log", "log", "evaluate", "save"]
-    assert heard == ["init_end", "train_begin", *(["epoch_begin", *step, *second] * 2), "train_end"]
+    second = [*step, "log", "log", "evaluate", "save", "epoch_end"]
+    assert heard == ["init_end", "train_begin", *(["epoch_begin", *step, *second] * 2), "log", "train_end"]
     assert [s for name, s in callback.heard if name == "evaluate"] == [2, 4]
 
 
@@ -233,7 +248,7 @@ def test_a_callback_can_ask_for_logs_an_evaluation_a_checkpoint_and_the_end(tmp_
     made = trainer(tmp_path, logging_strategy="no", eval_dataset=EVAL_ROWS, callbacks=[Asking()])
     assert made.train().global_step == 3
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    log, evaluation = made.state.log_history
+    log, evaluation = logged(made)
     assert (log["step"], evaluation["step"]) == (2, 2)
     assert "loss" in log
     assert "eval_reward" in evaluation
@@ -265,7 +280,7 @@ def test_the_scheduler_that_is_given_sets_the_rate(tmp_path: Path) -> None:
     steps = torch.optim.lr_scheduler.StepLR(sgd, 1, gamma=0.1)
     made = trainer(tmp_path, model=(model, tokenizer), optimizers=(sgd, steps), max_steps=3)
     made.train()
-    assert [e["learning_rate"] for e in made.state.log_history] == pytest.approx([0.5, 0.05, 0.005])
+    assert [e["learning_rate"] for e in logged(made)] == pytest.approx([0.5, 0.05, 0.005])
 
 
 def test_a_scheduler_without_its_optimizer_is_refused(tmp_path: Path) -> None:
@@ -325,7 +340,7 @@ def test_several_evaluation_datasets_are_logged_under_their_names(tmp_path: Path
         max_steps=4, num_generations_eval=2, logging_strategy="no",
     )  # fmt: skip
     made.train()
-    evaluations = [e for e in made.state.log_history if "eval_easy_reward" in e]
+    evaluations = [e for e in logged(made) if "eval_easy_reward" in e]
     assert [e["step"] for e in evaluations] == [2, 4]
     assert all("eval_hard_rewards/reverse/mean" in e for e in evaluations)
 
@@ -338,7 +353,7 @@ def test_evaluating_changes_nothing_in_training(tmp_path: Path) -> None:
     )
     evaluated.train()
     assert same(weights(plain), weights(evaluated))
-    assert [e["step"] for e in evaluated.state.log_history if "eval_reward" in e] == [0, 1, 2, 3]
+    assert [e["step"] for e in logged(evaluated) if "eval_reward" in e] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("setting", [{"eval_strategy": "steps"}, {"eval_on_start": True}])
@@ -351,11 +366,11 @@ def test_logs_are_means_since_the_last_one(tmp_path: Path) -> None:
     each, some = trainer(tmp_path, max_steps=5), trainer(tmp_path, max_steps=5, logging_steps=2)
     each.train()
     some.train()
-    rewards = [e["reward"] for e in each.state.log_history]
-    assert [e["step"] for e in some.state.log_history] == [2, 4, 5]
+    rewards = [e["reward"] for e in logged(each)]
+    assert [e["step"] for e in logged(some)] == [2, 4, 5]
     expected = [sum(rewards[:2]) / 2, sum(rewards[2:4]) / 2, rewards[4]]
-    assert [e["reward"] for e in some.state.log_history] == pytest.approx(expected)
-    assert some.state.log_history[0]["num_tokens"] == each.state.log_history[1]["num_tokens"]
+    assert [e["reward"] for e in logged(some)] == pytest.approx(expected)
+    assert logged(some)[0]["num_tokens"] == logged(each)[1]["num_tokens"]
 
 
 def test_checkpoints_come_every_save_steps_and_at_the_end_and_old_ones_go(tmp_path: Path) -> None:
@@ -374,13 +389,15 @@ def test_epochs_log_evaluate_and_save_at_their_ends(tmp_path: Path, stream: bool
     assert made.train().global_step == 6  # two epochs of three steps; a stream is one epoch of max_steps
     ends = [6] if stream else [3, 6]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in ends]
-    assert [(e["step"], "eval_reward" in e) for e in made.state.log_history] == [
+    assert [(e["step"], "eval_reward" in e) for e in logged(made)] == [
         (n, evaluation) for n in ends for evaluation in (False, True)
     ]
     assert made.state.epoch == (1.0 if stream else 2.0)
 
 
-@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1.0, 40, 20), (0.5, 40, 10), (2.0, 5, 5), (0.01, 40, 1)])
+@pytest.mark.parametrize(
+    ("epochs", "rows", "steps"), [(1.0, 40, 20), (0.5, 40, 10), (2.0, 5, 4), (1.6, 5, 4), (0.01, 40, 1), (2.0, 1, 2)]
+)
 def test_epochs_are_as_many_steps_as_they_hold(tmp_path: Path, epochs: float, rows: int, steps: int) -> None:
     made = trainer(tmp_path, rows=ROWS[:rows], num_train_epochs=epochs, max_steps=-1, callbacks=[Stop(1)])
     made.train()
@@ -391,7 +408,7 @@ def test_tensorboard_is_written_only_if_asked_for(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trainer(tmp_path / "none", max_steps=1).train()
-    assert not (tmp_path / "none").exists()
+    assert list((tmp_path / "none").iterdir()) == []
     trainer(tmp_path / "some", max_steps=2, report_to="tensorboard").train()
     events = EventAccumulator(str(tmp_path / "some" / "tensorboard")).Reload()
     assert "train/reward" in events.Tags()["scalars"]
@@ -459,7 +476,7 @@ def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureF
     assert made.accelerator.is_main_process
     shown = capsys.readouterr().out
     assert "Training completed." in shown
-    assert f"  train_samples          = {len(ROWS)}" in shown
+    assert re.search(rf"  train_samples +  *= {len(ROWS)}\n", shown)
     saved = json.loads((tmp_path / "train_results.json").read_text())
     assert saved == metrics
     together = json.loads((tmp_path / "all_results.json").read_text())
@@ -467,7 +484,8 @@ def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureF
     assert "eval_reward" in together
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 2
-    assert state["log_history"] == made.state.log_history[:2]
+    assert state["log_history"] == made.state.log_history[:3]
+    assert state["log_history"][2]["train_loss"] == metrics["train_loss"]
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -484,7 +502,7 @@ def test_sixty_steps_raise_the_reward_clearly(tmp_path: Path) -> None:
     made = trainer(tmp_path, prompts_per_step=8, num_generations=8, max_steps=60, learning_rate=1e-3, adam_beta2=0.99,
                    lr_scheduler_type="constant", bf16=False)  # fmt: skip
     made.train()
-    rewards = [e["reward"] for e in made.state.log_history]
+    rewards = [e["reward"] for e in logged(made)]
     assert sum(rewards[-10:]) / 10 > sum(rewards[:5]) / 5 + 0.15
 
 
@@ -553,7 +571,7 @@ def test_a_resumed_training_equals_one_that_never_stopped_bit_for_bit(tmp_path: 
         again.trainer = resumed
         resumed.train(resume_from_checkpoint=True)
         assert same(weights(straight), weights(resumed))
-        assert without_times(straight.state.log_history) == without_times(resumed.state.log_history)
+        assert without_times(logged(straight)) == without_times(logged(resumed))
         assert heard.texts[stop:] == again.texts
         assert again.texts
 
@@ -630,13 +648,53 @@ def test_a_full_disk_is_a_training_error_and_the_checkpoint_before_it_can_be_res
 # --- determinism ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({"max_steps": 6}, [1e-3 * (6 - i) / 6 for i in (3, 4, 5)]),
+        ({"max_steps": 6, "learning_rate": 3e-3}, [3e-3 * (6 - i) / 6 for i in (3, 4, 5)]),
+        ({"max_steps": 5, "lr_scheduler_type": "constant"}, [1e-3, 1e-3]),
+    ],
+)
+def test_a_longer_run_or_another_rate_holds_from_the_checkpoint_on(
+    tmp_path: Path, changes: dict, rates: list, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=3).train()
+    made = trainer(tmp_path, **changes)
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        made.train(resume_from_checkpoint=True)
+    assert [e["learning_rate"] for e in logged(made)[3:]] == pytest.approx(rates)
+    told = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+    assert bool(told) == (len(changes) > 1)
+    if told:
+        name = list(changes)[1]
+        assert f"{name}={changes[name]!r} (was " in told[0]
+        assert "max_steps" not in told[0]
+
+
+def test_a_checkpoint_of_other_trained_parameters_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(UsageError, match="another optimizer"):
+        trainer(tmp_path, freeze_embeddings=True).train(resume_from_checkpoint=True)
+
+
+def test_settings_of_the_optimizer_are_those_of_the_configuration_after_resuming(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    made = trainer(tmp_path, max_steps=2, weight_decay=0.1, adam_beta2=0.9)
+    made.train(resume_from_checkpoint=True)
+    assert [(g["weight_decay"], g["betas"]) for g in made.optimizer.param_groups] == [
+        (0.1, (0.9, 0.9)),
+        (0.0, (0.9, 0.9)),
+    ]
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_seed_decides_everything(tmp_path: Path, bf16: bool) -> None:
     runs = [trainer(tmp_path, seed=seed, bf16=bf16, max_steps=3) for seed in (3, 3, 4)]
     for made in runs:
         made.train()
         torch.rand(7)
-    a, b, c = ((weights(made), without_times(made.state.log_history)) for made in runs)
+    a, b, c = ((weights(made), without_times(logged(made))) for made in runs)
     assert same(a[0], b[0])
     assert a[1] == b[1]
     assert not same(a[0], c[0])

@@ -44,7 +44,33 @@ def test_overwriting_leaves_nothing_of_the_older_run_and_nothing_else_is_deleted
     new = RunFolder.create(tmp_path, {"seed": 2}, overwrite=True)
     assert new.read_config() == {"seed": 2}
     assert new.checkpoints() == []
+    assert new.model_path.exists() is new.checkpoints_path.exists() is False
+    new.settle()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
+
+
+def test_a_run_that_failed_before_its_first_step_brings_back_the_one_it_was_to_replace(tmp_path: Path) -> None:
+    old = RunFolder.create(tmp_path, CONFIG)
+    save_state(old.checkpoint_path(5), {}, {})
+    old.metrics_path.write_text("step\n5\n")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    new = RunFolder.create(tmp_path, {"seed": 2}, overwrite=True)
+    new.metrics_path.write_text("step\n0\n")
+    new.tensorboard_path.mkdir()
+    assert not new.abandon()
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    assert old.read_config() == CONFIG
+    assert old.metrics_path.read_text() == "step\n5\n"
+
+
+def test_a_run_that_failed_later_stays(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", CONFIG)
+    run.metrics_path.write_text("step\n0\n1\n")
+    assert run.abandon()
+    assert run.config_path.exists()
+    run.metrics_path.write_text("step\n0\n")
+    assert not run.abandon()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None:

@@ -97,7 +97,6 @@ class Recorder:
             run.track,
             tensorboard_folder=folder.tensorboard_path,
             wandb_folder=folder.path,
-            project="grouprl",
             name=folder.path.name,
             config=folder.read_config(),
         )
@@ -127,6 +126,7 @@ class Recorder:
         else:
             metrics["eval_return"] = float("nan")
         self.log.append(metrics)
+        self.folder.settle()
         recent = agent.recent_returns[-CHAPTER_EPISODES:]
         chapter = {"avg_reward": float(np.mean(recent))} if recent else {}
         if "kl" in metrics:
@@ -176,8 +176,8 @@ def train(
 
     Raises:
         UsageError: something asked for is not possible; nothing is left behind.
-        TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed. Without one
-            nothing is left behind.
+        TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
+            left behind if no update was done.
     """
     chosen = presets.resolve(env_id, preset)
     values = dict(settings or {})
@@ -210,8 +210,7 @@ def train(
     try:
         return _run(folder, run_settings, agent, progress_bar)
     except GrouprlError:
-        if not folder.checkpoints():  # nothing to resume from: leave nothing in the way of another try
-            folder.discard()
+        folder.abandon()
         raise
 
 

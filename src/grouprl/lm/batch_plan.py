@@ -90,16 +90,23 @@ def batch_plan(config: GRPOConfig, world_size: int = 1) -> BatchPlan:
 def total_steps(config: GRPOConfig, plan: BatchPlan, n_prompts: int | None) -> int:
     """Optimizer steps of the run: max_steps, or as many as num_train_epochs over `n_prompts` prompts hold.
 
-    A batch that the epochs no longer fill is not begun, as in TRL, but there is at least one. n_prompts is None for a
-    stream. Raises UsageError if a stream comes without max_steps.
+    n_prompts is None for a stream. Raises UsageError if a stream comes without max_steps.
     """
     if config.max_steps > 0:
         return config.max_steps
     if n_prompts is None:
         raise UsageError("the dataset is a stream of unknown length and max_steps is not set; set max_steps")
-    # The small addition keeps 0.1 * 30 from falling short of 3.
-    generations = max(1, math.floor(config.num_train_epochs * n_prompts / plan.prompts_per_generation + 1e-9))
-    return generations * plan.updates_per_generation
+    # The small subtraction keeps 0.1 * 30 from exceeding 3.
+    return math.ceil(config.num_train_epochs * steps_per_epoch(plan, n_prompts) - 1e-9)
+
+
+def steps_per_epoch(plan: BatchPlan, n_prompts: int) -> int:
+    """Optimizer steps on one pass over `n_prompts` prompts.
+
+    As in TRL, prompts at the end of an epoch that fill no generation are left out of it. A generation larger than the
+    dataset (for which TRL does nothing) is an epoch.
+    """
+    return max(1, n_prompts // plan.prompts_per_generation) * plan.updates_per_generation
 
 
 def interval(steps: float, total: int) -> int:

@@ -119,20 +119,20 @@ class PromptOrder:
     """The endless order in which prompts are drawn: epoch after epoch, each a new permutation drawn from (seed, epoch).
 
     Without shuffling, and for a stream (size None), rows come one after the other.
+
+    Args:
+        batch: rows drawn at once. An epoch holds whole batches, as in TRL: the rows at its end that fill none are left
+            out of it. If there are fewer rows than a batch, it runs on into the next epoch.
     """
 
-    def __init__(self, size: int | None, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, size: int | None, seed: int = 0, shuffle: bool = True, batch: int = 1) -> None:
         if size is not None and size < 1:
             raise UsageError(f"there must be at least one prompt, got {size}")
         self._size, self._seed = size, seed
+        self._used = None if size is None else size // batch * batch or size
         self._shuffle = shuffle and size is not None
         self._drawn = 0
         self._permutation: tuple[int, np.ndarray] | None = None
-
-    @property
-    def epoch(self) -> float | None:
-        """Passes over the dataset so far, fractions included; None for a stream of unknown length."""
-        return None if self._size is None else self._drawn / self._size
 
     @property
     def drawn(self) -> int:
@@ -147,7 +147,9 @@ class PromptOrder:
 
     def state(self) -> dict[str, Any]:
         """What `load` continues from; plain types."""
-        return {"drawn": self._drawn, "size": self._size, "seed": self._seed, "shuffle": self._shuffle}
+        return {
+            "drawn": self._drawn, "size": self._size, "seed": self._seed, "shuffle": self._shuffle, "used": self._used,
+        }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Raises UsageError if it is that of another order: other data, seed or shuffling."""
@@ -158,11 +160,14 @@ class PromptOrder:
                     f"{here!r}; resume with the same dataset, data_seed and shuffle_dataset"
                 )
         self._drawn = int(state["drawn"])
+        if self._used is not None and self._used != state["used"]:  # with batches of another size: at the same row
+            epoch, place = divmod(self._drawn, int(state["used"]))
+            self._drawn = epoch * self._used + min(place, self._used)
 
     def _row(self, position: int) -> int:
-        if self._size is None:
+        if self._size is None or self._used is None:
             return position
-        epoch, place = divmod(position, self._size)
+        epoch, place = divmod(position, self._used)
         if not self._shuffle:
             return place
         if self._permutation is None or self._permutation[0] != epoch:
@@ -252,7 +257,7 @@ def _read(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
     if "prompt" not in row:
         raise UsageError(_no_prompt(f"{where}", row))
     for column in _IMAGE_COLUMNS:
-        if row.get(column) is not None:
+        if row.get(column) is not None and not _is_empty_list(row[column]):
             raise UsageError(f"{where} has an image in column {column!r}; prompts are text alone, remove the column")
     prompt = row["prompt"]
     columns = {key: value for key, value in row.items() if key != "prompt"}
@@ -277,6 +282,10 @@ def _read(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
             "filter the prompts, or lower max_completion_length"
         )
     return Prompt(index, prompt, columns, tuple(ids))
+
+
+def _is_empty_list(value: Any) -> bool:
+    return isinstance(value, list) and not value
 
 
 def _check_messages(messages: list[Any], where: str) -> None:

@@ -14,9 +14,16 @@ from grouprl.lm import checkpoint
 from grouprl.lm.batch_plan import interval
 from grouprl.lm.samples import Samples
 from grouprl.runs import Progress, make_trackers
+from grouprl.runs.files import explain_os_error
 from grouprl.runs.folder import default_run_path
 
 Metrics = dict[str, float]
+
+_SHOWN = (
+    "reward", "reward_std", "loss", "grad_norm", "entropy", "kl", "completions/mean_length",
+    "completions/clipped_ratio", "learning_rate", "step_time",
+)  # fmt: skip
+"""What is shown of a step's numbers."""
 
 
 class Flow:
@@ -63,6 +70,10 @@ class Flow:
         from transformers.trainer_callback import TrainerState
 
         config = self.config
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)  # callbacks expect to find it
+        except OSError as error:
+            raise explain_os_error(error, self.output_dir) from error
         self.state, self._sums, self.newest = TrainerState(), {}, {}
         self.state.max_steps = total
         for name in ("logging_steps", "eval_steps", "save_steps"):
@@ -71,12 +82,13 @@ class Flow:
             setattr(self.state, name, interval(steps, total))
         self.state.num_train_epochs = config.num_train_epochs
         self._updates_per_epoch = total if updates_per_epoch is None else updates_per_epoch
+        self._epoch_begun = False
         self.control.should_training_stop = False
         self.handler.lr_scheduler = self.trainer.lr_scheduler
         self._stack.close()
         self._trackers = make_trackers(
             config.report_to, tensorboard_folder=self.output_dir / "tensorboard", wandb_folder=self.output_dir,
-            project="grouprl", name=config.run_name or self.output_dir.name, config=config.to_dict(),
+            name=config.run_name or self.output_dir.name, config=config.to_dict(),
         )  # fmt: skip
         for tracker in self._trackers:
             self._stack.callback(tracker.close)
@@ -94,10 +106,12 @@ class Flow:
                 stacklevel=2,
             )
 
-    def end(self) -> None:
-        """Log what is left."""
+    def end(self, metrics: Metrics) -> None:
+        """Log what is left, and ``metrics`` of the whole run."""
         if self._sums and self.config.logging_strategy != "no":
-            self._log()
+            self.log_steps()
+        self.log(metrics)
+        self.event("on_train_end")
 
     def close(self) -> None:
         """Close trackers and progress bar."""
@@ -106,28 +120,33 @@ class Flow:
 
     def step_begins(self) -> None:
         """The next step begins, and with it perhaps an epoch."""
-        if self.state.global_step % self._updates_per_epoch == 0:
+        if not self._epoch_begun:
             self.event("on_epoch_begin")
+            self._epoch_begun = True
         self.event("on_step_begin")
 
-    def stepped(self, metrics: Metrics, epoch: float | None) -> None:
+    def stepped(self, metrics: Metrics) -> None:
         """An optimizer step is done."""
         self.state.global_step += 1
-        self.state.epoch = self.state.global_step / self.state.max_steps if epoch is None else epoch
+        self.state.epoch = self.state.global_step / self._updates_per_epoch
         for key, value in metrics.items():
             total, n = self._sums.get(key, (0.0, 0))
             self._sums[key] = (total + value, n + 1)
         self.newest = metrics
-        self.event("on_step_end")
-        step = self.state.global_step
-        if step % self._updates_per_epoch == 0 or step == self.state.max_steps:
-            self.event("on_epoch_end")
         if self._progress is not None:
-            self._progress.update(step, reward=metrics.get("reward"), loss=metrics["loss"])
-        if self.control.should_log:
-            self._log()
+            self._progress.update(self.state.global_step, reward=metrics.get("reward"), loss=metrics["loss"])
+        self.event("on_step_end")
 
-    def _log(self) -> None:
+    def epoch_ends(self) -> bool:
+        """Whether the last step was the last of an epoch, or of all; callbacks are told."""
+        step = self.state.global_step
+        if step % self._updates_per_epoch and step < self.state.max_steps and not self.control.should_training_stop:
+            return False
+        self._epoch_begun = False
+        self.event("on_epoch_end")
+        return True
+
+    def log_steps(self) -> None:
         """Log the means since the last time; counters and rates as they are now."""
         self.control.should_log = False
         logs = {key: total / n for key, (total, n) in self._sums.items()}
@@ -146,6 +165,8 @@ class Flow:
         self.state.log_history.append({**logs, "step": self.state.global_step})
         for tracker in self._trackers:
             tracker.log(_arranged(logs), self.state.global_step)
+        if self._progress is not None and self.config.logging_strategy != "no":
+            self._progress.say(_line(logs, self.state.global_step, self.state.max_steps))
         self.event("on_log", logs=logs)
 
     def evaluated(self, metrics: Metrics) -> None:
@@ -191,10 +212,10 @@ class Flow:
         self.control.should_save = False
         limit = self.config.save_total_limit
         if limit is not None:
-            spared = (path, self.best) if self.config.load_best_model_at_end else (path,)
-            for old in checkpoint.existing(self.output_dir)[:-limit]:
-                if old not in spared:
-                    shutil.rmtree(old)
+            spared = {path, self.best} if self.config.load_best_model_at_end else {path}
+            others = [old for old in checkpoint.existing(self.output_dir) if old not in spared]
+            for old in others[: max(0, len(others) + len(spared - {None}) - limit)]:
+                shutil.rmtree(old)
         self.event("on_save")
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,6 +240,12 @@ def _shown(samples: Samples, step: int, n: int | None) -> str:
         asked = prompt if isinstance(prompt, str) else prompt[-1].get("content")
         lines.append(f"reward {float(samples.returns[i]):8.3f} | {asked!r} -> {samples.texts[i]!r}")
     return "\n".join(lines)
+
+
+def _line(logs: Metrics, step: int, total: int) -> str:
+    """Logged numbers for a person to read: of training what says most, of others all."""
+    chosen = {name: logs[name] for name in _SHOWN if name in logs} or {k: v for k, v in logs.items() if k != "epoch"}
+    return f"step {step}/{total}: " + ", ".join(f"{name} {value:.4g}" for name, value in chosen.items())
 
 
 def _arranged(logs: Metrics) -> Metrics:

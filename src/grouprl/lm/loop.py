@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from grouprl.errors import UsageError
 from grouprl.lm import checkpoint
-from grouprl.lm.batch_plan import total_steps
+from grouprl.lm.batch_plan import steps_per_epoch, total_steps
 from grouprl.lm.checkpoint import Checkpoint
 from grouprl.lm.collect import Collector, Metrics
+from grouprl.lm.config import GRPOConfig
 from grouprl.lm.data import PromptOrder
-from grouprl.lm.parameters import load_optimizer_state, make_schedule, optimizer_state
+from grouprl.lm.parameters import follow_settings, load_optimizer_state, make_schedule, optimizer_state
 from grouprl.lm.samples import Samples, parts_of_a_generation
 from grouprl.lm.step import Step, take
 
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from grouprl.lm.trainer import GRPOTrainer
 
 
-@dataclass(frozen=True)
-class TrainOutput:
+_log = logging.getLogger("grouprl")
+
+
+class TrainOutput(NamedTuple):
     """What :meth:`GRPOTrainer.train` returns, named as transformers names it."""
 
     global_step: int
@@ -42,7 +46,8 @@ class Run:
         self.source = source
         config = self.config
         data_seed = config.seed if config.data_seed is None else config.data_seed
-        self.order = PromptOrder(None if source.streamed else source.size, data_seed, config.shuffle_dataset)
+        size = None if source.streamed else source.size
+        self.order = PromptOrder(size, data_seed, config.shuffle_dataset, self.plan.prompts_per_generation)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.total = total_steps(config, self.plan, source.size)
         if trainer._own_scheduler:
@@ -65,8 +70,7 @@ class Run:
     def _updates_per_epoch(self) -> int | None:
         if self.source.size is None or self.source.streamed:
             return None
-        generations = max(1, self.source.size // self.plan.prompts_per_generation)
-        return generations * self.plan.updates_per_generation
+        return steps_per_epoch(self.plan, self.source.size)
 
     def go(self) -> TrainOutput:
         """Step until the end, or until a callback stops it."""
@@ -77,7 +81,7 @@ class Run:
 
     def _go(self) -> TrainOutput:
         flow = self.trainer.flow
-        began = time.perf_counter()
+        began, first = time.perf_counter(), flow.state.global_step
         flow.event("on_train_begin")
         if self.config.eval_on_start and flow.state.global_step == 0:
             self.trainer.evaluate()
@@ -86,22 +90,34 @@ class Run:
             began_step = time.perf_counter()
             metrics = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
-            flow.stepped(metrics, self.order.epoch)
-            if flow.control.should_evaluate:
-                flow.judge(self.trainer.evaluate())
-            if flow.control.should_save:
-                self.save()
+            flow.stepped(metrics)
+            self._do_as_asked()
+            if flow.epoch_ends():
+                self._do_as_asked()
         if self.config.load_best_model_at_end:
             flow.load_best()
-        flow.event("on_train_end")
-        flow.end()
         seconds = time.perf_counter() - began
         steps = flow.state.global_step
+        taken = steps - first
         metrics = {
-            "train_runtime": seconds, "train_steps_per_second": steps / seconds,
-            "train_loss": self.losses / max(1, steps),
+            "train_runtime": seconds, "train_samples_per_second": taken * self.plan.samples_per_step / seconds,
+            "train_steps_per_second": taken / seconds, "total_flos": 0.0, "train_loss": self.losses / max(1, steps),
         }  # fmt: skip
-        return TrainOutput(steps, metrics["train_loss"], metrics)
+        flow.end(metrics)
+        return TrainOutput(steps, metrics["train_loss"], {**metrics, "epoch": flow.state.epoch or 0.0})
+
+    def _do_as_asked(self) -> None:
+        """Log, evaluate and save if callbacks want it."""
+        flow = self.trainer.flow
+        if flow.control.should_log:
+            flow.log_steps()
+        if flow.control.should_evaluate:
+            flow.judge(self.trainer.evaluate())
+        if flow.control.should_save:
+            self.save()
+        if flow.control.should_epoch_stop:
+            flow.control.should_epoch_stop = False
+            _log.warning("a callback set should_epoch_stop: epochs are not cut short; set should_training_stop to end")
 
     def _step(self) -> Metrics:
         trainer, config = self.trainer, self.config
@@ -160,7 +176,7 @@ class Run:
         meta: dict[str, Any] = {
             "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
             "update": self.update, "losses": self.losses, "flow": trainer.flow.to_dict(),
-            "plan": asdict(self.plan),
+            "plan": asdict(self.plan), "config": self.config.to_dict(),
             "scheduler": None if trainer.lr_scheduler is None else _plain_state(trainer.lr_scheduler),
         }  # fmt: skip
         if self.follows is not None:
@@ -178,11 +194,16 @@ class Run:
                 "resume with the same batch settings, or from a checkpoint between two generations"
             )
         try:
-            load_optimizer_state(trainer.optimizer, saved.part("optimizer"), meta["optimizer"])
+            load_optimizer_state(
+                trainer.optimizer, saved.part("optimizer"), meta["optimizer"], own_settings=trainer._own_optimizer
+            )
         except ValueError as error:
             raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
         if trainer.lr_scheduler is not None and meta["scheduler"] is not None:
             trainer.lr_scheduler.load_state_dict(meta["scheduler"])
+        if trainer._own_scheduler and trainer._own_optimizer:
+            follow_settings(trainer.lr_scheduler, self.config.learning_rate)
+        _tell_changes(meta["config"], self.config)
         self.generator.set_state(saved.tensors["generator"])
         _device_generator(trainer.policy.device).set_state(saved.tensors["dropout"])
         self.order.load(meta["order"])
@@ -201,6 +222,29 @@ def _device_generator(device: torch.device) -> torch.Generator:
     if device.type != "cuda":
         return torch.default_generator
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+_MAY_CHANGE = {
+    "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "max_steps", "num_train_epochs", "transcripts",
+    "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
+    "do_train", "do_eval", "do_predict", "num_generations_eval",
+}  # fmt: skip
+"""Settings that do not change what is learned, or are what a run is resumed to change."""
+
+
+def _tell_changes(before: dict[str, Any], config: GRPOConfig) -> None:
+    """Say which settings are others than those of the checkpoint: they hold from here on."""
+    now = config.to_dict()
+    changed = [
+        f"{name}={value!r} (was {before[name]!r})"
+        for name, value in now.items()
+        if value != before.get(name, value)
+        and name not in _MAY_CHANGE
+        and not name.startswith(("logging_", "log_", "eval_", "save_", "num_completions", "per_device_eval"))
+    ]
+    if changed:
+        _log.warning("resumed with other settings than the checkpoint's, from here on: %s", ", ".join(changed))
 
 
 def _plain_state(scheduler: Any) -> dict[str, Any]:

@@ -104,6 +104,15 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: GRPOConfig, total_st
     )  # fmt: skip
 
 
+def follow_settings(schedule: Any, learning_rate: float) -> None:
+    """A schedule of :func:`make_schedule` that took up a checkpoint's state has its own rate and length again."""
+    groups = schedule.optimizer.param_groups
+    schedule.base_lrs = [learning_rate] * len(groups)
+    for group, part in zip(groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = learning_rate, learning_rate * part(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as named tensors and the rest as plain types, without pickle."""
     state = optimizer.state_dict()
@@ -118,13 +127,29 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, {"rest": rest, "groups": state["param_groups"]}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """The inverse of :func:`optimizer_state`."""
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any], *, own_settings: bool
+) -> None:
+    """The inverse of :func:`optimizer_state`.
+
+    Args:
+        own_settings: the optimizer keeps its settings (betas, weight decay, ...) and does not take those that were saved.
+
+    Raises ValueError if the state is that of other parameters.
+    """
     state: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *meta["rest"].items()]:
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
-    groups = meta["groups"]
+    shapes = dict(enumerate(tuple(p.shape) for group in optimizer.param_groups for p in group["params"]))
+    for number, entries in state.items():
+        for name, value in entries.items():  # torch takes any shape, and writes outside of it
+            if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shapes.get(number):
+                raise ValueError(f"{name} of parameter {number} is {tuple(value.shape)}, not {shapes.get(number)}")
+    groups, own = meta["groups"], [dict(group) for group in optimizer.param_groups]
     for group in groups:
         group.update({k: tuple(v) for k, v in group.items() if k == "betas"})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if own_settings:
+        for group, mine in zip(optimizer.param_groups, own, strict=True):
+            group.update(mine)

@@ -75,7 +75,7 @@ class Recorder(TrainerCallback):
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
         self.transcripts = stack.enter_context(TranscriptWriter(folder.transcripts_path))
         self.trackers = make_trackers(
-            track, tensorboard_folder=folder.tensorboard_path, wandb_folder=folder.path, project="grouprl",
+            track, tensorboard_folder=folder.tensorboard_path, wandb_folder=folder.path,
             name=folder.path.name, config=folder.read_config(),
         )  # fmt: skip
         for tracker in self.trackers:
@@ -112,6 +112,7 @@ class Recorder(TrainerCallback):
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             row |= self._columns(state.global_step, self.evaluate())
         self._write(row)
+        self.folder.settle()
         if self.stop_requested:
             control.should_training_stop = control.should_save = True
 

@@ -91,7 +91,7 @@ class GRPOTrainer(ScriptMethods):
         self.optimizer: Any
         self.lr_scheduler: Any
         self.optimizer, self.lr_scheduler = optimizers or (None, None)
-        self._own_scheduler = self.lr_scheduler is None
+        self._own_optimizer, self._own_scheduler = self.optimizer is None, self.lr_scheduler is None
         if self.optimizer is None:
             if self.lr_scheduler is not None:
                 raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")

@@ -143,7 +143,8 @@ def train(
 
     Raises:
         UsageError: something asked for is not possible; nothing is left behind.
-        TrainingError: a reward function or the numbers failed; the last checkpoint stays and can be resumed.
+        TrainingError: a reward function or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
+            left behind if no step was done.
     """
     check_trackers(track)
     quiet()
@@ -169,8 +170,7 @@ def train(
     try:
         return _run(folder, given, trainer, rows, track, resume_from=None)
     except GrouprlError:
-        if checkpoint.latest(folder.path) is None:  # nothing to resume from: leave nothing in the way of another try
-            folder.discard()
+        folder.abandon()
         raise
 
 
@@ -239,6 +239,8 @@ def _run(
             except TrainingError as error:
                 last = checkpoint.latest(folder.path)
                 kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+                if trainer.state.global_step:
+                    kept += f"; its metrics and transcripts are in {folder.path}"
                 raise TrainingError(f"{error} (after {trainer.state.global_step} steps; {kept})") from error
         if recorder.stop_requested and trainer.state.global_step < trainer.state.max_steps:
             return RunResult(folder, trainer.state.global_step, None, [])

@@ -15,6 +15,7 @@ from typing import Any
 
 from grouprl.errors import UsageError
 from grouprl.runs.files import explain_os_error, write_json, write_yaml
+from grouprl.runs.metrics import read_metrics
 from grouprl.runs.state import read_meta
 
 _CHECKPOINT = re.compile(r"step_(\d+)\.safetensors")
@@ -30,14 +31,15 @@ class RunFolder:
     def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any], *, overwrite: bool = False) -> RunFolder:
         """Make the folder and write `config` (plain types) as its config.yaml.
 
-        With `overwrite` an older run in the same folder is deleted first; any other folder is never deleted.
+        With `overwrite` an older run in the same folder is put aside, until `settle` deletes it or `abandon` brings it
+        back; any other folder is never touched.
 
         Raises UsageError if the folder holds anything already, or cannot be made.
         """
         folder = cls(Path(path))
         try:
             if folder.path.is_dir() and any(folder.path.iterdir()):
-                folder._clear(overwrite)
+                folder._put_aside(overwrite)
             write_yaml(folder.config_path, dict(config))
         except OSError as error:
             raise explain_os_error(error, folder.path) from error
@@ -166,16 +168,51 @@ class RunFolder:
             except OSError as error:
                 raise explain_os_error(error, path) from error
 
-    def discard(self) -> None:
-        """Delete the run's files, and the folder if nothing else is in it."""
+    def settle(self) -> None:
+        """Delete the run that this one replaces, if there is one: this one has something to show."""
+        if self._replaced.is_dir():
+            shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def abandon(self) -> bool:
+        """After a failure: keep what there is, if a step was recorded. If none was, delete the run's files, bring back
+        those of the run it was to replace, and delete the folder if nothing is in it. Returns whether it was kept.
+        """
         try:
-            self._clear(overwrite=True)
+            if self._has_steps():
+                return True
+            for path in self._own():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if self._replaced.is_dir():
+                for path in self._replaced.iterdir():
+                    os.replace(path, self.path / path.name)
+                self._replaced.rmdir()
             if not any(self.path.iterdir()):
                 self.path.rmdir()
         except OSError as error:
             raise explain_os_error(error, self.path) from error
+        return False
 
-    def _clear(self, overwrite: bool) -> None:
+    def _has_steps(self) -> bool:
+        try:
+            steps = read_metrics(self.metrics_path).get("step", ())
+        except UsageError:
+            return False
+        return any(step > 0 for step in steps)
+
+    @property
+    def _replaced(self) -> Path:
+        return self.path / ".replaced"
+
+    def _own(self) -> list[Path]:
+        """What a run has made, config.yaml last: a folder that is half deleted is still recognised as a run's."""
+        made = (
+            self.checkpoints_path, self.tensorboard_path, self.model_folder, *self.path.glob("checkpoint-*"),
+            self.metrics_path, self.model_path, self.curve_path, self.video_path, self.summary_path,
+            self.transcripts_path, self.transcripts_page, self.config_path,
+        )  # fmt: skip
+        return [path for path in made if path.exists()]
+
+    def _put_aside(self, overwrite: bool) -> None:
         if not self.config_path.is_file():
             raise UsageError(f"{self.path} is not empty and holds no run. Choose another folder.")
         if not overwrite:
@@ -183,14 +220,10 @@ class RunFolder:
                 f"{self.path} already holds a run. Choose another folder, continue that run with "
                 f"`grouprl resume {self.path}`, or ask to overwrite it."
             )
-        own = (self.checkpoints_path, self.tensorboard_path, self.model_folder, *self.path.glob("checkpoint-*"))
-        for folder in own:
-            if folder.is_dir():
-                shutil.rmtree(folder)
-        # config.yaml last: a run folder that is half deleted is still recognised as one.
-        files = (self.metrics_path, self.model_path, self.curve_path, self.video_path, self.summary_path)
-        for file in (*files, self.transcripts_path, self.transcripts_page, self.config_path):
-            file.unlink(missing_ok=True)
+        self.settle()
+        self._replaced.mkdir()
+        for path in self._own():
+            os.replace(path, self._replaced / path.name)
 
 
 def default_run_path(root: str | os.PathLike[str], name: str, seed: int) -> Path:

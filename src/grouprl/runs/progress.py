@@ -1,8 +1,9 @@
-"""A progress bar over steps, silent where nobody watches."""
+"""Progress over steps: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,17 +14,21 @@ if TYPE_CHECKING:
 _FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
+_SECONDS_BETWEEN_LINES = 10.0
+
+
 class Progress:
     """Shows steps done, steps per second, time left and a few values on standard error."""
 
     def __init__(
         self, total: int, enabled: bool | None = None, *, description: str | None = None, done: int = 0
     ) -> None:
-        """Start at `done` of `total` steps. `enabled` None means: if standard error is a terminal."""
-        if enabled is None:
-            enabled = sys.stderr is not None and sys.stderr.isatty()
+        """Start at `done` of `total` steps. `enabled` None means: a bar if standard error is a terminal, else lines."""
+        terminal = sys.stderr is not None and sys.stderr.isatty()
         self._bar: tqdm[Never] | None = None
-        if enabled:
+        self._lines = enabled is None and not terminal and sys.stderr is not None
+        self._total, self._began, self._said = total, time.monotonic(), time.monotonic()
+        if enabled or (enabled is None and terminal):
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -33,11 +38,21 @@ class Progress:
 
     def update(self, done: int, **values: float | str | None) -> None:
         """Show that `done` steps are done in all, with `values` (None is left out)."""
-        if self._bar is None:
-            return
-        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-        self._bar.set_postfix({key: value for key, value in shown.items() if value is not None}, refresh=False)
-        self._bar.update(done - self._bar.n)
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if v is not None}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif self._lines and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+            seconds = f"{time.monotonic() - self._began:.0f} s"
+            self.say(", ".join([f"{done}/{self._total} steps", seconds, *(f"{k} {v}" for k, v in shown.items())]))
+
+    def say(self, text: str) -> None:
+        """Show a line of text, above the bar if there is one."""
+        self._said = time.monotonic()
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif sys.stderr is not None:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it last was; does nothing the second time."""

@@ -91,7 +91,9 @@ class WandbTracker:
         config: Mapping[str, Any],
         mode: WandbMode | None = None,
     ) -> None:
-        """Start a run whose files are in `folder`/wandb.
+        """Start a run whose files are in `folder`/wandb, or go on with the one that is open.
+
+        WANDB_PROJECT takes precedence over `project`.
 
         `mode` None means: what WANDB_MODE says, else online if there is a key or a login, else offline.
 
@@ -104,15 +106,20 @@ class WandbTracker:
         if mode is None and "WANDB_MODE" not in os.environ and not _wandb_login():
             mode = "offline"
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(dir=str(folder), project=project, name=name, config=dict(config), mode=mode)
+        self._given = wandb.run is not None  # by whoever called: it stays open for them
+        self._run = wandb.run or wandb.init(
+            dir=str(folder), project=os.environ.get("WANDB_PROJECT") or project, name=name, config=dict(config),
+            mode=mode,
+        )  # fmt: skip
 
     def log(self, metrics: MetricRow, step: int) -> None:
         """Log `metrics` at `step`."""
         self._run.log({key: value for key, value in metrics.items() if value is not None}, step=step)
 
     def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
+        """Finish the run, unless it was there before."""
+        if not self._given:
+            self._run.finish()
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -131,8 +138,8 @@ def make_trackers(
     *,
     tensorboard_folder: str | os.PathLike[str],
     wandb_folder: str | os.PathLike[str],
-    project: str,
     name: str,
+    project: str = "grouprl",
     config: Mapping[str, Any],
 ) -> list[Tracker]:
     """The trackers called `names`, each once. "none" stands for no tracker and must stand alone.
