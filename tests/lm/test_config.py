@@ -117,7 +117,7 @@ def test_a_bad_value_is_a_usage_error_that_names_it(values: dict[str, Any], mess
         ({"num_generations": 1, "advantage": "reinforce_pp", "dynamic_sampling": True}, "compares the rewards"),
         ({"prompts_per_step": 4, "gradient_accumulation_steps": 2}, "both say how large a step is"),
         ({"prompts_per_step": 4, "generation_batch_size": 32}, "leave generation_batch_size at None"),
-        ({"generation_batch_size": 32, "steps_per_generation": 4}, "give one of them"),
+        ({"generation_batch_size": 32, "steps_per_generation": 5}, "give one of them"),
         ({"pass_k": 2}, "pass_k=2 is for advantage='pass_at_k'"),
         ({"pass_k": 9, "advantage": "pass_at_k"}, "must not exceed num_generations=8"),
         ({"scale_rewards": "batch", "advantage": "opo"}, "scale_rewards='batch' is for advantage='group'"),
@@ -162,7 +162,7 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
         ("optim", "adamw_8bit", "pass optimizers="),
         ("max_prompt_length", 256, "prompts are never cut"),
         ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),
-        ("top_entropy_quantile", 0.2, "there is no entropy term"),
+        ("top_entropy_quantile", 0.2, "all tokens are learned from"),
         ("deepspeed", "zero3.json", "one process"),
         ("auto_find_batch_size", True, "tokens_per_micro_batch"),
         ("use_bias_correction_kl", False, "the gradient of KL"),
@@ -249,10 +249,10 @@ def test_a_setting_may_be_changed_until_a_trainer_has_it() -> None:
 
 def test_what_does_not_go_together_is_found_when_a_trainer_is_made() -> None:
     c = GRPOConfig(load_best_model_at_end=True, eval_strategy="steps", eval_steps=100, save_steps=100)
-    c.eval_steps = 50
-    with pytest.raises(UsageError, match="needs a checkpoint of every model"):
+    c.eval_steps = 40
+    with pytest.raises(UsageError, match="needs an evaluation of every model that is saved"):
         c.in_use()
-    c.save_steps = 50
+    c.save_steps = 80
     used = c.in_use()
     assert (used.metric_for_best_model, used.greater_is_better) == ("reward", True)
     assert c.metric_for_best_model is None
@@ -266,6 +266,18 @@ def test_what_scripts_ask_a_configuration_for() -> None:
     assert GRPOConfig(eval_strategy="steps").do_eval
     assert (str(c.device), c.n_gpu) == ("cpu", 0)
     assert c.get_process_log_level() > 0
+
+
+def test_what_a_switch_leaves_off_says_nothing() -> None:
+    GRPOConfig(vllm_gpu_memory_utilization=0.9, hub_model_id="me/mine", hub_token="<HUB_TOKEN>", push_to_hub=False)
+    with pytest.raises(UsageError, match="hub_model_id='me/mine'"):
+        GRPOConfig(hub_model_id="me/mine", push_to_hub=True)
+    GRPOConfig(gradient_checkpointing=True, activation_checkpointing=True, accelerator_config={"split_batches": False})
+    with pytest.raises(UsageError, match="are one setting"):
+        GRPOConfig(gradient_checkpointing=True, activation_checkpointing=False)
+    GRPOConfig(generation_batch_size=16, steps_per_generation=2)
+    assert GRPOConfig("somewhere").output_dir == "somewhere"
+    assert "tensorboard" in GRPOConfig(report_to="all").report_to
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

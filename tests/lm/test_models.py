@@ -104,11 +104,14 @@ def test_a_tokenizer_that_is_too_large_for_the_model_is_refused() -> None:
         load(model, tokenizer=tokenizer)
 
 
-def test_arguments_of_from_pretrained_are_passed_on_and_refused_for_a_loaded_model(saved: Path) -> None:
+def test_arguments_of_from_pretrained_are_passed_on_and_do_nothing_for_a_loaded_model(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, tokenizer = load(saved, model_init_kwargs={"attn_implementation": "eager"})
     assert model.config._attn_implementation == "eager"
-    with pytest.raises(UsageError, match="loaded already"):
+    with caplog.at_level(logging.WARNING, "grouprl"):
         load(model, tokenizer=tokenizer, model_init_kwargs={"attn_implementation": "eager"})
+    assert "loaded already" in caplog.text
 
 
 def test_what_is_no_model_at_all_is_named() -> None:

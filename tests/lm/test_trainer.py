@@ -870,7 +870,7 @@ def test_a_metric_that_no_evaluation_has_is_refused_by_name(tmp_path: Path) -> N
         ({"metric_for_best_model": "reward"}, "there are none; set eval_strategy"),
         ({"load_best_model_at_end": True}, "there are none; set eval_strategy"),
         (
-            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"},
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 7},
             "set save_strategy='steps' and save_steps=5",
         ),
         ({"load_best_model_at_end": True, "eval_strategy": "epoch"}, "set save_strategy='epoch'"),

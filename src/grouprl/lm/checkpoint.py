@@ -17,6 +17,7 @@ from grouprl.errors import UsageError
 from grouprl.lm.data import Prompt, PromptSource
 from grouprl.lm.samples import Samples
 from grouprl.lm.saving import save_model
+from grouprl.runs.files import write_json
 from grouprl.runs.state import load_state, read_meta, save_state
 
 STATE = "grouprl_state.safetensors"
@@ -35,17 +36,18 @@ class Checkpoint:
         return {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
 
 
-def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None) -> None:
-    """Write a checkpoint folder, whole or not at all; without a ``checkpoint``, the model alone.
+def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None, state: Any) -> None:
+    """Write a checkpoint folder, whole or not at all; without a ``checkpoint``, the model and TrainerState alone.
 
     Raises UsageError if the place cannot be written, TrainingError if the disk is full.
     """
 
-    def state(folder: Path) -> None:
+    def also(folder: Path) -> None:
+        write_json(folder / "trainer_state.json", trainer_state(state))
         if checkpoint is not None:
             save_state(folder / STATE, checkpoint.tensors, checkpoint.meta)
 
-    save_model(model, tokenizer, path, also=state)
+    save_model(model, tokenizer, path, also=also)
 
 
 def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:

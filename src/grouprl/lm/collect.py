@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,11 +175,13 @@ def judged(
     return Drawn(prompts, group_size, completions, texts, values, rewards.weights)
 
 
-def describe_judged(drawn: Drawn) -> Metrics:
+def describe_judged(parts: Sequence[Drawn]) -> Metrics:
     """TRL's metrics of completions that are not learned from."""
+    drawn = functools.reduce(Drawn.joined, parts)
     lengths = torch.tensor([len(c.ids) for c in drawn.completions])
     finished = torch.tensor([c.finished for c in drawn.completions])
-    return _describe(lengths, finished, drawn.returns, drawn.n_prompts, drawn.rewards)
+    logged = _logged([part.rewards for part in parts])
+    return {**_describe(lengths, finished, drawn.returns, drawn.n_prompts, drawn.rewards), **logged}
 
 
 def describe(samples: Samples, rewards: Rewards) -> Metrics:

@@ -15,16 +15,19 @@ What TRL has and this has not is in `grouprl.lm.config_trl`; what a batch is, in
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from grouprl.errors import UsageError
 from grouprl.lm.config_checks import problems
-from grouprl.lm.config_trl import FOREIGN, translate
+from grouprl.lm.config_trl import FOREIGN, ONE_PROCESS, RENAMED, translate
 
 Strategy = Literal["no", "steps", "epoch"]
 
@@ -198,18 +201,21 @@ class GRPOConfig(BaseModel):
     logging_strategy: Strategy = Field("steps", description="when metrics are logged")
     logging_steps: float = Field(10, gt=0, description="optimizer steps between; below 1: share of the run")
     logging_first_step: bool = Field(False, description="log the first step as well")
-    log_completions: bool = Field(False, description="print completions when metrics are logged")
+    log_completions: bool = Field(
+        False, description="print completions when metrics are logged, and write them to transcripts.jsonl"
+    )
     num_completions_to_print: int | None = Field(None, ge=1, description="how many; default: all of the last step")
     transcripts: int | Literal["all"] = Field(
-        4, description="completions of each generation kept in the run folder, in whole groups, or all"
+        4,
+        description="completions of each generation, or of each that is logged, written there, in whole groups, or all",
     )
     eval_strategy: Strategy = Field("no", description="when the model is evaluated")
     eval_steps: float | None = Field(
         None, gt=0, description="optimizer steps between; below 1: share of the run; default: logging_steps"
     )
     eval_on_start: bool = Field(False, description="evaluate before the first step")
-    per_device_eval_batch_size: int = Field(
-        8, ge=1, description="completions per process sampled at once in evaluation"
+    per_device_eval_batch_size: int | None = Field(
+        None, ge=1, description="completions sampled and judged at once in evaluation, in whole groups; default: all"
     )
     num_generations_eval: int | None = Field(
         None, ge=1, description="completions per prompt in evaluation; default: num_generations"
@@ -233,7 +239,9 @@ class GRPOConfig(BaseModel):
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, output_dir: str | os.PathLike[str] | None = None, /, **values: Any) -> None:
+        if output_dir is not None:
+            values = {"output_dir": output_dir, **values}
         settings = translate(values, type(self).model_fields)
         try:
             super().__init__(**settings)
@@ -245,6 +253,10 @@ class GRPOConfig(BaseModel):
             raise UsageError("; ".join(found))
 
     def __getattr__(self, name: str) -> Any:
+        if name in ONE_PROCESS:
+            return ONE_PROCESS[name]
+        if name in RENAMED:
+            return getattr(self, RENAMED[name])
         return FOREIGN[name].off if name in FOREIGN else super().__getattr__(name)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -288,6 +300,18 @@ class GRPOConfig(BaseModel):
 
         return logging.get_verbosity()
 
+    def main_process_first(self, local: bool = True, desc: str = "") -> Any:
+        """A context in which nothing waits: there is one process."""
+        return nullcontext()
+
+    def to_json_string(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """:meth:`to_dict` with text for what is no number, as hyperparameters of trackers are."""
+        return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.to_dict().items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain types; ``GRPOConfig(**config.to_dict())`` equals it.
 
@@ -313,6 +337,8 @@ class GRPOConfig(BaseModel):
     @classmethod
     def _trackers(cls, value: Any) -> Any:
         names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        if names == ("all",):
+            names = tuple(name for name in ("tensorboard", "wandb") if find_spec(name) is not None)
         for name in names:
             if name not in ("tensorboard", "wandb", "none"):
                 raise ValueError(f"{name!r} is no tracker here; choose tensorboard, wandb, both in a list, or none")

@@ -30,7 +30,8 @@ def _batch_problems(c: GRPOConfig) -> list[str]:
                     f"prompts_per_step={c.prompts_per_step} and {name}={getattr(c, name)} both say how large a step "
                     f"is; leave {name} at {default}, or leave prompts_per_step out"
                 )
-    if c.generation_batch_size is not None and c.steps_per_generation is not None:
+    both = c.generation_batch_size, c.steps_per_generation
+    if None not in both and both[0] != c.per_device_train_batch_size * (both[1] or 1):
         found.append(
             f"generation_batch_size={c.generation_batch_size} and steps_per_generation={c.steps_per_generation} both "
             "say how large a generation is; give one of them"
@@ -129,10 +130,19 @@ def _best_problems(c: GRPOConfig) -> list[str]:
             "eval_strategy='steps' or 'epoch', or leave it out"
         )
     elif c.load_best_model_at_end:
-        every = {"eval": c.eval_steps or c.logging_steps, "save": c.save_steps}
-        if c.save_strategy != c.eval_strategy or (c.eval_strategy == "steps" and every["eval"] != every["save"]):
+        every, saves = c.eval_steps or c.logging_steps, c.save_steps
+        if c.save_strategy != c.eval_strategy or (c.eval_strategy == "steps" and _remainder(saves, every)):
             found.append(
-                "load_best_model_at_end=True needs a checkpoint of every model that is evaluated; set save_strategy="
-                f"{c.eval_strategy!r}" + (f" and save_steps={every['eval']:g}" if c.eval_strategy == "steps" else "")
+                "load_best_model_at_end=True needs an evaluation of every model that is saved; set save_strategy="
+                f"{c.eval_strategy!r}"
+                + (f" and save_steps={every:g}, or a multiple of it" if c.eval_strategy == "steps" else "")
             )
+    if metric in ("loss", "eval_loss"):
+        found.append(f"metric_for_best_model={metric!r}: evaluations have no loss, they judge; 'reward' is usual")
     return found
+
+
+def _remainder(steps: float, of: float) -> bool:
+    """Whether ``steps`` is no multiple of ``of``; both may be shares of a run."""
+    times = steps / of
+    return abs(times - round(times)) > 1e-9 or times < 1

@@ -37,6 +37,12 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run there too
 }
 
+ONE_PROCESS = {
+    "world_size": 1, "process_index": 0, "local_process_index": 0, "should_save": True, "should_log": True,
+    "parallel_mode": "not_parallel",
+}  # fmt: skip
+"""What transformers' callbacks read of a configuration, and is the same here for all."""
+
 TRAINER_ARGUMENTS = (
     "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks",
     "optimizers", "ref_model",
@@ -74,14 +80,14 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     (_VESPO, {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}),
     (_ENTROPY, {
         "entropy_coef": 0.0, "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
-        "entropy_coef_delta": 0.005, "entropy_target": 0.2, "top_entropy_quantile": 1.0,
+        "entropy_coef_delta": 0.005, "entropy_target": 0.2,
     }),
     (_HUB, {
         "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
     }),
-    (_LAUNCH, {"local_rank": -1, "fsdp": None, "fsdp_config": None, "deepspeed": None, "accelerator_config": None,
-               "parallelism_config": None, "ddp_backend": None}),
+    (_LAUNCH, {"local_rank": -1, "fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None,
+               "ddp_backend": None}),
     (_COMPILE, {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
                 "neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
@@ -91,8 +97,9 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
                 "trackio_static_space_id": None}),
     (_ORDER, {"train_sampling_strategy": "random", "group_by_length": False, "length_column_name": "length"}),
     ("", {
-        "ds3_gather_for_generation": True, "log_multimodal": True, "prediction_loss_only": False,
-        "skip_memory_metrics": True, "log_level": "passive", "log_level_replica": "warning", "log_on_each_node": True,
+        "accelerator_config": None, "ds3_gather_for_generation": True, "log_multimodal": True,
+        "prediction_loss_only": False, "skip_memory_metrics": True, "log_level": "passive",
+        "log_level_replica": "warning", "log_on_each_node": True,
         "logging_nan_inf_filter": True, "average_tokens_across_devices": True, "include_num_input_tokens_seen": "no",
         "use_cache": False, "torch_empty_cache_steps": None, "save_on_each_node": False,
         "restore_callback_states_from_checkpoint": False, "eval_do_concat_batches": True,
@@ -114,6 +121,7 @@ FOREIGN: dict[str, Foreign] = {
     "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",)),
     "max_prompt_length": Foreign(None, "prompts are never cut; filter the dataset, or shorten its prompts"),
     "generation_kwargs": Foreign(None),
+    "top_entropy_quantile": Foreign(1.0, "all tokens are learned from, whatever their entropy; leave it out"),
     "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
     "max_tool_calling_iterations": Foreign(None, "completions are single turns without tools; leave it out"),
     "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
@@ -135,6 +143,12 @@ FOREIGN: dict[str, Foreign] = {
     "debug": Foreign("", "use torch.autograd.set_detect_anomaly; leave it out", ([],)),
 }  # fmt: skip
 
+
+SWITCHED = {
+    "use_vllm": [name for name in FOREIGN if name.startswith("vllm_")],
+    "push_to_hub": [name for name in FOREIGN if name.startswith("hub_")],
+}
+"""What says nothing unless its switch is on."""
 
 _SINGLE = "completions are single turns, sampled here, without tools; leave it out"
 
@@ -171,7 +185,10 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
     settings: dict[str, Any] = {}
     if values.get("generation_kwargs"):  # what stands there wins, as in TRL
         values = {**values, **_generation_settings(values["generation_kwargs"])}
+    inert = {name for switch, names in SWITCHED.items() if not values.get(switch) for name in names}
     for given, value in values.items():
+        if given in inert:
+            continue
         if given in known:
             name = given
         elif given in RENAMED:
@@ -182,7 +199,7 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
         else:
             _check_foreign(given, value, known)
             continue
-        if name in settings:
+        if name in settings and settings[name] != value:
             raise UsageError(f"{given}={value!r} and {name}={settings[name]!r} are one setting; give {name} alone")
         settings[name] = value.value if isinstance(value, Enum) else value
     return settings

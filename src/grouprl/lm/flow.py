@@ -13,6 +13,7 @@ from grouprl.errors import UsageError
 from grouprl.lm import checkpoint
 from grouprl.lm.batch_plan import interval
 from grouprl.lm.samples import Samples
+from grouprl.lm.transcripts import TranscriptWriter, transcripts_of, whole_groups
 from grouprl.runs import Progress, make_trackers
 from grouprl.runs.files import explain_os_error
 from grouprl.runs.folder import default_run_path
@@ -155,8 +156,12 @@ class Flow:
                 logs[key] = self.newest[key]
         self._sums = {}
         self.log(logs)
-        if self.config.log_completions and self.trainer.last_samples is not None:
-            print(_shown(self.trainer.last_samples, self.state.global_step, self.config.num_completions_to_print))
+        samples = self.trainer.last_samples
+        if self.config.log_completions and samples is not None:
+            print(_shown(samples, self.state.global_step, self.config.num_completions_to_print))
+            kept = whole_groups(samples, self.config.transcripts)
+            with TranscriptWriter(self.output_dir / "transcripts.jsonl") as writer:
+                writer.append(transcripts_of(samples, self.trainer.rewards.names, self.state.global_step, kept))
 
     def log(self, logs: Metrics) -> None:
         """Append to the history, tell trackers and callbacks."""

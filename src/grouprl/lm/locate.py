@@ -103,7 +103,12 @@ def _fetch(repo: str, **hub: Any) -> Path:
         reason = f"the hub cannot be reached ({first_line(answer)})"
     cached = _cached(repo, **hub)
     if cached is None:
-        raise UsageError(f"The model {repo} is neither a folder nor in the cache, and {reason}.")
+        advice = ""
+        if repo == "tiny":
+            advice = " What recipes call tiny is grouprl.lm.tiny.build_tiny()."
+        elif repo != SMOLLM2_HUB_ID:
+            advice = " Give a folder or a .gguf file, or 'smollm2', which comes as a package too."
+        raise UsageError(f"The model {repo} is neither a folder nor in the cache, and {reason}.{advice}")
     return cached
 
 

@@ -112,7 +112,9 @@ class Run:
         if flow.control.should_log:
             flow.log_steps()
         if flow.control.should_evaluate:
-            flow.judge(self.trainer.evaluate())
+            metrics = self.trainer.evaluate()
+            if flow.control.should_save or not self.config.load_best_model_at_end:  # else it could not be loaded
+                flow.judge(metrics)
         if flow.control.should_save:
             self.save()
         if flow.control.should_epoch_stop:
@@ -162,9 +164,8 @@ class Run:
         """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit."""
         trainer, flow = self.trainer, self.trainer.flow
         path = flow.saves()
-        checkpoint.write(
-            path, trainer.model, trainer.processing_class, None if self.config.save_only_model else self._state()
-        )
+        state = None if self.config.save_only_model else self._state()
+        checkpoint.write(path, trainer.model, trainer.processing_class, state, flow.state)
         flow.saved(path)
 
     def _state(self) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from grouprl.lm.locate import HUB_KEYS, SMOLLM2, SMOLLM2_HUB_ID, find, first_lin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_log = logging.getLogger("grouprl")
 
 
 def load(
@@ -109,7 +113,7 @@ def _in_memory(model: Any, model_init_kwargs: Mapping[str, Any] | None) -> PreTr
             f"Expected a model's hub id, folder or .gguf file, or a Transformers model, got {type(model).__name__}."
         )
     if model_init_kwargs:
-        raise UsageError("model_init_kwargs are for a model given by name; this one is loaded already. Leave them out.")
+        _log.warning("model_init_kwargs are for a model given by name; this one is loaded already, so they do nothing")
     return cast("PreTrainedModel", model)
 
 

@@ -133,7 +133,7 @@ def load_optimizer_state(
     """The inverse of :func:`optimizer_state`.
 
     Args:
-        own_settings: the optimizer keeps its settings (betas, weight decay, ...) and does not take those that were saved.
+        own_settings: the optimizer keeps its settings (betas, weight decay, ...), whatever those were that were saved.
 
     Raises ValueError if the state is that of other parameters.
     """

@@ -17,7 +17,7 @@ from grouprl.lm.data import PromptSource
 from grouprl.lm.policy import sampling_settings
 from grouprl.lm.samples import Samples
 from grouprl.lm.trainer import GRPOTrainer
-from grouprl.lm.transcripts import Transcript, TranscriptWriter
+from grouprl.lm.transcripts import TranscriptWriter, transcripts_of, whole_groups
 from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
 
 ROWS_AT_ONCE = 256
@@ -137,32 +137,9 @@ class Recorder(TrainerCallback):
             tracker.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))
 
     def _transcribe(self, samples: Samples, step: int) -> None:
-        """Keep whole groups, the first ones, of as many samples as asked for or a few more."""
-        wanted, size = self.trainer.args.transcripts, self.trainer.plan.group_size
-        keep = len(samples) if wanted == "all" else min(-(-int(wanted) // size) * size, len(samples))
         self.curve[step] = float(samples.returns.mean())
-        names = self.trainer.rewards.names
-        starts = samples.lengths.cumsum(0) - samples.lengths
-        self.transcripts.append(
-            Transcript(
-                step=step,
-                prompt_index=samples.prompts[int(samples.group[i])].index,
-                group=int(samples.group[i]),
-                prompt=samples.prompts[int(samples.group[i])].prompt,
-                completion=samples.texts[i],
-                tokens=int(samples.lengths[i]),
-                finished=bool(samples.finished[i]),
-                rewards={
-                    name: None if torch.isnan(value) else float(value)
-                    for name, value in zip(names, samples.rewards[i], strict=True)
-                },
-                reward=float(samples.returns[i]),
-                advantage=float(samples.advantages[int(starts[i])]),
-                extra=samples.prompts[int(samples.group[i])].columns
-                | {name: column[i] for name, column in samples.extras.items()},
-            )
-            for i in range(keep)
-        )
+        kept = whole_groups(samples, self.trainer.args.transcripts)
+        self.transcripts.append(transcripts_of(samples, self.trainer.rewards.names, step, kept))
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,26 @@ MISSING = {
 }
 """Methods of transformers' and TRL's trainers that are none here: what to do instead."""
 
+_INNER = {
+    "_compute_loss",
+    "_generate",
+    "_generate_single_turn",
+    "_generate_and_score_completions",
+    "_calculate_rewards",
+    "_prepare_inputs",
+    "_get_train_sampler",
+    "_get_eval_sampler",
+    "_save",
+    "_save_checkpoint",
+    "_inner_training_loop",
+    "_get_per_token_logps_and_entropies",
+    "prediction_step",
+    "create_optimizer_and_scheduler",
+}
+"""What subclasses of TRL's trainer override besides."""
+
+_log = logging.getLogger("grouprl")
+
 
 class ScriptMethods:
     """The part of a trainer that scripts use around training; all on one process."""
@@ -39,6 +60,20 @@ class ScriptMethods:
     model: Any
     flow: Flow
     is_deepspeed_enabled = is_fsdp_enabled = False
+
+    @property
+    def callback_handler(self) -> Any:
+        """transformers' CallbackHandler."""
+        return self.flow.handler
+
+    @property
+    def control(self) -> Any:
+        """transformers' TrainerControl."""
+        return self.flow.control
+
+    def get_num_trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @property
     def accelerator(self) -> Any:
@@ -108,6 +143,14 @@ class ScriptMethods:
 
     def end(self) -> None:
         """Nothing: trackers are closed when training ends."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Warns of a method that overrides one which nothing here calls: the script would train without it."""
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if name in MISSING or name in _INNER:
+                advice = MISSING.get(name, _OWN_LOOP)
+                _log.warning("%s.%s overrides a method that nothing calls here: %s", cls.__name__, name, advice)
 
     def __getattr__(self, name: str) -> Any:
         said = f"{type(self).__name__!r} object has no attribute {name!r}"

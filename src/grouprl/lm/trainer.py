@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ class GRPOTrainer(ScriptMethods):
             self.optimizer = make_optimizer(self.parameters, config)
         else:
             _check_optimizer(self.optimizer, self.parameters)
+        if not isinstance(callbacks, list | tuple | None):
+            raise UsageError(f"callbacks={callbacks!r} must be a list of TrainerCallbacks")
         self.flow = Flow(self, list(callbacks or []))
         renew_freed_memory()
         self.last_samples: Samples | None = None
@@ -170,18 +172,22 @@ class GRPOTrainer(ScriptMethods):
 
     def _evaluate(self, source: PromptSource, greedy: bool) -> Metrics:
         config, began = self.args, time.perf_counter()
-        if source.size is None:
-            raise UsageError("eval_dataset is a stream of unknown length; give a dataset or a list")
+        assert source.size is not None
         group_size = 1 if greedy else config.num_generations_eval or config.num_generations
         generator = torch.Generator().manual_seed(config.seed)
         settings = sampling_settings(config, greedy=greedy)
-        prompts = [source[i] for i in range(source.size)]
-        drawn = judged(
-            self.policy, self.processing_class, self.rewards, prompts, group_size, generator, settings, self.state
-        )
+        at_once = max(1, (config.per_device_eval_batch_size or source.size * group_size) // group_size)
+        parts = [
+            judged(
+                self.policy, self.processing_class, self.rewards,
+                [source[i] for i in range(start, min(start + at_once, source.size))], group_size, generator, settings,
+                self.state,
+            )
+            for start in range(0, source.size, at_once)
+        ]  # fmt: skip
+        metrics = describe_judged(parts)
         seconds = time.perf_counter() - began
-        metrics = describe_judged(drawn)
-        return {**metrics, "runtime": seconds, "samples_per_second": len(prompts) * group_size / seconds}
+        return {**metrics, "runtime": seconds, "samples_per_second": source.size * group_size / seconds}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the model as a plain Hugging Face folder (or PEFT adapter folder).
@@ -228,8 +234,14 @@ class GRPOTrainer(ScriptMethods):
         if dataset is None:
             return {}
         if isinstance(dataset, dict) and "prompt" not in dataset:
-            return {name: self.prompts(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
-        return {"": self.prompts(dataset, "eval_dataset")}
+            return {name: self.prompts(_whole(part), f"eval_dataset[{name!r}]") for name, part in dataset.items()}
+        return {"": self.prompts(_whole(dataset), "eval_dataset")}
+
+
+def _whole(dataset: Any) -> Any:
+    """A stream read to its end, as an evaluation needs all of it; anything else as it is."""
+    streamed = isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not isinstance(dataset, Iterator)
+    return list(dataset) if streamed else dataset
 
 
 def _configuration(args: Any) -> GRPOConfig:
@@ -238,7 +250,7 @@ def _configuration(args: Any) -> GRPOConfig:
     if not isinstance(args, GRPOConfig):
         raise UsageError(
             f"args is a {type(args).__module__}.{type(args).__name__}; give a grouprl.lm.GRPOConfig, which takes the "
-            "same settings"
+            "same settings" + (": GRPOConfig(**args.to_dict())" if hasattr(args, "to_dict") else "")
         )
     return args.in_use()
 
@@ -262,6 +274,13 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
     loaded: Any
     loaded, tokenizer = load(model, tokenizer=tokenizer, model_init_kwargs=config.model_init_kwargs, **options)
     if peft_config is not None:
+        if hasattr(loaded, "peft_config"):
+            raise UsageError(
+                "the model has an adapter already, and peft_config asks for another; leave peft_config out to train "
+                "that one, or give model.merge_and_unload()"
+            )
+        if isinstance(peft_config, Mapping):
+            raise UsageError("peft_config is a mapping; give peft.LoraConfig(...) or another configuration of PEFT's")
         try:
             from peft import get_peft_model
         except ImportError as error:

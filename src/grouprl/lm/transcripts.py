@@ -12,9 +12,10 @@ from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from grouprl.errors import UsageError
+from grouprl.lm.samples import Samples
 from grouprl.runs.files import explain_os_error, plain_number, write_bytes, write_text
 
 Messages = Sequence[Mapping[str, Any]]
@@ -49,6 +50,27 @@ class Transcript:
     reward: float | None
     advantage: float | None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def whole_groups(samples: Samples, wanted: int | Literal["all"]) -> int:
+    """How many samples to keep for the first groups to be whole and at least ``wanted`` samples to be there."""
+    size = len(samples) // len(samples.prompts)
+    return len(samples) if wanted == "all" else min(-(-wanted // size) * size, len(samples))
+
+
+def transcripts_of(samples: Samples, names: Sequence[str], step: int, n: int) -> Iterator[Transcript]:
+    """The first ``n`` samples of a generation; ``names`` are those of the reward functions."""
+    starts = samples.lengths.cumsum(0) - samples.lengths
+    for i in range(n):
+        prompt = samples.prompts[int(samples.group[i])]
+        judged = zip(names, samples.rewards[i].tolist(), strict=True)
+        yield Transcript(
+            step=step, prompt_index=prompt.index, group=int(samples.group[i]), prompt=prompt.prompt,
+            completion=samples.texts[i], tokens=int(samples.lengths[i]), finished=bool(samples.finished[i]),
+            rewards={name: None if math.isnan(value) else value for name, value in judged},
+            reward=float(samples.returns[i]), advantage=float(samples.advantages[int(starts[i])]),
+            extra=prompt.columns | {name: column[i] for name, column in samples.extras.items()},
+        )  # fmt: skip
 
 
 class TranscriptWriter:

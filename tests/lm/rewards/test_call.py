@@ -138,7 +138,7 @@ def test_none_says_that_a_function_does_not_apply() -> None:
         (np.ones((1, 2)), r"an array of shape \[1, 2\]"),
         (
             [1.0, math.nan],
-            r"returned nan for completion 1 of 2, of the prompt '2 \+ 3 ='; return a finite number, or None",
+            r"returned nan for completion 1 of 2, of the prompt '2 \+ 3 ='; return a finite number, at most",
         ),
         ([math.inf, 1.0], "returned inf for completion 0"),
         ([1j, 1.0], "of complex"),

@@ -13,6 +13,7 @@ Functions may be asynchronous; those wait side by side.
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
@@ -30,6 +31,14 @@ from grouprl.lm.data import Prompt
 
 RewardFunction = Callable[..., Any]
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_LARGEST = 1e30
+"""Of a reward, in size: squares of larger ones leave the range of numbers."""
+_OWN_METRICS = ("rewards/", "completions/", "clip_ratio/", "sampling/", "dynamic_sampling/", "eval_", "train_")
+_OWN_COLUMNS = {
+    "reward", "reward_std", "frac_reward_zero_std", "num_tokens", "loss", "grad_norm", "entropy", "kl",
+    "cispo_clip_ratio", "learning_rate", "step_time", "step", "epoch", "sampled_tokens", "runtime",
+    "samples_per_second",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,8 @@ class RewardCaller:
         """
         log = _Log()
         offered = {
-            **_columns(rows),
-            "prompts": [row.prompt for row in rows],
+            **copy.deepcopy(_columns(rows)),  # functions may change what they are given
+            "prompts": [copy.deepcopy(row.prompt) for row in rows],
             "completions": [row.completion(text) for row, text in zip(rows, completions, strict=True)],
             "completion_ids": [list(ids) for ids in completion_ids],
             "trainer_state": trainer_state,
@@ -160,6 +169,10 @@ class _Log:
 
     def metric(self, name: str, value: float) -> None:
         """Log `value`; several of one name are averaged."""
+        if str(name).startswith(_OWN_METRICS) or name in _OWN_COLUMNS:
+            raise UsageError(f"log_metric({name!r}, ...): grouprl logs a number of that name itself; choose another")
+        if not math.isfinite(value):
+            raise TrainingError(f"log_metric({name!r}, {value!r}): give a finite number")
         self._metrics.setdefault(str(name), []).append(float(value))
 
     def columns(self, n: int) -> dict[str, list[Any]]:
@@ -281,7 +294,7 @@ def _guarded(name: str, call: Callable[[], Any]) -> Any:
         return call()
     except GrouprlError:  # it says what is wrong and how to fix it already
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(name, error) from error
 
 
@@ -319,10 +332,10 @@ def _number(entry: Any, name: str, i: int, rows: Sequence[Prompt]) -> float:
             "return a number or None for each completion"
         )
     value = float(entry)
-    if not math.isfinite(value):
+    if not abs(value) <= _LARGEST:
         raise TrainingError(
-            f"reward function {name!r} returned {value} for {_sample(i, rows)}; return a finite number, or None where "
-            "the function does not apply"
+            f"reward function {name!r} returned {value} for {_sample(i, rows)}; return a finite number, "
+            f"at most {_LARGEST:g} in size, or None where the function does not apply"
         )
     return value
 
