@@ -182,7 +182,7 @@ def test_options_that_could_change_no_number_are_accepted_at_any_value() -> None
     [
         ("learning_rat", "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
         ("vllm_gpu_memory", "did you mean 'vllm_gpu_memory_utilization'"),
-        ("xyzzy", r"help\(GRPOConfig\) lists the settings"),
+        ("xyzzy", r"help\(GRPOConfig\) and `grouprl settings --lm` list"),
         ("reward_funcs", "is an argument of GRPOTrainer"),
     ],
 )

@@ -272,6 +272,50 @@ def test_a_run_that_fails_before_any_checkpoint_leaves_no_folder(own: Path) -> N
     assert not (own / "run").exists()
 
 
+def test_a_run_that_fails_later_keeps_what_it_recorded_and_says_where(own: Path) -> None:
+    with pytest.raises(TrainingError, match=r"after 4 steps; no checkpoint.*metrics and transcripts are in .*run"):
+        run(own / "run", **of_own(own, "late", eval_every=0, config={"save_steps": 50}))
+    assert [row["step"] for row in rows(own / "run")] == list("01234")
+    assert (own / "run" / "transcripts.jsonl").exists()
+
+
+def test_a_run_is_overwritten_only_by_one_that_takes_a_step(own: Path) -> None:
+    run(own / "run")
+    before = final_weights(own / "run")
+    with pytest.raises(TrainingError, match="no judge"):
+        training.train(short(**of_own(own, "never")), own / "run", track=("none",), progress_bar=False, overwrite=True)
+    assert equal(final_weights(own / "run"), before)
+    training.train(short(), own / "run", seed=2, track=("none",), progress_bar=False, overwrite=True)
+    assert not equal(final_weights(own / "run"), before)
+    assert not (own / "run" / ".replaced").exists()
+
+
+def test_a_run_on_a_file_can_be_used_from_anywhere(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own)
+    run(Path("run"), **of_own(own, "good", task="prompts.jsonl"))
+    (own / "elsewhere").mkdir()
+    monkeypatch.chdir(own / "elsewhere")
+    training.evaluate(own / "run")
+    training.resume(own / "run", steps=7, progress_bar=False)
+
+
+def test_damage_to_a_run_is_a_usage_error_that_says_what_is_wrong(tmp_path: Path) -> None:
+    run(tmp_path / "run", config={"save_steps": 3})
+    newest = tmp_path / "run" / "checkpoint-6"
+    weights = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(UsageError, match=r"weights in .*checkpoint-6 are damaged"):
+        training.resume(tmp_path / "run", steps=8, progress_bar=False)
+    (newest / "model.safetensors").write_bytes(weights)
+    (tmp_path / "run" / "metrics.csv").write_text("")
+    with pytest.raises(UsageError, match=r"metrics\.csv has lost its rows"):
+        training.resume(tmp_path / "run", steps=8, progress_bar=False)
+    for path in (tmp_path / "run").glob("checkpoint-*/grouprl_state.safetensors"):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"only checkpoint-3, checkpoint-6, without a state that can be read"):
+        training.resume(tmp_path / "run", steps=8, progress_bar=False)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -404,6 +404,21 @@ def test_epochs_are_as_many_steps_as_they_hold(tmp_path: Path, epochs: float, ro
     assert made.state.max_steps == steps
 
 
+@pytest.mark.parametrize(
+    ("rows", "settings", "told"),
+    [
+        (5, {}, None), (1, {}, "takes 2 prompts and the dataset has 1"), (4, {"shuffle_dataset": False}, None),
+        (5, {"shuffle_dataset": False}, "the last 1 fill no generation"),
+    ],
+)  # fmt: skip
+def test_prompts_that_fill_no_batch_are_told_of_where_it_matters(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: int, settings: dict, told: str | None
+) -> None:
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        trainer(tmp_path, rows=ROWS[:rows], max_steps=1, **settings).train()
+    assert told in caplog.text if told else not caplog.text
+
+
 def test_tensorboard_is_written_only_if_asked_for(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -422,6 +437,53 @@ def test_log_completions_prints_what_was_sampled(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 1 + 3
     assert all(repr(text) in line for text, line in zip(made.last_samples.texts, shown[1:], strict=False))
+
+
+def test_log_completions_leaves_transcripts_with_all_columns(tmp_path: Path) -> None:
+    def judge(completions: list[str], log_extra: Any, **_: Any) -> list[float]:
+        log_extra("length", [len(text) for text in completions])
+        return [float(len(text)) for text in completions]
+
+    trainer(tmp_path, reward=judge, max_steps=2, log_completions=True, transcripts=5).train()
+    lines = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1] * 8 + [2] * 8  # two whole groups
+    assert all(line["extra"]["length"] == line["rewards"]["judge"] for line in lines)
+    assert {"advantage", "prompt", "completion"} <= lines[0].keys()
+
+
+def test_numbers_are_shown_where_nobody_watches_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, max_steps=2).train()
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in shown] == ["step 1/2", "step 2/2", "step 2/2"]
+    assert "reward " in shown[0]
+    assert "train_loss " in shown[2]
+    trainer(tmp_path, max_steps=2, logging_strategy="no").train()
+    assert capsys.readouterr().err == ""
+
+
+def test_evaluation_asks_for_as_many_completions_at_once_as_allowed(tmp_path: Path) -> None:
+    sizes, said = [], []
+
+    def judge(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
+        sizes.append(len(completions))
+        log_metric("size", len(completions))
+        return [float(len(text)) for text in completions]
+
+    for at_once in (None, 9, 1):
+        made = trainer(tmp_path, reward=judge, per_device_eval_batch_size=at_once)
+        said.append(made.evaluate(EVAL_ROWS))
+    assert sizes == [24, 8, 8, 8, *[4] * 6]  # six prompts of four, in whole groups
+    assert [s["eval_size"] for s in said] == [24, 8, 4]
+    streamed = trainer(tmp_path, reward=judge).evaluate(datasets.Dataset.from_list(EVAL_ROWS).to_iterable_dataset())
+    assert streamed["eval_reward"] == said[0]["eval_reward"]
+
+
+def test_a_method_that_nothing_calls_is_not_overridden_silently(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        type("Mine", (GRPOTrainer,), {"compute_loss": lambda self: None, "_generate": lambda self: None, "fine": 1})
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert all(f"Mine.{name} overrides" in line for name, line in zip(("compute_loss", "_generate"), told, strict=True))
 
 
 def test_the_model_is_saved_where_a_trl_script_saves_it(tmp_path: Path) -> None:
@@ -445,6 +507,8 @@ def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureF
     )
     args.max_steps = 50  # too late
     result = made.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    step, loss, numbers = result
+    assert (step, loss, numbers["epoch"]) == (2, result.training_loss, 0.1)
     assert made.state.global_step == 2
     made.accelerator.print("Training completed.")
     metrics = {**result.metrics, "train_samples": len(ROWS)}
@@ -849,6 +913,21 @@ def test_without_loading_the_best_the_last_model_stays_and_old_checkpoints_go(tm
     last = trainer(tmp_path / "last")
     last.load_weights(tmp_path / "checkpoint-5")
     assert same(weights(made), weights(last))
+
+
+def test_the_limit_counts_the_best_checkpoint_that_is_spared(tmp_path: Path) -> None:
+    judged(tmp_path, 0.1, 0.9, 0.3, 0.5, 0.2, load_best_model_at_end=True, save_total_limit=2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-5"]
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 2
+
+
+def test_the_best_model_is_one_that_was_saved(tmp_path: Path) -> None:
+    made = judged(tmp_path, 0.1, 0.2, 0.9, 0.5, max_steps=4, load_best_model_at_end=True, save_steps=2)
+    assert made.state.best_global_step == 4
+    best = trainer(tmp_path / "c")
+    best.load_weights(tmp_path / "checkpoint-4")
+    assert same(weights(made), weights(best))
 
 
 def test_transformers_early_stopping_stops(tmp_path: Path) -> None:

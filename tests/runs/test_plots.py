@@ -13,6 +13,7 @@ from grouprl.runs.plots import (
     _flatten,
     _group,
     _labels,
+    _load,
     _moving_average,
     _Run,
     plot_run,
@@ -43,6 +44,15 @@ def test_the_curve_of_one_run_is_a_picture_in_its_folder(tmp_path: Path) -> None
     run = make_run(tmp_path / "run")
     assert plot_run(run, threshold=475) == run.curve_path
     assert picture_size(run.curve_path) == (1050, 645)
+
+
+def test_dots_are_evaluations_of_what_the_curve_shows(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", {"task": "reverse", "seed": 0})
+    with MetricsLog(run.metrics_path) as log:
+        for i in range(4):
+            log.append({"step": i, "reward": 3.0 + i, "loss": 0.0, "eval_reward": 3.5, "eval_accuracy": 0.25})
+    assert _load(run, "step", "reward").evaluation[1].tolist() == [3.5] * 4
+    assert not len(_load(run, "step", "loss").evaluation[1])
 
 
 def test_runs_of_several_configurations_lengths_and_seeds_share_a_picture(tmp_path: Path) -> None:

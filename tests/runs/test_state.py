@@ -100,7 +100,7 @@ FOREIGN = {
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"a": [1] * 100})), "a Python pickle"),
     "torch.save": (write_torch, "a zip archive"),
     "old torch.save": (write_old_torch, "a Python pickle"),
-    "foreign safetensors": (write_foreign, "grouprl did not save it"),
+    "foreign safetensors": (write_foreign, "holds no state of a run"),
     "newer format": (write_newer, "'99'"),
     "damaged meta": (write_bad_meta, "not JSON"),
 }

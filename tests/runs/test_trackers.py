@@ -100,3 +100,43 @@ def test_wandb_without_an_account_writes_an_offline_run(tmp_path: Path, monkeypa
     tracker.log({"return_mean": 1.5, "eval_return": None}, step=1)
     tracker.close()
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+class Board:
+    """Stands in for the package wandb."""
+
+    def __init__(self, run: object = None) -> None:
+        self.run, self.asked = run, []
+
+    def init(self, **given: object) -> object:
+        self.asked.append(given)
+        return OfBoard()
+
+
+class OfBoard:
+    finished = 0
+
+    def log(self, metrics: dict, step: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_a_run_of_wandb_that_is_open_is_used_and_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board(OfBoard())
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    tracker = WandbTracker(tmp_path, "p", "n", {}, "offline")
+    tracker.log({"x": 1.0}, 1)
+    tracker.close()
+    assert (board.asked, board.run.finished) == ([], 0)
+
+
+def test_the_environment_names_the_project_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board()
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    tracker = WandbTracker(tmp_path, "p", "n", {}, "offline")
+    tracker.close()
+    assert board.asked[0]["project"] == "mine"
+    assert tracker._run.finished == 1

@@ -60,12 +60,16 @@ def evaluate(
 
         if sampled or env is not None:
             raise UsageError("--sampled and --on are for environments; a language model answers greedily")
+        if seed:
+            raise UsageError("--seed is for environments; a language model answers the same questions each time")
         held_out, n = evaluate_model(run, episodes)
         print(f"accuracy {held_out.accuracy:.3f}, mean reward {held_out.reward:.3f}, greedy, on {n} held-out prompts")
         return
     from grouprl.envs.evaluation import evaluate as evaluate_agent
     from grouprl.envs.grpo import GRPO
 
+    if not any(Path(name).exists() for name in (run, f"{run}.safetensors")):
+        raise UsageError(f"There is no run folder {run}, and no saved agent of that name.")
     agent = GRPO.load(run)
     result = evaluate_agent(
         agent, env, 100 if episodes is None else episodes, deterministic=not sampled, seed=seed

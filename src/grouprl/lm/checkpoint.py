@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from grouprl.lm.samples import Samples
 from grouprl.lm.saving import save_model
 from grouprl.runs.files import write_json
 from grouprl.runs.state import load_state, read_meta, save_state
+
+_log = logging.getLogger("grouprl")
 
 STATE = "grouprl_state.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -90,8 +93,9 @@ def latest(output_dir: Path) -> Path | None:
     for path in reversed(existing(output_dir)):
         try:
             read_meta(path / STATE)
-        except UsageError:
-            continue  # one without a state, or one that was damaged: an older one may do
+        except UsageError as error:
+            _log.warning("%s cannot be resumed from, an older one may do: %s", path, error)
+            continue
         return path
     return None
 

@@ -231,5 +231,5 @@ def _check_foreign(name: str, value: Any, known: Collection[str]) -> None:
     if name in TRAINER_ARGUMENTS:
         raise UsageError(f"{name!r} is an argument of GRPOTrainer, not a setting; pass it there")
     close = difflib.get_close_matches(name, [*known, *RENAMED, *FOREIGN], n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "help(GRPOConfig) lists the settings"
+    hint = f"did you mean {close[0]!r}?" if close else "help(GRPOConfig) and `grouprl settings --lm` list the settings"
     raise UsageError(f"unknown setting {name!r}; {hint}")

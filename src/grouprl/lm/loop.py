@@ -48,6 +48,8 @@ class Run:
         data_seed = config.seed if config.data_seed is None else config.data_seed
         size = None if source.streamed else source.size
         self.order = PromptOrder(size, data_seed, config.shuffle_dataset, self.plan.prompts_per_generation)
+        if size is not None:
+            _tell_of_batches(size, self.plan.prompts_per_generation, config.shuffle_dataset)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.total = total_steps(config, self.plan, source.size)
         if trainer._own_scheduler:
@@ -223,6 +225,17 @@ def _device_generator(device: torch.device) -> torch.Generator:
     if device.type != "cuda":
         return torch.default_generator
     return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+def _tell_of_batches(rows: int, batch: int, shuffled: bool) -> None:
+    """Say what becomes of rows that do not divide into batches, where it is not what one would think."""
+    if batch > rows:
+        _log.warning("a generation takes %d prompts and the dataset has %d: some are in it more than once", batch, rows)
+    elif rows % batch and not shuffled:
+        _log.warning(
+            "of %d prompts in the order of the dataset the last %d fill no generation and are never used; with "
+            "shuffle_dataset=True they are others in each epoch", rows, rows % batch,
+        )  # fmt: skip
 
 
 _MAY_CHANGE = {

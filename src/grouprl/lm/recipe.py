@@ -28,7 +28,7 @@ class Recipe:
         task_options: of the task. reward: ``module:function``, instead of the task's own.
         eval_data: a file of JSON lines to evaluate on, where ``task`` is one; default: its last rows.
         form: prompts as ``messages`` or as bare ``text``.
-        n_train, n_eval: rows drawn from the task's two splits.
+        n_train, n_eval: rows drawn from the task's two splits; a file is used whole.
         eval_every: optimizer steps between greedy evaluations on the held-out rows; 0: only before and after.
         warm_start: settings of a short supervised start (tiny models only): steps, learning_rate.
         lora: settings of peft's LoraConfig, to train an adapter instead of all weights.
@@ -56,6 +56,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
             value = getattr(self, name)
+            if name == "reward" and isinstance(value, list):
+                raise UsageError(
+                    f"reward={value} of recipe {self.name} must be one function, module:function; several with weights "
+                    "are for GRPOTrainer, or for a function that adds them up"
+                )
             if not isinstance(value, kinds) or isinstance(value, bool):
                 allowed = " or ".join(dict.fromkeys(_SAID[kind] for kind in kinds))
                 raise UsageError(f"{name}={value!r} of recipe {self.name} must be {allowed}")
@@ -73,6 +78,12 @@ class Recipe:
         own = {f.name for f in fields(self)} - {"name", "about", "needs", "expect", "config"}
         values = {name: value for name, value in assignments.items() if name in own}
         config = {**self.config, **{name: value for name, value in assignments.items() if name not in own}}
+        for name in assignments:
+            whole, dot, part = name.partition(".")
+            if dot and whole in own:
+                raise UsageError(f"unknown setting {name!r}; give the whole of it: --set '{whole}={{{part}: ...}}'")
+            if name in ("name", "about", "needs", "expect", "config"):
+                raise UsageError(f"{name} describes a recipe and cannot be set; write a recipe file of your own")
         for name in config:
             if name not in GRPOConfig.model_fields and name in assignments:
                 close = difflib.get_close_matches(name, [*own, *GRPOConfig.model_fields], n=1)
@@ -144,8 +155,8 @@ def _parse(text: str, where: str, name: str) -> Recipe:
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-            raise UsageError(f"{where}: unknown key {key!r}; {hint} Settings of GRPOConfig belong under config:")
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+            raise UsageError(f"{where}: unknown key {key!r}; {hint} Settings of GRPOConfig belong under config.")
     missing = {"model", "task"} - set(values)
     if missing:
         raise UsageError(f"{where} lacks {' and '.join(sorted(missing))}")

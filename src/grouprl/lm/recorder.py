@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import TrainerCallback
 
+from grouprl.errors import UsageError
 from grouprl.lm.collect import judged
 from grouprl.lm.data import PromptSource
 from grouprl.lm.policy import sampling_settings
@@ -90,6 +91,12 @@ class Recorder(TrainerCallback):
         self.log.truncate_after("step", state.global_step)
         self.transcripts.truncate_after(state.global_step)
         rows = read_metrics(self.folder.metrics_path)
+        lost = {"step", "train_seconds", "sampled_tokens", "eval_reward", "eval_accuracy"} - rows.keys()
+        if lost or not len(rows["step"]):
+            raise UsageError(
+                f"{self.folder.metrics_path} has lost its rows, which a resumed run goes on from; put back a copy, or "
+                "train anew with another --out"
+            )
         self.train_seconds, self.tokens = float(rows["train_seconds"][-1]), int(rows["sampled_tokens"][-1])
         self.before = HeldOut(float(rows["eval_reward"][0]), float(rows["eval_accuracy"][0]))
         self._samples = self.trainer.last_samples

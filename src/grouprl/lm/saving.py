@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.runs.files import explain_os_error
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def load_weights(model: Any, path: Path) -> None:
 
     Raises UsageError if they are missing or those of another model.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     adapter = getattr(model, "peft_config", None) is not None
@@ -72,19 +73,22 @@ def load_weights(model: Any, path: Path) -> None:
     shards = [file] if file.is_file() else sorted(path.glob("model-*.safetensors"))
     if not shards:
         raise UsageError(f"{path} holds no {file.name}; give a checkpoint that this trainer wrote")
+    try:
+        values = {name: value for shard in shards for name, value in load_file(shard).items()}
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"the weights in {path} are damaged ({error}); give an older checkpoint") from error
     if adapter:
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_file(file))
+        set_peft_model_state_dict(model, values)
         return
     with torch.no_grad():
         own, left = model.state_dict(), set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", {}) or {})
-        for shard in shards:
-            for name, value in load_file(shard).items():
-                if name not in own or own[name].shape != value.shape:
-                    raise UsageError(f"{path} is the checkpoint of another model: {name} does not fit")
-                own[name].copy_(value)
-                left.discard(name)
+        for name, value in values.items():
+            if name not in own or own[name].shape != value.shape:
+                raise UsageError(f"{path} is the checkpoint of another model: {name} does not fit")
+            own[name].copy_(value)
+            left.discard(name)
     if left:
         raise UsageError(f"{path} is the checkpoint of another model: it lacks {', '.join(sorted(left)[:3])}")
 
@@ -152,10 +156,13 @@ def _atomic_folder(path: Path) -> Iterator[Path]:
         _flush(target.parent)
     except OSError as error:
         raise explain_os_error(error, path) from error
+    except GrouprlError:
+        raise
     except Exception as error:
         if "(os error " not in str(error):  # how safetensors and tokenizers, written in Rust, pass on a full disk
             raise
-        raise TrainingError(f"Cannot write {path}: {error}. Free some space, or write to another disk.") from error
+        reason = str(error).rstrip(".")
+        raise TrainingError(f"Cannot write {path}: {reason}. Free some space, or write to another disk.") from error
     finally:
         if old.exists() and not target.exists():
             os.replace(old, target)

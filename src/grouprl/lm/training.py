@@ -155,10 +155,12 @@ def train(
     if steps is not None:
         changes["max_steps"] = steps
     given = given.changed(changes)
+    RunFolder(Path(out)).check_free(overwrite)
+    _check_settings(given)
     config = GRPOConfig(**{"transcripts": 16, **given.config, **_of_a_run(out, progress_bar)})
     rows = material(given)
     trainer = build(given, config, rows)
-    described = given.to_dict() | {"config": {**given.config, "seed": config.seed}}
+    described = given.to_dict() | {"config": {**given.config, "seed": config.seed}} | _absolute(given)
     folder = RunFolder.create(
         out,
         {"grouprl": version("grouprl"), "arena": "lm", "task": given.task, "seed": config.seed, "track": list(track),
@@ -193,7 +195,9 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
         raise UsageError(f"{folder.config_path} is not the configuration of a language-model run ({error})") from None
     newest = checkpoint.latest(folder.path)
     if newest is None:
-        raise UsageError(f"{folder.path} holds no checkpoint to resume from; train anew with another --out")
+        useless = ", ".join(path.name for path in checkpoint.existing(folder.path))
+        found = f"only {useless}, without a state that can be read" if useless else "no checkpoint"
+        raise UsageError(f"{folder.path} holds {found}, so there is nothing to resume; train anew with another --out")
     done = int(newest.name.rpartition("-")[2])
     if steps is not None:
         config = config.replace(max_steps=steps)
@@ -211,6 +215,35 @@ def quiet() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _absolute(given: Recipe) -> dict[str, str]:
+    """The recipe's files, found from wherever the run is resumed or evaluated."""
+    files = {"task": given.task, "eval_data": given.eval_data}
+    return {name: str(Path(file).absolute()) for name, file in files.items() if file and file.endswith(".jsonl")}
+
+
+_DECIDED = {
+    "output_dir": "--out names the folder",
+    **dict.fromkeys(("report_to", "run_name"), "--track names the trackers"),
+    **dict.fromkeys(("disable_tqdm",), "--quiet leaves the bar out"),
+    **dict.fromkeys(("logging_strategy", "logging_steps", "logging_first_step"), "every step goes to metrics.csv"),
+    **dict.fromkeys(
+        ("eval_strategy", "eval_steps", "num_generations_eval", "per_device_eval_batch_size", "metric_for_best_model",
+         "greater_is_better", "load_best_model_at_end"), "eval_every says when the model is judged, greedily",
+    ),
+    "eval_on_start": "the model is always judged before the first step",
+    **dict.fromkeys(("log_completions", "num_completions_to_print"), "transcripts says how many are kept"),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it is for scripts"),
+}  # fmt: skip
+"""Settings of a trainer that a run of the command line decides itself: how."""
+
+
+def _check_settings(given: Recipe) -> None:
+    """Raises UsageError for a setting that would do nothing."""
+    for name, how in _DECIDED.items():
+        if name in given.config:
+            raise UsageError(f"{name}={given.config[name]!r} says nothing in a run of train-lm: {how}; leave it out")
 
 
 def _of_a_run(out: str | os.PathLike[str], progress_bar: bool | None) -> dict[str, Any]:

@@ -39,11 +39,19 @@ class RunFolder:
         folder = cls(Path(path))
         try:
             if folder.path.is_dir() and any(folder.path.iterdir()):
-                folder._put_aside(overwrite)
+                folder._check_replaceable(overwrite)
+                folder._put_aside()
             write_yaml(folder.config_path, dict(config))
         except OSError as error:
             raise explain_os_error(error, folder.path) from error
         return folder
+
+    def check_free(self, overwrite: bool) -> None:
+        """Raises UsageError if `create` could not make a run here; nothing is touched."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file. Choose another folder.")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            self._check_replaceable(overwrite)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -212,7 +220,7 @@ class RunFolder:
         )  # fmt: skip
         return [path for path in made if path.exists()]
 
-    def _put_aside(self, overwrite: bool) -> None:
+    def _check_replaceable(self, overwrite: bool) -> None:
         if not self.config_path.is_file():
             raise UsageError(f"{self.path} is not empty and holds no run. Choose another folder.")
         if not overwrite:
@@ -220,6 +228,8 @@ class RunFolder:
                 f"{self.path} already holds a run. Choose another folder, continue that run with "
                 f"`grouprl resume {self.path}`, or ask to overwrite it."
             )
+
+    def _put_aside(self) -> None:
         self.settle()
         self._replaced.mkdir()
         for path in self._own():

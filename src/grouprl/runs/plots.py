@@ -35,7 +35,8 @@ _AXIS_NAMES = {
 # Colours that people with colour blindness can tell apart (Okabe and Ito, 2008), the darkest first.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-_EVALUATIONS = ("eval_return", "eval_accuracy")
+_EVALUATION_OF = {"return_mean": "eval_return", "reward": "eval_reward"}
+"""What is shown beside a curve as dots: the same quantity, in evaluations."""
 _EVALUATION_STYLE: dict[str, Any] = {"markeredgecolor": "white", "markersize": 5.5}
 
 
@@ -65,7 +66,8 @@ def plot_runs(
 
     Runs whose configurations differ only in `group_by` share a line: their mean, with a 95 % bootstrap interval of the
     mean, over the steps that all of them reached. A lone run is shown as it is, faintly, under its moving average.
-    Evaluations (column eval_return or eval_accuracy), where there are any, are dots. `threshold` is a dashed line.
+    Evaluations of the same quantity (columns eval_return, eval_reward), where there are any, are dots. `threshold` is a
+    dashed line.
 
     Raises UsageError if a run has no rows, or lacks the columns `x` or `y`.
     """
@@ -82,10 +84,10 @@ def plot_runs(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
-        _draw(axes, group, label, _COLOURS[number % len(_COLOURS)], show_evaluation=y not in _EVALUATIONS)
+        _draw(axes, group, label, _COLOURS[number % len(_COLOURS)], show_evaluation=y in _EVALUATION_OF)
     if threshold is not None:
         axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
-    if y not in _EVALUATIONS and any(len(run.evaluation[0]) for run in runs):
+    if y in _EVALUATION_OF and any(len(run.evaluation[0]) for run in runs):
         axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label="evaluation")
     _dress(axes, runs, x, y)
     with atomic_path(out) as temporary:
@@ -113,8 +115,7 @@ def _load(folder: RunFolder, x: str, y: str) -> _Run:
     curve = points(y)
     if not len(curve[0]):
         raise UsageError(f"{folder.path} has no value of {y!r} yet: there is nothing to plot.")
-    evaluation = next((name for name in _EVALUATIONS if name in metrics), _EVALUATIONS[0])
-    return _Run(folder.read_config(), curve, points(evaluation))
+    return _Run(folder.read_config(), curve, points(_EVALUATION_OF.get(y, "")))
 
 
 def _flatten(config: Mapping[str, Any], group_by: str, prefix: str = "") -> dict[str, Any]:

@@ -45,7 +45,7 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
             save_file(stored, str(temporary), metadata=header)
             _sort_header(temporary)
         except SafetensorError as error:  # it wraps the operating system's own errors, such as a full disk
-            raise TrainingError(f"Cannot write {path}: {error}.") from error
+            raise TrainingError(f"Cannot write {path}: {str(error).rstrip('.')}.") from error
 
 
 def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,7 +98,7 @@ def _sort_header(path: Path) -> None:
 
 def _parse_header(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     if "grouprl_format" not in header:
-        raise UsageError(f"{path} is a safetensors file, but grouprl did not save it. {_EXPECTED}")
+        raise UsageError(f"{path} is a safetensors file, but holds no state of a run or an agent. {_EXPECTED}")
     version = header["grouprl_format"]
     if version != str(FORMAT_VERSION):
         raise UsageError(

@@ -1,6 +1,7 @@
 import asyncio
 import functools
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -327,3 +328,40 @@ def test_the_total_is_the_weighted_sum_of_what_applies() -> None:
 def test_no_completions_give_no_rewards() -> None:
     rewards = RewardCaller([lambda **kw: [], lambda **kw: []])([], [], [])
     assert rewards.values.shape == (0, 2)
+
+
+def test_a_function_that_changes_what_it_is_given_changes_it_for_no_other_completion() -> None:
+    row = Prompt(0, [{"role": "user", "content": "2 + 3 ="}], {"answers": ["5"]}, (1,))
+    seen = []
+
+    def first(prompts, answers, **_: Any) -> list[float]:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            prompt.append("x")
+            answer.append("6")
+        seen.append([len(prompt) for prompt in prompts])
+        return [1.0] * len(prompts)
+
+    for _ in range(2):
+        RewardCaller(first)([row, row], ["5", "6"], [[1], [2]])
+    assert seen == [[2, 2]] * 2
+    assert row.columns == {"answers": ["5"]}
+
+
+@pytest.mark.parametrize("name", ["reward", "rewards/first/mean", "loss", "eval_reward", "step"])
+def test_a_metric_that_is_logged_anyway_cannot_be_logged(name: str) -> None:
+    def judge(completions, log_metric, **_: Any) -> list[float]:
+        log_metric(name, 1.0)
+        return [1.0] * len(completions)
+
+    with pytest.raises(UsageError, match="logs a number of that name itself"):
+        RewardCaller(judge)([Prompt(0, "a", {}, (1,))], ["b"], [[1]])
+
+
+def test_a_metric_must_be_finite_and_a_reward_of_moderate_size() -> None:
+    rows = [Prompt(0, "a", {}, (1,))]
+    with pytest.raises(TrainingError, match=r"log_metric\('pace', nan\)"):
+        RewardCaller(lambda completions, log_metric: log_metric("pace", float("nan")))(rows, ["b"], [[1]])
+    with pytest.raises(TrainingError, match="at most 1e\\+30 in size"):
+        RewardCaller(lambda completions: [1e200])(rows, ["b"], [[1]])
+    with pytest.raises(TrainingError, match="raised SystemExit"):
+        RewardCaller(lambda completions: sys.exit(3))(rows, ["b"], [[1]])
