@@ -153,18 +153,21 @@ def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) 
         divergence = kl.detach().sum()
     loss = (fixed.weights * losses).sum()
     with torch.no_grad():
-        rho = objective.ratio(effective, old)
-        cap = high if config.loss_type == "cispo" else 1 + high
-        low_share, high_share = (
-            segment_sum(cut.float(), fixed.lengths) / fixed.lengths
-            for cut in ((rho < 1 - low) & (a < 0), (rho > cap) & (a > 0))
-        )
-        per = fixed.lengths if config.importance_sampling_level == "token" else torch.ones_like(fixed.lengths)
-        sums = {
-            "loss": loss, "kl": divergence, "entropy": entropy.sum(),
-            "low": (low_share * per).sum(), "high": (high_share * per).sum(),
-            "least_low": low_share.min(), "most_high": high_share.max(),
-        }  # fmt: skip
+        sums = {"loss": loss, "kl": divergence, "entropy": entropy.sum(), **_cut(config, effective, old, fixed)}
         # Together, as a GPU stops each time it is asked for a number.
         numbers = torch.stack([x.double() for x in sums.values()]).tolist()
     return loss, LossSums(**dict(zip(sums, numbers, strict=True)), tokens=len(logp))
+
+
+def _cut(config: GRPOConfig, logp: Tensor, old: Tensor, fixed: Fixed) -> dict[str, Tensor]:
+    """What the clip cuts off, in the terms of :class:`LossSums`; nothing where the ratio is 1."""
+    if fixed.logp_old is None:
+        return dict.fromkeys(("low", "high", "least_low", "most_high"), torch.zeros((), device=logp.device))
+    rho, a = objective.ratio(logp, old), fixed.advantages
+    cap = config.clip_high if config.loss_type == "cispo" else 1 + config.clip_high
+    low, high = (
+        segment_sum(cut.float(), fixed.lengths) / fixed.lengths
+        for cut in ((rho < 1 - config.epsilon) & (a < 0), (rho > cap) & (a > 0))
+    )
+    per = fixed.lengths if config.importance_sampling_level == "token" else torch.ones_like(fixed.lengths)
+    return {"low": (low * per).sum(), "high": (high * per).sum(), "least_low": low.min(), "most_high": high.max()}
