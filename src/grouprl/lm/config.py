@@ -15,11 +15,9 @@ What TRL has and this has not is in `grouprl.lm.config_trl`; what a batch is, in
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -27,12 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from grouprl.errors import UsageError
 from grouprl.lm.config_checks import problems
-from grouprl.lm.config_trl import FOREIGN, ONE_PROCESS, RENAMED, translate
+from grouprl.lm.config_trl import FOREIGN, ONE_PROCESS, RENAMED, AsArguments, translate
 
 Strategy = Literal["no", "steps", "epoch"]
 
 
-class GRPOConfig(BaseModel):
+class GRPOConfig(AsArguments, BaseModel):
     """Every choice of a training run in the language-model arena.
 
     Raises UsageError for an unknown or unsupported setting, or a value that is not allowed. An option of TRL's that is
@@ -281,36 +279,6 @@ class GRPOConfig(BaseModel):
             made.greater_is_better = not made.metric_for_best_model.endswith("loss")
         made._in_use = True
         return made
-
-    @property
-    def device(self) -> Any:
-        """The torch device that a trainer trains on."""
-        import torch
-
-        return torch.device("cpu" if self.use_cpu or not torch.cuda.is_available() else "cuda")
-
-    @property
-    def n_gpu(self) -> int:
-        """1 if that is a GPU, else 0."""
-        return int(self.device.type == "cuda")
-
-    def get_process_log_level(self) -> int:
-        """The level of transformers' loggers."""
-        from transformers.utils import logging
-
-        return logging.get_verbosity()
-
-    def main_process_first(self, local: bool = True, desc: str = "") -> Any:
-        """A context in which nothing waits: there is one process."""
-        return nullcontext()
-
-    def to_json_string(self) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def to_sanitized_dict(self) -> dict[str, Any]:
-        """:meth:`to_dict` with text for what is no number, as hyperparameters of trackers are."""
-        return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.to_dict().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting as plain types; ``GRPOConfig(**config.to_dict())`` equals it.

@@ -7,9 +7,11 @@ is; any other value is refused by name, with what to do instead. Checked against
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grouprl.errors import UsageError
 
@@ -233,3 +235,42 @@ def _check_foreign(name: str, value: Any, known: Collection[str]) -> None:
     close = difflib.get_close_matches(name, [*known, *RENAMED, *FOREIGN], n=1)
     hint = f"did you mean {close[0]!r}?" if close else "help(GRPOConfig) and `grouprl settings --lm` list the settings"
     raise UsageError(f"unknown setting {name!r}; {hint}")
+
+
+class AsArguments:
+    """What scripts and transformers' callbacks ask TrainingArguments for."""
+
+    if TYPE_CHECKING:  # of the configuration itself
+        use_cpu: bool
+
+        def to_dict(self) -> dict[str, Any]: ...
+
+    @property
+    def device(self) -> Any:
+        """The torch device that a trainer trains on."""
+        import torch
+
+        return torch.device("cpu" if self.use_cpu or not torch.cuda.is_available() else "cuda")
+
+    @property
+    def n_gpu(self) -> int:
+        """1 if that is a GPU, else 0."""
+        return int(self.device.type == "cuda")
+
+    def get_process_log_level(self) -> int:
+        """The level of transformers' loggers."""
+        from transformers.utils import logging
+
+        return logging.get_verbosity()
+
+    def main_process_first(self, local: bool = True, desc: str = "") -> Any:
+        """A context in which nothing waits: there is one process."""
+        return nullcontext()
+
+    def to_json_string(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """:meth:`to_dict` with text for what is no number, as hyperparameters of trackers are."""
+        return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.to_dict().items()}
