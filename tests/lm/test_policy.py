@@ -10,7 +10,7 @@ from architectures import EOS, MIXED, PAD, PLAIN, as_samples, build, naive, rand
 from grouprl.errors import UsageError
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.plain import PlainSampler
-from grouprl.lm.policy import Policy, sampling_settings
+from grouprl.lm.policy import Policy, has_dropout, sampling_settings
 from grouprl.lm.sampler import Sampler
 from grouprl.lm.sampling import SamplingSettings
 
@@ -218,6 +218,18 @@ def test_a_reference_of_another_kind_cannot_follow() -> None:
         policy(model, other, beta=0.1)
         with pytest.raises(UsageError, match="give a ref_model of the same kind"):
             policy(model, other, beta=0.1, sync_ref_model=True)
+
+
+@pytest.mark.parametrize(("name", "has"), [("llama", False), ("gpt2", True), ("opt", False)])
+def test_dropout_is_found_wherever_it_is_said(name: str, has: bool) -> None:
+    model = build(name)
+    assert has_dropout(model) is has
+    assert policy(model, disable_dropout=False, attention="plain").learner.dropout is has
+    model.config.attention_dropout = 0.1
+    assert has_dropout(model)
+    assert policy(build(name)).learner.dropout is False
+    assert has_dropout(adapted(build("llama"), lora_dropout=0.1))
+    assert not has_dropout(adapted(build("llama")))
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

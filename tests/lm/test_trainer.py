@@ -478,6 +478,30 @@ def test_evaluation_asks_for_as_many_completions_at_once_as_allowed(tmp_path: Pa
     assert streamed["eval_reward"] == said[0]["eval_reward"]
 
 
+def test_a_configuration_of_trl_is_translated(tmp_path: Path) -> None:
+    class Theirs:
+        """What TRL's parser makes of a command line."""
+
+        __module__ = "trl.trainer.grpo_config"
+
+        def to_dict(self) -> dict[str, Any]:
+            return {
+                "output_dir": str(tmp_path), "gradient_checkpointing": True, "activation_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False}, "num_generations": 4, "use_vllm": False,
+                "vllm_mode": "server", "hub_token": "<HUB_TOKEN>", "steps_per_generation": 1, "max_steps": 1,
+                "per_device_train_batch_size": 4, "generation_batch_size": 4, "max_completion_length": 4,
+                "disable_dropout": False, "report_to": "none",
+            }  # fmt: skip
+
+    model, tokenizer = warm()
+    made = GRPOTrainer(model, REVERSE.reward, Theirs(), ROWS, processing_class=tokenizer)
+    assert (made.args.num_generations, made.args.gradient_checkpointing) == (4, False)
+    assert made.train().global_step == 1
+    Theirs.__module__ = "other"
+    with pytest.raises(UsageError, match=r"GRPOConfig\(\*\*args.to_dict\(\)\)"):
+        GRPOTrainer(model, REVERSE.reward, Theirs(), ROWS, processing_class=tokenizer)
+
+
 def test_a_method_that_nothing_calls_is_not_overridden_silently(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "grouprl"):
         type("Mine", (GRPOTrainer,), {"compute_loss": lambda self: None, "_generate": lambda self: None, "fine": 1})

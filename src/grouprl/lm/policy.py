@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from grouprl.errors import UsageError
 from grouprl.lm.backbone import Backbone, find_backbone
@@ -82,14 +83,11 @@ class Policy:
 
     def _learner(self, model: Any, backbone: Any, products: Products) -> Learner:
         config = self.config
-        layers = None
-        if backbone is not None and config.native and config.disable_dropout and not config.gradient_checkpointing:
+        layers, dropout = None, not config.disable_dropout and has_dropout(model)
+        if backbone is not None and config.native and not dropout and not config.gradient_checkpointing:
             layers = find_layers(backbone, products.dtype)
         budget = config.tokens_per_micro_batch or (_TOKENS if backbone is None else self._tokens_at_once(backbone))
-        return Learner(
-            model, backbone, products, config.temperature, budget,
-            not config.disable_dropout, config.native, layers,
-        )  # fmt: skip
+        return Learner(model, backbone, products, config.temperature, budget, dropout, config.native, layers)
 
     def _reference(self, ref_model: Any) -> Reference | None:
         """What the KL divergence is measured to, if ``beta`` asks for one. Raises UsageError if it cannot be that."""
@@ -146,6 +144,14 @@ class Policy:
             * (4 if self.device.type == "cpu" else self.products.dtype.itemsize)
         )
         return max(16, min(1024, room // (token * self.config.max_completion_length + logits)))
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether a model drops anything out when it trains: by a module, or by a number of its configuration or layers."""
+    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "dropout", 0.0) for m in model.modules()]
+    text = model.config.get_text_config() if hasattr(model, "config") else None
+    rates += [value for name, value in vars(text).items() if "drop" in name] if text is not None else []
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSettings:

@@ -39,7 +39,8 @@ class GRPOTrainer(ScriptMethods):
     Args:
         model: hub id, folder, GGUF file, ``"smollm2"``, or a loaded model.
         reward_funcs: one or several reward functions, as TRL calls them; see :mod:`grouprl.lm.rewards.call`.
-        args: the configuration; default: ``GRPOConfig()``.
+        args: the configuration; default: ``GRPOConfig()``. TRL's own, as its parser of command lines makes it, is
+            translated, with ``gradient_checkpointing`` left out.
         train_dataset, eval_dataset: Hugging Face datasets or lists of rows, each with a ``prompt``: text or messages.
             ``eval_dataset`` may be a mapping of several.
         processing_class: the tokenizer; default: the model's own.
@@ -244,9 +245,15 @@ def _whole(dataset: Any) -> Any:
     return list(dataset) if streamed else dataset
 
 
+_RECOMPUTATION = ("gradient_checkpointing", "activation_checkpointing")
+
+
 def _configuration(args: Any) -> GRPOConfig:
     if args is None:
         args = GRPOConfig()
+    if type(args).__module__.startswith("trl.") and hasattr(args, "to_dict"):
+        given = args.to_dict()  # TRL's own; its default for this one costs time and changes no number
+        args = GRPOConfig(**{k: v for k, v in given.items() if k.removesuffix("_kwargs") not in _RECOMPUTATION})
     if not isinstance(args, GRPOConfig):
         raise UsageError(
             f"args is a {type(args).__module__}.{type(args).__name__}; give a grouprl.lm.GRPOConfig, which takes the "
