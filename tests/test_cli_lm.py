@@ -87,6 +87,11 @@ def test_evaluate_answers_the_held_out_prompts(run: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert f"accuracy {summary['accuracy_after']:.3f}, mean reward {summary['reward_after']:.3f}" in out
     assert "on 8 held-out prompts" in out
+    assert call("evaluate", run, "--episodes", "3", "--answers", run / "answers.jsonl") == 0
+    answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    assert [set(a) >= {"prompt", "completion", "reward"} for a in answers] == [True] * 3
+    assert call("evaluate", run, "--answers", run / "answers.jsonl") == 2
+    assert call("evaluate", run, "--seed", "3") == 2
     assert call("evaluate", run, "--sampled") == 2
     assert call("evaluate", run, "--episodes", "0") == 2
 

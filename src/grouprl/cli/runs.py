@@ -53,6 +53,9 @@ def evaluate(
     seed: Seed = 0,
     sampled: Sampled = False,
     env: Annotated[str | None, typer.Option("--on", help="Another environment with the same spaces.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="A new file for what a language model answered, and what it got for it.")
+    ] = None,
 ) -> None:
     """Play complete episodes with a trained policy and print their returns; answer prompts with a language model."""
     if _of_language(run):
@@ -62,12 +65,14 @@ def evaluate(
             raise UsageError("--sampled and --on are for environments; a language model answers greedily")
         if seed:
             raise UsageError("--seed is for environments; a language model answers the same questions each time")
-        held_out, n = evaluate_model(run, episodes)
+        held_out, n = evaluate_model(run, episodes, answers)
         print(f"accuracy {held_out.accuracy:.3f}, mean reward {held_out.reward:.3f}, greedy, on {n} held-out prompts")
         return
     from grouprl.envs.evaluation import evaluate as evaluate_agent
     from grouprl.envs.grpo import GRPO
 
+    if answers is not None:
+        raise UsageError("--answers is for language models; `grouprl play --video` shows what a policy does")
     if not any(Path(name).exists() for name in (run, f"{run}.safetensors")):
         raise UsageError(f"There is no run folder {run}, and no saved agent of that name.")
     agent = GRPO.load(run)

@@ -18,7 +18,7 @@ from grouprl.lm.data import PromptSource
 from grouprl.lm.policy import sampling_settings
 from grouprl.lm.samples import Samples
 from grouprl.lm.trainer import GRPOTrainer
-from grouprl.lm.transcripts import TranscriptWriter, transcripts_of, whole_groups
+from grouprl.lm.transcripts import TranscriptWriter, transcripts_of, transcripts_of_judged, whole_groups
 from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
 
 ROWS_AT_ONCE = 256
@@ -33,8 +33,14 @@ class HeldOut:
     accuracy: float
 
 
-def evaluate_greedily(trainer: GRPOTrainer, source: PromptSource, n: int | None = None) -> HeldOut:
-    """One completion of the likeliest tokens for each of the first ``n`` prompts (default: all)."""
+def evaluate_greedily(
+    trainer: GRPOTrainer, source: PromptSource, n: int | None = None, answers: TranscriptWriter | None = None
+) -> HeldOut:
+    """One completion of the likeliest tokens for each of the first ``n`` prompts (default: all).
+
+    Args:
+        answers: keeps them.
+    """
     assert source.size is not None
     prompts = [source[i] for i in range(min(n or source.size, source.size))]
     settings = sampling_settings(trainer.args, greedy=True)
@@ -45,6 +51,8 @@ def evaluate_greedily(trainer: GRPOTrainer, source: PromptSource, n: int | None 
             torch.Generator().manual_seed(0), settings, trainer.state,
         )  # fmt: skip
         returns += drawn.returns.tolist()
+        if answers is not None:
+            answers.append(transcripts_of_judged(drawn, trainer.rewards.names))
     values = torch.tensor(returns, dtype=torch.float64)
     return HeldOut(float(values.mean()), float((values >= 1 - 1e-9).double().mean()))
 

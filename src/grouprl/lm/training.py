@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from grouprl.lm.saving import load_weights
 from grouprl.lm.tasks.jsonl import load_function, load_jsonl
 from grouprl.lm.tasks.task import Task
 from grouprl.lm.trainer import GRPOTrainer
-from grouprl.lm.transcripts import write_html
+from grouprl.lm.transcripts import TranscriptWriter, write_html
 from grouprl.runs import RunFolder
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
@@ -306,11 +306,18 @@ def _finish(folder: RunFolder, given: Recipe, trainer: GRPOTrainer, recorder: Re
     return RunResult(folder, trainer.state.global_step, summary, notes)
 
 
-def evaluate(path: str | os.PathLike[str], n: int | None = None) -> tuple[HeldOut, int]:
+def evaluate(
+    path: str | os.PathLike[str], n: int | None = None, answers: str | os.PathLike[str] | None = None
+) -> tuple[HeldOut, int]:
     """Greedy performance of a run's model on its held-out rows; a larger ``n`` draws more of them.
 
-    Raises UsageError if there is no such run, or it left no model yet.
+    Args:
+        answers: a new file for what it said and what it got for it, as JSON lines.
+
+    Raises UsageError if there is no such run, it left no model yet, or the file exists.
     """
+    if answers is not None and Path(answers).exists():
+        raise UsageError(f"{answers} exists; name another file for the answers")
     folder = RunFolder.open(path)
     quiet()
     given = recipe.load(folder.path)
@@ -326,7 +333,8 @@ def evaluate(path: str | os.PathLike[str], n: int | None = None) -> tuple[HeldOu
     source = trainer.prompts(rows.held_out, "the held-out rows")
     torch.manual_seed(config.seed)
     assert source.size is not None
-    return evaluate_greedily(trainer, source, n), min(n or source.size, source.size)
+    with nullcontext() if answers is None else TranscriptWriter(answers) as writer:
+        return evaluate_greedily(trainer, source, n, writer), min(n or source.size, source.size)
 
 
 def load_trained(folder: RunFolder, given: Recipe, config: GRPOConfig, task: Task | None) -> tuple[Any, Any]:

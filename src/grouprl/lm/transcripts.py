@@ -14,7 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
+from torch import Tensor
+
 from grouprl.errors import UsageError
+from grouprl.lm.collect import Drawn
+from grouprl.lm.data import Prompt
 from grouprl.lm.samples import Samples
 from grouprl.runs.files import explain_os_error, plain_number, write_bytes, write_text
 
@@ -62,15 +66,36 @@ def transcripts_of(samples: Samples, names: Sequence[str], step: int, n: int) ->
     """The first ``n`` samples of a generation; ``names`` are those of the reward functions."""
     starts = samples.lengths.cumsum(0) - samples.lengths
     for i in range(n):
-        prompt = samples.prompts[int(samples.group[i])]
-        judged = zip(names, samples.rewards[i].tolist(), strict=True)
-        yield Transcript(
-            step=step, prompt_index=prompt.index, group=int(samples.group[i]), prompt=prompt.prompt,
+        group = int(samples.group[i])
+        yield _transcript(
+            samples.prompts[group], i, names, samples.rewards, samples.extras, step=step, group=group,
             completion=samples.texts[i], tokens=int(samples.lengths[i]), finished=bool(samples.finished[i]),
-            rewards={name: None if math.isnan(value) else value for name, value in judged},
             reward=float(samples.returns[i]), advantage=float(samples.advantages[int(starts[i])]),
-            extra=prompt.columns | {name: column[i] for name, column in samples.extras.items()},
         )  # fmt: skip
+
+
+def transcripts_of_judged(drawn: Drawn, names: Sequence[str]) -> Iterator[Transcript]:
+    """All samples of an evaluation."""
+    returns = drawn.returns.tolist()
+    for i, completion in enumerate(drawn.completions):
+        group = i // drawn.group_size
+        yield _transcript(
+            drawn.prompts[group], i, names, drawn.rewards.values, drawn.rewards.extras, step=0, group=group,
+            completion=drawn.texts[i], tokens=len(completion.ids), finished=completion.finished, reward=returns[i],
+            advantage=None,
+        )  # fmt: skip
+
+
+def _transcript(
+    prompt: Prompt, i: int, names: Sequence[str], rewards: Tensor, extras: Mapping[str, Sequence[Any]], **others: Any
+) -> Transcript:
+    """Sample ``i``, an answer to ``prompt``."""
+    judged = zip(names, rewards[i].tolist(), strict=True)
+    return Transcript(
+        prompt_index=prompt.index, prompt=prompt.prompt,
+        rewards={name: None if math.isnan(value) else value for name, value in judged},
+        extra=prompt.columns | {name: column[i] for name, column in extras.items()}, **others,
+    )  # fmt: skip
 
 
 class TranscriptWriter:
