@@ -53,9 +53,12 @@ def trainer(folder: Path, *, rows: Any = ROWS, reward: Any = None, model: Any = 
     """A trainer of the warm model; settings of the configuration are told from arguments of the trainer by name."""
     own = {
         name: given.pop(name)
-        for name in ("eval_dataset", "callbacks", "optimizers", "peft_config", "ref_model")
+        for name in (
+            "eval_dataset", "callbacks", "optimizers", "peft_config", "ref_model", "advantage_function",
+            "surrogate_function",
+        )
         if name in given
-    }
+    }  # fmt: skip
     loaded, tokenizer = warm() if model is None else model
     return GRPOTrainer(
         model=loaded, reward_funcs=reward or REVERSE.reward, args=config(folder, **given), train_dataset=rows,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -301,3 +302,25 @@ def test_where_a_completion_has_one_ratio_completions_are_counted() -> None:
     for level in ("sequence", "sequence_token"):
         _, sums = token_loss(config(importance_sampling_level=level), logp, torch.zeros(6), fixed)
         assert (sums.low, sums.high, sums.least_low, sums.most_high) == (1.0, 1.0, 0.0, 1.0)
+
+
+def test_no_two_names_stand_for_the_same_estimator_or_loss() -> None:
+    """A name without a branch of its own would silently be another's."""
+    fields, group = GRPOConfig.model_fields, torch.tensor([0, 0, 0, 1, 1, 1])
+    lengths, returns = torch.tensor([1, 3, 2, 2, 1, 4]), torch.tensor([1.0, 0.5, 0.0, 0.25, 2.0, 1.0]).double()
+    found = {}
+    for name in get_args(fields["advantage"].annotation):
+        c = GRPOConfig(advantage=name, num_generations=3, prompts_per_step=2)
+        a = estimate_advantages(c, returns[:, None], torch.ones(1), returns, lengths, group)
+        found[tuple(a.tolist())] = name
+    assert sorted(found.values()) == sorted(get_args(fields["advantage"].annotation))
+    losses = {}
+    for name in get_args(fields["loss_type"].annotation):
+        c = config(loss_type=name, epsilon_high=1.5 if name == "cispo" else None)
+        logp, old, _, a, _ = data()
+        weights = step_weights(c, torch.tensor(N), torch.ones(len(N)).bool())
+        losses[name] = float(
+            token_loss(c, 4 * logp, torch.zeros_like(logp), Fixed(a, weights, old, None, torch.tensor(N)))[0]
+        )
+    assert losses.pop("bnpo") == losses["dapo"]  # which is said
+    assert len(set(losses.values())) == len(losses)

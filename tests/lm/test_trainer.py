@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import importlib.util
 import json
 import logging
@@ -38,6 +39,7 @@ from small_runs import (
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from grouprl import objective
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
 from grouprl.lm.tiny import build_tiny
@@ -774,6 +776,71 @@ def test_settings_of_the_optimizer_are_those_of_the_configuration_after_resuming
         (0.1, (0.9, 0.9)),
         (0.0, (0.9, 0.9)),
     ]
+
+
+# --- an estimator and a surrogate of one's own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_functions_of_objective_given_as_ones_own_are_those_of_the_settings(tmp_path: Path, dynamic: bool) -> None:
+    common = {"num_iterations": 2, "dynamic_sampling": dynamic, "learning_rate": 3e-3}
+    by_name = trainer(tmp_path / "a", advantage="leave_one_out", **common)
+    by_name.train()
+    given = trainer(
+        tmp_path / "b", advantage_function=objective.leave_one_out,
+        surrogate_function=functools.partial(objective.clipped, clip_low=0.2, clip_high=0.2), **common,
+    )  # fmt: skip
+    given.train()
+    assert same(weights(by_name), weights(given))
+    assert any("clip_ratio/low_mean" in e for e in logged(by_name))
+    assert not any("clip" in name for e in logged(given) for name in e if "completions" not in name)
+
+
+def test_an_estimator_of_ones_own_sees_returns_and_groups(tmp_path: Path) -> None:
+    seen = []
+
+    def median(rewards: torch.Tensor, lengths: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        returns = objective.segment_sum(rewards, lengths)
+        seen.append((returns, group))
+        middle = torch.stack([returns[group == g].median() for g in group.unique()])[group]
+        return torch.repeat_interleave(returns - middle, lengths)
+
+    made = trainer(tmp_path, max_steps=1, advantage_function=median)
+    made.train()
+    returns, group = seen[0]
+    assert group.tolist() == [0] * 4 + [1] * 4
+    torch.testing.assert_close(returns, made.last_samples.returns.double())
+    starts = made.last_samples.lengths.cumsum(0) - made.last_samples.lengths
+    middles = returns.view(2, 4).median(1).values.repeat_interleave(4)
+    torch.testing.assert_close(made.last_samples.advantages[starts].double(), returns - middles)
+
+
+@pytest.mark.parametrize(
+    ("functions", "kind", "message"),
+    [
+        (
+            {"advantage_function": "median"},
+            UsageError,
+            r"advantage_function='median' must be a function .* GRPOConfig\(advantage=",
+        ),
+        ({"surrogate_function": 3}, UsageError, r"surrogate_function=3 must be a function .* GRPOConfig\(loss_type="),
+        (
+            {"advantage_function": lambda r, n, g: r[:1]},
+            TrainingError,
+            r"returned shape \[1\]; it must be a tensor of shape",
+        ),
+        ({"advantage_function": lambda r, n, g: None}, TrainingError, "returned NoneType"),
+        ({"advantage_function": lambda r, n, g: r / 0}, TrainingError, "not finite"),
+        (
+            {"surrogate_function": lambda p, q, a: (p - q).sum()},
+            TrainingError,
+            r"surrogate function returned shape \[\]",
+        ),
+    ],
+)
+def test_a_function_of_ones_own_at_fault_is_named(tmp_path: Path, functions: dict, kind: type, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        trainer(tmp_path, max_steps=1, **functions).train()
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from grouprl import objective
 from grouprl.lm.config import GRPOConfig
+from grouprl.lm.custom import Custom
 from grouprl.lm.data import Prompt, PromptOrder, PromptSource
-from grouprl.lm.loss import estimate_advantages, groups_with_signal
+from grouprl.lm.loss import NOTHING, estimate_advantages, groups_with_signal
 from grouprl.lm.policy import Policy
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 from grouprl.lm.rows import Completion
@@ -32,13 +33,14 @@ class Collector:
 
     Args:
         policy: samples. tokenizer: decodes. source, order: where prompts come from. rewards: judges.
-        generator: the random stream of the sampler.
+        generator: the random stream of the sampler. custom: may hold an estimator of the user's own.
     """
 
     def __init__(
         self, policy: Policy, tokenizer: Any, source: PromptSource, order: PromptOrder, rewards: RewardCaller,
-        config: GRPOConfig, generator: torch.Generator,
+        config: GRPOConfig, generator: torch.Generator, custom: Custom = NOTHING,
     ) -> None:  # fmt: skip
+        self.custom = custom
         self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
         self.source, self.order, self.generator = source, order, generator
         self.tokens = 0
@@ -49,11 +51,11 @@ class Collector:
         drawn = self._draw(n_prompts, group_size, state)
         rounds = [drawn.rewards]
         if self.config.dynamic_sampling:
-            kept, idle = drawn.parted(self.config)
+            kept, idle = drawn.parted(self.config, self.custom)
             while kept.n_prompts < n_prompts and len(rounds) < self.config.dynamic_sampling_max_batches:
                 more = self._draw(n_prompts - kept.n_prompts, group_size, state)
                 rounds.append(more.rewards)
-                further, idler = more.parted(self.config)
+                further, idler = more.parted(self.config, self.custom)
                 kept, idle = kept.joined(further), idle.joined(idler)
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
             drawn = kept.joined(idle).first(n_prompts)
@@ -92,7 +94,7 @@ class Collector:
             known = ~known
             penalties = -objective.kl_in_reward(torch.zeros_like(old), old, ref, config.beta, config.kl_estimator)
         advantages = estimate_advantages(
-            config, drawn.rewards.values, self.rewards.weights, returns, lengths, group, penalties
+            config, drawn.rewards.values, self.rewards.weights, returns, lengths, group, penalties, self.custom
         )
         return Samples(
             prompts=drawn.prompts, group=group, completions=completions,
@@ -122,9 +124,9 @@ class Drawn:
         """``[N]`` weighted sums of the rewards."""
         return total(self.rewards.values, self.weights)
 
-    def parted(self, config: GRPOConfig) -> tuple[Drawn, Drawn]:
+    def parted(self, config: GRPOConfig, custom: Custom) -> tuple[Drawn, Drawn]:
         """The groups whose rewards give their samples advantages, and the other ones."""
-        signal = groups_with_signal(config, self.rewards.values, self.weights, self.group_size).tolist()
+        signal = groups_with_signal(config, self.rewards.values, self.weights, self.group_size, custom).tolist()
         return tuple(self._select([i for i, has in enumerate(signal) if has is kind]) for kind in (True, False))  # type: ignore[return-value]
 
     def first(self, n: int) -> Drawn:

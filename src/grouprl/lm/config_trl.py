@@ -47,7 +47,7 @@ ONE_PROCESS = {
 
 TRAINER_ARGUMENTS = (
     "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks",
-    "optimizers", "ref_model",
+    "optimizers", "ref_model", "advantage_function", "surrogate_function",
 )  # fmt: skip
 
 _SAMPLER = "the sampler is built in; leave it out"

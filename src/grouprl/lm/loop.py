@@ -55,8 +55,9 @@ class Run:
         if trainer._own_scheduler:
             trainer.lr_scheduler = make_schedule(trainer.optimizer, config, self.total)
         self.collector = Collector(
-            trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator
-        )
+            trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator,
+            trainer.custom,
+        )  # fmt: skip
         self.follows = trainer.policy.reference if config.sync_ref_model else None
         self.samples: Samples | None = None
         self.steps: list[Step] = []
@@ -158,7 +159,8 @@ class Run:
     def _divide(self) -> None:
         assert self.samples is not None
         parts = parts_of_a_generation(len(self.samples), self.plan.steps_per_generation)
-        self.steps = [Step(self.trainer.policy, self.samples, chosen, self.config) for chosen in parts]
+        policy, custom = self.trainer.policy, self.trainer.custom
+        self.steps = [Step(policy, self.samples, chosen, self.config, custom) for chosen in parts]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

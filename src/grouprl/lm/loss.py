@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
 
 from grouprl import objective
 from grouprl.lm.config import GRPOConfig
+from grouprl.lm.custom import Custom
 from grouprl.lm.rewards.call import total
 from grouprl.objective.packed import last_index, segment_ids, segment_sum
+
+NOTHING = Custom()
 
 
 def estimate_advantages(
     config: GRPOConfig, rewards: Tensor, weights: Tensor, returns: Tensor, lengths: Tensor, group: Tensor,
-    penalties: Tensor | None = None,
+    penalties: Tensor | None = None, custom: Custom = NOTHING,
 ) -> Tensor:  # fmt: skip
     """Advantages ``[S]`` as the settings say, in float32.
 
@@ -25,15 +28,18 @@ def estimate_advantages(
         rewards: ``[N, F]``, NaN where a function does not apply. weights: ``[F]``.
         returns: ``[N]`` their weighted sum. lengths, group: ``[N]``.
         penalties: ``[S]`` what is taken from the reward at each token (KL in the reward), or None.
+        custom: may hold an estimator that takes the place of the settings'.
     """
-    if config.multi_objective_aggregation == "normalize_then_sum":
+    if custom.advantage is None and config.multi_objective_aggregation == "normalize_then_sum":
         return objective.gdpo(rewards, weights, lengths, group).float()
     steps = torch.zeros(int(lengths.sum()), dtype=torch.float64)
     steps[last_index(lengths)] = returns.double()
     if penalties is not None:
         steps -= penalties
     name = config.advantage
-    if name == "group":
+    if custom.advantage is not None:
+        advantages = custom.advantages(steps, lengths, group)
+    elif name == "group":
         advantages = objective.outcome(steps, lengths, group, scale=config.scale_rewards, eps=1e-4)
     elif name == "leave_one_out":
         advantages = objective.leave_one_out(steps, lengths, group)
@@ -43,12 +49,16 @@ def estimate_advantages(
         advantages = objective.maxrl(steps, lengths, group)
     elif name == "pass_at_k":
         advantages = objective.pass_at_k(steps, lengths, group, config.pass_k)
-    else:
+    elif name == "reinforce_pp" or name == "reinforce_pp_baseline":
         advantages = objective.reinforce_pp(steps, lengths, group, baseline=name == "reinforce_pp_baseline")
+    else:
+        assert_never(name)
     return advantages.float()
 
 
-def groups_with_signal(config: GRPOConfig, rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
+def groups_with_signal(
+    config: GRPOConfig, rewards: Tensor, weights: Tensor, group_size: int, custom: Custom = NOTHING
+) -> Tensor:
     """``[P]`` bool: whether the rewards of a group give any of its samples an advantage.
 
     Rewards alone count, without what is added to them for length or divergence: those who judge said the same of all.
@@ -58,7 +68,8 @@ def groups_with_signal(config: GRPOConfig, rewards: Tensor, weights: Tensor, gro
     """
     ones = torch.ones(len(rewards), dtype=torch.int64)
     group = torch.arange(len(rewards) // group_size).repeat_interleave(group_size)
-    advantages = estimate_advantages(config, rewards, weights, total(rewards, weights), ones, group)
+    returns = total(rewards, weights)
+    advantages = estimate_advantages(config, rewards, weights, returns, ones, group, custom=custom)
     return (advantages.view(-1, group_size) != 0).any(1)
 
 
@@ -73,12 +84,15 @@ def step_weights(config: GRPOConfig, lengths: Tensor, counted: Tensor) -> Tensor
     weights = torch.zeros(int(lengths.sum()))
     if not len(of):
         return weights
-    if config.loss_type in ("grpo", "sapo"):
-        kept = objective.sample_mean(of, n_samples=len(lengths))
-    elif config.loss_type == "dr_grpo":
-        kept = objective.constant_length(of, config.max_completion_length, n_samples=len(lengths))
-    else:
-        kept = objective.token_mean(of)
+    match config.loss_type:
+        case "grpo" | "sapo":
+            kept = objective.sample_mean(of, n_samples=len(lengths))
+        case "dr_grpo":
+            kept = objective.constant_length(of, config.max_completion_length, n_samples=len(lengths))
+        case "bnpo" | "dapo" | "cispo":
+            kept = objective.token_mean(of)
+        case other:
+            assert_never(other)
     weights[counted[segment_ids(lengths)]] = kept
     return weights
 
@@ -122,10 +136,13 @@ class LossSums:
         self.most_high = max(self.most_high, other.most_high)
 
 
-def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) -> tuple[Tensor, LossSums]:
+def token_loss(
+    config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed, custom: Custom = NOTHING
+) -> tuple[Tensor, LossSums]:
     """The loss (a number, to be differentiated) of m tokens of whole samples, and what is worth plotting.
 
-    With logp_old None the ratio is 1 in value and exp(logp - sg(logp)) in gradient.
+    With logp_old None the ratio is 1 in value and exp(logp - sg(logp)) in gradient. ``custom`` may hold a surrogate
+    that takes the place of that of ``loss_type``.
     """
     old = logp.detach() if fixed.logp_old is None else fixed.logp_old
     a = fixed.advantages
@@ -133,15 +150,8 @@ def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) 
     if config.importance_sampling_level != "token":
         effective = objective.importance_logp(logp, old, fixed.lengths, config.importance_sampling_level)
         a, old = a.to(effective.dtype), old.to(effective.dtype)
-    low, high = config.epsilon, config.clip_high
-    if config.loss_type == "cispo":
-        losses = objective.cispo(effective, old, a, cap=high)
-    elif config.loss_type == "sapo":
-        losses = objective.sapo(effective, old, a, config.sapo_temperature_pos, config.sapo_temperature_neg)
-    elif config.delta is not None:
-        losses = objective.two_sided(effective, old, a, low, high, config.delta)
-    else:
-        losses = objective.clipped(effective, old, a, low, high)
+    own = custom.surrogate is not None
+    losses = custom.losses(effective, old, a) if own else _surrogate(config, effective, old, a)
     if config.off_policy_mask_threshold is not None:
         losses = losses * objective.off_policy_mask(
             logp, old.to(logp.dtype), fixed.advantages, fixed.lengths, config.off_policy_mask_threshold
@@ -159,9 +169,25 @@ def token_loss(config: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) 
     return loss, LossSums(**dict(zip(sums, numbers, strict=True)), tokens=len(logp))
 
 
+def _surrogate(config: GRPOConfig, logp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    """``[m]`` the loss of each token, as ``loss_type`` says."""
+    low, high = config.epsilon, config.clip_high
+    match config.loss_type:
+        case "cispo":
+            return objective.cispo(logp, old, a, cap=high)
+        case "sapo":
+            return objective.sapo(logp, old, a, config.sapo_temperature_pos, config.sapo_temperature_neg)
+        case "grpo" | "bnpo" | "dapo" | "dr_grpo":
+            if config.delta is not None:
+                return objective.two_sided(logp, old, a, low, high, config.delta)
+            return objective.clipped(logp, old, a, low, high)
+        case other:
+            assert_never(other)
+
+
 def _cut(config: GRPOConfig, logp: Tensor, old: Tensor, fixed: Fixed) -> dict[str, Tensor]:
     """What the clip cuts off, in the terms of :class:`LossSums`; nothing where the ratio is 1."""
-    if fixed.logp_old is None:
+    if fixed.logp_old is None or config.loss_type == "sapo":
         return dict.fromkeys(("low", "high", "least_low", "most_high"), torch.zeros((), device=logp.device))
     rho, a = objective.ratio(logp, old), fixed.advantages
     cap = config.clip_high if config.loss_type == "cispo" else 1 + config.clip_high

@@ -26,6 +26,8 @@ class Recipe:
         model: hub id, folder, GGUF file, ``smollm2``, or ``tiny`` for a small model with random weights.
         task: a task's name, ``reasoning-gym:NAME``, or a file of JSON lines, which needs ``reward``.
         task_options: of the task. reward: ``module:function``, instead of the task's own.
+        advantage_function, surrogate_function: ``module:function``, in the place of the configuration's ``advantage``
+            and of the surrogate of its ``loss_type``; see :mod:`grouprl.lm.custom`.
         eval_data: a file of JSON lines to evaluate on, where ``task`` is one; default: its last rows.
         form: prompts as ``messages`` or as bare ``text``.
         n_train, n_eval: rows drawn from the task's two splits; a file is used whole.
@@ -42,6 +44,8 @@ class Recipe:
     about: str = ""
     task_options: dict[str, Any] = field(default_factory=dict)
     reward: str | None = None
+    advantage_function: str | None = None
+    surrogate_function: str | None = None
     eval_data: str | None = None
     form: str = "messages"
     n_train: int = 4096
@@ -105,8 +109,9 @@ _SAID = {str: "text", dict: "a mapping", int: "a number", float: "a number", typ
 _NUMBER, _TEXT, _MAPPING, _NONE = (int, float), (str,), (dict,), (type(None),)
 _KINDS: dict[str, tuple[type, ...]] = {
     "model": _TEXT, "task": _TEXT, "about": _TEXT, "task_options": _MAPPING, "reward": _TEXT + _NONE,
-    "eval_data": _TEXT + _NONE, "form": _TEXT, "n_train": _NUMBER, "n_eval": _NUMBER, "eval_every": _NUMBER,
-    "warm_start": _MAPPING + _NONE, "lora": _MAPPING + _NONE, "config": _MAPPING, "expect": _MAPPING,
+    "advantage_function": _TEXT + _NONE, "surrogate_function": _TEXT + _NONE, "eval_data": _TEXT + _NONE,
+    "form": _TEXT, "n_train": _NUMBER, "n_eval": _NUMBER, "eval_every": _NUMBER, "warm_start": _MAPPING + _NONE,
+    "lora": _MAPPING + _NONE, "config": _MAPPING, "expect": _MAPPING,
 }  # fmt: skip
 
 

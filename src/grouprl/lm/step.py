@@ -11,8 +11,9 @@ from torch import Tensor
 
 from grouprl.errors import TrainingError
 from grouprl.lm.config import GRPOConfig
+from grouprl.lm.custom import Custom
 from grouprl.lm.learner import Part, steps_of
-from grouprl.lm.loss import Fixed, LossSums, step_weights, token_loss
+from grouprl.lm.loss import NOTHING, Fixed, LossSums, step_weights, token_loss
 from grouprl.lm.parameters import MasterParameters
 from grouprl.lm.policy import Policy
 from grouprl.lm.samples import Samples
@@ -23,14 +24,16 @@ class Step:
     """What one optimizer step learns from: chosen once, so that each pass over it sees the same parts.
 
     Args:
-        chosen: ``[n]`` the samples, by index.
+        chosen: ``[n]`` the samples, by index. custom: may hold a surrogate of the user's own.
 
     Samples that cannot move the model get no forward pass: cut-off ones with mask_truncated_completions, and those of
     advantage 0 if no KL term moves them. They still count in the denominators.
     """
 
-    def __init__(self, policy: Policy, samples: Samples, chosen: Tensor, config: GRPOConfig) -> None:
-        self.policy, self.samples, self.config = policy, samples, config
+    def __init__(
+        self, policy: Policy, samples: Samples, chosen: Tensor, config: GRPOConfig, custom: Custom = NOTHING
+    ) -> None:
+        self.policy, self.samples, self.config, self.custom = policy, samples, config, custom
         lengths = samples.lengths
         counted = samples.finished[chosen] if config.mask_truncated_completions else torch.ones(len(chosen)) > 0
         self.weights = torch.zeros(int(lengths.sum()))
@@ -87,7 +90,7 @@ class Step:
                     lengths[part.samples].to(device),
                 )  # fmt: skip
                 terms = self.policy.learner.evaluate(part)
-                loss, part_sums = token_loss(self.config, terms.logp, terms.entropy, fixed)
+                loss, part_sums = token_loss(self.config, terms.logp, terms.entropy, fixed, self.custom)
                 loss.backward()  # type: ignore[no-untyped-call]
                 sums.add(part_sums)
                 logp = terms.logp.detach().cpu()
@@ -138,7 +141,7 @@ def take(
 def _clipped(step: Step, sums: LossSums, config: GRPOConfig) -> dict[str, float]:
     """Shares of ratios that the clip cuts off, of all that count: those of samples without advantage are not cut."""
     n = step.n_tokens if config.importance_sampling_level == "token" else step.n_samples
-    if not n or config.loss_type == "sapo":
+    if not n or config.loss_type == "sapo" or step.custom.surrogate is not None:
         return {}
     low, high = sums.low / n, sums.high / n
     if config.loss_type == "cispo":

@@ -16,6 +16,7 @@ from grouprl.lm.checkpoint import Checkpoint
 from grouprl.lm.collect import Metrics, describe_judged, judged
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.config_trl import check_arguments
+from grouprl.lm.custom import Custom, TensorFunction
 from grouprl.lm.data import PromptSource, prepare_prompts
 from grouprl.lm.flow import Flow
 from grouprl.lm.locate import first_line
@@ -49,6 +50,10 @@ class GRPOTrainer(ScriptMethods):
             configuration's is put on the optimizer.
         peft_config: train an adapter (LoRA and others).
         ref_model: what the KL divergence is measured to, if not the model as it is now: as ``model``.
+        advantage_function: an estimator of your own, in the place of ``args.advantage``:
+            ``(rewards [S], lengths [N], group [N]) -> [S]``, as the functions of :mod:`grouprl.objective`.
+        surrogate_function: a loss of your own per token, in the place of that of ``args.loss_type``, which still says
+            how tokens are averaged: ``(logp [S], logp_old [S], advantages [S]) -> [S]``. Both: :mod:`grouprl.lm.custom`.
         **others: arguments of TRL's that are none here are accepted at the value that does nothing.
 
     Attributes:
@@ -70,11 +75,14 @@ class GRPOTrainer(ScriptMethods):
         optimizers: tuple[Any, Any] | None = (None, None),
         peft_config: Any = None,
         ref_model: Any = None,
+        advantage_function: TensorFunction | None = None,
+        surrogate_function: TensorFunction | None = None,
         **others: Any,
     ) -> None:
         check_arguments(others)
         use_huge_pages()
         self.args = config = _configuration(args)
+        self.custom = Custom(advantage_function, surrogate_function)
         self.plan = batch_plan(config)
         self.rewards = RewardCaller(reward_funcs, config.reward_weights)
         torch.manual_seed(config.seed)

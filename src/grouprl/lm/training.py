@@ -81,8 +81,13 @@ def build(given: Recipe, config: GRPOConfig, rows: Material, callbacks: list[Any
     model, tokenizer = _model(given, config, rows.task)
     return GRPOTrainer(
         model, rows.reward, config, rows.train, processing_class=tokenizer, callbacks=callbacks,
-        peft_config=_adapter(given.lora),
+        peft_config=_adapter(given.lora), advantage_function=_function(given.advantage_function),
+        surrogate_function=_function(given.surrogate_function),
     )  # fmt: skip
+
+
+def _function(name: str | None) -> Any:
+    return None if name is None else load_function(name)
 
 
 def _model(given: Recipe, config: GRPOConfig, task: Task | None) -> tuple[Any, Any]:

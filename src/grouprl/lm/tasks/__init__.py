@@ -24,6 +24,7 @@ from grouprl.errors import UsageError
 from grouprl.lm.tasks import reasoning_gym
 from grouprl.lm.tasks.arithmetic import Arithmetic
 from grouprl.lm.tasks.countdown import Countdown
+from grouprl.lm.tasks.jsonl import load_function
 from grouprl.lm.tasks.letter_count import LetterCount
 from grouprl.lm.tasks.nth_word import NthWord
 from grouprl.lm.tasks.strings import Reverse, Sort
@@ -47,18 +48,30 @@ def names() -> list[str]:
 
 
 def get(name: str, **options: Any) -> Task:
-    """The task called `name`, with `options` (see the table above).
+    """The task called `name`, or that of a class `module:Class` of your own, with `options` (see the table above).
 
     Raises UsageError for an unknown name or option, with the closest one there is, for a value that is not allowed, and
     if reasoning-gym is asked for but not installed.
     """
     if name.startswith(reasoning_gym.PREFIX):
         return reasoning_gym.ReasoningGym(name.removeprefix(reasoning_gym.PREFIX), json.dumps(options, sort_keys=True))
+    if ":" in name:
+        return _own(name, options)
     if name not in _TASKS:
         close = difflib.get_close_matches(name, _TASKS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UsageError(f"no task {name!r}; {hint}There are: {', '.join(names())}, {reasoning_gym.PREFIX}NAME.")
-    kind: Any = _TASKS[name]
+    return _made(name, _TASKS[name], options)
+
+
+def _own(name: str, options: dict[str, Any]) -> Task:
+    kind = load_function(name)
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise UsageError(f"{name} is no subclass of grouprl.lm.tasks.Task")
+    return _made(name, kind, options)
+
+
+def _made(name: str, kind: Any, options: dict[str, Any]) -> Task:
     known = [field.name for field in dataclasses.fields(kind)]
     for option in options:
         if option not in known:
