@@ -88,6 +88,15 @@ def test_the_entropy_is_that_of_the_whole_distribution() -> None:
     torch.testing.assert_close(entropy, torch.cat(wanted), rtol=0, atol=1e-5)
 
 
+def test_evaluating_outside_of_learning_is_refused() -> None:
+    learner = make_learner(build("llama"))
+    part = Part(list(random_groups((5, (4, 1)))), torch.arange(2))
+    with learner.learning():
+        learner.evaluate(part)
+    with pytest.raises(UsageError, match="within learning"):
+        learner.evaluate(part)
+
+
 # --- what must not matter ---------------------------------------------------------------------------------------------
 
 

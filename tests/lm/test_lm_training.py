@@ -273,7 +273,7 @@ def test_a_run_that_fails_before_any_checkpoint_leaves_no_folder(own: Path) -> N
 
 
 def test_a_run_that_fails_later_keeps_what_it_recorded_and_says_where(own: Path) -> None:
-    with pytest.raises(TrainingError, match=r"after 4 steps; no checkpoint.*metrics and transcripts are in .*run"):
+    with pytest.raises(TrainingError, match=r"after 4 steps; no checkpoint.*What it recorded is in .*run"):
         run(own / "run", **of_own(own, "late", eval_every=0, config={"save_steps": 50}))
     assert [row["step"] for row in rows(own / "run")] == list("01234")
     assert (own / "run" / "transcripts.jsonl").exists()
@@ -297,6 +297,16 @@ def test_a_run_on_a_file_can_be_used_from_anywhere(own: Path, monkeypatch: pytes
     monkeypatch.chdir(own / "elsewhere")
     training.evaluate(own / "run")
     training.resume(own / "run", steps=7, progress_bar=False)
+
+
+def test_a_resumed_run_is_measured_to_the_same_reference(tmp_path: Path) -> None:
+    settings = {"beta": 0.1, "save_steps": 3, "learning_rate": 1e-2}
+    run(tmp_path / "a", config=settings)
+    run(tmp_path / "b", config=settings)
+    shutil.rmtree(tmp_path / "b" / "checkpoint-6")
+    training.resume(tmp_path / "b", progress_bar=False)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert float(rows(tmp_path / "a")[-2]["kl"]) > 0
 
 
 def test_damage_to_a_run_is_a_usage_error_that_says_what_is_wrong(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
+import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.runs import RunFolder, default_run_path, save_state
 
 CONFIG = {"env_id": "CartPole-v1", "seed": 1, "config": {"learning_rate": 3e-4, "hidden": [64, 64]}}
@@ -49,28 +50,102 @@ def test_overwriting_leaves_nothing_of_the_older_run_and_nothing_else_is_deleted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def older(folder: Path) -> RunFolder:
+    """A run that can be used."""
+    run = RunFolder.create(folder, CONFIG)
+    save_state(run.checkpoint_path(5), {}, {})
+    run.metrics_path.write_text("step\n5\n")
+    return run
+
+
 def test_a_run_that_failed_before_its_first_step_brings_back_the_one_it_was_to_replace(tmp_path: Path) -> None:
-    old = RunFolder.create(tmp_path, CONFIG)
-    save_state(old.checkpoint_path(5), {}, {})
-    old.metrics_path.write_text("step\n5\n")
-    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    old = older(tmp_path)
+    before = names(tmp_path)
     new = RunFolder.create(tmp_path, {"seed": 2}, overwrite=True)
     new.metrics_path.write_text("step\n0\n")
     new.tensorboard_path.mkdir()
-    assert not new.abandon()
-    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+    (tmp_path / "wandb").mkdir()
+    assert new.abandon() is None
+    assert names(tmp_path) == before
     assert old.read_config() == CONFIG
     assert old.metrics_path.read_text() == "step\n5\n"
 
 
-def test_a_run_that_failed_later_stays(tmp_path: Path) -> None:
+def test_what_a_run_that_failed_later_recorded_lies_beside_the_one_it_was_to_replace(tmp_path: Path) -> None:
+    older(tmp_path / "run")
+    before = names(tmp_path / "run")
+    new = RunFolder.create(tmp_path / "run", {"seed": 2}, overwrite=True)
+    new.metrics_path.write_text("step\n0\n1\n")
+    with pytest.raises(TrainingError, match=r"no judge What it recorded is in .*run-failed\."), new.kept_in_order():
+        raise TrainingError("no judge")
+    assert names(tmp_path / "run") == before
+    assert names(tmp_path / "run-failed") == ["config.yaml", "metrics.csv"]
+    again = RunFolder.create(tmp_path / "run", {"seed": 2}, overwrite=True)
+    again.metrics_path.write_text("step\n1\n")
+    assert again.abandon() == tmp_path / "run-failed-2"
+
+
+def test_a_run_with_a_checkpoint_stays_and_the_older_one_goes(tmp_path: Path) -> None:
+    older(tmp_path)
+    new = RunFolder.create(tmp_path, {"seed": 2}, overwrite=True)
+    save_state(new.checkpoint_path(7), {}, {})
+    with pytest.raises(KeyboardInterrupt), new.kept_in_order():
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["checkpoints", "checkpoints/step_000000000007.safetensors", "config.yaml"]
+
+
+def test_a_run_that_failed_and_was_to_replace_none_stays_if_it_recorded_a_step(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", CONFIG)
     run.metrics_path.write_text("step\n0\n1\n")
-    assert run.abandon()
+    assert run.abandon() == run.path
     assert run.config_path.exists()
     run.metrics_path.write_text("step\n0\n")
-    assert not run.abandon()
+    assert run.abandon() is None
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_wherever_an_overwriting_run_is_killed_the_older_one_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    folder = tmp_path / "run"
+    older(folder)
+    before, moves, replace = names(folder), [], os.replace
+
+    def killed(a: Path, b: Path) -> None:
+        if len(moves) == moment:
+            raise SystemExit
+        moves.append(a)
+        replace(a, b)
+
+    monkeypatch.setattr("grouprl.runs.folder.os.replace", killed)
+    with pytest.raises(SystemExit):  # moments 0 to 2: while files are put aside; 3: while config.yaml is written
+        RunFolder.create(folder, {"seed": 2}, overwrite=True)
+    monkeypatch.undo()
+    assert RunFolder.open(folder).read_config() == CONFIG
+    assert [name for name in names(folder) if name != ".replaced"] == before
+    new = RunFolder.create(folder, {"seed": 3}, overwrite=True)  # after a kill before the first step, once more
+    assert new.abandon() is None
+    assert names(folder) == before
+
+
+def test_files_that_cannot_be_moved_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older(tmp_path)
+    before, replace = names(tmp_path), os.replace
+
+    def refuse(a: Path, b: Path) -> None:
+        if Path(a).name == "metrics.csv":
+            raise PermissionError(13, "Permission denied")
+        replace(a, b)
+
+    monkeypatch.setattr("grouprl.runs.folder.os.replace", refuse)
+    with pytest.raises(UsageError, match="Permission denied"):
+        RunFolder.create(tmp_path, {"seed": 2}, overwrite=True)
+    assert names(tmp_path) == before
 
 
 def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import io
 import sys
+import time
 
 import pytest
 
@@ -9,6 +10,41 @@ from grouprl.runs import Progress
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_where_there_is_no_terminal_it_says_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Progress(100) as progress:
+        for i in range(100):
+            now[0] += 1.0
+            progress.update(i + 1, reward=0.5)
+        progress.say("done")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "10/100 steps, 10 s, reward 0.5"
+    assert len(lines) == 11
+    assert lines[-1] == "done"
+    with Progress(100, enabled=False) as progress:
+        now[0] += 60.0
+        progress.update(50)
+    assert capsys.readouterr().err == ""
+
+
+class Gone:
+    """A standard error without a reader."""
+
+    def write(self, text: str) -> None:
+        raise BrokenPipeError
+
+
+def test_a_standard_error_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Gone())
+    for enabled in (None, False):
+        with Progress(2, enabled) as progress:
+            progress.update(1)
+            progress.say("text")
 
 
 def test_it_is_silent_when_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
-from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
@@ -126,7 +126,6 @@ class Recorder:
         else:
             metrics["eval_return"] = float("nan")
         self.log.append(metrics)
-        self.folder.settle()
         recent = agent.recent_returns[-CHAPTER_EPISODES:]
         chapter = {"avg_reward": float(np.mean(recent))} if recent else {}
         if "kl" in metrics:
@@ -144,6 +143,7 @@ class Recorder:
         extra = {"next_eval": self._next_eval, "next_checkpoint": self._next_checkpoint, "solved_at": self.solved_at}
         agent.checkpoint(self.folder.checkpoint_path(agent.num_timesteps), may_restart=may_restart, extra=extra)
         self.folder.prune_checkpoints(self.run.keep_checkpoints)
+        self.folder.settle()
 
 
 def train(
@@ -207,11 +207,8 @@ def train(
     folder = RunFolder.create(out, config, overwrite=overwrite)
     if announce is not None:
         announce(folder)
-    try:
+    with folder.kept_in_order():
         return _run(folder, run_settings, agent, progress_bar)
-    except GrouprlError:
-        folder.abandon()
-        raise
 
 
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:

@@ -239,7 +239,11 @@ class GRPOConfig(AsArguments, BaseModel):
 
     def __init__(self, output_dir: str | os.PathLike[str] | None = None, /, **values: Any) -> None:
         if output_dir is not None:
-            values = {"output_dir": output_dir, **values}
+            if "output_dir" in values:
+                raise UsageError(
+                    f"output_dir is given twice: {output_dir!r} and {values['output_dir']!r}; give it once"
+                )
+            values["output_dir"] = output_dir
         settings = translate(values, type(self).model_fields)
         try:
             super().__init__(**settings)
@@ -253,6 +257,8 @@ class GRPOConfig(AsArguments, BaseModel):
     def __getattr__(self, name: str) -> Any:
         if name in ONE_PROCESS:
             return ONE_PROCESS[name]
+        if name == "warmup_ratio":
+            return self.warmup_steps if self.warmup_steps < 1 else 0.0
         if name in RENAMED:
             return getattr(self, RENAMED[name])
         return FOREIGN[name].off if name in FOREIGN else super().__getattr__(name)  # type: ignore[misc]

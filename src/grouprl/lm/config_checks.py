@@ -144,5 +144,7 @@ def _best_problems(c: GRPOConfig) -> list[str]:
 
 def _remainder(steps: float, of: float) -> bool:
     """Whether ``steps`` is no multiple of ``of``; both may be shares of a run."""
+    if (steps < 1) != (of < 1):
+        return True
     times = steps / of
     return abs(times - round(times)) > 1e-9 or times < 1

@@ -128,7 +128,7 @@ class PromptOrder:
     def __init__(self, size: int | None, seed: int = 0, shuffle: bool = True, batch: int = 1) -> None:
         if size is not None and size < 1:
             raise UsageError(f"there must be at least one prompt, got {size}")
-        self._size, self._seed = size, seed
+        self._size, self._seed, self._batch = size, seed, batch
         self._used = None if size is None else size // batch * batch or size
         self._shuffle = shuffle and size is not None
         self._drawn = 0
@@ -160,9 +160,10 @@ class PromptOrder:
                     f"{here!r}; resume with the same dataset, data_seed and shuffle_dataset"
                 )
         self._drawn = int(state["drawn"])
-        if self._used is not None and self._used != state["used"]:  # with batches of another size: at the same row
-            epoch, place = divmod(self._drawn, int(state["used"]))
-            self._drawn = epoch * self._used + min(place, self._used)
+        used = state.get("used", self._size)
+        if self._used is not None and self._used != used:  # with batches of another size: at the next one's first row
+            epoch, place = divmod(self._drawn, int(used))
+            self._drawn = epoch * self._used + min(-(-place // self._batch) * self._batch, self._used)
 
     def _row(self, position: int) -> int:
         if self._size is None or self._used is None:

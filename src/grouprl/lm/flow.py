@@ -81,6 +81,13 @@ class Flow:
             steps = getattr(config, name)
             steps = config.logging_steps if steps is None else steps
             setattr(self.state, name, interval(steps, total))
+        if config.load_best_model_at_end and config.eval_strategy == "steps":
+            every, saves = self.state.eval_steps, self.state.save_steps
+            if saves % every:
+                raise UsageError(
+                    f"load_best_model_at_end=True: in a run of {total} steps models are saved every {saves} steps and "
+                    f"judged every {every}; set save_steps to a multiple of eval_steps"
+                )
         self.state.num_train_epochs = config.num_train_epochs
         self._updates_per_epoch = total if updates_per_epoch is None else updates_per_epoch
         self._epoch_begun = False
@@ -93,6 +100,8 @@ class Flow:
         )  # fmt: skip
         for tracker in self._trackers:
             self._stack.callback(tracker.close)
+        self._transcripts = self._stack.enter_context(TranscriptWriter(self.output_dir / "transcripts.jsonl"))
+        self._written: Samples | None = None
         enabled = None if config.disable_tqdm is None else not config.disable_tqdm
         self._progress = self._stack.enter_context(Progress(total, enabled, done=done))
 
@@ -150,6 +159,8 @@ class Flow:
     def log_steps(self) -> None:
         """Log the means since the last time; counters and rates as they are now."""
         self.control.should_log = False
+        if not self._sums:
+            return
         logs = {key: total / n for key, (total, n) in self._sums.items()}
         for key in ("num_tokens", "learning_rate"):
             if key in self.newest:
@@ -159,9 +170,10 @@ class Flow:
         samples = self.trainer.last_samples
         if self.config.log_completions and samples is not None:
             print(_shown(samples, self.state.global_step, self.config.num_completions_to_print))
-            kept = whole_groups(samples, self.config.transcripts)
-            with TranscriptWriter(self.output_dir / "transcripts.jsonl") as writer:
-                writer.append(transcripts_of(samples, self.trainer.rewards.names, self.state.global_step, kept))
+            if samples is not self._written:
+                self._written, kept = samples, whole_groups(samples, self.config.transcripts)
+                names = self.trainer.rewards.names
+                self._transcripts.append(transcripts_of(samples, names, self.state.global_step, kept))
 
     def log(self, logs: Metrics) -> None:
         """Append to the history, tell trackers and callbacks."""
@@ -217,9 +229,10 @@ class Flow:
         self.control.should_save = False
         limit = self.config.save_total_limit
         if limit is not None:
-            spared = {path, self.best} if self.config.load_best_model_at_end else {path}
-            others = [old for old in checkpoint.existing(self.output_dir) if old not in spared]
-            for old in others[: max(0, len(others) + len(spared - {None}) - limit)]:
+            best = self.best if self.config.load_best_model_at_end else None
+            spared = {place.resolve() for place in (path, best) if place is not None}
+            others = [old for old in checkpoint.existing(self.output_dir) if old.resolve() not in spared]
+            for old in others[: max(0, len(others) + len(spared) - limit)]:
                 shutil.rmtree(old)
         self.event("on_save")
 
@@ -235,6 +248,8 @@ class Flow:
                     raise UsageError(f"the checkpoint has {name!r} in its state, which this transformers does not know")
                 setattr(self.state, name, value)
         self._sums = {key: (total, n) for key, (total, n) in saved["sums"].items()}
+        if self.config.log_completions:
+            self._transcripts.truncate_after(self.state.global_step)
 
 
 def _shown(samples: Samples, step: int, n: int | None) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grouprl.errors import UsageError
 from grouprl.lm.attention import PackedAttention
 from grouprl.lm.backbone import Backbone
 from grouprl.lm.head import TokenTerms, log_probs
@@ -45,6 +46,7 @@ class Learner:
         self.model, self.backbone, self.products = model, backbone, products
         self.temperature, self.budget, self.dropout = temperature, budget, dropout
         self._plan = PackedAttention(None, products.dtype, native=native)
+        self._learning = False
 
     def parts(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], group: Sequence[int]
@@ -84,6 +86,7 @@ class Learner:
             for module, _ in modes:
                 if getattr(module, "gradient_checkpointing", False):
                     module.training = True
+        self._learning = True
         try:
             if self.backbone is None:
                 yield
@@ -94,12 +97,16 @@ class Learner:
                 with self.products.learning(), self.backbone.following(self._plan), self.backbone.on_device():
                     yield
         finally:
+            self._learning = False
             for module, training in modes:
                 module.training = training
             self._plan.forget()
 
     def evaluate(self, part: Part) -> TokenTerms:
-        """Terms of the part's completion tokens ``[m]``, sample after sample; within :meth:`learning` only."""
+        """Terms of the part's completion tokens ``[m]``, sample after sample. Raises UsageError outside of
+        :meth:`learning`, where attention would be the model's own and see the packed row as one sequence."""
+        if not self._learning:
+            raise UsageError("Learner.evaluate works within learning() alone: with learner.learning(): ...")
         if self.backbone is None:
             return self._evaluate_plainly(part.groups)
         pack = self._plan.pack = Pack.of(part.groups, self.backbone.device)

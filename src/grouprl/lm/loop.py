@@ -59,6 +59,7 @@ class Run:
             trainer.custom,
         )  # fmt: skip
         self.follows = trainer.policy.reference if config.sync_ref_model else None
+        self.reference_moved = False
         self.samples: Samples | None = None
         self.steps: list[Step] = []
         self.generation_metrics: Metrics = {}
@@ -68,7 +69,11 @@ class Run:
         done = 0 if resumed is None else int(resumed.meta["flow"]["state"]["global_step"])
         trainer.flow.begin(self.total, self._updates_per_epoch(), done)
         if resumed is not None:
-            self._restore(resumed)
+            try:
+                self._restore(resumed)
+            except BaseException:
+                trainer.flow.close()
+                raise
 
     def _updates_per_epoch(self) -> int | None:
         if self.source.size is None or self.source.streamed:
@@ -133,8 +138,10 @@ class Run:
             )
             self.update = 0
             self._divide()
-            # Steps that come after the policy has moved need to know what it was.
-            for later in self.steps[1:]:
+            # Steps that come after the policy has moved need to know what it was; with dropout all that are repeated,
+            # as what a pass with dropout sees is not the policy that sampled.
+            again = trainer.policy.learner.dropout and self.plan.num_iterations > 1
+            for later in self.steps if again else self.steps[1:]:
                 later.remember_old()
             metrics |= self.generation_metrics
         trainer.last_samples = self.samples
@@ -153,6 +160,7 @@ class Run:
         done = trainer.state.global_step + 1
         if self.follows is not None and done % config.ref_model_sync_steps == 0:
             self.follows.follow(config.ref_model_mixup_alpha)
+            self.reference_moved = True
             self.samples.known_ref.zero_()
         return metrics
 
@@ -184,8 +192,8 @@ class Run:
             "plan": asdict(self.plan), "config": self.config.to_dict(),
             "scheduler": None if trainer.lr_scheduler is None else _plain_state(trainer.lr_scheduler),
         }  # fmt: skip
-        if self.follows is not None:
-            tensors |= {f"reference.{name}": value for name, value in self.follows.state().items()}
+        if self.reference_moved and trainer.policy.reference is not None:
+            tensors |= {f"reference.{name}": value for name, value in trainer.policy.reference.state().items()}
         if self.samples is not None and self.update < self.plan.updates_per_generation:
             buffered, meta["samples"] = checkpoint.samples_state(self.samples)
             tensors |= {f"samples.{name}": value for name, value in buffered.items()}
@@ -198,6 +206,7 @@ class Run:
                 f"the checkpoint holds half a generation, sampled as {meta['plan']}, here it is {asdict(self.plan)}; "
                 "resume with the same batch settings, or from a checkpoint between two generations"
             )
+        rates = list(trainer.lr_scheduler.base_lrs) if trainer._own_scheduler else []
         try:
             load_optimizer_state(
                 trainer.optimizer, saved.part("optimizer"), meta["optimizer"], own_settings=trainer._own_optimizer
@@ -206,16 +215,18 @@ class Run:
             raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
         if trainer.lr_scheduler is not None and meta["scheduler"] is not None:
             trainer.lr_scheduler.load_state_dict(meta["scheduler"])
-        if trainer._own_scheduler and trainer._own_optimizer:
-            follow_settings(trainer.lr_scheduler, self.config.learning_rate)
-        _tell_changes(meta["config"], self.config)
+        if trainer._own_scheduler:
+            follow_settings(trainer.lr_scheduler, rates)
+        _tell_changes(meta.get("config", {}), self.config)
         self.generator.set_state(saved.tensors["generator"])
         _device_generator(trainer.policy.device).set_state(saved.tensors["dropout"])
         self.order.load(meta["order"])
         self.collector.tokens, self.update, self.losses = meta["tokens"], meta["update"], meta["losses"]
         trainer.flow.load(meta["flow"])
-        if self.follows is not None:
-            self.follows.load(saved.part("reference"))
+        moved = saved.part("reference")
+        if moved and trainer.policy.reference is not None:
+            trainer.policy.reference.load(moved)
+            self.reference_moved = True
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
             trainer.last_samples = self.samples

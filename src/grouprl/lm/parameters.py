@@ -104,12 +104,16 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: GRPOConfig, total_st
     )  # fmt: skip
 
 
-def follow_settings(schedule: Any, learning_rate: float) -> None:
-    """A schedule of :func:`make_schedule` that took up a checkpoint's state has its own rate and length again."""
+def follow_settings(schedule: Any, rates: list[float]) -> None:
+    """A schedule of :func:`make_schedule` that took up a checkpoint's state has its own rates and length again.
+
+    Args:
+        rates: base learning rate of each group of its optimizer.
+    """
     groups = schedule.optimizer.param_groups
-    schedule.base_lrs = [learning_rate] * len(groups)
-    for group, part in zip(groups, schedule.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = learning_rate, learning_rate * part(schedule.last_epoch)
+    schedule.base_lrs = list(rates)
+    for group, rate, part in zip(groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * part(schedule.last_epoch)
     schedule._last_lr = [group["lr"] for group in groups]
 
 
@@ -133,7 +137,8 @@ def load_optimizer_state(
     """The inverse of :func:`optimizer_state`.
 
     Args:
-        own_settings: the optimizer keeps its settings (betas, weight decay, ...), whatever those were that were saved.
+        own_settings: it is that of :func:`make_optimizer`, and keeps its settings (betas, weight decay, ...), whatever
+            those were that were saved.
 
     Raises ValueError if the state is that of other parameters.
     """
@@ -144,7 +149,7 @@ def load_optimizer_state(
     shapes = dict(enumerate(tuple(p.shape) for group in optimizer.param_groups for p in group["params"]))
     for number, entries in state.items():
         for name, value in entries.items():  # torch takes any shape, and writes outside of it
-            if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shapes.get(number):
+            if own_settings and isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shapes.get(number):
                 raise ValueError(f"{name} of parameter {number} is {tuple(value.shape)}, not {shapes.get(number)}")
     groups, own = meta["groups"], [dict(group) for group in optimizer.param_groups]
     for group in groups:

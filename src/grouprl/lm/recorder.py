@@ -127,9 +127,12 @@ class Recorder(TrainerCallback):
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
             row |= self._columns(state.global_step, self.evaluate())
         self._write(row)
-        self.folder.settle()
         if self.stop_requested:
             control.should_training_stop = control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Now the run can be resumed from."""
+        self.folder.settle()
 
     def final(self) -> HeldOut:
         """The evaluation after the last step, written as a row of its own."""

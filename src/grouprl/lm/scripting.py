@@ -51,6 +51,9 @@ _INNER = {
 }
 """What subclasses of TRL's trainer override besides."""
 
+_FOR_CALLERS = {"push_to_hub", "init_hf_repo", "predict", "hyperparameter_search"}
+"""Those that a script calls itself."""
+
 _log = logging.getLogger("grouprl")
 
 
@@ -147,8 +150,10 @@ class ScriptMethods:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Warns of a method that overrides one which nothing here calls: the script would train without it."""
         super().__init_subclass__(**kwargs)
-        for name in vars(cls):
-            if name in MISSING or name in _INNER:
+        kinds = [kind for kind in cls.__mro__ if kind is cls or not issubclass(kind, ScriptMethods)]
+        own = {name for kind in kinds for name in vars(kind)}
+        for name in sorted(own):
+            if (name in MISSING and name not in _FOR_CALLERS) or name in _INNER:
                 advice = MISSING.get(name, _OWN_LOOP)
                 _log.warning("%s.%s overrides a method that nothing calls here: %s", cls.__name__, name, advice)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,8 @@ class GRPOTrainer(ScriptMethods):
         advantage_function: an estimator of your own, in the place of ``args.advantage``:
             ``(rewards [S], lengths [N], group [N]) -> [S]``, as the functions of :mod:`grouprl.objective`.
         surrogate_function: a loss of your own per token, in the place of that of ``args.loss_type``, which still says
-            how tokens are averaged: ``(logp [S], logp_old [S], advantages [S]) -> [S]``. Both: :mod:`grouprl.lm.custom`.
+            how tokens are averaged: ``(logp [S], logp_old [S], advantages [S]) -> [S]``. Both:
+            :mod:`grouprl.lm.custom`.
         **others: arguments of TRL's that are none here are accepted at the value that does nothing.
 
     Attributes:
@@ -247,10 +249,18 @@ class GRPOTrainer(ScriptMethods):
         return {"": self.prompts(_whole(dataset), "eval_dataset")}
 
 
+_MOST_ROWS = 1_000_000
+
+
 def _whole(dataset: Any) -> Any:
     """A stream read to its end, as an evaluation needs all of it; anything else as it is."""
     streamed = isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not isinstance(dataset, Iterator)
-    return list(dataset) if streamed else dataset
+    if not streamed:
+        return dataset
+    rows = list(itertools.islice(dataset, _MOST_ROWS + 1))
+    if len(rows) > _MOST_ROWS:
+        raise UsageError(f"eval_dataset is a stream of more than {_MOST_ROWS} rows; give dataset.take(n)")
+    return rows
 
 
 _RECOMPUTATION = ("gradient_checkpointing", "activation_checkpointing")

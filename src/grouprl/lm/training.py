@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.lm import checkpoint, recipe, tasks
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.models import load
@@ -174,11 +174,8 @@ def train(
     )  # fmt: skip
     if announce is not None:
         announce(folder)
-    try:
+    with folder.kept_in_order():
         return _run(folder, given, trainer, rows, track, resume_from=None)
-    except GrouprlError:
-        folder.abandon()
-        raise
 
 
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
@@ -209,8 +206,8 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     if config.max_steps > 0 and done >= config.max_steps:
         raise UsageError(f"{folder.path} has done all of its {done} steps; give a larger total with --steps")
     rows = material(given)
-    # The checkpoint has the warm weights, unless it holds an adapter alone.
-    cold = given if given.lora is not None else Recipe(**{**given.__dict__, "warm_start": None})
+    # The checkpoint has the warm weights, unless it holds an adapter alone; a reference begins with them too.
+    cold = given if given.lora is not None or config.beta > 0 else Recipe(**{**given.__dict__, "warm_start": None})
     trainer = build(cold, config, rows)
     return _run(folder, given, trainer, rows, track, resume_from=newest)
 
@@ -223,9 +220,9 @@ def quiet() -> None:
 
 
 def _absolute(given: Recipe) -> dict[str, str]:
-    """The recipe's files, found from wherever the run is resumed or evaluated."""
-    files = {"task": given.task, "eval_data": given.eval_data}
-    return {name: str(Path(file).absolute()) for name, file in files.items() if file and file.endswith(".jsonl")}
+    """The recipe's files and folders, found from wherever the run is resumed or evaluated."""
+    files = {"task": given.task, "eval_data": given.eval_data, "model": given.model}
+    return {name: str(Path(file).absolute()) for name, file in files.items() if file and Path(file).exists()}
 
 
 _DECIDED = {
@@ -277,9 +274,7 @@ def _run(
             except TrainingError as error:
                 last = checkpoint.latest(folder.path)
                 kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
-                if trainer.state.global_step:
-                    kept += f"; its metrics and transcripts are in {folder.path}"
-                raise TrainingError(f"{error} (after {trainer.state.global_step} steps; {kept})") from error
+                raise TrainingError(f"{error} (after {trainer.state.global_step} steps; {kept}).") from error
         if recorder.stop_requested and trainer.state.global_step < trainer.state.max_steps:
             return RunResult(folder, trainer.state.global_step, None, [])
         return _finish(folder, given, trainer, recorder)

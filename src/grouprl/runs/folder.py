@@ -8,12 +8,13 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grouprl.errors import UsageError
+from grouprl.errors import GrouprlError, UsageError
 from grouprl.runs.files import explain_os_error, write_json, write_yaml
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.state import read_meta
@@ -32,7 +33,7 @@ class RunFolder:
         """Make the folder and write `config` (plain types) as its config.yaml.
 
         With `overwrite` an older run in the same folder is put aside, until `settle` deletes it or `abandon` brings it
-        back; any other folder is never touched.
+        back; other files are never touched.
 
         Raises UsageError if the folder holds anything already, or cannot be made.
         """
@@ -59,6 +60,8 @@ class RunFolder:
         folder = cls(Path(path))
         if not folder.path.is_dir():
             raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
+        if not folder.config_path.is_file() and folder._replaced.is_dir():
+            folder.abandon()  # another was to replace it, and was killed before it began
         if not folder.config_path.is_file():
             raise UsageError(
                 f"{path} is not a run folder: it holds no config.yaml. Give one that `grouprl train` made."
@@ -176,29 +179,57 @@ class RunFolder:
             except OSError as error:
                 raise explain_os_error(error, path) from error
 
+    # A run that replaces another is made in its place; the other one's files wait in .replaced. Whatever happens in
+    # between, one look says what to do: config.yaml goes there first and comes back last, so without one in the folder
+    # itself what is there belongs to the older run.
+
+    @contextmanager
+    def kept_in_order(self) -> Iterator[None]:
+        """Around a run: if it fails, `abandon` it, and say where to find what it had recorded."""
+        try:
+            yield
+        except BaseException as error:
+            usable, place = self._usable(), self.abandon()
+            if isinstance(error, GrouprlError) and place is not None and not usable:
+                raise type(error)(f"{error} What it recorded is in {place}.") from error
+            raise
+
     def settle(self) -> None:
-        """Delete the run that this one replaces, if there is one: this one has something to show."""
+        """Delete the run that this one replaces, if there is one: this one can be used, or resumed from."""
         if self._replaced.is_dir():
+            (self._replaced / self.config_path.name).unlink(missing_ok=True)
             shutil.rmtree(self._replaced, ignore_errors=True)
 
-    def abandon(self) -> bool:
-        """After a failure: keep what there is, if a step was recorded. If none was, delete the run's files, bring back
-        those of the run it was to replace, and delete the folder if nothing is in it. Returns whether it was kept.
+    def abandon(self) -> Path | None:
+        """After a failure: keep what is of use, and bring back the run that this one was to replace.
+
+        A run with a checkpoint stays. One that has recorded a step stays too, in a folder beside this one if it was to
+        replace another; of one that has not, nothing is left. Returns where it is, or None.
         """
         try:
-            if self._has_steps():
-                return True
+            if self._usable():
+                self.settle()
+                return self.path
+            if not self.config_path.is_file() or not self._has_steps():
+                if self.config_path.is_file():
+                    for path in self._own():
+                        _delete(path)
+                self._bring_back()
+                return None
+            if not self._replaced.is_dir():
+                return self.path
+            beside = _free(self.path.with_name(f"{self.path.name}-failed"))
+            beside.mkdir()
             for path in self._own():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if self._replaced.is_dir():
-                for path in self._replaced.iterdir():
-                    os.replace(path, self.path / path.name)
-                self._replaced.rmdir()
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+                os.replace(path, beside / path.name)
+            self._bring_back()
         except OSError as error:
             raise explain_os_error(error, self.path) from error
-        return False
+        return beside
+
+    def _usable(self) -> bool:
+        places = (self.checkpoints_path, self.model_folder, self.model_path, *self.path.glob("checkpoint-*"))
+        return self.config_path.is_file() and any(place.exists() for place in places)
 
     def _has_steps(self) -> bool:
         try:
@@ -212,16 +243,16 @@ class RunFolder:
         return self.path / ".replaced"
 
     def _own(self) -> list[Path]:
-        """What a run has made, config.yaml last: a folder that is half deleted is still recognised as a run's."""
+        """What a run has made, config.yaml last."""
         made = (
-            self.checkpoints_path, self.tensorboard_path, self.model_folder, *self.path.glob("checkpoint-*"),
-            self.metrics_path, self.model_path, self.curve_path, self.video_path, self.summary_path,
-            self.transcripts_path, self.transcripts_page, self.config_path,
+            self.checkpoints_path, self.tensorboard_path, self.path / "wandb", self.model_folder,
+            *self.path.glob("checkpoint-*"), self.metrics_path, self.model_path, self.curve_path, self.video_path,
+            self.summary_path, self.transcripts_path, self.transcripts_page, self.config_path,
         )  # fmt: skip
-        return [path for path in made if path.exists()]
+        return [path for path in made if path.exists() or path.is_symlink()]
 
     def _check_replaceable(self, overwrite: bool) -> None:
-        if not self.config_path.is_file():
+        if not self.config_path.is_file() and not (self._replaced / self.config_path.name).is_file():
             raise UsageError(f"{self.path} is not empty and holds no run. Choose another folder.")
         if not overwrite:
             raise UsageError(
@@ -230,20 +261,44 @@ class RunFolder:
             )
 
     def _put_aside(self) -> None:
-        self.settle()
-        self._replaced.mkdir()
-        for path in self._own():
-            os.replace(path, self._replaced / path.name)
+        if self._replaced.is_dir():  # of a run that was killed
+            self.abandon()
+        self._replaced.mkdir(exist_ok=True)
+        try:
+            for path in reversed(self._own()):
+                os.replace(path, self._replaced / path.name)
+        except OSError:
+            self._bring_back()
+            raise
+
+    def _bring_back(self) -> None:
+        """Put the files of an older run in their places, and delete the folder if nothing is in it then."""
+        if self._replaced.is_dir():
+            for path in sorted(self._replaced.iterdir(), key=lambda path: path.name == self.config_path.name):
+                os.replace(path, self.path / path.name)
+            self._replaced.rmdir()
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def default_run_path(root: str | os.PathLike[str], name: str, seed: int) -> Path:
     """A path that does not exist yet: root/NAME-seedSEED-DATE-TIME, with -2, -3, ... after it if that is taken."""
     safe_name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    stem = f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(root) / stem
-    number = 2
+    return _free(Path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _free(wanted: Path) -> Path:
+    """The path, with -2, -3, ... after it if it is taken."""
+    path, number = wanted, 2
     while path.exists():
-        path = Path(root) / f"{stem}-{number}"
+        path = wanted.with_name(f"{wanted.name}-{number}")
         number += 1
     return path
 

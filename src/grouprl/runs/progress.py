@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,12 @@ class Progress:
         self, total: int, enabled: bool | None = None, *, description: str | None = None, done: int = 0
     ) -> None:
         """Start at `done` of `total` steps. `enabled` None means: a bar if standard error is a terminal, else lines."""
-        terminal = sys.stderr is not None and sys.stderr.isatty()
+        terminal = False
+        if enabled is None:
+            with suppress(AttributeError, ValueError):  # none, no terminal's, closed
+                terminal = sys.stderr.isatty()
         self._bar: tqdm[Never] | None = None
-        self._lines = enabled is None and not terminal and sys.stderr is not None
+        self._lines = enabled is None and not terminal
         self._total, self._began, self._said = total, time.monotonic(), time.monotonic()
         if enabled or (enabled is None and terminal):
             from tqdm import tqdm
@@ -49,10 +53,11 @@ class Progress:
     def say(self, text: str) -> None:
         """Show a line of text, above the bar if there is one."""
         self._said = time.monotonic()
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
-        elif sys.stderr is not None:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # nobody listens any more, which is no reason to stop
+            if self._bar is not None:
+                self._bar.write(text, file=sys.stderr)
+            elif sys.stderr is not None:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it last was; does nothing the second time."""

@@ -2,6 +2,7 @@ import asyncio
 import functools
 import math
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -330,24 +331,27 @@ def test_no_completions_give_no_rewards() -> None:
     assert rewards.values.shape == (0, 2)
 
 
-def test_a_function_that_changes_what_it_is_given_changes_it_for_no_other_completion() -> None:
-    row = Prompt(0, [{"role": "user", "content": "2 + 3 ="}], {"answers": ["5"]}, (1,))
+def test_a_function_that_changes_what_it_is_given_changes_it_for_nobody_else() -> None:
+    lock = threading.Lock()  # cannot be copied
+    row = Prompt(0, [{"role": "user", "content": "2 + 3 ="}], {"answers": [["5"]], "lock": lock}, (1,))
     seen = []
 
-    def first(prompts, answers, **_: Any) -> list[float]:
-        for prompt, answer in zip(prompts, answers, strict=True):
+    def change(prompts, completions, answers, **others: Any) -> list[float]:
+        for prompt, completion, answer in zip(prompts, completions, answers, strict=True):
+            seen.append((len(prompt), len(completion), len(answer[0])))
             prompt.append("x")
-            answer.append("6")
-        seen.append([len(prompt) for prompt in prompts])
+            completion.append("x")
+            answer[0].append("6")
+        assert others["lock"] == [lock] * len(prompts)
         return [1.0] * len(prompts)
 
     for _ in range(2):
-        RewardCaller(first)([row, row], ["5", "6"], [[1], [2]])
-    assert seen == [[2, 2]] * 2
-    assert row.columns == {"answers": ["5"]}
+        RewardCaller([change, change])([row, row], ["5", "6"], [[1], [2]])
+    assert seen == [(1, 1, 1)] * 8
+    assert row.columns["answers"] == [["5"]]
 
 
-@pytest.mark.parametrize("name", ["reward", "rewards/first/mean", "loss", "eval_reward", "step"])
+@pytest.mark.parametrize("name", ["reward", "rewards/first/mean", "loss", "eval_reward", "step", "clip_ratio/low_mean"])
 def test_a_metric_that_is_logged_anyway_cannot_be_logged(name: str) -> None:
     def judge(completions, log_metric, **_: Any) -> list[float]:
         log_metric(name, 1.0)
@@ -357,10 +361,23 @@ def test_a_metric_that_is_logged_anyway_cannot_be_logged(name: str) -> None:
         RewardCaller(judge)([Prompt(0, "a", {}, (1,))], ["b"], [[1]])
 
 
-def test_a_metric_must_be_finite_and_a_reward_of_moderate_size() -> None:
+def test_other_metrics_are_anybodys_and_nan_is_left_out_of_their_means() -> None:
+    def judge(completions, log_metric, **_: Any) -> list[float]:
+        for name in ("train_accuracy", "eval_difficulty", "rewards/format_share", "completions/tags", "kl_ref"):
+            log_metric(name, 1.0)
+        log_metric("half", float("nan"))
+        log_metric("half", 3.0)
+        log_metric("none", float("nan"))
+        return [1.0] * len(completions)
+
+    metrics = RewardCaller(judge)([Prompt(0, "a", {}, (1,))], ["b"], [[1]]).metrics
+    assert (metrics["half"], "none" in metrics, len(metrics)) == (3.0, False, 6)
+
+
+def test_a_metric_must_not_be_infinite_and_a_reward_of_moderate_size() -> None:
     rows = [Prompt(0, "a", {}, (1,))]
-    with pytest.raises(TrainingError, match=r"log_metric\('pace', nan\)"):
-        RewardCaller(lambda completions, log_metric: log_metric("pace", float("nan")))(rows, ["b"], [[1]])
+    with pytest.raises(TrainingError, match=r"log_metric\('pace', inf\)"):
+        RewardCaller(lambda completions, log_metric: log_metric("pace", float("inf")))(rows, ["b"], [[1]])
     with pytest.raises(TrainingError, match="at most 1e\\+30 in size"):
         RewardCaller(lambda completions: [1e200])(rows, ["b"], [[1]])
     with pytest.raises(TrainingError, match="raised SystemExit"):

@@ -13,11 +13,11 @@ Functions may be asynchronous; those wait side by side.
 from __future__ import annotations
 
 import asyncio
-import copy
 import functools
 import inspect
 import math
 import numbers
+import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,12 +33,13 @@ RewardFunction = Callable[..., Any]
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 _LARGEST = 1e30
 """Of a reward, in size: squares of larger ones leave the range of numbers."""
-_OWN_METRICS = ("rewards/", "completions/", "clip_ratio/", "sampling/", "dynamic_sampling/", "eval_", "train_")
-_OWN_COLUMNS = {
-    "reward", "reward_std", "frac_reward_zero_std", "num_tokens", "loss", "grad_norm", "entropy", "kl",
-    "cispo_clip_ratio", "learning_rate", "step_time", "step", "epoch", "sampled_tokens", "runtime",
-    "samples_per_second",
-}  # fmt: skip
+_OWN_METRICS = re.compile(
+    r"reward|reward_std|frac_reward_zero_std|rewards/.+/(mean|std)|num_tokens|loss|grad_norm|entropy|kl|learning_rate"
+    r"|completions/((mean|min|max)_(terminated_)?length|clipped_ratio)|clip_ratio/.+|cispo_clip_ratio|sampling/.+"
+    r"|dynamic_sampling/.+|step|step_time|epoch|sampled_tokens|runtime|samples_per_second|eval_(reward|accuracy)"
+    r"|train_(seconds|runtime|loss|steps_per_second|samples_per_second)"
+)
+"""What is logged anyway."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class RewardCaller:
         """
         log = _Log()
         offered = {
-            **copy.deepcopy(_columns(rows)),  # functions may change what they are given
-            "prompts": [copy.deepcopy(row.prompt) for row in rows],
+            **_columns(rows),
+            "prompts": [row.prompt for row in rows],
             "completions": [row.completion(text) for row, text in zip(rows, completions, strict=True)],
             "completion_ids": [list(ids) for ids in completion_ids],
             "trainer_state": trainer_state,
@@ -168,12 +169,14 @@ class _Log:
         self._columns.setdefault(str(column), []).extend(values)
 
     def metric(self, name: str, value: float) -> None:
-        """Log `value`; several of one name are averaged."""
-        if str(name).startswith(_OWN_METRICS) or name in _OWN_COLUMNS:
+        """Log `value`; several of one name are averaged, NaN left out."""
+        if _OWN_METRICS.fullmatch(str(name)):
             raise UsageError(f"log_metric({name!r}, ...): grouprl logs a number of that name itself; choose another")
-        if not math.isfinite(value):
+        if math.isinf(value):
             raise TrainingError(f"log_metric({name!r}, {value!r}): give a finite number")
-        self._metrics.setdefault(str(name), []).append(float(value))
+        values = self._metrics.setdefault(str(name), [])
+        if not math.isnan(value):
+            values.append(float(value))
 
     def columns(self, n: int) -> dict[str, list[Any]]:
         for column, values in self._columns.items():
@@ -184,7 +187,7 @@ class _Log:
         return self._columns
 
     def means(self) -> dict[str, float]:
-        return {name: math.fsum(values) / len(values) for name, values in self._metrics.items()}
+        return {name: math.fsum(values) / len(values) for name, values in self._metrics.items() if values}
 
 
 class _Loop:
@@ -269,7 +272,7 @@ def _arguments(function: RewardFunction, name: str, offered: Mapping[str, Any]) 
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some built-in functions have none
-        return dict(offered)
+        return _owned(offered)
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY and parameter.default is parameter.empty:
             raise UsageError(
@@ -284,9 +287,22 @@ def _arguments(function: RewardFunction, name: str, offered: Mapping[str, Any]) 
                 f"({columns}) nor one of {', '.join(RESERVED)}"
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(offered)
+        return _owned(offered)
     wanted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {key: value for key, value in offered.items() if key in wanted}
+    return _owned({key: value for key, value in offered.items() if key in wanted})
+
+
+def _owned(offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists of the function's own, one for each completion, which it may change."""
+    given = ("trainer_state", "log_extra", "log_metric")
+    return {key: value if key in given else [_copied(entry) for entry in value] for key, value in offered.items()}
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested lists and mappings; whatever else there is stays what it is."""
+    if type(value) is list:
+        return [_copied(entry) for entry in value]
+    return {key: _copied(entry) for key, entry in value.items()} if type(value) is dict else value
 
 
 def _guarded(name: str, call: Callable[[], Any]) -> Any:
