@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -162,21 +161,13 @@ def read(path: Path) -> list[Run]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def commit() -> str:
-    """The commit that ran, marked if the tree differs from it."""
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return said.stdout.strip()
-
-
 def run_all(wanted: list[Run], out: Path, jobs: int, peers: Path) -> int:
     """Run each that ``out`` lacks in a process of its own, append what it reached; returns how many failed."""
     known = {key(run) for run in read(out)}
     todo = [run for run in wanted if key(run) not in known]
     print(f"{len(wanted)} runs wanted, {len(wanted) - len(todo)} already in {out}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    context = {"commit": commit(), "jobs": jobs, "machine": measuring.machine()}
+    context = {"commit": measuring.commit(), "jobs": jobs, "machine": measuring.machine()}
 
     def one(run: Run) -> bool:
         label = f"{run['name']} ({run['mode']}) seed {run['seed']}"

@@ -164,7 +164,7 @@ def measure(count: int, cache: Path) -> dict[str, Any]:
             found.setdefault(kind, []).append(row)
             print(kind, {way: {k: f"{v:.2g}" for k, v in numbers.items()} for way, numbers in row.items()}, flush=True)
     versions = measuring.versions("grouprl", "torch", "transformers")
-    return {"machine": measuring.machine(), "versions": versions, "draws": found}
+    return {"machine": measuring.machine(), "commit": measuring.commit(), "versions": versions, "draws": found}
 
 
 def spread(values: Sequence[float]) -> str:

@@ -42,7 +42,10 @@ def measure(sides: list[str], seeds: list[int]) -> None:
             given = ("--work", "nth-word", "--seed", str(seed), "--seconds", str(seconds))
             result = lm_speed.run(python, worker, *given)
             with LOG.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"side": side, "machine": measuring.machine(), **result}) + "\n")
+                file.write(
+                    json.dumps({"side": side, "machine": measuring.machine(), "commit": measuring.commit(), **result})
+                    + "\n"
+                )
             last = result["curve"][-1]
             print(f"{side} seed {seed}: {last['accuracy']:.3f} after {last['step']} steps, {last['seconds']:.0f} s")
 

@@ -54,7 +54,12 @@ def keep(log: Path, batch: str, side: str, result: dict[str, Any]) -> None:
     """Append a result and say what it was."""
     RESULTS.mkdir(exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"batch": batch, "side": side, "machine": measuring.machine(), **result}) + "\n")
+        file.write(
+            json.dumps(
+                {"batch": batch, "side": side, "machine": measuring.machine(), "commit": measuring.commit(), **result}
+            )
+            + "\n"
+        )
     step = statistics.median(s["step"] for s in result["steps"])
     print(f"{result['work']:5s} {side:24s} {step:7.2f} s a step, {_peak_mb(result) / 1e3:.2f} GB", flush=True)
 
