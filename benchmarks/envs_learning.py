@@ -167,7 +167,10 @@ def run_all(wanted: list[Run], out: Path, jobs: int, peers: Path) -> int:
     todo = [run for run in wanted if key(run) not in known]
     print(f"{len(wanted)} runs wanted, {len(wanted) - len(todo)} already in {out}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    context = {"commit": measuring.commit(), "jobs": jobs, "machine": measuring.machine()}
+    now = measuring.commit()
+    if others := sorted({run["commit"] for run in read(out)} - {now}):
+        print(f"note: runs of {', '.join(others)} count, here is {now}: delete their lines if the code may matter")
+    context = {"commit": now, "jobs": jobs, "machine": measuring.machine()}
 
     def one(run: Run) -> bool:
         label = f"{run['name']} ({run['mode']}) seed {run['seed']}"
@@ -255,6 +258,24 @@ def compared(ours: list[Run], ppo: list[Run]) -> list[str]:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in [header, ["---"] * len(header), *rows])
+
+
+def render_experiments(runs: list[Run]) -> str:
+    """The Markdown report of a file of one's own: a row for each configuration that was tried."""
+    every: dict[str, list[Run]] = defaultdict(list)
+    for run in {key(run): run for run in runs}.values():
+        every[run["config_hash"]].append(run)
+    header = ["environment", "settings", "steps", "seeds", "IQM of greedy return [95 %]", "range", "commit"]
+    rows = []
+    for found in every.values():
+        first, means = found[-1], means_of(found)
+        settings = ", ".join(f"{name}={value}" for name, value in first["settings"].items()) or "as they are"
+        commits = ", ".join(sorted({run["commit"] for run in found}))
+        rows.append([
+            first["name"], f"{first['mode']}: {settings}", f"{first['budget']:,}", str(len(found)),
+            with_interval(means), f"{number(means.min())} to {number(means.max())}", commits,
+        ])  # fmt: skip
+    return f"# Experiments\n\n{markdown(header, rows)}"
 
 
 def render(runs: list[Run]) -> str:
@@ -345,7 +366,7 @@ def main() -> None:
         seeds = [int(seed) for seed in given.seeds.split(",")]
         wanted = plan(given.env or list(every), seeds, given.steps, mode, settings)
         failed = run_all(wanted, given.out, given.jobs, given.peers_python)
-    report(given.out, render, failed)
+    report(given.out, render if given.out == RESULTS else render_experiments, failed)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python benchmarks/lm_presets.py --preset nth-word --seeds 3   # one of them; the newest run of a seed counts
     python benchmarks/lm_presets.py --table                       # render again, run nothing
 
-Each run is the command of the README, ``grouprl train-lm PRESET --seed SEED``, in a process of its own. What it writes in
-summary.json is appended to results/lm_presets.jsonl; from that come the table, the ``expect`` block of each preset,
+Each run is the command of the README, ``grouprl train-lm PRESET --seed SEED``, in a process of its own. What it writes
+in summary.json is appended to results/lm_presets.jsonl; from that come the table, the ``expect`` block of each preset,
 and the learning curves in docs/images (of the runs that still lie in build/lm-presets).
 """
 
@@ -70,8 +70,9 @@ def table(found: dict[str, list[Run]]) -> str:
     machines = "; ".join(sorted({f"{run['machine']['cpu']}, {run['machine']['cores']} cores" for run in runs}))
     lines = [
         "# Presets of the language arena", "",
-        f"Made by `python benchmarks/lm_presets.py --table` from `{LOG.name}`. Greedy accuracy on 256 held-out questions; "
-        "median (range) over seeds. Training seconds leave out loading, evaluation and files; the whole command has them.",
+        f"Made by `python benchmarks/lm_presets.py --table` from `{LOG.name}`. Greedy accuracy on 256 held-out "
+        "questions; median (range) over seeds. Training seconds leave out loading, evaluation and files, the whole "
+        "command has them.",
         f"  \n{machines}; {versions}; commit {', '.join(sorted({run['commit'] for run in runs}))}.", "",
         "| preset | seeds | accuracy before | after | training s | whole command s | peak memory (GB) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -80,10 +81,8 @@ def table(found: dict[str, list[Run]]) -> str:
         seeds = ", ".join(str(run["seed"]) for run in of_preset)
         whole = statistics.median(run["command"]["wall_seconds"] for run in of_preset)
         numbers = [spread(of_preset, name, 3) for name in ("accuracy_before", "accuracy_after")]
-        lines.append(
-            f"| {preset} | {seeds} | {numbers[0]} | {numbers[1]} | {spread(of_preset, 'train_seconds', 0)} | {whole:.0f} | "
-            f"{spread(of_preset, 'peak_memory_gb', 2)} |"
-        )
+        cells = [preset, seeds, *numbers, spread(of_preset, "train_seconds", 0), f"{whole:.0f}"]
+        lines.append("| " + " | ".join([*cells, spread(of_preset, "peak_memory_gb", 2)]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -134,15 +135,17 @@ def advantages(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) 
     if config.advantage == "baseline":
         assert baseline is not None
         raw, explained = baseline.advantages(rollout, config)
-        info = {"explained_variance": explained}
-    elif config.advantage == "tutorial":
+        return objective.standardise(raw, rollout.trainable), {"explained_variance": explained}
+    if config.advantage == "tutorial":
         return objective.tutorial(rewards, lengths, config.gamma), {}
-    else:
-        info = {"degenerate_groups": objective.degenerate_fraction(rewards, lengths, group)}
-        if config.advantage == "outcome":
+    info = {"degenerate_groups": objective.degenerate_fraction(rewards, lengths, group)}
+    match config.advantage:
+        case "outcome":
             return objective.outcome(rewards, lengths, group, scale=config.scale_by_std), info
-        if config.advantage == "leave_one_out":
+        case "leave_one_out":
             raw = objective.leave_one_out(rewards, lengths, group)
-        else:
+        case "timestep":
             raw = objective.timestep(rewards, lengths, group, gamma=config.gamma)
+        case other:
+            assert_never(other)
     return objective.standardise(raw, rollout.trainable), info
