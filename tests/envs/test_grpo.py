@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 from safetensors.torch import save_file
 
-from grouprl import GRPO, TrainingError, UsageError, evaluate
+from grouprl import GRPO, TrainingError, UsageError, evaluate, objective
 from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.policy import ACTING_ROWS
 from grouprl.envs.vector import close_vector, make_vector
@@ -628,3 +628,32 @@ class TestConfiguration:
         agent = GRPO("CartPole-v1", **QUICK)
         with pytest.raises(ValueError, match="frozen"):
             agent.config.gamma = 0.5
+
+
+class TestAnEstimatorOfOnesOwn:
+    def test_a_function_of_objective_gives_what_its_setting_gives(self):
+        by_name = trained(advantage="leave_one_out", collect="episodes")
+        given = trained(advantage_function=objective.leave_one_out, collect="episodes")
+        for a, b in zip(by_name.policy.parameters(), given.policy.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_it_is_needed_to_train_on_and_not_to_act(self, tmp_path):
+        agent = GRPO("CartPole-v1", preset=None, advantage_function=objective.leave_one_out, n_envs=2)
+        path = agent.learn(100).save(tmp_path / "agent")
+        loaded = GRPO.load(path)
+        loaded.predict(np.zeros(4, np.float32))
+        with pytest.raises(UsageError, match="pass it to load"):
+            loaded.learn(100)
+        GRPO.load(path, advantage_function=objective.leave_one_out).learn(100)
+
+    @pytest.mark.parametrize(
+        ("function", "kind", "message"),
+        [
+            ("median", UsageError, r"advantage_function='median' must be a function .* GRPO\(env, advantage=\.\.\.\)"),
+            (lambda r, n, g: r[:1], TrainingError, r"returned shape \[1\]"),
+            (lambda r, n, g: r / 0, TrainingError, "not finite"),
+        ],
+    )
+    def test_one_at_fault_is_named(self, function, kind, message):
+        with pytest.raises(kind, match=message):
+            GRPO("CartPole-v1", preset=None, advantage_function=function, n_envs=2).learn(100)

@@ -889,7 +889,7 @@ def test_an_estimator_of_ones_own_sees_returns_and_groups(tmp_path: Path) -> Non
         (
             {"surrogate_function": lambda p, q, a: (p - q).sum()},
             TrainingError,
-            r"surrogate function returned shape \[\]",
+            r"surrogate_function returned shape \[\]",
         ),
     ],
 )

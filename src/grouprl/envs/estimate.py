@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from grouprl import objective
+from grouprl.custom import TensorFunction, own_advantages
 from grouprl.envs.config import GRPOConfig
 from grouprl.objective import RandomFeatures
 from grouprl.rollouts import Rollout
@@ -125,13 +126,19 @@ def has_signal(rollout: Rollout) -> bool:
     return bool(rollout.terminated.any()) and float(rewards[0]) != 0.0
 
 
-def advantages(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) -> tuple[Tensor, dict[str, float]]:
+def advantages(
+    rollout: Rollout, config: GRPOConfig, baseline: Baseline | None, own: TensorFunction | None = None
+) -> tuple[Tensor, dict[str, float]]:
     """Advantages ``[S]`` on the scale the surrogate sees, and what is worth logging about them.
+
+    ``own`` is a function of the user's, in the place of ``config.advantage``.
 
     ``outcome`` is used as it comes (it is normalised in its group); every other estimator is centred and scaled once
     over the trainable steps of the batch.
     """
     rewards, lengths, group = rollout.rewards, rollout.lengths, rollout.group
+    if own is not None:
+        return objective.standardise(own_advantages(own, rewards, lengths, group), rollout.trainable), {}
     if config.advantage == "baseline":
         assert baseline is not None
         raw, explained = baseline.advantages(rollout, config)

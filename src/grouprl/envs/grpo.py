@@ -11,6 +11,7 @@ import torch
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
 
+from grouprl.custom import TensorFunction, check_function
 from grouprl.envs import checkpoint, presets
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
@@ -41,6 +42,10 @@ class GRPO:
             None takes the robust default.
         env_kwargs: passed to the environment's constructor (ids only).
         network: builds the policy's network from (inputs, outputs); default: an MLP of ``hidden_sizes``.
+        advantage_function: an estimator of your own, in the place of ``advantage``:
+            ``(rewards [S], lengths [N], group [N]) -> [S]`` for N samples of S steps in all, as the functions of
+            :mod:`grouprl.objective`. Advantages are centred and scaled over the batch afterwards. If it compares whole
+            episodes, set ``collect="episodes"`` or ``group_size``.
         **settings: any field of :class:`~grouprl.envs.config.GRPOConfig`; they win over the preset's.
 
     Raises:
@@ -54,8 +59,10 @@ class GRPO:
         preset: str | None = "auto",
         env_kwargs: Mapping[str, Any] | None = None,
         network: Network | None = None,
+        advantage_function: TensorFunction | None = None,
         **settings: Any,
     ) -> None:
+        check_function("advantage_function", advantage_function, "GRPO(env, advantage")
         if network is not None and not callable(network):
             raise UsageError(f"network={network!r} must be a callable (inputs, outputs) -> torch.nn.Module, or None")
         chosen = presets.resolve(env_name(env), preset)
@@ -70,6 +77,7 @@ class GRPO:
                 close_vector(venv)
             raise
         self.env_kwargs |= kwargs
+        self.loop.advantage_function = advantage_function
         self._attach(env, venv)
 
     def _build(self, config: GRPOConfig, observation: Space[Any], action: Space[Any], network: Network | None) -> None:
@@ -90,6 +98,7 @@ class GRPO:
         self._predict_rng = np.random.default_rng(predict)
         self.loop = Loop(self.policy, self.actions, config, act, shuffle, starts)
         self._custom_network = network is not None
+        self._misses_advantage = False
         self._env: EnvLike | None = None
         self._venv: VectorEnv[Any, Any, Any] | None = None
         self.env_id: str = ""
@@ -195,6 +204,8 @@ class GRPO:
         self, start: int, end: int, callback: Callback | Sequence[Callback] | None, progress_bar: bool | None
     ) -> GRPO:
         """Train until ``end`` total steps on schedules that run from ``start`` to ``end``."""
+        if self._misses_advantage:
+            raise UsageError("this agent was trained with an advantage_function; pass it to load to train on")
         callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
         with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
             while self.num_timesteps < end:
@@ -253,6 +264,7 @@ class GRPO:
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
             "custom_network": self._custom_network,
+            "custom_advantage": self._misses_advantage or self.loop.advantage_function is not None,
             "num_timesteps": self.num_timesteps,
         }
 
@@ -269,21 +281,23 @@ class GRPO:
 
     @classmethod
     def load(
-        cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None, **settings: Any
-    ) -> GRPO:
+        cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None,
+        advantage_function: TensorFunction | None = None, **settings: Any,
+    ) -> GRPO:  # fmt: skip
         """Read what :meth:`save` wrote, from that file or from a run folder.
 
         Args:
             path: the file (suffix optional) or the run folder.
             env: environment to go on training in; without it the saved id is made on the first ``learn``.
-            network: the same builder as at construction, where there was one.
+            network, advantage_function: the same as at construction, where there was one; without the latter the
+                agent acts but does not train.
             **settings: override saved settings.
 
         Raises:
             UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
         """
         path = model_file(Path(path))
-        agent = cls.from_description(path, read_meta(path), network, settings)
+        agent = cls.from_description(path, read_meta(path), network, settings, advantage_function)
         if env is not None:
             agent.set_env(env)
         return agent
@@ -295,6 +309,7 @@ class GRPO:
         meta: Mapping[str, Any],
         network: Network | None,
         settings: Mapping[str, Any],
+        advantage_function: TensorFunction | None = None,
     ) -> GRPO:
         """An agent with the saved policy at ``path``, whose description is ``meta``, and no environment yet."""
         missing = {"config", "observation_space", "action_space", "env_id"} - set(meta)
@@ -306,6 +321,9 @@ class GRPO:
         config = make_config({**meta["config"], **settings})
         spaces = (space_from_json(meta["observation_space"]), space_from_json(meta["action_space"]))
         agent._build(config, *spaces, network)
+        check_function("advantage_function", advantage_function, "GRPO.load(path, advantage")
+        agent.loop.advantage_function = advantage_function
+        agent._misses_advantage = bool(meta.get("custom_advantage")) and advantage_function is None
         agent.env_id, agent.env_kwargs = meta["env_id"], dict(meta["env_kwargs"])
         agent.loop.n_steps, agent.loop.warm = int(meta["num_timesteps"]), True
         load_policy(agent.policy, path)
@@ -325,14 +343,17 @@ class GRPO:
         checkpoint.write(Path(path), self.loop, may_restart, self.describe("checkpoint"), extra or {})
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None) -> GRPO:
+    def from_checkpoint(
+        cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None,
+        advantage_function: TensorFunction | None = None,
+    ) -> GRPO:  # fmt: skip
         """Read what :meth:`checkpoint` wrote, ready for ``learn`` to go on.
 
         Raises:
             UsageError: not a checkpoint, or a corrupt one.
         """
         tensors, meta = checkpoint.read(Path(path))
-        agent = cls.from_description(Path(path), meta, network, {})
+        agent = cls.from_description(Path(path), meta, network, {}, advantage_function)
         agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
         agent.loop.load(tensors, meta["state"])
         agent.extra = meta["state"]["extra"]

@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from grouprl.custom import TensorFunction
 from grouprl.envs.collect import HISTORY_LIMIT, Collector
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
@@ -54,6 +55,7 @@ class Loop:
         self.learner = Learner(policy, config, np.random.default_rng(shuffle))
         self.sticky = StickyActions(config)
         self.baseline: Baseline | None = None
+        self.advantage_function: TensorFunction | None = None
         self.collector: Collector | None = None
         self.n_steps = 0
         """Environment steps so far, those of the warm-up included."""
@@ -116,7 +118,7 @@ class Loop:
         metrics = self._describe(rollout)
         if has_signal(rollout) or not config.skip_without_signal:
             self.signal_steps += rollout.n_steps
-            advantage, info = advantages(rollout, config, self.baseline)
+            advantage, info = advantages(rollout, config, self.baseline, self.advantage_function)
             estimated = perf_counter()
             stats = self.learner.learn(rollout, advantage, progress)
             metrics |= info | {key: float(value) for key, value in asdict(stats).items() if key != "entropy"}

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from grouprl.errors import TrainingError, UsageError
-
-TensorFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+from grouprl.custom import TensorFunction, check_function, own_advantages, per_token
 
 
 @dataclass(frozen=True)
@@ -30,31 +26,15 @@ class Custom:
     surrogate: TensorFunction | None = None
 
     def __post_init__(self) -> None:
-        for name in ("advantage", "surrogate"):
-            value = getattr(self, name)
-            if value is not None and not callable(value):
-                setting = {"advantage": "advantage", "surrogate": "loss_type"}[name]
-                raise UsageError(
-                    f"{name}_function={value!r} must be a function of three tensors; the names of those that ship are "
-                    f"for the configuration: GRPOConfig({setting}=...)"
-                )
+        check_function("advantage_function", self.advantage, "GRPOConfig(advantage")
+        check_function("surrogate_function", self.surrogate, "GRPOConfig(loss_type")
 
     def advantages(self, rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
         """What the function says, checked. Raises TrainingError if it is not one finite number per token."""
         assert self.advantage is not None
-        found = _checked("advantage", self.advantage(rewards, lengths, group), rewards)
-        if not bool(torch.isfinite(found).all()):
-            raise TrainingError("the advantage function returned a number that is not finite; look for a division by 0")
-        return found
+        return own_advantages(self.advantage, rewards, lengths, group)
 
     def losses(self, logp: Tensor, logp_old: Tensor, advantages: Tensor) -> Tensor:
         """What the function says, checked. Raises TrainingError if it is not one number per token."""
         assert self.surrogate is not None
-        return _checked("surrogate", self.surrogate(logp, logp_old, advantages), logp)
-
-
-def _checked(name: str, found: object, like: Tensor) -> Tensor:
-    if not isinstance(found, Tensor) or found.shape != like.shape:
-        what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise TrainingError(f"the {name} function returned {what}; it must be a tensor of shape {list(like.shape)}")
-    return found
+        return per_token("surrogate_function", self.surrogate(logp, logp_old, advantages), logp)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from grouprl.custom import TensorFunction
 from grouprl.errors import UsageError
 from grouprl.lm import checkpoint
 from grouprl.lm.batch_plan import batch_plan
@@ -17,7 +18,7 @@ from grouprl.lm.checkpoint import Checkpoint
 from grouprl.lm.collect import Metrics, describe_judged, judged
 from grouprl.lm.config import GRPOConfig
 from grouprl.lm.config_trl import check_arguments
-from grouprl.lm.custom import Custom, TensorFunction
+from grouprl.lm.custom import Custom
 from grouprl.lm.data import PromptSource, prepare_prompts
 from grouprl.lm.flow import Flow
 from grouprl.lm.locate import first_line

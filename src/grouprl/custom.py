@@ -1,0 +1,40 @@
+"""Functions of packed tensors that a user gives in the place of ours: called, and what they return checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grouprl.errors import TrainingError, UsageError
+
+TensorFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def check_function(name: str, value: object, setting: str) -> None:
+    """Raises UsageError unless ``value``, the argument ``name``, is a function or None; ``setting`` takes names."""
+    if value is not None and not callable(value):
+        raise UsageError(
+            f"{name}={value!r} must be a function of three tensors; the names of those that ship are for the "
+            f"configuration: {setting}=...)"
+        )
+
+
+def per_token(name: str, found: object, like: Tensor) -> Tensor:
+    """What the function ``name`` returned. Raises TrainingError unless it is a tensor of the shape of ``like``."""
+    if not isinstance(found, Tensor) or found.shape != like.shape:
+        what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TrainingError(f"{name} returned {what}; it must be a tensor of shape {list(like.shape)}")
+    return found
+
+
+def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
+    """Advantages ``[S]`` by a user's function of rewards ``[S]``, lengths ``[N]`` and groups ``[N]``.
+
+    Raises TrainingError if it returns anything but one finite number per token or step.
+    """
+    found = per_token("advantage_function", function(rewards, lengths, group), rewards)
+    if not bool(torch.isfinite(found).all()):
+        raise TrainingError("advantage_function returned a number that is not finite; look for a division by 0")
+    return found
