@@ -299,6 +299,18 @@ def test_a_run_on_a_file_can_be_used_from_anywhere(own: Path, monkeypatch: pytes
     training.resume(own / "run", steps=7, progress_bar=False)
 
 
+def test_a_folder_that_happens_to_be_called_like_a_model_or_a_task_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "reverse"):
+        (tmp_path / name).mkdir()
+    run(Path("run"), config={"max_steps": 3})
+    recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"]
+    assert (recipe["model"], recipe["task"]) == ("tiny", "reverse")
+    training.evaluate(Path("run"))
+
+
 def test_a_resumed_run_is_measured_to_the_same_reference(tmp_path: Path) -> None:
     settings = {"beta": 0.1, "save_steps": 3, "learning_rate": 1e-2}
     run(tmp_path / "a", config=settings)

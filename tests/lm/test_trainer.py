@@ -814,11 +814,12 @@ def test_transcripts_of_a_resumed_training_end_where_its_checkpoint_does(tmp_pat
         lines = (folder / "transcripts.jsonl").read_text().splitlines()
         return [json.loads(line)["step"] for line in lines][::4]
 
-    settings = {"log_completions": True, "num_iterations": 2, "save_strategy": "steps", "save_steps": 2}
+    settings = {"log_completions": True, "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path / "a", **settings).train()
     trainer(tmp_path / "b", callbacks=[Stop(5)], **settings).train()
-    trainer(tmp_path / "b", **settings).train(resume_from_checkpoint=tmp_path / "b" / "checkpoint-4")
-    assert steps(tmp_path / "a") == steps(tmp_path / "b") == [1, 3, 5]
+    for step in (4, 3):  # between two generations, and within one
+        trainer(tmp_path / "b", **settings).train(resume_from_checkpoint=tmp_path / "b" / f"checkpoint-{step}")
+        assert steps(tmp_path / "a") == steps(tmp_path / "b") == [1, 3, 5]
 
 
 def test_with_dropout_stored_log_probabilities_are_those_of_the_policy_that_sampled(tmp_path: Path) -> None:

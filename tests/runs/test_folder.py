@@ -80,7 +80,7 @@ def test_what_a_run_that_failed_later_recorded_lies_beside_the_one_it_was_to_rep
     before = names(tmp_path / "run")
     new = RunFolder.create(tmp_path / "run", {"seed": 2}, overwrite=True)
     new.metrics_path.write_text("step\n0\n1\n")
-    with pytest.raises(TrainingError, match=r"no judge What it recorded is in .*run-failed\."), new.kept_in_order():
+    with pytest.raises(TrainingError, match=r"no judge\. What it recorded is in .*run-failed\."), new.kept_in_order():
         raise TrainingError("no judge")
     assert names(tmp_path / "run") == before
     assert names(tmp_path / "run-failed") == ["config.yaml", "metrics.csv"]

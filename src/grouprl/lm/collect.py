@@ -11,9 +11,9 @@ from torch import Tensor
 
 from grouprl import objective
 from grouprl.lm.config import GRPOConfig
-from grouprl.lm.custom import Custom
+from grouprl.lm.custom import NOTHING, Custom
 from grouprl.lm.data import Prompt, PromptOrder, PromptSource
-from grouprl.lm.loss import NOTHING, estimate_advantages, groups_with_signal
+from grouprl.lm.loss import estimate_advantages, groups_with_signal
 from grouprl.lm.policy import Policy
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 from grouprl.lm.rows import Completion

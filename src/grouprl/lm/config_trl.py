@@ -2,6 +2,7 @@
 
 An option given at the value that changes nothing is accepted, so that a configuration written for TRL can be used as it
 is; any other value is refused by name, with what to do instead. Checked against TRL 1.16 and transformers 5.23.
+At the end: what scripts and callbacks ask of a configuration beside its settings.
 """
 
 from __future__ import annotations

@@ -238,10 +238,12 @@ class Flow:
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the state, and what was gathered since the last log."""
-        return {"state": checkpoint.trainer_state(self.state), "sums": {k: list(v) for k, v in self._sums.items()}}
+        written = self._written is not None and self._written is self.trainer.last_samples
+        sums = {k: list(v) for k, v in self._sums.items()}
+        return {"state": checkpoint.trainer_state(self.state), "sums": sums, "written": written}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """The inverse of :meth:`to_dict`; the intervals stay those of this run."""
+        """The inverse of :meth:`to_dict`, once the samples at hand are back; the intervals stay those of this run."""
         for name, value in saved["state"].items():
             if name not in ("max_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs"):
                 if not hasattr(self.state, name):
@@ -250,6 +252,7 @@ class Flow:
         self._sums = {key: (total, n) for key, (total, n) in saved["sums"].items()}
         if self.config.log_completions:
             self._transcripts.truncate_after(self.state.global_step)
+            self._written = self.trainer.last_samples if saved.get("written") else None
 
 
 def _shown(samples: Samples, step: int, n: int | None) -> str:

@@ -222,7 +222,6 @@ class Run:
         _device_generator(trainer.policy.device).set_state(saved.tensors["dropout"])
         self.order.load(meta["order"])
         self.collector.tokens, self.update, self.losses = meta["tokens"], meta["update"], meta["losses"]
-        trainer.flow.load(meta["flow"])
         moved = saved.part("reference")
         if moved and trainer.policy.reference is not None:
             trainer.policy.reference.load(moved)
@@ -231,6 +230,7 @@ class Run:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
             trainer.last_samples = self.samples
             self._divide()
+        trainer.flow.load(meta["flow"])
 
 
 def _device_generator(device: torch.device) -> torch.Generator:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from grouprl import objective
 from grouprl.lm.config import GRPOConfig
-from grouprl.lm.custom import Custom
+from grouprl.lm.custom import NOTHING, Custom
 from grouprl.lm.rewards.call import total
 from grouprl.objective.packed import last_index, segment_ids, segment_sum
-
-NOTHING = Custom()
 
 
 def estimate_advantages(

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from grouprl.errors import TrainingError
 from grouprl.lm.config import GRPOConfig
-from grouprl.lm.custom import Custom
+from grouprl.lm.custom import NOTHING, Custom
 from grouprl.lm.learner import Part, steps_of
-from grouprl.lm.loss import NOTHING, Fixed, LossSums, step_weights, token_loss
+from grouprl.lm.loss import Fixed, LossSums, step_weights, token_loss
 from grouprl.lm.parameters import MasterParameters
 from grouprl.lm.policy import Policy
 from grouprl.lm.samples import Samples

@@ -15,6 +15,7 @@ import torch
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm import checkpoint, recipe, tasks
 from grouprl.lm.config import GRPOConfig
+from grouprl.lm.locate import SMOLLM2
 from grouprl.lm.models import load
 from grouprl.lm.recipe import Recipe
 from grouprl.lm.recorder import HeldOut, Recorder, evaluate_greedily, peak_memory_gb
@@ -221,8 +222,12 @@ def quiet() -> None:
 
 def _absolute(given: Recipe) -> dict[str, str]:
     """The recipe's files and folders, found from wherever the run is resumed or evaluated."""
-    files = {"task": given.task, "eval_data": given.eval_data, "model": given.model}
-    return {name: str(Path(file).absolute()) for name, file in files.items() if file and Path(file).exists()}
+    files = {name: file for name in ("task", "eval_data") if (file := getattr(given, name) or "").endswith(".jsonl")}
+    if (
+        given.model not in ("tiny", SMOLLM2) and Path(given.model).exists()
+    ):  # those two are no folders, whatever is there
+        files["model"] = given.model
+    return {name: str(Path(file).absolute()) for name, file in files.items()}
 
 
 _DECIDED = {

@@ -191,7 +191,8 @@ class RunFolder:
         except BaseException as error:
             usable, place = self._usable(), self.abandon()
             if isinstance(error, GrouprlError) and place is not None and not usable:
-                raise type(error)(f"{error} What it recorded is in {place}.") from error
+                said = str(error).rstrip(".")
+                raise type(error)(f"{said}. What it recorded is in {place}.") from error
             raise
 
     def settle(self) -> None:
