@@ -49,7 +49,8 @@ train-lm: $(VENV)/.lm
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror src/grouprl/native/*.h src/grouprl/native/*.c src/grouprl/envs/native/*.c src/grouprl/envs/native/*.h src/grouprl/lm/native/*.c src/grouprl/lm/native/*.h
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror src/grouprl/machine/*.h src/grouprl/envs/native/*.[ch] src/grouprl/lm/kernels/*.[ch]
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -78,7 +78,7 @@ def ours(policy: Any, draw: Draw) -> tuple[Any, dict[str, Any]]:
     """The same by grouprl's learner."""
     import torch
 
-    from grouprl.lm.learner import steps_of
+    from grouprl.lm.policy.log_probs import steps_of
 
     policy.model.zero_grad(set_to_none=True)
     found = torch.zeros(int(draw.lengths.sum()))
@@ -115,7 +115,7 @@ def draws(kind: str, policy: Any, tokenizer: Any, count: int) -> Iterator[tuple[
     """``count`` draws, and what the sampler said of their tokens, or None where it did not draw them."""
     import torch
 
-    from grouprl.lm.sampling import SamplingSettings
+    from grouprl.lm.sample.draw import SamplingSettings
 
     def encode(messages: Any) -> list[int]:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
@@ -143,8 +143,8 @@ def measure(count: int, cache: Path) -> dict[str, Any]:
     import torch
 
     from grouprl.lm import GRPOConfig
-    from grouprl.lm.models import load
-    from grouprl.lm.policy import Policy
+    from grouprl.lm.models.load import load
+    from grouprl.lm.policy.policy import Policy
 
     torch.set_num_threads(lm_work.THREADS)
     model, tokenizer = load(lm_work.model_folder(cache))

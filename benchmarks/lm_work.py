@@ -238,8 +238,8 @@ def make_model(cache: Path, gguf: Path | None = None) -> None:
     folder = cache / "SmolLM2-135M-Instruct"
     if (folder / "config.json").exists():
         return
-    from grouprl.lm.models import load
-    from grouprl.lm.saving import save_model
+    from grouprl.lm.models.load import load
+    from grouprl.lm.models.save import save_model
 
     if gguf is None:
         # The package does not import without its dependencies; its file is all that is wanted.

@@ -35,7 +35,9 @@ SHORTCUTS = {
 
 def take_away(shortcuts: list[str]) -> dict[str, Any]:
     """Change the library from outside; the settings that the rest needs."""
-    from grouprl.lm import learner, sampler, trainer
+    from grouprl.lm.policy.policy import log_probs as learner
+    from grouprl.lm.sample import sampler
+    from grouprl.lm.train import trainer
 
     settings: dict[str, Any] = {}
     if "shared-prompts" in shortcuts:
@@ -83,7 +85,7 @@ def run_work(
     from transformers import TrainerCallback
 
     from grouprl.lm import GRPOConfig, GRPOTrainer
-    from grouprl.lm.models import load
+    from grouprl.lm.models.load import load
 
     model, tokenizer = load(lm_work.model_folder(cache))
 
@@ -165,7 +167,7 @@ def run_work(
             if plain:  # generate has no hook here: a minimum gives the lengths of W1 and LONG
                 from dataclasses import replace
 
-                from grouprl.lm.policy import sampling_settings
+                from grouprl.lm.policy.policy import sampling_settings
 
                 how = replace(sampling_settings(trainer.args), min_new_tokens=work.max_tokens)
                 return sample(prompts, group_size, generator, how)
@@ -174,7 +176,7 @@ def run_work(
             return sample(prompts, group_size, generator, given, adjust)
 
         trainer.policy.sample = timed(clock, "generate", with_lengths, device)
-        from grouprl.lm.collect import Collector
+        from grouprl.lm.generate.collect import Collector
 
         Collector.collect = timed(clock, "rollout", Collector.collect, device)
         trainer.train()
@@ -192,8 +194,8 @@ def run_task(seed: int, seconds: float, settings: dict[str, Any], cache: Path, d
     from transformers import TrainerCallback
 
     from grouprl.lm import GRPOConfig, GRPOTrainer
-    from grouprl.lm.models import load
-    from grouprl.lm.recorder import evaluate_greedily
+    from grouprl.lm.models.load import load
+    from grouprl.lm.run.recorder import evaluate_greedily
 
     hyper = lm_work.TASK
     model, tokenizer = load(lm_work.model_folder(cache))

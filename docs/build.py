@@ -121,14 +121,14 @@ def settings_part() -> str:
 
 
 def lm_settings_part() -> str:
-    from grouprl.lm.config import GRPOConfig
+    from grouprl.lm.settings.fields import Fields
 
     return (
         "## Settings of language models\n\nOf `grouprl.lm.GRPOConfig(**settings)`, under `config:` in a recipe, and of "
         "`grouprl train-lm --set KEY=VALUE`. Names and meanings are TRL's where TRL has the setting; "
         "[language-models.md](language-models.md) says what they do together, [papers.md](papers.md) which of them "
         "make which paper.\n"
-    ) + _settings_tables(GRPOConfig, "Language models: ")
+    ) + _settings_tables(Fields, "Language models: ")
 
 
 def _settings_tables(config: type[BaseModel], before: str = "") -> str:
@@ -231,13 +231,13 @@ def presets_part() -> str:
 
 
 def recipes_part() -> str:
-    from grouprl.lm import recipe
+    from grouprl.lm.run import recipe
 
     loaded = [recipe.load(name) for name in recipe.names()]
     text = (
         "## Recipes\n\nA run of `grouprl train-lm RECIPE`: one of these presets, or [a file]"
         "(language-models.md#recipes) of the same fields.\n\n"
-        + definition("grouprl.lm.recipe", "Recipe", methods=False)
+        + definition("grouprl.lm.run.recipe", "Recipe", methods=False)
     )
     for r in loaded:
         values = {key: value for key, value in r.to_dict().items() if key not in ("name", "about", "expect")}
@@ -275,23 +275,23 @@ def python_part() -> str:
         ("Evaluation", "grouprl.envs.evaluation", ["evaluate", "Evaluation"]),
         ("Runs", "grouprl.envs.training", ["train", "resume", "RunResult"]),
         ("Errors", "grouprl.errors", ["GrouprlError", "UsageError", "TrainingError"]),
-        ("Packed steps", "grouprl.rollouts", ["Rollout"]),
+        ("Packed steps", "grouprl.envs.rollout", ["Rollout"]),
     ):
         text += f"\n### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
     text += "\n### Language models\n\n`from grouprl.lm import GRPOConfig, GRPOTrainer`\n"
     for title, module, names in (
-        ("The trainer", "grouprl.lm.trainer", ["GRPOTrainer"]),
-        ("Around training", "grouprl.lm.scripting", ["ScriptMethods"]),
-        ("What training returns", "grouprl.lm.loop", ["TrainOutput"]),
-        ("Batches", "grouprl.lm.batch_plan", ["BatchPlan", "batch_plan"]),
-        ("Models", "grouprl.lm.models", ["load"]),
+        ("The trainer", "grouprl.lm.train.trainer", ["GRPOTrainer"]),
+        ("Around training", "grouprl.lm.train.trl_methods", ["ScriptMethods"]),
+        ("What training returns", "grouprl.lm.train.loop", ["TrainOutput"]),
+        ("Batches", "grouprl.lm.settings.batch_plan", ["BatchPlan", "batch_plan"]),
+        ("Models", "grouprl.lm.models.load", ["load"]),
         ("Tasks", "grouprl.lm.tasks", ["names", "get"]),
         ("Rows of a task", "grouprl.lm.tasks.task", ["Task", "Example", "dataset"]),
         ("Rows of a file", "grouprl.lm.tasks.jsonl", ["load_jsonl", "load_function"]),
         ("Rewards", "grouprl.lm.rewards.builtin", _public("grouprl.lm.rewards.builtin")),
         ("Rewards of mathematics", "grouprl.lm.rewards.math", ["math_accuracy"]),
-        ("Runs by a recipe", "grouprl.lm.training", ["train", "resume", "evaluate", "RunResult"]),
-        ("Transcripts", "grouprl.lm.transcripts", ["Transcript", "read_transcripts", "write_html"]),
+        ("Runs by a recipe", "grouprl.lm.run.training", ["train", "resume", "evaluate", "RunResult"]),
+        ("Transcripts", "grouprl.lm.train.transcripts", ["Transcript", "read_transcripts", "write_html"]),
     ):
         text += f"\n#### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
     text += "\n### The objective\n\n`grouprl.objective`: pure functions on packed tensors; each imports from there.\n"

@@ -21,10 +21,11 @@ from grouprl import GRPO, cli, objective
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
 from grouprl.lm import GRPOConfig as LanguageConfig
-from grouprl.lm import GRPOTrainer, recipe
-from grouprl.lm import training as lm_training
-from grouprl.lm.batch_plan import batch_plan
-from grouprl.lm.tiny import build_tiny
+from grouprl.lm import GRPOTrainer
+from grouprl.lm.models.tiny import build_tiny
+from grouprl.lm.run import recipe
+from grouprl.lm.run import training as lm_training
+from grouprl.lm.settings.batch_plan import batch_plan
 from grouprl.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,11 +287,11 @@ def test_every_module_for_environments_is_in_the_picture_of_the_package() -> Non
     assert {name for name in modules if not re.search(rf"[`/]{name}`", text)} == set()
 
 
-def test_every_module_for_language_models_is_in_the_picture_of_the_package() -> None:
+def test_every_room_for_language_models_is_in_the_picture_of_the_package() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     text = text[text.index("## Language models") :]
-    modules = {path.name for path in (ROOT / "src" / "grouprl" / "lm").glob("*.py")} - {"__init__.py"}
-    assert {name for name in modules if not re.search(rf"[`/]{name}`", text)} == set()
+    rooms = {path.parent.name for path in (ROOT / "src" / "grouprl" / "lm").glob("*/__init__.py")}
+    assert {name for name in rooms if f"`{name}/`" not in text} == set()
 
 
 def test_every_column_of_the_metrics_of_language_models_is_explained(tmp_path: Path) -> None:

@@ -11,3 +11,8 @@ class UsageError(GrouprlError, ValueError):
 
 class TrainingError(GrouprlError, RuntimeError):
     """Something broke while training ran: an environment died, or a number stopped being finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop; those of other libraries go on for pages."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

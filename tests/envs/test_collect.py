@@ -16,8 +16,8 @@ from grouprl import GRPO, TrainingError, UsageError
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import make_config
 from grouprl.envs.policy import Policy
+from grouprl.envs.rollout import Rollout
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
-from grouprl.rollouts import Rollout
 
 LENGTHS = (3, 2, 4)
 """Episode k of a counter has LENGTHS[k % 3] steps and ends by truncation where k is odd."""

@@ -10,8 +10,8 @@ import torch
 from grouprl.envs import estimate
 from grouprl.envs.config import make_config
 from grouprl.envs.estimate import Baseline, fit_subset
+from grouprl.envs.rollout import Rollout
 from grouprl.objective import RandomFeatures
-from grouprl.rollouts import Rollout
 
 
 def chain(samples: int, length: int) -> Rollout:

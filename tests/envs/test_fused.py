@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grouprl import GRPO
 from grouprl.envs.fused import fused_gradient
-from grouprl.update import Gradient, Terms, UpdateSettings, _gradient
+from grouprl.envs.update import Gradient, Terms, UpdateSettings, _gradient
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler here"

@@ -11,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 from torch.testing import assert_close
 
 from grouprl import GRPO
-from grouprl import update as update_module
+from grouprl.envs import update as update_module
 from grouprl.envs.estimate import advantages
 from grouprl.envs.learner import Learner
 

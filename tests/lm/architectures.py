@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.backbone import Backbone
-from grouprl.lm.learner import Learner, steps_of
-from grouprl.lm.packing import Group
-from grouprl.lm.products import Products
+from grouprl.lm.packed.backbone import Backbone
+from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.packing import Group
+from grouprl.lm.policy.log_probs import Learner, steps_of
 
 VOCABULARY = 97
 PAD, EOS = 3, 2

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grouprl.lm import flash
-from grouprl.lm.flash import Part
+from grouprl.lm.packed import flash
+from grouprl.lm.packed.flash import Part
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:

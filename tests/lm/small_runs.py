@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
-from grouprl.lm.tiny import build_tiny, warm_start
+from grouprl.lm.models.tiny import build_tiny, warm_start
 
 REVERSE = tasks.get("reverse", length=3)
 ROWS = tasks.dataset(REVERSE, "train", 40, form="text")

@@ -7,15 +7,15 @@ import torch
 from architectures import MIXED, random_groups
 from torch import Tensor, nn
 
-from grouprl.lm import packing
-from grouprl.lm.attention import (
+from grouprl.lm.packed import packing
+from grouprl.lm.packed.attention import (
     How,
     PackedAttention,
     UnsupportedError,
     attention_function,
     using,
 )
-from grouprl.lm.packing import Group, Pack
+from grouprl.lm.packed.packing import Group, Pack
 
 
 def visible_pairs(groups: list[Group], window: int | None) -> Tensor:

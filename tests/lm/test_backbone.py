@@ -5,10 +5,10 @@ import torch
 from architectures import PACKED, PLAIN, build, make
 from torch import nn
 
-from grouprl.lm import attention
-from grouprl.lm.attention import PackedAttention, UnsupportedError
-from grouprl.lm.backbone import Backbone, find_backbone, plain_logits
-from grouprl.lm.packing import Group, Pack
+from grouprl.lm.packed import attention
+from grouprl.lm.packed.attention import PackedAttention, UnsupportedError
+from grouprl.lm.packed.backbone import Backbone, find_backbone, plain_logits
+from grouprl.lm.packed.packing import Group, Pack
 
 WHY = {
     "bloom": "differ",

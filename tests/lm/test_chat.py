@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from small_runs import warm
 
 from grouprl.errors import UsageError
-from grouprl.lm import training
-from grouprl.lm.chat import Chat
-from grouprl.lm.recipe import Recipe
-from grouprl.lm.saving import save_model
+from grouprl.lm.models.save import save_model
+from grouprl.lm.run import training
+from grouprl.lm.run.chat import Chat
+from grouprl.lm.run.recipe import Recipe
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grouprl.lm.collect import Collector, judged
-from grouprl.lm.config import GRPOConfig
-from grouprl.lm.data import Prompt, PromptOrder
-from grouprl.lm.loss import groups_with_signal
+from grouprl.lm.generate.collect import Collector, judged
+from grouprl.lm.generate.estimate import groups_with_signal
+from grouprl.lm.prompts import Prompt, PromptOrder
 from grouprl.lm.rewards.call import RewardCaller
-from grouprl.lm.rows import Completion
+from grouprl.lm.sample.rows import Completion
+from grouprl.lm.settings.config import GRPOConfig
 
 EOS = 0
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grouprl.errors import UsageError
-from grouprl.lm.batch_plan import BatchPlan, batch_plan, interval, total_steps
-from grouprl.lm.config import GRPOConfig
-from grouprl.lm.config_trl import FOREIGN, FOREIGN_ARGUMENTS, RENAMED, TRAINER_ARGUMENTS, check_arguments
-from grouprl.lm.trainer import GRPOTrainer
+from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, interval, total_steps
+from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.settings.trl import FOREIGN, FOREIGN_ARGUMENTS, RENAMED, TRAINER_ARGUMENTS, check_arguments
+from grouprl.lm.train.trainer import GRPOTrainer
 
 
 def plan(world_size: int = 1, **values: Any) -> BatchPlan:

@@ -35,19 +35,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from grouprl.lm import GRPOConfig, GRPOTrainer
-from grouprl.lm.attention import PackedAttention, flash_works
-from grouprl.lm.backbone import Backbone, find_backbone
-from grouprl.lm.gpu.parts import KernelParts
-from grouprl.lm.layer_trial import find_layers
-from grouprl.lm.learner import Learner
-from grouprl.lm.packing import Group, Pack
-from grouprl.lm.parts import TorchParts
-from grouprl.lm.plain import PlainSampler
-from grouprl.lm.products import Products, supports_bf16
-from grouprl.lm.recorder import peak_memory_gb
-from grouprl.lm.rows import Completion
-from grouprl.lm.sampler import Sampler
-from grouprl.lm.sampling import SamplingSettings, draw, greedy, keep_likely
+from grouprl.lm.llama.between_products import TorchParts
+from grouprl.lm.llama.between_products_triton import KernelParts
+from grouprl.lm.llama.trial import find_layers
+from grouprl.lm.packed.attention import PackedAttention, flash_works
+from grouprl.lm.packed.backbone import Backbone, find_backbone
+from grouprl.lm.packed.low_precision import Products, supports_bf16
+from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.policy.log_probs import Learner
+from grouprl.lm.run.recorder import peak_memory_gb
+from grouprl.lm.sample.draw import SamplingSettings, draw, greedy, keep_likely
+from grouprl.lm.sample.plain import PlainSampler
+from grouprl.lm.sample.rows import Completion
+from grouprl.lm.sample.sampler import Sampler
 from grouprl.objective import segment_sum
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -234,7 +234,7 @@ def test_attention_asks_for_no_compiler() -> None:
     model, (group,) = on_gpu("llama", hidden_size=64), random_groups((5, (4, 1)))
     backbone, pack = Backbone(model), Pack.of([group], "cuda")
     with pytest.MonkeyPatch.context() as patched, torch.no_grad():
-        patched.setattr("grouprl.lm.attention.available", lambda: pytest.fail("asked"))
+        patched.setattr("grouprl.lm.packed.attention.available", lambda: pytest.fail("asked"))
         with backbone.following(PackedAttention(pack)):
             assert backbone.hidden(pack.ids, pack.positions).device.type == "cuda"
 
@@ -315,7 +315,7 @@ def test_when_rows_leave_does_not_matter(
     how = SamplingSettings(20, temperature=1.4)
     wanted = packed(model, ends).sample(PROMPTS, 6, how, seeded(2))
     for name, value in (("WAITING", waiting), ("RECORDED_WAITING", waiting), ("FEW", few)):
-        monkeypatch.setattr(f"grouprl.lm.sampler.{name}", value)
+        monkeypatch.setattr(f"grouprl.lm.sample.sampler.{name}", value)
     sampler = packed(model, ends)
     sampler.recorder = sampler.recorder if recorded else None
     found = sampler.sample(PROMPTS, 6, how, seeded(2))

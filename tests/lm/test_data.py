@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grouprl.errors import UsageError
-from grouprl.lm.data import Prompt, PromptOrder, PromptSource, prepare_prompts
+from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource, prepare_prompts
 
 WORDS = ["<s>", "</s>", "<user>", "<assistant>", "<tool>", "<think>", "one", "two", "three", "plus", "is"]
 BOS, EOS, USER, ASSISTANT, TOOL, THINK, ONE, TWO, THREE, PLUS, IS = range(len(WORDS))

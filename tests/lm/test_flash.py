@@ -9,10 +9,10 @@ import torch
 from architectures import MIXED, random_groups
 from kernels import stand_in
 
-from grouprl.lm import flash
-from grouprl.lm.attention import How, _Packed
-from grouprl.lm.flash import Flash, Layout
-from grouprl.lm.packing import Group, Pack
+from grouprl.lm.packed import flash
+from grouprl.lm.packed.attention import How, _Packed
+from grouprl.lm.packed.flash import Flash, Layout
+from grouprl.lm.packed.packing import Group, Pack
 
 SCALE = 0.4
 

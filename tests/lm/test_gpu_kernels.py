@@ -17,18 +17,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("there is no GPU", allow_module_level=True)
 
-from grouprl.lm.attention import PackedAttention  # noqa: E402
-from grouprl.lm.backbone import Backbone  # noqa: E402
-from grouprl.lm.decoding import TorchDecoder  # noqa: E402
 from grouprl.lm.gpu import kernels  # noqa: E402
-from grouprl.lm.gpu.parts import KernelParts  # noqa: E402
-from grouprl.lm.gpu.step import KernelStep, supported  # noqa: E402
-from grouprl.lm.head import _softmax  # noqa: E402
-from grouprl.lm.layers import LlamaLayers  # noqa: E402
-from grouprl.lm.lean import Joined, lean_step  # noqa: E402
-from grouprl.lm.learner import Learner  # noqa: E402
-from grouprl.lm.packing import Group, Pack  # noqa: E402
-from grouprl.lm.products import Products  # noqa: E402
+
+from grouprl.lm.llama.between_products_triton import KernelParts  # noqa: E402
+from grouprl.lm.llama.block import Joined, lean_step  # noqa: E402
+from grouprl.lm.llama.decode_triton import KernelStep, supported  # noqa: E402
+from grouprl.lm.llama.layers import LlamaLayers  # noqa: E402
+from grouprl.lm.packed.attention import PackedAttention  # noqa: E402
+from grouprl.lm.packed.backbone import Backbone  # noqa: E402
+from grouprl.lm.packed.head import _softmax  # noqa: E402
+from grouprl.lm.packed.low_precision import Products  # noqa: E402
+from grouprl.lm.packed.packing import Group, Pack  # noqa: E402
+from grouprl.lm.policy.log_probs import Learner  # noqa: E402
+from grouprl.lm.sample.torch_decoder import TorchDecoder  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SLACK = 1 if INTERPRETED else 4

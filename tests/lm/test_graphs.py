@@ -13,12 +13,12 @@ from architectures import EOS, PACKED, VOCABULARY, build, random_ids
 from taping import Tape, TapeRecorder
 from torch import Tensor
 
-from grouprl.lm.backbone import Backbone
-from grouprl.lm.graphs import CudaRecorder, Repeated
-from grouprl.lm.products import Products
-from grouprl.lm.rows import Completion
-from grouprl.lm.sampler import Sampler
-from grouprl.lm.sampling import SamplingSettings
+from grouprl.lm.packed.backbone import Backbone
+from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.recordings import CudaRecorder, Repeated
+from grouprl.lm.sample.rows import Completion
+from grouprl.lm.sample.sampler import Sampler
 
 PROMPTS = [random_ids(n, torch.Generator().manual_seed(n)) for n in (5, 1, 9, 3)]
 ENDS = tuple(range(0, VOCABULARY, 9))
@@ -70,7 +70,7 @@ def test_every_setting_can_be_recorded(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
 def test_rows_may_leave_and_caches_grow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grouprl.lm.sampler.FEW", 3)
+    monkeypatch.setattr("grouprl.lm.sample.sampler.FEW", 3)
     model, how = build(name), SamplingSettings(70, temperature=1.4)
     recorded = sampler(model, ENDS[:3], recorded=True)
     found = sampled(recorded, how)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.head import log_probs
-from grouprl.lm.products import Products
+from grouprl.lm.packed.head import log_probs
+from grouprl.lm.packed.low_precision import Products
 
 V, D = 300, 24
 

@@ -7,14 +7,14 @@ import torch
 from architectures import PACKED, build
 from torch import nn
 
-from grouprl.lm.attention import PackedAttention
-from grouprl.lm.backbone import find_backbone
-from grouprl.lm.lean import Joined, lean_step
-from grouprl.lm.packing import Group, Pack
-from grouprl.lm.products import Products
-from grouprl.lm.rows import Completion
-from grouprl.lm.sampler import Sampler
-from grouprl.lm.sampling import SamplingSettings
+from grouprl.lm.llama.block import Joined, lean_step
+from grouprl.lm.packed.attention import PackedAttention
+from grouprl.lm.packed.backbone import find_backbone
+from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.rows import Completion
+from grouprl.lm.sample.sampler import Sampler
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 

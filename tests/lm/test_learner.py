@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grouprl.errors import UsageError
-from grouprl.lm.learner import Learner, Part, steps_of
-from grouprl.lm.packing import Group
-from grouprl.lm.products import Products
+from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.packing import Group
+from grouprl.lm.policy.log_probs import Learner, Part, steps_of
 
 
 def assert_same(found: tuple, wanted: tuple, *, logp: float = 1e-4, gradient: float = 2e-5) -> None:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.lm import training
-from grouprl.lm.recipe import Recipe
-from grouprl.lm.recorder import Recorder
-from grouprl.lm.training import RunResult
+from grouprl.lm.run import training
+from grouprl.lm.run.recipe import Recipe
+from grouprl.lm.run.recorder import Recorder
+from grouprl.lm.run.training import RunResult
 
 TIMES = ("train_seconds", "step_time")
 

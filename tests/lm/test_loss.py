@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grouprl.lm.config import GRPOConfig
-from grouprl.lm.loss import Fixed, LossSums, estimate_advantages, step_weights, token_loss
+from grouprl.lm.generate.estimate import estimate_advantages
+from grouprl.lm.learn.loss import Fixed, LossSums, step_weights, token_loss
+from grouprl.lm.settings.config import GRPOConfig
 
 LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 LEVELS = ("token", "sequence", "sequence_token")

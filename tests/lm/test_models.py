@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from grouprl.errors import UsageError
-from grouprl.lm import locate
-from grouprl.lm.locate import SMOLLM2_HUB_ID, packaged_smollm2
-from grouprl.lm.models import eos_token_ids, load, load_tokenizer
-from grouprl.lm.saving import save_model
-from grouprl.lm.tiny import build_tiny
+from grouprl.lm.models import find as locate
+from grouprl.lm.models.find import SMOLLM2_HUB_ID, packaged_smollm2
+from grouprl.lm.models.load import eos_token_ids, load, load_tokenizer
+from grouprl.lm.models.save import save_model
+from grouprl.lm.models.tiny import build_tiny
 
 
 @pytest.fixture(scope="module")

@@ -25,21 +25,21 @@ from architectures import (
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
-from grouprl.lm import layers
-from grouprl.lm.attention import How, PackedAttention, _Packed
-from grouprl.lm.backbone import find_backbone
-from grouprl.lm.layer_trial import find_layers
-from grouprl.lm.learner import Learner
-from grouprl.lm.native import compile as native
-from grouprl.lm.native import head as native_head
-from grouprl.lm.native.attention import attend
-from grouprl.lm.native.gradient import weight_gradient
-from grouprl.lm.native.linear import Linear
-from grouprl.lm.packing import Group, Pack
-from grouprl.lm.products import Products
-from grouprl.lm.rows import Completion
-from grouprl.lm.sampler import Sampler
-from grouprl.lm.sampling import SamplingSettings
+from grouprl.lm.kernels import compile as native
+from grouprl.lm.kernels import head as native_head
+from grouprl.lm.kernels.attention import attend
+from grouprl.lm.kernels.gradient import weight_gradient
+from grouprl.lm.kernels.linear import Linear
+from grouprl.lm.llama import layers
+from grouprl.lm.llama.trial import find_layers
+from grouprl.lm.packed.attention import How, PackedAttention, _Packed
+from grouprl.lm.packed.backbone import find_backbone
+from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.policy.log_probs import Learner
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.rows import Completion
+from grouprl.lm.sample.sampler import Sampler
 
 if sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")):
     pytest.skip("there is no C compiler on this machine", allow_module_level=True)
@@ -348,7 +348,7 @@ def test_attention_and_its_gradient_are_those_of_torch(
         return differentiated(lambda *x: _Packed.apply(*x, pack, how, dtype), q, k, v, gradient)
 
     def by_us(dtype: torch.dtype) -> list[Tensor]:
-        return differentiated(lambda *x: attend(*x, pack, how.scale, window, dtype), q, k, v, gradient)
+        return differentiated(lambda *x: attend(*x, pack.stretches, how.scale, window, dtype), q, k, v, gradient)
 
     wanted = by_torch(torch.float32)
     for found, one in zip(by_us(torch.float32), wanted, strict=True):

@@ -5,8 +5,8 @@ from architectures import MIXED, build, learned, make_learner, random_groups, ra
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grouprl.lm import packing
-from grouprl.lm.packing import Block, Group, Pack, micro_batches
+from grouprl.lm.packed import packing
+from grouprl.lm.packed.packing import Block, Group, Pack, micro_batches
 
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 shapes = st.lists(st.tuples(st.integers(1, 7), lengths), min_size=1, max_size=5)

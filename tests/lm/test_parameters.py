@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from grouprl.errors import UsageError
-from grouprl.lm.config import GRPOConfig
-from grouprl.lm.parameters import (
+from grouprl.lm.learn.parameters import (
     MasterParameters,
     load_optimizer_state,
     make_optimizer,
     make_schedule,
     optimizer_state,
 )
-from grouprl.lm.products import Products
+from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.settings.config import GRPOConfig
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -19,12 +19,12 @@ from kernels import stand_in
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from grouprl.lm.backbone import find_backbone
-from grouprl.lm.layers import LlamaLayers
-from grouprl.lm.lean import lean_step
-from grouprl.lm.learner import Learner
-from grouprl.lm.parts import TorchParts
-from grouprl.lm.products import Products
+from grouprl.lm.llama.between_products import TorchParts
+from grouprl.lm.llama.block import lean_step
+from grouprl.lm.llama.layers import LlamaLayers
+from grouprl.lm.packed.backbone import find_backbone
+from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.policy.log_probs import Learner
 
 LLAMAS = ("llama", "qwen2", "qwen3")
 

@@ -8,11 +8,11 @@ import torch
 from architectures import EOS, MIXED, PAD, PLAIN, as_samples, build, naive, random_groups
 
 from grouprl.errors import UsageError
-from grouprl.lm.config import GRPOConfig
-from grouprl.lm.plain import PlainSampler
-from grouprl.lm.policy import Policy, has_dropout, sampling_settings
-from grouprl.lm.sampler import Sampler
-from grouprl.lm.sampling import SamplingSettings
+from grouprl.lm.policy.policy import Policy, has_dropout, sampling_settings
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.plain import PlainSampler
+from grouprl.lm.sample.sampler import Sampler
+from grouprl.lm.settings.config import GRPOConfig
 
 TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
 GROUPS = random_groups(*MIXED)

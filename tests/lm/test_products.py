@@ -6,10 +6,10 @@ from architectures import build
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from grouprl.lm.attention import PackedAttention
-from grouprl.lm.backbone import find_backbone
-from grouprl.lm.packing import Group, Pack
-from grouprl.lm.products import Products, add_gradient, supports_bf16
+from grouprl.lm.packed.attention import PackedAttention
+from grouprl.lm.packed.backbone import find_backbone
+from grouprl.lm.packed.low_precision import Products, add_gradient, supports_bf16
+from grouprl.lm.packed.packing import Group, Pack
 
 BF16, FLOAT = torch.bfloat16, torch.float32
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from grouprl.errors import UsageError
-from grouprl.lm import recipe
-from grouprl.lm.config import GRPOConfig
-from grouprl.lm.recipe import Recipe
+from grouprl.lm.run import recipe
+from grouprl.lm.run.recipe import Recipe
+from grouprl.lm.settings.config import GRPOConfig
 
 
 def written(folder: Path, values: Any) -> Path:

@@ -19,13 +19,13 @@ from architectures import (
 from torch import Tensor
 
 from grouprl.errors import UsageError
-from grouprl.lm.backbone import Backbone
-from grouprl.lm.packing import Group
-from grouprl.lm.plain import PlainSampler
-from grouprl.lm.products import Products
-from grouprl.lm.rows import Completion
-from grouprl.lm.sampler import Sampler
-from grouprl.lm.sampling import SamplingSettings
+from grouprl.lm.packed.backbone import Backbone
+from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.packing import Group
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.plain import PlainSampler
+from grouprl.lm.sample.rows import Completion
+from grouprl.lm.sample.sampler import Sampler
 
 NEVER = 10**6
 """An end of sequence that no model says."""
@@ -348,7 +348,7 @@ def test_in_bfloat16_recorded_log_probabilities_are_near_those_of_the_learner() 
 
 
 def test_prompts_are_read_in_batches_of_bounded_rows_and_tokens(monkeypatch) -> None:
-    monkeypatch.setattr("grouprl.lm.sampler.PROMPT_TOKENS", 10)
+    monkeypatch.setattr("grouprl.lm.sample.sampler.PROMPT_TOKENS", 10)
     sampler = packed(build("llama"), max_rows=6)
     assert list(sampler._batches([4, 4, 4, 30, 1, 1, 1, 1], 2)) == [(0, 2), (2, 3), (3, 4), (4, 7), (7, 8)]
     assert list(sampler._batches([], 2)) == []

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from grouprl.lm.sampling import SamplingSettings, draw, greedy, keep_likely, penalise_repetition
+from grouprl.lm.sample.draw import SamplingSettings, draw, greedy, keep_likely, penalise_repetition
 
 ALMOST_1 = 1.0 - 2.0**-24  # the largest number torch.rand gives
 NEVER = -math.inf

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.lm.models import load
-from grouprl.lm.saving import independent_state, save_merged, save_model
-from grouprl.lm.tiny import build_tiny
+from grouprl.lm.models.load import load
+from grouprl.lm.models.save import independent_state, save_merged, save_model
+from grouprl.lm.models.tiny import build_tiny
 
 
 def flatten(model: torch.nn.Module) -> torch.Tensor:

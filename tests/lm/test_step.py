@@ -18,14 +18,14 @@ from test_policy import adapted, policy
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
-from grouprl.lm import loss as loss_module
-from grouprl.lm.config import GRPOConfig
-from grouprl.lm.data import Prompt
-from grouprl.lm.loss import step_weights
-from grouprl.lm.parameters import MasterParameters, make_optimizer
-from grouprl.lm.policy import Policy
-from grouprl.lm.samples import Samples, parts_of_a_generation
-from grouprl.lm.step import Step, take
+from grouprl.lm.generate.samples import Samples, parts_of_a_generation
+from grouprl.lm.learn import loss as loss_module
+from grouprl.lm.learn.loss import step_weights
+from grouprl.lm.learn.parameters import MasterParameters, make_optimizer
+from grouprl.lm.learn.step import Step, take
+from grouprl.lm.policy.policy import Policy
+from grouprl.lm.prompts import Prompt
+from grouprl.lm.settings.config import GRPOConfig
 
 GROUPS = random_groups(*MIXED)
 COMPLETIONS = [c for g in GROUPS for c in g.completions]

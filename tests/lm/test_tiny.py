@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grouprl.errors import UsageError
-from grouprl.lm.saving import save_model
-from grouprl.lm.tiny import LETTERS, build_tiny, tiny_tokenizer, warm_start
+from grouprl.lm.models.save import save_model
+from grouprl.lm.models.tiny import LETTERS, build_tiny, tiny_tokenizer, warm_start
 
 
 def reverse(generator: random.Random) -> tuple[str, str]:

@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from grouprl import objective
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
-from grouprl.lm.tiny import build_tiny
+from grouprl.lm.models.tiny import build_tiny
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_style.py"
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -35,7 +35,7 @@ def resume(
     """Go on with an interrupted run as if it had never stopped."""
     progress_bar = False if quiet else None
     if _of_language(run):
-        from grouprl.lm import training as language
+        from grouprl.lm.run import training as language
 
         train_lm.report(language.resume(run, steps=steps, progress_bar=progress_bar))
         return
@@ -59,7 +59,7 @@ def evaluate(
 ) -> None:
     """Play complete episodes with a trained policy and print their returns; answer prompts with a language model."""
     if _of_language(run):
-        from grouprl.lm.training import evaluate as evaluate_model
+        from grouprl.lm.run.training import evaluate as evaluate_model
 
         if sampled or env is not None:
             raise UsageError("--sampled and --on are for environments; a language model answers greedily")
@@ -97,7 +97,7 @@ def chat(
     bare: Annotated[bool, typer.Option("--bare", help="Without the task's system message and examples.")] = False,
 ) -> None:
     """Talk to a language model, asked as it was trained to be; one question a line."""
-    from grouprl.lm.chat import Chat
+    from grouprl.lm.run.chat import Chat
 
     conversation = Chat.open(run, sampled=sampled, max_tokens=tokens, bare=bare)
     print(f"{conversation.about} (an empty line ends it)")

@@ -94,7 +94,7 @@ def presets_command(
     import yaml
 
     from grouprl.envs import presets
-    from grouprl.lm import recipe
+    from grouprl.lm.run import recipe
 
     if name is not None:
         shown = recipe.load(name).to_dict() if name in recipe.names() else presets.load(name).__dict__
@@ -119,7 +119,7 @@ def settings(
 ) -> None:
     """List every setting of --set with its default and meaning."""
     if lm:
-        from grouprl.lm.config import GRPOConfig as LanguageConfig
+        from grouprl.lm.settings.config import GRPOConfig as LanguageConfig
 
         for name, field in LanguageConfig.model_fields.items():
             print(f"{name:30s} {field.get_default()!s:20s} {field.description}")

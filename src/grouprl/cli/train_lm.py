@@ -10,7 +10,7 @@ import typer
 from grouprl.cli.common import app, assigned, command, count
 
 if TYPE_CHECKING:
-    from grouprl.lm.training import RunResult
+    from grouprl.lm.run.training import RunResult
 
 
 @app.command("train-lm")
@@ -46,8 +46,8 @@ def train_lm(
 
       grouprl train-lm my_recipe.yaml --set task=my_prompts.jsonl --set reward=my_rewards:score
     """
-    from grouprl.lm import recipe as recipes
-    from grouprl.lm import training
+    from grouprl.lm.run import recipe as recipes
+    from grouprl.lm.run import training
     from grouprl.runs import default_run_path
 
     given = recipes.load(recipe)

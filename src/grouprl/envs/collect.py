@@ -19,12 +19,12 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.policy import Policy
+from grouprl.envs.rollout import Rollout
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.sticky import sticky_envs
 from grouprl.envs.trace import Array, Bools, Trace, check_observations, pack
 from grouprl.envs.vector import autoreset_mode, environment_error
 from grouprl.errors import TrainingError, UsageError
-from grouprl.rollouts import Rollout
 
 Act = Callable[[Mapping[str, Array]], Array]
 """From an encoded observation, ``[n, ...]``, to parameters ``[n, K]`` of the action distribution."""
@@ -40,7 +40,7 @@ MAX_EPISODE = 100_000
 
 
 class Collector:
-    """Steps a ``VectorEnv`` and turns what happens into :class:`~grouprl.rollouts.Rollout` batches."""
+    """Steps a ``VectorEnv`` and turns what happens into :class:`~grouprl.envs.rollout.Rollout` batches."""
 
     def __init__(
         self,

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from grouprl import objective
-from grouprl.custom import TensorFunction, own_advantages
 from grouprl.envs.config import GRPOConfig
+from grouprl.envs.rollout import Rollout
 from grouprl.objective import RandomFeatures
-from grouprl.rollouts import Rollout
+from grouprl.objective.user_functions import TensorFunction, own_advantages
 
 DEFAULT_HORIZON = 1000
 """Steps that scale the time feature where the environment names no time limit."""

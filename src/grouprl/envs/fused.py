@@ -18,7 +18,7 @@ from torch import Tensor
 from grouprl.envs.distributions import Categorical, DiagonalGaussian
 from grouprl.envs.mlp import MLP, described, kernels
 from grouprl.envs.policy import Policy
-from grouprl.update import Gradient, UpdateSettings
+from grouprl.envs.update import Gradient, UpdateSettings
 
 _SURROGATES = ("clip", "dual_clip", "spo")
 
@@ -42,7 +42,7 @@ def fused_gradient(
     logp_old: Tensor,
     advantages: Tensor,
 ) -> Gradient | None:
-    """The gradient of any steps of a batch, for :func:`grouprl.update.update`; None where autograd has to do it.
+    """The gradient of any steps of a batch, for :func:`grouprl.envs.update.update`; None where autograd has to do it.
 
     It is there on a CPU for one categorical or normal distribution of actions, without masks and without a divergence
     to a reference policy: for the default network as a whole, for any other from its outputs on.

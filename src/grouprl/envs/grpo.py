@@ -11,7 +11,6 @@ import torch
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
 
-from grouprl.custom import TensorFunction, check_function
 from grouprl.envs import checkpoint, presets
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
@@ -22,6 +21,7 @@ from grouprl.envs.space_json import space_from_json, space_to_json
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.vector import EnvLike, close_vector, env_name, make_vector
 from grouprl.errors import UsageError
+from grouprl.objective.user_functions import TensorFunction, check_function
 from grouprl.runs.progress import Progress
 from grouprl.runs.state import read_meta, save_state
 

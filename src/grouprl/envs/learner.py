@@ -13,17 +13,17 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from grouprl.adam import Adam
+from grouprl.envs.adam import Adam
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.fused import fused_gradient
 from grouprl.envs.policy import Policy
+from grouprl.envs.rollout import Rollout
+from grouprl.envs.update import FlatParameters, Terms, UpdateSettings, UpdateStats, update
 from grouprl.errors import UsageError
-from grouprl.memory import keep_freed_memory
+from grouprl.machine.memory import keep_freed_memory
 from grouprl.objective import sampled_kl_loss
-from grouprl.rollouts import Rollout
 from grouprl.runs import RunFolder
 from grouprl.runs.state import load_state
-from grouprl.update import FlatParameters, Terms, UpdateSettings, UpdateStats, update
 
 LR_MIN = 1e-4
 LR_STEP = 1.5

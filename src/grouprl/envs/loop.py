@@ -13,17 +13,17 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from grouprl.custom import TensorFunction
 from grouprl.envs.collect import HISTORY_LIMIT, Collector
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
 from grouprl.envs.learner import Learner
 from grouprl.envs.policy import Policy
+from grouprl.envs.rollout import Rollout
 from grouprl.envs.spaces import ActionCodec
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
 from grouprl.objective import RandomFeatures
-from grouprl.rollouts import Rollout
+from grouprl.objective.user_functions import TensorFunction
 
 Metrics = dict[str, float]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from grouprl.native.compile import Kernels
+from grouprl.machine.compile import Kernels
 
 DEEPEST = 8
 """Most layers that compiled code takes, as in ``native/layers.h``."""

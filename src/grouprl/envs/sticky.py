@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grouprl.envs.config import GRPOConfig
-from grouprl.rollouts import Rollout
+from grouprl.envs.rollout import Rollout
 
 OFF = 0.05
 """Scale at which the next failure switches repetition off for good."""

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from grouprl.envs.policy import Policy
+from grouprl.envs.rollout import Rollout
 from grouprl.errors import TrainingError
-from grouprl.rollouts import Rollout
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]

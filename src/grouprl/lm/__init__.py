@@ -12,12 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grouprl.lm.config import GRPOConfig
-    from grouprl.lm.trainer import GRPOTrainer
+    from grouprl.lm.settings.config import GRPOConfig
+    from grouprl.lm.train.trainer import GRPOTrainer
 
 _HOMES = {
-    "GRPOConfig": "grouprl.lm.config",
-    "GRPOTrainer": "grouprl.lm.trainer",
+    "GRPOConfig": "grouprl.lm.settings.config",
+    "GRPOTrainer": "grouprl.lm.train.trainer",
 }
 __all__ = ["GRPOConfig", "GRPOTrainer"]
 

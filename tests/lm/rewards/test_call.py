@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.lm.data import Prompt
+from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 
 TEXT = [Prompt(0, "2 + 2 =", {"answer": 4}, (1, 2)), Prompt(1, "2 + 3 =", {"answer": 5}, (1, 3))]

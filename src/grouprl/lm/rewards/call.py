@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
-from grouprl.lm.data import Prompt
+from grouprl.lm.prompts import Prompt
 
 RewardFunction = Callable[..., Any]
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")

@@ -1,0 +1,369 @@
+"""What lies between the products of a layer, a kernel each: norms, rotary positions, attention of a decode step, gates.
+
+Triton's language, not Python: a kernel is compiled for the GPU at its first call. Shapes: B tokens of H query and K key
+heads of size D; see :class:`grouprl.lm.sample.torch_decoder.DecodeAttention` for what is kept of keys and values.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_KEYS = 64
+"""Keys of a step of attention."""
+_PROGRAMS = 1024
+"""Most partial sums of a weight's gradient."""
+
+
+def add_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, to: Tensor | None = None
+) -> Tensor:
+    """``x + y`` where there is a ``y``, in the place of ``to`` or ``x``; RMSNorm of that * weight in ``dtype``.
+
+    Args:
+        x, to: ``[B, d]`` float32. y: ``[B, d]``. weight: ``[d]`` float32.
+    """
+    rows, width = x.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y, total, adding = (x if y is None else y), (x if to is None else to), y is not None
+    _add_norm[(rows,)](x, y, total, weight, out, width, eps, adding, **_block(width))
+    return out
+
+
+@triton.jit
+def _add_norm(x, y, total, weight, out, width, eps, ADDING: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    place = tl.program_id(0).to(tl.int64) * width + at
+    value = tl.load(x + place, mask=inside, other=0.0)
+    if ADDING:
+        value += tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + place, value, mask=inside)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + eps)
+    normed = value * scale * tl.load(weight + at, mask=inside, other=0.0)
+    tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_gradient(
+    x: Tensor, dh: Tensor, weight: Tensor, eps: float, g: Tensor, g_low: Tensor, learned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Add to ``g`` what flows back through the norm of ``x``, write it to ``g_low`` too.
+
+    Returns the norm again, in the dtype of ``dh``, and the gradient of its weight if that is ``learned``.
+    """
+    rows, width = x.shape
+    out, programs = torch.empty_like(dh), min(rows, _PROGRAMS)
+    made = torch.empty(programs if learned else 1, width, dtype=torch.float32, device=x.device)
+    _norm_gradient[(programs,)](x, dh, weight, g, g_low, out, made, rows, width, eps, learned, **_block(width))
+    return out, made.sum(0) if learned else None
+
+
+@triton.jit
+def _norm_gradient(
+    x, dh, weight, g, g_low, out, made, rows, width, eps, LEARNED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    of_weight = tl.zeros([BLOCK], tl.float32)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        place = row * width + at
+        value = tl.load(x + place, mask=inside, other=0.0)
+        d = tl.load(dh + place, mask=inside, other=0.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + eps)
+        n = value * scale
+        dn = d * w
+        dx = scale * (dn - n * (tl.sum(dn * n, 0) / width))
+        total = tl.load(g + place, mask=inside, other=0.0) + dx
+        tl.store(g + place, total, mask=inside)
+        tl.store(g_low + place, total.to(g_low.dtype.element_ty), mask=inside)
+        tl.store(out + place, (n * w).to(out.dtype.element_ty), mask=inside)
+        of_weight += d * n
+    if LEARNED:
+        tl.store(made + tl.program_id(0) * width + at, of_weight, mask=inside)
+
+
+def _block(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
+
+
+def turn_and_keep(
+    qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, eps: float, own: Tensor, at: Tensor,
+    heads: tuple[int, int, int],
+) -> None:  # fmt: skip
+    """Norm queries and keys, where that is done, and turn them by position: queries in place, keys into the cache, and
+    values with them.
+
+    Args:
+        qkv: ``[B, (H + 2 K) D]``. cos, sin: ``[B, D]`` float32. norms: ``[2, D]`` float32, weights of queries and keys.
+        own: ``[2, >= B, K, C, D]``, the cache. at: ``[1]`` where in C. heads: H, K, D.
+    """
+    h, k, d = heads
+    _turn_and_keep[(len(qkv), h + 2 * k)](
+        qkv, cos, sin, cos if norms is None else norms, own, at, own.stride(0), own.shape[3], eps, h, k, d,
+        norms is not None, triton.next_power_of_2(d // 2), num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _turned(first, second, cos, sin, norm, angle, i, eps, D: tl.constexpr, NORMED: tl.constexpr):
+    """The two halves of a head, normed and turned."""
+    half = D // 2
+    inside = i < half
+    if NORMED:
+        scale = 1.0 / tl.sqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / D + eps)
+        first *= scale * tl.load(norm + i, mask=inside, other=0.0)
+        second *= scale * tl.load(norm + half + i, mask=inside, other=0.0)
+    a = first * tl.load(cos + angle, mask=inside, other=0.0) - second * tl.load(sin + angle, mask=inside, other=0.0)
+    b = second * tl.load(cos + angle + half, mask=inside, other=0.0)
+    b += first * tl.load(sin + angle + half, mask=inside, other=0.0)
+    return a, b
+
+
+@triton.jit
+def _turn_and_keep(
+    qkv, cos, sin, norms, own, at, to_values, room, eps,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, BLOCK)
+    inside = i < D // 2
+    place = qkv + (row * (H + 2 * K) + head) * D + i
+    low = tl.load(place, mask=inside, other=0.0)
+    high = tl.load(place + D // 2, mask=inside, other=0.0)
+    norm = norms + tl.where(head < H, 0, D)
+    a, b = _turned(low.to(tl.float32), high.to(tl.float32), cos, sin, norm, row * D + i, i, eps, D, NORMED)
+    a, b = a.to(low.dtype), b.to(low.dtype)
+    if head < H:
+        tl.store(place, a, mask=inside)
+        tl.store(place + D // 2, b, mask=inside)
+    else:
+        is_value = head >= H + K
+        k_head = tl.where(is_value, head - H - K, head - H)
+        to = own + tl.where(is_value, to_values, 0) + ((row * K + k_head) * room + tl.load(at)) * D + i
+        tl.store(to, tl.where(is_value, low, a), mask=inside)
+        tl.store(to + D // 2, tl.where(is_value, high, b), mask=inside)
+
+
+def turn(
+    qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, eps: float, heads: tuple[int, int, int]
+) -> Tensor:
+    """Queries and keys ``[B, H + K, D]``, normed, where that is done, and turned; arguments as in
+    :func:`turn_and_keep`."""
+    h, k, d = heads
+    out = torch.empty(len(qkv), h + k, d, dtype=qkv.dtype, device=qkv.device)
+    _turn[(len(qkv), h + k)](
+        qkv, out, cos, sin, cos if norms is None else norms, eps, h, k, d, norms is not None,
+        triton.next_power_of_2(d // 2), num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _turn(
+    qkv, out, cos, sin, norms, eps,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, NORMED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, BLOCK)
+    inside = i < D // 2
+    place = qkv + (row * (H + 2 * K) + head) * D + i
+    low = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(place + D // 2, mask=inside, other=0.0).to(tl.float32)
+    a, b = _turned(low, high, cos, sin, norms + tl.where(head < H, 0, D), row * D + i, i, eps, D, NORMED)
+    to = out + (row * (H + K) + head) * D + i
+    tl.store(to, a.to(out.dtype.element_ty), mask=inside)
+    tl.store(to + D // 2, b.to(out.dtype.element_ty), mask=inside)
+
+
+def turn_gradient(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int]) -> Tensor:
+    """The gradient ``[B, (H + 2 K) D]`` of what :func:`turn` took, where no norms are, from those of its parts."""
+    h, k, d = heads
+    out = torch.empty(len(dq), (h + 2 * k) * d, dtype=dq.dtype, device=dq.device)
+    given = (x.contiguous() for x in (dq, dk, dv))
+    _turn_gradient[(len(dq), h + 2 * k)](
+        *given, out, cos, sin, h, k, d, triton.next_power_of_2(d // 2), num_warps=1
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _turn_gradient(
+    dq, dk, dv, out, cos, sin, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half = D // 2
+    i = tl.arange(0, BLOCK)
+    inside = i < half
+    of_q, of_v = head < H, head >= H + K
+    of_k = (head >= H) & (head < H + K)
+    q, k, v = dq + (row * H + head) * D + i, dk + (row * K + head - H) * D + i, dv + (row * K + head - H - K) * D + i
+    a = tl.load(q, mask=inside & of_q, other=0.0).to(tl.float32)
+    a += tl.load(k, mask=inside & of_k, other=0.0).to(tl.float32)
+    a += tl.load(v, mask=inside & of_v, other=0.0).to(tl.float32)
+    b = tl.load(q + half, mask=inside & of_q, other=0.0).to(tl.float32)
+    b += tl.load(k + half, mask=inside & of_k, other=0.0).to(tl.float32)
+    b += tl.load(v + half, mask=inside & of_v, other=0.0).to(tl.float32)
+    angle = row * D + i
+    first = a * tl.load(cos + angle, mask=inside, other=0.0) + b * tl.load(sin + angle + half, mask=inside, other=0.0)
+    second = b * tl.load(cos + angle + half, mask=inside, other=0.0)
+    second -= a * tl.load(sin + angle, mask=inside, other=0.0)
+    to = out + (row * (H + 2 * K) + head) * D + i
+    tl.store(to, tl.where(of_v, a, first).to(out.dtype.element_ty), mask=inside)
+    tl.store(to + half, tl.where(of_v, b, second).to(out.dtype.element_ty), mask=inside)
+
+
+def attend(
+    qkv: Tensor, keys: Tensor, values: Tensor, own: Tensor, prompt: Tensor, length: Tensor, at: Tensor, scale: float,
+    window: int | None, heads: tuple[int, int, int],
+) -> Tensor:  # fmt: skip
+    """Attended values ``[B, H D]`` of the newest token of each row, which sees its prompt and its own past.
+
+    Args:
+        qkv: as :func:`turn_and_keep` leaves it. keys, values: ``[P K, T, D]`` of the prompts.
+        own: ``[2, >= B, K, C, D]``. prompt, length: ``[B]`` the prompt of each row and its length. at: ``[1]`` the
+            place of the newest token in C.
+    """
+    h, k, d = heads
+    out = torch.empty(len(qkv), h * d, dtype=qkv.dtype, device=qkv.device)
+    group = max(16, triton.next_power_of_2(h // k))
+    _attend[(len(qkv), k)](
+        qkv, out, keys, values, own, prompt, length, at, own.stride(0), keys.shape[1], own.shape[3], scale,
+        window or 0, h, k, d, group, max(16, triton.next_power_of_2(d)), _KEYS, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _seen(
+    q, total, best, out, keys, values, begin, count, far, scale, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr
+):
+    """Go on with a softmax over ``count`` keys at ``begin``, of which those before ``far`` are out of sight."""
+    d, j = tl.arange(0, BD), tl.arange(0, N)
+    for start in range(0, count, N):
+        seen = (start + j < count) & (start + j >= far)
+        place = (begin + start + j)[:, None] * D + d[None, :]
+        inside = seen[:, None] & (d < D)[None, :]
+        k = tl.load(keys + place, mask=inside, other=0.0)
+        s = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, -1e30)
+        now = tl.maximum(best, tl.max(s, 1))
+        p = tl.where(seen[None, :], tl.exp(s - now[:, None]), 0.0)
+        before = tl.exp(best - now)
+        v = tl.load(values + place, mask=inside, other=0.0)
+        total = total * before + tl.sum(p, 1)
+        out = out * before[:, None] + tl.dot(p.to(v.dtype), v)
+        best = now
+    return total, best, out
+
+
+@triton.jit
+def _attend(
+    qkv, out, keys, values, own, prompt, length, at, to_values, longest, room, scale, window,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    row, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i, d = tl.arange(0, G), tl.arange(0, BD)
+    inside = (i < H // K)[:, None] & (d < D)[None, :]
+    place = (k_head * (H // K) + i)[:, None] * D + d[None, :]
+    q = tl.load(qkv + row * (H + 2 * K) * D + place, mask=inside, other=0.0)
+    n, t = tl.load(length + row), tl.load(at)
+    far = tl.where(window > 0, n + t - window + 1, 0)
+    total, best = tl.zeros([G], tl.float32), tl.full([G], -1e30, tl.float32)
+    found = tl.zeros([G, BD], tl.float32)
+    of_prompt = (tl.load(prompt + row) * K + k_head) * longest
+    total, best, found = _seen(q, total, best, found, keys, values, of_prompt, n, far, scale, D, BD, N)
+    of_row = (row * K + k_head) * room
+    total, best, found = _seen(q, total, best, found, own, own + to_values, of_row, t + 1, far - n, scale, D, BD, N)
+    tl.store(out + row * H * D + place, (found / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up ``[B, I]`` of ``gate_up [B, 2 I]``."""
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    _gate[(rows, triton.cdiv(width, 1024))](gate_up, out, width, 1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _gate(gate_up, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (g / (1.0 + tl.exp(-g)) * up).to(out.dtype.element_ty), mask=inside)
+
+
+def gate_gradient(gate_up: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of ``gate_up`` from that of :func:`gate`, and the gate again."""
+    rows, width = dm.shape
+    made, out = torch.empty_like(gate_up), torch.empty_like(dm)
+    _gate_gradient[(rows, triton.cdiv(width, 1024))](gate_up, dm, made, out, width, 1024, num_warps=4)
+    return made, out
+
+
+@triton.jit
+def _gate_gradient(gate_up, dm, made, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    g = tl.load(gate_up + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(dm + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    share = 1.0 / (1.0 + tl.exp(-g))
+    s = g * share
+    of_gate = d * up * share * (1.0 + g * (1.0 - share))
+    tl.store(made + row * 2 * width + at, of_gate.to(made.dtype.element_ty), mask=inside)
+    tl.store(made + row * 2 * width + width + at, (d * s).to(made.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + at, (s * up).to(out.dtype.element_ty), mask=inside)
+
+
+def softmax(z: Tensor, targets: Tensor, temperature: float, *, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``_softmax`` of :mod:`grouprl.lm.packed.head` does. Returns for the logits ``z [m, V]`` three tensors, each
+    ``[m]`` float32: log-probabilities of ``targets [m]``, entropies, and the total probability of all other tokens.
+
+    With ``learning`` probabilities are written over ``z``, those of targets as 0.
+    """
+    rows, width = z.shape
+    found = torch.empty(3, rows, dtype=torch.float32, device=z.device)
+    _softmax[(rows,)](z, targets, found, rows, width, 1.0 / temperature, learning, 4096, num_warps=8)
+    return found[0], found[1], found[2]
+
+
+@triton.jit
+def _softmax(z, targets, found, rows, width, sharpness, LEARNING: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    here = z + row.to(tl.int64) * width
+    target = tl.load(targets + row)
+    i = tl.arange(0, BLOCK)
+    best = tl.max(tl.full([BLOCK], -float("inf"), tl.float32), 0)
+    total = tl.sum(tl.zeros([BLOCK], tl.float32), 0)
+    others, moment = total, total  # of all but the target; of the distances to the best, weighted
+    chosen = total
+    for start in range(0, width, BLOCK):
+        at = start + i
+        x = tl.load(here + at, mask=at < width, other=-float("inf")).to(tl.float32) * sharpness
+        now = tl.maximum(best, tl.max(x, 0))
+        e = tl.where(at < width, tl.exp(x - now), 0.0)
+        distance = tl.where(e > 0.0, x - now, 0.0)
+        before = tl.where(total > 0.0, tl.exp(best - now), 0.0)
+        moment = tl.where(total > 0.0, before * (moment + total * (best - now)), 0.0) + tl.sum(e * distance, 0)
+        chosen += tl.sum(tl.where(at == target, x, 0.0), 0)
+        others = others * before + tl.sum(tl.where(at == target, 0.0, e), 0)
+        total = total * before + tl.sum(e, 0)
+        best = now
+    tl.store(found + row, chosen - best - tl.log(total))
+    tl.store(found + rows + row, tl.log(total) - moment / total)
+    tl.store(found + 2 * rows + row, others / total)
+    if LEARNING:
+        for start in range(0, width, BLOCK):
+            at = start + i
+            x = tl.load(here + at, mask=at < width, other=0.0).to(tl.float32) * sharpness
+            p = tl.where(at == target, 0.0, tl.exp(x - best) / total)
+            tl.store(here + at, p.to(z.dtype.element_ty), mask=at < width)

@@ -1,0 +1,1 @@
+"""From samples to better weights: the loss, the gradient, the optimizer step."""

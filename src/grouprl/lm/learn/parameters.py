@@ -1,0 +1,160 @@
+"""The master weights as one vector, their gradient as another, and the optimizer that steps them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grouprl.errors import UsageError
+from grouprl.lm.settings.config import GRPOConfig
+
+
+class MasterParameters:
+    """All trainable parameters of a model as views into one vector, their ``.grad`` as views into another.
+
+    One norm and one fused optimizer call serve any model. Parameters that decay come first, so that two
+    slices are the optimizer's two groups; biases and norms (everything with fewer than two dimensions) do not decay.
+
+    Raises UsageError if nothing is trainable, or trainable parameters differ in type or device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if not trainable:
+            raise UsageError("the model has no trainable parameter; set requires_grad on some, or pass peft_config")
+        kinds = {(p.dtype, p.device) for p in trainable}
+        if len(kinds) > 1:
+            raise UsageError(
+                "trainable parameters must share one type and device, got "
+                f"{', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}; load the model with one dtype"
+            )
+        self.tensors = sorted(trainable, key=lambda p: p.dim() < 2)
+        self.n_decayed = sum(p.numel() for p in self.tensors if p.dim() >= 2)
+        total = sum(p.numel() for p in self.tensors)
+        self.vector = torch.empty(total, dtype=trainable[0].dtype, device=trainable[0].device)
+        self.gradient = torch.zeros_like(self.vector)
+        offset = 0
+        with torch.no_grad():
+            for p in self.tensors:
+                place = slice(offset, offset + p.numel())
+                self.vector[place] = p.detach().reshape(-1)
+                p.data = self.vector[place].view(p.shape)
+                p.main_grad = self.gradient[place].view(p.shape)  # type: ignore[attr-defined]
+                p.grad = p.main_grad  # type: ignore[attr-defined]
+                offset += p.numel()
+
+    def start(self) -> None:
+        """Begin a gradient: whoever writes first, writes over what is there."""
+        for p in self.tensors:
+            p.grad = None
+
+    def finish(self) -> None:
+        """End it: see that every ``.grad`` lies in the flat gradient, 0 where nothing was written."""
+        for p in self.tensors:
+            place: Tensor = p.main_grad  # type: ignore[attr-defined]
+            if p.grad is None:
+                place.zero_()
+            elif p.grad is not place:
+                place.copy_(p.grad)
+            p.grad = place
+
+    def clip(self, max_norm: float) -> float:
+        """The norm of the gradient, which is scaled down to ``max_norm`` if that is above 0 and exceeded."""
+        norm = float(torch.linalg.vector_norm(self.gradient, dtype=torch.float32))
+        if 0 < max_norm < norm:
+            self.gradient.mul_(max_norm / (norm + 1e-6))
+        return norm
+
+    def slices(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What an optimizer steps: the decayed part and the rest, each a parameter or nothing."""
+        parts: list[list[nn.Parameter]] = []
+        for place in (slice(0, self.n_decayed), slice(self.n_decayed, len(self.vector))):
+            parameter = nn.Parameter(self.vector[place])
+            parameter.grad = self.gradient[place]
+            parts.append([parameter] if parameter.numel() else [])
+        return parts[0], parts[1]
+
+
+def make_optimizer(parameters: MasterParameters, config: GRPOConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), fused, over the flat vector."""
+    decayed, others = parameters.slices()
+    groups: list[dict[str, Any]] = [
+        {"params": part, "weight_decay": decay}
+        for part, decay in ((decayed, config.weight_decay), (others, 0.0))
+        if part
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
+        fused=parameters.vector.is_floating_point() and parameters.vector.device.type in ("cpu", "cuda"),
+    )  # fmt: skip
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: GRPOConfig, total_steps: int) -> Any:
+    """The learning-rate schedule of transformers that ``lr_scheduler_type`` names."""
+    from transformers import get_scheduler
+
+    warmup = config.warmup_steps
+    steps = math.ceil(warmup * total_steps) if warmup < 1 else int(warmup)
+    return get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=steps, num_training_steps=total_steps,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+    )  # fmt: skip
+
+
+def follow_settings(schedule: Any, rates: list[float]) -> None:
+    """A schedule of :func:`make_schedule` that took up a checkpoint's state has its own rates and length again.
+
+    Args:
+        rates: base learning rate of each group of its optimizer.
+    """
+    groups = schedule.optimizer.param_groups
+    schedule.base_lrs = list(rates)
+    for group, rate, part in zip(groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * part(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in groups]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as named tensors and the rest as plain types, without pickle."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for number, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value
+            else:
+                rest[f"{number}.{name}"] = value
+    return tensors, {"rest": rest, "groups": state["param_groups"]}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any], *, own_settings: bool
+) -> None:
+    """The inverse of :func:`optimizer_state`.
+
+    Args:
+        own_settings: it is that of :func:`make_optimizer`, and keeps its settings (betas, weight decay, ...), whatever
+            those were that were saved.
+
+    Raises ValueError if the state is that of other parameters.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *meta["rest"].items()]:
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    shapes = dict(enumerate(tuple(p.shape) for group in optimizer.param_groups for p in group["params"]))
+    for number, entries in state.items():
+        for name, value in entries.items():  # torch takes any shape, and writes outside of it
+            if own_settings and isinstance(value, Tensor) and value.dim() and tuple(value.shape) != shapes.get(number):
+                raise ValueError(f"{name} of parameter {number} is {tuple(value.shape)}, not {shapes.get(number)}")
+    groups, own = meta["groups"], [dict(group) for group in optimizer.param_groups]
+    for group in groups:
+        group.update({k: tuple(v) for k, v in group.items() if k == "betas"})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if own_settings:
+        for group, mine in zip(optimizer.param_groups, own, strict=True):
+            group.update(mine)

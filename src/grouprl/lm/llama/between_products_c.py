@@ -1,0 +1,134 @@
+"""What lies between the products of a Llama-shaped layer, as compiled code."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouprl.lm.kernels.attention import Stretches, attention
+from grouprl.lm.kernels.compile import functions
+from grouprl.lm.llama.between_products import Parts, Triple, rotary
+from grouprl.lm.packed.low_precision import add_gradient
+from grouprl.lm.packed.packing import Pack
+
+
+class _Rotary(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("tokens", "heads", "k_heads", "d", "low")), ("eps", c_float),
+        *((name, c_void_p) for name in ("q_norm", "k_norm", "cos", "sin", "dq_norm", "dk_norm")),
+    ]  # fmt: skip
+
+
+class NativeParts(Parts):
+    """By compiled code, on a CPU."""
+
+    @staticmethod
+    def angles(decoder: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Parts.angles`: each ``[S, D]``."""
+        return rotary(decoder, x, positions)
+
+    @staticmethod
+    def seen(pack: Pack) -> Stretches:
+        """See :meth:`Parts.seen`."""
+        return pack.stretches
+
+    def norm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :meth:`Parts.norm`."""
+        return _norm(self.module.input_layernorm, self.norms["input"], x, dtype)
+
+    def post_norm(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Parts.post_norm`."""
+        to = torch.empty_like(x)
+        return to, _norm(self.module.post_attention_layernorm, self.norms["post"], x, y.dtype, y, to)
+
+    def norm_gradient(self, x: Tensor, dh: Tensor, g: Tensor, g_low: Tensor) -> Tensor:
+        """See :meth:`Parts.norm_gradient`."""
+        return _norm_gradient(self.module.input_layernorm, self.norms["input"], x, dh, g, g_low)
+
+    def post_norm_gradient(self, x: Tensor, dh: Tensor, g: Tensor, g_low: Tensor) -> Tensor:
+        """See :meth:`Parts.post_norm_gradient`."""
+        return _norm_gradient(self.module.post_attention_layernorm, self.norms["post"], x, dh, g, g_low)
+
+    def rotate(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Triple:
+        """See :meth:`Parts.rotate`."""
+        out = torch.empty_like(qkv)
+        functions().grouprl_rotate(self._rotary(qkv, cos, sin), _at(qkv), _at(out))
+        return self.split(out)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Any, place: Tensor | None) -> tuple[Tensor, ...]:
+        """See :meth:`Parts.attend`. The gradient needs nothing more."""
+        out = torch.empty(q.shape, dtype=q.dtype) if place is None else place.view(q.shape)
+        attention(q, k, v, seen, self.how.scale, self.how.window, {"out": out})
+        return (out.flatten(1),)
+
+    def attention_gradient(
+        self, qkv: Tensor, turned: Triple, cos: Tensor, sin: Tensor, seen: Any, found: tuple[Tensor, ...], d: Tensor
+    ) -> Tensor:
+        """See :meth:`Parts.attention_gradient`."""
+        made = torch.empty(qkv.shape, dtype=torch.float32)
+        parts = dict(zip(("dq", "dk", "dv"), self.split(made), strict=True))
+        attention(*turned, seen, self.how.scale, self.how.window, parts, d.view(turned[0].shape))
+        return self._rotate_gradient(qkv, cos, sin, made)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """See :meth:`Parts.gate`."""
+        m = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        functions().grouprl_gate(is_low(m), *m.shape, _at(gate_up), _at(m))
+        return m
+
+    def gate_gradient(self, gate_up: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Parts.gate_gradient`."""
+        out, m = torch.empty_like(gate_up), torch.empty_like(dm)
+        functions().grouprl_gate_gradient(is_low(m), *m.shape, _at(gate_up), _at(dm), _at(out), _at(m))
+        return out, m
+
+    def _rotate_gradient(self, qkv: Tensor, cos: Tensor, sin: Tensor, g: Tensor) -> Tensor:
+        """The gradient of ``qkv``, from that of :meth:`rotate` in float32."""
+        out = torch.empty_like(qkv)
+        made = [torch.zeros_like(self.norms[name]) for name in ("q", "k") if name in self.norms]
+        if functions().grouprl_rotate_gradient(self._rotary(qkv, cos, sin, *made), _at(qkv), _at(g), _at(out)):
+            raise MemoryError("no memory for the gradient of a rotation")
+        a = self.module.self_attn
+        for norm, d in zip((a.q_norm, a.k_norm) if made else (), made, strict=True):
+            if norm.weight.requires_grad:
+                add_gradient(norm.weight, d)
+        return out
+
+    def _rotary(self, qkv: Tensor, cos: Tensor, sin: Tensor, *made: Tensor) -> Any:
+        norm = getattr(self.module.self_attn, "q_norm", None)
+        struct = _Rotary(
+            len(qkv), *self.heads, is_low(qkv), 0.0 if norm is None else norm.variance_epsilon,
+            *(_at(self.norms.get(name)) for name in ("q", "k")), _at(cos), _at(sin), *(_at(x) for x in made),
+        )  # fmt: skip
+        return ctypes.cast(ctypes.pointer(struct), POINTER(_Rotary))
+
+
+def is_low(x: Tensor) -> int:
+    """Whether compiled code takes ``x`` for bfloat16."""
+    return int(x.dtype == torch.bfloat16)
+
+
+def _at(x: Tensor | None) -> c_void_p:
+    return c_void_p(None if x is None else x.data_ptr())
+
+
+def _norm(
+    norm: Any, weight: Tensor, x: Tensor, dtype: torch.dtype, y: Tensor | None = None, to: Tensor | None = None
+) -> Tensor:
+    h, eps = torch.empty(x.shape, dtype=dtype), c_float(norm.variance_epsilon)
+    functions().grouprl_norm(is_low(h), *x.shape, _at(x), _at(y), _at(weight), eps, _at(to), _at(h))
+    return h
+
+
+def _norm_gradient(norm: Any, weight: Tensor, x: Tensor, dh: Tensor, g: Tensor, g_low: Tensor) -> Tensor:
+    h, dweight, eps = torch.empty_like(dh), torch.zeros_like(weight), c_float(norm.variance_epsilon)
+    pointers = (_at(x), _at(weight), eps, _at(dh), _at(g), _at(g_low), _at(h), _at(dweight))
+    if functions().grouprl_norm_gradient(is_low(h), *x.shape, *pointers):
+        raise MemoryError("no memory for the gradient of a norm")
+    if norm.weight.requires_grad:
+        add_gradient(norm.weight, dweight)
+    return h

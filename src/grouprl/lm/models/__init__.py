@@ -1,0 +1,1 @@
+"""Language models: finding, loading and saving them."""

@@ -1,0 +1,195 @@
+"""Attention of a decode step: the newest token of each row, behind its prompt and its own past."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grouprl.lm.packed.attention import How, UnsupportedError
+from grouprl.lm.packed.packing import Pack
+
+_ROOM = {"cpu": 32, "cuda": 256}
+"""Tokens that a cache has room for at the beginning; then it doubles. On a GPU each growth costs a recording."""
+_EVEN = 8
+"""Tokens that a cache's room is a multiple of, for the sake of low-precision products."""
+
+
+class _Layer:
+    """Keys and values one layer has seen: of the prompts ``[P K, T, D]``, shared, and of each row's own tokens, with
+    room for more: ``[2, B, K, C, D]``."""
+
+    def __init__(self, keys: Tensor, values: Tensor, index: Tensor, rows: int, room: int, dtype: torch.dtype) -> None:
+        p, t = index.shape
+
+        def padded(x: Tensor) -> Tensor:
+            x = torch.cat([x.to(dtype), x.new_zeros((1, *x.shape[1:]), dtype=dtype)])
+            return x[index.reshape(-1)].view(p, t, *x.shape[1:]).transpose(1, 2).reshape(-1, t, x.shape[-1])
+
+        self.k_heads, self.d = keys.shape[1:]
+        self.keys, self.values = padded(keys), padded(values)
+        self.own = self.keys.new_zeros(2, rows, self.k_heads, room, self.d)  # what is hidden must not be NaN
+
+    def grow(self, room: int) -> None:
+        """Make room for that many more tokens."""
+        self.own = torch.cat([self.own, self.own.new_zeros(*self.own.shape[:3], room, self.d)], 3)
+
+    def write(self, k: Tensor, v: Tensor, at: Tensor) -> None:
+        """Write ``[B, K, D]`` as token ``at [1]`` of the first B rows."""
+        for own, new in zip(self.own, (k, v), strict=True):
+            own[: len(new)].index_copy_(2, at, new[:, :, None].to(own.dtype))
+
+    def read(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Own keys and values of the first ``rows`` rows, each ``[B K, C, D]``."""
+        k, v = self.own[:, :rows].flatten(1, 2)
+        return k, v
+
+    def select_prompts(self, index: Tensor) -> None:
+        """Keep only the prompts in ``index``."""
+        self.keys, self.values = (
+            x.view(-1, self.k_heads, *x.shape[1:])[index].flatten(0, 1) for x in (self.keys, self.values)
+        )
+
+
+class DecodeAttention:
+    """The plan of a decode step: each row sees its prompt, whose keys are stored once per group, and its own past.
+
+    Rows of one prompt are queries of one product, ``R`` slots per prompt; ``slots [P, R]`` names the row in each (any
+    row where a slot is empty) and ``place [B]`` the slot of each row, flat. What is where is worked out on the CPU: a
+    GPU that is asked for numbers stops. How many tokens the rows have is a tensor, ``at [1]``, and between
+    :meth:`reserve` and :meth:`drop` nothing else changes: a GPU may replay a step.
+
+    Args:
+        pack: the prompts. group_size: rows of each. longest: most tokens of a row. dtype: of keys and values.
+    """
+
+    def __init__(self, pack: Pack, group_size: int, longest: int, dtype: torch.dtype) -> None:
+        self.lengths = pack.prompt_lengths
+        self.device = self.lengths.device
+        self.dtype = dtype
+        self._lengths = lengths = self.lengths.cpu()
+        self.t = -(-int(lengths.max()) // _EVEN) * _EVEN
+        self.longest = -(-longest // _EVEN) * _EVEN
+        self.room = min(self.longest, _ROOM["cuda" if self.device.type == "cuda" else "cpu"])
+        ends = lengths.cumsum(0)
+        places = torch.arange(self.t)
+        index = (ends - lengths)[:, None] + places
+        self.index = torch.where(places < lengths[:, None], index, pack.ids.shape[0]).to(self.device)
+        self.layers: dict[nn.Module, _Layer] = {}
+        self._prompt_of_row = torch.arange(len(lengths)).repeat_interleave(group_size)
+        self.step = 0
+        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._hidden: dict[int | None, Tensor] = {}
+        self._arrange()
+
+    def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
+        """Store a layer's keys and values of the prompts: the ``keep`` of a :class:`PackedAttention`."""
+        if module in self.layers:
+            raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
+        self.layers[module] = _Layer(k, v, self.index, len(self._prompt_of_row), self.room, self.dtype)
+
+    def _arrange(self) -> None:
+        """Find slots, places and what is hidden from each row."""
+        prompt_of_row, rows = self._prompt_of_row, len(self._prompt_of_row)
+        order = torch.argsort(prompt_of_row, stable=True)
+        counts = torch.bincount(prompt_of_row, minlength=len(self._lengths))
+        r = int(counts.max())
+        start = counts.cumsum(0) - counts
+        within = torch.arange(rows) - start[prompt_of_row[order]]
+        place = torch.empty_like(order)
+        place[order] = prompt_of_row[order] * r + within
+        slots = torch.zeros(len(self._lengths) * r, dtype=torch.int64)
+        slots[place] = torch.arange(rows)
+        straight = rows == len(slots) and bool((place == torch.arange(rows)).all())
+        self.slots: Tensor | None = None if straight else slots.to(self.device)
+        self.place: Tensor | None = None if straight else place.to(self.device)
+        lengths = self._lengths[prompt_of_row]
+        self.prompt_of_row, self.length_of_row = prompt_of_row.to(self.device), lengths.to(self.device)
+        self._beyond = (torch.arange(self.t) >= lengths[:, None]).to(self.device)
+
+    def reserve(self) -> bool:
+        """Make room for one more token of each row. Returns whether tensors have moved for that."""
+        self.step += 1
+        if self.step <= self.room:
+            return False
+        more = min(self.room, self.longest - self.room)
+        for layer in self.layers.values():
+            layer.grow(more)
+        self.room += more
+        return True
+
+    def drop(self, finished: Sequence[int]) -> list[int]:
+        """Remove rows; the last ones move into the gaps. Returns for each remaining row which one it was before."""
+        rows = list(range(len(self._prompt_of_row)))
+        for row in sorted(finished, reverse=True):
+            rows[row] = rows[-1]
+            rows.pop()
+        before = torch.tensor(rows, dtype=torch.int64)
+        gaps = torch.nonzero(before != torch.arange(len(rows)))[:, 0]
+        if len(gaps):
+            into, source = gaps.to(self.device), before[gaps].to(self.device)
+            for layer in self.layers.values():
+                layer.own[:, into] = layer.own[:, source]  # what moves comes from behind all that stay
+        self._prompt_of_row = self._prompt_of_row[before]
+        alive, renumbered = torch.unique(self._prompt_of_row, return_inverse=True)
+        if len(alive) < len(self._lengths):
+            index = alive.to(self.device)
+            for layer in self.layers.values():
+                layer.select_prompts(index)
+            self._lengths, self._prompt_of_row = self._lengths[alive], renumbered
+        if rows:
+            self._arrange()
+        return rows
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._hidden = {}
+
+    def end(self) -> None:
+        """End a step: every row has one token more."""
+        self.at += 1
+
+    def hidden(self, window: int | None) -> Tensor:
+        """``[B, 1, 1, T + C]``: which places of prompt and own past the newest token of a row does not see."""
+        if window not in self._hidden:
+            places = torch.arange(self.room, device=self.device)
+            own = (places > self.at).expand(len(self._beyond), -1)
+            hidden = torch.cat([self._beyond, own], 1)
+            if window is not None:
+                begin = torch.arange(self.t, device=self.device).expand(len(self._beyond), -1)
+                place = torch.cat([begin, self.length_of_row[:, None] + places], 1)
+                hidden |= (self.length_of_row + self.at)[:, None] - place >= window
+            self._hidden[window] = hidden[:, None, None]
+        return self._hidden[window]
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """``q [B, H, D]``, ``k, v [B, K, D]`` of the newest token of each row -> ``[B, H, D]``."""
+        layer = self.layers[module]
+        rows, k_heads, d, t = q.shape[0], k.shape[1], q.shape[2], self.t
+        g = q.shape[1] // k_heads
+        layer.write(k, v, self.at)
+        own_k, own_v = layer.read(rows)
+        q = torch.mul(q, how.scale, out=q.new_empty(q.shape, dtype=self.dtype)).view(rows, k_heads, g, d)
+        to_prompt = self._by_row(torch.bmm(self._by_prompt(q), layer.keys.transpose(1, 2)), k_heads, g)
+        to_own = torch.bmm(q.view(-1, g, d), own_k.transpose(1, 2)).view(rows, k_heads, g, -1)
+        s = torch.cat([to_prompt, to_own], -1)
+        if how.softcap is not None:
+            s = torch.tanh(s.float() / how.softcap) * how.softcap
+        s.masked_fill_(self.hidden(how.window), torch.finfo(s.dtype).min)  # finite, as in attention.py
+        p = s.softmax(-1).to(self.dtype)
+        out = torch.bmm(p[..., t:].flatten(0, 1), own_v).view(rows, k_heads, g, d)
+        out += self._by_row(torch.bmm(self._by_prompt(p[..., :t]), layer.values), k_heads, g)
+        return out.view(rows, -1, d)
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """``[B, K, g, c]`` -> ``[P K, R g, c]``."""
+        if self.slots is not None:
+            x = x[self.slots]
+        x = x.view(len(self._lengths), -1, *x.shape[1:]).transpose(1, 2)
+        return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+
+    def _by_row(self, x: Tensor, k_heads: int, g: int) -> Tensor:
+        """``[P K, R g, c]`` -> ``[B, K, g, c]``."""
+        x = x.view(len(self._lengths), k_heads, -1, g, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+        return x if self.place is None else x[self.place]

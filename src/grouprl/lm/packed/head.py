@@ -1,0 +1,115 @@
+"""The language-model head fused with the log-probability: [m, V] is held once, in low precision, never in float32."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouprl.lm.kernels import head as native
+from grouprl.lm.kernels import triton_head as gpu
+from grouprl.lm.packed.low_precision import Products, add_gradient, add_product, add_rows
+
+_ROWS = 16
+"""Rows whose float32 logits are worked on at once: few enough to stay in the processor's cache."""
+
+
+class TokenTerms(NamedTuple):
+    """Per predicted token, ``[m]`` float32; only ``logp`` carries a gradient."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
+def log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, products: Products
+) -> TokenTerms:
+    """Log-probability of each target under softmax((hidden weight^T + bias) / temperature), and the entropy.
+
+    Args:
+        hidden: ``[m, d]``. weight: ``[V, d]``. bias: ``[V]`` or None. targets: ``[m]`` int64.
+        products: says which precision the products run in; the softmax itself is float32.
+
+    Gradients of weight and bias are added to their ``.grad``, that of ``hidden`` flows on.
+    """
+    logp, entropy = _LogProb.apply(hidden, weight, bias, targets, temperature, products, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return TokenTerms(logp, entropy)
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        products: Products,
+        learning: bool,
+    ) -> tuple[Tensor, Tensor]:
+        low = h.detach().to(products.dtype)
+        compiled = products.native and native.multiplies(low, weight, bias)
+        w = weight.detach() if compiled else products.weight(weight)
+        if compiled:
+            z = native.logits(low, w)
+        else:
+            z = F.linear(low, w, None if bias is None else bias.detach().to(products.dtype))
+        there = gpu.softmax_there(z.device, z.dtype, _softmax) if products.native and z.is_cuda else None
+        if products.native and native.supported(z):
+            logp, entropy, others = native.softmax(z, targets, temperature, learning=learning)
+        elif there is not None:
+            logp, entropy, others = there(z, targets, temperature, learning=learning)
+        else:
+            logp, entropy, others = _softmax(z, targets, temperature, learning)
+        ctx.save_for_backward(low, z, targets, others)
+        ctx.weight, ctx.bias, ctx.temperature, ctx.dtype = weight, bias, temperature, h.dtype
+        ctx.w, ctx.native, ctx.compiled = w, products.native, compiled
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        h, p, targets, others = ctx.saved_tensors
+        scale = gradient.float() / ctx.temperature  # [m]
+        at_target = scale * others
+        dh = None
+        if ctx.needs_input_grad[0]:
+            dh = native.logits_gradient(p, ctx.w) if ctx.compiled else torch.mm(p, ctx.w).float()
+            dh.mul_(-scale[:, None]).addcmul_(at_target[:, None], ctx.w[targets].to(p.dtype).float())
+            dh = dh.to(ctx.dtype)
+        weight, bias = ctx.weight, ctx.bias
+        if weight.requires_grad:
+            scaled = h.float() * -scale[:, None]
+            add_product(weight, p, scaled.to(p.dtype), ctx.native)
+            add_rows(weight.grad, targets, (at_target[:, None] * h).to(weight.dtype))
+        if bias is not None and bias.requires_grad:
+            add_gradient(bias, (p.t() @ (-scale).to(p.dtype)[:, None])[:, 0])
+            add_rows(bias.grad, targets, at_target.to(bias.dtype))
+        return dh, None, None, None, None, None, None
+
+
+def _softmax(z: Tensor, targets: Tensor, temperature: float, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`grouprl.lm.kernels.head.softmax` does."""
+    logp, entropy, others = (torch.empty(len(targets), dtype=torch.float32, device=z.device) for _ in range(3))
+    for start in range(0, len(targets), _ROWS if z.device.type == "cpu" else 1024):
+        rows = slice(start, start + (_ROWS if z.device.type == "cpu" else 1024))
+        x = z[rows].float()
+        if temperature != 1.0:
+            x.div_(temperature)
+        t = targets[rows, None]
+        x.sub_(x.amax(-1, keepdim=True))
+        chosen = x.gather(1, t)[:, 0]
+        e = x.exp()
+        total = e.sum(-1)
+        logp[rows] = chosen - total.log()
+        entropy[rows] = total.log() - torch.linalg.vecdot(e, x) / total
+        if learning:
+            # The target's own entry is kept apart in full: near 1 low precision would lose 1 - p.
+            e.scatter_(1, t, 0.0)
+            others[rows] = e.sum(-1) / total
+            torch.mul(e, (1.0 / total)[:, None], out=x)
+            z[rows] = x
+    return logp, entropy, others

@@ -1,0 +1,268 @@
+"""Matrix products in low precision from full-precision master weights, for any model made of linear layers.
+
+What autocast does, without its cost: each weight is rounded once per update instead of once per pass, the gradient of a
+weight is added to its ``.grad`` where it stands, an input that three layers share is rounded once, and the sampler's
+weights are laid out for the processor beforehand. Everything else of the model stays in the precision of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grouprl.lm.kernels import gradient as native
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than float32 ones on ``device``."""
+    if device.type == "cuda":  # torch says that older ones can as well, but they convert to float32 and back
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def add_gradient(parameter: Tensor, value: Tensor) -> None:
+    """Add ``value`` to ``parameter.grad`` in place.
+
+    If there is none yet, the gradient goes to ``parameter.main_grad``, where a parameter has that: a place of its own
+    in a larger buffer. Writing there is cheaper than adding to zeros, most of all from a lower precision.
+    """
+    if parameter.grad is not None:
+        parameter.grad.add_(value)
+        return
+    place: Tensor | None = getattr(parameter, "main_grad", None)
+    parameter.grad = value.to(parameter.dtype) if place is None else place.copy_(value)
+
+
+def add_product(parameter: Tensor, a: Tensor, b: Tensor, compiled: bool = True) -> None:
+    """Add ``a^T b`` to ``parameter.grad``: ``a [n, out]``, ``b [n, in]``. See :func:`add_gradient`."""
+    place: Tensor | None = parameter.grad
+    if place is not None and place.dtype == a.dtype:
+        place.addmm_(a.t(), b)
+        return
+    into = getattr(parameter, "main_grad", None) if place is None else place
+    if compiled and into is not None and native.supported(into, a, b):
+        native.weight_gradient(into, a, b, add=place is not None)
+        parameter.grad = into
+    else:
+        add_gradient(parameter, a.t() @ b)
+
+
+def add_rows(to: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``to[index] += rows`` in place, in an order that is the same every time."""
+    if to.device.type == "cuda":  # there index_add_ adds in whatever order threads arrive
+        to.index_put_((index,), rows, accumulate=True)
+    else:
+        to.index_add_(0, index, rows)
+
+
+def _zero_gradient(parameter: Tensor) -> Tensor:
+    """``parameter.grad``, made of zeros (in ``main_grad``, where there is that) if there is none."""
+    if parameter.grad is None:
+        place: Tensor | None = getattr(parameter, "main_grad", None)
+        parameter.grad = torch.zeros_like(parameter) if place is None else place.zero_()
+    return parameter.grad
+
+
+class Products:
+    """How a model's linear and embedding layers compute.
+
+    Args:
+        model: any module; its layers are found once.
+        dtype: what products run in; weights of another dtype are rounded to it.
+        native: use compiled code where it can do something.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, native: bool = True) -> None:
+        from transformers.pytorch_utils import Conv1D
+
+        self.dtype, self.native = dtype, native
+        self._layers = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
+        self._embeddings = [m for m in model.modules() if type(m) is nn.Embedding]
+        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._weights: _Rounded | None = None
+
+    @contextmanager
+    def learning(self, without: Collection[nn.Module] = ()) -> Iterator[None]:
+        """Within, layers run forwards and backwards in low precision; gradients are added to ``.grad``.
+
+        Args:
+            without: layers to leave alone, as something else does their work.
+        """
+        self._weights = weights = _Rounded(self.dtype)
+        try:
+            with self._forwards(lambda layer: None if layer in without else self._learner(layer, weights), self._embed):
+                yield
+        finally:
+            self._weights = None
+
+    def weight(self, parameter: Tensor) -> Tensor:
+        """``parameter`` in the dtype of the products: rounded once within :meth:`learning`."""
+        return parameter.detach().to(self.dtype) if self._weights is None else self._weights(parameter)
+
+    @contextmanager
+    def sampling(self, without: Collection[nn.Module] = ()) -> Iterator[None]:
+        """Within, layers run forwards only, from weights laid out for many small products.
+
+        Args:
+            without: layers to leave alone, as something else does their work.
+        """
+        packed = self.dtype == torch.bfloat16 and all(m.weight.device.type == "cpu" for m in self._layers)
+        make = self._packed if packed and supports_bf16(torch.device("cpu")) else self._plain
+        with torch.no_grad(), self._forwards(lambda layer: None if layer in without else make(layer), None):
+            yield
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Within, layers run forwards only and in float32, from each weight as it is, one at a time."""
+        with torch.no_grad(), self._forwards(_exact_linear, _exact_embedding):
+            yield
+
+    @contextmanager
+    def _forwards(
+        self,
+        of_layer: Callable[[Any], Callable[..., Tensor] | None],
+        of_embedding: Callable[[Any], Callable[..., Tensor]] | None,
+    ) -> Iterator[None]:
+        """Give every layer a forward of its own, and take it away again."""
+        before: list[tuple[nn.Module, Any]] = []
+
+        def give(module: nn.Module, forward: Callable[..., Tensor] | None) -> None:
+            if forward is None:
+                return
+            before.append((module, vars(module).get("forward")))
+            module.forward = forward
+
+        try:
+            for layer in self._layers:
+                give(layer, of_layer(layer))
+            if of_embedding is not None:
+                for embedding in self._embeddings:
+                    if type(embedding).forward is nn.Embedding.forward and embedding.max_norm is None:
+                        give(embedding, of_embedding(embedding))
+            yield
+        finally:
+            for module, forward in before:
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+            self._last = None
+
+    def _learner(self, layer: Any, weights: _Rounded) -> Callable[[Tensor], Tensor]:
+        weight, bias = layer.weight, layer.bias
+        transposed = not isinstance(layer, nn.Linear)
+
+        def forward(x: Tensor) -> Tensor:
+            rounded, rounded_bias = weights(weight), None if bias is None else weights(bias)
+            out: Tensor = _Linear.apply(x, weight, bias, rounded, rounded_bias, transposed, self)  # type: ignore[no-untyped-call]
+            return out
+
+        return forward
+
+    def _embed(self, layer: nn.Embedding) -> Callable[[Tensor], Tensor]:
+        def forward(ids: Tensor) -> Tensor:
+            out: Tensor = _Embedding.apply(ids, layer.weight)  # type: ignore[no-untyped-call]
+            return out
+
+        return forward
+
+    def _plain(self, layer: Any) -> Callable[[Tensor], Tensor]:
+        weight = layer.weight.detach().to(self.dtype)
+        weight = weight if isinstance(layer, nn.Linear) else weight.t()
+        bias = None if layer.bias is None else layer.bias.detach().to(self.dtype)
+        return lambda x: F.linear(self.rounded(x), weight, bias)
+
+    def _packed(self, layer: Any) -> Callable[[Tensor], Tensor]:
+        weight = layer.weight.detach()
+        weight = (weight if isinstance(layer, nn.Linear) else weight.t()).to(self.dtype).contiguous()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+        bias = None if layer.bias is None else layer.bias.detach().to(self.dtype)
+        linear = torch.ops.mkldnn._linear_pointwise
+        return lambda x: linear(self.rounded(x), packed, bias, "none", [], "")
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """``x`` in the dtype of the products; the last one is remembered, as queries, keys and values share it."""
+        if x.dtype == self.dtype:
+            return x
+        last = self._last
+        if last is not None and last[0] is x and last[1] == x._version:
+            return last[2]
+        low = x.detach().to(self.dtype)
+        self._last = (x, x._version, low)
+        return low
+
+
+def _exact_linear(layer: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()
+        return F.linear(x.float(), weight.float(), None if layer.bias is None else layer.bias.float())
+
+    return forward
+
+
+def _exact_embedding(layer: nn.Embedding) -> Callable[[Tensor], Tensor]:
+    return lambda ids: F.embedding(ids, layer.weight).float()
+
+
+class _Rounded:
+    """Weights in another dtype, each made once however many layers share it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.made: dict[int, Tensor] = {}
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        if id(parameter) not in self.made:
+            self.made[id(parameter)] = parameter.detach().to(self.dtype)
+        return self.made[id(parameter)]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, b: Tensor | None, transposed: bool,
+        products: Products,
+    ) -> Tensor:  # fmt: skip
+        low = products.rounded(x)
+        ctx.save_for_backward(low, w)
+        ctx.weight, ctx.bias, ctx.transposed, ctx.dtype = weight, bias, transposed, x.dtype
+        ctx.native = products.native
+        return F.linear(low, w.t() if transposed else w, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, w = ctx.saved_tensors
+        g = gradient.to(w.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.matmul(g, w.t() if ctx.transposed else w).to(ctx.dtype)
+        g, x = g.flatten(0, -2), x.flatten(0, -2)
+        if ctx.weight.requires_grad:
+            a, b = (x, g) if ctx.transposed else (g, x)
+            add_product(ctx.weight, a, b, ctx.native)
+        if ctx.bias is not None and ctx.bias.requires_grad:
+            add_gradient(ctx.bias, gradient.flatten(0, -2).float().sum(0))
+        return dx, None, None, None, None, None, None
+
+
+class _Embedding(torch.autograd.Function):
+    """Rows of the table; the gradient goes to those rows of ``.grad`` alone, not through a table of zeros.
+
+    ``padding_idx`` does not matter: a token that happens to be the padding token has a gradient like any other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.ids, ctx.weight = ids, weight
+        return weight.detach()[ids]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        weight = ctx.weight
+        add_rows(_zero_gradient(weight), ctx.ids.reshape(-1), gradient.flatten(0, -2).to(weight.dtype))
+        return None, None

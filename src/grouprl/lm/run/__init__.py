@@ -1,0 +1,1 @@
+"""What train-lm, evaluate, chat and resume do: recipes and run folders."""

@@ -1,0 +1,79 @@
+"""Talking to a model: the questions are put as those it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grouprl.errors import UsageError
+from grouprl.lm.models.load import load
+from grouprl.lm.policy.policy import Policy, sampling_settings
+from grouprl.lm.prompts import prepare_prompts
+from grouprl.lm.run import recipe
+from grouprl.lm.run.training import load_trained, material, quiet
+from grouprl.lm.settings.config import GRPOConfig
+from grouprl.runs import RunFolder
+
+
+class Chat:
+    """One model that answers single questions.
+
+    Args:
+        before: messages that go before every question. text: ask with the bare text instead.
+        about: what to tell a person first.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: GRPOConfig, before: list[dict[str, Any]], text: bool, sampled: bool,
+        about: str,
+    ) -> None:  # fmt: skip
+        self.policy, self.tokenizer, self.config = Policy(model, tokenizer, config), tokenizer, config
+        self.before, self.text, self.about = before, text, about
+        self.settings = sampling_settings(config, greedy=not sampled)
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    @classmethod
+    def open(cls, source: str, *, sampled: bool = False, max_tokens: int | None = None, bare: bool = False) -> Chat:
+        """A run's model, asked as its task asks, or any other model.
+
+        Raises UsageError if there is no such run or model.
+        """
+        quiet()
+        if not (Path(source) / "config.yaml").is_file():
+            model, tokenizer = load(source)
+            config = GRPOConfig(max_completion_length=max_tokens or 256)
+            text = getattr(tokenizer, "chat_template", None) is None
+            return cls(model, tokenizer, config, [], text, sampled, f"{source}, as it is")
+        folder = RunFolder.open(source)
+        given = recipe.load(folder.path)
+        config = GRPOConfig(**folder.read_config()["config"]).replace(beta=0.0, sync_ref_model=False)
+        if max_tokens is not None:
+            config = config.replace(max_completion_length=max_tokens)
+        rows = material(given.changed({} if given.task.endswith(".jsonl") else {"n_train": 1, "n_eval": 1}))
+        model, tokenizer = load_trained(folder, given, config, rows.task)
+        example: Any = rows.held_out[0]["prompt"]
+        before = [] if bare or isinstance(example, str) else example[:-1]
+        shown = example if isinstance(example, str) else example[-1]["content"]
+        return cls(model, tokenizer, config, before, isinstance(example, str), sampled, f"{given.task}; try: {shown}")
+
+    def ask(self, question: str) -> str:
+        """The model's reply. Raises UsageError for a question that the model cannot read, such as one too long."""
+        prompt = question if self.text else [*self.before, {"role": "user", "content": question}]
+        source = prepare_prompts(
+            [{"prompt": prompt}], self.tokenizer, chat_template_kwargs=self.config.chat_template_kwargs,
+            name="the question",
+        )  # fmt: skip
+        ids = source[0].ids
+        context = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
+        settings = self.settings
+        if context is not None:
+            if len(ids) >= context:
+                raise UsageError(
+                    f"the question has {len(ids)} tokens, but the model reads {context}; ask a shorter one"
+                )
+            settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, context - len(ids)))
+        reply = self.policy.sample([ids], 1, self.generator, settings)[0]
+        return str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()

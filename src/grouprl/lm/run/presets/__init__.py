@@ -1,0 +1,1 @@
+"""The recipes that ship, as YAML files; :mod:`grouprl.lm.run.recipe` reads them."""

@@ -1,0 +1,168 @@
+"""Recipes: a model, a task and settings in one YAML file. Those that ship are the presets of the language arena."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grouprl.errors import UsageError
+from grouprl.lm.settings.config import GRPOConfig
+
+_PRESETS = "grouprl.lm.run.presets"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run of ``grouprl train-lm`` is made of.
+
+    Attributes:
+        model: hub id, folder, GGUF file, ``smollm2``, or ``tiny`` for a small model with random weights.
+        task: a task's name, ``reasoning-gym:NAME``, or a file of JSON lines, which needs ``reward``.
+        task_options: of the task. reward: ``module:function``, instead of the task's own.
+        advantage_function, surrogate_function: ``module:function``, in the place of the configuration's ``advantage``
+            and of the surrogate of its ``loss_type``; see :mod:`grouprl.lm.settings.user_functions`.
+        eval_data: a file of JSON lines to evaluate on, where ``task`` is one; default: its last rows.
+        form: prompts as ``messages`` or as bare ``text``.
+        n_train, n_eval: rows drawn from the task's two splits; a file is used whole.
+        eval_every: optimizer steps between greedy evaluations on the held-out rows; 0: only before and after.
+        warm_start: settings of a short supervised start (tiny models only): steps, learning_rate.
+        lora: settings of peft's LoraConfig, to train an adapter instead of all weights.
+        config: settings of :class:`~grouprl.lm.settings.config.GRPOConfig`.
+        needs: what to install, if anything. expect: what it reached, and the command that shows it.
+    """
+
+    name: str
+    model: str
+    task: str
+    about: str = ""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    reward: str | None = None
+    advantage_function: str | None = None
+    surrogate_function: str | None = None
+    eval_data: str | None = None
+    form: str = "messages"
+    n_train: int = 4096
+    n_eval: int = 256
+    eval_every: int = 10
+    warm_start: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    expect: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if name == "reward" and isinstance(value, list):
+                raise UsageError(
+                    f"reward={value} of recipe {self.name} must be one function, module:function; several with weights "
+                    "are for GRPOTrainer, or for a function that adds them up"
+                )
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                allowed = " or ".join(dict.fromkeys(_SAID[kind] for kind in kinds))
+                raise UsageError(f"{name}={value!r} of recipe {self.name} must be {allowed}")
+        for name, least in (("n_train", 1), ("n_eval", 1), ("eval_every", 0)):
+            value = getattr(self, name)
+            if value < least or value != int(value):
+                raise UsageError(f"{name}={value!r} of recipe {self.name} must be a whole number, at least {least}")
+            object.__setattr__(self, name, int(value))  # 1e3 is read as a float
+
+    def changed(self, assignments: Mapping[str, Any]) -> Recipe:
+        """With some fields, or settings of the configuration, replaced.
+
+        Raises UsageError for a name that is neither, with the closest that is.
+        """
+        own = {f.name for f in fields(self)} - {"name", "about", "needs", "expect", "config"}
+        values = {name: value for name, value in assignments.items() if name in own}
+        config = {**self.config, **{name: value for name, value in assignments.items() if name not in own}}
+        for name in assignments:
+            whole, dot, part = name.partition(".")
+            if dot and whole in own:
+                raise UsageError(f"unknown setting {name!r}; give the whole of it: --set '{whole}={{{part}: ...}}'")
+            if name in ("name", "about", "needs", "expect", "config"):
+                raise UsageError(f"{name} describes a recipe and cannot be set; write a recipe file of your own")
+        for name in config:
+            if name not in GRPOConfig.model_fields and name in assignments:
+                close = difflib.get_close_matches(name, [*own, *GRPOConfig.model_fields], n=1)
+                if close and name not in _accepted():
+                    raise UsageError(f"unknown setting {name!r}; did you mean {close[0]!r}? See: grouprl settings --lm")
+        return Recipe(**{**self.__dict__, **values, "config": config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a recipe file holds them."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if value not in (None, "") and (value != {} or defaults[key] is None)
+        }
+
+
+_SAID = {str: "text", dict: "a mapping", int: "a number", float: "a number", type(None): "left out"}
+_NUMBER, _TEXT, _MAPPING, _NONE = (int, float), (str,), (dict,), (type(None),)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": _TEXT, "task": _TEXT, "about": _TEXT, "task_options": _MAPPING, "reward": _TEXT + _NONE,
+    "advantage_function": _TEXT + _NONE, "surrogate_function": _TEXT + _NONE, "eval_data": _TEXT + _NONE,
+    "form": _TEXT, "n_train": _NUMBER, "n_eval": _NUMBER, "eval_every": _NUMBER, "warm_start": _MAPPING + _NONE,
+    "lora": _MAPPING + _NONE, "config": _MAPPING, "expect": _MAPPING,
+}  # fmt: skip
+
+
+def _accepted() -> set[str]:
+    from grouprl.lm.settings.trl import FOREIGN, RENAMED
+
+    return {*FOREIGN, *RENAMED}
+
+
+def names() -> list[str]:
+    """The presets, sorted."""
+    return sorted(f.name.removesuffix(".yaml") for f in resources.files(_PRESETS).iterdir() if f.name.endswith(".yaml"))
+
+
+def load(source: str | os.PathLike[str]) -> Recipe:
+    """A preset by name, or a recipe file: a YAML of one's own, or the config.yaml of a run.
+
+    Raises UsageError if there is none, or it is no recipe.
+    """
+    text = os.fspath(source)
+    if text in names():
+        return _parse(resources.files(_PRESETS).joinpath(f"{text}.yaml").read_text(encoding="utf-8"), text, text)
+    path = Path(text)
+    if path.is_dir():
+        path = path / "config.yaml"
+    if not path.is_file():
+        close = difflib.get_close_matches(text, names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UsageError(f"no preset and no file {text!r}; {hint}There are: {', '.join(names())}")
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path), path.stem)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def _parse(text: str, where: str, name: str) -> Recipe:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is not YAML: {error}") from error
+    if isinstance(values, dict) and "recipe" in values:  # the config.yaml of a run
+        values = values["recipe"]
+    if not isinstance(values, dict):
+        raise UsageError(f"{where} must hold a mapping with model and task, got {type(values).__name__}")
+    known = {f.name for f in fields(Recipe)}
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
+            raise UsageError(f"{where}: unknown key {key!r}; {hint} Settings of GRPOConfig belong under config.")
+    missing = {"model", "task"} - set(values)
+    if missing:
+        raise UsageError(f"{where} lacks {' and '.join(sorted(missing))}")
+    return Recipe(**{"name": name, **values})

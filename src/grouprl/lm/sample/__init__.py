@@ -1,0 +1,1 @@
+"""Sampling completions: decoding groups of rows, and drawing tokens."""

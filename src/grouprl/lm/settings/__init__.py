@@ -1,0 +1,1 @@
+"""What a run is told: every setting, what goes together, and how TRL's options are read."""

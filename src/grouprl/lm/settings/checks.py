@@ -1,0 +1,147 @@
+"""Settings that are each allowed but do not go together."""
+
+from __future__ import annotations
+
+from grouprl.lm.settings.fields import Fields
+
+_CLIPPED_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
+
+
+def problems(config: Fields) -> list[str]:
+    """What is wrong with the combination of settings and how to fix it, one sentence each; empty if nothing is."""
+    return [
+        *_batch_problems(config),
+        *_advantage_problems(config),
+        *_objective_problems(config),
+        *_best_problems(config),
+    ]
+
+
+def _batch_problems(c: Fields) -> list[str]:
+    found: list[str] = []
+    if c.prompts_per_step is not None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "generation_batch_size"):
+            default = type(c).model_fields[name].default
+            if getattr(c, name) != default:
+                found.append(
+                    f"prompts_per_step={c.prompts_per_step} and {name}={getattr(c, name)} both say how large a step "
+                    f"is; leave {name} at {default}, or leave prompts_per_step out"
+                )
+    both = c.generation_batch_size, c.steps_per_generation
+    if None not in both and both[0] != c.per_device_train_batch_size * (both[1] or 1):
+        found.append(
+            f"generation_batch_size={c.generation_batch_size} and steps_per_generation={c.steps_per_generation} both "
+            "say how large a generation is; give one of them"
+        )
+    if c.soft_overlong_cache is not None and c.soft_overlong_cache >= c.max_completion_length:
+        found.append(
+            f"soft_overlong_cache={c.soft_overlong_cache} must be below max_completion_length="
+            f"{c.max_completion_length}; a quarter of it is usual"
+        )
+    return found
+
+
+def _advantage_problems(c: Fields) -> list[str]:
+    found: list[str] = []
+    if c.multi_objective_aggregation == "normalize_then_sum":
+        for name, on in (
+            ("kl_in='reward'", c.beta > 0 and c.kl_in == "reward"),
+            ("soft_overlong_cache", c.soft_overlong_cache),
+        ):
+            if on:
+                found.append(
+                    f"multi_objective_aggregation='normalize_then_sum' normalises each reward function alone, which "
+                    f"leaves no place for {name}; use 'sum_then_normalize', or make it a reward function"
+                )
+    if c.num_generations == 1 and c.advantage != "reinforce_pp":
+        found.append(
+            f"num_generations=1 leaves advantage={c.advantage!r} nothing to compare with; set num_generations=2 or "
+            "more, or advantage='reinforce_pp'"
+        )
+    if c.num_generations == 1 and c.dynamic_sampling:
+        found.append("dynamic_sampling compares the rewards of a group; set num_generations=2 or more, or leave it out")
+    if c.advantage == "reinforce_pp" and c.dynamic_sampling:
+        found.append(
+            "dynamic_sampling replaces groups that teach nothing, and advantage='reinforce_pp' learns from all; leave "
+            "dynamic_sampling out, or set advantage='reinforce_pp_baseline'"
+        )
+    if c.advantage == "maxrl":
+        penalties = (
+            ("soft_overlong_cache", c.soft_overlong_cache is not None),
+            ("kl_in='reward'", c.beta > 0 and c.kl_in == "reward"),
+            (f"reward_weights={c.reward_weights}", any(w < 0 for w in c.reward_weights or ())),
+        )
+        for name, on in penalties:
+            if on:
+                found.append(
+                    f"advantage='maxrl' divides by the mean reward, which must not be negative, and {name} can make it "
+                    "so; leave it out, or choose another advantage"
+                )
+    if c.pass_k is not None and c.advantage != "pass_at_k":
+        found.append(f"pass_k={c.pass_k} is for advantage='pass_at_k', which is {c.advantage!r}; leave it out")
+    if c.pass_k is not None and c.pass_k > c.num_generations:
+        found.append(f"pass_k={c.pass_k} must not exceed num_generations={c.num_generations}; lower it")
+    if c.multi_objective_aggregation == "normalize_then_sum" and c.scale_rewards != "group":
+        found.append(
+            f"scale_rewards={c.scale_rewards!r} has no effect with multi_objective_aggregation='normalize_then_sum', "
+            "which scales within groups and then over the batch; leave one of them out"
+        )
+    if c.advantage != "group":
+        if c.scale_rewards == "batch":
+            found.append(
+                f"scale_rewards='batch' is for advantage='group', which is {c.advantage!r}; leave one of them out"
+            )
+        if c.multi_objective_aggregation == "normalize_then_sum":
+            found.append(
+                "multi_objective_aggregation='normalize_then_sum' is an estimator of its own and needs "
+                f"advantage='group', which is {c.advantage!r}; leave one of them out"
+            )
+    return found
+
+
+def _objective_problems(c: Fields) -> list[str]:
+    found: list[str] = []
+    if c.loss_type == "cispo" and (c.epsilon_high is None or c.epsilon_high <= 1):
+        found.append(
+            f"epsilon_high={c.epsilon_high}: with loss_type='cispo' it is the cap of the ratio itself, as in TRL, and "
+            "must exceed 1; 5.0 is usual"
+        )
+    if c.delta is not None:
+        if c.loss_type not in _CLIPPED_LOSSES:
+            found.append(
+                f"delta={c.delta} is for a clipped ratio, which loss_type={c.loss_type!r} has not; leave it out"
+            )
+        elif c.delta <= 1 + c.clip_high:
+            found.append(f"delta={c.delta} must exceed 1 + epsilon_high = {1 + c.clip_high:g}; 3.0 or 4.0 is usual")
+    if c.sync_ref_model and c.beta == 0:
+        found.append("sync_ref_model=True needs a reference model, which beta=0 has not; set beta, or leave it out")
+    return found
+
+
+def _best_problems(c: Fields) -> list[str]:
+    found: list[str] = []
+    metric = c.metric_for_best_model or ("reward" if c.load_best_model_at_end else None)
+    if metric is not None and c.eval_strategy == "no":
+        found.append(
+            f"metric_for_best_model={metric!r} is a number of evaluations, and there are none; set "
+            "eval_strategy='steps' or 'epoch', or leave it out"
+        )
+    elif c.load_best_model_at_end:
+        every, saves = c.eval_steps or c.logging_steps, c.save_steps
+        if c.save_strategy != c.eval_strategy or (c.eval_strategy == "steps" and _remainder(saves, every)):
+            found.append(
+                "load_best_model_at_end=True needs an evaluation of every model that is saved; set save_strategy="
+                f"{c.eval_strategy!r}"
+                + (f" and save_steps={every:g}, or a multiple of it" if c.eval_strategy == "steps" else "")
+            )
+    if metric in ("loss", "eval_loss"):
+        found.append(f"metric_for_best_model={metric!r}: evaluations have no loss, they judge; 'reward' is usual")
+    return found
+
+
+def _remainder(steps: float, of: float) -> bool:
+    """Whether ``steps`` is no multiple of ``of``; both may be shares of a run."""
+    if (steps < 1) != (of < 1):
+        return True
+    times = steps / of
+    return abs(times - round(times)) > 1e-9 or times < 1

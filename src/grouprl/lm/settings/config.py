@@ -1,0 +1,149 @@
+"""The one configuration of the language-model arena: its settings, checked, in the shape of TRL's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from pydantic import PrivateAttr, ValidationError
+
+from grouprl.errors import UsageError
+from grouprl.lm.settings.checks import problems
+from grouprl.lm.settings.fields import Fields
+from grouprl.lm.settings.trl import FOREIGN, ONE_PROCESS, RENAMED, translate
+
+
+class GRPOConfig(Fields):
+    """Every choice of a training run in the language-model arena.
+
+    Raises UsageError for an unknown or unsupported setting, or a value that is not allowed. An option of TRL's that is
+    no setting here reads as its "off" value, so that callbacks written for transformers find what they look for.
+    """
+
+    _in_use: bool = PrivateAttr(False)
+
+    def __init__(self, output_dir: str | os.PathLike[str] | None = None, /, **values: Any) -> None:
+        if output_dir is not None:
+            if "output_dir" in values:
+                raise UsageError(
+                    f"output_dir is given twice: {output_dir!r} and {values['output_dir']!r}; give it once"
+                )
+            values["output_dir"] = output_dir
+        settings = translate(values, type(self).model_fields)
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise UsageError(_explain(error)) from None
+        if self.eval_strategy != "no":
+            self.do_eval = True
+        if found := problems(self):
+            raise UsageError("; ".join(found))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ONE_PROCESS:
+            return ONE_PROCESS[name]
+        if name == "warmup_ratio":
+            return self.warmup_steps if self.warmup_steps < 1 else 0.0
+        if name in RENAMED:
+            return getattr(self, RENAMED[name])
+        return FOREIGN[name].off if name in FOREIGN else super().__getattr__(name)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting. Its value is checked now, what it does not go together with when a trainer is made."""
+        if name.startswith("_"):
+            super().__setattr__(name, value)
+            return
+        if self._in_use:
+            raise UsageError(f"{name}={value!r}: these settings are a trainer's; change them before it is made")
+        for setting, translated in translate({name: value}, type(self).model_fields).items():
+            try:
+                super().__setattr__(setting, translated)
+            except ValidationError as error:
+                raise UsageError(_explain(error)) from None
+
+    def in_use(self) -> GRPOConfig:
+        """A copy for a trainer: completed, checked once more, and not to be changed. Raises UsageError."""
+        made = self.replace()
+        if made.load_best_model_at_end and made.metric_for_best_model is None:
+            made.metric_for_best_model = "reward"
+        if made.metric_for_best_model is not None and made.greater_is_better is None:
+            made.greater_is_better = not made.metric_for_best_model.endswith("loss")
+        made._in_use = True
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting as plain types; ``GRPOConfig(**config.to_dict())`` equals it.
+
+        Raises UsageError if the arguments of the model, chat template or scheduler hold what no file could.
+        """
+        return {name: _plain(name, getattr(self, name)) for name in type(self).model_fields}
+
+    def replace(self, **changes: Any) -> GRPOConfig:
+        """A copy with some settings changed, validated anew. Raises UsageError as the class does."""
+        return type(self)(**{**dict(self), **changes})
+
+    # --- what scripts and transformers' callbacks ask TrainingArguments for ------------------------------------------
+
+    @property
+    def device(self) -> Any:
+        """The torch device that a trainer trains on."""
+        import torch
+
+        return torch.device("cpu" if self.use_cpu or not torch.cuda.is_available() else "cuda")
+
+    @property
+    def n_gpu(self) -> int:
+        """1 if that is a GPU, else 0."""
+        return int(self.device.type == "cuda")
+
+    def get_process_log_level(self) -> int:
+        """The level of transformers' loggers."""
+        from transformers.utils import logging
+
+        return logging.get_verbosity()
+
+    def main_process_first(self, local: bool = True, desc: str = "") -> Any:
+        """A context in which nothing waits: there is one process."""
+        return nullcontext()
+
+    def to_json_string(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """:meth:`to_dict` with text for what is no number, as hyperparameters of trackers are."""
+        return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.to_dict().items()}
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["loc"]:
+            name = str(problem["loc"][0])
+            field = GRPOConfig.model_fields[name]
+            message = f"{name}={problem['input']!r}: {message} ({field.description}; default {field.get_default()!r})"
+        if message not in lines:
+            lines.append(message)
+    return "; ".join(lines)
+
+
+def _plain(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(name, item) for key, item in value.items()}
+    if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")  # from_pretrained takes the name as well
+    raise UsageError(
+        f"{name} holds {value!r} of type {type(value).__name__}, which config.yaml cannot hold; "
+        "use numbers, text, lists and mappings, or pass a model that is loaded already"
+    )

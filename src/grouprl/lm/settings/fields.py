@@ -1,0 +1,284 @@
+"""Every setting of the language-model arena, with its default and its bounds; nowhere else.
+
+Names, meanings and defaults are those of TRL's GRPOConfig and of transformers' TrainingArguments wherever the setting
+exists there. Four defaults differ, none of which changes what is optimised:
+
+- ``disable_dropout`` is on: the sampler runs without dropout, so that with it the ratio of the first update would not
+  be 1 and the KL divergence to an equal reference not 0.
+- ``gradient_checkpointing`` is off: micro-batches of ``tokens_per_micro_batch`` tokens already bound the memory that
+  activations take, and recomputing them costs time.
+- ``bf16`` is on only where the hardware is fast at it, and then beside float32 weights.
+- ``report_to`` is TensorBoard, as everywhere in grouprl.
+
+What TRL has and this has not is in `grouprl.lm.settings.trl`; what a batch is, in `grouprl.lm.settings.batch_plan`.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Strategy = Literal["no", "steps", "epoch"]
+
+
+class Fields(BaseModel):
+    """The settings themselves; :class:`grouprl.lm.GRPOConfig` is what people use."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, validate_assignment=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    # --- run -----------------------------------------------------------------------------------------------------
+    output_dir: str | None = Field(None, description="folder of the run; default: a new one")
+    run_name: str | None = Field(None, description="name shown by trackers; default: that of the folder")
+    seed: int = Field(42, ge=0, description="of every random stream")
+    data_seed: int | None = Field(None, ge=0, description="of the order of the prompts; default: seed")
+    use_cpu: bool = Field(False, description="stay on the CPU even where there is an accelerator")
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        ("tensorboard",), description="trackers: tensorboard, wandb, several in a list, or none"
+    )
+    disable_tqdm: bool | None = Field(None, description="no progress bar; default: none where there is no terminal")
+
+    # --- model ---------------------------------------------------------------------------------------------------
+    model_init_kwargs: dict[str, Any] | None = Field(
+        None, description="arguments of from_pretrained, for a model given by name"
+    )
+    disable_dropout: bool = Field(True, description="train without dropout, as the sampler samples")
+    attention: Literal["auto", "plain"] = Field(
+        "auto", description="auto = packed attention with shared prompts where the model allows it; plain = the model's"
+    )
+    native: bool = Field(
+        True,
+        description="run what compiled code can do by compiled code, C on a CPU and Triton on a GPU, compiled at first "
+        "use; false = torch operations only",
+    )
+    bf16: bool | None = Field(
+        None, description="matrix products in bfloat16; default: where the hardware is fast at it"
+    )
+    master_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of the weights the optimizer steps"
+    )
+    freeze_embeddings: bool = Field(False, description="leave the token embeddings as they are")
+    gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
+    gradient_checkpointing_kwargs: dict[str, Any] | None = Field(None, description="arguments of the recomputation")
+
+    # --- prompts -------------------------------------------------------------------------------------------------
+    shuffle_dataset: bool = Field(True, description="a new order of the prompts in every epoch; streams keep theirs")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="arguments of the chat template")
+
+    # --- batch: see grouprl.lm.settings.batch_plan ----------------------------------------------------------------
+    prompts_per_step: int | None = Field(
+        None, ge=1, description="prompts per optimizer step, over all processes; replaces the next three settings"
+    )
+    per_device_train_batch_size: int = Field(8, ge=1, description="completions per process and micro-step, as in TRL")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps per optimizer step, as in TRL")
+    generation_batch_size: int | None = Field(
+        None, ge=1, description="completions per generation over all processes, as in TRL"
+    )
+    steps_per_generation: int | None = Field(
+        None, ge=1, description="micro-steps per generation, as in TRL; default: gradient_accumulation_steps"
+    )
+    num_generations: int = Field(8, ge=1, description="completions per prompt: the size of a group")
+    num_iterations: int = Field(1, ge=1, description="passes over the completions of one generation")
+    tokens_per_micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per forward and backward pass; bounds memory and changes no number; default: 2048, on a "
+        "GPU as many as take an eighth of its memory",
+    )
+    dynamic_sampling: bool = Field(
+        False, description="replace groups whose rewards are all equal by groups of further prompts (DAPO)"
+    )
+    dynamic_sampling_max_batches: int = Field(
+        10,
+        ge=1,
+        description="most generations drawn for one batch by dynamic_sampling; then it goes on with what it has",
+    )
+
+    # --- sampling ------------------------------------------------------------------------------------------------
+    max_completion_length: int = Field(512, ge=1, description="most tokens of a completion")
+    min_new_tokens: int = Field(0, ge=0, description="no end of sequence before; generation_kwargs may say it too")
+    temperature: float = Field(1.0, gt=0, description="of sampling; the learner divides by it as well")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
+    top_k: int = Field(0, ge=0, description="sample from this many of the likeliest tokens; 0 = from all")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="least probability, relative to that of the likeliest token"
+    )
+    repetition_penalty: float = Field(1.0, gt=0, description="above 1, tokens seen before become less likely")
+    max_rows_per_decode: int | None = Field(
+        None, ge=1, description="completions sampled side by side; default: as many as memory suggests"
+    )
+
+    # --- rewards and advantages ----------------------------------------------------------------------------------
+    reward_weights: tuple[float, ...] | None = Field(None, description="of the reward functions; default: 1 each")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize",
+        description="several reward functions: advantage of their sum, or sum of advantages (GDPO)",
+    )
+    advantage: Literal[
+        "group", "leave_one_out", "opo", "maxrl", "pass_at_k", "reinforce_pp", "reinforce_pp_baseline"
+    ] = Field(
+        "group",
+        description="estimator: group mean, RLOO, length-weighted mean (OPO), MaxRL, pass@k, REINFORCE++ without "
+        "groups, or with the group mean as its baseline",
+    )  # fmt: skip
+    pass_k: int | None = Field(None, ge=2, description="k of advantage=pass_at_k; default: num_generations")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="divide by the standard deviation of the group, of the batch, or not (Dr. GRPO); "
+        "True = group, False = none; for advantage=group, the others scale in their own way",
+    )
+    mask_truncated_completions: bool = Field(False, description="no loss from completions that were cut off")
+    soft_overlong_cache: int | None = Field(
+        None, ge=1, description="last tokens before max_completion_length over which the reward falls by up to 1 (DAPO)"
+    )
+    skip_zero_advantage: bool = Field(
+        True, description="no forward pass for completions that cannot move the model; changes no gradient"
+    )
+
+    # --- objective -----------------------------------------------------------------------------------------------
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"] = Field(
+        "dapo",
+        description="surrogate and aggregation, as in TRL; bnpo is dapo, since no number depends on the micro-batch",
+    )
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = Field(
+        "token", description="ratio per token, one per completion (GSPO), or one with token gradients (GSPO-token)"
+    )
+    epsilon: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - epsilon")
+    epsilon_high: float | None = Field(
+        None, gt=0, description="ratio is clipped above 1 + epsilon_high; default: epsilon; for cispo the cap itself"
+    )
+    delta: float | None = Field(
+        None, gt=1, description="bound of the ratio where the advantage is negative (two-sided or dual clip)"
+    )
+    sapo_temperature_pos: float = Field(1.0, gt=0, description="of sapo's gate where the advantage is positive")
+    sapo_temperature_neg: float = Field(1.05, gt=0, description="of sapo's gate where it is not")
+    off_policy_mask_threshold: float | None = Field(
+        None, gt=0, description="no loss from completions of negative advantage further than this from the sampler"
+    )
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the reference; 0 = no reference model")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="sampled estimate of that divergence")
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss", description="where it enters: a term of the loss, or of the reward"
+    )
+    sync_ref_model: bool = Field(False, description="move the reference towards the model as training goes on")
+    ref_model_mixup_alpha: float = Field(0.6, gt=0, le=1, description="share of the model in the new reference")
+    ref_model_sync_steps: int = Field(512, ge=1, description="optimizer steps between two such moves")
+
+    # --- optimizer -----------------------------------------------------------------------------------------------
+    learning_rate: float = Field(1e-6, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW; not applied to biases and norms")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW")
+    adam_epsilon: float = Field(1e-8, gt=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0 = none")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
+        "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+    ] = Field("linear", description="schedule of the learning rate")  # fmt: skip
+    lr_scheduler_kwargs: dict[str, Any] | None = Field(None, description="its further arguments")
+    warmup_steps: float = Field(0, ge=0, description="optimizer steps of warmup; below 1: share of the run")
+    num_train_epochs: float = Field(3.0, gt=0, description="passes over the dataset, if max_steps does not say")
+    max_steps: int = Field(-1, ge=-1, description="optimizer steps; -1: num_train_epochs says")
+
+    # --- logging, evaluation, saving -----------------------------------------------------------------------------
+    logging_strategy: Strategy = Field("steps", description="when metrics are logged")
+    logging_steps: float = Field(10, gt=0, description="optimizer steps between; below 1: share of the run")
+    logging_first_step: bool = Field(False, description="log the first step as well")
+    log_completions: bool = Field(
+        False, description="print completions when metrics are logged, and write them to transcripts.jsonl"
+    )
+    num_completions_to_print: int | None = Field(None, ge=1, description="how many; default: all of the last step")
+    transcripts: int | Literal["all"] = Field(
+        4,
+        description="completions of each generation, or of each that is logged, written there, in whole groups, or all",
+    )
+    eval_strategy: Strategy = Field("no", description="when the model is evaluated")
+    eval_steps: float | None = Field(
+        None, gt=0, description="optimizer steps between; below 1: share of the run; default: logging_steps"
+    )
+    eval_on_start: bool = Field(False, description="evaluate before the first step")
+    per_device_eval_batch_size: int | None = Field(
+        None, ge=1, description="completions sampled and judged at once in evaluation, in whole groups; default: all"
+    )
+    num_generations_eval: int | None = Field(
+        None, ge=1, description="completions per prompt in evaluation; default: num_generations"
+    )
+    save_strategy: Strategy = Field("steps", description="when checkpoints are written")
+    save_steps: float = Field(500, gt=0, description="optimizer steps between; below 1: share of the run")
+    save_total_limit: int | None = Field(None, ge=1, description="checkpoints kept; default: all")
+    save_only_model: bool = Field(False, description="save the model alone; such a checkpoint cannot be resumed from")
+    metric_for_best_model: str | None = Field(
+        None,
+        description="the number of an evaluation that says which model is best, such as reward, which is the default "
+        "with load_best_model_at_end",
+    )
+    greater_is_better: bool | None = Field(
+        None, description="whether more of it is better; default: unless its name ends in loss"
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="end with the model of the best checkpoint, which save_total_limit then spares"
+    )
+    do_train: bool = Field(False, description="for scripts that ask for it; nothing here does")
+    do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
+    do_predict: bool = Field(False, description="the same")
+
+    @property
+    def clip_high(self) -> float:
+        """`epsilon_high`, or `epsilon` where it is not given."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        if names == ("all",):
+            names = tuple(name for name in ("tensorboard", "wandb") if find_spec(name) is not None)
+        for name in names:
+            if name not in ("tensorboard", "wandb", "none"):
+                raise ValueError(f"{name!r} is no tracker here; choose tensorboard, wandb, both in a list, or none")
+        return tuple(name for name in names if name != "none")
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _scale(cls, value: Any) -> Any:
+        return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
+
+    @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # which is how YAML reads a bare no
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _all_tokens(cls, value: Any) -> Any:
+        return 0 if value is None else value
+
+    @field_validator("transcripts")
+    @classmethod
+    def _count(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("must be at least 0, or 'all'")
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("must be at least 1, or -1 for num_train_epochs to say")
+        return value
+
+    @field_validator("warmup_steps", "logging_steps", "eval_steps", "save_steps")
+    @classmethod
+    def _share_or_count(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and not value.is_integer():
+            raise ValueError("must be a whole number of steps, or a share of the run below 1")
+        return int(value) if value is not None and value.is_integer() else value

@@ -1,0 +1,235 @@
+"""What TRL's GRPOConfig and GRPOTrainer and transformers' TrainingArguments take and we do not: what becomes of it.
+
+An option given at the value that changes nothing is accepted, so that a configuration written for TRL can be used as it
+is; any other value is refused by name, with what to do instead. Checked against TRL 1.16 and transformers 5.23.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+from grouprl.errors import UsageError
+
+
+class Foreign(NamedTuple):
+    """An option that is no setting here."""
+
+    off: Any
+    """The value that changes nothing, which is also what the configuration reads as."""
+    advice: str = ""
+    """What to do instead of any other value; empty if no value could change a number here, so that all are accepted."""
+    also_off: tuple[Any, ...] = ()
+
+
+GENERATION = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_completion_length",
+)  # fmt: skip
+"""What generation_kwargs may hold, beside max_new_tokens."""
+
+RENAMED = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run there too
+}
+
+ONE_PROCESS = {
+    "world_size": 1, "process_index": 0, "local_process_index": 0, "should_save": True, "should_log": True,
+    "parallel_mode": "not_parallel",
+}  # fmt: skip
+"""What transformers' callbacks read of a configuration, and is the same here for all."""
+
+TRAINER_ARGUMENTS = (
+    "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks",
+    "optimizers", "ref_model", "advantage_function", "surrogate_function",
+)  # fmt: skip
+
+_SAMPLER = "the sampler is built in; leave it out"
+_HUB = "upload when training is done, with model.push_to_hub; leave it out"
+_PACKED = "completions are packed without padding; leave it out"
+_ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
+_VESPO = "loss_type='vespo' is not offered; loss_type='sapo' is a soft gate as well"
+_VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
+_LAUNCH = "training runs in one process on one device; leave it out"
+_COMPILE = "not offered; leave it out"
+_PRECISION = "set bf16=True for low precision; leave it out"
+_FLOAT32_HEAD = "log-probabilities are always computed in float32; leave it out"
+_DETERMINISM = "call transformers.enable_full_determinism(seed) before training; leave it out"
+_ORDER = "set shuffle_dataset=False for the order of the dataset; leave it out"
+_FULL_EVAL = "evaluation runs in the precision of training; leave it out"
+_LIGER = "log-probabilities never hold the whole vocabulary of a batch; leave it out"
+_TRACKIO = "trackers are tensorboard and wandb; leave it out"
+
+_FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (_SAMPLER, {
+        "use_vllm": False, "vllm_mode": "colocate", "vllm_model_impl": "vllm", "vllm_enable_sleep_mode": False,
+        "vllm_structured_outputs_regex": None, "vllm_server_base_url": None, "vllm_server_host": "0.0.0.0",
+        "vllm_server_port": 8000, "vllm_server_timeout": 240.0, "vllm_group_port": 51216,
+        "vllm_gpu_memory_utilization": 0.3, "vllm_max_model_length": None, "vllm_tensor_parallel_size": 1,
+        "use_transformers_continuous_batching": False, "transformers_continuous_batching_config": None,
+        "use_transformers_paged": False, "cache_implementation": None,
+    }),
+    (_VLLM_MISMATCH, {
+        "vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0,
+        "vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_cap": None,
+    }),
+    (_VESPO, {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}),
+    (_ENTROPY, {
+        "entropy_coef": 0.0, "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
+        "entropy_coef_delta": 0.005, "entropy_target": 0.2,
+    }),
+    (_HUB, {
+        "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
+        "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
+    }),
+    (_LAUNCH, {"local_rank": -1, "fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None,
+               "ddp_backend": None}),
+    (_COMPILE, {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
+                "neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
+    (_PRECISION, {"fp16": False, "tf32": None}),
+    (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
+    (_LIGER, {"use_liger_kernel": False, "liger_kernel_config": None}),
+    (_TRACKIO, {"project": "huggingface", "trackio_space_id": None, "trackio_bucket_id": None,
+                "trackio_static_space_id": None}),
+    (_ORDER, {"train_sampling_strategy": "random", "group_by_length": False, "length_column_name": "length"}),
+    ("", {
+        "accelerator_config": None, "ds3_gather_for_generation": True, "log_multimodal": True,
+        "prediction_loss_only": False, "skip_memory_metrics": True, "log_level": "passive",
+        "log_level_replica": "warning", "log_on_each_node": True,
+        "logging_nan_inf_filter": True, "average_tokens_across_devices": True, "include_num_input_tokens_seen": "no",
+        "use_cache": False, "torch_empty_cache_steps": None, "save_on_each_node": False,
+        "restore_callback_states_from_checkpoint": False, "eval_do_concat_batches": True,
+        "eval_use_gather_object": False, "eval_accumulation_steps": None, "batch_eval_metrics": False,
+        "include_for_metrics": [], "label_names": None, "dataloader_drop_last": False, "dataloader_num_workers": 0,
+        "dataloader_pin_memory": True, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
+        "dataloader_multiprocessing_context": None, "dataloader_in_order": True, "ddp_find_unused_parameters": None,
+        "ddp_bucket_cap_mb": None, "ddp_broadcast_buffers": None, "ddp_static_graph": None, "ddp_timeout": 1800,
+    }),
+)  # fmt: skip
+
+FOREIGN: dict[str, Foreign] = {
+    **{name: Foreign(off, advice) for advice, names in _FOREIGN_GROUPS for name, off in names.items()},
+    "vllm_importance_sampling_correction": Foreign(True, _VLLM_MISMATCH, (False,)),
+    "trust_remote_code": Foreign(False, "set model_init_kwargs={'trust_remote_code': True}"),
+    "cast_lm_head_to_fp32": Foreign(False, _FLOAT32_HEAD),
+    "router_aux_loss_coef": Foreign(None, "there is no load-balancing loss; leave it out", (0.0,)),
+    "remove_unused_columns": Foreign(False, "reward functions are given every column they ask for; leave it out"),
+    "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",)),
+    "max_prompt_length": Foreign(None, "prompts are never cut; filter the dataset, or shorten its prompts"),
+    "generation_kwargs": Foreign(None),
+    "top_entropy_quantile": Foreign(1.0, "all tokens are learned from, whatever their entropy; leave it out"),
+    "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
+    "max_tool_calling_iterations": Foreign(None, "completions are single turns without tools; leave it out"),
+    "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
+    "optim": Foreign(
+        "adamw_torch_fused",
+        "pass optimizers=(optimizer, scheduler) to GRPOTrainer for any optimizer but AdamW",
+        ("adamw_torch", "adamw_hf", "adamw"),
+    ),
+    "optim_args": Foreign(None, "pass optimizers=(optimizer, scheduler) to GRPOTrainer", ("",)),
+    "optim_target_modules": Foreign(None, "pass optimizers=(optimizer, scheduler) to GRPOTrainer"),
+    "auto_find_batch_size": Foreign(False, "lower tokens_per_micro_batch, which bounds memory and changes no number"),
+    "eval_delay": Foreign(0, "set eval_on_start=False and eval_steps"),
+    "ignore_data_skip": Foreign(False, "a resumed run continues where it stopped; leave it out"),
+    "full_determinism": Foreign(False, _DETERMINISM),
+    "use_mps_device": Foreign(False, "the device is found; leave it out"),
+    "logging_dir": Foreign(None, "everything a run leaves is in output_dir; leave it out"),
+    "overwrite_output_dir": Foreign(False, "give another output_dir, or delete the old one"),
+    "resume_from_checkpoint": Foreign(None, "pass it to GRPOTrainer.train(resume_from_checkpoint=...)"),
+    "debug": Foreign("", "use torch.autograd.set_detect_anomaly; leave it out", ([],)),
+}  # fmt: skip
+
+
+SWITCHED = {
+    "use_vllm": [name for name in FOREIGN if name.startswith("vllm_")],
+    "push_to_hub": [name for name in FOREIGN if name.startswith("hub_")],
+}
+"""What says nothing unless its switch is on."""
+
+_SINGLE = "completions are single turns, sampled here, without tools; leave it out"
+
+FOREIGN_ARGUMENTS: dict[str, Foreign] = {
+    "reward_processing_classes": Foreign(None),  # of reward models, which are refused themselves
+    "quantization_config": Foreign(None, "weights are trained in float32 or bfloat16; leave it out"),
+    "tools": Foreign(None, _SINGLE),
+    "rollout_func": Foreign(None, _SINGLE),
+    "environment_factory": Foreign(None, _SINGLE),
+}
+"""Arguments of TRL's GRPOTrainer that are none of ours."""
+
+
+def check_arguments(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for what is no argument of GRPOTrainer, unless it is one of TRL's and does nothing."""
+    for name, value in values.items():
+        if name in FOREIGN_ARGUMENTS:
+            option = FOREIGN_ARGUMENTS[name]
+            nothing = value is None or (isinstance(value, list | tuple | dict) and not value)
+            if option.advice and not nothing:
+                raise UsageError(f"{name}: {option.advice}")
+            continue
+        close = difflib.get_close_matches(name, TRAINER_ARGUMENTS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(TRAINER_ARGUMENTS)}"
+        raise UsageError(f"GRPOTrainer has no argument {name!r}; {hint}")
+
+
+def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The settings among `values`, under the names in `known`; foreign options at their off value are left out.
+
+    Members of an enumeration are replaced by their values. Raises UsageError for a foreign option at any other value,
+    for an unknown name, with the closest known one, and for a setting that is given under two names.
+    """
+    settings: dict[str, Any] = {}
+    if values.get("generation_kwargs"):  # what stands there wins, as in TRL
+        values = {**values, **_generation_settings(values["generation_kwargs"])}
+    inert = {name for switch, names in SWITCHED.items() if not values.get(switch) for name in names}
+    for given, value in values.items():
+        if given in inert:
+            continue
+        if given in known:
+            name = given
+        elif given in RENAMED:
+            name = RENAMED[given]
+            # The old name's "nothing" must not overwrite what the new name says.
+            if value is None or (name == "warmup_steps" and value == 0):
+                continue
+        else:
+            _check_foreign(given, value, known)
+            continue
+        if name in settings and settings[name] != value:
+            raise UsageError(f"{given}={value!r} and {name}={settings[name]!r} are one setting; give {name} alone")
+        settings[name] = value.value if isinstance(value, Enum) else value
+    return settings
+
+
+def _generation_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of transformers' generate, under our names. Raises UsageError for one the sampler does not know."""
+    settings = {}
+    for given, value in values.items():
+        name = "max_completion_length" if given == "max_new_tokens" else given
+        if given == "do_sample" and value is True:
+            continue
+        if name not in GENERATION:
+            raise UsageError(
+                f"generation_kwargs={{{given!r}: {value!r}}}: the sampler does not know it; it knows "
+                f"{', '.join(sorted(GENERATION))}"
+            )
+        settings[name] = value
+    return settings
+
+
+def _check_foreign(name: str, value: Any, known: Collection[str]) -> None:
+    if name in FOREIGN:
+        option = FOREIGN[name]
+        value = value.value if isinstance(value, Enum) else value
+        if option.advice and value is not None and value != option.off and value not in option.also_off:
+            raise UsageError(f"{name}={value!r}: {option.advice}")
+        return
+    if name in TRAINER_ARGUMENTS:
+        raise UsageError(f"{name!r} is an argument of GRPOTrainer, not a setting; pass it there")
+    close = difflib.get_close_matches(name, [*known, *RENAMED, *FOREIGN], n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "help(GRPOConfig) and `grouprl settings --lm` list the settings"
+    raise UsageError(f"unknown setting {name!r}; {hint}")

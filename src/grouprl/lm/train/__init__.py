@@ -1,0 +1,1 @@
+"""The trainer in TRL's shape, its loop, its callbacks and its checkpoints."""

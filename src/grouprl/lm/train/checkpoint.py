@@ -1,0 +1,127 @@
+"""Checkpoints a run is resumed from bit for bit, even within a generation: a model folder and one state file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouprl.errors import UsageError
+from grouprl.lm.generate.samples import Samples
+from grouprl.lm.models.save import save_model
+from grouprl.lm.prompts import Prompt, PromptSource
+from grouprl.runs.files import write_json
+from grouprl.runs.state import load_state, read_meta, save_state
+
+_log = logging.getLogger("grouprl")
+
+STATE = "grouprl_state.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds beside the model: named tensors and plain values."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose name begins with ``prefix.``, without it."""
+        return {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
+
+
+def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None, state: Any) -> None:
+    """Write a checkpoint folder, whole or not at all; without a ``checkpoint``, the model and TrainerState alone.
+
+    Raises UsageError if the place cannot be written, TrainingError if the disk is full.
+    """
+
+    def also(folder: Path) -> None:
+        write_json(folder / "trainer_state.json", trainer_state(state))
+        if checkpoint is not None:
+            save_state(folder / STATE, checkpoint.tensors, checkpoint.meta)
+
+    save_model(model, tokenizer, path, also=also)
+
+
+def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write a model's files into a folder that holds other things too, such as checkpoints.
+
+    Raises UsageError if the place cannot be written, TrainingError if the disk is full; no file is ever half written.
+    """
+    inner = folder / ".model"
+    save_model(model, tokenizer, inner)
+    for file in inner.iterdir():
+        place = folder / file.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(file, place)
+    inner.rmdir()
+
+
+def read(path: Path) -> Checkpoint:
+    """The state in a checkpoint folder. Raises UsageError if there is none, or it holds the model alone."""
+    if not path.is_dir():
+        raise UsageError(f"there is no checkpoint folder {path}")
+    if not (path / STATE).is_file():
+        raise UsageError(
+            f"{path} holds a model but no {STATE}, so training cannot resume from it (save_only_model=True writes such "
+            "folders); give the folder as the model instead"
+        )
+    return Checkpoint(*load_state(path / STATE))
+
+
+def existing(output_dir: Path) -> list[Path]:
+    """Checkpoint folders in ``output_dir``, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest(output_dir: Path) -> Path | None:
+    """The newest checkpoint that can be resumed from, or None."""
+    for path in reversed(existing(output_dir)):
+        try:
+            read_meta(path / STATE)
+        except UsageError as error:
+            _log.warning("%s cannot be resumed from, an older one may do: %s", path, error)
+            continue
+        return path
+    return None
+
+
+_PER_TOKEN = ("logp_sampled", "advantages", "logp_old", "logp_ref", "known_old", "known_ref")
+_PER_SAMPLE = ("group", "finished", "rewards", "returns")
+
+
+def samples_state(samples: Samples) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Buffered samples as tensors and plain values; prompts by their row in the dataset."""
+    tensors = {name: getattr(samples, name) for name in (*_PER_TOKEN, *_PER_SAMPLE)}
+    tensors["ids"] = torch.tensor([token for c in samples.completions for token in c])
+    tensors["lengths"] = samples.lengths
+    return tensors, {"prompts": [prompt.index for prompt in samples.prompts], "texts": samples.texts}
+
+
+def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: PromptSource) -> Samples:
+    """The inverse of :func:`samples_state`."""
+    completions = [c.tolist() for c in torch.split(tensors["ids"], tensors["lengths"].tolist())]
+    prompts: list[Prompt] = [source[index] for index in meta["prompts"]]
+    fields: dict[str, Any] = {name: tensors[name] for name in (*_PER_TOKEN, *_PER_SAMPLE)}
+    return Samples(prompts=prompts, completions=completions, texts=list(meta["texts"]), **fields)
+
+
+def trainer_state(state: Any) -> dict[str, Any]:
+    """transformers' TrainerState as plain values, without what its callbacks keep in memory."""
+    values = asdict(state)
+    values.pop("stateful_callbacks", None)
+    return values

@@ -1,0 +1,279 @@
+"""The loop of training: generations, optimizer steps on them, and what a checkpoint must remember between two steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from grouprl.errors import UsageError
+from grouprl.lm.generate.collect import Collector, Metrics
+from grouprl.lm.generate.samples import Samples, parts_of_a_generation
+from grouprl.lm.learn.parameters import follow_settings, load_optimizer_state, make_schedule, optimizer_state
+from grouprl.lm.learn.step import Step, take
+from grouprl.lm.prompts import PromptOrder
+from grouprl.lm.settings.batch_plan import steps_per_epoch, total_steps
+from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.train import checkpoint
+from grouprl.lm.train.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from grouprl.lm.train.trainer import GRPOTrainer
+
+
+_log = logging.getLogger("grouprl")
+
+
+class TrainOutput(NamedTuple):
+    """What :meth:`GRPOTrainer.train` returns, named as transformers names it."""
+
+    global_step: int
+    training_loss: float
+    metrics: Metrics
+
+
+class Run:
+    """One call of train: the loop and what it must remember between two steps."""
+
+    def __init__(self, trainer: GRPOTrainer, resumed: Checkpoint | None) -> None:
+        self.trainer, self.config, self.plan = trainer, trainer.args, trainer.plan
+        source = trainer._source
+        if source is None:
+            raise UsageError("there is no train_dataset; give one to GRPOTrainer")
+        self.source = source
+        config = self.config
+        data_seed = config.seed if config.data_seed is None else config.data_seed
+        size = None if source.streamed else source.size
+        self.order = PromptOrder(size, data_seed, config.shuffle_dataset, self.plan.prompts_per_generation)
+        if size is not None:
+            _tell_of_batches(size, self.plan.prompts_per_generation, config.shuffle_dataset)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.total = total_steps(config, self.plan, source.size)
+        if trainer._own_scheduler:
+            trainer.lr_scheduler = make_schedule(trainer.optimizer, config, self.total)
+        self.collector = Collector(
+            trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator,
+            trainer.custom,
+        )  # fmt: skip
+        self.follows = trainer.policy.reference if config.sync_ref_model else None
+        self.reference_moved = False
+        self.samples: Samples | None = None
+        self.steps: list[Step] = []
+        self.generation_metrics: Metrics = {}
+        self.update = 0
+        """Optimizer steps taken on the samples at hand."""
+        self.losses = 0.0
+        done = 0 if resumed is None else int(resumed.meta["flow"]["state"]["global_step"])
+        trainer.flow.begin(self.total, self._updates_per_epoch(), done)
+        if resumed is not None:
+            try:
+                self._restore(resumed)
+            except BaseException:
+                trainer.flow.close()
+                raise
+
+    def _updates_per_epoch(self) -> int | None:
+        if self.source.size is None or self.source.streamed:
+            return None
+        return steps_per_epoch(self.plan, self.source.size)
+
+    def go(self) -> TrainOutput:
+        """Step until the end, or until a callback stops it."""
+        try:
+            return self._go()
+        finally:
+            self.trainer.flow.close()
+
+    def _go(self) -> TrainOutput:
+        flow = self.trainer.flow
+        began, first = time.perf_counter(), flow.state.global_step
+        flow.event("on_train_begin")
+        if self.config.eval_on_start and flow.state.global_step == 0:
+            self.trainer.evaluate()
+        while flow.state.global_step < self.total and not flow.control.should_training_stop:
+            flow.step_begins()
+            began_step = time.perf_counter()
+            metrics = self._step()
+            metrics["step_time"] = time.perf_counter() - began_step
+            flow.stepped(metrics)
+            self._do_as_asked()
+            if flow.epoch_ends():
+                self._do_as_asked()
+        if self.config.load_best_model_at_end:
+            flow.load_best()
+        seconds = time.perf_counter() - began
+        steps = flow.state.global_step
+        taken = steps - first
+        metrics = {
+            "train_runtime": seconds, "train_samples_per_second": taken * self.plan.samples_per_step / seconds,
+            "train_steps_per_second": taken / seconds, "total_flos": 0.0, "train_loss": self.losses / max(1, steps),
+        }  # fmt: skip
+        flow.end(metrics)
+        return TrainOutput(steps, metrics["train_loss"], {**metrics, "epoch": flow.state.epoch or 0.0})
+
+    def _do_as_asked(self) -> None:
+        """Log, evaluate and save if callbacks want it."""
+        flow = self.trainer.flow
+        if flow.control.should_log:
+            flow.log_steps()
+        if flow.control.should_evaluate:
+            metrics = self.trainer.evaluate()
+            if flow.control.should_save or not self.config.load_best_model_at_end:  # else it could not be loaded
+                flow.judge(metrics)
+        if flow.control.should_save:
+            self.save()
+        if flow.control.should_epoch_stop:
+            flow.control.should_epoch_stop = False
+            _log.warning("a callback set should_epoch_stop: epochs are not cut short; set should_training_stop to end")
+
+    def _step(self) -> Metrics:
+        trainer, config = self.trainer, self.config
+        metrics: Metrics = {}
+        if self.samples is None or self.update == self.plan.updates_per_generation:
+            self.samples, self.generation_metrics = self.collector.collect(
+                self.plan.prompts_per_generation, self.plan.group_size, trainer.state
+            )
+            self.update = 0
+            self._divide()
+            # Steps that come after the policy has moved need to know what it was; with dropout all that are repeated,
+            # as what a pass with dropout sees is not the policy that sampled.
+            again = trainer.policy.learner.dropout and self.plan.num_iterations > 1
+            for later in self.steps if again else self.steps[1:]:
+                later.remember_old()
+            metrics |= self.generation_metrics
+        trainer.last_samples = self.samples
+        step = self.steps[self.update % len(self.steps)]
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        metrics |= take(
+            step, trainer.parameters, trainer.optimizer, config, remember=self.plan.num_iterations > 1,
+            on_gradient=lambda: trainer.flow.event("on_pre_optimizer_step"),
+        )  # fmt: skip
+        trainer.flow.event("on_optimizer_step")
+        if trainer.lr_scheduler is not None:
+            trainer.lr_scheduler.step()
+        metrics["learning_rate"] = float(rate)
+        self.losses += metrics["loss"]
+        self.update += 1
+        done = trainer.state.global_step + 1
+        if self.follows is not None and done % config.ref_model_sync_steps == 0:
+            self.follows.follow(config.ref_model_mixup_alpha)
+            self.reference_moved = True
+            self.samples.known_ref.zero_()
+        return metrics
+
+    def _divide(self) -> None:
+        assert self.samples is not None
+        parts = parts_of_a_generation(len(self.samples), self.plan.steps_per_generation)
+        policy, custom = self.trainer.policy, self.trainer.custom
+        self.steps = [Step(policy, self.samples, chosen, self.config, custom) for chosen in parts]
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit."""
+        trainer, flow = self.trainer, self.trainer.flow
+        path = flow.saves()
+        state = None if self.config.save_only_model else self._state()
+        checkpoint.write(path, trainer.model, trainer.processing_class, state, flow.state)
+        flow.saved(path)
+
+    def _state(self) -> Checkpoint:
+        trainer = self.trainer
+        moments, optimizer_meta = optimizer_state(trainer.optimizer)
+        tensors = {f"optimizer.{name}": value for name, value in moments.items()}
+        tensors["generator"] = self.generator.get_state()
+        tensors["dropout"] = _device_generator(trainer.policy.device).get_state()
+        meta: dict[str, Any] = {
+            "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
+            "update": self.update, "losses": self.losses, "flow": trainer.flow.to_dict(),
+            "plan": asdict(self.plan), "config": self.config.to_dict(),
+            "scheduler": None if trainer.lr_scheduler is None else _plain_state(trainer.lr_scheduler),
+        }  # fmt: skip
+        if self.reference_moved and trainer.policy.reference is not None:
+            tensors |= {f"reference.{name}": value for name, value in trainer.policy.reference.state().items()}
+        if self.samples is not None and self.update < self.plan.updates_per_generation:
+            buffered, meta["samples"] = checkpoint.samples_state(self.samples)
+            tensors |= {f"samples.{name}": value for name, value in buffered.items()}
+        return Checkpoint(tensors, meta)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        trainer, meta = self.trainer, saved.meta
+        if "samples" in meta and meta["plan"] != asdict(self.plan):
+            raise UsageError(
+                f"the checkpoint holds half a generation, sampled as {meta['plan']}, here it is {asdict(self.plan)}; "
+                "resume with the same batch settings, or from a checkpoint between two generations"
+            )
+        rates = list(trainer.lr_scheduler.base_lrs) if trainer._own_scheduler else []
+        try:
+            load_optimizer_state(
+                trainer.optimizer, saved.part("optimizer"), meta["optimizer"], own_settings=trainer._own_optimizer
+            )
+        except ValueError as error:
+            raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
+        if trainer.lr_scheduler is not None and meta["scheduler"] is not None:
+            trainer.lr_scheduler.load_state_dict(meta["scheduler"])
+        if trainer._own_scheduler:
+            follow_settings(trainer.lr_scheduler, rates)
+        _tell_changes(meta.get("config", {}), self.config)
+        self.generator.set_state(saved.tensors["generator"])
+        _device_generator(trainer.policy.device).set_state(saved.tensors["dropout"])
+        self.order.load(meta["order"])
+        self.collector.tokens, self.update, self.losses = meta["tokens"], meta["update"], meta["losses"]
+        moved = saved.part("reference")
+        if moved and trainer.policy.reference is not None:
+            trainer.policy.reference.load(moved)
+            self.reference_moved = True
+        if "samples" in meta:
+            self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
+            trainer.last_samples = self.samples
+            self._divide()
+        trainer.flow.load(meta["flow"])
+
+
+def _device_generator(device: torch.device) -> torch.Generator:
+    """The random stream that dropout draws from."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+def _tell_of_batches(rows: int, batch: int, shuffled: bool) -> None:
+    """Say what becomes of rows that do not divide into batches, where it is not what one would think."""
+    if batch > rows:
+        _log.warning("a generation takes %d prompts and the dataset has %d: some are in it more than once", batch, rows)
+    elif rows % batch and not shuffled:
+        _log.warning(
+            "of %d prompts in the order of the dataset the last %d fill no generation and are never used; with "
+            "shuffle_dataset=True they are others in each epoch", rows, rows % batch,
+        )  # fmt: skip
+
+
+_MAY_CHANGE = {
+    "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "max_steps", "num_train_epochs", "transcripts",
+    "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
+    "do_train", "do_eval", "do_predict", "num_generations_eval",
+}  # fmt: skip
+"""Settings that do not change what is learned, or are what a run is resumed to change."""
+
+
+def _tell_changes(before: dict[str, Any], config: GRPOConfig) -> None:
+    """Say which settings are others than those of the checkpoint: they hold from here on."""
+    now = config.to_dict()
+    changed = [
+        f"{name}={value!r} (was {before[name]!r})"
+        for name, value in now.items()
+        if value != before.get(name, value)
+        and name not in _MAY_CHANGE
+        and not name.startswith(("logging_", "log_", "eval_", "save_", "num_completions", "per_device_eval"))
+    ]
+    if changed:
+        _log.warning("resumed with other settings than the checkpoint's, from here on: %s", ", ".join(changed))
+
+
+def _plain_state(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's state without the functions it was made of; those of lr_lambdas are None there already."""
+    return {name: value for name, value in scheduler.state_dict().items() if not callable(value)}

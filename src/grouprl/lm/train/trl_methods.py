@@ -1,0 +1,162 @@
+"""What training scripts ask transformers' Trainer for before and after training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grouprl.errors import UsageError
+from grouprl.lm.train.checkpoint import trainer_state
+from grouprl.runs.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from grouprl.lm.train.callbacks import Flow
+
+_HUB = "upload when training is done: trainer.model.push_to_hub(name) and trainer.processing_class.push_to_hub(name)"
+_OWN_LOOP = "the training loop is grouprl.lm.train.loop.Run; a callback is told of every step"
+MISSING = {
+    "push_to_hub": _HUB,
+    "init_hf_repo": _HUB,
+    "predict": "evaluate(dataset) judges its completions, and trainer.policy.sample gives them",
+    "hyperparameter_search": "train once per setting",
+    "get_train_dataloader": _OWN_LOOP,
+    "get_eval_dataloader": _OWN_LOOP,
+    "training_step": _OWN_LOOP,
+    "compute_loss": "the loss is grouprl.lm.learn.loss; loss_type and advantage choose it",
+    "create_optimizer": "pass optimizers=(optimizer, scheduler)",
+    "create_scheduler": "pass optimizers=(optimizer, scheduler)",
+    "log": "log_metric, which reward functions are given, logs a number",
+}
+"""Methods of transformers' and TRL's trainers that are none here: what to do instead."""
+
+_INNER = {
+    "_compute_loss",
+    "_generate",
+    "_generate_single_turn",
+    "_generate_and_score_completions",
+    "_calculate_rewards",
+    "_prepare_inputs",
+    "_get_train_sampler",
+    "_get_eval_sampler",
+    "_save",
+    "_save_checkpoint",
+    "_inner_training_loop",
+    "_get_per_token_logps_and_entropies",
+    "prediction_step",
+    "create_optimizer_and_scheduler",
+}
+"""What subclasses of TRL's trainer override besides."""
+
+_FOR_CALLERS = {"push_to_hub", "init_hf_repo", "predict", "hyperparameter_search"}
+"""Those that a script calls itself."""
+
+_log = logging.getLogger("grouprl")
+
+
+class ScriptMethods:
+    """The part of a trainer that scripts use around training; all on one process."""
+
+    model: Any
+    flow: Flow
+    is_deepspeed_enabled = is_fsdp_enabled = False
+
+    @property
+    def callback_handler(self) -> Any:
+        """transformers' CallbackHandler."""
+        return self.flow.handler
+
+    @property
+    def control(self) -> Any:
+        """transformers' TrainerControl."""
+        return self.flow.control
+
+    def get_num_trainable_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def accelerator(self) -> Any:
+        """accelerate's PartialState, by which scripts print, and ask whether they run in the main process."""
+        from accelerate import PartialState
+
+        return PartialState()
+
+    def is_world_process_zero(self) -> bool:
+        """True: there is one process."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print ``metrics`` of ``split`` (train, eval, ...), a line each."""
+        width = max((len(name) for name in metrics), default=0)
+        print(f"***** {split} metrics *****")
+        for name, value in sorted(metrics.items()):
+            print(f"  {name:<{width}} = {value:.4f}" if isinstance(value, float) else f"  {name:<{width}} = {value}")
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+        """Write ``metrics`` to ``{split}_results.json`` in the output folder, and add them to ``all_results.json``.
+
+        Raises UsageError if they cannot be written there, or added to what is there; TrainingError if the disk is full.
+        """
+        folder = self.flow.output_dir
+        write_json(folder / f"{split}_results.json", dict(metrics))
+        if combined:
+            path = folder / "all_results.json"
+            try:
+                before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            except ValueError as error:
+                raise UsageError(f"{path} is no JSON ({error}); remove it, or give combined=False") from None
+            write_json(path, {**before, **metrics})
+
+    def save_state(self) -> None:
+        """Write transformers' TrainerState to ``trainer_state.json`` in the output folder."""
+        write_json(self.flow.output_dir / "trainer_state.json", trainer_state(self.flow.state))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None, **others: Any,
+    ) -> None:  # fmt: skip
+        """Write ``README.md`` with the model hub's metadata to the output folder.
+
+        Args:
+            others: what transformers writes there besides; it has no place here.
+
+        Raises UsageError if it cannot be written there, TrainingError if the disk is full.
+        """
+        from huggingface_hub import ModelCardData
+
+        folder = self.flow.output_dir
+        base = getattr(self.model.config, "_name_or_path", None) or None
+        if base is not None and Path(base).exists():  # a folder of this machine is no name on the hub
+            base = None
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        datasets = dataset_name if dataset_name is None or isinstance(dataset_name, str) else list(dataset_name)
+        about = ModelCardData(
+            base_model=base, datasets=datasets, library_name="transformers", tags=[*given, "grpo", "grouprl"]
+        )
+        origin = f" of {base}" if base else ""
+        text = f"Trained{origin} with grouprl {version('grouprl')} by GRPO (arXiv 2402.03300)."
+        card = f"---\n{about.to_yaml()}\n---\n\n# {model_name or folder.name}\n\n{text}\n"
+        write_text(folder / "README.md", card)
+
+    def end(self) -> None:
+        """Nothing: trackers are closed when training ends."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Warns of a method that overrides one which nothing here calls: the script would train without it."""
+        super().__init_subclass__(**kwargs)
+        kinds = [kind for kind in cls.__mro__ if kind is cls or not issubclass(kind, ScriptMethods)]
+        own = {name for kind in kinds for name in vars(kind)}
+        for name in sorted(own):
+            if (name in MISSING and name not in _FOR_CALLERS) or name in _INNER:
+                advice = MISSING.get(name, _OWN_LOOP)
+                _log.warning("%s.%s overrides a method that nothing calls here: %s", cls.__name__, name, advice)
+
+    def __getattr__(self, name: str) -> Any:
+        said = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(f"{said}: {MISSING[name]}" if name in MISSING else said)

@@ -1,0 +1,1 @@
+"""What both arenas ask of the computer: memory, and a C compiler."""

@@ -1,1 +1,0 @@
-"""C that is compiled where it runs; each arena has sources of its own."""
