@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import MIXED, random_groups
-from kernels import stand_in
+from stand_in import stand_in
 
 from grouprl.lm.packed import flash
 from grouprl.lm.packed.attention import How, _Packed

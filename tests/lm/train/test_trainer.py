@@ -44,7 +44,7 @@ from grouprl.errors import TrainingError, UsageError
 from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
 from grouprl.lm.models.tiny import build_tiny
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_style.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "trl_style.py"
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 

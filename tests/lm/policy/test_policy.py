@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from architectures import EOS, MIXED, PAD, PLAIN, as_samples, build, naive, random_groups
+from small_policies import adapted, policy
 
 from grouprl.errors import UsageError
 from grouprl.lm.policy.policy import Policy, has_dropout, sampling_settings
@@ -14,22 +15,7 @@ from grouprl.lm.sample.plain import PlainSampler
 from grouprl.lm.sample.sampler import Sampler
 from grouprl.lm.settings.config import GRPOConfig
 
-TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
 GROUPS = random_groups(*MIXED)
-
-
-def policy(model, ref_model=None, **settings) -> Policy:
-    config = GRPOConfig(**{"use_cpu": True, "bf16": False, "max_completion_length": 8, **settings})
-    return Policy(model, TOKENIZER, config, ref_model)
-
-
-def adapted(model, **settings):
-    from peft import LoraConfig, get_peft_model
-
-    given = {"r": 2, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM", **settings}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        return get_peft_model(model, LoraConfig(**given)).eval()
 
 
 def log_probs(of: Policy, groups=GROUPS) -> torch.Tensor:

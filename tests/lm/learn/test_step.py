@@ -13,8 +13,8 @@ from architectures import (
     relative_error,
     take_gradient,
 )
+from small_policies import adapted, policy
 from test_loss import by_formula
-from test_policy import adapted, policy
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import MIXED, build, learned, naive, random_groups, random_weights, relative_error
-from kernels import stand_in
+from stand_in import stand_in
 from torch import Tensor
 
 pytest.importorskip("triton", reason="there is no Triton")
@@ -17,8 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("there is no GPU", allow_module_level=True)
 
-from grouprl.lm.gpu import kernels  # noqa: E402
-
+from grouprl.lm.kernels import triton_kernels as kernels  # noqa: E402
 from grouprl.lm.llama.between_products_triton import KernelParts  # noqa: E402
 from grouprl.lm.llama.block import Joined, lean_step  # noqa: E402
 from grouprl.lm.llama.decode_triton import KernelStep, supported  # noqa: E402
