@@ -50,6 +50,8 @@ def refreshed(page: Path, text: str, results: Path = RESULTS) -> str:
             body = measured(results / f"{name}.md", sections, page, level)
         elif kind == "presets":
             body = preset_differences(arguments.split())
+        elif kind == "table":
+            body = objective_table(arguments)
         else:
             raise SystemExit(f"{page}: do not know how to generate {block[2]!r}; docs/build.py lists the kinds")
         return f"{block[1]}\n{body.strip()}\n\n{block[3]}"
@@ -302,13 +304,36 @@ def python_part() -> str:
         text += f"\n#### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
     text += "\n### The objective\n\n`grouprl.objective`: pure functions on packed tensors; each imports from there.\n"
     for part in (
-        "shaping", "advantages", "outcomes", "baseline", "returns", "packed", "surrogates", "sequence", "divergences",
-        "weights",
+        "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "returns", "packed",
+        "surrogates", "sequence", "divergences", "weights",
     ):  # fmt: skip
         module = f"grouprl.objective.{part}"
         names = [name for name in _definitions(module) if name in objective.__all__]
-        text += f"\n#### {part}\n\n" + "\n".join(definition(module, name) for name in names)
+        text += f"\n#### {part}\n\n"
+        text += "".join(f"`{name}`:\n\n{objective_table(name)}\n" for name in _TABLES if name.lower() == part)
+        text += "\n".join(definition(module, name) for name in names)
     return text
+
+
+_TABLES = ("LOSSES", "ESTIMATORS", "DIVERGENCES")
+
+
+def objective_table(name: str) -> str:
+    """A table of the objective: what a configuration can name."""
+    from grouprl import objective
+    from grouprl.objective import divergences, estimators, losses
+
+    entries = getattr(objective, name)
+    offered = {
+        "LOSSES": [losses.names(environments=arena) for arena in (True, False)],
+        "ESTIMATORS": [estimators.names(environments=arena) for arena in (True, False)],
+        "DIVERGENCES": [tuple(entries), divergences.SAMPLED_DIVERGENCES],
+    }[name]
+    rows = [
+        [f"`{key}`", entry.about, getattr(entry, "source", ""), *("yes" if key in arena else "" for arena in offered)]
+        for key, entry in entries.items()
+    ]
+    return table(["name", "what it computes", "source", "environments", "language models"], rows)
 
 
 # --- from source to text ---------------------------------------------------------------------------------------------

@@ -84,6 +84,11 @@ class Learner:
         rng: np.random.Generator,
         surrogate_function: TensorFunction | None = None,
     ) -> None:
+        if LOSSES[config.loss_type].probabilities and policy.gaussian:
+            raise UsageError(
+                f"loss_type={config.loss_type!r} needs the probability of each action, and actions of a Box have only "
+                "densities; use loss_type=dapo or spo"
+            )
         self.policy, self.config, self.rng = policy, config, rng
         self.parameters = FlatParameters(policy)
         self.optimizer = Adam(self.parameters.vector, config.learning_rate, config.adam_epsilon, native=config.native)
