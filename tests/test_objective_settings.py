@@ -39,7 +39,11 @@ def test_the_error_for_an_old_name_says_the_new_one(make, old: str) -> None:
         (BOTH[1], {"loss_type": "sapo", "delta": 3.0}, "delta=3.0 is for a clipped ratio"),
         (BOTH[0], {"dppo_threshold": 0.1}, "dppo_threshold=0.1 is for loss_type='dppo_tv'"),
         (BOTH[1], {"loss_type": "luspo"}, "set importance_sampling_level='sequence'"),
-        (BOTH[1], {"loss_type": "vespo", "importance_sampling_level": "sequence"}, "leave .* at 'token'"),
+        (
+            BOTH[1],
+            {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+            "set importance_sampling_level='token'",
+        ),
     ],
 )
 def test_what_is_not_allowed_is_an_error_that_says_what_is(make, values: dict, message: str) -> None:

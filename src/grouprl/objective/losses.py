@@ -84,6 +84,7 @@ class Loss:
         cut: which steps lose their gradient, for the metrics; None where none does. Of spo, which turns it round: which
             lie outside the range.
         clips: it takes `delta`. cap: its `epsilon_high` is a bound on the ratio itself, not a distance from 1.
+        levels: whose ratio it may take; see `importance_logp`.
         whole_samples: it needs all steps of a sample together, as only language models have them.
         probabilities: it needs the probabilities of single actions, which neither samples nor densities have.
         environments: environments offer it; not where it would be another entry under a second name.
@@ -96,6 +97,7 @@ class Loss:
     cut: Cut | None = None
     clips: bool = False
     cap: bool = False
+    levels: tuple[Level, ...] = ("token", "sequence", "sequence_token")
     whole_samples: bool = False
     probabilities: bool = False
     environments: bool = True
@@ -128,7 +130,7 @@ def _dppo(divergence: Literal["tv", "kl"], about: str) -> Loss:
         about, "DPPO, 2602.04879",
         lambda o, logp, old, a, lengths: surrogates.dppo(logp, old, a, dppo_threshold(o), divergence),
         lambda o, lengths, n: token_mean(lengths),
-        cut, probabilities=True,
+        cut, levels=("token",), probabilities=True,
     )  # fmt: skip
 
 
@@ -161,7 +163,8 @@ LOSSES: dict[str, Loss] = {
     ),
     "luspo": Loss(
         "clipped ratio; sum over the steps of a sample, mean over samples", "LUSPO, 2602.05261",
-        weights=lambda o, lengths, n: sample_sum(lengths, n), **_CLIP, whole_samples=True,
+        weights=lambda o, lengths, n: sample_sum(lengths, n), **_CLIP, levels=("sequence", "sequence_token"),
+        whole_samples=True,
     ),
     "cispo": Loss(
         "the capped ratio as a constant weight of log pi; mean over all steps", "CISPO, 2506.13585",
@@ -178,7 +181,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "vespo": Loss(
         "a smooth weight of the ratio of the whole sample, constant, times log pi; mean over all steps",
-        "VESPO, 2602.10693", _vespo, _each_step, whole_samples=True,
+        "VESPO, 2602.10693", _vespo, _each_step, levels=("token",), whole_samples=True,
     ),
     "spo": Loss(
         "a parabola in the place of the clip, which pulls the ratio back; mean over all steps", "SPO, 2401.16025",
