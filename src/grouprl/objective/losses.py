@@ -103,6 +103,16 @@ class Loss:
     environments: bool = True
 
 
+def mean_over_steps(o: Objective, lengths: Tensor, n_samples: int) -> Tensor:
+    """All steps weigh the same."""
+    return token_mean(lengths)
+
+
+def mean_over_samples(o: Objective, lengths: Tensor, n_samples: int) -> Tensor:
+    """All samples weigh the same, however long."""
+    return sample_mean(lengths, n_samples)
+
+
 def _clipped(o: Objective, logp: Tensor, old: Tensor, a: Tensor, lengths: Tensor | None) -> Tensor:
     return surrogates.clipped(logp, old, a, o.epsilon, o.epsilon_high, o.delta)
 
@@ -129,17 +139,9 @@ def _dppo(divergence: Literal["tv", "kl"], about: str) -> Loss:
     return Loss(
         about, "DPPO, 2602.04879",
         lambda o, logp, old, a, lengths: surrogates.dppo(logp, old, a, dppo_threshold(o), divergence),
-        lambda o, lengths, n: token_mean(lengths),
+        mean_over_steps,
         cut, levels=("token",), probabilities=True,
     )  # fmt: skip
-
-
-def _each_step(o: Objective, lengths: Tensor, n_samples: int) -> Tensor:
-    return token_mean(lengths)
-
-
-def _each_sample(o: Objective, lengths: Tensor, n_samples: int) -> Tensor:
-    return sample_mean(lengths, n_samples)
 
 
 _CLIP: dict[str, Any] = {"surrogate": _clipped, "cut": _clipped_cut, "clips": True}
@@ -147,14 +149,14 @@ _CLIP: dict[str, Any] = {"surrogate": _clipped, "cut": _clipped_cut, "clips": Tr
 LOSSES: dict[str, Loss] = {
     "grpo": Loss(
         "clipped ratio; mean over the steps of a sample, then over samples", "DeepSeekMath, 2402.03300",
-        weights=_each_sample, **_CLIP,
+        weights=mean_over_samples, **_CLIP,
     ),
     "bnpo": Loss(
-        "the same as dapo: no number here depends on the micro-batch", "TRL", weights=_each_step, **_CLIP,
+        "the same as dapo: no number here depends on the micro-batch", "TRL", weights=mean_over_steps, **_CLIP,
         environments=False,
     ),
     "dapo": Loss(
-        "clipped ratio; mean over all steps", "PPO, 1707.06347; DAPO, 2503.14476", weights=_each_step, **_CLIP
+        "clipped ratio; mean over all steps", "PPO, 1707.06347; DAPO, 2503.14476", weights=mean_over_steps, **_CLIP
     ),
     "dr_grpo": Loss(
         "clipped ratio; sum over steps divided by a constant length, mean over samples", "Dr. GRPO, 2503.20783",
@@ -168,7 +170,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "cispo": Loss(
         "the capped ratio as a constant weight of log pi; mean over all steps", "CISPO, 2506.13585",
-        lambda o, logp, old, a, lengths: surrogates.cispo(logp, old, a, cap=o.high), _each_step,
+        lambda o, logp, old, a, lengths: surrogates.cispo(logp, old, a, cap=o.high), mean_over_steps,
         cut=lambda o, logp, old, a: surrogates.beyond(logp, old, a, 0.0, o.high), cap=True,
     ),
     "sapo": Loss(
@@ -177,15 +179,15 @@ LOSSES: dict[str, Loss] = {
         lambda o, logp, old, a, lengths: surrogates.sapo(
             logp, old, a, o.sapo_temperature_pos, o.sapo_temperature_neg
         ),
-        _each_sample,
+        mean_over_samples,
     ),
     "vespo": Loss(
         "a smooth weight of the ratio of the whole sample, constant, times log pi; mean over all steps",
-        "VESPO, 2602.10693", _vespo, _each_step, levels=("token",), whole_samples=True,
+        "VESPO, 2602.10693", _vespo, mean_over_steps, levels=("token",), whole_samples=True,
     ),
     "spo": Loss(
         "a parabola in the place of the clip, which pulls the ratio back; mean over all steps", "SPO, 2401.16025",
-        lambda o, logp, old, a, lengths: surrogates.spo(logp, old, a, o.epsilon), _each_step, cut=_clipped_cut,
+        lambda o, logp, old, a, lengths: surrogates.spo(logp, old, a, o.epsilon), mean_over_steps, cut=_clipped_cut,
     ),
     "dppo_tv": _dppo("tv", "the ratio, but 0 where the probability has moved too far; mean over all steps"),
     "dppo_kl": _dppo("kl", "the ratio, but 0 where the binary KL divergence is too large; mean over all steps"),
