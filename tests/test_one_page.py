@@ -47,8 +47,9 @@ def test_it_is_one_page_and_takes_the_mathematics_alone_from_the_library():
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_its_update_of_an_environment_is_the_library_s(beta):
-    from grouprl.envs.update import FlatParameters, Terms, UpdateSettings, update
-    from grouprl.objective import outcome, sample_mean, sampled_kl_loss
+    from grouprl.envs.update import Batch, Terms, UpdateSettings, update
+    from grouprl.learning.parameters import FlatParameters
+    from grouprl.objective import Objective, outcome, sample_mean
 
     model, reference = (nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)).double() for _ in range(2))
     start, ours = weights(model), copy.deepcopy(model)
@@ -61,13 +62,16 @@ def test_its_update_of_an_environment_is_the_library_s(beta):
 
     def evaluate(rows):
         logp = torch.log_softmax(ours(states[rows]), 1).gather(1, batch.actions[rows, None])[:, 0]
-        return Terms(logp, None, sampled_kl_loss(logp, ref[rows], "k3", old[rows]))
+        return Terms(logp, logp_ref=ref[rows])
 
     parameters = FlatParameters(ours)
     stats = update(
-        evaluate, parameters, torch.optim.Adam([parameters.vector], 1e-2), old,
-        outcome(batch.rewards, batch.lengths, batch.group), 46 * sample_mean(batch.lengths),
-        UpdateSettings(epochs=3, minibatch_size=46, beta=beta, max_grad_norm=1.0), np.random.default_rng(0),
+        Batch(
+            evaluate, old, outcome(batch.rewards, batch.lengths, batch.group), 46 * sample_mean(batch.lengths)
+        ),
+        parameters, torch.optim.Adam([parameters.vector], 1e-2),
+        UpdateSettings(epochs=3, minibatch_size=46, objective=Objective(beta=beta), max_grad_norm=1.0),
+        np.random.default_rng(0),
     )  # fmt: skip
     assert stats.optimizer_steps == 3
     assert float((weights(model) - start).abs().max()) > 0.02  # three steps of 0.01
@@ -77,13 +81,14 @@ def test_its_update_of_an_environment_is_the_library_s(beta):
 def test_its_update_of_a_language_model_is_the_library_s():
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from grouprl.learning.parameters import FlatParameters
     from grouprl.lm.generate.samples import Samples
-    from grouprl.lm.learn.parameters import MasterParameters, make_optimizer
-    from grouprl.lm.learn.step import Step, take
+    from grouprl.lm.learn.optimizer import make_optimizer
+    from grouprl.lm.learn.step import Step, optimizer_step
     from grouprl.lm.policy.policy import Policy
     from grouprl.lm.prompts import Prompt
     from grouprl.lm.settings.config import GRPOConfig
-    from grouprl.objective import outcome
+    from grouprl.objective import Objective, outcome
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model, reference = (LlamaForCausalLM(LlamaConfig(vocab_size=len(page.WORDS), **sizes)) for _ in range(2))
@@ -98,7 +103,7 @@ def test_its_update_of_a_language_model_is_the_library_s():
         use_cpu=True, bf16=False, loss_type="grpo", beta=0.3, kl_estimator="k3", learning_rate=1e-2, weight_decay=0.0,
         max_grad_norm=1.0, max_completion_length=6,
     )  # fmt: skip
-    parameters = MasterParameters(ours)
+    parameters = FlatParameters(ours, decayed_first=True)
     policy = Policy(ours, SimpleNamespace(eos_token_id=page.END, pad_token_id=page.END), config, reference)
     n, steps = len(batch.lengths), len(batch.actions)
     samples = Samples(
@@ -109,9 +114,12 @@ def test_its_update_of_a_language_model_is_the_library_s():
         logp_old=torch.zeros(steps), logp_ref=torch.zeros(steps), known_old=torch.zeros(steps).bool(),
         known_ref=torch.zeros(steps).bool(),
     )  # fmt: skip
-    optimizer, step = make_optimizer(parameters, config), Step(policy, samples, torch.arange(n), config)
+    optimizer, step = (
+        make_optimizer(parameters, config),
+        Step(policy, samples, torch.arange(n), config, Objective.of(config)),
+    )
     for _ in range(3):
-        take(step, parameters, optimizer, config, remember=True, on_gradient=lambda: None)
+        optimizer_step(step, parameters, optimizer, remember=True, on_gradient=lambda: None)
     moved = float((weights(model) - start).abs().max())
     assert moved > 0.02
     difference = (weights(ours) - weights(model)).norm() / (weights(model) - start).norm()
