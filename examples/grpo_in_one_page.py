@@ -128,8 +128,8 @@ def completions(model: nn.Module, prompts: list[str], group: Tensor) -> Batch:
     return Batch(lambda model: model(tokens).logits[:, 1:-1][kept], tokens[:, 2:][kept], rewards, lengths, group)
 
 
-def learn_language(updates: int = 80, size: int = 8) -> list[float]:
-    """P = 16 prompts, G = 8 completions of each; the return is the score, 1 at most."""
+def learn_language(updates: int = 100, size: int = 16) -> list[float]:
+    """P = 16 prompts, G = 16 completions of each; the return is the score, 1 at most."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **sizes))  # random weights: [N, T] to logits [N, T, K]
     prompts = [letter + number for letter in "abcd" for number in "1234" for _ in range(size)]  # N

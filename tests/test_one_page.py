@@ -142,6 +142,6 @@ def test_the_pole_stays_up_for_longer(seed):
 
 
 def test_the_language_model_does_as_its_prompt_says():
-    means = page.learn_language(updates=35)
+    means = page.learn_language(updates=35, size=8)
     assert means[0] < 0.2
     assert max(means[-3:]) > 0.5
