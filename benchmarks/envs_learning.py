@@ -361,7 +361,7 @@ def main() -> None:
                 f"there are no PPO settings for {', '.join(sorted(unknown))}, but for {', '.join(zoo_ppo.SETTINGS)}"
             )
         mode = "ppo" if given.ppo else "default" if given.default else "preset"
-        every = zoo_ppo.SETTINGS if given.ppo else [name for name in presets.names() if name != "tutorial"]
+        every = zoo_ppo.SETTINGS if given.ppo else [name for name in presets.names() if name != "script"]
         settings = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in given.set)}
         seeds = [int(seed) for seed in given.seeds.split(",")]
         wanted = plan(given.env or list(every), seeds, given.steps, mode, settings)

@@ -29,8 +29,8 @@ PPO = "Stable-Baselines3's PPO (RL-Zoo's settings)"
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "closed-form baseline (preset CartPole-v1)": {"preset": "CartPole-v1"},
     "closed-form baseline (the robust default)": {"preset": None},
-    "outcome of groups of 8 (preset chapter)": {"preset": "chapter"},
-    "time-step group, batch of 32 episodes": {"preset": "chapter", "advantage": "timestep"}
+    "outcome of groups of 8 (preset chapter)": {"preset": "formula"},
+    "time-step group, batch of 32 episodes": {"preset": "formula", "advantage": "timestep"}
     | {"group_size": None, "gamma": 0.99, "beta": 0.0},
 }
 
@@ -50,7 +50,7 @@ def run(settings: dict[str, Any], sigma: float, seed: int) -> float:
     """Mean greedy return, without noise, over 100 episodes after training with it."""
     from grouprl import GRPO, evaluate
 
-    groups = settings["preset"] == "chapter" and settings.get("group_size", 8) is not None
+    groups = settings["preset"] == "formula" and settings.get("group_size", 8) is not None
     mode = "sync" if groups else "vector_entry_point"  # groups need a seed per environment
     venv = NoisyReward(gym.make_vec("CartPole-v1", num_envs=32, vectorization_mode=mode), sigma, seed)
     agent = GRPO(venv, seed=seed, **settings).learn(STEPS)

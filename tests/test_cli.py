@@ -90,7 +90,7 @@ def test_a_config_file_starts_the_same_run_again(run: Path, tmp_path: Path) -> N
 def test_presets_and_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("presets") == 0
     assert "CartPole-v1" in capsys.readouterr().out
-    assert call("presets", "tutorial") == 0
+    assert call("presets", "script") == 0
     assert yaml.safe_load(capsys.readouterr().out)["config"]["advantage"] == "batch_returns"
     assert call("settings") == 0
     assert "learning_rate" in capsys.readouterr().out

@@ -264,7 +264,7 @@ def test_the_episodes_of_a_group_share_their_start_and_no_other_group_does():
 
 def test_repeated_actions_are_marked_and_the_environment_really_got_them():
     envs = [Counter() for _ in range(4)]
-    made, policy = collector(sync([lambda env=env: env for env in envs]), n_steps=60, sticky_share=0.5)
+    made, policy = collector(sync([lambda env=env: env for env in envs]), n_steps=60)
     rollout = made.collect(policy, sticky=0.7)
     offset = 0
     repeats = 0

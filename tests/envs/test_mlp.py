@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grouprl import GRPO
 from grouprl.envs import mlp
-from grouprl.envs.mlp import DEEPEST, MLP
+from grouprl.envs.mlp import MAX_LAYERS, MLP
 
 compiled = pytest.mark.skipif(
     sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler here"
@@ -109,7 +109,7 @@ def test_parameters_that_share_one_vector_and_rows_that_lie_apart_are_read_where
     assert torch.equal(net(x[:, :4]), wanted)
 
 
-@pytest.mark.parametrize("hidden", [(), (8,) * DEEPEST])
+@pytest.mark.parametrize("hidden", [(), (8,) * MAX_LAYERS])
 def test_no_hidden_layer_or_too_many_are_torch_operations(hidden: tuple[int, ...]) -> None:
     net = network((3, *hidden, 2))
     assert not net.native
@@ -125,7 +125,7 @@ def test_other_number_types_are_torch_operations() -> None:
 @pytest.mark.parametrize("shape", [(5, 2), (5, 9), (4,), (0, 3)])
 def test_inputs_that_do_not_fit_are_torchs_own_error(shape: tuple[int, ...]) -> None:
     net = network((4, 8, 2))
-    for call in (lambda: net(torch.zeros(shape)), lambda: net.infer(np.zeros(shape, np.float32))):
+    for call in (lambda: net(torch.zeros(shape)), lambda: net.inference()(np.zeros(shape, np.float32))):
         if shape == (4,):
             assert call().shape == (2,)
         else:
@@ -155,7 +155,7 @@ def test_parameters_that_were_replaced_are_the_ones_that_count() -> None:
     twin = copy.deepcopy(net)
     twin.load_state_dict(zeros, assign=True)
     assert not twin(x).any()
-    assert not twin.infer(x.numpy()).any()
+    assert not twin.inference()(x.numpy()).any()
     assert torch.equal(net(x), before)
 
 
@@ -163,12 +163,12 @@ def test_parameters_that_were_replaced_are_the_ones_that_count() -> None:
 def test_calls_leave_nothing_behind() -> None:
     net = network((4, 8, 2))
     x = np.zeros((3, 4), np.float32)
-    net.infer(x)
+    net.inference()(x)
     gc.collect()
     gc.disable()
     try:
         for _ in range(100):
-            net.infer(x)
+            net.inference()(x)
         assert gc.collect() < 50
     finally:
         gc.enable()

@@ -58,7 +58,7 @@ def train(
 
       grouprl train LunarLander-v3 --steps 1000000 --set learning_rate=5e-4 --set n_envs=32
 
-      grouprl train CartPole-v1 --preset tutorial
+      grouprl train CartPole-v1 --preset script
 
       grouprl train my_package:MyEnv-v0 --env difficulty=3 --track wandb
     """

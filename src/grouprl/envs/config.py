@@ -58,11 +58,6 @@ class GRPOConfig(ObjectiveSettings):
     )
     reset_each_batch: bool = Field(False, description="start every batch from fresh episodes")
     sticky: float = Field(0.9, ge=0, lt=1, description="initial probability of repeating the previous action")
-    sticky_share: float = Field(0.5, ge=0, le=1, description="share of the environments that repeat actions")
-    sticky_until: float = Field(0.5, gt=0, le=1, description="fraction of the budget after which sticky has faded to 0")
-    sticky_guard: bool = Field(
-        True, description="quarter sticky whenever the sticky environments return less than the others"
-    )
     warmup_steps: int = Field(2048, ge=0, description="random steps that start the observation statistics; counted")
 
     # --- advantages ----------------------------------------------------------------------------------------------

@@ -94,16 +94,6 @@ class Categorical:
         """Numbers per parameter row."""
         return self.n
 
-    @property
-    def action_shape(self) -> tuple[int, ...]:
-        """Shape of one sampled action."""
-        return ()
-
-    @property
-    def action_dtype(self) -> np.dtype[Any]:
-        """Dtype of sampled actions."""
-        return np.dtype(np.int64)
-
     def sample(self, params: Array, rng: np.random.Generator) -> Array:
         """Draw actions int64 [n] from logits [n, K]; an action of probability 0 is never drawn."""
         return _categorical_draws(params, rng)
@@ -164,16 +154,6 @@ class MultiCategorical:
     def n_params(self) -> int:
         """Numbers per parameter row."""
         return sum(self.nvec)
-
-    @property
-    def action_shape(self) -> tuple[int, ...]:
-        """Shape of one sampled action."""
-        return (len(self.nvec),)
-
-    @property
-    def action_dtype(self) -> np.dtype[Any]:
-        """Dtype of sampled actions."""
-        return np.dtype(np.int64)
 
     def sample(self, params: Array, rng: np.random.Generator) -> Array:
         """Draw actions int64 [n, A] from logits [n, K]; an action of probability 0 is never drawn."""
@@ -245,16 +225,6 @@ class DiagonalGaussian:
         """Numbers per parameter row."""
         return 2 * self.n
 
-    @property
-    def action_shape(self) -> tuple[int, ...]:
-        """Shape of one sampled action."""
-        return (self.n,)
-
-    @property
-    def action_dtype(self) -> np.dtype[Any]:
-        """Dtype of sampled actions."""
-        return np.dtype(np.float32)
-
     def sample(self, params: Array, rng: np.random.Generator) -> Array:
         """Draw actions float32 [n, A]: mean + std * standard normal."""
         draws: Array = rng.standard_normal((len(params), self.n), dtype=np.float32)
@@ -302,16 +272,6 @@ class IndependentBernoulli:
     def n_params(self) -> int:
         """Numbers per parameter row."""
         return self.n
-
-    @property
-    def action_shape(self) -> tuple[int, ...]:
-        """Shape of one sampled action."""
-        return (self.n,)
-
-    @property
-    def action_dtype(self) -> np.dtype[Any]:
-        """Dtype of sampled actions."""
-        return np.dtype(np.float32)
 
     def sample(self, params: Array, rng: np.random.Generator) -> Array:
         """Draw actions float32 [n, A] of 0 and 1."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 
-from grouprl.envs.collect import merge_masks, valid_actions
 from grouprl.envs.grpo import GRPO
-from grouprl.envs.learner import single_threaded_kernels
-from grouprl.envs.vector import EnvLike, autoreset_mode, environment_error, horizon, is_vectorised, make_vector
-from grouprl.errors import GrouprlError, UsageError
+from grouprl.envs.stepper import Stepper
+from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector
+from grouprl.errors import UsageError
+from grouprl.machine.threads import single_threaded_kernels
 
 MAX_STEPS = 5000
 """Where an environment has no time limit, a greedy policy that runs in circles would never end an episode."""
@@ -78,49 +78,37 @@ class Evaluator:
     def _run(self, agent: GRPO, episodes: int, deterministic: bool, seed: int) -> Evaluation:
         if episodes < 1:
             raise UsageError(f"episodes={episodes} must be at least 1")
-        venv, n = self.venv, self.venv.num_envs
+        venv = self.venv
         if (venv.single_observation_space, venv.single_action_space) != (agent.observation_space, agent.action_space):
             raise UsageError(
                 f"the environment has the spaces {venv.single_observation_space} and {venv.single_action_space}, the "
                 f"policy {agent.observation_space} and {agent.action_space}; evaluate it where they are the same"
             )
-        mode = autoreset_mode(venv)
+        return self._play(agent, episodes, np.random.default_rng(seed) if not deterministic else None, seed)
+
+    def _play(self, agent: GRPO, episodes: int, rng: np.random.Generator | None, seed: int) -> Evaluation:
+        """Play with actions drawn by ``rng``, or with the most likely ones if that is None."""
+        n, limit = self.venv.num_envs, self.step_limit
+        stepper = Stepper(self.venv, agent.observations, agent.actions)
+        infer = agent.policy.inference()
         left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
         returns: list[float] = []
         lengths: list[int] = []
         total, length = np.zeros(n), np.zeros(n, np.int64)
-        waiting = np.zeros(n, bool)
-        rng = np.random.default_rng(seed)
-        limit = self.step_limit
-        infer = agent.policy.inference()
-        try:
-            obs, info = venv.reset(seed=seed)
-            while left.any():
-                params = infer(agent.policy.prepare(agent.observations.encode(obs)))
-                mask = valid_actions(agent.observations, agent.actions, obs, info, ~waiting)
-                if mask is not None:
-                    params = agent.policy.distribution.apply_mask(params, mask)
-                distribution = agent.policy.distribution
-                actions = distribution.mode(params) if deterministic else distribution.sample(params, rng)
-                obs, rewards, terminated, truncated, info = venv.step(agent.actions.to_env(actions))
-                done = np.logical_or(terminated, truncated)
-                total += np.where(waiting, 0.0, rewards)
-                length += ~waiting
-                cut = length >= limit
-                for i in np.flatnonzero((done | cut) & (left > 0)):
-                    returns.append(float(total[i]))
-                    lengths.append(int(length[i]))
-                    left[i] -= 1
-                total[done | cut], length[done | cut] = 0.0, 0
-                if mode is AutoresetMode.NEXT_STEP:
-                    waiting = done
-                elif mode is AutoresetMode.DISABLED and done.any():
-                    obs, fresh = venv.reset(options={"reset_mask": done.copy()})
-                    info = merge_masks(info, fresh, done)
-        except GrouprlError:
-            raise
-        except Exception as error:
-            raise environment_error(error, "during evaluation") from error
+        stepper.reset(seed)
+        while left.any():
+            playing = stepper.playing
+            params = infer(agent.policy.prepare(stepper.encoded()))
+            actions = stepper.choose(params, playing, rng).actions
+            stepped = stepper.step(agent.actions.to_env(actions))
+            total += np.where(playing, stepped.rewards, 0.0)
+            length += playing
+            over = stepped.done | (length >= limit)
+            for i in np.flatnonzero(over & (left > 0)):
+                returns.append(float(total[i]))
+                lengths.append(int(length[i]))
+                left[i] -= 1
+            total[over], length[over] = 0.0, 0
         return Evaluation(returns, lengths)
 
     def close(self) -> None:

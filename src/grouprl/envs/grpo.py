@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from gymnasium.vector import VectorEnv
 from grouprl.envs import checkpoint, presets
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
-from grouprl.envs.learner import load_policy, model_file, single_threaded_kernels
-from grouprl.envs.loop import Loop, Metrics
-from grouprl.envs.policy import Network, Policy
-from grouprl.envs.space_json import space_from_json, space_to_json
+from grouprl.envs.description import Description
+from grouprl.envs.loop import Loop, Metrics, Seeds
+from grouprl.envs.model_file import fill_policy, model_file
+from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.vector import EnvLike, close_vector, env_name, make_vector
 from grouprl.errors import UsageError
+from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, check_function
 from grouprl.runs.progress import Progress
-from grouprl.runs.state import read_meta, save_state
+from grouprl.runs.state import load_state, save_state
 
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
@@ -70,40 +72,69 @@ class GRPO:
         kwargs = {**(chosen.env_kwargs if chosen else {}), **(env_kwargs or {})}
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
         venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
+        description = Description(
+            config=config,
+            observation_space=venv.single_observation_space,
+            action_space=venv.single_action_space,
+            env_id=env_name(env),
+            env_kwargs=kwargs,
+            custom_network=network is not None,
+            custom_advantage=advantage_function is not None,
+        )
         try:
-            self._build(config, venv.single_observation_space, venv.single_action_space, network)
+            self._assemble(description, network, advantage_function)
         except UsageError:
             if venv is not env:
                 close_vector(venv)
             raise
-        self.env_kwargs |= kwargs
-        self.loop.advantage_function = advantage_function
         self._attach(env, venv)
 
-    def _build(self, config: GRPOConfig, observation: Space[Any], action: Space[Any], network: Network | None) -> None:
-        try:
-            torch.zeros(0, device=config.device)
-        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"device={config.device!r} cannot be used ({reason}); use device=cpu") from None
+    def _assemble(
+        self, description: Description, network: Network | None, advantage_function: TensorFunction | None
+    ) -> None:
+        """Make all parts of the agent, with an untrained policy and no environment yet."""
+        self._description, config = description, description.config
+        check_device(config.device)
         init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
-        self.config = config
-        self.observation_space, self.action_space = observation, action
-        self.actions = ActionCodec(action)
-        self.observations = ObservationCodec(observation, mask_size=self.actions.mask_size)
+        self.actions = ActionCodec(description.action_space)
+        self.observations = ObservationCodec(description.observation_space, mask_size=self.actions.mask_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(init.generate_state(1)[0]))
             self.policy = Policy(self.observations, self.actions, config, network).to(config.device)
         self.policy.eval()  # dropout in a user's network would make the ratio differ from 1 before any update
+        self.loop = Loop(
+            self.policy, self.actions, config, Seeds(act, shuffle, starts), advantage_function,
+            n_steps=description.num_timesteps,
+        )  # fmt: skip
         self._predict_rng = np.random.default_rng(predict)
-        self.loop = Loop(self.policy, self.actions, config, act, shuffle, starts)
-        self._custom_network = network is not None
-        self._misses_advantage = False
         self._env: EnvLike | None = None
         self._venv: VectorEnv[Any, Any, Any] | None = None
-        self.env_id: str = ""
-        self.env_kwargs: dict[str, Any] = {}
         self.extra: dict[str, Any] = {}
+
+    @property
+    def config(self) -> GRPOConfig:
+        """Every setting; fixed from the start."""
+        return self._description.config
+
+    @property
+    def observation_space(self) -> Space[Any]:
+        """The observation space of one environment."""
+        return self._description.observation_space
+
+    @property
+    def action_space(self) -> Space[Any]:
+        """The action space of one environment."""
+        return self._description.action_space
+
+    @property
+    def env_id(self) -> str:
+        """What the environment is called in files and messages."""
+        return self._description.env_id
+
+    @property
+    def env_kwargs(self) -> dict[str, Any]:
+        """The arguments of the environment's constructor."""
+        return dict(self._description.env_kwargs)
 
     @property
     def num_timesteps(self) -> int:
@@ -123,7 +154,6 @@ class GRPO:
     # --- environment -------------------------------------------------------------------------------------------------
     def _attach(self, env: EnvLike, venv: VectorEnv[Any, Any, Any]) -> None:
         self._env, self._venv = env, venv
-        self.env_id = env_name(env)
         self.loop.attach(venv)
 
     def set_env(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -145,7 +175,7 @@ class GRPO:
                                  "build a new GRPO(env) for it")  # fmt: skip
         if self._venv is not None and self._venv is not venv and env is not self._env:
             close_vector(self._venv)
-        self.env_kwargs = kwargs
+        self._description = replace(self._description, env_id=env_name(env), env_kwargs=kwargs)
         self._attach(env, venv)
 
     def get_env(self) -> VectorEnv[Any, Any, Any] | None:
@@ -204,7 +234,7 @@ class GRPO:
         self, start: int, end: int, callback: Callback | Sequence[Callback] | None, progress_bar: bool | None
     ) -> GRPO:
         """Train until ``end`` total steps on schedules that run from ``start`` to ``end``."""
-        if self._misses_advantage:
+        if self._description.custom_advantage and self.loop.advantage_function is None:
             raise UsageError("this agent was trained with an advantage_function; pass it to load to train on")
         callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
         with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
@@ -255,18 +285,8 @@ class GRPO:
 
     # --- saving ------------------------------------------------------------------------------------------------------
     def describe(self, kind: str) -> dict[str, Any]:
-        """What a saved file says of itself, as JSON: environment, spaces, configuration."""
-        return {
-            "kind": kind,
-            "env_id": self.env_id,
-            "env_kwargs": self.env_kwargs,
-            "config": self.config.model_dump(mode="json"),
-            "observation_space": space_to_json(self.observation_space),
-            "action_space": space_to_json(self.action_space),
-            "custom_network": self._custom_network,
-            "custom_advantage": self._misses_advantage or self.loop.advantage_function is not None,
-            "num_timesteps": self.num_timesteps,
-        }
+        """What a saved file of ``kind`` "model" or "checkpoint" says of itself, as JSON."""
+        return replace(self._description, num_timesteps=self.num_timesteps).to_json(kind)
 
     def save(self, path: str | Path) -> Path:
         """Write the policy, its normalisation statistics, spaces and configuration to ``path`` (``.safetensors``).
@@ -297,36 +317,38 @@ class GRPO:
             UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
         """
         path = model_file(Path(path))
-        agent = cls.from_description(path, read_meta(path), network, settings, advantage_function)
+        tensors, meta = load_state(path)
+        agent = cls._from_file(path, tensors, meta, network, advantage_function, settings)
         if env is not None:
             agent.set_env(env)
         return agent
 
     @classmethod
-    def from_description(
+    def _from_file(
         cls,
         path: Path,
+        tensors: Mapping[str, torch.Tensor],
         meta: Mapping[str, Any],
         network: Network | None,
+        advantage_function: TensorFunction | None,
         settings: Mapping[str, Any],
-        advantage_function: TensorFunction | None = None,
     ) -> GRPO:
-        """An agent with the saved policy at ``path``, whose description is ``meta``, and no environment yet."""
-        missing = {"config", "observation_space", "action_space", "env_id"} - set(meta)
-        if missing:
-            raise UsageError(f"{path} is not a saved environment policy (it lacks {', '.join(sorted(missing))})")
-        if meta.get("custom_network") and network is None:
+        """An agent with the policy among ``tensors``, described by ``meta``, both read from ``path``."""
+        check_function("advantage_function", advantage_function, "GRPO.load(path, advantage")
+        saved = Description.from_json(path, meta, settings)
+        if saved.custom_network and network is None:
             raise UsageError(f"{path} was trained with a custom network; pass the same builder as network=...")
         agent = cls.__new__(cls)
-        config = make_config({**meta["config"], **settings})
-        spaces = (space_from_json(meta["observation_space"]), space_from_json(meta["action_space"]))
-        agent._build(config, *spaces, network)
-        check_function("advantage_function", advantage_function, "GRPO.load(path, advantage")
-        agent.loop.advantage_function = advantage_function
-        agent._misses_advantage = bool(meta.get("custom_advantage")) and advantage_function is None
-        agent.env_id, agent.env_kwargs = meta["env_id"], dict(meta["env_kwargs"])
-        agent.loop.n_steps, agent.loop.warm = int(meta["num_timesteps"]), True
-        load_policy(agent.policy, path)
+        agent._assemble(
+            replace(
+                saved,
+                custom_network=network is not None,
+                custom_advantage=saved.custom_advantage or advantage_function is not None,
+            ),
+            network,
+            advantage_function,
+        )
+        fill_policy(agent.policy, tensors, path)
         return agent
 
     def checkpoint(
@@ -353,7 +375,7 @@ class GRPO:
             UsageError: not a checkpoint, or a corrupt one.
         """
         tensors, meta = checkpoint.read(Path(path))
-        agent = cls.from_description(Path(path), meta, network, {}, advantage_function)
+        agent = cls._from_file(Path(path), tensors, meta, network, advantage_function, {})
         agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
         agent.loop.load(tensors, meta["state"])
         agent.extra = meta["state"]["extra"]
@@ -363,4 +385,5 @@ class GRPO:
         """Close the environments."""
         if self._venv is not None:
             close_vector(self._venv)
-            self._venv = self.loop.collector = None
+            self._venv = None
+            self.loop.detach()

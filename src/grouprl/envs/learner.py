@@ -3,76 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from grouprl.envs.adam import Adam
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.fused import fused_gradient
+from grouprl.envs.model_file import load_policy, model_file
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.update import Batch, Terms, UpdateSettings, UpdateStats, update
 from grouprl.errors import UsageError
 from grouprl.learning.parameters import FlatParameters
-from grouprl.machine.memory import keep_freed_memory
 from grouprl.objective import LOSSES, Objective
 from grouprl.objective.losses import mean_over_steps
 from grouprl.objective.packed import segment_sum
 from grouprl.objective.user_functions import TensorFunction
-from grouprl.runs import RunFolder
-from grouprl.runs.state import load_state
 
 LR_MIN = 1e-4
 LR_STEP = 1.5
 IMAGE_MICRO_BATCH = 512
-
-
-def model_file(path: Path) -> Path:
-    """The file meant by ``path``: a run folder's model (or newest checkpoint), or the file, suffix or not."""
-    if path.is_dir():
-        model, checkpoint = path / "model.safetensors", RunFolder(path).latest_checkpoint()
-        return model if model.exists() or checkpoint is None else checkpoint  # a run killed before its end has no model
-    return path if path.suffix == ".safetensors" or path.exists() else path.with_name(path.name + ".safetensors")
-
-
-def load_policy(policy: Policy, path: Path) -> None:
-    """Load the policy saved at ``path`` (a file or a run folder) into ``policy``.
-
-    Raises:
-        UsageError: no such file, a foreign one, or one for other spaces or another network.
-    """
-    tensors, _ = load_state(model_file(path))
-    prefix = "policy."
-    own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    try:
-        policy.load_state_dict(own or tensors)
-    except RuntimeError as error:
-        raise UsageError(f"the policy in {path} does not fit this one: {' '.join(str(error).split())}") from None
-    policy.refresh()
-
-
-@contextmanager
-def single_threaded_kernels() -> Iterator[None]:
-    """Within, every torch and BLAS call runs on its caller's thread; minibatches are shared among our own threads.
-
-    The arrays of this arena are small: waking a kernel's helper threads costs more than they save, while half a
-    minibatch is work enough for a thread.
-    """
-    keep_freed_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(limits=1, user_api="blas"):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Learner:

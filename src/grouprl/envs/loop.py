@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +33,23 @@ RESTART_AFTER = 10
 """Time limits after which a scheduled checkpoint starts fresh episodes: cuts few of them, bounds the replay."""
 
 
+class Seeds(NamedTuple):
+    """What actions, minibatches and first states are drawn with."""
+
+    act: np.random.SeedSequence
+    shuffle: np.random.SeedSequence
+    starts: np.random.SeedSequence
+
+
 class Loop:
     """What trains a policy on environments, and how far it has come.
 
     Args:
         policy: what is trained. actions: its action space.
-        act, shuffle, starts: seeds of what actions, minibatches and first states are drawn with.
+        config: says how. seeds: of all random draws.
+        advantage_function: an estimator of the user's, in the place of ``config.advantage``.
+        n_steps: environment steps the policy was trained for before. If there are none, the first batch is preceded by
+            a warm-up.
     """
 
     def __init__(
@@ -46,22 +57,21 @@ class Loop:
         policy: Policy,
         actions: ActionCodec,
         config: GRPOConfig,
-        act: np.random.SeedSequence,
-        shuffle: np.random.SeedSequence,
-        starts: np.random.SeedSequence,
+        seeds: Seeds,
+        advantage_function: TensorFunction | None = None,
+        n_steps: int = 0,
     ) -> None:
         self.policy, self.actions, self.config = policy, actions, config
-        self.act_rng, self.start_rng = np.random.default_rng(act), np.random.default_rng(starts)
-        self.learner = Learner(policy, config, np.random.default_rng(shuffle))
-        self.sticky = StickyActions(config)
+        self.act_rng, self.start_rng = np.random.default_rng(seeds.act), np.random.default_rng(seeds.starts)
+        self.learner = Learner(policy, config, np.random.default_rng(seeds.shuffle))
+        self.sticky = StickyActions(config.sticky)
         self.baseline: Baseline | None = None
-        self.advantage_function: TensorFunction | None = None
+        self.advantage_function = advantage_function
         self.collector: Collector | None = None
-        self.n_steps = 0
+        self.n_steps = n_steps
         """Environment steps so far, those of the warm-up included."""
         self.seconds = 0.0
         """Of collecting and learning, so far."""
-        self.warm = False
         self.signal_steps = 0
         self.recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
         self.recent_lengths: deque[int] = deque(maxlen=RECENT_EPISODES)
@@ -75,6 +85,10 @@ class Loop:
             width = n_summary(observations.n_flat, dict(observations.images))
             features = RandomFeatures.create(width, self.config.baseline_features, self.config.seed)
             self.baseline = Baseline(features, horizon(venv) or DEFAULT_HORIZON)
+
+    def detach(self) -> None:
+        """Forget the environments; training on needs :meth:`attach` first."""
+        self.collector = None
 
     def restart_episodes(self) -> None:
         """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
@@ -103,9 +117,8 @@ class Loop:
         began = perf_counter()
         config, collector = self.config, self.collector
         assert collector is not None
-        if not self.warm:
+        if self.n_steps == 0:
             self.n_steps += collector.warm_up(self.policy, config.warmup_steps)
-            self.warm = True
         used = progress
         if config.skip_without_signal:  # only what carried a signal counts as used
             used *= self.signal_steps / max(self.n_steps, 1)
@@ -168,7 +181,6 @@ class Loop:
             tensors["baseline.weights"] = self.baseline.weights
         counters = {
             "train_seconds": self.seconds,
-            "warm": self.warm,
             "signal_steps": self.signal_steps,
             "recent_returns": list(self.recent_returns),
             "recent_lengths": list(self.recent_lengths),
@@ -191,9 +203,7 @@ class Loop:
             rng.bit_generator.state = state["rng"][name]
         self.sticky.load(state["sticky"])
         counters = state["counters"]
-        self.seconds, self.warm, self.signal_steps = (
-            counters["train_seconds"], counters["warm"], counters["signal_steps"],
-        )  # fmt: skip
+        self.seconds, self.signal_steps = counters["train_seconds"], counters["signal_steps"]
         self.recent_returns.extend(counters["recent_returns"])
         self.recent_lengths.extend(counters["recent_lengths"])
         prefix = "collector."

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from grouprl.machine.compile import Kernels
 
-DEEPEST = 8
-"""Most layers that compiled code takes, as in ``native/layers.h``."""
+MAX_LAYERS = 8
+"""Most layers that compiled code takes: ``DEEPEST`` in ``native/layers.h``."""
 
 kernels = Kernels(Path(__file__).resolve().parent / "native", ("network.c", "objective.c"), ("layers.h",))
 
@@ -57,7 +57,7 @@ class MLP(nn.Module):
     @property
     def native(self) -> bool:
         """Whether compiled code can do it here."""
-        return self.prefer_native and 1 < len(self.layers) <= DEEPEST and kernels.available
+        return self.prefer_native and 1 < len(self.layers) <= MAX_LAYERS and kernels.available
 
     @property
     def in_order(self) -> list[Tensor]:
@@ -81,12 +81,12 @@ class MLP(nn.Module):
                 x = torch.tanh_(x) if self.tanh else torch.relu_(x)
         return x
 
-    def infer(self, x: np.ndarray) -> np.ndarray:
-        """:meth:`forward` without a gradient, of float32 ``x [m, n_inputs]`` as numpy has it."""
-        return self.inference()(x)
-
     def inference(self) -> Callable[[np.ndarray], np.ndarray]:
-        """:meth:`infer` made ready for many calls, for as long as the parameters stay where they are in memory."""
+        """:meth:`forward` without a gradient, from ``[m, n_inputs]`` to ``[m, n_outputs]`` in numpy.
+
+        It is made ready for many calls, and holds for as long as the parameters stay where they are in memory. Inputs
+        of float32 are computed by compiled code where that is available.
+        """
         parameters = self.in_order
         widths = [bias.shape[0] for bias in parameters[1::2]]
         n_hidden = sum(map(_padded, widths[:-1]))
@@ -114,8 +114,8 @@ def fits(*tensors: Tensor) -> bool:
 
 class _Network(Structure):
     _fields_ = [
-        ("layers", c_int32), ("tanh", c_int32), ("width", c_int32 * (DEEPEST + 1)),
-        ("weight", c_void_p * DEEPEST), ("bias", c_void_p * DEEPEST),
+        ("layers", c_int32), ("tanh", c_int32), ("width", c_int32 * (MAX_LAYERS + 1)),
+        ("weight", c_void_p * MAX_LAYERS), ("bias", c_void_p * MAX_LAYERS),
     ]  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
 from grouprl.envs.mlp import MLP, kernels
-from grouprl.envs.operations import FEWEST_ROWS, QuickOperations
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.errors import UsageError
 
 Network = Callable[[int, int], nn.Module]
 """Builds a network from (inputs, outputs): takes ``[m, inputs]`` to ``[m, outputs]``."""
@@ -25,6 +24,15 @@ Network = Callable[[int, int], nn.Module]
 CLIP_OBSERVATION = 10.0
 ACTING_ROWS = 1024
 """Rows that act at once on a CPU. What is made and freed between what a batch keeps would leave holes in the heap."""
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError if torch cannot put tensors on ``device``."""
+    try:
+        torch.zeros(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device={device!r} cannot be used ({reason}); use device=cpu") from None
 
 
 class ImageEncoder(nn.Module):
@@ -92,7 +100,6 @@ class Policy(nn.Module):
             if network is None
             else network(n_in, n_out)
         )
-        self._quick = self.native and not isinstance(self.network, MLP)
         if self.gaussian:
             # The same length of the noise vector whatever the number of dimensions.
             start = -0.5 - 0.5 * math.log(n_out) if config.log_std_init is None else config.log_std_init
@@ -161,8 +168,7 @@ class Policy(nn.Module):
         parts = [inputs["flat"]] if "flat" in inputs else []
         parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders, strict=True)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        with QuickOperations() if self._quick and len(x) >= FEWEST_ROWS else nullcontext():
-            out: Tensor = self.network(x)
+        out: Tensor = self.network(x)
         return out
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -7,16 +7,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grouprl.envs.config import GRPOConfig
 from grouprl.envs.rollout import Rollout
 
-OFF = 0.05
+SHARE_OF_ENVIRONMENTS = 0.5
+"""Half of the environments repeat actions, so that there is always something to compare them with."""
+FADED_AT = 0.5
+"""Fraction of the budget after which repeating has faded to nothing."""
+SWITCH_OFF_BELOW = 0.05
 """Scale at which the next failure switches repetition off for good."""
 
 
-def sticky_envs(config: GRPOConfig, n: int) -> npt.NDArray[np.bool_]:
-    """``[n]``: the environments that repeat actions, the last ``sticky_share`` of them."""
-    return np.arange(n) >= n * (1 - config.sticky_share) - 1e-9
+def sticky_envs(n: int) -> npt.NDArray[np.bool_]:
+    """``[n]``: the environments that repeat actions, the last half of them."""
+    return np.arange(n) >= n * (1 - SHARE_OF_ENVIRONMENTS) - 1e-9
 
 
 class StickyActions:
@@ -24,30 +27,33 @@ class StickyActions:
 
     It fades with the part of the budget that carried a signal, so that it stays where nothing was found yet, and is
     quartered whenever the episodes that repeat return less than those that do not.
+
+    Args:
+        initial: the probability at the start, in [0, 1).
     """
 
-    def __init__(self, config: GRPOConfig) -> None:
-        self.config = config
+    def __init__(self, initial: float) -> None:
+        self.initial = initial
         self.scale = 1.0
-        self._returns: tuple[list[float], list[float]] = (
-            [],
-            [],
-        )  # of the environments that do not, and that do, repeat
+        self._returns: tuple[list[float], list[float]] = ([], [])  # of the environments that do not and that do repeat
 
     def probability(self, used: float) -> float:
         """The probability after the fraction ``used`` of the budget."""
-        return self.config.sticky * max(0.0, 1.0 - used / self.config.sticky_until) * self.scale
+        return self.initial * max(0.0, 1.0 - used / FADED_AT) * self.scale
 
     def judge(self, rollout: Rollout, repeats: npt.NDArray[np.bool_]) -> None:
-        """Compare the episodes of environments that do and do not repeat, once there are a few of each."""
-        if not self.config.sticky_guard:
-            return
+        """Compare the episodes of environments that do and do not repeat, once there are a few of each.
+
+        Args:
+            rollout: the newest batch.
+            repeats: ``[n]``, the environments that repeat actions.
+        """
         for env, value in zip(rollout.episode_envs, rollout.episode_returns, strict=True):
             self._returns[int(repeats[env])].append(value)
         plain, sticky = self._returns
         if min(len(plain), len(sticky)) >= max(1, len(repeats) // 4):
             if np.mean(sticky) < np.mean(plain) - 1e-6:
-                self.scale = self.scale / 4 if self.scale > OFF else 0.0
+                self.scale = self.scale / 4 if self.scale > SWITCH_OFF_BELOW else 0.0
             self._returns = ([], [])
 
     def state(self) -> dict[str, Any]:

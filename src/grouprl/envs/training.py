@@ -24,8 +24,8 @@ from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
 
-CHAPTER_EPISODES = 20
-"""Episodes in the chapter's avg_reward."""
+AVG_REWARD_EPISODES = 20
+"""Episodes in ``avg_reward``, the name and the number of the chapter's script."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class Recorder:
         else:
             metrics["eval_return"] = float("nan")
         self.log.append(metrics)
-        recent = agent.recent_returns[-CHAPTER_EPISODES:]
-        chapter = {"avg_reward": float(np.mean(recent))} if recent else {}
+        recent = agent.recent_returns[-AVG_REWARD_EPISODES:]
+        script_names = {"avg_reward": float(np.mean(recent))} if recent else {}
         if "kl" in metrics:
-            chapter["kl_divergence"] = metrics["kl"] if agent.config.beta > 0 else metrics["approx_kl"]
-        shown = {key: value for key, value in (metrics | chapter).items() if np.isfinite(value)}
+            script_names["kl_divergence"] = metrics["kl"] if agent.config.beta > 0 else metrics["approx_kl"]
+        shown = {key: value for key, value in (metrics | script_names).items() if np.isfinite(value)}
         for tracker in self.trackers:
             tracker.log(shown, step)
         if step >= self._next_checkpoint and step < self.run.total_timesteps:
@@ -184,31 +184,43 @@ def train(
     check_names(values)
     if seed is not None:
         values["seed"] = seed
-    total = steps if steps is not None else chosen.total_timesteps if chosen else 500_000
-    options: dict[str, Any] = {
-        "total_timesteps": total,
-        "eval_every": (chosen.eval_every if chosen else None) or max(1, total // 20),
-        "checkpoint_every": max(1, total // 10),
-    } | dict(run or {})
-    try:
-        run_settings = RunSettings(**options)
-    except TypeError as error:
-        raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
+    run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
     agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
-    config = {
-        "grouprl": version("grouprl"),
-        "env_id": env_id,
-        "preset": chosen.name if chosen else None,
-        "seed": agent.config.seed,
-        "env_kwargs": agent.env_kwargs,
-        "run": {**run_settings.__dict__, "track": list(run_settings.track)},
-        "config": agent.config.model_dump(mode="json"),
-    }
-    folder = RunFolder.create(out, config, overwrite=overwrite)
+    folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings), overwrite=overwrite)
     if announce is not None:
         announce(folder)
     with folder.kept_in_order():
         return _run(folder, run_settings, agent, progress_bar)
+
+
+def _defaults_of_a_run(preset: presets.Preset | None, steps: int | None) -> dict[str, Any]:
+    """Fields of :class:`RunSettings` where nothing else is asked for."""
+    total = steps if steps is not None else preset.total_timesteps if preset else 500_000
+    return {
+        "total_timesteps": total,
+        "eval_every": (preset.eval_every if preset else None) or max(1, total // 20),
+        "checkpoint_every": max(1, total // 10),
+    }
+
+
+def _run_settings(values: Mapping[str, Any]) -> RunSettings:
+    try:
+        return RunSettings(**values)
+    except TypeError as error:
+        raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
+
+
+def _as_written(env_id: str, preset: presets.Preset | None, agent: GRPO, run: RunSettings) -> dict[str, Any]:
+    """What config.yaml says of a run: enough to do it again."""
+    return {
+        "grouprl": version("grouprl"),
+        "env_id": env_id,
+        "preset": preset.name if preset else None,
+        "seed": agent.config.seed,
+        "env_kwargs": agent.env_kwargs,
+        "run": {**run.__dict__, "track": list(run.track)},
+        "config": agent.config.model_dump(mode="json"),
+    }
 
 
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:

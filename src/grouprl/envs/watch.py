@@ -13,9 +13,9 @@ import gymnasium as gym
 import numpy as np
 
 from grouprl.envs.grpo import GRPO
-from grouprl.envs.learner import single_threaded_kernels
 from grouprl.envs.vector import environment_error, missing_extra_message, unknown_id_message
 from grouprl.errors import GrouprlError, UsageError
+from grouprl.machine.threads import single_threaded_kernels
 
 MAX_FRAMES = 2000
 DEFAULT_FPS = 30

@@ -50,15 +50,3 @@ int grouprl_mlp_gradient(
     stop_work(&w);
     return 0;
 }
-
-/* y [n] = tanh(x) within 3.1e-7 of it, relatively. */
-void grouprl_tanh(size_t n, const float *x, float *y) {
-    size_t i = 0;
-    for (; i + W <= n; i += W) store(y + i, hyperbolic_tangent(load(x + i)));
-    if (i < n) {
-        float rest[W] = {0};
-        memcpy(rest, x + i, (n - i) * sizeof(float));
-        store(rest, hyperbolic_tangent(load(rest)));
-        memcpy(y + i, rest, (n - i) * sizeof(float));
-    }
-}

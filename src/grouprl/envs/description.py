@@ -1,0 +1,76 @@
+"""What a saved agent says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gymnasium import Space
+
+from grouprl.envs.config import GRPOConfig, make_config
+from grouprl.envs.space_json import space_from_json, space_to_json
+from grouprl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that an agent is made of, apart from numbers that were learned and functions of the user's.
+
+    Attributes:
+        config: its settings.
+        observation_space, action_space: of one environment.
+        env_id: what its environment is called, or "" if it has had none. env_kwargs: for its constructor.
+        custom_network, custom_advantage: whether the user gave a network, an estimator.
+        num_timesteps: environment steps of training so far.
+    """
+
+    config: GRPOConfig
+    observation_space: Space[Any]
+    action_space: Space[Any]
+    env_id: str
+    env_kwargs: Mapping[str, Any]
+    custom_network: bool
+    custom_advantage: bool
+    num_timesteps: int = 0
+
+    def to_json(self, kind: str) -> dict[str, Any]:
+        """As JSON, for a file of ``kind`` "model" or "checkpoint"."""
+        return {
+            "kind": kind,
+            "env_id": self.env_id,
+            "env_kwargs": dict(self.env_kwargs),
+            "config": self.config.model_dump(mode="json"),
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "custom_network": self.custom_network,
+            "custom_advantage": self.custom_advantage,
+            "num_timesteps": self.num_timesteps,
+        }
+
+    @classmethod
+    def from_json(cls, path: Path, meta: Mapping[str, Any], settings: Mapping[str, Any]) -> Description:
+        """The inverse of :meth:`to_json`.
+
+        Args:
+            path: where ``meta`` was read; named in the error.
+            meta: what :meth:`to_json` gave.
+            settings: override the saved ones.
+
+        Raises:
+            UsageError: ``meta`` describes no agent, or a setting is not allowed.
+        """
+        missing = {"config", "observation_space", "action_space", "env_id"} - set(meta)
+        if missing:
+            raise UsageError(f"{path} is not a saved environment policy (it lacks {', '.join(sorted(missing))})")
+        return cls(
+            config=make_config({**meta["config"], **settings}),
+            observation_space=space_from_json(meta["observation_space"]),
+            action_space=space_from_json(meta["action_space"]),
+            env_id=meta["env_id"],
+            env_kwargs=dict(meta["env_kwargs"]),
+            custom_network=bool(meta.get("custom_network")),
+            custom_advantage=bool(meta.get("custom_advantage")),
+            num_timesteps=int(meta["num_timesteps"]),
+        )

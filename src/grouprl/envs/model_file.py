@@ -1,0 +1,59 @@
+"""Which file a path means, and how the policy in it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from grouprl.envs.policy import Policy
+from grouprl.errors import UsageError
+from grouprl.runs import RunFolder
+from grouprl.runs.state import load_state
+
+POLICY_PREFIX = "policy."
+"""What the names of the policy's tensors begin with in a checkpoint. In a saved model they have no prefix."""
+
+
+def model_file(path: Path) -> Path:
+    """The file that ``path`` means: the file itself, with or without its suffix, or the model of a run folder.
+
+    A run that was killed before its end has no model; its newest readable checkpoint is taken instead. The file that is
+    returned need not exist.
+    """
+    if path.is_dir():
+        model = path / "model.safetensors"
+        if model.exists():
+            return model
+        return RunFolder(path).latest_checkpoint() or model
+    return path if path.suffix == ".safetensors" or path.exists() else path.with_name(path.name + ".safetensors")
+
+
+def load_policy(policy: Policy, path: Path) -> None:
+    """Load the policy saved at ``path`` (a file or a run folder) into ``policy``.
+
+    Raises:
+        UsageError: no such file, a foreign one, or one for other spaces or another network.
+    """
+    tensors, _ = load_state(model_file(path))
+    fill_policy(policy, tensors, path)
+
+
+def fill_policy(policy: Policy, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Give ``policy`` the parameters and statistics among ``tensors``, those of a saved model or of a checkpoint.
+
+    Args:
+        policy: takes them.
+        tensors: what the file at ``path`` holds, by name.
+        path: named in the error.
+
+    Raises:
+        UsageError: the tensors are those of a policy for other spaces or with another network.
+    """
+    own = {key.removeprefix(POLICY_PREFIX): value for key, value in tensors.items() if key.startswith(POLICY_PREFIX)}
+    try:
+        policy.load_state_dict(own or dict(tensors))
+    except RuntimeError as error:
+        raise UsageError(f"the policy in {path} does not fit this one: {' '.join(str(error).split())}") from None
+    policy.refresh()
