@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -136,16 +135,6 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json; NaN and infinities become null. Raises as `write_json` does."""
         write_json(self.summary_path, summary)
-
-    def read_summary(self) -> dict[str, Any]:
-        """The mapping in summary.json. Raises UsageError if it is missing (a run that has not ended) or damaged."""
-        if not self.summary_path.is_file():
-            raise UsageError(f"{self.path} has no summary.json: the run has not ended. `grouprl resume` continues it.")
-        try:
-            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"Cannot read {self.summary_path}: {error}") from error
-        return _mapping(summary, self.summary_path)
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint taken after `step` steps belongs."""
