@@ -234,12 +234,12 @@ class RunFolder:
 
     def _own(self) -> list[Path]:
         """What a run has made, config.yaml last."""
-        made = (
+        paths = (
             self.checkpoints_path, self.tensorboard_path, self.path / "wandb", self.model_folder,
             *self.path.glob("checkpoint-*"), self.metrics_path, self.model_path, self.curve_path, self.video_path,
             self.summary_path, self.transcripts_path, self.transcripts_page, self.config_path,
         )  # fmt: skip
-        return [path for path in made if path.exists() or path.is_symlink()]
+        return [path for path in paths if path.exists() or path.is_symlink()]
 
     def _check_replaceable(self, overwrite: bool) -> None:
         if not self.config_path.is_file() and not (self._replaced / self.config_path.name).is_file():

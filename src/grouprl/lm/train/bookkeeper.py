@@ -163,7 +163,7 @@ class Bookkeeper:
         self.event("on_log", logs=logs)
 
     def after_evaluation(self, metrics: Metrics) -> None:
-        """An evaluation on the trainer's terms is done: it is logged, and callbacks are told."""
+        """``GRPOTrainer.evaluate`` gave ``metrics``: log them, record them, tell the callbacks."""
         self.control.should_evaluate = False
         logs = self._with_epoch(metrics)
         self.state.log_history.append({**logs, "step": self.state.global_step})
@@ -174,7 +174,7 @@ class Bookkeeper:
         self.event("on_evaluate", metrics=metrics)
 
     def record_held_out(self, result: HeldOut) -> None:
-        """A greedy evaluation is done: it is recorded beside the logs."""
+        """Record a greedy evaluation of a run by a recipe, which is no part of the log history."""
         if self.state.global_step == 0:
             self.counters.before = result
         columns = {"eval_reward": result.reward, "eval_accuracy": result.accuracy}

@@ -201,7 +201,7 @@ class Transcripts(Sink):
         self.writer.close()
 
 
-class Watched(Sink):
+class Console(Sink):
     """A progress bar, or lines where there is no terminal; and each log as a line."""
 
     def __init__(self, progress: Progress, total: int, lines: bool) -> None:
@@ -239,7 +239,7 @@ def open_sinks(setup: Setup, recording: Recording, counters: Counters, total: in
         yield Transcripts(folder / "transcripts.jsonl", setup.rewards.names, config, recording.each_generation)
     bar = None if config.disable_tqdm is None else not config.disable_tqdm
     lines = recording.lines and config.logging_strategy != "no"
-    yield Watched(Progress(total, bar, done=done), total, lines)
+    yield Console(Progress(total, bar, done=done), total, lines)
 
 
 def _shown(samples: Samples, step: int, n: int | None) -> str:
