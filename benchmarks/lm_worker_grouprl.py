@@ -195,7 +195,7 @@ def run_task(seed: int, seconds: float, settings: dict[str, Any], cache: Path, d
 
     from grouprl.lm import GRPOConfig, GRPOTrainer
     from grouprl.lm.models.load import load
-    from grouprl.lm.run.recorder import evaluate_greedily
+    from grouprl.lm.train.evaluation import evaluate_greedily
 
     hyper = lm_work.TASK
     model, tokenizer = load(lm_work.model_folder(cache))
@@ -208,7 +208,8 @@ def run_task(seed: int, seconds: float, settings: dict[str, Any], cache: Path, d
         def look(self, step: int) -> float:
             now = measuring.now(device)
             trained = now - self.began - self.paused
-            curve.append({"step": step, "seconds": trained, "accuracy": evaluate_greedily(trainer, source).accuracy})
+            accuracy = evaluate_greedily(trainer.setup, source).accuracy
+            curve.append({"step": step, "seconds": trained, "accuracy": accuracy})
             print(json.dumps({"seed": seed, **curve[-1]}), flush=True)
             self.paused += measuring.now(device) - now
             return trained

@@ -295,11 +295,12 @@ def python_part() -> str:
         ("Models", "grouprl.lm.models.load", ["load"]),
         ("Tasks", "grouprl.lm.tasks", ["names", "get"]),
         ("Rows of a task", "grouprl.lm.tasks.task", ["Task", "Example", "dataset"]),
-        ("Rows of a file", "grouprl.lm.tasks.jsonl", ["load_jsonl", "load_function"]),
+        ("Rows of a file", "grouprl.lm.tasks.jsonl", ["load_jsonl"]),
+        ("Functions by name", "grouprl.lm.tasks.importing", ["load_function"]),
         ("Rewards", "grouprl.lm.rewards.builtin", _public("grouprl.lm.rewards.builtin")),
         ("Rewards of mathematics", "grouprl.lm.rewards.math", ["math_accuracy"]),
         ("Runs by a recipe", "grouprl.lm.run.training", ["train", "resume", "evaluate", "RunResult"]),
-        ("Transcripts", "grouprl.lm.train.transcripts", ["Transcript", "read_transcripts", "write_html"]),
+        ("Transcripts", "grouprl.runs.transcripts", ["Transcript", "read_transcripts", "write_html"]),
     ):
         text += f"\n#### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
     text += "\n### The objective\n\n`grouprl.objective`: pure functions on packed tensors; each imports from there.\n"

@@ -136,7 +136,8 @@ def test_presets_and_settings_list_those_of_language_models(capsys: pytest.Captu
     assert call("settings", "--lm") == 0
     shown = capsys.readouterr().out
     assert "loss_type" in shown
-    assert "task_options" in shown
+    for field in ("task_options", "advantage_function", "surrogate_function", "eval_data", "form", "warm_start"):
+        assert field in shown
 
 
 # --- mistakes: one line, exit status 2 --------------------------------------------------------------------------------
@@ -166,7 +167,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: 
         (["tiny", "--set", "task=5"], "task=5 of recipe tiny must be text"),
         (["tiny", "--set", "config=5"], "config describes a recipe and cannot be set"),
         (["tiny", "--set", "use_vllm=true"], "use_vllm=True"),
-        (["tiny", "--set", "eval_strategy=steps"], "says nothing in a run of train-lm: eval_every says"),
+        (["tiny", "--set", "report_to=wandb", "--track", "none"], "report_to='wandb' and --track none both name"),
+        (["tiny", "--set", "load_best_model_at_end=true"], "there are none; set eval_strategy='steps'"),
         (["tiny", "--set", "output_dir=zzz"], "--out names the folder"),
         (["tiny", "--set", "warm_start.steps=3"], "--set 'warm_start={steps: ...}'"),
         (["tiny", "--set", "reward=[a:b, c:d]"], "must be one function"),

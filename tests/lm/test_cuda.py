@@ -43,11 +43,11 @@ from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import Products, supports_bf16
 from grouprl.lm.packed.packing import Group, Pack
 from grouprl.lm.policy.log_probs import Learner
-from grouprl.lm.run.recorder import peak_memory_gb
 from grouprl.lm.sample.draw import SamplingSettings, draw, greedy, keep_likely
 from grouprl.lm.sample.plain import PlainSampler
 from grouprl.lm.sample.rows import Completion
 from grouprl.lm.sample.sampler import Sampler
+from grouprl.machine.memory import peak_memory_gb
 from grouprl.objective import segment_sum
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

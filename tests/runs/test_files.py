@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.runs.files import atomic_path, write_bytes, write_json, write_text, write_yaml
+from grouprl.runs.files import AppendedFile, atomic_path, read_bytes, write_bytes, write_json, write_text, write_yaml
 
 
 def names(folder: Path) -> list[str]:
@@ -112,3 +112,49 @@ def test_yaml_keeps_the_order_of_keys_and_exact_floats(tmp_path: Path) -> None:
     read = yaml.safe_load((tmp_path / "x.yaml").read_text(encoding="utf-8"))
     assert read == value
     assert list(read) == ["z", "a", "n", "big"]
+
+
+# --- files that grow --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_grows_makes_its_folder_and_each_line_is_there_at_once(tmp_path: Path) -> None:
+    file = AppendedFile(tmp_path / "deep" / "log.txt")
+    file.append("one\n")
+    assert file.path.read_text() == "one\n"
+    file.append("two\nthree\n")
+    assert file.path.read_text() == "one\ntwo\nthree\n"
+    file.close()
+    file.close()
+    file.append("four\n")
+    assert file.path.read_text().splitlines()[-1] == "four"
+    file.close()
+
+
+def test_what_replaces_a_file_that_grows_is_gone_on_from(tmp_path: Path) -> None:
+    file = AppendedFile(tmp_path / "log.txt")
+    file.append("one\ntwo\n")
+    file.replace(b"one\n")
+    file.append("three\n")
+    file.close()
+    assert file.path.read_bytes() == b"one\nthree\n"
+
+
+@pytest.mark.parametrize(("held", "left"), [(b"a\nb", b"a\n"), (b"a\n", b"a\n"), (b"a", b""), (b"", b"")])
+def test_only_a_torn_last_line_is_dropped(tmp_path: Path, held: bytes, left: bytes) -> None:
+    file = AppendedFile(tmp_path / "log.txt")
+    file.path.write_bytes(held)
+    file.drop_torn_line(read_bytes(file.path, "log"))
+    assert file.path.read_bytes() == left
+
+
+def test_a_file_that_cannot_be_read_is_named_by_its_kind(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"There is no log .*none\.txt"):
+        read_bytes(tmp_path / "none.txt", "log")
+    with pytest.raises(UsageError, match="Cannot read"):
+        read_bytes(tmp_path, "log")
+
+
+def test_a_file_that_cannot_grow_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="Cannot write"):
+        AppendedFile(tmp_path / "file" / "log.txt").append("one\n")

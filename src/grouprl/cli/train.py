@@ -119,11 +119,14 @@ def settings(
 ) -> None:
     """List every setting of --set with its default and meaning."""
     if lm:
+        from grouprl.lm.run import recipe
         from grouprl.lm.settings.config import GRPOConfig as LanguageConfig
 
         for name, field in LanguageConfig.model_fields.items():
             print(f"{name:30s} {field.get_default()!s:20s} {field.description}")
-        print("\nand of the recipe: model, task, task_options, reward, n_train, n_eval, eval_every, lora; see the docs")
+        print("\nand fields of the recipe (docs/language-models.md describes them):")
+        for name, default in recipe.settable().items():
+            print(f"{name:30s} {default!s}")
         return
     from grouprl.envs.config import GRPOConfig
     from grouprl.envs.training import RunSettings

@@ -29,7 +29,8 @@ def train_lm(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/RECIPE-seedN-DATE-TIME]")] = None,
     track: Annotated[
-        list[str] | None, typer.Option(help="tensorboard (default), wandb, or none; may be repeated.")
+        list[str] | None,
+        typer.Option(help="tensorboard (default), wandb, or none, in the place of report_to; may be repeated."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
@@ -50,18 +51,18 @@ def train_lm(
     from grouprl.lm.run import training
     from grouprl.runs import default_run_path
 
-    given = recipes.load(recipe)
     settings = assigned(assignments)
     if model is not None:
         settings["model"] = model
     if seed is not None:
         settings["seed"] = seed
-    given = given.changed(settings)
-    place = out or default_run_path("runs", given.name, given.config.get("seed", 42))
+    loaded = recipes.load(recipe)
+    changed = loaded.changed(settings)
+    place = out or default_run_path("runs", changed.name, changed.config.get("seed", 42))
+    said = f"training {changed.model} on {changed.task}; the run folder is"
     result = training.train(
-        given, place, steps=steps, track=tuple(track) if track else ("tensorboard",), overwrite=overwrite,
-        progress_bar=False if quiet else None,
-        announce=lambda run: print(f"training {given.model} on {given.task}; the run folder is {run.path}", flush=True),
+        loaded, place, settings=settings, steps=steps, track=tuple(track) if track else None, overwrite=overwrite,
+        progress_bar=False if quiet else None, announce=lambda run: print(said, run.path, flush=True),
     )  # fmt: skip
     report(result)
 
@@ -83,4 +84,5 @@ def report(result: RunResult) -> None:
     print(f"held-out accuracy, greedy: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after")
     print(f"run folder: {folder}")
     print(f"next:\n  {grouprl} chat {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
-    print(f"  open {result.folder.transcripts_page} in a browser: what it wrote, and what it got for it")
+    if result.folder.transcripts_page.exists():
+        print(f"  open {result.folder.transcripts_page} in a browser: what it wrote, and what it got for it")

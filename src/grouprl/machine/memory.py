@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 from functools import cache
 from pathlib import Path
@@ -87,3 +88,17 @@ def _name(libc: Any, start: int, end: int) -> None:
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     if end > start:
         libc.madvise(start, end - start, _MADV_HUGEPAGE)
+
+
+def peak_memory_gb(device: Any) -> float:
+    """The most memory used so far, in 10^9 bytes: of the accelerator, or resident in this process.
+
+    Args:
+        device: a torch device.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

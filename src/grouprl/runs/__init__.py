@@ -1,18 +1,25 @@
-"""What a run leaves behind. Knows nothing of environments or language models.
+"""What a run leaves behind, in both arenas.
+
+It imports neither arena and handles no environment, model or tokenizer. It does know the names of the files that
+either arena leaves, and reads the name of an environment or a task in `config.yaml`, to label curves.
 
 A run folder::
 
     config.yaml          everything that reproduces the run
     metrics.csv          one row per update
     tensorboard/         the same metrics as TensorBoard events
-    checkpoints/         step_000000012345.safetensors, ...: what a resumed run continues from
-    model.safetensors    the trained model
     curve.png            the learning curve
-    episode.mp4          the trained model at work
     summary.json         the result
 
-Each file is written whole or not at all (`files`). No file holds pickled objects (`state`). The learning curve and the
-video are made by `plots.plot_run` and `video.write_video`; import those modules where they are used.
+    environments                                  language models
+    checkpoints/step_000000012345.safetensors     checkpoint-N/         what a resumed run continues from
+    model.safetensors                             model/                the trained model
+    episode.mp4                                   transcripts.jsonl     the model at work
+                                                  transcripts.html      the same, as a page
+
+Each file is written whole or not at all, or grows by whole lines (`files`). No file holds pickled objects (`state`).
+The learning curve, the video and the page are made by `plots.plot_run`, `video.write_video` and
+`transcripts.write_html`; import those modules where they are used.
 """
 
 from grouprl.runs.folder import RunFolder, default_run_path

@@ -1,7 +1,9 @@
 """Files that are either whole or absent.
 
 Everything a run leaves behind is written to a temporary file in the same folder, flushed to the disk and then moved
-over its destination in one step: a crash, a full disk or Ctrl-C leaves the previous version untouched.
+over its destination in one step: a crash, a full disk or Ctrl-C leaves the previous version untouched. A file that
+grows while a run goes on (`AppendedFile`) grows by whole lines; a line that a crash tore is dropped when the file is
+opened again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
 
@@ -93,6 +95,61 @@ def write_yaml(path: str | os.PathLike[str], obj: Any) -> None:
     except yaml.YAMLError as error:
         raise UsageError(f"Cannot write {path} as YAML: {error}. Give numbers, strings, lists and mappings.") from error
     write_text(path, text)
+
+
+class AppendedFile:
+    """A text file that grows by whole lines, each handed to the operating system at once: a crash loses none."""
+
+    def __init__(self, path: Path) -> None:
+        """The file at `path`, which is opened when something is appended."""
+        self.path = path
+        self._file: TextIO | None = None
+
+    def append(self, lines: str) -> None:
+        """Write `lines`, each with its end, as UTF-8; the folder is made if it is missing.
+
+        Raises UsageError if the path cannot be written, TrainingError if the disk is full or broken.
+        """
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="")
+            self._file.write(lines)
+            self._file.flush()
+        except OSError as error:
+            raise explain_os_error(error, self.path) from error
+
+    def replace(self, data: bytes) -> None:
+        """Write the file anew, atomically; `append` goes on after it. Raises as `atomic_path` does."""
+        self.close()
+        write_bytes(self.path, data)
+
+    def drop_torn_line(self, data: bytes) -> None:
+        """Rewrite the file, which holds `data`, without its last line if a crash tore that line."""
+        whole = whole_lines(data)
+        if whole != data:
+            self.replace(whole)
+
+    def close(self) -> None:
+        """Close the file; `append` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def whole_lines(data: bytes) -> bytes:
+    """`data` without what stands after the last line end: a crash tore that line."""
+    return data[: data.rfind(b"\n") + 1]
+
+
+def read_bytes(path: Path, kind: str) -> bytes:
+    """What a file holds. Raises UsageError, in which `kind` says what file it should be, if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no {kind} {path}.") from error
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
 def plain_number(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -137,16 +136,6 @@ class RunFolder:
         """Write summary.json; NaN and infinities become null. Raises as `write_json` does."""
         write_json(self.summary_path, summary)
 
-    def read_summary(self) -> dict[str, Any]:
-        """The mapping in summary.json. Raises UsageError if it is missing (a run that has not ended) or damaged."""
-        if not self.summary_path.is_file():
-            raise UsageError(f"{self.path} has no summary.json: the run has not ended. `grouprl resume` continues it.")
-        try:
-            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"Cannot read {self.summary_path}: {error}") from error
-        return _mapping(summary, self.summary_path)
-
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint taken after `step` steps belongs."""
         return self.checkpoints_path / f"step_{step:012d}.safetensors"
@@ -245,12 +234,12 @@ class RunFolder:
 
     def _own(self) -> list[Path]:
         """What a run has made, config.yaml last."""
-        made = (
+        paths = (
             self.checkpoints_path, self.tensorboard_path, self.path / "wandb", self.model_folder,
             *self.path.glob("checkpoint-*"), self.metrics_path, self.model_path, self.curve_path, self.video_path,
             self.summary_path, self.transcripts_path, self.transcripts_page, self.config_path,
         )  # fmt: skip
-        return [path for path in made if path.exists() or path.is_symlink()]
+        return [path for path in paths if path.exists() or path.is_symlink()]
 
     def _check_replaceable(self, overwrite: bool) -> None:
         if not self.config_path.is_file() and not (self._replaced / self.config_path.name).is_file():

@@ -9,16 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, SupportsFloat, TextIO
+from typing import TYPE_CHECKING, SupportsFloat
 
 from grouprl.errors import UsageError
-from grouprl.runs.files import explain_os_error, write_text
+from grouprl.runs.files import AppendedFile, read_bytes, whole_lines
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 MetricRow = Mapping[str, float | int | None]
+
+_WHAT = "metrics file"
 
 
 class MetricsLog:
@@ -31,14 +33,12 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open or create `path`. Raises UsageError if it is no CSV file of ours or cannot be written."""
         self.path = Path(path)
-        self._file: TextIO | None = None
+        self._file = AppendedFile(self.path)
         self._columns: list[str] = []
         if self.path.exists():
-            text = _read(self.path)
-            whole = _whole_lines(text)
-            self._columns, _ = _parse(self.path, whole)
-            if whole != text:
-                write_text(self.path, whole)
+            data = read_bytes(self.path, _WHAT)
+            self._columns, _ = _parse(self.path, whole_lines(data))
+            self._file.drop_torn_line(data)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -50,14 +50,7 @@ class MetricsLog:
         new = [key for key in row if key not in self._columns]
         if new:
             self._rewrite([*self._columns, *new], self._rows())
-        line = _to_csv([[_format(row.get(column)) for column in self._columns]])
-        try:
-            if self._file is None:
-                self._file = self.path.open("a", encoding="utf-8", newline="")
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            raise explain_os_error(error, self.path) from error
+        self._file.append(_to_csv([[_format(row.get(column)) for column in self._columns]]))
 
     def truncate_after(self, key: str, value: float) -> None:
         """Drop the rows whose `key` exceeds `value`; a blank never does. A log without rows has nothing to drop.
@@ -76,9 +69,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the file; `append` opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -89,12 +80,12 @@ class MetricsLog:
         self.close()
 
     def _rows(self) -> list[list[str]]:
-        return _parse(self.path, _read(self.path))[1] if self._columns else []
+        return _parse(self.path, read_bytes(self.path, _WHAT))[1] if self._columns else []
 
     def _rewrite(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        self.close()
         blank = [""] * len(columns)
-        write_text(self.path, _to_csv([columns, *([*row, *blank][: len(columns)] for row in rows)]))
+        text = _to_csv([columns, *([*row, *blank][: len(columns)] for row in rows)])
+        self._file.replace(text.encode())
         self._columns = list(columns)
 
 
@@ -106,7 +97,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]
     import numpy as np
 
     path = Path(path)
-    columns, rows = _parse(path, _whole_lines(_read(path)))
+    columns, rows = _parse(path, whole_lines(read_bytes(path, _WHAT)))
     values = np.array([[_to_float(cell, path) for cell in row] for row in rows], dtype=np.float64)
     return {column: values[:, i].copy() if rows else np.empty(0) for i, column in enumerate(columns)}
 
@@ -130,24 +121,11 @@ def _to_csv(rows: Iterable[Sequence[str]]) -> str:
     return buffer.getvalue()
 
 
-def _whole_lines(text: str) -> str:
-    """Without what stands after the last line end: a crash tore that row."""
-    return text[: text.rfind("\n") + 1]
-
-
-def _read(path: Path) -> str:
+def _parse(path: Path, data: bytes) -> tuple[list[str], list[list[str]]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except FileNotFoundError as error:
-        raise UsageError(f"There is no metrics file {path}.") from error
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not a metrics file: it is not text.") from error
-    except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
-
-
-def _parse(path: Path, text: str) -> tuple[list[str], list[list[str]]]:
     lines = list(csv.reader(io.StringIO(text, newline="")))
     if not lines:
         return [], []

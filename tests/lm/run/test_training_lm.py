@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.run import training
+from grouprl.lm.run.held_out import HeldOutEvaluation
 from grouprl.lm.run.recipe import Recipe
-from grouprl.lm.run.recorder import Recorder
 from grouprl.lm.run.training import RunResult
 
 TIMES = ("train_seconds", "step_time")
@@ -62,14 +62,14 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ctrl-C during the step after which it stops."""
 
     def at(step: int) -> None:
-        original = Recorder.on_step_end
+        original = HeldOutEvaluation.on_step_end
 
-        def heard(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def heard(self: HeldOutEvaluation, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == step:
                 self.stop_requested = True
             original(self, args, state, control, **kwargs)
 
-        monkeypatch.setattr(Recorder, "on_step_end", heard)
+        monkeypatch.setattr(HeldOutEvaluation, "on_step_end", heard)
 
     yield at
     monkeypatch.undo()
@@ -329,9 +329,11 @@ def test_damage_to_a_run_is_a_usage_error_that_says_what_is_wrong(tmp_path: Path
     with pytest.raises(UsageError, match=r"weights in .*checkpoint-6 are damaged"):
         training.resume(tmp_path / "run", steps=8, progress_bar=False)
     (newest / "model.safetensors").write_bytes(weights)
-    (tmp_path / "run" / "metrics.csv").write_text("")
-    with pytest.raises(UsageError, match=r"metrics\.csv has lost its rows"):
+    rows_before = (tmp_path / "run" / "metrics.csv").read_text()
+    (tmp_path / "run" / "metrics.csv").write_text("some,text\n1,other\n")
+    with pytest.raises(UsageError, match=r"metrics\.csv has no column 'step'"):
         training.resume(tmp_path / "run", steps=8, progress_bar=False)
+    (tmp_path / "run" / "metrics.csv").write_text(rows_before)
     for path in (tmp_path / "run").glob("checkpoint-*/grouprl_state.safetensors"):
         path.unlink()
     with pytest.raises(UsageError, match=r"only checkpoint-3, checkpoint-6, without a state that can be read"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -254,6 +255,42 @@ def test_a_callback_can_ask_for_logs_an_evaluation_a_checkpoint_and_the_end(tmp_
     assert (log["step"], evaluation["step"]) == (2, 2)
     assert "loss" in log
     assert "eval_reward" in evaluation
+
+
+def test_what_scripts_read_of_a_trainer_is_that_of_the_run(tmp_path: Path) -> None:
+    heard: dict[str, Any] = {}
+
+    class Reads(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            heard.update(kwargs, state=state, control=control)
+
+    made = trainer(tmp_path, max_steps=2, callbacks=[Reads()])
+    assert made.lr_scheduler is None
+    assert made.last_samples is None
+    made.train()
+    assert heard["state"] is made.state
+    assert heard["control"] is made.control
+    assert heard["optimizer"] is made.optimizer
+    assert heard["lr_scheduler"] is made.lr_scheduler
+    assert heard["model"] is made.model
+    assert heard["processing_class"] is made.processing_class
+    assert any(isinstance(callback, Reads) for callback in made.callback_handler.callbacks)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.setup.optimizer = None  # type: ignore[misc]
+
+
+def test_training_evaluates_by_the_method_that_a_subclass_overrides(tmp_path: Path) -> None:
+    class Mine(GRPOTrainer):
+        calls = 0
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            Mine.calls += 1
+            return super().evaluate(*args, **kwargs)
+
+    model, tokenizer = warm()
+    args = config(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=4)
+    Mine(model, REVERSE.reward, args, ROWS, EVAL_ROWS, tokenizer).train()
+    assert Mine.calls == 2
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from grouprl.errors import UsageError
 from grouprl.lm.models.load import load
 from grouprl.lm.policy.policy import Policy, sampling_settings
 from grouprl.lm.prompts import prepare_prompts
-from grouprl.lm.run import recipe
-from grouprl.lm.run.training import load_trained, material, quiet
+from grouprl.lm.run import recipe as recipes
+from grouprl.lm.run.data import load_task_data
+from grouprl.lm.run.models import hide_file_bars, load_trained
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.runs import RunFolder
 
@@ -41,23 +42,23 @@ class Chat:
 
         Raises UsageError if there is no such run or model.
         """
-        quiet()
+        hide_file_bars()
         if not (Path(source) / "config.yaml").is_file():
             model, tokenizer = load(source)
             config = GRPOConfig(max_completion_length=max_tokens or 256)
             text = getattr(tokenizer, "chat_template", None) is None
             return cls(model, tokenizer, config, [], text, sampled, f"{source}, as it is")
         folder = RunFolder.open(source)
-        given = recipe.load(folder.path)
+        recipe = recipes.load(folder.path)
         config = GRPOConfig(**folder.read_config()["config"]).replace(beta=0.0, sync_ref_model=False)
         if max_tokens is not None:
             config = config.replace(max_completion_length=max_tokens)
-        rows = material(given.changed({} if given.task.endswith(".jsonl") else {"n_train": 1, "n_eval": 1}))
-        model, tokenizer = load_trained(folder, given, config, rows.task)
-        example: Any = rows.held_out[0]["prompt"]
+        data = load_task_data(recipe.changed({} if recipe.task.endswith(".jsonl") else {"n_train": 1, "n_eval": 1}))
+        model, tokenizer = load_trained(folder, recipe, config, data.task)
+        example: Any = data.held_out[0]["prompt"]
         before = [] if bare or isinstance(example, str) else example[:-1]
         shown = example if isinstance(example, str) else example[-1]["content"]
-        return cls(model, tokenizer, config, before, isinstance(example, str), sampled, f"{given.task}; try: {shown}")
+        return cls(model, tokenizer, config, before, isinstance(example, str), sampled, f"{recipe.task}; try: {shown}")
 
     def ask(self, question: str) -> str:
         """The model's reply. Raises UsageError for a question that the model cannot read, such as one too long."""

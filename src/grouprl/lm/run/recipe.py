@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -25,7 +26,7 @@ class Recipe:
     Attributes:
         model: hub id, folder, GGUF file, ``smollm2``, or ``tiny`` for a small model with random weights.
         task: a task's name, ``reasoning-gym:NAME``, or a file of JSON lines, which needs ``reward``.
-        task_options: of the task. reward: ``module:function``, instead of the task's own.
+        task_options: options of the task. reward: ``module:function``, instead of the task's own.
         advantage_function, surrogate_function: ``module:function``, in the place of the configuration's ``advantage``
             and of the surrogate of its ``loss_type``; see :mod:`grouprl.objective.user_functions`.
         eval_data: a file of JSON lines to evaluate on, where ``task`` is one; default: its last rows.
@@ -58,7 +59,7 @@ class Recipe:
     expect: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kinds in _KINDS.items():
+        for name, kinds in _kinds().items():
             value = getattr(self, name)
             if name == "reward" and isinstance(value, list):
                 raise UsageError(
@@ -68,7 +69,7 @@ class Recipe:
             if not isinstance(value, kinds) or isinstance(value, bool):
                 allowed = " or ".join(dict.fromkeys(_SAID[kind] for kind in kinds))
                 raise UsageError(f"{name}={value!r} of recipe {self.name} must be {allowed}")
-        for name, least in (("n_train", 1), ("n_eval", 1), ("eval_every", 0)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value < least or value != int(value):
                 raise UsageError(f"{name}={value!r} of recipe {self.name} must be a whole number, at least {least}")
@@ -79,14 +80,14 @@ class Recipe:
 
         Raises UsageError for a name that is neither, with the closest that is.
         """
-        own = {f.name for f in fields(self)} - {"name", "about", "needs", "expect", "config"}
+        own = settable()
         values = {name: value for name, value in assignments.items() if name in own}
         config = {**self.config, **{name: value for name, value in assignments.items() if name not in own}}
         for name in assignments:
             whole, dot, part = name.partition(".")
             if dot and whole in own:
                 raise UsageError(f"unknown setting {name!r}; give the whole of it: --set '{whole}={{{part}: ...}}'")
-            if name in ("name", "about", "needs", "expect", "config"):
+            if name in _DESCRIBING:
                 raise UsageError(f"{name} describes a recipe and cannot be set; write a recipe file of your own")
         for name in config:
             if name not in GRPOConfig.model_fields and name in assignments:
@@ -106,13 +107,33 @@ class Recipe:
 
 
 _SAID = {str: "text", dict: "a mapping", int: "a number", float: "a number", type(None): "left out"}
-_NUMBER, _TEXT, _MAPPING, _NONE = (int, float), (str,), (dict,), (type(None),)
-_KINDS: dict[str, tuple[type, ...]] = {
-    "model": _TEXT, "task": _TEXT, "about": _TEXT, "task_options": _MAPPING, "reward": _TEXT + _NONE,
-    "advantage_function": _TEXT + _NONE, "surrogate_function": _TEXT + _NONE, "eval_data": _TEXT + _NONE,
-    "form": _TEXT, "n_train": _NUMBER, "n_eval": _NUMBER, "eval_every": _NUMBER, "warm_start": _MAPPING + _NONE,
-    "lora": _MAPPING + _NONE, "config": _MAPPING, "expect": _MAPPING,
-}  # fmt: skip
+_LEAST = {"n_train": 1, "n_eval": 1, "eval_every": 0}
+_DESCRIBING = ("name", "about", "needs", "expect", "config")
+
+
+@cache
+def _kinds() -> dict[str, tuple[type, ...]]:
+    """Types of each field's values, by the field's annotation; a whole number may be written as 1e3, a float."""
+    kinds: dict[str, tuple[type, ...]] = {}
+    for name, annotation in get_type_hints(Recipe).items():
+        origin = get_origin(annotation)
+        options = (annotation,) if origin in (None, dict) else get_args(annotation)
+        plain = tuple(get_origin(option) or option for option in options)
+        kinds[name] = (int, float) if plain == (int,) else plain
+    return kinds
+
+
+def settable() -> dict[str, Any]:
+    """The fields that ``--set`` changes beside settings of the configuration, with their defaults.
+
+    Those without a default, which every recipe gives, have "of the recipe" in its place.
+    """
+    defaults: dict[str, Any] = {}
+    for item in fields(Recipe):
+        if item.name not in _DESCRIBING:
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            defaults[item.name] = "of the recipe" if default is MISSING else default
+    return defaults
 
 
 def _accepted() -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,24 +13,26 @@ from typing import Any
 import torch
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.lm import tasks
+from grouprl.lm.generate.collect import Drawn
 from grouprl.lm.models.find import SMOLLM2
-from grouprl.lm.models.load import load
-from grouprl.lm.models.save import load_weights
-from grouprl.lm.run import recipe
+from grouprl.lm.run import recipe as recipes
+from grouprl.lm.run.data import TaskData, load_task_data
+from grouprl.lm.run.held_out import HeldOutEvaluation
+from grouprl.lm.run.models import adapter, hide_file_bars, initial_model, load_trained
 from grouprl.lm.run.recipe import Recipe
-from grouprl.lm.run.recorder import HeldOut, Recorder, evaluate_greedily, peak_memory_gb
+from grouprl.lm.run.report import leave_results
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.tasks.jsonl import load_function, load_jsonl
-from grouprl.lm.tasks.task import Task
+from grouprl.lm.tasks.importing import load_function
 from grouprl.lm.train import checkpoint
+from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
+from grouprl.lm.train.setup import read_prompts
+from grouprl.lm.train.sinks import Recording
 from grouprl.lm.train.trainer import GRPOTrainer
-from grouprl.lm.train.transcripts import TranscriptWriter, write_html
+from grouprl.lm.train.transcripts import transcripts_of_evaluation
 from grouprl.runs import RunFolder
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
-
-Rows = list[dict[str, Any]]
+from grouprl.runs.transcripts import TranscriptWriter
 
 
 @dataclass(frozen=True)
@@ -43,93 +45,6 @@ class RunResult:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a recipe trains on: rows for training and for evaluation, and the reward."""
-
-    train: Rows
-    held_out: Rows
-    reward: Any
-    task: Task | None
-
-
-def material(given: Recipe) -> Material:
-    """The rows and the reward of a recipe; the same every time.
-
-    Raises UsageError for an unknown task, a file that cannot be used, or a missing reward.
-    """
-    if given.form not in ("messages", "text"):
-        raise UsageError(f"form={given.form!r} is neither 'messages' nor 'text'")
-    if given.task.endswith(".jsonl"):
-        if given.reward is None:
-            raise UsageError(f"{given.task} is a file, so reward must name a function: --set reward=module:function")
-        rows, reward = load_jsonl(given.task), load_function(given.reward, Path(given.task).parent)
-        if given.eval_data is not None:
-            return Material(rows, load_jsonl(given.eval_data), reward, None)
-        n = min(given.n_eval, len(rows) // 5)
-        if n < 1:
-            raise UsageError(f"{given.task} has only {len(rows)} rows; give at least 5, or eval_data as a second file")
-        return Material(rows[:-n], rows[-n:], reward, None)
-    task = tasks.get(given.task, **given.task_options)
-    reward = task.reward if given.reward is None else load_function(given.reward)
-    form: Any = given.form
-    return Material(
-        tasks.dataset(task, "train", given.n_train, form=form), tasks.dataset(task, "eval", given.n_eval, form=form),
-        reward, task,
-    )  # fmt: skip
-
-
-def build(given: Recipe, config: GRPOConfig, rows: Material, callbacks: list[Any] | None = None) -> GRPOTrainer:
-    """The trainer of a recipe. Raises UsageError for whatever cannot work."""
-    model, tokenizer = _model(given, config, rows.task)
-    return GRPOTrainer(
-        model, rows.reward, config, rows.train, processing_class=tokenizer, callbacks=callbacks,
-        peft_config=_adapter(given.lora), advantage_function=_function(given.advantage_function),
-        surrogate_function=_function(given.surrogate_function),
-    )  # fmt: skip
-
-
-def _function(name: str | None) -> Any:
-    return None if name is None else load_function(name)
-
-
-def _model(given: Recipe, config: GRPOConfig, task: Task | None) -> tuple[Any, Any]:
-    if given.model != "tiny":
-        if given.warm_start is not None:
-            raise UsageError("warm_start is for model: tiny; a pre-trained model needs none")
-        return given.model, None
-    from grouprl.lm.models.tiny import build_tiny, warm_start
-
-    model, tokenizer = build_tiny(config.seed)
-    if given.warm_start is not None:
-        if task is None or given.form != "text":
-            raise UsageError("warm_start needs a task that ships and form: text")
-        known = task
-
-        def pair(rng: Any) -> tuple[str, str]:
-            example = known.generate(rng, "train")
-            return known.text(example), example.answer
-
-        try:
-            warm_start(model, tokenizer, pair, seed=config.seed, **given.warm_start)
-        except TypeError as error:
-            raise UsageError(f"warm_start={given.warm_start}: {error}; it takes steps and learning_rate") from error
-    return model, tokenizer
-
-
-def _adapter(settings: Mapping[str, Any] | None) -> Any:
-    if settings is None:
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise UsageError("lora needs PEFT: pip install 'grouprl[lm]'") from error
-    try:
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"lora: {error}; see peft.LoraConfig") from error
-
-
 def train(
     source: str | os.PathLike[str] | Recipe,
     out: str | os.PathLike[str],
@@ -137,7 +52,7 @@ def train(
     settings: Mapping[str, Any] | None = None,
     seed: int | None = None,
     steps: int | None = None,
-    track: tuple[str, ...] = ("tensorboard",),
+    track: tuple[str, ...] | None = None,
     overwrite: bool = False,
     progress_bar: bool | None = None,
     announce: Callable[[RunFolder], None] | None = None,
@@ -146,7 +61,8 @@ def train(
 
     Args:
         settings: fields of the recipe, or of its configuration, to change. seed, steps: the most common two.
-        track: ``tensorboard``, ``wandb`` or ``none``.
+        track: ``tensorboard``, ``wandb`` or ``none``, instead of the recipe's ``report_to``.
+        progress_bar: False leaves out the bar and the lines of logs; default: as ``disable_tqdm`` says.
         announce: called with the run folder once everything asked for is known to be possible.
 
     Raises:
@@ -154,162 +70,143 @@ def train(
         TrainingError: a reward function or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
             left behind if no step was done.
     """
-    check_trackers(track)
-    quiet()
-    given = source if isinstance(source, Recipe) else recipe.load(source)
+    hide_file_bars()
     changes = dict(settings or {})
+    if track is not None:
+        check_trackers(track)
+        if "report_to" in changes:
+            raise UsageError(
+                f"report_to={changes['report_to']!r} and --track {' '.join(track)} both name the trackers; give one"
+            )
+        changes["report_to"] = list(track)
     if seed is not None:
         changes["seed"] = seed
     if steps is not None:
         changes["max_steps"] = steps
-    given = given.changed(changes)
+    recipe = (source if isinstance(source, Recipe) else recipes.load(source)).changed(changes)
     RunFolder(Path(out)).check_free(overwrite)
-    _check_settings(given)
-    config = GRPOConfig(**{"transcripts": 16, **given.config, **_of_a_run(out, progress_bar)})
-    rows = material(given)
-    trainer = build(given, config, rows)
-    described = given.to_dict() | {"config": {**given.config, "seed": config.seed}} | _absolute(given)
+    if "output_dir" in recipe.config:
+        raise UsageError(f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out")
+    config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar)
+    check_trackers(config.report_to)
+    data = load_task_data(recipe)
+    trainer = build(recipe, config, data)
+    described = recipe.to_dict() | {"config": {**recipe.config, "seed": config.seed}} | _absolute(recipe)
     folder = RunFolder.create(
         out,
-        {"grouprl": version("grouprl"), "arena": "lm", "task": given.task, "seed": config.seed, "track": list(track),
+        {"grouprl": version("grouprl"), "arena": "lm", "task": recipe.task, "seed": config.seed,
          "recipe": described, "config": config.replace(output_dir=None).to_dict()},
         overwrite=overwrite,
     )  # fmt: skip
     if announce is not None:
         announce(folder)
     with folder.kept_in_order():
-        return _run(folder, given, trainer, rows, track, resume_from=None)
+        return _run(folder, recipe, trainer, data, progress_bar, resume_from=None)
 
 
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
     """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
 
     Args:
-        steps: a new total, to make a finished run longer.
+        steps: a new total, to make a finished run longer. progress_bar: as in :func:`train`.
 
     Raises UsageError: no run folder, no checkpoint, or a run that is already finished.
     """
     folder = RunFolder.open(path)
-    quiet()
+    hide_file_bars()
     saved = folder.read_config()
     try:
-        given = Recipe(**{"name": folder.path.name, **saved["recipe"]})
-        track = tuple(saved["track"])
-        config = GRPOConfig(**{**saved["config"], **_of_a_run(folder.path, progress_bar)})
+        recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]})
+        config = _settings(saved["config"], folder.path, progress_bar)
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of a language-model run ({error})") from None
     newest = checkpoint.latest(folder.path)
     if newest is None:
         useless = ", ".join(path.name for path in checkpoint.existing(folder.path))
-        found = f"only {useless}, without a state that can be read" if useless else "no checkpoint"
-        raise UsageError(f"{folder.path} holds {found}, so there is nothing to resume; train anew with another --out")
+        content = f"only {useless}, without a state that can be read" if useless else "no checkpoint"
+        raise UsageError(f"{folder.path} holds {content}, so there is nothing to resume; train anew with another --out")
     done = int(newest.name.rpartition("-")[2])
     if steps is not None:
         config = config.replace(max_steps=steps)
     if config.max_steps > 0 and done >= config.max_steps:
         raise UsageError(f"{folder.path} has done all of its {done} steps; give a larger total with --steps")
-    rows = material(given)
+    data = load_task_data(recipe)
     # The checkpoint has the warm weights, unless it holds an adapter alone; a reference begins with them too.
-    cold = given if given.lora is not None or config.beta > 0 else Recipe(**{**given.__dict__, "warm_start": None})
-    trainer = build(cold, config, rows)
-    return _run(folder, given, trainer, rows, track, resume_from=newest)
+    warm = recipe.lora is not None or config.beta > 0
+    trainer = build(recipe if warm else recipe.changed({"warm_start": None}), config, data)
+    return _run(folder, recipe, trainer, data, progress_bar, resume_from=newest)
 
 
-def quiet() -> None:
-    """No bars for reading and writing files of a second."""
-    from transformers.utils.logging import disable_progress_bar
+def build(recipe: Recipe, config: GRPOConfig, data: TaskData) -> GRPOTrainer:
+    """The trainer of a recipe. Raises UsageError for whatever cannot work."""
+    model, tokenizer = initial_model(recipe, config, data.task)
+    sampled = config.eval_strategy != "no" or config.eval_on_start
+    return GRPOTrainer(
+        model, data.reward, config, data.train, data.held_out if sampled else None, processing_class=tokenizer,
+        peft_config=adapter(recipe.lora), advantage_function=_function(recipe.advantage_function),
+        surrogate_function=_function(recipe.surrogate_function),
+    )  # fmt: skip
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+def _function(name: str | None) -> Any:
+    return None if name is None else load_function(name)
 
 
-def _absolute(given: Recipe) -> dict[str, str]:
+def _absolute(recipe: Recipe) -> dict[str, str]:
     """The recipe's files and folders, found from wherever the run is resumed or evaluated."""
-    files = {name: file for name in ("task", "eval_data") if (file := getattr(given, name) or "").endswith(".jsonl")}
-    if (
-        given.model not in ("tiny", SMOLLM2) and Path(given.model).exists()
-    ):  # those two are no folders, whatever is there
-        files["model"] = given.model
+    files = {name: file for name in ("task", "eval_data") if (file := getattr(recipe, name) or "").endswith(".jsonl")}
+    # tiny and smollm2 are no folders, whatever is there
+    if recipe.model not in ("tiny", SMOLLM2) and Path(recipe.model).exists():
+        files["model"] = recipe.model
     return {name: str(Path(file).absolute()) for name, file in files.items()}
 
 
-_DECIDED = {
-    "output_dir": "--out names the folder",
-    **dict.fromkeys(("report_to", "run_name"), "--track names the trackers"),
-    **dict.fromkeys(("disable_tqdm",), "--quiet leaves the bar out"),
-    **dict.fromkeys(("logging_strategy", "logging_steps", "logging_first_step"), "every step goes to metrics.csv"),
-    **dict.fromkeys(
-        ("eval_strategy", "eval_steps", "num_generations_eval", "per_device_eval_batch_size", "metric_for_best_model",
-         "greater_is_better", "load_best_model_at_end"), "eval_every says when the model is judged, greedily",
-    ),
-    "eval_on_start": "the model is always judged before the first step",
-    **dict.fromkeys(("log_completions", "num_completions_to_print"), "transcripts says how many are kept"),
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it is for scripts"),
-}  # fmt: skip
-"""Settings of a trainer that a run of the command line decides itself: how."""
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    """What a run by a recipe sets where the recipe does not: trackers show each step, transcripts are kept."""
+    every = recipe.eval_every or GRPOConfig.model_fields["logging_steps"].default
+    return {"transcripts": 16, "logging_steps": 1, "eval_steps": every}
 
 
-def _check_settings(given: Recipe) -> None:
-    """Raises UsageError for a setting that would do nothing."""
-    for name, how in _DECIDED.items():
-        if name in given.config:
-            raise UsageError(f"{name}={given.config[name]!r} says nothing in a run of train-lm: {how}; leave it out")
+def _settings(values: Mapping[str, Any], out: str | os.PathLike[str], progress_bar: bool | None) -> GRPOConfig:
+    bar = {} if progress_bar is None else {"disable_tqdm": not progress_bar}
+    return GRPOConfig(**{**values, **bar, "output_dir": os.fspath(out)})
 
 
-def _of_a_run(out: str | os.PathLike[str], progress_bar: bool | None) -> dict[str, Any]:
-    """What a run decides itself: the recorder logs, tracks and evaluates."""
-    return {
-        "output_dir": os.fspath(out), "report_to": (), "logging_strategy": "no", "eval_strategy": "no",
-        "disable_tqdm": None if progress_bar is None else not progress_bar,
-    }  # fmt: skip
+_LOGGING = ("logging_strategy", "logging_steps", "logging_first_step")
+
+
+def _recording(folder: RunFolder, recipe: Recipe, progress_bar: bool | None) -> Recording:
+    """What a run by a recipe records: every step, every generation, and logs as lines if it says when to log."""
+    lines = progress_bar is not False and any(name in recipe.config for name in _LOGGING)
+    return Recording(
+        metrics_path=folder.metrics_path, each_generation=True, lines=lines, sampled_as="eval_sampled_",
+        about=folder.read_config(),
+    )  # fmt: skip
 
 
 def _run(
-    folder: RunFolder, given: Recipe, trainer: GRPOTrainer, rows: Material, track: tuple[str, ...],
+    folder: RunFolder, recipe: Recipe, trainer: GRPOTrainer, data: TaskData, progress_bar: bool | None,
     resume_from: Path | None,
 ) -> RunResult:  # fmt: skip
-    source = trainer.prompts(rows.held_out, "the held-out rows")
-    with ExitStack() as stack:
-        recorder = Recorder(folder, trainer, lambda: evaluate_greedily(trainer, source), given.eval_every, track, stack)
-        trainer.add_callback(recorder)
+    book = trainer.book
+    book.recording = _recording(folder, recipe, progress_bar)
+    prompts = trainer.prompts(data.held_out, "the held-out rows")
+    held_out = HeldOutEvaluation(trainer.setup, book, prompts, folder, recipe.eval_every)
+    trainer.add_callback(held_out)
 
-        def stop() -> None:
-            recorder.stop_requested = True
+    def stop() -> None:
+        held_out.stop_requested = True
 
-        with stopping_on_signals(stop):
-            try:
-                trainer.train(resume_from_checkpoint=resume_from)
-            except TrainingError as error:
-                last = checkpoint.latest(folder.path)
-                kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
-                raise TrainingError(f"{error} (after {trainer.state.global_step} steps; {kept}).") from error
-        if recorder.stop_requested and trainer.state.global_step < trainer.state.max_steps:
-            return RunResult(folder, trainer.state.global_step, None, [])
-        return _finish(folder, given, trainer, recorder)
-
-
-def _finish(folder: RunFolder, given: Recipe, trainer: GRPOTrainer, recorder: Recorder) -> RunResult:
-    """Evaluate, and leave model, summary, curve and the page of transcripts."""
-    from grouprl.runs.plots import plot_run
-
-    notes: list[str] = []
-    after = recorder.final()
-    trainer.save_model(folder.model_folder)
-    write_html(
-        folder.transcripts_path, folder.transcripts_page, f"{given.task}: {folder.path.name}", curve=recorder.curve
-    )
-    try:
-        plot_run(folder, y="reward")
-    except UsageError as error:
-        notes.append(f"no curve: {error}")
-    before = recorder.before or HeldOut(float("nan"), float("nan"))
-    summary = {
-        "task": given.task, "model": given.model, "seed": trainer.args.seed, "total_steps": trainer.state.global_step,
-        "train_seconds": recorder.train_seconds, "tokens_per_second": recorder.tokens / recorder.train_seconds,
-        "peak_memory_gb": peak_memory_gb(trainer.policy.device), "packed": trainer.policy.packed,
-        "accuracy_before": before.accuracy, "accuracy_after": after.accuracy,
-        "reward_before": before.reward, "reward_after": after.reward,
-    }  # fmt: skip
-    folder.write_summary(summary)
+    with stopping_on_signals(stop):
+        try:
+            trainer.train(resume_from_checkpoint=resume_from)
+        except TrainingError as error:
+            last = checkpoint.latest(folder.path)
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+            raise TrainingError(f"{error} (after {trainer.state.global_step} steps; {kept}).") from error
+    if held_out.after is None:
+        return RunResult(folder, trainer.state.global_step, None, [])
+    summary, notes = leave_results(folder, recipe, trainer, held_out.after)
     return RunResult(folder, trainer.state.global_step, summary, notes)
 
 
@@ -326,44 +223,27 @@ def evaluate(
     if answers is not None and Path(answers).exists():
         raise UsageError(f"{answers} exists; name another file for the answers")
     folder = RunFolder.open(path)
-    quiet()
-    given = recipe.load(folder.path)
+    hide_file_bars()
+    recipe = recipes.load(folder.path)
     if n is not None and n < 1:
         raise UsageError(f"cannot evaluate on {n} held-out prompts; ask for at least 1")
-    if n is not None and not given.task.endswith(".jsonl"):
-        given = given.changed({"n_eval": n})
-    config = GRPOConfig(**{**folder.read_config()["config"], **_of_a_run(folder.path, False)})
-    rows = material(given)
-    model, tokenizer = load_trained(folder, given, config, rows.task)
-    config = config.replace(beta=0.0, sync_ref_model=False)
-    trainer = GRPOTrainer(model, rows.reward, config, rows.train, processing_class=tokenizer)
-    source = trainer.prompts(rows.held_out, "the held-out rows")
+    if n is not None and not recipe.task.endswith(".jsonl"):
+        recipe = recipe.changed({"n_eval": n})
+    config = _settings(folder.read_config()["config"], folder.path, False)
+    data = load_task_data(recipe)
+    model, tokenizer = load_trained(folder, recipe, config, data.task)
+    config = config.replace(
+        beta=0.0, sync_ref_model=False, eval_strategy="no", eval_on_start=False, load_best_model_at_end=False,
+        metric_for_best_model=None,
+    )  # fmt: skip
+    setup = GRPOTrainer(model, data.reward, config, data.train, processing_class=tokenizer).setup
+    prompts = read_prompts(model, tokenizer, config, data.held_out, "the held-out rows")
     torch.manual_seed(config.seed)
-    assert source.size is not None
+    assert prompts.size is not None
     with nullcontext() if answers is None else TranscriptWriter(answers) as writer:
-        return evaluate_greedily(trainer, source, n, writer), min(n or source.size, source.size)
 
+        def keep(drawn: Drawn) -> None:
+            if writer is not None:
+                writer.append(transcripts_of_evaluation(drawn, setup.rewards.names))
 
-def load_trained(folder: RunFolder, given: Recipe, config: GRPOConfig, task: Task | None) -> tuple[Any, Any]:
-    """The model a run left, or its newest checkpoint, and its tokenizer. Raises UsageError if there is neither."""
-    place = trained_model(folder)
-    adapter = _adapter(given.lora)
-    if adapter is None or given.model != "tiny":
-        return load(place, dtype=config.master_dtype)
-    from peft import get_peft_model
-
-    # What an adapter was trained on has no name here, but its seed makes it again.
-    base, tokenizer = _model(given, config, task)
-    model = get_peft_model(base, adapter)
-    load_weights(model, place)
-    return model, tokenizer
-
-
-def trained_model(folder: RunFolder) -> Path:
-    """The model a run left, or its newest checkpoint. Raises UsageError if there is neither."""
-    if folder.model_folder.is_dir():
-        return folder.model_folder
-    saved = checkpoint.existing(folder.path)
-    if not saved:
-        raise UsageError(f"{folder.path} holds no model yet; `grouprl resume` goes on with it")
-    return saved[-1]
+        return evaluate_greedily(setup, prompts, n, keep=keep), min(n or prompts.size, prompts.size)

@@ -84,8 +84,8 @@ def existing(output_dir: Path) -> list[Path]:
     """Checkpoint folders in ``output_dir``, oldest first."""
     if not output_dir.is_dir():
         return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    numbered = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
 
 
 def latest(output_dir: Path) -> Path | None:

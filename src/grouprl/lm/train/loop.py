@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,13 +18,11 @@ from grouprl.lm.learn.step import Step, optimizer_step
 from grouprl.lm.prompts import PromptOrder
 from grouprl.lm.settings.batch_plan import steps_per_epoch, total_steps
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.train import checkpoint
+from grouprl.lm.train import best_model, checkpoint
+from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
+from grouprl.lm.train.setup import Setup
 from grouprl.objective import Objective
-
-if TYPE_CHECKING:
-    from grouprl.lm.train.trainer import GRPOTrainer
-
 
 _log = logging.getLogger("grouprl")
 
@@ -37,15 +36,25 @@ class TrainOutput(NamedTuple):
 
 
 class Run:
-    """One call of train: the loop and what it must remember between two steps."""
+    """One call of train: the loop and what it must remember between two steps.
 
-    def __init__(self, trainer: GRPOTrainer, resumed: Checkpoint | None) -> None:
-        self.trainer, self.config, self.plan = trainer, trainer.args, trainer.plan
-        source = trainer._source
+    Args:
+        setup: model, data, optimizer and settings. book: told of everything that happens.
+        evaluate: evaluates the model, tells ``book`` and returns the numbers.
+        resumed: the checkpoint to go on from, whose weights the model has already.
+
+    Raises UsageError if there is nothing to train on, or the checkpoint does not fit.
+    """
+
+    def __init__(
+        self, setup: Setup, book: Bookkeeper, evaluate: Callable[[], Metrics], resumed: Checkpoint | None
+    ) -> None:
+        self.setup, self.book, self.evaluate = setup, book, evaluate
+        self.config, self.plan = setup.config, setup.plan
+        config, source = self.config, setup.prompts
         if source is None:
             raise UsageError("there is no train_dataset; give one to GRPOTrainer")
         self.source = source
-        config = self.config
         data_seed = config.seed if config.data_seed is None else config.data_seed
         size = None if source.streamed else source.size
         self.order = PromptOrder(size, data_seed, config.shuffle_dataset, self.plan.prompts_per_generation)
@@ -53,28 +62,33 @@ class Run:
             _tell_of_batches(size, self.plan.prompts_per_generation, config.shuffle_dataset)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.total = total_steps(config, self.plan, source.size)
-        if trainer._own_scheduler:
-            trainer.lr_scheduler = make_schedule(trainer.optimizer, config, self.total)
+        self.scheduler = setup.own_scheduler
+        if self.scheduler is None:
+            self.scheduler = make_schedule(setup.optimizer, config, self.total)
         self.collector = Collector(
-            trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator,
-            trainer.functions.advantage,
-        )  # fmt: skip
-        self.follows = trainer.policy.reference if config.sync_ref_model else None
+            setup.policy,
+            setup.tokenizer,
+            source,
+            self.order,
+            setup.rewards,
+            config,
+            self.generator,
+            setup.functions.advantage,
+        )
+        self.follows = setup.policy.reference if config.sync_ref_model else None
         self.reference_moved = False
         self.samples: Samples | None = None
         self.steps: list[Step] = []
-        self.generation_metrics: Metrics = {}
         self.update = 0
         """Optimizer steps taken on the samples at hand."""
-        self.losses = 0.0
-        done = 0 if resumed is None else int(resumed.meta["flow"]["state"]["global_step"])
-        trainer.flow.begin(self.total, self._updates_per_epoch(), done)
-        if resumed is not None:
-            try:
+        done = 0 if resumed is None else int(resumed.meta["book"]["state"]["global_step"])
+        try:
+            book.begin(self.total, self._updates_per_epoch(), done, self.scheduler)
+            if resumed is not None:
                 self._restore(resumed)
-            except BaseException:
-                trainer.flow.close()
-                raise
+        except BaseException:
+            book.close()
+            raise
 
     def _updates_per_epoch(self) -> int | None:
         if self.source.size is None or self.source.streamed:
@@ -86,152 +100,150 @@ class Run:
         try:
             return self._go()
         finally:
-            self.trainer.flow.close()
+            self.book.close()
 
     def _go(self) -> TrainOutput:
-        flow = self.trainer.flow
-        began, first = time.perf_counter(), flow.state.global_step
-        flow.event("on_train_begin")
-        if self.config.eval_on_start and flow.state.global_step == 0:
-            self.trainer.evaluate()
-        while flow.state.global_step < self.total and not flow.control.should_training_stop:
-            flow.step_begins()
+        book = self.book
+        began, first = time.perf_counter(), book.state.global_step
+        book.event("on_train_begin")
+        if self.config.eval_on_start and book.state.global_step == 0:
+            self.evaluate()
+        while book.state.global_step < self.total and not book.control.should_training_stop:
+            book.before_step()
             began_step = time.perf_counter()
-            metrics = self._step()
+            metrics, samples = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
-            flow.stepped(metrics)
+            book.after_step(metrics, samples)
             self._do_as_asked()
-            if flow.epoch_ends():
+            if book.ends_epoch():
                 self._do_as_asked()
+            book.flush()
         if self.config.load_best_model_at_end:
-            flow.load_best()
+            best_model.load_best(self.setup, book.state)
         seconds = time.perf_counter() - began
-        steps = flow.state.global_step
+        steps = book.state.global_step
         taken = steps - first
         metrics = {
             "train_runtime": seconds, "train_samples_per_second": taken * self.plan.samples_per_step / seconds,
-            "train_steps_per_second": taken / seconds, "total_flos": 0.0, "train_loss": self.losses / max(1, steps),
+            "train_steps_per_second": taken / seconds, "total_flos": 0.0,
+            "train_loss": book.counters.losses / max(1, steps),
         }  # fmt: skip
-        flow.end(metrics)
-        return TrainOutput(steps, metrics["train_loss"], {**metrics, "epoch": flow.state.epoch or 0.0})
+        book.end(metrics)
+        return TrainOutput(steps, metrics["train_loss"], {**metrics, "epoch": book.state.epoch or 0.0})
 
     def _do_as_asked(self) -> None:
         """Log, evaluate and save if callbacks want it."""
-        flow = self.trainer.flow
-        if flow.control.should_log:
-            flow.log_steps()
-        if flow.control.should_evaluate:
-            metrics = self.trainer.evaluate()
-            if flow.control.should_save or not self.config.load_best_model_at_end:  # else it could not be loaded
-                flow.judge(metrics)
-        if flow.control.should_save:
+        book = self.book
+        if book.control.should_log:
+            book.log_steps()
+        if book.control.should_evaluate:
+            metrics = self.evaluate()
+            if book.control.should_save or not self.config.load_best_model_at_end:  # else it could not be loaded
+                best_model.note_evaluation(self.config, book.state, metrics)
+        if book.control.should_save:
             self.save()
-        if flow.control.should_epoch_stop:
-            flow.control.should_epoch_stop = False
+        if book.control.should_epoch_stop:
+            book.control.should_epoch_stop = False
             _log.warning("a callback set should_epoch_stop: epochs are not cut short; set should_training_stop to end")
 
-    def _step(self) -> Metrics:
-        trainer, config = self.trainer, self.config
+    def _step(self) -> tuple[Metrics, Samples]:
+        setup, config, book = self.setup, self.config, self.book
         metrics: Metrics = {}
         if self.samples is None or self.update == self.plan.updates_per_generation:
-            self.samples, self.generation_metrics = self.collector.collect(
-                self.plan.prompts_per_generation, self.plan.group_size, trainer.state
+            self.samples, metrics = self.collector.collect(
+                self.plan.prompts_per_generation, self.plan.group_size, book.state
             )
             self.update = 0
             self._divide()
             # Steps that come after the policy has moved need to know what it was; with dropout all that are repeated,
             # as what a pass with dropout sees is not the policy that sampled.
-            again = trainer.policy.learner.dropout and self.plan.num_iterations > 1
+            again = setup.policy.learner.dropout and self.plan.num_iterations > 1
             for later in self.steps if again else self.steps[1:]:
                 later.remember_old()
-            metrics |= self.generation_metrics
-        trainer.last_samples = self.samples
         step = self.steps[self.update % len(self.steps)]
-        rate = trainer.optimizer.param_groups[0]["lr"]
+        rate = setup.optimizer.param_groups[0]["lr"]
         metrics |= optimizer_step(
-            step, trainer.parameters, trainer.optimizer, remember=self.plan.num_iterations > 1,
-            on_gradient=lambda: trainer.flow.event("on_pre_optimizer_step"),
+            step, setup.parameters, setup.optimizer, remember=self.plan.num_iterations > 1,
+            on_gradient=lambda: book.event("on_pre_optimizer_step"),
         )  # fmt: skip
-        trainer.flow.event("on_optimizer_step")
-        if trainer.lr_scheduler is not None:
-            trainer.lr_scheduler.step()
+        book.event("on_optimizer_step")
+        self.scheduler.step()
         metrics["learning_rate"] = float(rate)
-        self.losses += metrics["loss"]
         self.update += 1
-        done = trainer.state.global_step + 1
+        done = book.state.global_step + 1
         if self.follows is not None and done % config.ref_model_sync_steps == 0:
             self.follows.follow(config.ref_model_mixup_alpha)
             self.reference_moved = True
             self.samples.known_ref.zero_()
-        return metrics
+        return metrics, self.samples
 
     def _divide(self) -> None:
         assert self.samples is not None
         parts = parts_of_a_generation(len(self.samples), self.plan.steps_per_generation)
-        policy, objective = self.trainer.policy, Objective.of(self.config, self.trainer.functions.surrogate)
-        self.steps = [Step(policy, self.samples, chosen, self.config, objective) for chosen in parts]
+        setup, samples = self.setup, self.samples
+        objective = Objective.of(self.config, setup.functions.surrogate)
+        self.steps = [Step(setup.policy, samples, chosen, self.config, objective) for chosen in parts]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit."""
-        trainer, flow = self.trainer, self.trainer.flow
-        path = flow.saves()
+        setup, book = self.setup, self.book
+        book.flush()
+        path = book.checkpoint_path()
         state = None if self.config.save_only_model else self._state()
-        checkpoint.write(path, trainer.model, trainer.processing_class, state, flow.state)
-        flow.saved(path)
+        checkpoint.write(path, setup.model, setup.tokenizer, state, book.state)
+        book.after_save(path)
 
     def _state(self) -> Checkpoint:
-        trainer = self.trainer
-        moments, optimizer_meta = optimizer_state(trainer.optimizer)
+        policy = self.setup.policy
+        moments, optimizer_meta = optimizer_state(self.setup.optimizer)
         tensors = {f"optimizer.{name}": value for name, value in moments.items()}
         tensors["generator"] = self.generator.get_state()
-        tensors["dropout"] = _device_generator(trainer.policy.device).get_state()
+        tensors["dropout"] = _device_generator(policy.device).get_state()
         meta: dict[str, Any] = {
             "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
-            "update": self.update, "losses": self.losses, "flow": trainer.flow.to_dict(),
-            "plan": asdict(self.plan), "config": self.config.to_dict(),
-            "scheduler": None if trainer.lr_scheduler is None else _plain_state(trainer.lr_scheduler),
+            "update": self.update, "book": self.book.to_dict(), "plan": asdict(self.plan),
+            "config": self.config.to_dict(), "scheduler": _plain_state(self.scheduler),
         }  # fmt: skip
-        if self.reference_moved and trainer.policy.reference is not None:
-            tensors |= {f"reference.{name}": value for name, value in trainer.policy.reference.state().items()}
+        if self.reference_moved and policy.reference is not None:
+            tensors |= {f"reference.{name}": value for name, value in policy.reference.state().items()}
         if self.samples is not None and self.update < self.plan.updates_per_generation:
             buffered, meta["samples"] = checkpoint.samples_state(self.samples)
             tensors |= {f"samples.{name}": value for name, value in buffered.items()}
         return Checkpoint(tensors, meta)
 
     def _restore(self, saved: Checkpoint) -> None:
-        trainer, meta = self.trainer, saved.meta
+        setup, meta = self.setup, saved.meta
         if "samples" in meta and meta["plan"] != asdict(self.plan):
             raise UsageError(
                 f"the checkpoint holds half a generation, sampled as {meta['plan']}, here it is {asdict(self.plan)}; "
                 "resume with the same batch settings, or from a checkpoint between two generations"
             )
-        rates = list(trainer.lr_scheduler.base_lrs) if trainer._own_scheduler else []
+        own = setup.own_scheduler is not None
+        rates = [] if own else list(self.scheduler.base_lrs)
         try:
             load_optimizer_state(
-                trainer.optimizer, saved.part("optimizer"), meta["optimizer"], own_settings=trainer._own_optimizer
+                setup.optimizer, saved.part("optimizer"), meta["optimizer"], own_settings=setup.default_optimizer
             )
         except ValueError as error:
             raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
-        if trainer.lr_scheduler is not None and meta["scheduler"] is not None:
-            trainer.lr_scheduler.load_state_dict(meta["scheduler"])
-        if trainer._own_scheduler:
-            follow_settings(trainer.lr_scheduler, rates)
-        _tell_changes(meta.get("config", {}), self.config)
+        self.scheduler.load_state_dict(meta["scheduler"])
+        if not own:
+            follow_settings(self.scheduler, rates)
+        _tell_changes(meta["config"], self.config)
         self.generator.set_state(saved.tensors["generator"])
-        _device_generator(trainer.policy.device).set_state(saved.tensors["dropout"])
+        _device_generator(setup.policy.device).set_state(saved.tensors["dropout"])
         self.order.load(meta["order"])
-        self.collector.tokens, self.update, self.losses = meta["tokens"], meta["update"], meta["losses"]
+        self.collector.tokens, self.update = meta["tokens"], meta["update"]
         moved = saved.part("reference")
-        if moved and trainer.policy.reference is not None:
-            trainer.policy.reference.load(moved)
+        if moved and setup.policy.reference is not None:
+            setup.policy.reference.load(moved)
             self.reference_moved = True
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
-            trainer.last_samples = self.samples
             self._divide()
-        trainer.flow.load(meta["flow"])
+        self.book.load(meta["book"], self.samples)
 
 
 def _device_generator(device: torch.device) -> torch.Generator:

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.lm.generate.samples import Samples
+from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import trainer_state
+from grouprl.lm.train.setup import Setup
 from grouprl.runs.files import write_json, write_text
-
-if TYPE_CHECKING:
-    from grouprl.lm.train.callbacks import Flow
 
 _HUB = "upload when training is done: trainer.model.push_to_hub(name) and trainer.processing_class.push_to_hub(name)"
 _OWN_LOOP = "the training loop is grouprl.lm.train.loop.Run; a callback is told of every step"
@@ -58,21 +58,48 @@ _log = logging.getLogger("grouprl")
 
 
 class ScriptMethods:
-    """The part of a trainer that scripts use around training; all on one process."""
+    """The base of a trainer: what scripts read of it, and what they ask for around training; all on one process.
 
-    model: Any
-    flow: Flow
+    Args:
+        setup: what it is made of. book: where state, callbacks and logs are.
+
+    Attributes:
+        args, model, processing_class, policy, parameters, optimizer, rewards, plan, functions: those of ``setup``.
+    """
+
     is_deepspeed_enabled = is_fsdp_enabled = False
 
+    def __init__(self, setup: Setup, book: Bookkeeper) -> None:
+        self.setup, self.book = setup, book
+        self.args, self.plan, self.functions = setup.config, setup.plan, setup.functions
+        self.model, self.processing_class = setup.model, setup.tokenizer
+        self.policy, self.parameters, self.rewards = setup.policy, setup.parameters, setup.rewards
+        self.optimizer = setup.optimizer
+
     @property
-    def callback_handler(self) -> Any:
-        """transformers' CallbackHandler."""
-        return self.flow.handler
+    def state(self) -> Any:
+        """transformers' TrainerState."""
+        return self.book.state
 
     @property
     def control(self) -> Any:
         """transformers' TrainerControl."""
-        return self.flow.control
+        return self.book.control
+
+    @property
+    def callback_handler(self) -> Any:
+        """transformers' CallbackHandler."""
+        return self.book.handler
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The schedule of the learning rate; None before training, unless it was given."""
+        return self.book.handler.lr_scheduler
+
+    @property
+    def last_samples(self) -> Samples | None:
+        """What the last optimizer step learned from (its whole generation)."""
+        return self.book.samples
 
     def get_num_trainable_parameters(self) -> int:
         """How many numbers are trained."""
@@ -103,7 +130,7 @@ class ScriptMethods:
 
         Raises UsageError if they cannot be written there, or added to what is there; TrainingError if the disk is full.
         """
-        folder = self.flow.output_dir
+        folder = self.setup.output_dir
         write_json(folder / f"{split}_results.json", dict(metrics))
         if combined:
             path = folder / "all_results.json"
@@ -115,7 +142,7 @@ class ScriptMethods:
 
     def save_state(self) -> None:
         """Write transformers' TrainerState to ``trainer_state.json`` in the output folder."""
-        write_json(self.flow.output_dir / "trainer_state.json", trainer_state(self.flow.state))
+        write_json(self.setup.output_dir / "trainer_state.json", trainer_state(self.state))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | Sequence[str] | None = None,
@@ -130,14 +157,14 @@ class ScriptMethods:
         """
         from huggingface_hub import ModelCardData
 
-        folder = self.flow.output_dir
+        folder = self.setup.output_dir
         base = getattr(self.model.config, "_name_or_path", None) or None
         if base is not None and Path(base).exists():  # a folder of this machine is no name on the hub
             base = None
-        given = [tags] if isinstance(tags, str) else list(tags or [])
+        labels = [tags] if isinstance(tags, str) else list(tags or [])
         datasets = dataset_name if dataset_name is None or isinstance(dataset_name, str) else list(dataset_name)
         about = ModelCardData(
-            base_model=base, datasets=datasets, library_name="transformers", tags=[*given, "grpo", "grouprl"]
+            base_model=base, datasets=datasets, library_name="transformers", tags=[*labels, "grpo", "grouprl"]
         )
         origin = f" of {base}" if base else ""
         text = f"Trained{origin} with grouprl {version('grouprl')} by GRPO (arXiv 2402.03300)."

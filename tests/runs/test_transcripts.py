@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grouprl.errors import UsageError
-from grouprl.lm.train.transcripts import Transcript, TranscriptWriter, read_transcripts, write_html
+from grouprl.runs.transcripts import Transcript, TranscriptWriter, read_transcripts, write_html
 
 NASTY = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(2)> & \u2028 \x00\x1b {{DATA}} {{TITLE}} 😀"
 
@@ -180,7 +180,7 @@ def test_any_text_reaches_the_page_unchanged(tmp_path: Path, text: str) -> None:
 
 
 def test_the_page_asks_for_nothing_and_builds_no_markup_from_text() -> None:
-    template = files("grouprl.lm.train").joinpath("transcripts.html").read_text(encoding="utf-8")
+    template = files("grouprl.runs").joinpath("transcripts.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in template
     for word in (
         "innerHTML",

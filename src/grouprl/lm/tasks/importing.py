@@ -1,0 +1,49 @@
+"""Functions and classes of your own by name, `module:function`: rewards, tasks, estimators, surrogates."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grouprl.errors import UsageError
+
+
+def load_function(name: str, folder: str | os.PathLike[str] | None = None) -> Callable[..., Any]:
+    """The function called `module:function`, e.g. a reward. Modules in the current directory and `folder` are found.
+
+    Both folders go to the end of the search path, where they cannot hide an installed package.
+
+    Raises UsageError if the name has another form, or there is no such module or function; what the module itself
+    raises when it is imported is passed on.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
+        raise UsageError(f"a function is given as module:function, such as my_rewards:correct; got {name!r}.")
+    for place in (Path.cwd(), *([Path(folder).resolve()] if folder is not None else [])):
+        if str(place) not in sys.path:
+            sys.path.append(str(place))
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; something it imports is not
+        raise UsageError(
+            f"there is no module {error.name!r}; it is looked for in {Path.cwd()}"
+            f"{'' if folder is None else f', in {Path(folder).resolve()}'} and among the installed packages."
+        ) from error
+    function = getattr(module, attribute, None)
+    if function is None:
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UsageError(
+            f"module {module_name!r} ({getattr(module, '__file__', None) or 'built in'}) has no {attribute!r}; "
+            f"it has: {', '.join(public[:20]) or 'no function'}."
+        )
+    if not callable(function):
+        raise UsageError(f"{name} is a {type(function).__name__}, not a function.")
+    named: Callable[..., Any] = function
+    return named

@@ -1,0 +1,91 @@
+"""Evaluation: completions of held-out prompts, sampled or of the likeliest tokens, and what they are worth.
+
+One loop serves a trainer's ``evaluate``, the greedy evaluation of a run by a recipe, and ``grouprl evaluate``. It draws
+from a random stream of its own, the same at every evaluation, so that evaluating changes nothing in training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from grouprl.lm.generate.collect import Drawn, Metrics, describe_judged, judged
+from grouprl.lm.policy.policy import sampling_settings
+from grouprl.lm.prompts import PromptSource
+from grouprl.lm.train.setup import Setup
+
+GREEDY_AT_ONCE = 256
+"""Completions of a greedy evaluation that are sampled side by side, unless per_device_eval_batch_size says."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Greedy performance on held-out prompts: mean reward, and the share of prompts with a reward of 1 or more."""
+
+    reward: float
+    accuracy: float
+
+
+def evaluate(
+    setup: Setup, prompts: PromptSource, *, greedy: bool, group_size: int = 1, n: int | None = None,
+    at_once: int | None = None, state: Any = None,
+) -> Iterator[Drawn]:  # fmt: skip
+    """Sample ``group_size`` completions of each prompt, have them judged, and yield them chunk by chunk.
+
+    Args:
+        greedy: take the likeliest tokens instead of sampling as the configuration says.
+        n: how many prompts, from the first on; default: all.
+        at_once: completions of a chunk, in whole groups; default: all.
+        state: transformers' TrainerState, which reward functions are given.
+
+    Raises TrainingError if a reward function fails.
+    """
+    assert prompts.size is not None
+    size = prompts.size if n is None else min(n, prompts.size)
+    groups = max(1, (at_once or size * group_size) // group_size)
+    generator = torch.Generator().manual_seed(setup.config.seed)
+    settings = sampling_settings(setup.config, greedy=greedy)
+    for start in range(0, size, groups):
+        chunk = [prompts[i] for i in range(start, min(start + groups, size))]
+        yield judged(setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, generator, settings, state)
+
+
+def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = None) -> Metrics:
+    """TRL's metrics of completions of all prompts, as the settings of evaluation say; one each with ``greedy``.
+
+    Raises TrainingError if a reward function fails.
+    """
+    config, began = setup.config, time.perf_counter()
+    group_size = 1 if greedy else config.num_generations_eval or config.num_generations
+    chunks = evaluate(
+        setup, prompts, greedy=greedy, group_size=group_size, at_once=config.per_device_eval_batch_size, state=state
+    )
+    metrics = describe_judged(list(chunks))
+    seconds = time.perf_counter() - began
+    assert prompts.size is not None
+    return {**metrics, "runtime": seconds, "samples_per_second": prompts.size * group_size / seconds}
+
+
+def evaluate_greedily(
+    setup: Setup, prompts: PromptSource, n: int | None = None, *, state: Any = None,
+    keep: Callable[[Drawn], None] | None = None,
+) -> HeldOut:  # fmt: skip
+    """One completion of the likeliest tokens for each of the first ``n`` prompts (default: all).
+
+    Args:
+        keep: called with each chunk of completions, such as to write them down.
+
+    Raises TrainingError if a reward function fails.
+    """
+    at_once = setup.config.per_device_eval_batch_size or GREEDY_AT_ONCE
+    returns: list[float] = []
+    for drawn in evaluate(setup, prompts, greedy=True, n=n, at_once=at_once, state=state):
+        returns += drawn.returns.tolist()
+        if keep is not None:
+            keep(drawn)
+    values = torch.tensor(returns, dtype=torch.float64)
+    return HeldOut(float(values.mean()), float((values >= 1 - 1e-9).double().mean()))

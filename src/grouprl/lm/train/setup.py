@@ -1,0 +1,195 @@
+"""What one trainer is made of, fixed once from what it is given: what its loop and its bookkeeper are handed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grouprl.errors import UsageError, first_line
+from grouprl.learning.parameters import FlatParameters
+from grouprl.lm.learn.optimizer import make_optimizer
+from grouprl.lm.models.load import load
+from grouprl.lm.models.save import load_weights
+from grouprl.lm.policy.policy import Policy
+from grouprl.lm.prompts import PromptSource, prepare_prompts
+from grouprl.lm.rewards.call import RewardCaller, RewardFunction
+from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
+from grouprl.lm.settings.config import GRPOConfig
+from grouprl.objective.user_functions import UserFunctions
+from grouprl.runs.folder import default_run_path
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, what it learns from, and how.
+
+    Attributes:
+        config: the settings, completed. plan: what a batch is.
+        model: a transformers or PEFT model, on its device. tokenizer: its tokenizer.
+        policy: samples from the model and differentiates it. parameters: its trained weights.
+        optimizer: steps the weights. default_optimizer: whether it is AdamW by the configuration.
+        own_scheduler: a schedule of the user's own, or None for the configuration's, made anew for each run.
+        rewards: the reward functions. functions: an estimator and a surrogate of the user's own.
+        prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
+        output_dir: the folder of checkpoints and of what is recorded.
+    """
+
+    config: GRPOConfig
+    plan: BatchPlan
+    model: Any
+    tokenizer: Any
+    policy: Policy
+    parameters: FlatParameters
+    optimizer: Any
+    default_optimizer: bool
+    own_scheduler: Any
+    rewards: RewardCaller
+    functions: UserFunctions
+    prompts: PromptSource | None
+    eval_prompts: Mapping[str, PromptSource]
+    output_dir: Path
+
+    @torch.no_grad()
+    def load_weights(self, folder: Path) -> None:
+        """Go on with the weights in ``folder``. Raises UsageError if they are damaged or those of another model."""
+        load_weights(self.model, folder)
+
+
+def make_setup(
+    model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction], args: Any, train_dataset: Any,
+    eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any, ref_model: Any,
+    functions: UserFunctions,
+) -> Setup:  # fmt: skip
+    """From the arguments of a GRPOTrainer, which has them described.
+
+    Raises UsageError for whatever cannot work.
+    """
+    config = _configuration(args)
+    plan = batch_plan(config)
+    rewards = RewardCaller(reward_funcs, config.reward_weights)
+    torch.manual_seed(config.seed)
+    model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
+    prompts = None if train_dataset is None else read_prompts(model, tokenizer, config, train_dataset, "train_dataset")
+    eval_prompts = read_eval_prompts(model, tokenizer, config, eval_dataset)
+    if not eval_prompts and (config.eval_strategy != "no" or config.eval_on_start):
+        setting = "eval_on_start=True" if config.eval_strategy == "no" else f"eval_strategy={config.eval_strategy!r}"
+        raise UsageError(f"{setting} needs an eval_dataset; give one to GRPOTrainer, or leave the setting out")
+    parameters = FlatParameters(model, decayed_first=True)
+    if isinstance(ref_model, str | Path):
+        ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
+    policy = Policy(model, tokenizer, config, ref_model)
+    optimizer, scheduler = optimizers or (None, None)
+    if optimizer is None and scheduler is not None:
+        raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
+    if optimizer is not None:
+        _check_optimizer(optimizer, parameters)
+    return Setup(
+        config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
+        optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
+        default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards, functions=functions,
+        prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
+    )  # fmt: skip
+
+
+def _output_dir(model: Any, config: GRPOConfig) -> Path:
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    name = str(getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
+    return default_run_path("runs", f"{name}-grpo", config.seed)
+
+
+def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, name: str) -> PromptSource:
+    """The prompts of a dataset, as this model reads them. Raises UsageError if it cannot be used."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return prepare_prompts(
+        dataset, tokenizer, chat_template_kwargs=config.chat_template_kwargs, context_length=context,
+        max_completion_length=config.max_completion_length, name=name,
+    )  # fmt: skip
+
+
+def read_eval_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any) -> dict[str, PromptSource]:
+    """The prompts of one dataset under the name "", or of a mapping of several. Raises UsageError as read_prompts."""
+    if dataset is None:
+        return {}
+    several = isinstance(dataset, dict) and "prompt" not in dataset
+    parts = {f"eval_dataset[{name!r}]": name for name in dataset} if several else {"eval_dataset": ""}
+    return {
+        name: read_prompts(model, tokenizer, config, _whole(dataset[name] if several else dataset), said)
+        for said, name in parts.items()
+    }
+
+
+_MOST_ROWS = 1_000_000
+
+
+def _whole(dataset: Any) -> Any:
+    """A stream read to its end, as an evaluation needs all of it; anything else as it is."""
+    streamed = isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not isinstance(dataset, Iterator)
+    if not streamed:
+        return dataset
+    rows = list(itertools.islice(dataset, _MOST_ROWS + 1))
+    if len(rows) > _MOST_ROWS:
+        raise UsageError(f"eval_dataset is a stream of more than {_MOST_ROWS} rows; give dataset.take(n)")
+    return rows
+
+
+_RECOMPUTATION = ("gradient_checkpointing", "activation_checkpointing")
+
+
+def _configuration(args: Any) -> GRPOConfig:
+    if args is None:
+        args = GRPOConfig()
+    if type(args).__module__.startswith("trl.") and hasattr(args, "to_dict"):
+        settings = args.to_dict()  # TRL's own; its default for this one costs time and changes no number
+        args = GRPOConfig(**{k: v for k, v in settings.items() if k.removesuffix("_kwargs") not in _RECOMPUTATION})
+    if not isinstance(args, GRPOConfig):
+        raise UsageError(
+            f"args is a {type(args).__module__}.{type(args).__name__}; give a grouprl.lm.GRPOConfig, which takes the "
+            "same settings" + (": GRPOConfig(**args.to_dict())" if hasattr(args, "to_dict") else "")
+        )
+    return args.in_use()
+
+
+def _check_optimizer(optimizer: Any, parameters: FlatParameters) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(
+            f"optimizers holds {optimizer!r}, which is no optimizer; give torch.optim.SGD(...) or the like"
+        )
+    own = {id(parameter) for parameter in parameters.tensors}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise UsageError(
+            "the optimizer holds no parameter that is trained here; make it of the parameters of the very model that "
+            "is given, and with an adapter of the model that get_peft_model returns"
+        )
+
+
+def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:
+    """The model on its device, with adapter and frozen embeddings as asked for, and the tokenizer."""
+    options: dict[str, Any] = {} if not isinstance(model, str | Path) else {"dtype": config.master_dtype}
+    loaded: Any
+    loaded, tokenizer = load(model, tokenizer=tokenizer, model_init_kwargs=config.model_init_kwargs, **options)
+    if peft_config is not None:
+        if hasattr(loaded, "peft_config"):
+            raise UsageError(
+                "the model has an adapter already, and peft_config asks for another; leave peft_config out to train "
+                "that one, or give model.merge_and_unload()"
+            )
+        if isinstance(peft_config, Mapping):
+            raise UsageError("peft_config is a mapping; give peft.LoraConfig(...) or another configuration of PEFT's")
+        try:
+            from peft import get_peft_model
+        except ImportError as error:
+            raise UsageError("peft_config needs PEFT: pip install 'grouprl[lm]'") from error
+        try:
+            loaded = get_peft_model(loaded, peft_config)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"peft_config does not fit the model: {first_line(error)}") from error
+    loaded = loaded.to(config.device)
+    if config.freeze_embeddings:
+        loaded.get_input_embeddings().weight.requires_grad_(False)
+    return loaded, tokenizer
