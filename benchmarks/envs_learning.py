@@ -59,8 +59,8 @@ SOURCES = (
 BESIDE = (
     "The same environments and budgets, each side with settings tuned for it: ours as they ship, those of PPO "
     "(Stable-Baselines3) from RL-Zoo, most of which were tuned for a longer budget. `better`: the share of all pairs "
-    "of one of our seeds and one of PPO's in which ours returns more, ties counting half. Of two or three seeds an "
-    "interval is no more than their range."
+    "of one of our seeds and one of PPO's in which ours returns more, ties counting half. With two or three seeds "
+    "the interval is simply their range."
 )
 BESIDE_HEADER = ["environment", "steps", "grouprl: IQM [95 %]", "PPO: IQM [95 %]", "seeds", "better"]
 

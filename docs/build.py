@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = ROOT / "docs" / "reference.md"
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.S)
 HEADING = re.compile(r"^(#+) (.*)$", re.M)
-LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
 # --- marked blocks ---------------------------------------------------------------------------------------------------
@@ -69,11 +69,16 @@ def measured(file: Path, sections: list[str], page: Path, level: int) -> str:
         missing = "*{}: not measured yet.*\n\n"
         text = "".join(parts.get(section, missing.format(section)) for section in sections)
     text = HEADING.sub(lambda h: f"{'#' * (len(h[1]) - 1 + level)} {h[2]}", text)
-    text = LINK.sub(
-        lambda link: f"]({os.path.relpath((file.parent / link[1]).resolve(), page.parent)}{link[2] or ''})", text
-    )
+    text = LINK.sub(lambda link: moved(link, file.parent, page.parent), text)
     whole = os.path.relpath(file, page.parent)
     return text + (f"\nThe whole report: [{whole}]({whole}).\n" if sections else "")
+
+
+def moved(link: re.Match[str], old: Path, new: Path) -> str:
+    """A relative link of a page in ``old`` as a page in ``new`` writes it; a label that is the path changes with it."""
+    label, path, heading = link[1], link[2], link[3] or ""
+    there = os.path.relpath((old / path).resolve(), new)
+    return f"[{there if label == path else label}]({there}{heading})"
 
 
 def preset_differences(names: list[str]) -> str:

@@ -153,7 +153,10 @@ def test_the_reference_has_every_function_of_the_objective() -> None:
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/architecture.md", "docs/language-models.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "docs/tutorial.md", "docs/environments.md", "docs/architecture.md", "docs/language-models.md"],
+)
 @pytest.mark.usefixtures("short_training")
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
     """Blocks share their names; a block of text right after one is what it prints."""
@@ -312,6 +315,6 @@ def test_every_column_of_the_metrics_is_explained(tmp_path: Path) -> None:
         "CartPole-v1", tmp_path / "run", preset=None, steps=600, settings={"collect": "segments", "warmup_steps": 0},
         run={"video": False, "final_episodes": 1, "eval_episodes": 1, "track": ("none",)},
     )  # fmt: skip
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    explained = set(re.findall(r"`(\w+)`", text[text.index("### Metrics") :]))
+    text = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", text[text.index("## Metrics") :]))
     assert set(read_metrics(tmp_path / "run" / "metrics.csv")) <= explained
