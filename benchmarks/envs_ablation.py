@@ -21,7 +21,7 @@ RESULTS = learning.RESULTS.with_name("envs_ablation.jsonl")
 ENVIRONMENTS = ("Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "LunarLander-v3")
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "one baseline for all moments": {"advantage": "tutorial"},
+    "one baseline for all moments": {"advantage": "batch_returns"},
     "a baseline for each moment": {"advantage": "timestep"},
     "a baseline for whole episodes": {"advantage": "outcome"},
     "one environment": {"n_envs": 1},

@@ -139,7 +139,8 @@ def lm_settings_part() -> str:
 def _settings_tables(config: type[BaseModel], before: str = "") -> str:
     """A table for each section of a configuration; ``before`` is what its heading begins with."""
     text = ""
-    for title, names in _sections(inspect.getsource(config)):
+    classes = [kind for kind in reversed(config.__mro__) if issubclass(kind, BaseModel) and kind is not BaseModel]
+    for title, names in (section for kind in classes for section in _sections(inspect.getsource(kind))):
         rows = []
         for name in names:
             field = config.model_fields[name]
@@ -166,8 +167,13 @@ def _sections(source: str) -> Iterator[tuple[str, list[str]]]:
 
 def allowed(field: FieldInfo) -> str:
     """The values a field takes, in words."""
+    from grouprl.objective_settings import OneOf
+
     kinds = get_args(field.annotation) if get_origin(field.annotation) not in (Literal, tuple, dict) else ()
     kinds = kinds or (field.annotation,)
+    for limit in field.metadata:
+        if isinstance(limit, OneOf):
+            return ", ".join(f"`{name}`" for name in limit.names)
     words = []
     for kind in kinds:
         if get_origin(kind) is Literal:

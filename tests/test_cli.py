@@ -91,7 +91,7 @@ def test_presets_and_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> 
     assert call("presets") == 0
     assert "CartPole-v1" in capsys.readouterr().out
     assert call("presets", "tutorial") == 0
-    assert yaml.safe_load(capsys.readouterr().out)["config"]["advantage"] == "tutorial"
+    assert yaml.safe_load(capsys.readouterr().out)["config"]["advantage"] == "batch_returns"
     assert call("settings") == 0
     assert "learning_rate" in capsys.readouterr().out
 

@@ -610,7 +610,7 @@ class TestConfiguration:
             ({"advantage": "outcome", "n_envs": 1}, "n_envs=2"),
             ({"min_steps": 99_999}, "max_steps=16384 is below min_steps=99999"),
             ({"hidden_sizes": (64, 0)}, "hidden_sizes"),
-            ({"surrogate": "dual_clip", "dual_clip": 1.1}, "dual_clip=1.1 must exceed"),
+            ({"delta": 1.1}, "delta=1.1 must exceed"),
             ({"device": "gpu"}, "device"),
             ({"device": "cuda:99"}, "device"),
             ({"learning_rate": float("nan")}, "learning_rate"),

@@ -16,23 +16,22 @@ from grouprl.envs.estimate import advantages
 from grouprl.envs.learner import Learner
 
 TUTORIAL = {
-    "advantage": "tutorial",
+    "advantage": "batch_returns",
     "collect": "segments",
     "n_envs": 1,
     "n_steps": 200,
     "epochs": 10,
     "minibatch_size": 32,
     "minibatch_remainder": "keep",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
+    "epsilon": 0.2,
     "beta": 0.001,
     "entropy_coef": 0.0,
-    "kl": "exact_forward",
+    "kl_estimator": "exact_forward",
     "reference": "old",
     "gamma": 0.99,
     "learning_rate": 3e-4,
     "lr_schedule": "constant",
-    "adam_eps": 1e-8,
+    "adam_epsilon": 1e-8,
     "max_grad_norm": 0.5,
     "output_gain": 1.0,
     "hidden_gain": 1.0,
@@ -154,7 +153,7 @@ def test_a_whole_update_is_the_textbook_s(seed, monkeypatch):
 
 
 def test_the_comparison_would_notice_another_divergence(monkeypatch):
-    batch = Batch(kl="exact", beta=1.0)
+    batch = Batch(kl_estimator="exact", beta=1.0)
     order = []
     original = update_module.minibatches
     monkeypatch.setattr(update_module, "minibatches", lambda *args: order.extend(original(*args)) or order[-7:])

@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 from grouprl import TrainingError
 from grouprl.envs import update as module
-from grouprl.envs.update import FlatParameters, Terms, UpdateSettings, minibatches, update
+from grouprl.envs.update import Batch, Terms, UpdateSettings, minibatches, update
+from grouprl.learning.parameters import FlatParameters
+from grouprl.objective import Objective
 
 N_INPUTS, N_ACTIONS = 3, 4
 
@@ -47,9 +49,11 @@ class Problem:
 
     def run(self, pool=None, threads=1, **settings):
         defaults = {"epochs": 1, "minibatch_size": 64, "max_grad_norm": 1e9}
+        of_loss = {name: settings.pop(name) for name in ("beta", "entropy_coef") if name in settings}
         return update(
-            self.evaluate, self.parameters, self.optimizer, self.logp_old, self.advantages, self.weights,
-            UpdateSettings(**{**defaults, **settings}), np.random.default_rng(5), pool, threads,
+            Batch(self.evaluate, self.logp_old, self.advantages, self.weights), self.parameters, self.optimizer,
+            UpdateSettings(**{**defaults, **settings}, objective=Objective(**of_loss)), np.random.default_rng(5), pool,
+            threads,
         )  # fmt: skip
 
 
@@ -69,7 +73,7 @@ def test_the_flat_vector_and_the_module_are_the_same_numbers():
 def test_a_parameter_the_loss_does_not_reach_gets_gradient_zero():
     policy = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
     flat = FlatParameters(policy)
-    gradient = flat.gradient(3 * policy[0](torch.ones(1, 1)).sum())
+    gradient = flat.gradient_of(3 * policy[0](torch.ones(1, 1)).sum())
     assert gradient.tolist() == [3.0, 0.0]
 
 
@@ -104,7 +108,7 @@ def test_one_step_of_gradient_descent_is_the_one_computed_by_hand():
     assert (stats.epochs, stats.optimizer_steps, stats.clip_fraction) == (1, 1, 0.0)
 
 
-FULL = {"beta": 0.3, "entropy_coef": 0.1, "epochs": 3, "surrogate": "clip"}
+FULL = {"beta": 0.3, "entropy_coef": 0.1, "epochs": 3}
 
 
 @pytest.mark.parametrize("micro_batch", [1, 7, 63])
@@ -182,7 +186,7 @@ def test_the_epochs_end_once_the_policy_has_moved_too_far():
 
 
 def test_an_epoch_that_leaves_the_trust_region_far_behind_is_undone(monkeypatch):
-    monkeypatch.setattr("grouprl.envs.update.TOO_FAR", 3.0)
+    monkeypatch.setattr("grouprl.envs.update.UNDO_EPOCH_ABOVE", 3.0)
     one, two = Problem(lr=0.1), Problem(lr=0.1)
     after_one = one.run(epochs=1, kl_stop=1e9).approx_kl
     reached = two.run(epochs=2, kl_stop=1e9).approx_kl

@@ -8,13 +8,13 @@ from torch.testing import assert_close
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.objective import (
+    batch_returns,
     degenerate_fraction,
     leave_one_out,
     outcome,
     returns_to_go,
     standardise,
     timestep,
-    tutorial,
 )
 
 # Returns 3, 1 | 5, 5; groups interleaved on purpose.
@@ -83,12 +83,12 @@ def test_timestep_sees_credit_inside_an_episode_where_outcome_does_not():
     assert timestep(rewards, lengths, group).tolist() == [0.0, -1.0, 0.0, 1.0]
 
 
-def test_tutorial_is_the_batch_standardised_return_to_go():
+def test_batch_returns_is_the_batch_standardised_return_to_go():
     rewards, lengths = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 1])
     # to go at .5: 2, 2, 4; mean 8/3, variance ((2/3)^2 * 2 + (4/3)^2) / 2 = 4/3
     std = math.sqrt(4.0 / 3.0)
     expected = torch.tensor([-2.0 / 3.0 / std, -2.0 / 3.0 / std, 4.0 / 3.0 / std])
-    assert_close(tutorial(rewards, lengths, 0.5), expected)
+    assert_close(batch_returns(rewards, lengths, 0.5), expected)
 
 
 def test_standardise_uses_only_the_steps_asked_for():
@@ -155,12 +155,12 @@ def test_a_group_of_one_gets_exactly_zero(estimate):
     assert got.tolist() == [0.0, 0.0]
 
 
-def test_tutorial_of_equal_returns_to_go_is_exactly_zero():
-    assert tutorial(torch.full((5,), 0.1), torch.ones(5, dtype=torch.int64), 0.99).tolist() == [0.0] * 5
+def test_batch_returns_of_equal_returns_to_go_is_exactly_zero():
+    assert batch_returns(torch.full((5,), 0.1), torch.ones(5, dtype=torch.int64), 0.99).tolist() == [0.0] * 5
 
 
-def test_tutorial_of_a_single_step_is_zero_and_not_nan():
-    assert tutorial(torch.tensor([3.0]), torch.tensor([1]), 0.99).tolist() == [0.0]
+def test_batch_returns_of_a_single_step_is_zero_and_not_nan():
+    assert batch_returns(torch.tensor([3.0]), torch.tensor([1]), 0.99).tolist() == [0.0]
 
 
 def test_degenerate_fraction_counts_groups_not_samples():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.objective import gdpo, maxrl, opo, outcome, pass_at_k, reinforce_pp, standardise, tutorial
+from grouprl.objective import batch_returns, gdpo, maxrl, opo, outcome, pass_at_k, reinforce_pp, standardise
 
 # Returns 3, 1 | 5, 5; groups interleaved on purpose.
 REWARDS = torch.tensor([1.0, 2.0, 5.0, 1.0, 2.0, 3.0])
@@ -189,7 +189,7 @@ def test_gdpo_refuses_what_does_not_fit():
 # --- REINFORCE++ -----------------------------------------------------------------------------------------------------
 def test_reinforce_pp_whitens_the_return_to_go_over_the_batch():
     got = reinforce_pp(REWARDS, LENGTHS, gamma=0.5)
-    assert torch.equal(got, tutorial(REWARDS, LENGTHS, 0.5))
+    assert torch.equal(got, batch_returns(REWARDS, LENGTHS, 0.5))
     assert_close(got.mean(), torch.tensor(0.0), rtol=0.0, atol=1e-6)
     assert_close(got.std(), torch.tensor(1.0))
 

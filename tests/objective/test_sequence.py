@@ -10,7 +10,6 @@ from grouprl.errors import UsageError
 from grouprl.objective import (
     cispo,
     clipped,
-    dual_clipped,
     gspo_log_ratio,
     gspo_token_log_ratio,
     importance_logp,
@@ -20,11 +19,10 @@ from grouprl.objective import (
     sample_mean,
     sapo,
     spo,
-    two_sided,
 )
 
 LEVELS = ["token", "sequence", "sequence_token"]
-SURROGATES = [clipped, dual_clipped, two_sided, cispo, sapo, spo]
+SURROGATES = [clipped, cispo, sapo, spo]
 LENGTHS = torch.tensor([2, 1, 3])
 
 

@@ -8,19 +8,31 @@ from torch.testing import assert_close
 
 from grouprl.errors import UsageError
 from grouprl.objective import (
+    beyond,
     cispo,
-    clip_fraction,
     clipped,
     dppo,
     dppo_mask,
-    dual_clipped,
     ratio,
     sapo,
     spo,
-    two_sided,
+    vespo,
 )
 
-SURROGATES = [clipped, dual_clipped, two_sided, cispo, sapo, dppo, spo]
+
+def with_delta(logp, old, a):
+    return clipped(logp, old, a, delta=3.0)
+
+
+def dppo_kl(logp, old, a):
+    return dppo(logp, old, a, 0.05, "kl")
+
+
+def vespo_of_single_steps(logp, old, a):
+    return vespo(logp, old, a, torch.ones(len(logp), dtype=torch.int64))
+
+
+SURROGATES = [clipped, with_delta, cispo, sapo, dppo, dppo_kl, spo, vespo_of_single_steps]
 
 
 def at_ratios(ratios):
@@ -45,33 +57,35 @@ def test_clipped_by_hand():
 def test_the_two_clips_are_set_apart():
     logp, old = at_ratios([1.25, 0.75])
     a = torch.tensor([1.0, -1.0], dtype=torch.float64)
-    assert clipped(logp, old, a, clip_low=0.2, clip_high=0.28).tolist() == approx(-1.25, 0.8)
+    assert clipped(logp, old, a, epsilon=0.2, epsilon_high=0.28).tolist() == approx(-1.25, 0.8)
 
 
-def test_dual_clipped_bounds_the_loss_of_bad_steps_only():
+def test_delta_bounds_the_loss_of_bad_steps_only():
     logp, old = at_ratios([5.0, 5.0, 2.0])
     a = torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64)
-    loss = dual_clipped(logp, old, a, dual_clip=3.0)
+    loss = clipped(logp, old, a, delta=3.0)
     assert loss.tolist() == approx(3.0, -1.2, 2.0)
     loss.sum().backward()
     assert logp.grad.tolist() == approx(0.0, 0.0, 2.0)
 
 
-def test_two_sided_by_hand():
+def test_a_delta_of_4_by_hand():
     logp, old = at_ratios([1.0, 5.0, 3.0, 5.0, 0.5])
     a = torch.tensor([2.0, -1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    loss = two_sided(logp, old, a, delta=4.0)
+    loss = clipped(logp, old, a, delta=4.0)
     assert loss.tolist() == approx(-2.0, 4.0, 3.0, -1.2, 0.8)
     loss.sum().backward()
     assert logp.grad.tolist() == approx(-2.0, 0.0, 3.0, 0.0, 0.0)
 
 
 @given(st.lists(st.tuples(st.floats(-4, 4), st.floats(-3, 3)), min_size=1, max_size=8))
-def test_two_sided_is_the_dual_clip(steps):
+def test_a_delta_is_the_dual_clip_of_its_paper(steps):
+    """Where A < 0 the loss is at most -delta A (1912.09729); elsewhere nothing changes."""
     log_ratio, a = torch.tensor(steps, dtype=torch.float64).T
     old = torch.zeros_like(a)
     two, dual = (log_ratio.clone().requires_grad_() for _ in range(2))
-    got, expected = two_sided(two, old, a, 0.2, 0.3, delta=3.0), dual_clipped(dual, old, a, 0.2, 0.3, dual_clip=3.0)
+    got, plain = clipped(two, old, a, 0.2, 0.3, delta=3.0), clipped(dual, old, a, 0.2, 0.3)
+    expected = torch.where(a < 0, torch.minimum(plain, -3.0 * a), plain)
     assert_close(got, expected)
     got.sum().backward()
     expected.sum().backward()
@@ -125,6 +139,33 @@ def test_dppo_keeps_what_moved_by_less_than_the_threshold():
     assert dppo_mask(new, old, torch.tensor([1.0, -1.0]), threshold=0.1).tolist() == [False, False]
 
 
+def test_dppo_by_the_binary_divergence():
+    # p_old = .5: KL to .8 is .5 log(.5 / .8) + .5 log(.5 / .2) = .2231, to .6 it is .0204; of .01 and .05 it is .0243
+    old = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.01], dtype=torch.float64).log()
+    logp = torch.tensor([0.8, 0.8, 0.2, 0.6, 0.05], dtype=torch.float64).log().requires_grad_()
+    a = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
+    assert dppo_mask(logp, old, a, 0.05, "kl").tolist() == [False, True, False, True, True]
+    assert dppo_mask(logp, old, a, 0.02, "kl").tolist() == [False, True, False, False, False]
+    assert dppo_mask(logp, old, a, 0.2232, "kl").tolist() == [True] * 5
+    loss = dppo(logp, old, a, 0.05, "kl")
+    assert loss.tolist() == approx(0.0, 1.6, 0.0, -1.2, -5.0)
+    loss.sum().backward()
+    assert logp.grad.tolist() == approx(0.0, 1.6, 0.0, -1.2, -5.0)
+
+
+def test_vespo_weighs_a_sample_by_the_ratio_of_all_its_steps():
+    # samples of 2 and 1 steps: W = 2 * .75 = 1.5 with A = 2, and W = .5 with A = -1
+    logp, old = at_ratios([2.0, 0.75, 0.5])
+    a = torch.tensor([2.0, 2.0, -1.0], dtype=torch.float64)
+    loss = vespo(logp, old, a, torch.tensor([2, 1]))
+    phi = [1.5**2 * math.exp(3.0 * (1 - 1.5)), 0.5**3 * math.exp(2.0 * (1 - 0.5))]  # W^k e^(lambda (1 - W))
+    assert loss.tolist() == approx(
+        -phi[0] * 2.0 * math.log(2.0), -phi[0] * 2.0 * math.log(0.75), phi[1] * math.log(0.5)
+    )
+    loss.sum().backward()
+    assert logp.grad.tolist() == approx(-2.0 * phi[0], -2.0 * phi[0], phi[1])
+
+
 def test_spo_by_hand():
     logp, old = at_ratios([1.0, 1.2, 1.4, 0.8])
     a = torch.tensor([2.0, 2.0, 2.0, -2.0], dtype=torch.float64)
@@ -136,10 +177,12 @@ def test_spo_by_hand():
     assert logp.grad.tolist() == approx(-2.0, 0.0, 2.8, 0.0)
 
 
-def test_clip_fraction_marks_the_steps_without_gradient():
+def test_beyond_marks_the_steps_without_gradient():
     logp, old = at_ratios([1.0, 1.5, 0.5, 1.5, 0.5, 1.5])
     a = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, 0.0], dtype=torch.float64)
-    assert clip_fraction(logp, old, a).tolist() == [False, True, False, False, True, False]
+    low, high = beyond(logp, old, a, 0.8, 1.2)
+    assert low.tolist() == [False, False, False, False, True, False]
+    assert high.tolist() == [False, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -197,12 +240,10 @@ def test_shapes_and_clips_that_do_not_fit_are_refused():
         clipped(one, two, one)
     with pytest.raises(UsageError, match="advantages"):
         spo(one, one, two)
-    with pytest.raises(UsageError, match="clip_low"):
-        clipped(one, one, one, clip_low=1.5)
-    with pytest.raises(UsageError, match="dual_clip"):
-        dual_clipped(one, one, one, dual_clip=1.0)
+    with pytest.raises(UsageError, match="epsilon must"):
+        clipped(one, one, one, epsilon=1.5)
     with pytest.raises(UsageError, match="delta must exceed"):
-        two_sided(one, one, one, delta=1.2)
+        clipped(one, one, one, delta=1.2)
     with pytest.raises(UsageError, match="cap must"):
         cispo(one, one, one, cap=0.28)
     with pytest.raises(UsageError, match="floor"):
@@ -211,5 +252,9 @@ def test_shapes_and_clips_that_do_not_fit_are_refused():
         sapo(one, one, one, tau_negative=0.0)
     with pytest.raises(UsageError, match="threshold"):
         dppo(one, one, one, threshold=1.0)
-    with pytest.raises(UsageError, match="clip must"):
-        spo(one, one, one, clip=0.0)
+    with pytest.raises(UsageError, match="divergence must"):
+        dppo(one, one, one, divergence="js")
+    with pytest.raises(UsageError, match="lambda_negative must"):
+        vespo(one, one, one, torch.tensor([1]), lambda_negative=0.0)
+    with pytest.raises(UsageError, match="epsilon must"):
+        spo(one, one, one, epsilon=0.0)

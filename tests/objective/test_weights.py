@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from grouprl.errors import UsageError
-from grouprl.objective import clipped, constant_length, group_mean, sample_mean, token_mean
+from grouprl.objective import clipped, constant_length, sample_mean, sample_sum, token_mean
 
 LENGTHS = torch.tensor([1, 3])
 
@@ -24,9 +24,9 @@ def test_constant_length_by_hand():
     assert_close(constant_length(LENGTHS, 10), torch.full((4,), 0.05))
 
 
-def test_group_mean_by_hand():
-    lengths, group = torch.tensor([1, 2, 3]), torch.tensor([5, 2, 5])  # group 5 has 4 steps, group 2 has 2
-    assert_close(group_mean(lengths, group), torch.tensor([1 / 8, 1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8]))
+def test_sample_sum_by_hand():
+    assert_close(sample_sum(LENGTHS), torch.full((int(LENGTHS.sum()),), 1 / len(LENGTHS)))
+    assert_close(sample_sum(LENGTHS, n_samples=8), torch.full((int(LENGTHS.sum()),), 1 / 8))
 
 
 def test_denominators_may_count_what_is_not_present():
@@ -54,8 +54,6 @@ def test_a_denominator_below_what_is_present_is_refused():
 def test_a_mean_over_no_steps_is_refused():
     with pytest.raises(UsageError, match="sample 1 has length 0"):
         sample_mean(torch.tensor([2, 0]))
-    with pytest.raises(UsageError, match="group 9 has no steps"):
-        group_mean(torch.tensor([2, 0]), torch.tensor([3, 9]))
     with pytest.raises(UsageError, match="no step to weigh"):
         token_mean(torch.tensor([0]))
 
@@ -65,11 +63,10 @@ def test_a_constant_length_must_be_positive():
         constant_length(LENGTHS, 0)
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 2**31))
-def test_every_mean_has_weights_that_sum_to_one(lengths, seed):
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_every_mean_has_weights_that_sum_to_one(lengths):
     packed = torch.tensor(lengths)
-    group = torch.randint(0, 3, (len(lengths),), generator=torch.Generator().manual_seed(seed))
-    for weights in (sample_mean(packed), token_mean(packed), group_mean(packed, group)):
+    for weights in (sample_mean(packed), token_mean(packed)):
         assert_close(weights.sum(), torch.tensor(1.0))
 
 
@@ -80,12 +77,11 @@ def test_every_mean_has_weights_that_sum_to_one(lengths, seed):
 )
 def test_the_gradient_is_the_same_for_every_split_into_micro_batches(lengths, cuts, seed):
     packed, generator = torch.tensor(lengths), torch.Generator().manual_seed(seed)
-    group = torch.randint(0, 3, (len(lengths),), generator=generator)
     steps = sum(lengths)
     features = torch.randn(steps, 4, generator=generator, dtype=torch.float64)
     old, advantages = torch.randn(2, steps, generator=generator, dtype=torch.float64)
     edges = [0, *sorted(c for c in cuts if c <= steps), steps]
-    for weights in (sample_mean(packed), token_mean(packed), constant_length(packed, 9), group_mean(packed, group)):
+    for weights in (sample_mean(packed), token_mean(packed), constant_length(packed, 9), sample_sum(packed)):
         gradients = []
         for spans in ([(0, steps)], list(pairwise(edges))):
             theta = torch.full((4,), 0.3, dtype=torch.float64, requires_grad=True)

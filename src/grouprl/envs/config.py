@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from grouprl.errors import UsageError
+from grouprl.objective import DIVERGENCES, ESTIMATORS
+from grouprl.objective.estimators import names as estimator_names
+from grouprl.objective.losses import names as loss_names
+from grouprl.objective_settings import (
+    RENAMED_ADVANTAGES,
+    RENAMED_LOSSES,
+    ObjectiveSettings,
+    OneOf,
+    explain,
+    objective_problems,
+    unknown_setting,
+)
 
-NEEDS_WHOLE_EPISODES = ("outcome", "leave_one_out", "timestep")
+_ADVANTAGES, _LOSSES = estimator_names(environments=True), loss_names(environments=True)
+NEEDS_WHOLE_EPISODES = tuple(name for name in _ADVANTAGES if ESTIMATORS[name].whole_samples)
 
 
-class GRPOConfig(BaseModel):
+class GRPOConfig(ObjectiveSettings):
     """Every choice of a training run in the environment arena.
 
     The defaults are the *robust default*: the one configuration meant for an environment nobody tuned.
@@ -54,26 +66,22 @@ class GRPOConfig(BaseModel):
     warmup_steps: int = Field(2048, ge=0, description="random steps that start the observation statistics; counted")
 
     # --- advantages ----------------------------------------------------------------------------------------------
-    advantage: Literal["baseline", "outcome", "leave_one_out", "timestep", "tutorial"] = Field(
-        "baseline",
-        description="estimator: closed-form group baseline, DeepSeekMath outcome, RLOO, time-step group, the chapter's",
+    advantage: Annotated[str, OneOf(_ADVANTAGES, RENAMED_ADVANTAGES)] = Field(
+        "baseline", description="estimator; the table of estimators says what each computes"
     )
     gamma: float = Field(0.99, ge=0, le=1, description="discount")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the generalised advantage on the baseline")
-    scale_by_std: bool = Field(True, description="divide outcome advantages by the group's standard deviation")
     baseline_features: int = Field(128, ge=1, description="random features of the closed-form baseline")
     baseline_ridge: float = Field(1e-4, gt=0, description="ridge of its regression, relative to each feature's power")
     baseline_sweeps: int = Field(2, ge=1, description="regressions per batch, each on the targets of the last")
     skip_without_signal: bool = Field(True, description="no update from a batch whose rewards say nothing")
 
-    # --- objective -----------------------------------------------------------------------------------------------
-    surrogate: Literal["clip", "dual_clip", "spo"] = Field("clip", description="policy surrogate")
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - clip_low")
-    clip_high: float = Field(0.2, gt=0, description="ratio is clipped above 1 + clip_high; epsilon of spo")
-    dual_clip: float = Field(3.0, gt=1, description="bound c of dual_clip for negative advantages")
+    # --- loss ----------------------------------------------------------------------------------------------------
+    loss_type: Annotated[str, OneOf(_LOSSES, RENAMED_LOSSES)] = Field(
+        "dapo", description="surrogate and how steps are averaged; the table of losses says what each computes"
+    )
     entropy_coef: float = Field(0.01, ge=0, description="weight of the entropy bonus")
-    beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the reference policy")
-    kl: Literal["exact", "exact_forward", "k1", "k2", "k3"] = Field(
+    kl_estimator: Annotated[str, OneOf(tuple(DIVERGENCES))] = Field(
         "exact", description="KL(policy || reference) in closed form, KL(reference || policy), or a sampled estimate"
     )
     reference: str = Field("initial", description="old | initial | periodic | the path of a saved model")
@@ -96,7 +104,7 @@ class GRPOConfig(BaseModel):
         None, gt=0, description="end the epochs once KL(old || new) exceeds this; one beyond four times it is undone"
     )
     max_grad_norm: float = Field(0.5, gt=0, description="bound on the global gradient norm")
-    adam_eps: float = Field(1e-5, gt=0, description="Adam epsilon")
+    adam_epsilon: float = Field(1e-5, gt=0, description="Adam epsilon")
 
     # --- policy --------------------------------------------------------------------------------------------------
     hidden_sizes: tuple[int, ...] = Field((64, 64), description="widths of the hidden layers")
@@ -129,9 +137,9 @@ class GRPOConfig(BaseModel):
         if self.advantage in NEEDS_WHOLE_EPISODES and self.collect == "segments":
             raise ValueError(
                 f"advantage={self.advantage!r} compares whole episodes but collect is 'segments'; "
-                "set collect=episodes, or advantage=baseline or tutorial"
+                "set collect=episodes, or advantage=baseline or batch_returns"
             )
-        if self.advantage in NEEDS_WHOLE_EPISODES and self.group_size is None and self.n_envs < 2:
+        if ESTIMATORS[self.advantage].compares and self.group_size is None and self.n_envs < 2:
             raise ValueError(
                 f"advantage={self.advantage!r} compares at least 2 episodes but n_envs=1 and there is no group_size; "
                 "set n_envs=2 or more"
@@ -142,10 +150,8 @@ class GRPOConfig(BaseModel):
             )
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")
-        if self.surrogate == "dual_clip" and self.dual_clip <= 1 + self.clip_high:
-            raise ValueError(
-                f"dual_clip={self.dual_clip} must exceed 1 + clip_high = {1 + self.clip_high}; 3.0 is usual"
-            )
+        if found := objective_problems(self, self.loss_type):
+            raise ValueError("; ".join(found))
         if self.group_size is not None and self.vectorization in ("vector_entry_point", "envpool"):
             raise ValueError(
                 f"group_size needs a reset seed for each environment, which vectorization={self.vectorization} cannot "
@@ -169,9 +175,7 @@ def check_names(values: Mapping[str, Any]) -> None:
     known = GRPOConfig.model_fields
     for name in values:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known settings: {', '.join(sorted(known))}"
-            raise UsageError(f"unknown setting {name!r}; {hint}")
+            raise UsageError(unknown_setting(name, known, lambda: f"known settings: {', '.join(sorted(known))}"))
 
 
 def make_config(values: Mapping[str, Any]) -> GRPOConfig:
@@ -181,18 +185,7 @@ def make_config(values: Mapping[str, Any]) -> GRPOConfig:
         UsageError: an unknown name (with the closest known one), or a value that is not allowed.
     """
     check_names(values)
-    known = GRPOConfig.model_fields
     try:
         return GRPOConfig(**values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            name = ".".join(str(part) for part in problem["loc"][:1])
-            message = problem["msg"].removeprefix("Value error, ")
-            if name:
-                field = known[name]
-                message = (
-                    f"{name}={problem['input']!r}: {message} ({field.description}; default {field.get_default()!r})"
-                )
-            lines.append(message)
-        raise UsageError("; ".join(lines)) from None
+        raise UsageError(explain(error, GRPOConfig.model_fields)) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from grouprl import objective
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.rollout import Rollout
-from grouprl.objective import RandomFeatures
+from grouprl.objective import ESTIMATORS, RandomFeatures
+from grouprl.objective.estimators import Estimation
 from grouprl.objective.user_functions import TensorFunction, own_advantages
 
 DEFAULT_HORIZON = 1000
@@ -23,7 +23,7 @@ MAX_FIT_STEPS = 8192
 CHUNK = 8192
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
-EQUAL = 1e-6
+SAME_RETURN_BELOW = 1e-6
 """Relative difference up to which returns summed in float32 count as equal."""
 
 
@@ -80,7 +80,7 @@ class Baseline:
             values = self.values(rollout.inputs, rollout.elapsed)
             advantages = objective.gae(rollout.rewards, values, last, rollout.lengths, config.gamma, config.gae_lambda)
         lowest, highest = torch.aminmax(values + advantages)
-        if float(highest - lowest) <= EQUAL * float(torch.maximum(highest.abs(), lowest.abs())):
+        if float(highest - lowest) <= SAME_RETURN_BELOW * float(torch.maximum(highest.abs(), lowest.abs())):
             # What the ridge leaves over of equal returns is no signal; scaled to unit variance it would pass for one.
             advantages = torch.zeros_like(advantages)
         return advantages, fit.explained_variance
@@ -133,26 +133,18 @@ def advantages(
 
     ``own`` is a function of the user's, in the place of ``config.advantage``.
 
-    ``outcome`` is used as it comes (it is normalised in its group); every other estimator is centred and scaled once
-    over the trainable steps of the batch.
+    An estimator that does not scale its advantages itself is centred and scaled once over the trainable steps of the
+    batch; so is a user's.
     """
     rewards, lengths, group = rollout.rewards, rollout.lengths, rollout.group
     if own is not None:
         return objective.standardise(own_advantages(own, rewards, lengths, group), rollout.trainable), {}
-    if config.advantage == "baseline":
+    estimator, info = ESTIMATORS[config.advantage], {}
+    if estimator.function is None:
         assert baseline is not None
-        raw, explained = baseline.advantages(rollout, config)
-        return objective.standardise(raw, rollout.trainable), {"explained_variance": explained}
-    if config.advantage == "tutorial":
-        return objective.tutorial(rewards, lengths, config.gamma), {}
-    info = {"degenerate_groups": objective.degenerate_fraction(rewards, lengths, group)}
-    match config.advantage:
-        case "outcome":
-            return objective.outcome(rewards, lengths, group, scale=config.scale_by_std), info
-        case "leave_one_out":
-            raw = objective.leave_one_out(rewards, lengths, group)
-        case "timestep":
-            raw = objective.timestep(rewards, lengths, group, gamma=config.gamma)
-        case other:
-            assert_never(other)
-    return objective.standardise(raw, rollout.trainable), info
+        raw, info["explained_variance"] = baseline.advantages(rollout, config)
+    else:
+        raw = estimator.function(rewards, lengths, group, Estimation(config.gamma, config.scale_rewards))
+    if estimator.compares:
+        info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)
+    return (objective.standardise(raw, rollout.trainable) if estimator.standardised else raw), info

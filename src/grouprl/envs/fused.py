@@ -19,8 +19,10 @@ from grouprl.envs.distributions import Categorical, DiagonalGaussian
 from grouprl.envs.mlp import MLP, described, kernels
 from grouprl.envs.policy import Policy
 from grouprl.envs.update import Gradient, UpdateSettings
+from grouprl.objective import Objective
 
-_SURROGATES = ("clip", "dual_clip", "spo")
+_CLIP, _DUAL_CLIP, _SPO = range(3)
+"""What compiled code calls the surrogates it knows."""
 
 
 class _Objective(Structure):
@@ -44,8 +46,9 @@ def fused_gradient(
 ) -> Gradient | None:
     """The gradient of any steps of a batch, for :func:`grouprl.envs.update.update`; None where autograd has to do it.
 
-    It is there on a CPU for one categorical or normal distribution of actions, without masks and without a divergence
-    to a reference policy: for the default network as a whole, for any other from its outputs on.
+    It is there on a CPU for one categorical or normal distribution of actions and the losses dapo and spo, without
+    masks and without a divergence to a reference policy: for the default network as a whole, for any other from its
+    outputs on.
 
     Args:
         policy: its parameters are read where they are, at every call.
@@ -56,16 +59,18 @@ def fused_gradient(
     gaussian = isinstance(distribution, DiagonalGaussian)
     if (
         not (policy.native and (gaussian or isinstance(distribution, Categorical)))
-        or settings.beta > 0
+        or (kind := _surrogate(settings.objective)) is None
+        or settings.objective.beta > 0
         or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in (logp_old, advantages))
         or actions.device.type != "cpu"
         or actions.dtype != (torch.float32 if gaussian else torch.int64)
         or not all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
     ):
         return None
+    o = settings.objective
     objective = _Objective(
-        _SURROGATES.index(settings.surrogate), gaussian, settings.clip_low, settings.clip_high, settings.dual_clip,
-        settings.entropy_coef, policy.log_std.data_ptr() if gaussian else None,
+        kind, gaussian, o.epsilon, o.high, o.delta or 0.0, o.entropy_coef,
+        policy.log_std.data_ptr() if gaussian else None,
     )  # fmt: skip
     batch = _Steps(actions.contiguous(), logp_old.contiguous(), advantages.contiguous())
     network = policy.network
@@ -73,8 +78,17 @@ def fused_gradient(
         parameters = ([policy.log_std] if gaussian else []) + network.in_order
         x = inputs["flat"]
         if x.dtype == torch.float32 and [id(p) for p in parameters] == [id(p) for p in policy.parameters()]:
-            return _of_all(network, parameters, settings, objective, batch, x.contiguous())
-    return _of_what_is_behind(policy, settings, objective, batch, inputs)
+            return _default_network_gradient(network, parameters, objective, batch, x.contiguous())
+    return _outputs_gradient(policy, settings, objective, batch, inputs)
+
+
+def _surrogate(objective: Objective) -> int | None:
+    """The number of the surrogate for compiled code; None where autograd has to do it."""
+    if objective.surrogate_function is not None or objective.loss_type not in ("dapo", "spo"):
+        return None
+    if objective.loss_type == "spo":
+        return _SPO
+    return _CLIP if objective.delta is None else _DUAL_CLIP
 
 
 @dataclass(frozen=True)
@@ -93,8 +107,8 @@ class _Steps:
         )
 
 
-def _of_all(
-    network: MLP, parameters: Sequence[Tensor], settings: UpdateSettings, objective: Any, batch: _Steps, x: Tensor
+def _default_network_gradient(
+    network: MLP, parameters: Sequence[Tensor], objective: Any, batch: _Steps, x: Tensor
 ) -> Gradient:
     """The gradient by ``parameters`` in one call, from inputs ``x [S, n_inputs]``."""
     compiled, net = kernels.functions(), described(network.tanh, network.in_order)
@@ -109,12 +123,12 @@ def _of_all(
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the gradient of {len(index)} steps")
-        return made, _logged(sums, settings)
+        return made, _logged(sums)
 
     return gradient
 
 
-def _of_what_is_behind(
+def _outputs_gradient(
     policy: Policy, settings: UpdateSettings, objective: Any, batch: _Steps, inputs: Mapping[str, Tensor]
 ) -> Gradient:
     """The gradient by the policy's parameters: autograd's through the network, compiled code's through the rest."""
@@ -122,7 +136,7 @@ def _of_what_is_behind(
     learned = [p for p in parameters if not (policy.gaussian and p is policy.log_std)]
 
     def gradient(index: Tensor, denominator: int) -> tuple[Tensor, Tensor]:
-        total, logged = None, torch.zeros(3, dtype=torch.float32, device="cpu")
+        total, logged = None, torch.zeros(2, dtype=torch.float32, device="cpu")
         for i in index.tensor_split(-(-len(index) // settings.micro_batch)):
             rows, sums = i.contiguous(), (c_double * 2)()
             out = policy.outputs({key: value.index_select(0, rows) for key, value in inputs.items()})
@@ -141,14 +155,13 @@ def _of_what_is_behind(
                 p.new_zeros(p.numel()) if g is None else g.reshape(-1) for p, g in zip(parameters, made, strict=True)
             ])  # fmt: skip
             total = flat if total is None else total.add_(flat)
-            logged += _logged(sums, settings)
+            logged += _logged(sums)
         assert total is not None
         return total, logged
 
     return gradient
 
 
-def _logged(sums: Any, settings: UpdateSettings) -> Tensor:
-    """Policy loss, divergence and entropy, as the update loop adds them up."""
-    entropy = sums[1] if settings.entropy_coef > 0 else 0.0
-    return torch.tensor([sums[0], 0.0, entropy], dtype=torch.float32, device="cpu")
+def _logged(sums: Any) -> Tensor:
+    """Policy loss and divergence, as the update loop adds them up."""
+    return torch.tensor([sums[0], 0.0], dtype=torch.float32, device="cpu")

@@ -18,10 +18,13 @@ from grouprl.envs.config import GRPOConfig
 from grouprl.envs.fused import fused_gradient
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
-from grouprl.envs.update import FlatParameters, Terms, UpdateSettings, UpdateStats, update
+from grouprl.envs.update import Batch, Terms, UpdateSettings, UpdateStats, update
 from grouprl.errors import UsageError
+from grouprl.learning.parameters import FlatParameters
 from grouprl.machine.memory import keep_freed_memory
-from grouprl.objective import sampled_kl_loss
+from grouprl.objective import LOSSES, Objective
+from grouprl.objective.packed import segment_sum
+from grouprl.objective.user_functions import TensorFunction
 from grouprl.runs import RunFolder
 from grouprl.runs.state import load_state
 
@@ -74,10 +77,16 @@ def single_threaded_kernels() -> Iterator[None]:
 class Learner:
     """Owns the policy's parameters and how they change."""
 
-    def __init__(self, policy: Policy, config: GRPOConfig, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: GRPOConfig,
+        rng: np.random.Generator,
+        surrogate_function: TensorFunction | None = None,
+    ) -> None:
         self.policy, self.config, self.rng = policy, config, rng
         self.parameters = FlatParameters(policy)
-        self.optimizer = Adam(self.parameters.vector, config.learning_rate, config.adam_eps, native=config.native)
+        self.optimizer = Adam(self.parameters.vector, config.learning_rate, config.adam_epsilon, native=config.native)
         self.learning_rate = config.learning_rate
         self.updates = 0
         self.reference: Policy | None = None
@@ -89,12 +98,7 @@ class Learner:
             epochs=c.epochs,
             minibatch_size=c.minibatch_size,
             minibatch_remainder=c.minibatch_remainder,
-            surrogate=c.surrogate,
-            clip_low=c.clip_low,
-            clip_high=c.clip_high,
-            dual_clip=c.dual_clip,
-            beta=c.beta,
-            entropy_coef=c.entropy_coef,
+            objective=Objective.of(c, surrogate_function),
             max_grad_norm=c.max_grad_norm,
             kl_stop=2 * c.kl_target if c.lr_schedule == "adaptive" and c.kl_stop is None else c.kl_stop,
             micro_batch=IMAGE_MICRO_BATCH if policy.encoders else UpdateSettings.micro_batch,
@@ -115,7 +119,7 @@ class Learner:
         distribution = self.policy.distribution
         logp_old = distribution.log_prob(behaviour, actions)
         reference = self._reference_params(inputs, behaviour, mask)
-        kl_kind, entropy_coef = self.config.kl, self.config.entropy_coef
+        kl_kind, entropy_coef = self.config.kl_estimator, self.config.entropy_coef
 
         def evaluate(index: Tensor) -> Terms:
             params = self.policy({key: value.index_select(0, index) for key, value in inputs.items()})
@@ -123,7 +127,7 @@ class Learner:
                 params = distribution.apply_mask(params, mask.index_select(0, index))
             chosen = actions.index_select(0, index)
             logp = distribution.log_prob(params, chosen)
-            kl = None
+            kl = logp_ref = None
             if reference is not None:
                 other = reference.index_select(0, index)
                 if kl_kind == "exact":
@@ -131,34 +135,44 @@ class Learner:
                 elif kl_kind == "exact_forward":
                     kl = distribution.kl(other, params)
                 else:
-                    kl = sampled_kl_loss(
-                        logp, distribution.log_prob(other, chosen), kl_kind, logp_old=logp_old.index_select(0, index)
-                    )
-            return Terms(logp, distribution.entropy(params) if entropy_coef > 0 else None, kl)
+                    logp_ref = distribution.log_prob(other, chosen)
+            return Terms(logp, distribution.entropy(params) if entropy_coef > 0 else None, kl, logp_ref)
 
         self.optimizer.learning_rate = self.rate(progress)
         advantages = rows(advantages)
-        fused = (
-            fused_gradient(self.policy, self.settings, inputs, actions, logp_old, advantages) if mask is None else None
-        )
+        weights = self._weights(rollout, keep)
+        gradient_of = None
+        if mask is None and weights is None:
+            gradient_of = fused_gradient(self.policy, self.settings, inputs, actions, logp_old, advantages)
         stats = update(
-            evaluate,
+            Batch(evaluate, logp_old, advantages, weights, gradient_of),
             self.parameters,
             self.optimizer,
-            logp_old,
-            advantages,
-            None,
             self.settings,
             self.rng,
             self.pool,
             self.config.threads,
-            fused,
         )
         self._adapt(stats.approx_kl, progress)
         self.updates += 1
         if self.config.reference == "periodic" and self.updates % self.config.reference_every == 0:
             self.refresh_reference()
         return stats
+
+    def _weights(self, rollout: Rollout, keep: Tensor) -> Tensor | None:
+        """Weights ``[m]`` with mean 1 of the steps learned from, or None where the loss gives all the same."""
+        objective = self.settings.objective
+        steps = torch.zeros(rollout.n_steps, dtype=torch.int64)
+        steps[keep] = 1
+        lengths = segment_sum(steps, rollout.lengths)
+        lengths = lengths[lengths > 0]
+        if not len(lengths):
+            return None
+        weights = LOSSES[objective.loss_type].weights(objective, lengths, len(lengths))
+        lowest, highest = torch.aminmax(weights)
+        if bool(lowest == highest):
+            return None
+        return (weights * len(weights)).to(self.policy.mean.device)
 
     def refresh_reference(self) -> None:
         """Make the current policy the reference policy."""

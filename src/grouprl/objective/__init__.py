@@ -7,21 +7,36 @@ padding and so no mask. A sample is one contiguous run of steps: a completion of
     rewards -> rewards [S]                    shaping
     rewards [S] -> advantages [S]             returns, advantages, outcomes, baseline
     log-probabilities [S] -> losses [S]       surrogates, sequence, divergences
-    lengths [N] -> weights [S]                weights;  loss = (weights * losses).sum()
+    lengths [N] -> weights [S]                weights
+    all of it -> the loss                     loss: policy_loss, the one function that both arenas minimise
+
+What a configuration can name stands in three tables: LOSSES, ESTIMATORS and DIVERGENCES.
 
 Since a weight belongs to its step, any split of the steps into micro-batches adds up to the same gradient.
 """
 
 from grouprl.objective.advantages import (
+    batch_returns,
     degenerate_fraction,
     leave_one_out,
     outcome,
     standardise,
     timestep,
-    tutorial,
 )
 from grouprl.objective.baseline import BaselineFit, RandomFeatures, fit_baseline
-from grouprl.objective.divergences import bernoulli_kl, categorical_kl, gaussian_kl, k1, k2, k3, sampled_kl_loss
+from grouprl.objective.divergences import (
+    DIVERGENCES,
+    bernoulli_kl,
+    categorical_kl,
+    gaussian_kl,
+    k1,
+    k2,
+    k3,
+    sampled_kl_loss,
+)
+from grouprl.objective.estimators import ESTIMATORS
+from grouprl.objective.loss import Fixed, LossTerms, policy_loss
+from grouprl.objective.losses import LOSSES, Objective
 from grouprl.objective.outcomes import gdpo, maxrl, opo, pass_at_k, reinforce_pp
 from grouprl.objective.packed import (
     discounted_suffix_sum,
@@ -34,39 +49,33 @@ from grouprl.objective.packed import (
 from grouprl.objective.returns import gae, returns_to_go
 from grouprl.objective.sequence import gspo_log_ratio, gspo_token_log_ratio, importance_logp, off_policy_mask
 from grouprl.objective.shaping import kl_in_reward, soft_overlong
-from grouprl.objective.surrogates import (
-    cispo,
-    clip_fraction,
-    clipped,
-    dppo,
-    dppo_mask,
-    dual_clipped,
-    ratio,
-    sapo,
-    spo,
-    two_sided,
-)
-from grouprl.objective.weights import constant_length, group_mean, sample_mean, token_mean
+from grouprl.objective.surrogates import beyond, cispo, clipped, dppo, dppo_mask, ratio, sapo, spo, vespo
+from grouprl.objective.weights import constant_length, sample_mean, sample_sum, token_mean
 
 __all__ = [
+    "DIVERGENCES",
+    "ESTIMATORS",
+    "LOSSES",
     "BaselineFit",
+    "Fixed",
+    "LossTerms",
+    "Objective",
     "RandomFeatures",
+    "batch_returns",
     "bernoulli_kl",
+    "beyond",
     "categorical_kl",
     "cispo",
-    "clip_fraction",
     "clipped",
     "constant_length",
     "degenerate_fraction",
     "discounted_suffix_sum",
     "dppo",
     "dppo_mask",
-    "dual_clipped",
     "fit_baseline",
     "gae",
     "gaussian_kl",
     "gdpo",
-    "group_mean",
     "gspo_log_ratio",
     "gspo_token_log_ratio",
     "importance_logp",
@@ -81,12 +90,14 @@ __all__ = [
     "opo",
     "outcome",
     "pass_at_k",
+    "policy_loss",
     "position",
     "ratio",
     "reinforce_pp",
     "remaining",
     "returns_to_go",
     "sample_mean",
+    "sample_sum",
     "sampled_kl_loss",
     "sapo",
     "segment_ids",
@@ -96,6 +107,5 @@ __all__ = [
     "standardise",
     "timestep",
     "token_mean",
-    "tutorial",
-    "two_sided",
+    "vespo",
 ]

@@ -86,7 +86,7 @@ def timestep(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float = 1.0
     return torch.where(highest == lowest, 0.0, to_go - baseline).to(rewards.dtype)
 
 
-def tutorial(rewards: Tensor, lengths: Tensor, gamma: float, eps: float = 1e-8) -> Tensor:
+def batch_returns(rewards: Tensor, lengths: Tensor, gamma: float, eps: float = 1e-8) -> Tensor:
     """[S]: the discounted return-to-go of each step, centred and scaled over all S steps: (G - mean) / (std + eps).
 
     No groups and no bootstrap: the batch is the baseline. std divides by S - 1. Equal returns-to-go give exactly 0.

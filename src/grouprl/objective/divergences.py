@@ -1,6 +1,7 @@
 """Kullback-Leibler divergences per step [S]: exact where the action space allows, estimated from samples elsewhere."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,9 +72,45 @@ def k3(logp: Tensor, logp_ref: Tensor) -> Tensor:
     return ratio(-d, torch.zeros_like(d)) + d - 1.0
 
 
-def sampled_kl_loss(
-    logp: Tensor, logp_ref: Tensor, estimator: Literal["k1", "k2", "k3"], logp_old: Tensor | None = None
-) -> Tensor:
+class Divergence(NamedTuple):
+    """A way to measure how far the policy is from the reference, as the setting `kl_estimator` names it.
+
+    Attributes:
+        about: what it computes, for people.
+        value: (logp, logp_ref) -> [S], the estimate from sampled actions as a number to look at; None where the
+            divergence is exact: it then comes from the distributions of the action space.
+        loss: (rho, logp, logp_ref, logp_old) -> [S], the same as a loss whose gradient is right; see
+            `sampled_kl_loss`.
+    """
+
+    about: str
+    value: Callable[[Tensor, Tensor], Tensor] | None = None
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "exact": Divergence("KL(policy || reference) in closed form"),
+    "exact_forward": Divergence("KL(reference || policy) in closed form"),
+    "k1": Divergence(
+        "KL(policy || reference) from sampled actions: the log-ratio; unbiased, noisy",
+        k1, lambda rho, logp, ref, old: rho * k1(logp, ref).detach(),
+    ),
+    "k2": Divergence(
+        "KL(policy || reference) from sampled actions: half the squared log-ratio; biased, never negative",
+        k2, lambda rho, logp, ref, old: rho.detach() * k2(logp, ref),
+    ),
+    # rho exp(-d) is ref / old: written so, no large exp(-d) meets a small rho.
+    "k3": Divergence(
+        "KL(policy || reference) from sampled actions: unbiased and never negative",
+        k3, lambda rho, logp, ref, old: rho * (k1(logp, ref) - 1.0) + ratio(ref, old),
+    ),
+}  # fmt: skip
+"""Every divergence a configuration can name."""
+
+SAMPLED_DIVERGENCES = tuple(name for name, entry in DIVERGENCES.items() if entry.value is not None)
+
+
+def sampled_kl_loss(logp: Tensor, logp_ref: Tensor, estimator: str, logp_old: Tensor | None = None) -> Tensor:
     """[S]: an estimate of KL(pi || ref) whose *gradient*, too, is that of KL(pi || ref).
 
     The estimators above are right as values but not as losses: the sampled actions depend on pi as well. Differentiated
@@ -84,20 +121,14 @@ def sampled_kl_loss(
     rho = 1 in value). All three have the gradient rho d grad logp and differ in value only; k1 with a live d would add
     rho grad logp, of mean zero: noise and nothing else. Sources: the estimators, J. Schulman 2020, "Approximating KL
     divergence"; their gradients, arXiv 2512.21852; rho * k3, DeepSeek-V3.2, 2512.02556, equation 7.
-    Raises UsageError on differing shapes or an unknown estimator.
+    Raises UsageError on differing shapes or an estimator that is not in SAMPLED_DIVERGENCES.
     """
     _check_same_shape("logp", logp, "logp_ref", logp_ref)
-    logp_ref = logp_ref.detach()
+    entry = DIVERGENCES.get(estimator)
+    if entry is None or entry.loss is None:
+        raise UsageError(f"estimator must be {' or '.join(SAMPLED_DIVERGENCES)}, got {estimator!r}.")
     logp_old = (logp if logp_old is None else logp_old).detach()
-    rho = ratio(logp, logp_old)
-    if estimator == "k1":
-        return rho * k1(logp, logp_ref).detach()
-    if estimator == "k2":
-        return rho.detach() * k2(logp, logp_ref)
-    if estimator == "k3":
-        # rho exp(-d) is ref / old: written so, no large exp(-d) meets a small rho.
-        return rho * (k1(logp, logp_ref) - 1.0) + ratio(logp_ref, logp_old)
-    raise UsageError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}.')
+    return entry.loss(ratio(logp, logp_old), logp, logp_ref.detach(), logp_old)
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.objective.advantages import outcome, standardise, tutorial
+from grouprl.objective.advantages import batch_returns, outcome, standardise
 from grouprl.objective.groups import check_ddof, group_returns, per_step
 from grouprl.objective.packed import (
     accumulator_dtype,
@@ -155,7 +155,7 @@ def reinforce_pp(
         raise UsageError("baseline=True compares samples of a group: pass group [N].")
     g = group_returns(rewards, lengths, torch.zeros_like(lengths) if group is None else group)
     if not baseline:
-        return tutorial(rewards, lengths, gamma)
+        return batch_returns(rewards, lengths, gamma)
     if not 0.0 <= gamma <= 1.0:
         raise UsageError(f"gamma must lie in [0, 1], got {gamma}; 1.0 is usual.")
     centred = outcome(rewards, lengths, g.ids, scale="none") * gamma ** remaining(lengths)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from grouprl.errors import UsageError
-from grouprl.objective.divergences import k1, k2, k3
+from grouprl.objective.divergences import DIVERGENCES, SAMPLED_DIVERGENCES
 
 
 def kl_in_reward(
@@ -15,7 +13,7 @@ def kl_in_reward(
     logp_old: Tensor,
     logp_ref: Tensor,
     beta: float,
-    estimator: Literal["k1", "k2", "k3"] = "k1",
+    estimator: str = "k1",
 ) -> Tensor:
     """[S]: r_t - beta k(logp_old_t, logp_ref_t): pays for KL(pi_old || ref) step by step, instead of in the loss.
 
@@ -24,16 +22,16 @@ def kl_in_reward(
     nor in the gradient that follows from it. Sources: REINFORCE++, arXiv 2501.03262; 2512.21852.
     Raises UsageError on differing shapes, beta below 0 or an unknown estimator.
     """
-    estimators = {"k1": k1, "k2": k2, "k3": k3}
-    if estimator not in estimators:
-        raise UsageError(f'estimator must be "k1", "k2" or "k3", got {estimator!r}.')
+    entry = DIVERGENCES.get(estimator)
+    if entry is None or entry.value is None:
+        raise UsageError(f"estimator must be {' or '.join(SAMPLED_DIVERGENCES)}, got {estimator!r}.")
     if not beta >= 0.0:
         raise UsageError(f"beta must be at least 0, got {beta}; 0 means no penalty.")
     if rewards.shape != logp_old.shape:
         raise UsageError(
             f"rewards has shape {list(rewards.shape)} and logp_old {list(logp_old.shape)}; pass one of each per step."
         )
-    return rewards - beta * estimators[estimator](logp_old.detach(), logp_ref.detach())
+    return rewards - beta * entry.value(logp_old.detach(), logp_ref.detach())
 
 
 def soft_overlong(lengths: Tensor, max_length: int, cache: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""Functions of packed tensors that a user gives in the place of ours: called, and what they return checked."""
+"""Estimators and surrogates of a user's own, as functions of packed tensors, and checks of what they return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,3 +39,27 @@ def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, g
     if not bool(torch.isfinite(found).all()):
         raise TrainingError("advantage_function returned a number that is not finite; look for a division by 0")
     return found
+
+
+@dataclass(frozen=True)
+class UserFunctions:
+    """What takes the places of ``advantage`` and of the surrogate of ``loss_type``; None leaves them.
+
+    Attributes:
+        advantage: ``(rewards [S], lengths [N], group [N]) -> [S]``, as :func:`grouprl.objective.outcome`. For language
+            models the reward of a completion stands at its last token, with KL in the reward that of each at its own.
+        surrogate: ``(logp [S], logp_old [S], advantages [S]) -> [S]``, as :func:`grouprl.objective.clipped`: what is
+            minimised, one number per step, differentiable in ``logp``.
+
+    Raises UsageError if one of them cannot be called.
+    """
+
+    advantage: TensorFunction | None = None
+    surrogate: TensorFunction | None = None
+
+    def __post_init__(self) -> None:
+        check_function("advantage_function", self.advantage, "GRPOConfig(advantage")
+        check_function("surrogate_function", self.surrogate, "GRPOConfig(loss_type")
+
+
+NO_USER_FUNCTIONS = UserFunctions()

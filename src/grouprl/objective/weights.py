@@ -5,16 +5,14 @@ splitting the batch. Each function says which mean it is and who uses it. All re
 
 Samples that are not to be learned from, such as overlong ones, are dropped before; denominators count what is given.
 Where they should count more, `n_samples` and `n_steps` say so: the samples dropped, or the rest of an optimizer step of
-which only a part is present. The names language-model trainers use: "grpo" is `sample_mean`; "dapo" is `token_mean`
-over the optimizer step, "bnpo" the same over one micro-batch of it, so that it depends on the split; "dr_grpo" is
-`constant_length` with the longest completion allowed; the mean per prompt is `group_mean`.
+which only a part is present. Which loss uses which: losses.py.
 """
 
 import torch
 from torch import Tensor
 
 from grouprl.errors import UsageError
-from grouprl.objective.packed import accumulator_dtype, check_packed, check_per_sample, segment_ids
+from grouprl.objective.packed import accumulator_dtype, check_packed, segment_ids
 
 
 def _steps(lengths: Tensor) -> int:
@@ -71,18 +69,9 @@ def constant_length(lengths: Tensor, length: float, n_samples: int | None = None
     return torch.full((total,), 1.0 / (samples * length), device=lengths.device)
 
 
-def group_mean(lengths: Tensor, group: Tensor) -> Tensor:
-    """[S]: 1 / (P sum_{i in g} n_i): mean over the P groups of the mean over all steps of a group.
+def sample_sum(lengths: Tensor, n_samples: int | None = None) -> Tensor:
+    """[S]: 1 / N: sum over the steps of a sample, mean over samples (LUSPO, arXiv 2602.05261).
 
-    group [N] holds integer ids. Raises UsageError if all samples of a group are empty.
+    N is n_samples, by default the samples given. Raises UsageError if n_samples is below the number given.
     """
-    _steps(lengths)
-    check_per_sample(lengths, group=group)
-    names, index = torch.unique(group, return_inverse=True)
-    steps = torch.zeros(names.shape[0], dtype=torch.int64, device=lengths.device).index_add(0, index, lengths.long())
-    if bool((steps == 0).any()):
-        empty = int(names[int((steps == 0).nonzero()[0])])
-        raise UsageError(f"group {empty} has no steps and so no mean over them; drop empty groups first.")
-    per_group = 1.0 / (names.shape[0] * steps.to(accumulator_dtype(lengths)))
-    per_sample: Tensor = per_group.float()[index]
-    return per_sample[segment_ids(lengths)]
+    return constant_length(lengths, 1.0, n_samples)

@@ -2,24 +2,41 @@
 
 import itertools
 import math
-from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from grouprl.lm.generate.estimate import estimate_advantages
-from grouprl.lm.learn.loss import Fixed, LossSums, step_weights, token_loss
+from grouprl.lm.learn.metrics import StepSums, sums_of
+from grouprl.lm.learn.step import step_weights as weights_of_step
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.objective import ESTIMATORS, Fixed, Objective, policy_loss
+from grouprl.objective.losses import names
 
-LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
+LOSS_TYPES = names(environments=False)
 LEVELS = ("token", "sequence", "sequence_token")
+LEVEL_OF = {"luspo": LEVELS[1:], "vespo": LEVELS[:1], "dppo_tv": LEVELS[:1], "dppo_kl": LEVELS[:1]}
+COMBINATIONS = [(name, level) for name in LOSS_TYPES for level in LEVEL_OF.get(name, LEVELS)]
 
 
 def config(**settings) -> GRPOConfig:
     if settings.get("loss_type") == "cispo":
         settings = {"epsilon_high": 1.5, **settings}
+    if settings.get("loss_type") == "luspo":
+        settings = {"importance_sampling_level": "sequence", **settings}
     return GRPOConfig(**settings)
+
+
+def step_weights(c: GRPOConfig, lengths: Tensor, counted: Tensor) -> Tensor:
+    return weights_of_step(Objective.of(c), lengths, counted)
+
+
+def token_loss(c: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) -> tuple[Tensor, StepSums]:
+    objective = Objective.of(c)
+    terms = policy_loss(objective, logp, fixed)
+    assert fixed.lengths is not None
+    return terms.loss, sums_of(objective, terms, entropy, fixed.lengths)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -36,6 +53,11 @@ LENGTHS = torch.tensor([2, 3, 1])
         ("bnpo", [1 / 6] * 6),
         ("cispo", [1 / 6] * 6),
         ("dr_grpo", [1 / 30] * 6),
+        ("luspo", [1 / 3] * 6),
+        ("vespo", [1 / 6] * 6),
+        ("spo", [1 / 6] * 6),
+        ("dppo_tv", [1 / 6] * 6),
+        ("dppo_kl", [1 / 6] * 6),
     ],
 )
 def test_weights_of_the_tokens_of_a_step(loss_type: str, expected: list[float]) -> None:
@@ -52,6 +74,7 @@ def test_weights_of_the_tokens_of_a_step(loss_type: str, expected: list[float]) 
         ("bnpo", [1 / 3] * 2 + [0] * 3 + [1 / 3]),
         ("cispo", [1 / 3] * 2 + [0] * 3 + [1 / 3]),
         ("dr_grpo", [1 / 30] * 2 + [0] * 3 + [1 / 30]),
+        ("luspo", [1 / 3] * 2 + [0] * 3 + [1 / 3]),
     ],
 )
 def test_masked_samples_weigh_nothing_and_count_as_samples_but_not_as_tokens(loss_type, expected) -> None:
@@ -61,7 +84,7 @@ def test_masked_samples_weigh_nothing_and_count_as_samples_but_not_as_tokens(los
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_if_every_sample_is_masked_all_weights_are_0(loss_type: str) -> None:
     assert step_weights(config(loss_type=loss_type), LENGTHS, torch.zeros(3).bool()).tolist() == [0.0] * 6
 
@@ -184,6 +207,20 @@ def by_formula(
             elif c.loss_type == "sapo":
                 tau = c.sapo_temperature_pos if A[t] > 0 else c.sapo_temperature_neg
                 loss = -4 / tau / (1 + (-tau * (rho - 1)).exp()) * A[t]
+            elif c.loss_type == "spo":
+                loss = -(rho * A[t] - A[t].abs() / (2 * c.epsilon) * (rho - 1) ** 2)
+            elif c.loss_type == "vespo":
+                w_all = (new - o).sum().exp().detach()
+                k, decay = (c.vespo_k_pos, c.vespo_lambda_pos) if A[t] >= 0 else (c.vespo_k_neg, c.vespo_lambda_neg)
+                loss = -(w_all**k) * (decay * (1 - w_all)).exp() * A[t] * new[t]
+            elif c.loss_type in ("dppo_tv", "dppo_kl"):
+                p, q = new[t].detach().exp(), o[t].exp()
+                if c.loss_type == "dppo_tv":
+                    far = (p - q).abs() > (c.dppo_threshold or 0.2)
+                else:
+                    rest = ((1 - q).clamp(min=1e-8) / (1 - p).clamp(min=1e-8)).log()
+                    far = q * (q / p).log() + (1 - q) * rest > (c.dppo_threshold or 0.05)
+                loss = -rho * A[t] * float(not (far and (p - q) * A[t] > 0))
             elif c.delta is not None:
                 loss = -torch.minimum(rho.clamp(max=c.delta) * A[t], clipped * A[t])
             else:
@@ -199,7 +236,7 @@ def by_formula(
     return total
 
 
-def found(c: GRPOConfig, logp, old, ref, a, weights) -> tuple[Tensor, Tensor, LossSums]:
+def found(c: GRPOConfig, logp, old, ref, a, weights) -> tuple[Tensor, Tensor, StepSums]:
     logp = logp.clone().requires_grad_()
     loss, sums = token_loss(c, logp, torch.ones_like(logp), Fixed(a, weights, old, ref, torch.tensor(N)))
     (gradient,) = torch.autograd.grad(loss, logp)
@@ -222,7 +259,7 @@ def equal_within_samples(weights: Tensor) -> Tensor:
     return torch.cat([part[:1].expand(len(part)) for part in weights.split(N)])
 
 
-@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, LEVELS)))
+@pytest.mark.parametrize(("loss_type", "level"), COMBINATIONS)
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_losses_and_gradients_are_those_of_the_formulas(loss_type: str, level: str, on_policy: bool) -> None:
     logp, old, _, a, weights = data()
@@ -239,6 +276,12 @@ def test_losses_and_gradients_are_those_of_the_formulas(loss_type: str, level: s
         {"delta": 1.6, "epsilon_high": 0.4, "importance_sampling_level": "sequence"},
         {"loss_type": "cispo", "epsilon_high": 1.1},
         {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.3},
+        {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 0.5},
+        {"loss_type": "vespo", "vespo_k_neg": 0.5, "vespo_lambda_neg": 4.0},
+        {"loss_type": "luspo", "epsilon": 0.02, "epsilon_high": 0.03},
+        {"loss_type": "spo", "epsilon": 0.4},
+        {"loss_type": "dppo_tv", "dppo_threshold": 0.05},
+        {"loss_type": "dppo_kl", "dppo_threshold": 0.005},
         {"off_policy_mask_threshold": 0.05},
         {"off_policy_mask_threshold": 0.05, "importance_sampling_level": "sequence"},
         {"loss_type": "cispo", "off_policy_mask_threshold": 0.05, "importance_sampling_level": "sequence_token"},
@@ -259,7 +302,7 @@ def test_the_divergence_has_the_gradient_of_the_true_one(estimator: str, loss_ty
     compare(c, logp, None if on_policy else old, ref, a, weights)
 
 
-@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, LEVELS)))
+@pytest.mark.parametrize(("loss_type", "level"), COMBINATIONS)
 def test_on_policy_is_the_same_as_old_log_probabilities_equal_to_the_new(loss_type: str, level: str) -> None:
     logp, _, ref, a, weights = data()
     c = config(loss_type=loss_type, importance_sampling_level=level, beta=0.1)
@@ -268,7 +311,7 @@ def test_on_policy_is_the_same_as_old_log_probabilities_equal_to_the_new(loss_ty
     assert torch.equal(none[1], given[1])
 
 
-@pytest.mark.parametrize(("loss_type", "level"), list(itertools.product(LOSSES, LEVELS)))
+@pytest.mark.parametrize(("loss_type", "level"), COMBINATIONS)
 def test_at_ratio_1_every_gradient_is_weight_times_advantage(loss_type: str, level: str) -> None:
     logp, _, _, a, weights = data()
     weights = equal_within_samples(weights)
@@ -288,13 +331,13 @@ def test_sums_count_what_lies_outside_the_clip_range_on_the_side_that_is_cut() -
     _, capped = token_loss(
         config(loss_type="cispo", epsilon_high=1.2), logp, torch.ones(6), fixed._replace(logp_ref=None)
     )
-    assert (capped.low, capped.high, capped.kl) == (1.0, 1.0, 0.0)
+    assert (capped.low, capped.high, capped.kl) == (0.0, 1.0, 0.0)  # a cap has no lower bound
 
 
 def test_sums_of_parts_add_up() -> None:
-    a, b = LossSums(1.0, 2.0, 3.0, 4.0, 5.0, 6, 0.3, 0.6), LossSums(0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.1, 0.2)
+    a, b = StepSums(1.0, 2.0, 3.0, 4.0, 5.0, 6, 0.3, 0.6), StepSums(0.5, 0.5, 0.5, 0.5, 0.5, 1, 0.1, 0.2)
     a.add(b)
-    assert a == LossSums(1.5, 2.5, 3.5, 4.5, 5.5, 7, 0.1, 0.6)
+    assert a == StepSums(1.5, 2.5, 3.5, 4.5, 5.5, 7, 0.1, 0.6)
 
 
 def test_where_a_completion_has_one_ratio_completions_are_counted() -> None:
@@ -306,22 +349,49 @@ def test_where_a_completion_has_one_ratio_completions_are_counted() -> None:
 
 
 def test_no_two_names_stand_for_the_same_estimator_or_loss() -> None:
-    """A name without a branch of its own would silently be another's."""
-    fields, group = GRPOConfig.model_fields, torch.tensor([0, 0, 0, 1, 1, 1])
+    """A name whose entry is another's would silently be that one."""
+    group = torch.tensor([0, 0, 0, 1, 1, 1])
     lengths, returns = torch.tensor([1, 3, 2, 2, 1, 4]), torch.tensor([1.0, 0.5, 0.0, 0.25, 2.0, 1.0]).double()
     found = {}
-    for name in get_args(fields["advantage"].annotation):
+    offered = [name for name, estimator in ESTIMATORS.items() if estimator.language_models]
+    for name in offered:
         c = GRPOConfig(advantage=name, num_generations=3, prompts_per_step=2)
         a = estimate_advantages(c, returns[:, None], torch.ones(1), returns, lengths, group)
         found[tuple(a.tolist())] = name
-    assert sorted(found.values()) == sorted(get_args(fields["advantage"].annotation))
+    assert sorted(found.values()) == sorted(offered)
     losses = {}
-    for name in get_args(fields["loss_type"].annotation):
+    for name in LOSS_TYPES:
         c = config(loss_type=name, epsilon_high=1.5 if name == "cispo" else None)
         logp, old, _, a, _ = data()
         weights = step_weights(c, torch.tensor(N), torch.ones(len(N)).bool())
         losses[name] = float(
-            token_loss(c, 4 * logp, torch.zeros_like(logp), Fixed(a, weights, old, None, torch.tensor(N)))[0]
+            token_loss(c, 2 * logp, torch.zeros_like(logp), Fixed(a, weights, old, None, torch.tensor(N)))[0]
         )
     assert losses.pop("bnpo") == losses["dapo"]  # which is said
     assert len(set(losses.values())) == len(losses)
+
+
+# --- beside TRL -------------------------------------------------------------------------------------------------------
+
+TRL = [
+    (
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.04, "epsilon_high": 0.04},
+        1.1202569, [-0.317077, -0.317077, 0.203567, 0.516948, 0.516948, 0.516948],
+    ),
+    ({"loss_type": "vespo"}, -0.6781657, [-0.181541, -0.181541, 0.097519, 0.27345, 0.27345, 0.27345]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "loss", "gradient"), TRL, ids=["luspo", "vespo"])
+def test_a_loss_and_its_gradient_are_the_numbers_of_trl(settings: dict, loss: float, gradient: list[float]) -> None:
+    """As `GRPOTrainer._compute_loss` of TRL 1.16 gives them; benchmarks/lm_losses.py has more of them."""
+    lengths = torch.tensor([2, 1, 3])
+    logp = torch.tensor([-0.9, -1.4, -0.3, -2.0, -0.8, -1.1], requires_grad=True)
+    old = torch.tensor([-1.0, -1.2, -0.5, -1.9, -1.1, -1.0])
+    a = torch.repeat_interleave(torch.tensor([1.0, -0.5, -1.5]), lengths)
+    weights = step_weights(config(**settings), lengths, torch.ones(3).bool())
+    found, _ = token_loss(config(**settings), logp, torch.zeros(6), Fixed(a, weights, old, None, lengths))
+    found.backward()
+    assert float(found) == pytest.approx(loss, abs=1e-6)
+    assert logp.grad is not None
+    assert logp.grad.tolist() == pytest.approx(gradient, abs=1e-6)

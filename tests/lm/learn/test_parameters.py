@@ -7,13 +7,8 @@ import torch
 from torch import nn
 
 from grouprl.errors import UsageError
-from grouprl.lm.learn.parameters import (
-    MasterParameters,
-    load_optimizer_state,
-    make_optimizer,
-    make_schedule,
-    optimizer_state,
-)
+from grouprl.learning.parameters import FlatParameters
+from grouprl.lm.learn.optimizer import load_optimizer_state, make_optimizer, make_schedule, optimizer_state
 from grouprl.lm.packed.low_precision import Products
 from grouprl.lm.settings.config import GRPOConfig
 
@@ -35,9 +30,9 @@ def forward(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 def test_parameters_and_gradients_are_views_of_two_vectors() -> None:
     model = net()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    master = MasterParameters(model)
+    master = FlatParameters(model, decayed_first=True)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    master.vector.fill_(2.0)
+    master.vector.data.fill_(2.0)
     master.gradient.fill_(3.0)
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -51,7 +46,7 @@ def test_parameters_and_gradients_are_views_of_two_vectors() -> None:
 
 
 def test_matrices_come_first_and_alone_decay() -> None:
-    master = MasterParameters(net())
+    master = FlatParameters(net(), decayed_first=True)
     assert [p.dim() for p in master.tensors] == [2, 2, 1, 1, 1, 1]
     assert master.n_decayed == 24
     decayed, others = master.slices()
@@ -63,7 +58,7 @@ def test_matrices_come_first_and_alone_decay() -> None:
 
 
 def test_a_model_of_matrices_alone_has_one_group() -> None:
-    master = MasterParameters(nn.Linear(2, 2, bias=False))
+    master = FlatParameters(nn.Linear(2, 2, bias=False), decayed_first=True)
     assert [len(part) for part in master.slices()] == [1, 0]
     assert len(make_optimizer(master, GRPOConfig()).param_groups) == 1
 
@@ -71,7 +66,7 @@ def test_a_model_of_matrices_alone_has_one_group() -> None:
 def test_the_optimizer_on_the_vector_does_what_adamw_does_on_the_parameters() -> None:
     ours, theirs = net(), net()
     config = GRPOConfig(learning_rate=0.05, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6)
-    master = MasterParameters(ours)
+    master = FlatParameters(ours, decayed_first=True)
     optimizer = make_optimizer(master, config)
     trainable = [p for p in theirs.parameters() if p.requires_grad]
     reference = torch.optim.AdamW(
@@ -97,7 +92,7 @@ def test_the_optimizer_on_the_vector_does_what_adamw_does_on_the_parameters() ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_clipping_returns_the_norm_and_scales_to_the_bound(dtype: torch.dtype) -> None:
-    master = MasterParameters(nn.Linear(3, 1, bias=False).to(dtype))
+    master = FlatParameters(nn.Linear(3, 1, bias=False).to(dtype), decayed_first=True)
     master.gradient.copy_(torch.tensor([2.0, 3.0, 6.0]))
     assert master.clip(10.0) == 7.0
     assert master.gradient.tolist() == [2.0, 3.0, 6.0]
@@ -110,7 +105,7 @@ def test_clipping_returns_the_norm_and_scales_to_the_bound(dtype: torch.dtype) -
 
 def test_a_gradient_lies_in_the_vector_whoever_wrote_it_and_is_0_where_nobody_did() -> None:
     ours, theirs = net(), net()
-    master = MasterParameters(ours)
+    master = FlatParameters(ours, decayed_first=True)
     x = torch.ones(2, 3)
     for products in (None, Products(ours, torch.float32)):
         master.gradient.fill_(7.0)  # of the step before
@@ -132,23 +127,23 @@ def test_a_gradient_lies_in_the_vector_whoever_wrote_it_and_is_0_where_nobody_di
 
 def test_a_model_that_cannot_be_trained_is_refused() -> None:
     with pytest.raises(UsageError, match="no trainable parameter"):
-        MasterParameters(net().requires_grad_(False))
+        FlatParameters(net().requires_grad_(False), decayed_first=True)
     mixed = net()
     mixed[2].to(torch.bfloat16)
     with pytest.raises(UsageError, match=r"bfloat16 on cpu, torch.float32 on cpu"):
-        MasterParameters(mixed)
+        FlatParameters(mixed, decayed_first=True)
     mixed[2].requires_grad_(False)
-    assert MasterParameters(mixed).vector.dtype == torch.float32
+    assert FlatParameters(mixed, decayed_first=True).vector.dtype == torch.float32
 
 
 def test_an_optimizer_goes_on_from_its_state() -> None:
     config = GRPOConfig(learning_rate=0.01)
 
     def fresh():
-        master = MasterParameters(net())
+        master = FlatParameters(net(), decayed_first=True)
         return master, make_optimizer(master, config)
 
-    def step(master: MasterParameters, optimizer: torch.optim.Optimizer, i: int) -> None:
+    def step(master: FlatParameters, optimizer: torch.optim.Optimizer, i: int) -> None:
         master.gradient.copy_(torch.randn(len(master.gradient), generator=torch.Generator().manual_seed(i)))
         optimizer.step()
 
@@ -159,7 +154,7 @@ def test_an_optimizer_goes_on_from_its_state() -> None:
     assert all(isinstance(value, torch.Tensor) for value in tensors.values())
     tensors = {name: value.clone() for name, value in tensors.items()}
     resumed, resumed_optimizer = fresh()
-    resumed.vector.copy_(master.vector)
+    resumed.vector.data.copy_(master.vector)
     load_optimizer_state(resumed_optimizer, tensors, meta, own_settings=False)
     for i in range(3, 6):
         step(master, optimizer, i)
@@ -182,7 +177,7 @@ def test_an_optimizer_goes_on_from_its_state() -> None:
 )
 def test_the_learning_rate_follows_the_schedule(settings: dict, expected: list) -> None:
     config = GRPOConfig(learning_rate=0.01, **settings)
-    optimizer = make_optimizer(MasterParameters(net()), config)
+    optimizer = make_optimizer(FlatParameters(net(), decayed_first=True), config)
     schedule = make_schedule(optimizer, config, total_steps=4)
     rates = []
     for _ in range(5):

@@ -18,14 +18,15 @@ from test_loss import by_formula
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
+from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.generate.samples import Samples, parts_of_a_generation
-from grouprl.lm.learn import loss as loss_module
-from grouprl.lm.learn.loss import step_weights
-from grouprl.lm.learn.parameters import MasterParameters, make_optimizer
-from grouprl.lm.learn.step import Step, take
+from grouprl.lm.learn.metrics import StepSums
+from grouprl.lm.learn.optimizer import make_optimizer
+from grouprl.lm.learn.step import Mismatch, Step, optimizer_step, step_weights
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.objective import Objective, surrogates
 
 GROUPS = random_groups(*MIXED)
 COMPLETIONS = [c for g in GROUPS for c in g.completions]
@@ -55,26 +56,29 @@ class Run:
     """A policy with its parameters and optimizer."""
 
     def __init__(self, model, ref_model=None, **settings) -> None:
-        self.parameters = MasterParameters(model)
+        self.parameters = FlatParameters(model, decayed_first=True)
         self.policy: Policy = policy(model, ref_model, **{"learning_rate": 1e-2, **settings})
         self.config: GRPOConfig = self.policy.config
         self.optimizer = make_optimizer(self.parameters, self.config)
         self.model = model
 
     def step(self, of: Samples, chosen: Tensor = ALL) -> Step:
-        return Step(self.policy, of, chosen, self.config)
+        return Step(self.policy, of, chosen, self.config, Objective.of(self.config))
 
     def gradient(self, step: Step, *, remember: bool = False) -> dict[str, Tensor]:
-        step.gradient(self.parameters, remember=remember)
+        self.parameters.start()
+        for _ in step.gradients(StepSums(), Mismatch(), remember=remember):
+            pass
+        self.parameters.finish()
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def take(self, step: Step, *, remember: bool = False) -> dict[str, float]:
-        return take(step, self.parameters, self.optimizer, self.config, remember=remember, on_gradient=lambda: None)
+        return optimizer_step(step, self.parameters, self.optimizer, remember=remember, on_gradient=lambda: None)
 
     def perturb(self) -> None:
         """As if some steps had been taken."""
         noise = torch.randn(self.parameters.vector.shape, generator=torch.Generator().manual_seed(9))
-        self.parameters.vector.add_(0.02 * noise)
+        self.parameters.vector.data.add_(0.02 * noise)
 
 
 @torch.no_grad()
@@ -89,7 +93,7 @@ def naive_gradient(
     copied = copy.deepcopy(model).eval()
     copied.gradient_checkpointing_disable()
     logp = torch.cat([naive_log_probs(copied, g.prompt, c, config.temperature) for g in GROUPS for c in g.completions])
-    weights = step_weights(config, LENGTHS, torch.ones(N).bool() if counted is None else counted)
+    weights = step_weights(Objective.of(config), LENGTHS, torch.ones(N).bool() if counted is None else counted)
     by_formula(config, logp, old, ref, of.advantages, weights, LENGTHS.tolist()).backward()
     return take_gradient(copied)
 
@@ -100,6 +104,11 @@ SETTINGS = [
     {"loss_type": "dr_grpo", "max_completion_length": 9, "delta": 1.5},
     {"loss_type": "cispo", "epsilon_high": 1.05},
     {"loss_type": "sapo", "temperature": 0.7},
+    {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.02},
+    {"loss_type": "vespo", "vespo_k_neg": 1.5},
+    {"loss_type": "dppo_tv", "dppo_threshold": 0.01},
+    {"loss_type": "dppo_kl", "dppo_threshold": 0.001, "beta": 0.1},
+    {"loss_type": "spo", "epsilon": 0.05},
     {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 0.02, "temperature": 1.3},
     {"importance_sampling_level": "sequence_token", "beta": 0.2, "kl_estimator": "k1"},
     {"beta": 0.2, "temperature": 0.7},
@@ -216,7 +225,7 @@ def test_a_step_on_some_samples_has_the_weights_of_these_alone() -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_remembered_log_probabilities_make_the_ratio_1_until_the_model_moves(bf16: bool, monkeypatch) -> None:
     ratios = []
-    ratio = loss_module.objective.ratio
+    ratio = surrogates.ratio
 
     def spy(new: Tensor, old: Tensor) -> Tensor:
         ratios.append(ratio(new, old))
@@ -227,7 +236,7 @@ def test_remembered_log_probabilities_make_the_ratio_1_until_the_model_moves(bf1
     second.remember_old()
     known = torch.repeat_interleave(torch.isin(ALL, second.active), LENGTHS)
     assert torch.equal(of.known_old, known)
-    monkeypatch.setattr(loss_module.objective, "ratio", spy)
+    monkeypatch.setattr(surrogates, "ratio", spy)
     run.gradient(second)
     assert torch.cat(ratios).unique().tolist() == [1.0]
     run.take(first)
@@ -322,8 +331,8 @@ def test_the_metrics_of_a_step_by_hand() -> None:
         copied = copy.deepcopy(run.model)
     step = run.step(of)
     seen = []
-    metrics = take(
-        step, run.parameters, run.optimizer, run.config, remember=False,
+    metrics = optimizer_step(
+        step, run.parameters, run.optimizer, remember=False,
         on_gradient=lambda: seen.append(run.parameters.gradient.clone()),
     )  # fmt: skip
     # On-policy every ratio is 1: the loss is minus the weighted advantages.
@@ -343,8 +352,8 @@ def test_the_metrics_of_a_step_by_hand() -> None:
 def test_the_gradient_is_clipped_to_the_bound_and_its_norm_is_that_of_before() -> None:
     norms = []
     run = Run(build("llama"), max_grad_norm=0.01)
-    metrics = take(
-        run.step(samples()), run.parameters, run.optimizer, run.config, remember=False,
+    metrics = optimizer_step(
+        run.step(samples()), run.parameters, run.optimizer, remember=False,
         on_gradient=lambda: norms.append(float(run.parameters.gradient.norm())),
     )  # fmt: skip
     assert metrics["grad_norm"] > 0.01

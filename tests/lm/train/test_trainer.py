@@ -844,7 +844,7 @@ def test_functions_of_objective_given_as_ones_own_are_those_of_the_settings(tmp_
     by_name.train()
     given = trainer(
         tmp_path / "b", advantage_function=objective.leave_one_out,
-        surrogate_function=functools.partial(objective.clipped, clip_low=0.2, clip_high=0.2), **common,
+        surrogate_function=functools.partial(objective.clipped, epsilon=0.2), **common,
     )  # fmt: skip
     given.train()
     assert same(weights(by_name), weights(given))

@@ -1,6 +1,6 @@
 /* The gradient of a minibatch's loss in one pass: network, distribution of actions, surrogate, and back again, a few
-   rows at a time; or, where the network is somebody else's, what lies behind it. The formulas are those of
-   grouprl.objective.surrogates and grouprl.envs.distributions; tests hold the two to each other. */
+   rows at a time; where the network is the user's, only from its outputs to the loss. The formulas are those of
+   grouprl.objective.loss.policy_loss and grouprl.envs.distributions; tests hold the two to each other. */
 #include "layers.h"
 
 enum { CLIP, DUAL_CLIP, SPO };
@@ -17,7 +17,7 @@ typedef struct {
 static float surrogate(const Objective *o, float logp, float old, float a, float *slope) {
     float difference = logp - old, rho = expf(difference > LARGEST_LOG_RATIO ? LARGEST_LOG_RATIO : difference);
     if (o->surrogate == SPO) {
-        float steep = fabsf(a) / o->high;
+        float steep = fabsf(a) / o->low;
         *slope = -rho * (a - steep * (rho - 1.0f));
         return -(rho * a - 0.5f * steep * (rho - 1.0f) * (rho - 1.0f));
     }

@@ -18,14 +18,16 @@ from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.settings.user_functions import NOTHING, Custom
+from grouprl.objective.user_functions import TensorFunction
 
 Metrics = dict[str, float]
 
 
 def estimate(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
-    """``[S]`` k1, k2 or k3 of KL(policy || reference), as a value."""
-    return {"k1": objective.k1, "k2": objective.k2, "k3": objective.k3}[estimator](logp, logp_ref)
+    """``[S]`` a sampled estimate of KL(policy || reference), as a value."""
+    value = objective.DIVERGENCES[estimator].value
+    assert value is not None
+    return value(logp, logp_ref)
 
 
 class Collector:
@@ -33,14 +35,14 @@ class Collector:
 
     Args:
         policy: samples. tokenizer: decodes. source, order: where prompts come from. rewards: judges.
-        generator: the random stream of the sampler. custom: may hold an estimator of the user's own.
+        generator: the random stream of the sampler. own: a user's estimator, in the place of the settings'.
     """
 
     def __init__(
         self, policy: Policy, tokenizer: Any, source: PromptSource, order: PromptOrder, rewards: RewardCaller,
-        config: GRPOConfig, generator: torch.Generator, custom: Custom = NOTHING,
+        config: GRPOConfig, generator: torch.Generator, own: TensorFunction | None = None,
     ) -> None:  # fmt: skip
-        self.custom = custom
+        self.own = own
         self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
         self.source, self.order, self.generator = source, order, generator
         self.tokens = 0
@@ -51,11 +53,11 @@ class Collector:
         drawn = self._draw(n_prompts, group_size, state)
         rounds = [drawn.rewards]
         if self.config.dynamic_sampling:
-            kept, idle = drawn.parted(self.config, self.custom)
+            kept, idle = drawn.parted(self.config, self.own)
             while kept.n_prompts < n_prompts and len(rounds) < self.config.dynamic_sampling_max_batches:
                 more = self._draw(n_prompts - kept.n_prompts, group_size, state)
                 rounds.append(more.rewards)
-                further, idler = more.parted(self.config, self.custom)
+                further, idler = more.parted(self.config, self.own)
                 kept, idle = kept.joined(further), idle.joined(idler)
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
             drawn = kept.joined(idle).first(n_prompts)
@@ -94,7 +96,7 @@ class Collector:
             known = ~known
             penalties = -objective.kl_in_reward(torch.zeros_like(old), old, ref, config.beta, config.kl_estimator)
         advantages = estimate_advantages(
-            config, drawn.rewards.values, self.rewards.weights, returns, lengths, group, penalties, self.custom
+            config, drawn.rewards.values, self.rewards.weights, returns, lengths, group, penalties, self.own
         )
         return Samples(
             prompts=drawn.prompts, group=group, completions=completions,
@@ -124,9 +126,9 @@ class Drawn:
         """``[N]`` weighted sums of the rewards."""
         return total(self.rewards.values, self.weights)
 
-    def parted(self, config: GRPOConfig, custom: Custom) -> tuple[Drawn, Drawn]:
+    def parted(self, config: GRPOConfig, own: TensorFunction | None) -> tuple[Drawn, Drawn]:
         """The groups whose rewards give their samples advantages, and the other ones."""
-        signal = groups_with_signal(config, self.rewards.values, self.weights, self.group_size, custom).tolist()
+        signal = groups_with_signal(config, self.rewards.values, self.weights, self.group_size, own).tolist()
         return tuple(self._select([i for i, has in enumerate(signal) if has is kind]) for kind in (True, False))  # type: ignore[return-value]
 
     def first(self, n: int) -> Drawn:

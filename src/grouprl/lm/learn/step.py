@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grouprl.errors import TrainingError
+from grouprl.learning.gradient_step import gradient_step
+from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.generate.samples import Samples
-from grouprl.lm.learn.loss import Fixed, LossSums, step_weights, token_loss
-from grouprl.lm.learn.parameters import MasterParameters
+from grouprl.lm.learn.metrics import StepSums, cut_metrics, sums_of
 from grouprl.lm.policy.log_probs import Part, steps_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.settings.user_functions import NOTHING, Custom
-from grouprl.objective.packed import segment_sum
+from grouprl.objective import LOSSES, Fixed, Objective, policy_loss
+from grouprl.objective.packed import segment_ids, segment_sum
+
+
+def step_weights(objective: Objective, lengths: Tensor, counted: Tensor) -> Tensor:
+    """Weight ``[S]`` of each token in the loss of an optimizer step: fixed before any of it is evaluated.
+
+    Args:
+        lengths: ``[N]`` of all samples of the step. counted: ``[N]`` bool; others weigh 0 (cut-off completions with
+            mask_truncated_completions), and no longer count as tokens, but still as samples.
+    """
+    weights = torch.zeros(int(lengths.sum()))
+    if bool(counted.any()):
+        of_loss = LOSSES[objective.loss_type].weights
+        weights[counted[segment_ids(lengths)]] = of_loss(objective, lengths[counted], len(lengths))
+    return weights
 
 
 class Step:
     """What one optimizer step learns from: chosen once, so that each pass over it sees the same parts.
 
     Args:
-        chosen: ``[n]`` the samples, by index. custom: may hold a surrogate of the user's own.
+        chosen: ``[n]`` the samples, by index. objective: what is minimised.
 
     Samples that cannot move the model get no forward pass: cut-off ones with mask_truncated_completions, and those of
     advantage 0 if no KL term moves them. They still count in the denominators.
     """
 
     def __init__(
-        self, policy: Policy, samples: Samples, chosen: Tensor, config: GRPOConfig, custom: Custom = NOTHING
+        self, policy: Policy, samples: Samples, chosen: Tensor, config: GRPOConfig, objective: Objective
     ) -> None:
-        self.policy, self.samples, self.config, self.custom = policy, samples, config, custom
+        self.policy, self.samples, self.config, self.objective = policy, samples, config, objective
         lengths = samples.lengths
         counted = samples.finished[chosen] if config.mask_truncated_completions else torch.ones(len(chosen)) > 0
         self.weights = torch.zeros(int(lengths.sum()))
-        self.weights[steps_of(chosen, lengths)] = step_weights(config, lengths[chosen], counted)
+        self.weights[steps_of(chosen, lengths)] = step_weights(objective, lengths[chosen], counted)
         active = counted.clone()
         kl_loss = config.beta > 0 and config.kl_in == "loss"
         if config.skip_zero_advantage and not kl_loss:
@@ -65,15 +80,14 @@ class Step:
         index = steps_of(self.active, self.samples.lengths)
         to[index], known[index] = logp[index], True
 
-    def gradient(self, parameters: MasterParameters, *, remember: bool) -> tuple[LossSums, dict[str, float]]:
-        """Add up the gradient of the loss over all parts.
+    def gradients(self, sums: StepSums, mismatch: Mismatch, *, remember: bool) -> Iterator[None]:
+        """Write the gradient of the loss over one part after another, by a backward pass each.
 
         Args:
+            sums, mismatch: what is met on the way is added to them.
             remember: store the log-probabilities met on the way as those of the old policy, for later passes.
         """
         samples, lengths = self.samples, self.samples.lengths
-        parameters.start()
-        sums, mismatch, worst = LossSums(), 0.0, 0.0
         reference = self.policy.reference if self.config.kl_in == "loss" else None
         if self.parts and reference is not None and not self._known(samples.known_ref):
             logp_ref = reference.log_probs(self.parts, lengths)
@@ -84,69 +98,75 @@ class Step:
             for part in self.parts:
                 index = steps_of(part.samples, lengths)
                 fixed = Fixed(
-                    samples.advantages[index].to(device), self.weights[index].to(device),
-                    samples.logp_old[index].to(device) if old_known else None,
-                    None if reference is None else samples.logp_ref[index].to(device),
-                    lengths[part.samples].to(device),
-                )  # fmt: skip
-                terms = self.policy.learner.evaluate(part)
-                loss, part_sums = token_loss(self.config, terms.logp, terms.entropy, fixed, self.custom)
-                loss.backward()  # type: ignore[no-untyped-call]
-                sums.add(part_sums)
-                logp = terms.logp.detach().cpu()
+                    advantages=samples.advantages[index].to(device),
+                    weights=self.weights[index].to(device),
+                    logp_old=samples.logp_old[index].to(device) if old_known else None,
+                    logp_ref=None if reference is None else samples.logp_ref[index].to(device),
+                    lengths=lengths[part.samples].to(device),
+                )
+                tokens = self.policy.learner.evaluate(part)
+                terms = policy_loss(self.objective, tokens.logp, fixed)
+                terms.loss.backward()  # type: ignore[no-untyped-call]
+                assert fixed.lengths is not None
+                sums.add(sums_of(self.objective, terms, tokens.entropy, fixed.lengths))
+                logp = tokens.logp.detach().cpu()
                 if not old_known:
-                    difference = (logp - samples.logp_sampled[index]).abs()
-                    mismatch, worst = mismatch + float(difference.sum()), max(worst, float(difference.max()))
+                    mismatch.add(logp - samples.logp_sampled[index])
                 if remember and not old_known:
                     samples.logp_old[index] = logp
-        parameters.finish()
+                yield None
         if remember and not old_known:
             samples.known_old[steps_of(self.active, lengths)] = True
-        extra = {}
-        if not old_known and self.parts:
-            extra = {
-                "sampling/sampling_logp_difference/mean": mismatch / max(1, sums.tokens),
-                "sampling/sampling_logp_difference/max": worst,
-            }
-        return sums, extra
 
 
-def take(
-    step: Step, parameters: MasterParameters, optimizer: Any, config: GRPOConfig, *, remember: bool, on_gradient: Any
+@dataclass
+class Mismatch:
+    """How far the learner's log-probabilities lie from the sampler's, where it is the same policy."""
+
+    total: float = 0.0
+    largest: float = 0.0
+    tokens: int = 0
+
+    def add(self, difference: Tensor) -> None:
+        """Add the differences ``[m]`` of some tokens."""
+        apart = difference.abs()
+        self.total, self.largest = self.total + float(apart.sum()), max(self.largest, float(apart.max()))
+        self.tokens += len(difference)
+
+    def metrics(self) -> dict[str, float]:
+        """In TRL's names; none if there was nothing to compare."""
+        if not self.tokens:
+            return {}
+        return {
+            "sampling/sampling_logp_difference/mean": self.total / self.tokens,
+            "sampling/sampling_logp_difference/max": self.largest,
+        }
+
+
+def optimizer_step(
+    step: Step, parameters: FlatParameters, optimizer: Any, *, remember: bool, on_gradient: Callable[[], None]
 ) -> dict[str, float]:
     """Do the optimizer step and return its metrics, in TRL's names.
+
+    A gradient of 0 is stepped as well: momentum goes on as it would if nothing had been skipped.
 
     Args:
         on_gradient: called between clipping and stepping.
 
     Raises TrainingError if the gradient is not finite; the parameters are left as they were.
     """
-    sums, extra = step.gradient(parameters, remember=remember)
-    norm = parameters.clip(config.max_grad_norm)
-    if not math.isfinite(norm):
-        raise TrainingError(
-            f"the gradient is not finite (norm {norm}); the rewards or the learning rate are probably too large: "
-            "scale the rewards, lower learning_rate, or set bf16=False"
-        )
-    on_gradient()
-    optimizer.step()  # with a gradient of 0 as well: momentum goes on as it would without the skipping
-    metrics = {"loss": sums.loss, "grad_norm": norm, **extra, **_clipped(step, sums, config)}
+    sums, mismatch = StepSums(), Mismatch()
+    norm = gradient_step(
+        parameters, optimizer, step.gradients(sums, mismatch, remember=remember), step.config.max_grad_norm,
+        advice="the rewards or the learning rate are probably too large: scale the rewards, lower learning_rate, or "
+        "set bf16=False", before_step=on_gradient,
+    )  # fmt: skip
+    metrics = {"loss": sums.loss, "grad_norm": norm, **mismatch.metrics()}
+    metrics |= cut_metrics(
+        step.objective, sums, step.n_tokens, step.n_samples, all_active=len(step.active) == step.n_samples
+    )
     if sums.tokens:
         metrics["entropy"] = sums.entropy / sums.tokens
-        if config.beta > 0 and config.kl_in == "loss":
+        if step.config.beta > 0 and step.config.kl_in == "loss":
             metrics["kl"] = sums.kl / sums.tokens
     return metrics
-
-
-def _clipped(step: Step, sums: LossSums, config: GRPOConfig) -> dict[str, float]:
-    """Shares of ratios that the clip cuts off, of all that count: those of samples without advantage are not cut."""
-    n = step.n_tokens if config.importance_sampling_level == "token" else step.n_samples
-    if not n or config.loss_type == "sapo" or step.custom.surrogate is not None:
-        return {}
-    low, high = sums.low / n, sums.high / n
-    if config.loss_type == "cispo":
-        return {"cispo_clip_ratio": high}
-    return {
-        "clip_ratio/low_mean": low, "clip_ratio/low_min": sums.least_low if len(step.active) == step.n_samples else 0.0,
-        "clip_ratio/high_mean": high, "clip_ratio/high_max": sums.most_high, "clip_ratio/region_mean": low + high,
-    }  # fmt: skip

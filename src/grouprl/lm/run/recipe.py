@@ -27,7 +27,7 @@ class Recipe:
         task: a task's name, ``reasoning-gym:NAME``, or a file of JSON lines, which needs ``reward``.
         task_options: of the task. reward: ``module:function``, instead of the task's own.
         advantage_function, surrogate_function: ``module:function``, in the place of the configuration's ``advantage``
-            and of the surrogate of its ``loss_type``; see :mod:`grouprl.lm.settings.user_functions`.
+            and of the surrogate of its ``loss_type``; see :mod:`grouprl.objective.user_functions`.
         eval_data: a file of JSON lines to evaluate on, where ``task`` is one; default: its last rows.
         form: prompts as ``messages`` or as bare ``text``.
         n_train, n_eval: rows drawn from the task's two splits; a file is used whole.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
-
-_CLIPPED_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
+from grouprl.objective import ESTIMATORS
+from grouprl.objective_settings import objective_problems
 
 
 def problems(config: Fields) -> list[str]:
@@ -53,7 +53,7 @@ def _advantage_problems(c: Fields) -> list[str]:
                     f"multi_objective_aggregation='normalize_then_sum' normalises each reward function alone, which "
                     f"leaves no place for {name}; use 'sum_then_normalize', or make it a reward function"
                 )
-    if c.num_generations == 1 and c.advantage != "reinforce_pp":
+    if c.num_generations == 1 and ESTIMATORS[c.advantage].compares:
         found.append(
             f"num_generations=1 leaves advantage={c.advantage!r} nothing to compare with; set num_generations=2 or "
             "more, or advantage='reinforce_pp'"
@@ -86,33 +86,32 @@ def _advantage_problems(c: Fields) -> list[str]:
             f"scale_rewards={c.scale_rewards!r} has no effect with multi_objective_aggregation='normalize_then_sum', "
             "which scales within groups and then over the batch; leave one of them out"
         )
-    if c.advantage != "group":
+    if c.advantage != "outcome":
         if c.scale_rewards == "batch":
             found.append(
-                f"scale_rewards='batch' is for advantage='group', which is {c.advantage!r}; leave one of them out"
+                f"scale_rewards='batch' is for advantage='outcome', which is {c.advantage!r}; leave one of them out"
             )
         if c.multi_objective_aggregation == "normalize_then_sum":
             found.append(
                 "multi_objective_aggregation='normalize_then_sum' is an estimator of its own and needs "
-                f"advantage='group', which is {c.advantage!r}; leave one of them out"
+                f"advantage='outcome', which is {c.advantage!r}; leave one of them out"
             )
     return found
 
 
 def _objective_problems(c: Fields) -> list[str]:
-    found: list[str] = []
-    if c.loss_type == "cispo" and (c.epsilon_high is None or c.epsilon_high <= 1):
+    found = objective_problems(c, c.loss_type)
+    if c.loss_type == "luspo" and c.importance_sampling_level == "token":
         found.append(
-            f"epsilon_high={c.epsilon_high}: with loss_type='cispo' it is the cap of the ratio itself, as in TRL, and "
-            "must exceed 1; 5.0 is usual"
+            "loss_type='luspo' is for one ratio per completion, and importance_sampling_level is 'token'; set "
+            "importance_sampling_level='sequence', as the paper does"
         )
-    if c.delta is not None:
-        if c.loss_type not in _CLIPPED_LOSSES:
-            found.append(
-                f"delta={c.delta} is for a clipped ratio, which loss_type={c.loss_type!r} has not; leave it out"
-            )
-        elif c.delta <= 1 + c.clip_high:
-            found.append(f"delta={c.delta} must exceed 1 + epsilon_high = {1 + c.clip_high:g}; 3.0 or 4.0 is usual")
+    if c.importance_sampling_level != "token" and c.loss_type in ("vespo", "dppo_tv", "dppo_kl"):
+        what = "one per completion itself" if c.loss_type == "vespo" else "the probabilities of single tokens"
+        found.append(
+            f"importance_sampling_level={c.importance_sampling_level!r}: loss_type={c.loss_type!r} takes {what}; leave "
+            "importance_sampling_level at 'token'"
+        )
     if c.sync_ref_model and c.beta == 0:
         found.append("sync_ref_model=True needs a reference model, which beta=0 has not; set beta, or leave it out")
     return found

@@ -15,6 +15,7 @@ from grouprl.errors import UsageError
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.trl import FOREIGN, ONE_PROCESS, RENAMED, translate
+from grouprl.objective_settings import explain
 
 
 class GRPOConfig(Fields):
@@ -37,7 +38,7 @@ class GRPOConfig(Fields):
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise UsageError(_explain(error)) from None
+            raise UsageError(explain(error, type(self).model_fields)) from None
         if self.eval_strategy != "no":
             self.do_eval = True
         if found := problems(self):
@@ -63,7 +64,7 @@ class GRPOConfig(Fields):
             try:
                 super().__setattr__(setting, translated)
             except ValidationError as error:
-                raise UsageError(_explain(error)) from None
+                raise UsageError(explain(error, type(self).model_fields)) from None
 
     def in_use(self) -> GRPOConfig:
         """A copy for a trainer: completed, checked once more, and not to be changed. Raises UsageError."""
@@ -117,19 +118,6 @@ class GRPOConfig(Fields):
     def to_sanitized_dict(self) -> dict[str, Any]:
         """:meth:`to_dict` with text for what is no number, as hyperparameters of trackers are."""
         return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.to_dict().items()}
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["loc"]:
-            name = str(problem["loc"][0])
-            field = GRPOConfig.model_fields[name]
-            message = f"{name}={problem['input']!r}: {message} ({field.description}; default {field.get_default()!r})"
-        if message not in lines:
-            lines.append(message)
-    return "; ".join(lines)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -17,14 +17,19 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
+
+from grouprl.objective.divergences import SAMPLED_DIVERGENCES
+from grouprl.objective.estimators import names as estimator_names
+from grouprl.objective.losses import names as loss_names
+from grouprl.objective_settings import RENAMED_ADVANTAGES, RENAMED_LOSSES, ObjectiveSettings, OneOf
 
 Strategy = Literal["no", "steps", "epoch"]
 
 
-class Fields(BaseModel):
+class Fields(ObjectiveSettings):
     """The settings themselves; :class:`grouprl.lm.GRPOConfig` is what people use."""
 
     model_config = ConfigDict(
@@ -118,19 +123,10 @@ class Fields(BaseModel):
         "sum_then_normalize",
         description="several reward functions: advantage of their sum, or sum of advantages (GDPO)",
     )
-    advantage: Literal[
-        "group", "leave_one_out", "opo", "maxrl", "pass_at_k", "reinforce_pp", "reinforce_pp_baseline"
-    ] = Field(
-        "group",
-        description="estimator: group mean, RLOO, length-weighted mean (OPO), MaxRL, pass@k, REINFORCE++ without "
-        "groups, or with the group mean as its baseline",
-    )  # fmt: skip
-    pass_k: int | None = Field(None, ge=2, description="k of advantage=pass_at_k; default: num_generations")
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group",
-        description="divide by the standard deviation of the group, of the batch, or not (Dr. GRPO); "
-        "True = group, False = none; for advantage=group, the others scale in their own way",
+    advantage: Annotated[str, OneOf(estimator_names(environments=False), RENAMED_ADVANTAGES)] = Field(
+        "outcome", description="estimator; the table of estimators says what each computes"
     )
+    pass_k: int | None = Field(None, ge=2, description="k of advantage=pass_at_k; default: num_generations")
     mask_truncated_completions: bool = Field(False, description="no loss from completions that were cut off")
     soft_overlong_cache: int | None = Field(
         None, ge=1, description="last tokens before max_completion_length over which the reward falls by up to 1 (DAPO)"
@@ -139,28 +135,24 @@ class Fields(BaseModel):
         True, description="no forward pass for completions that cannot move the model; changes no gradient"
     )
 
-    # --- objective -----------------------------------------------------------------------------------------------
-    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo"] = Field(
+    # --- loss ----------------------------------------------------------------------------------------------------
+    loss_type: Annotated[str, OneOf(loss_names(environments=False), RENAMED_LOSSES)] = Field(
         "dapo",
-        description="surrogate and aggregation, as in TRL; bnpo is dapo, since no number depends on the micro-batch",
+        description="surrogate and how tokens are averaged, as in TRL; the table of losses says which is which",
     )
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] = Field(
         "token", description="ratio per token, one per completion (GSPO), or one with token gradients (GSPO-token)"
     )
-    epsilon: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - epsilon")
-    epsilon_high: float | None = Field(
-        None, gt=0, description="ratio is clipped above 1 + epsilon_high; default: epsilon; for cispo the cap itself"
-    )
-    delta: float | None = Field(
-        None, gt=1, description="bound of the ratio where the advantage is negative (two-sided or dual clip)"
-    )
-    sapo_temperature_pos: float = Field(1.0, gt=0, description="of sapo's gate where the advantage is positive")
-    sapo_temperature_neg: float = Field(1.05, gt=0, description="of sapo's gate where it is not")
+    vespo_k_pos: float = Field(2.0, gt=0, description="of vespo's weight: how fast it falls below a ratio of 1, A >= 0")
+    vespo_lambda_pos: float = Field(3.0, gt=0, description="how fast above, A >= 0")
+    vespo_k_neg: float = Field(3.0, gt=0, description="how fast below, A < 0")
+    vespo_lambda_neg: float = Field(2.0, gt=0, description="how fast above, A < 0")
     off_policy_mask_threshold: float | None = Field(
         None, gt=0, description="no loss from completions of negative advantage further than this from the sampler"
     )
-    beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the reference; 0 = no reference model")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="sampled estimate of that divergence")
+    kl_estimator: Annotated[str, OneOf(SAMPLED_DIVERGENCES)] = Field(
+        "k3", description="sampled estimate of that divergence"
+    )
     kl_in: Literal["loss", "reward"] = Field(
         "loss", description="where it enters: a term of the loss, or of the reward"
     )
@@ -226,11 +218,6 @@ class Fields(BaseModel):
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")
 
-    @property
-    def clip_high(self) -> float:
-        """`epsilon_high`, or `epsilon` where it is not given."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
     @field_validator("output_dir", mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
@@ -246,11 +233,6 @@ class Fields(BaseModel):
             if name not in ("tensorboard", "wandb", "none"):
                 raise ValueError(f"{name!r} is no tracker here; choose tensorboard, wandb, both in a list, or none")
         return tuple(name for name in names if name != "none")
-
-    @field_validator("scale_rewards", mode="before")
-    @classmethod
-    def _scale(cls, value: Any) -> Any:
-        return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")
     @classmethod

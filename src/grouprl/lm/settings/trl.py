@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from grouprl.errors import UsageError
+from grouprl.objective_settings import unknown_setting
 
 
 class Foreign(NamedTuple):
@@ -52,7 +53,6 @@ _SAMPLER = "the sampler is built in; leave it out"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding; leave it out"
 _ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
-_VESPO = "loss_type='vespo' is not offered; loss_type='sapo' is a soft gate as well"
 _VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
 _LAUNCH = "training runs in one process on one device; leave it out"
 _COMPILE = "not offered; leave it out"
@@ -77,7 +77,6 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0,
         "vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_cap": None,
     }),
-    (_VESPO, {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0}),
     (_ENTROPY, {
         "entropy_coef": 0.0, "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
         "entropy_coef_delta": 0.005, "entropy_target": 0.2,
@@ -230,6 +229,8 @@ def _check_foreign(name: str, value: Any, known: Collection[str]) -> None:
         return
     if name in TRAINER_ARGUMENTS:
         raise UsageError(f"{name!r} is an argument of GRPOTrainer, not a setting; pass it there")
-    close = difflib.get_close_matches(name, [*known, *RENAMED, *FOREIGN], n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "help(GRPOConfig) and `grouprl settings --lm` list the settings"
-    raise UsageError(f"unknown setting {name!r}; {hint}")
+    raise UsageError(
+        unknown_setting(
+            name, [*known, *RENAMED, *FOREIGN], lambda: "help(GRPOConfig) and `grouprl settings --lm` list the settings"
+        )
+    )

@@ -12,13 +12,14 @@ import torch
 from grouprl.errors import UsageError
 from grouprl.lm.generate.collect import Collector, Metrics
 from grouprl.lm.generate.samples import Samples, parts_of_a_generation
-from grouprl.lm.learn.parameters import follow_settings, load_optimizer_state, make_schedule, optimizer_state
-from grouprl.lm.learn.step import Step, take
+from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state
+from grouprl.lm.learn.step import Step, optimizer_step
 from grouprl.lm.prompts import PromptOrder
 from grouprl.lm.settings.batch_plan import steps_per_epoch, total_steps
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.checkpoint import Checkpoint
+from grouprl.objective import Objective
 
 if TYPE_CHECKING:
     from grouprl.lm.train.trainer import GRPOTrainer
@@ -56,7 +57,7 @@ class Run:
             trainer.lr_scheduler = make_schedule(trainer.optimizer, config, self.total)
         self.collector = Collector(
             trainer.policy, trainer.processing_class, source, self.order, trainer.rewards, config, self.generator,
-            trainer.custom,
+            trainer.functions.advantage,
         )  # fmt: skip
         self.follows = trainer.policy.reference if config.sync_ref_model else None
         self.reference_moved = False
@@ -147,8 +148,8 @@ class Run:
         trainer.last_samples = self.samples
         step = self.steps[self.update % len(self.steps)]
         rate = trainer.optimizer.param_groups[0]["lr"]
-        metrics |= take(
-            step, trainer.parameters, trainer.optimizer, config, remember=self.plan.num_iterations > 1,
+        metrics |= optimizer_step(
+            step, trainer.parameters, trainer.optimizer, remember=self.plan.num_iterations > 1,
             on_gradient=lambda: trainer.flow.event("on_pre_optimizer_step"),
         )  # fmt: skip
         trainer.flow.event("on_optimizer_step")
@@ -167,8 +168,8 @@ class Run:
     def _divide(self) -> None:
         assert self.samples is not None
         parts = parts_of_a_generation(len(self.samples), self.plan.steps_per_generation)
-        policy, custom = self.trainer.policy, self.trainer.custom
-        self.steps = [Step(policy, self.samples, chosen, self.config, custom) for chosen in parts]
+        policy, objective = self.trainer.policy, Objective.of(self.config, self.trainer.functions.surrogate)
+        self.steps = [Step(policy, self.samples, chosen, self.config, objective) for chosen in parts]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from grouprl.errors import UsageError, first_line
+from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.generate.collect import Metrics, describe_judged, judged
 from grouprl.lm.generate.samples import Samples
-from grouprl.lm.learn.parameters import MasterParameters, make_optimizer
+from grouprl.lm.learn.optimizer import make_optimizer
 from grouprl.lm.models.load import load
 from grouprl.lm.models.save import load_weights, save_model
 from grouprl.lm.policy.policy import Policy, sampling_settings
@@ -22,14 +23,13 @@ from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.settings.batch_plan import batch_plan
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
-from grouprl.lm.settings.user_functions import Custom
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.callbacks import Flow
 from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.loop import Run, TrainOutput
 from grouprl.lm.train.trl_methods import ScriptMethods
 from grouprl.machine.memory import renew_freed_memory, use_huge_pages
-from grouprl.objective.user_functions import TensorFunction
+from grouprl.objective.user_functions import TensorFunction, UserFunctions
 
 
 class GRPOTrainer(ScriptMethods):
@@ -55,7 +55,7 @@ class GRPOTrainer(ScriptMethods):
             ``(rewards [S], lengths [N], group [N]) -> [S]``, as the functions of :mod:`grouprl.objective`.
         surrogate_function: a loss of your own per token, in the place of that of ``args.loss_type``, which still says
             how tokens are averaged: ``(logp [S], logp_old [S], advantages [S]) -> [S]``. Both:
-            :mod:`grouprl.lm.settings.user_functions`.
+            :mod:`grouprl.objective.user_functions`.
         **others: arguments of TRL's that are none here are accepted at the value that does nothing.
 
     Attributes:
@@ -84,7 +84,7 @@ class GRPOTrainer(ScriptMethods):
         check_arguments(others)
         use_huge_pages()
         self.args = config = _configuration(args)
-        self.custom = Custom(advantage_function, surrogate_function)
+        self.functions = UserFunctions(advantage_function, surrogate_function)
         self.plan = batch_plan(config)
         self.rewards = RewardCaller(reward_funcs, config.reward_weights)
         torch.manual_seed(config.seed)
@@ -95,7 +95,7 @@ class GRPOTrainer(ScriptMethods):
         if not self._eval_sources and (config.eval_strategy != "no" or config.eval_on_start):
             what = "eval_on_start=True" if config.eval_strategy == "no" else f"eval_strategy={config.eval_strategy!r}"
             raise UsageError(f"{what} needs an eval_dataset; give one to GRPOTrainer, or leave the setting out")
-        self.parameters = MasterParameters(self.model)
+        self.parameters = FlatParameters(self.model, decayed_first=True)
         if isinstance(ref_model, str | Path):
             ref_model, _ = load(ref_model, tokenizer=self.processing_class, dtype=config.master_dtype)
         self.policy = Policy(self.model, self.processing_class, config, ref_model)
@@ -280,7 +280,7 @@ def _configuration(args: Any) -> GRPOConfig:
     return args.in_use()
 
 
-def _check_optimizer(optimizer: Any, parameters: MasterParameters) -> None:
+def _check_optimizer(optimizer: Any, parameters: FlatParameters) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
             f"optimizers holds {optimizer!r}, which is no optimizer; give torch.optim.SGD(...) or the like"

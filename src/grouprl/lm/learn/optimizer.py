@@ -1,4 +1,4 @@
-"""The master weights as one vector, their gradient as another, and the optimizer that steps them."""
+"""The optimizer of language models: AdamW over one vector, its schedule, and its state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,79 +6,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from grouprl.errors import UsageError
+from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.settings.config import GRPOConfig
 
 
-class MasterParameters:
-    """All trainable parameters of a model as views into one vector, their ``.grad`` as views into another.
-
-    One norm and one fused optimizer call serve any model. Parameters that decay come first, so that two
-    slices are the optimizer's two groups; biases and norms (everything with fewer than two dimensions) do not decay.
-
-    Raises UsageError if nothing is trainable, or trainable parameters differ in type or device.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        if not trainable:
-            raise UsageError("the model has no trainable parameter; set requires_grad on some, or pass peft_config")
-        kinds = {(p.dtype, p.device) for p in trainable}
-        if len(kinds) > 1:
-            raise UsageError(
-                "trainable parameters must share one type and device, got "
-                f"{', '.join(sorted(f'{dtype} on {device}' for dtype, device in kinds))}; load the model with one dtype"
-            )
-        self.tensors = sorted(trainable, key=lambda p: p.dim() < 2)
-        self.n_decayed = sum(p.numel() for p in self.tensors if p.dim() >= 2)
-        total = sum(p.numel() for p in self.tensors)
-        self.vector = torch.empty(total, dtype=trainable[0].dtype, device=trainable[0].device)
-        self.gradient = torch.zeros_like(self.vector)
-        offset = 0
-        with torch.no_grad():
-            for p in self.tensors:
-                place = slice(offset, offset + p.numel())
-                self.vector[place] = p.detach().reshape(-1)
-                p.data = self.vector[place].view(p.shape)
-                p.main_grad = self.gradient[place].view(p.shape)  # type: ignore[attr-defined]
-                p.grad = p.main_grad  # type: ignore[attr-defined]
-                offset += p.numel()
-
-    def start(self) -> None:
-        """Begin a gradient: whoever writes first, writes over what is there."""
-        for p in self.tensors:
-            p.grad = None
-
-    def finish(self) -> None:
-        """End it: see that every ``.grad`` lies in the flat gradient, 0 where nothing was written."""
-        for p in self.tensors:
-            place: Tensor = p.main_grad  # type: ignore[attr-defined]
-            if p.grad is None:
-                place.zero_()
-            elif p.grad is not place:
-                place.copy_(p.grad)
-            p.grad = place
-
-    def clip(self, max_norm: float) -> float:
-        """The norm of the gradient, which is scaled down to ``max_norm`` if that is above 0 and exceeded."""
-        norm = float(torch.linalg.vector_norm(self.gradient, dtype=torch.float32))
-        if 0 < max_norm < norm:
-            self.gradient.mul_(max_norm / (norm + 1e-6))
-        return norm
-
-    def slices(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """What an optimizer steps: the decayed part and the rest, each a parameter or nothing."""
-        parts: list[list[nn.Parameter]] = []
-        for place in (slice(0, self.n_decayed), slice(self.n_decayed, len(self.vector))):
-            parameter = nn.Parameter(self.vector[place])
-            parameter.grad = self.gradient[place]
-            parts.append([parameter] if parameter.numel() else [])
-        return parts[0], parts[1]
-
-
-def make_optimizer(parameters: MasterParameters, config: GRPOConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: FlatParameters, config: GRPOConfig) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), fused, over the flat vector."""
     decayed, others = parameters.slices()
     groups: list[dict[str, Any]] = [

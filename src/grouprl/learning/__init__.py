@@ -1,0 +1,1 @@
+"""What moves the weights of any policy: all parameters as one vector, and one gradient step. Both arenas use it."""

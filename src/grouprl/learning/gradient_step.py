@@ -1,0 +1,58 @@
+"""One gradient step: the sum over parts, its norm, the refusal of what is not finite, and the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from grouprl.errors import TrainingError
+from grouprl.learning.parameters import FlatParameters
+
+
+class Optimizer(Protocol):
+    """Whatever steps: :class:`grouprl.envs.adam.Adam`, or any of PyTorch's."""
+
+    def step(self) -> Any:
+        """Move the parameters along their gradient."""
+
+
+def gradient_step(
+    parameters: FlatParameters,
+    optimizer: Optimizer,
+    parts: Iterable[Tensor | None],
+    max_norm: float,
+    *,
+    where: str = "",
+    advice: str,
+    before_step: Callable[[], None] | None = None,
+) -> float:
+    """Move the parameters along the sum of the gradients of some parts.
+
+    Args:
+        parts: each computed as it is asked for, and added in this order, on which the sum of floats depends: either a
+            gradient ``[P]``, or None once a backward pass has written its own.
+        max_norm: bound on the norm of the sum; 0: none.
+        where, advice: what the error says besides: where it happened, and what to try.
+        before_step: called once the gradient stands, clipped.
+
+    Returns:
+        The norm before it was clipped.
+
+    Raises:
+        TrainingError: the gradient is not finite; the parameters are left as they were.
+    """
+    parameters.start()
+    for gradient in parts:
+        if gradient is not None:
+            parameters.add(gradient)
+    parameters.finish()
+    norm = parameters.clip(max_norm)
+    if not math.isfinite(norm):
+        raise TrainingError(f"the gradient is not finite (norm {norm}){where}; {advice}")
+    if before_step is not None:
+        before_step()
+    optimizer.step()
+    return norm

@@ -1,0 +1,129 @@
+"""What both configurations share: the settings of the objective, how they are checked, and errors that help."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, core_schema
+
+from grouprl.objective import LOSSES
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """For an annotation: the value must be one of some names, such as those of a table.
+
+    Attributes:
+        names: those that are allowed. renamed: names of before, and what they are called now.
+    """
+
+    names: tuple[str, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, value: str) -> str:
+        """The value. Raises ValueError with the names that are allowed, and the nearest."""
+        if value in self.names:
+            return value
+        close = difflib.get_close_matches(value, self.names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        if value in self.renamed:
+            hint = f"; {value!r} is called {self.renamed[value]!r} now"
+        raise ValueError(f"must be one of {', '.join(map(repr, self.names))}{hint}")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """How pydantic is told."""
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+RENAMED_ADVANTAGES = {"group": "outcome", "tutorial": "batch_returns"}
+RENAMED_LOSSES = {"clip": "dapo", "dual_clip": "dapo"}
+
+RENAMED_SETTINGS = {
+    "surrogate": "loss_type", "clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta",
+    "kl": "kl_estimator", "scale_by_std": "scale_rewards", "adam_eps": "adam_epsilon",
+}  # fmt: skip
+"""Settings that had another name, and what they are called now."""
+
+
+class ObjectiveSettings(BaseModel):
+    """The settings of the objective that mean the same in both arenas. A step is a step of an episode, or a token."""
+
+    # --- objective -----------------------------------------------------------------------------------------------
+    epsilon: float = Field(0.2, gt=0, lt=1, description="ratio is clipped below 1 - epsilon; width of spo")
+    epsilon_high: float | None = Field(
+        None, gt=0, description="ratio is clipped above 1 + epsilon_high; default: epsilon; for cispo the cap itself"
+    )
+    delta: float | None = Field(
+        None, gt=1, description="bound of the ratio where the advantage is negative (two-sided or dual clip)"
+    )
+    sapo_temperature_pos: float = Field(1.0, gt=0, description="of sapo's gate where the advantage is positive")
+    sapo_temperature_neg: float = Field(1.05, gt=0, description="of sapo's gate where it is not")
+    dppo_threshold: float | None = Field(
+        None, gt=0, lt=1, description="how far dppo lets a probability move; default: 0.2 for dppo_tv, 0.05 for dppo_kl"
+    )
+    beta: float = Field(0.0, ge=0, description="weight of the KL divergence to the reference; 0 = no reference")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="divide by the standard deviation of the group, of the batch, or not (Dr. GRPO); "
+        "True = group, False = none; for advantage=outcome, the others scale in their own way",
+    )
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _scale(cls, value: Any) -> Any:
+        return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
+
+    @property
+    def clip_high(self) -> float:
+        """`epsilon_high`, or `epsilon` where it is not given."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+def objective_problems(c: ObjectiveSettings, loss_type: str) -> list[str]:
+    """Settings of the objective that do not go together: one sentence each, with how to fix it."""
+    found: list[str] = []
+    loss = LOSSES[loss_type]
+    if loss.cap and (c.epsilon_high is None or c.epsilon_high <= 1):
+        found.append(
+            f"epsilon_high={c.epsilon_high}: with loss_type={loss_type!r} it is the cap of the ratio itself, as in "
+            "TRL, and must exceed 1; 5.0 is usual"
+        )
+    if c.delta is not None:
+        if not loss.clips:
+            found.append(f"delta={c.delta} is for a clipped ratio, which loss_type={loss_type!r} has not; leave it out")
+        elif c.delta <= 1 + c.clip_high:
+            found.append(f"delta={c.delta} must exceed 1 + epsilon_high = {1 + c.clip_high:g}; 3.0 or 4.0 is usual")
+    if c.dppo_threshold is not None and not loss.probabilities:
+        found.append(
+            f"dppo_threshold={c.dppo_threshold} is for loss_type='dppo_tv' or 'dppo_kl', which is {loss_type!r}; leave "
+            "it out"
+        )
+    return found
+
+
+def explain(error: ValidationError, settings: Mapping[str, FieldInfo]) -> str:
+    """A configuration's validation errors for people: what was given, what is allowed, what the setting is."""
+    lines: list[str] = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["loc"]:
+            name = str(problem["loc"][0])
+            info = settings[name]
+            message = f"{name}={problem['input']!r}: {message} ({info.description}; default {info.get_default()!r})"
+        if message not in lines:
+            lines.append(message)
+    return "; ".join(lines)
+
+
+def unknown_setting(name: str, known: Collection[str], otherwise: Callable[[], str]) -> str:
+    """What to say of a name that is no setting: its new name, the nearest one, or ``otherwise()``."""
+    new = RENAMED_SETTINGS.get(name)
+    if new in known:
+        return f"{name!r} is called {new!r} now" + (": loss_type=dapo clips" if name == "surrogate" else "")
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown setting {name!r}; " + (f"did you mean {close[0]!r}?" if close else otherwise())
