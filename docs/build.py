@@ -9,6 +9,7 @@ pages the text between `<!-- generated: NAME -->` and `<!-- /generated -->` is r
     results FILE                     benchmarks/results/FILE.md
     results FILE / SECTION / ...     only these sections of it; "intro" is what stands before the first one
     presets NAME NAME ...            a table of the settings in which presets differ from each other
+    objective TABLE                  a table of grouprl.objective: ESTIMATORS, LOSSES or DIVERGENCES
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import inspect
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
@@ -50,6 +51,8 @@ def refreshed(page: Path, text: str, results: Path = RESULTS) -> str:
             body = measured(results / f"{name}.md", sections, page, level)
         elif kind == "presets":
             body = preset_differences(arguments.split())
+        elif kind == "objective":
+            body = objective_table(arguments)
         else:
             raise SystemExit(f"{page}: do not know how to generate {block[2]!r}; docs/build.py lists the kinds")
         return f"{block[1]}\n{body.strip()}\n\n{block[3]}"
@@ -94,6 +97,46 @@ def preset_differences(names: list[str]) -> str:
         if any(value != values[0] for value in values):
             rows.append([f"`{key}`", *map(shown, values)])
     return table(["", *(f"`{name}`" for name in names)], rows)
+
+
+def objective_table(name: str) -> str:
+    """One of the tables of :mod:`grouprl.objective`: what each name computes, which arena offers it, its source."""
+    from grouprl import objective
+    from grouprl.objective import divergences, estimators, losses
+
+    def ticks(*columns: Collection[str]) -> Callable[[str], list[str]]:
+        return lambda entry: ["yes" if entry in column else "" for column in columns]
+
+    if name == "ESTIMATORS":
+        entries = objective.ESTIMATORS
+        arenas = [estimators.names(environments=True), estimators.names(environments=False)]
+        whole, after = ([n for n, e in entries.items() if getattr(e, field)] for field in ("whole_samples", "standardised"))
+        columns = ticks(*arenas, whole, after)
+        rows = [[f"`{n}`", sentence(e.about), *columns(n), linked(e.source)] for n, e in entries.items()]
+        extra = ["whole episodes", "scaled after"]
+        return table(["`advantage`", "the advantage of a step", *ARENAS, *extra, "source"], rows)
+    if name == "LOSSES":
+        columns = ticks(losses.names(environments=True), losses.names(environments=False))
+        rows = [[f"`{n}`", sentence(e.about), *columns(n), linked(e.source)] for n, e in objective.LOSSES.items()]
+        return table(["`loss_type`", "the loss", *ARENAS, "source"], rows)
+    if name == "DIVERGENCES":
+        columns = ticks(objective.DIVERGENCES, divergences.SAMPLED_DIVERGENCES)
+        rows = [[f"`{n}`", sentence(e.about), *columns(n)] for n, e in objective.DIVERGENCES.items()]
+        return table(["`kl_estimator`", "what is penalised", *ARENAS], rows)
+    raise SystemExit(f"grouprl.objective has no table {name!r}; ESTIMATORS, LOSSES and DIVERGENCES are there")
+
+
+ARENAS = ["environments", "language models"]
+
+
+def sentence(text: str) -> str:
+    """A description in a table's words: the divergence bars as the pages print them."""
+    return text.replace("||", "‖")
+
+
+def linked(source: str) -> str:
+    """A source with its arXiv numbers as links."""
+    return re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", source)
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
@@ -306,13 +349,16 @@ def python_part() -> str:
     ):
         text += f"\n#### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
     text += "\n### The objective\n\n`grouprl.objective`: pure functions on packed tensors; each imports from there.\n"
+    text += "What a configuration can name stands in three tables, `ESTIMATORS`, `LOSSES` and `DIVERGENCES`: "
+    text += "[estimators.md](estimators.md).\n"
     for part in (
-        "shaping", "advantages", "outcomes", "baseline", "returns", "packed", "surrogates", "sequence", "divergences",
-        "weights",
+        "shaping", "advantages", "outcomes", "estimators", "baseline", "returns", "packed", "surrogates", "sequence",
+        "divergences", "weights", "losses", "loss",
     ):  # fmt: skip
         module = f"grouprl.objective.{part}"
         names = [name for name in _definitions(module) if name in objective.__all__]
-        text += f"\n#### {part}\n\n" + "\n".join(definition(module, name) for name in names)
+        if names:
+            text += f"\n#### {part}\n\n" + "\n".join(definition(module, name) for name in names)
     return text
 
 

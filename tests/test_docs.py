@@ -150,7 +150,24 @@ def test_the_reference_names_every_setting_of_language_models_once() -> None:
 def test_the_reference_has_every_function_of_the_objective() -> None:
     part = build.python_part()
     part = part[part.index("### The objective") :]
-    assert [name for name in objective.__all__ if not re.search(rf"^(def|class) {name}\b", part, re.M)] == []
+    tables = [name for name in objective.__all__ if isinstance(getattr(objective, name), dict)]
+    assert tables == ["DIVERGENCES", "ESTIMATORS", "LOSSES"]
+    assert [name for name in tables if f"`{name}`" not in part] == []
+    functions = [name for name in objective.__all__ if name not in tables]
+    assert [name for name in functions if not re.search(rf"^(def|class) {name}\b", part, re.M)] == []
+
+
+@pytest.mark.parametrize("name", ["ESTIMATORS", "LOSSES", "DIVERGENCES"])
+def test_the_page_of_estimators_has_a_row_for_every_entry_of_the_objective(name: str) -> None:
+    text = (ROOT / "docs" / "estimators.md").read_text(encoding="utf-8")
+    block = text[text.index(f"<!-- generated: objective {name} -->") :]
+    block = block[: block.index("<!-- /generated -->")]
+    assert re.findall(r"^\| `(\w+)` \|", block, re.M) == list(getattr(objective, name))
+
+
+def test_a_table_the_objective_does_not_have_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="no table 'LOSS'; ESTIMATORS, LOSSES and DIVERGENCES"):
+        build.objective_table("LOSS")
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
