@@ -110,7 +110,9 @@ def objective_table(name: str) -> str:
     if name == "ESTIMATORS":
         entries = objective.ESTIMATORS
         arenas = [estimators.names(environments=True), estimators.names(environments=False)]
-        whole, after = ([n for n, e in entries.items() if getattr(e, field)] for field in ("whole_samples", "standardised"))
+        whole, after = (
+            [n for n, e in entries.items() if getattr(e, field)] for field in ("whole_samples", "standardised")
+        )
         columns = ticks(*arenas, whole, after)
         rows = [[f"`{n}`", sentence(e.about), *columns(n), linked(e.source)] for n, e in entries.items()]
         extra = ["whole episodes", "scaled after"]
