@@ -9,7 +9,7 @@ pages the text between `<!-- generated: NAME -->` and `<!-- /generated -->` is r
     results FILE                     benchmarks/results/FILE.md
     results FILE / SECTION / ...     only these sections of it; "intro" is what stands before the first one
     presets NAME NAME ...            a table of the settings in which presets differ from each other
-    objective TABLE                  a table of grouprl.objective: ESTIMATORS, LOSSES or DIVERGENCES
+    table NAME                       a table of grouprl.objective: ESTIMATORS, LOSSES or DIVERGENCES
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def refreshed(page: Path, text: str, results: Path = RESULTS) -> str:
             body = measured(results / f"{name}.md", sections, page, level)
         elif kind == "presets":
             body = preset_differences(arguments.split())
-        elif kind == "objective":
+        elif kind == "table":
             body = objective_table(arguments)
         else:
             raise SystemExit(f"{page}: do not know how to generate {block[2]!r}; docs/build.py lists the kinds")
@@ -354,12 +354,11 @@ def python_part() -> str:
     text += "What a configuration can name stands in three tables, `ESTIMATORS`, `LOSSES` and `DIVERGENCES`: "
     text += "[estimators.md](estimators.md).\n"
     for part in (
-        "shaping", "advantages", "outcomes", "estimators", "baseline", "returns", "packed", "surrogates", "sequence",
-        "divergences", "weights", "losses", "loss",
+        "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "returns", "packed",
+        "surrogates", "sequence", "divergences", "weights",
     ):  # fmt: skip
         module = f"grouprl.objective.{part}"
-        names = [name for name in _definitions(module) if name in objective.__all__]
-        if names:
+        if names := [name for name in _definitions(module) if name in objective.__all__]:
             text += f"\n#### {part}\n\n" + "\n".join(definition(module, name) for name in names)
     return text
 

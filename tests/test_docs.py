@@ -160,7 +160,7 @@ def test_the_reference_has_every_function_of_the_objective() -> None:
 @pytest.mark.parametrize("name", ["ESTIMATORS", "LOSSES", "DIVERGENCES"])
 def test_the_page_of_estimators_has_a_row_for_every_entry_of_the_objective(name: str) -> None:
     text = (ROOT / "docs" / "estimators.md").read_text(encoding="utf-8")
-    block = text[text.index(f"<!-- generated: objective {name} -->") :]
+    block = text[text.index(f"<!-- generated: table {name} -->") :]
     block = block[: block.index("<!-- /generated -->")]
     _, *names = re.findall(r"^\| `(\w+)` \|", block, re.M)  # the first row is the header
     assert names == list(getattr(objective, name))

@@ -42,7 +42,7 @@ def test_the_losses_of_parts_add_up_to_the_loss_of_the_whole() -> None:
     for name, loss in LOSSES.items():
         objective = Objective(
             loss_type=name, epsilon_high=1.5 if loss.cap else None,
-            importance_sampling_level="sequence" if name == "luspo" else "token",
+            importance_sampling_level=loss.levels[0],
         )  # fmt: skip
         logp_, old_ = -logp.abs(), -old.abs()
         whole = policy_loss(objective, logp_, Fixed(a, weights, old_, None, lengths)).loss

@@ -23,6 +23,7 @@ from grouprl.errors import UsageError
 from grouprl.learning.parameters import FlatParameters
 from grouprl.machine.memory import keep_freed_memory
 from grouprl.objective import LOSSES, Objective
+from grouprl.objective.losses import mean_over_steps
 from grouprl.objective.packed import segment_sum
 from grouprl.objective.user_functions import TensorFunction
 from grouprl.runs import RunFolder
@@ -84,6 +85,11 @@ class Learner:
         rng: np.random.Generator,
         surrogate_function: TensorFunction | None = None,
     ) -> None:
+        if LOSSES[config.loss_type].probabilities and policy.gaussian:
+            raise UsageError(
+                f"loss_type={config.loss_type!r} needs the probability of each action, and actions of a Box have only "
+                "densities; use loss_type=dapo or spo"
+            )
         self.policy, self.config, self.rng = policy, config, rng
         self.parameters = FlatParameters(policy)
         self.optimizer = Adam(self.parameters.vector, config.learning_rate, config.adam_epsilon, native=config.native)
@@ -162,6 +168,8 @@ class Learner:
     def _weights(self, rollout: Rollout, keep: Tensor) -> Tensor | None:
         """Weights ``[m]`` with mean 1 of the steps learned from, or None where the loss gives all the same."""
         objective = self.settings.objective
+        if LOSSES[objective.loss_type].weights is mean_over_steps:
+            return None
         steps = torch.zeros(rollout.n_steps, dtype=torch.int64)
         steps[keep] = 1
         lengths = segment_sum(steps, rollout.lengths)
@@ -169,9 +177,6 @@ class Learner:
         if not len(lengths):
             return None
         weights = LOSSES[objective.loss_type].weights(objective, lengths, len(lengths))
-        lowest, highest = torch.aminmax(weights)
-        if bool(lowest == highest):
-            return None
         return (weights * len(weights)).to(self.policy.mean.device)
 
     def refresh_reference(self) -> None:

@@ -40,6 +40,7 @@ class Estimator:
             environments, which is fitted to states.
         whole_samples: it needs complete episodes: what a cut episode is worth it cannot tell.
         compares: it compares the samples of a group, so that a group of one teaches nothing.
+        nonnegative: it divides by a mean of returns, none of which may be below 0.
         standardised: environments centre and scale its advantages over the batch; the others come scaled.
         environments, language_models: which arena offers it.
     """
@@ -49,6 +50,7 @@ class Estimator:
     function: Callable[[Tensor, Tensor, Tensor, Estimation], Tensor] | None
     whole_samples: bool = True
     compares: bool = True
+    nonnegative: bool = False
     standardised: bool = False
     environments: bool = True
     language_models: bool = True
@@ -83,7 +85,7 @@ ESTIMATORS: dict[str, Estimator] = {
     ),
     "maxrl": Estimator(
         "the return, centred and divided by the mean of its group; returns must not be negative",
-        "MaxRL, 2602.02710", lambda r, n, g, s: outcomes.maxrl(r, n, g),
+        "MaxRL, 2602.02710", lambda r, n, g, s: outcomes.maxrl(r, n, g), nonnegative=True,
     ),
     "pass_at_k": Estimator(
         "what a sample adds to the best of k", "2503.19595; PKPO, 2505.15201",

@@ -84,6 +84,7 @@ class Loss:
         cut: which steps lose their gradient, for the metrics; None where none does. Of spo, which turns it round: which
             lie outside the range.
         clips: it takes `delta`. cap: its `epsilon_high` is a bound on the ratio itself, not a distance from 1.
+        levels: whose ratio it may take; see `importance_logp`.
         whole_samples: it needs all steps of a sample together, as only language models have them.
         probabilities: it needs the probabilities of single actions, which neither samples nor densities have.
         environments: environments offer it; not where it would be another entry under a second name.
@@ -96,9 +97,20 @@ class Loss:
     cut: Cut | None = None
     clips: bool = False
     cap: bool = False
+    levels: tuple[Level, ...] = ("token", "sequence", "sequence_token")
     whole_samples: bool = False
     probabilities: bool = False
     environments: bool = True
+
+
+def mean_over_steps(o: Objective, lengths: Tensor, n_samples: int) -> Tensor:
+    """All steps weigh the same."""
+    return token_mean(lengths)
+
+
+def mean_over_samples(o: Objective, lengths: Tensor, n_samples: int) -> Tensor:
+    """All samples weigh the same, however long."""
+    return sample_mean(lengths, n_samples)
 
 
 def _clipped(o: Objective, logp: Tensor, old: Tensor, a: Tensor, lengths: Tensor | None) -> Tensor:
@@ -127,17 +139,9 @@ def _dppo(divergence: Literal["tv", "kl"], about: str) -> Loss:
     return Loss(
         about, "DPPO, 2602.04879",
         lambda o, logp, old, a, lengths: surrogates.dppo(logp, old, a, dppo_threshold(o), divergence),
-        lambda o, lengths, n: token_mean(lengths),
-        cut, probabilities=True,
+        mean_over_steps,
+        cut, levels=("token",), probabilities=True,
     )  # fmt: skip
-
-
-def _each_step(o: Objective, lengths: Tensor, n_samples: int) -> Tensor:
-    return token_mean(lengths)
-
-
-def _each_sample(o: Objective, lengths: Tensor, n_samples: int) -> Tensor:
-    return sample_mean(lengths, n_samples)
 
 
 _CLIP: dict[str, Any] = {"surrogate": _clipped, "cut": _clipped_cut, "clips": True}
@@ -145,14 +149,14 @@ _CLIP: dict[str, Any] = {"surrogate": _clipped, "cut": _clipped_cut, "clips": Tr
 LOSSES: dict[str, Loss] = {
     "grpo": Loss(
         "clipped ratio; mean over the steps of a sample, then over samples", "DeepSeekMath, 2402.03300",
-        weights=_each_sample, **_CLIP,
+        weights=mean_over_samples, **_CLIP,
     ),
     "bnpo": Loss(
-        "the same as dapo: no number here depends on the micro-batch", "TRL", weights=_each_step, **_CLIP,
+        "the same as dapo: no number here depends on the micro-batch", "TRL", weights=mean_over_steps, **_CLIP,
         environments=False,
     ),
     "dapo": Loss(
-        "clipped ratio; mean over all steps", "PPO, 1707.06347; DAPO, 2503.14476", weights=_each_step, **_CLIP
+        "clipped ratio; mean over all steps", "PPO, 1707.06347; DAPO, 2503.14476", weights=mean_over_steps, **_CLIP
     ),
     "dr_grpo": Loss(
         "clipped ratio; sum over steps divided by a constant length, mean over samples", "Dr. GRPO, 2503.20783",
@@ -161,11 +165,12 @@ LOSSES: dict[str, Loss] = {
     ),
     "luspo": Loss(
         "clipped ratio; sum over the steps of a sample, mean over samples", "LUSPO, 2602.05261",
-        weights=lambda o, lengths, n: sample_sum(lengths, n), **_CLIP, whole_samples=True,
+        weights=lambda o, lengths, n: sample_sum(lengths, n), **_CLIP, levels=("sequence", "sequence_token"),
+        whole_samples=True,
     ),
     "cispo": Loss(
         "the capped ratio as a constant weight of log pi; mean over all steps", "CISPO, 2506.13585",
-        lambda o, logp, old, a, lengths: surrogates.cispo(logp, old, a, cap=o.high), _each_step,
+        lambda o, logp, old, a, lengths: surrogates.cispo(logp, old, a, cap=o.high), mean_over_steps,
         cut=lambda o, logp, old, a: surrogates.beyond(logp, old, a, 0.0, o.high), cap=True,
     ),
     "sapo": Loss(
@@ -174,15 +179,15 @@ LOSSES: dict[str, Loss] = {
         lambda o, logp, old, a, lengths: surrogates.sapo(
             logp, old, a, o.sapo_temperature_pos, o.sapo_temperature_neg
         ),
-        _each_sample,
+        mean_over_samples,
     ),
     "vespo": Loss(
         "a smooth weight of the ratio of the whole sample, constant, times log pi; mean over all steps",
-        "VESPO, 2602.10693", _vespo, _each_step, whole_samples=True,
+        "VESPO, 2602.10693", _vespo, mean_over_steps, levels=("token",), whole_samples=True,
     ),
     "spo": Loss(
         "a parabola in the place of the clip, which pulls the ratio back; mean over all steps", "SPO, 2401.16025",
-        lambda o, logp, old, a, lengths: surrogates.spo(logp, old, a, o.epsilon), _each_step, cut=_clipped_cut,
+        lambda o, logp, old, a, lengths: surrogates.spo(logp, old, a, o.epsilon), mean_over_steps, cut=_clipped_cut,
     ),
     "dppo_tv": _dppo("tv", "the ratio, but 0 where the probability has moved too far; mean over all steps"),
     "dppo_kl": _dppo("kl", "the ratio, but 0 where the binary KL divergence is too large; mean over all steps"),

@@ -11,13 +11,11 @@ from grouprl.lm.generate.estimate import estimate_advantages
 from grouprl.lm.learn.metrics import StepSums, sums_of
 from grouprl.lm.learn.step import step_weights as weights_of_step
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.objective import ESTIMATORS, Fixed, Objective, policy_loss
+from grouprl.objective import ESTIMATORS, LOSSES, Fixed, Objective, policy_loss
 from grouprl.objective.losses import names
 
 LOSS_TYPES = names(environments=False)
-LEVELS = ("token", "sequence", "sequence_token")
-LEVEL_OF = {"luspo": LEVELS[1:], "vespo": LEVELS[:1], "dppo_tv": LEVELS[:1], "dppo_kl": LEVELS[:1]}
-COMBINATIONS = [(name, level) for name in LOSS_TYPES for level in LEVEL_OF.get(name, LEVELS)]
+COMBINATIONS = [(name, level) for name in LOSS_TYPES for level in LOSSES[name].levels]
 
 
 def config(**settings) -> GRPOConfig:

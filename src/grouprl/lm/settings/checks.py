@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
-from grouprl.objective import ESTIMATORS
+from grouprl.objective import ESTIMATORS, LOSSES
 from grouprl.objective_settings import objective_problems
 
 
@@ -60,12 +60,12 @@ def _advantage_problems(c: Fields) -> list[str]:
         )
     if c.num_generations == 1 and c.dynamic_sampling:
         found.append("dynamic_sampling compares the rewards of a group; set num_generations=2 or more, or leave it out")
-    if c.advantage == "reinforce_pp" and c.dynamic_sampling:
+    if not ESTIMATORS[c.advantage].compares and c.dynamic_sampling:
         found.append(
-            "dynamic_sampling replaces groups that teach nothing, and advantage='reinforce_pp' learns from all; leave "
-            "dynamic_sampling out, or set advantage='reinforce_pp_baseline'"
+            f"dynamic_sampling replaces groups that teach nothing, and advantage={c.advantage!r} learns from all; "
+            "leave dynamic_sampling out, or set advantage='reinforce_pp_baseline'"
         )
-    if c.advantage == "maxrl":
+    if ESTIMATORS[c.advantage].nonnegative:
         penalties = (
             ("soft_overlong_cache", c.soft_overlong_cache is not None),
             ("kl_in='reward'", c.beta > 0 and c.kl_in == "reward"),
@@ -74,8 +74,8 @@ def _advantage_problems(c: Fields) -> list[str]:
         for name, on in penalties:
             if on:
                 found.append(
-                    f"advantage='maxrl' divides by the mean reward, which must not be negative, and {name} can make it "
-                    "so; leave it out, or choose another advantage"
+                    f"advantage={c.advantage!r} divides by the mean reward, which must not be negative, and {name} can "
+                    "make it so; leave it out, or choose another advantage"
                 )
     if c.pass_k is not None and c.advantage != "pass_at_k":
         found.append(f"pass_k={c.pass_k} is for advantage='pass_at_k', which is {c.advantage!r}; leave it out")
@@ -101,16 +101,11 @@ def _advantage_problems(c: Fields) -> list[str]:
 
 def _objective_problems(c: Fields) -> list[str]:
     found = objective_problems(c, c.loss_type)
-    if c.loss_type == "luspo" and c.importance_sampling_level == "token":
+    levels = LOSSES[c.loss_type].levels
+    if c.importance_sampling_level not in levels:
         found.append(
-            "loss_type='luspo' is for one ratio per completion, and importance_sampling_level is 'token'; set "
-            "importance_sampling_level='sequence', as the paper does"
-        )
-    if c.importance_sampling_level != "token" and c.loss_type in ("vespo", "dppo_tv", "dppo_kl"):
-        what = "one per completion itself" if c.loss_type == "vespo" else "the probabilities of single tokens"
-        found.append(
-            f"importance_sampling_level={c.importance_sampling_level!r}: loss_type={c.loss_type!r} takes {what}; leave "
-            "importance_sampling_level at 'token'"
+            f"importance_sampling_level={c.importance_sampling_level!r} does not go with loss_type={c.loss_type!r}; "
+            f"set importance_sampling_level={levels[0]!r}"
         )
     if c.sync_ref_model and c.beta == 0:
         found.append("sync_ref_model=True needs a reference model, which beta=0 has not; set beta, or leave it out")

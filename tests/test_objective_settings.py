@@ -1,0 +1,57 @@
+"""One vocabulary: what both configurations share, and what is said of names of before."""
+
+import pytest
+
+from grouprl.envs.config import GRPOConfig as EnvsConfig
+from grouprl.envs.config import make_config
+from grouprl.errors import UsageError
+from grouprl.lm.settings.config import GRPOConfig as LanguageConfig
+from grouprl.objective_settings import RENAMED_SETTINGS, ObjectiveSettings
+
+BOTH = [make_config, lambda values: LanguageConfig(**values)]
+
+
+def test_what_both_have_means_the_same_and_has_one_default() -> None:
+    shared = set(EnvsConfig.model_fields) & set(LanguageConfig.model_fields)
+    assert set(ObjectiveSettings.model_fields) < shared
+    assert {"loss_type", "advantage", "kl_estimator", "max_grad_norm", "learning_rate", "seed", "native"} <= shared
+    for name in ObjectiveSettings.model_fields:
+        assert EnvsConfig.model_fields[name].default == LanguageConfig.model_fields[name].default
+    assert EnvsConfig.model_fields["loss_type"].default == LanguageConfig.model_fields["loss_type"].default == "dapo"
+
+
+@pytest.mark.parametrize("make", BOTH, ids=["environments", "language models"])
+@pytest.mark.parametrize("old", sorted(RENAMED_SETTINGS))
+def test_the_error_for_an_old_name_says_the_new_one(make, old: str) -> None:
+    with pytest.raises(UsageError, match=f"{old!r} is called {RENAMED_SETTINGS[old]!r} now"):
+        make({old: 0.2})
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (BOTH[0], {"advantage": "tutorial"}, "'tutorial' is called 'batch_returns' now"),
+        (BOTH[1], {"advantage": "group"}, "'group' is called 'outcome' now"),
+        (BOTH[0], {"loss_type": "dual_clip"}, "'dual_clip' is called 'dapo' now"),
+        (BOTH[0], {"loss_type": "luspo"}, "must be one of 'grpo', 'dapo'"),
+        (BOTH[1], {"loss_type": "lusp"}, "did you mean 'luspo'"),
+        (BOTH[0], {"loss_type": "cispo"}, "epsilon_high=None: .* must exceed 1; 5.0 is usual"),
+        (BOTH[1], {"loss_type": "sapo", "delta": 3.0}, "delta=3.0 is for a clipped ratio"),
+        (BOTH[0], {"dppo_threshold": 0.1}, "dppo_threshold=0.1 is for loss_type='dppo_tv'"),
+        (BOTH[1], {"loss_type": "luspo"}, "set importance_sampling_level='sequence'"),
+        (
+            BOTH[1],
+            {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+            "set importance_sampling_level='token'",
+        ),
+    ],
+)
+def test_what_is_not_allowed_is_an_error_that_says_what_is(make, values: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make(values)
+
+
+@pytest.mark.parametrize("make", BOTH, ids=["environments", "language models"])
+def test_scaling_may_be_said_with_a_truth_value(make) -> None:
+    assert make({"scale_rewards": False}).scale_rewards == "none"
+    assert make({"scale_rewards": True}).scale_rewards == "group"
