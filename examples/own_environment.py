@@ -18,7 +18,8 @@ class Thermostat(gym.Env[np.ndarray, int]):
     """Keep a leaky room at 20 degrees, with the heater off, at half or at full.
 
     Observed: inside and outside temperature, both drawn anew for each episode. Reward: minus the distance from 20, at
-    most 10. No state ends the episode. After 60 steps it is *truncated*, so the rewards that would follow do not count as 0.
+    most 10. No state ends the episode. After 60 steps it is *truncated*, so
+    the rewards that would follow do not count as 0.
     """
 
     observation_space = spaces.Box(-50.0, 80.0, (2,), np.float32)
