@@ -58,9 +58,9 @@ SOURCES = (
 
 BESIDE = (
     "Both sides have the same environments and budgets, and settings tuned for them. grouprl has its presets as they "
-    "ship. PPO (Stable-Baselines3) has RL-Zoo's settings, most of which were tuned for a longer budget. `better` is the "
-    "share of all pairs of one seed of grouprl and one seed of PPO in which grouprl returns more; ties count half. With "
-    "two or three seeds the interval is simply their range."
+    "ship. PPO (Stable-Baselines3) has RL-Zoo's settings, most of which were tuned for a longer budget. `better` is "
+    "the share of all pairs of one seed of grouprl and one seed of PPO in which grouprl returns more; ties count half. "
+    "With two or three seeds the interval is simply their range."
 )
 BESIDE_HEADER = ["environment", "steps", "grouprl: IQM [95 %]", "PPO: IQM [95 %]", "seeds", "better"]
 
