@@ -71,7 +71,7 @@ def render(runs: list[learning.Run]) -> str:
         f"policy over {learning.FINAL_EPISODES} episodes; interquartile mean over seeds {', '.join(map(str, seeds))} "
         "with a 95 % bootstrap interval. One choice is changed at a time, with what hangs on it: one environment "
         "repeats no actions, and a baseline for moments or whole episodes needs whole episodes. Nothing is tuned again "
-        "after the change. Of two or three seeds an interval is no more than their range."
+        "after the change. With two or three seeds the interval is simply their range."
     )
     title = "# What each choice of the robust default buys"
     return f"{title}\n\n{about}\n\n{learning.markdown(header, rows)}\n{'; '.join(machines)}.\n"

@@ -57,10 +57,10 @@ SOURCES = (
 
 
 BESIDE = (
-    "The same environments and budgets, each side with settings tuned for it: ours as they ship, those of PPO "
-    "(Stable-Baselines3) from RL-Zoo, most of which were tuned for a longer budget. `better`: the share of all pairs "
-    "of one of our seeds and one of PPO's in which ours returns more, ties counting half. Of two or three seeds an "
-    "interval is no more than their range."
+    "Both sides have the same environments and budgets, and settings tuned for them. grouprl has its presets as they "
+    "ship. PPO (Stable-Baselines3) has RL-Zoo's settings, most of which were tuned for a longer budget. `better` is "
+    "the share of all pairs of one seed of grouprl and one seed of PPO in which grouprl returns more; ties count half. "
+    "With two or three seeds the interval is simply their range."
 )
 BESIDE_HEADER = ["environment", "steps", "grouprl: IQM [95 %]", "PPO: IQM [95 %]", "seeds", "better"]
 

@@ -9,6 +9,7 @@ pages the text between `<!-- generated: NAME -->` and `<!-- /generated -->` is r
     results FILE                     benchmarks/results/FILE.md
     results FILE / SECTION / ...     only these sections of it; "intro" is what stands before the first one
     presets NAME NAME ...            a table of the settings in which presets differ from each other
+    table NAME                       a table of grouprl.objective: ESTIMATORS, LOSSES or DIVERGENCES
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import inspect
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
@@ -34,7 +35,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = ROOT / "docs" / "reference.md"
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.S)
 HEADING = re.compile(r"^(#+) (.*)$", re.M)
-LINK = re.compile(r"\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)")
 
 
 # --- marked blocks ---------------------------------------------------------------------------------------------------
@@ -71,11 +72,16 @@ def measured(file: Path, sections: list[str], page: Path, level: int) -> str:
         missing = "*{}: not measured yet.*\n\n"
         text = "".join(parts.get(section, missing.format(section)) for section in sections)
     text = HEADING.sub(lambda h: f"{'#' * (len(h[1]) - 1 + level)} {h[2]}", text)
-    text = LINK.sub(
-        lambda link: f"]({os.path.relpath((file.parent / link[1]).resolve(), page.parent)}{link[2] or ''})", text
-    )
+    text = LINK.sub(lambda link: moved(link, file.parent, page.parent), text)
     whole = os.path.relpath(file, page.parent)
     return text + (f"\nThe whole report: [{whole}]({whole}).\n" if sections else "")
+
+
+def moved(link: re.Match[str], old: Path, new: Path) -> str:
+    """A relative link of a page in ``old`` as a page in ``new`` writes it; a label that is the path changes with it."""
+    label, path, heading = link[1], link[2], link[3] or ""
+    there = os.path.relpath((old / path).resolve(), new)
+    return f"[{there if label == path else label}]({there}{heading})"
 
 
 def preset_differences(names: list[str]) -> str:
@@ -91,6 +97,48 @@ def preset_differences(names: list[str]) -> str:
         if any(value != values[0] for value in values):
             rows.append([f"`{key}`", *map(shown, values)])
     return table(["", *(f"`{name}`" for name in names)], rows)
+
+
+def objective_table(name: str) -> str:
+    """One of the tables of :mod:`grouprl.objective`: what each name computes, which arena offers it, its source."""
+    from grouprl import objective
+    from grouprl.objective import divergences, estimators, losses
+
+    def ticks(*columns: Collection[str]) -> Callable[[str], list[str]]:
+        return lambda entry: ["yes" if entry in column else "" for column in columns]
+
+    if name == "ESTIMATORS":
+        entries = objective.ESTIMATORS
+        arenas = [estimators.names(environments=True), estimators.names(environments=False)]
+        whole, after = (
+            [n for n, e in entries.items() if getattr(e, field)] for field in ("whole_samples", "standardised")
+        )
+        columns = ticks(*arenas, whole, after)
+        rows = [[f"`{n}`", sentence(e.about), *columns(n), linked(e.source)] for n, e in entries.items()]
+        extra = ["whole episodes", "scaled after"]
+        return table(["`advantage`", "the advantage of a step", *ARENAS, *extra, "source"], rows)
+    if name == "LOSSES":
+        columns = ticks(losses.names(environments=True), losses.names(environments=False))
+        rows = [[f"`{n}`", sentence(e.about), *columns(n), linked(e.source)] for n, e in objective.LOSSES.items()]
+        return table(["`loss_type`", "the loss", *ARENAS, "source"], rows)
+    if name == "DIVERGENCES":
+        columns = ticks(objective.DIVERGENCES, divergences.SAMPLED_DIVERGENCES)
+        rows = [[f"`{n}`", sentence(e.about), *columns(n)] for n, e in objective.DIVERGENCES.items()]
+        return table(["`kl_estimator`", "what is penalised", *ARENAS], rows)
+    raise SystemExit(f"grouprl.objective has no table {name!r}; ESTIMATORS, LOSSES and DIVERGENCES are there")
+
+
+ARENAS = ["environments", "language models"]
+
+
+def sentence(text: str) -> str:
+    """A description in a table's words: the divergence bars as the pages print them."""
+    return text.replace("||", "‖")
+
+
+def linked(source: str) -> str:
+    """A source with its arXiv numbers as links."""
+    return re.sub(r"\b(\d{4}\.\d{5})\b", r"[\1](https://arxiv.org/abs/\1)", source)
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
@@ -304,37 +352,16 @@ def python_part() -> str:
     ):
         text += f"\n#### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
     text += "\n### The objective\n\n`grouprl.objective`: pure functions on packed tensors; each imports from there.\n"
+    text += "What a configuration can name stands in three tables, `ESTIMATORS`, `LOSSES` and `DIVERGENCES`: "
+    text += "[estimators.md](estimators.md).\n"
     for part in (
         "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "returns", "packed",
         "surrogates", "sequence", "divergences", "weights",
     ):  # fmt: skip
         module = f"grouprl.objective.{part}"
-        names = [name for name in _definitions(module) if name in objective.__all__]
-        text += f"\n#### {part}\n\n"
-        text += "".join(f"`{name}`:\n\n{objective_table(name)}\n" for name in _TABLES if name.lower() == part)
-        text += "\n".join(definition(module, name) for name in names)
+        if names := [name for name in _definitions(module) if name in objective.__all__]:
+            text += f"\n#### {part}\n\n" + "\n".join(definition(module, name) for name in names)
     return text
-
-
-_TABLES = ("LOSSES", "ESTIMATORS", "DIVERGENCES")
-
-
-def objective_table(name: str) -> str:
-    """A table of the objective: what a configuration can name."""
-    from grouprl import objective
-    from grouprl.objective import divergences, estimators, losses
-
-    entries = getattr(objective, name)
-    offered = {
-        "LOSSES": [losses.names(environments=arena) for arena in (True, False)],
-        "ESTIMATORS": [estimators.names(environments=arena) for arena in (True, False)],
-        "DIVERGENCES": [tuple(entries), divergences.SAMPLED_DIVERGENCES],
-    }[name]
-    rows = [
-        [f"`{key}`", entry.about, getattr(entry, "source", ""), *("yes" if key in arena else "" for arena in offered)]
-        for key, entry in entries.items()
-    ]
-    return table(["name", "what it computes", "source", "environments", "language models"], rows)
 
 
 # --- from source to text ---------------------------------------------------------------------------------------------

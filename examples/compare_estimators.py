@@ -3,8 +3,8 @@
     python examples/compare_estimators.py
     python examples/compare_estimators.py --env Acrobot-v1 --steps 200000 --seeds 5 --estimators outcome,leave_one_out
 
-They learn from whole episodes and differ in nothing else. CartPole, the default because it is quick, is solved by
-all of them; it shows how fast each learns, not which is better elsewhere.
+All estimators learn from whole episodes, and nothing else differs. CartPole is the default because it is quick. All of
+them solve it, so it shows how fast each learns, and not which is better elsewhere.
 """
 
 from __future__ import annotations

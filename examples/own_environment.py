@@ -1,4 +1,4 @@
-"""Train on an environment of your own: a callable that makes one is all it takes.
+"""Train on an environment of your own: grouprl needs only a callable that makes it.
 
 python examples/own_environment.py
 """
@@ -18,7 +18,8 @@ class Thermostat(gym.Env[np.ndarray, int]):
     """Keep a leaky room at 20 degrees, with the heater off, at half or at full.
 
     Observed: inside and outside temperature, both drawn anew for each episode. Reward: minus the distance from 20, at
-    most 10. No state ends the episode: after 60 steps it is *truncated*, so what would follow is not taken for 0.
+    most 10. No state ends the episode. After 60 steps it is *truncated*, so
+    the rewards that would follow do not count as 0.
     """
 
     observation_space = spaces.Box(-50.0, 80.0, (2,), np.float32)

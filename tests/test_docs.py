@@ -150,13 +150,32 @@ def test_the_reference_names_every_setting_of_language_models_once() -> None:
 def test_the_reference_has_every_function_of_the_objective() -> None:
     part = build.python_part()
     part = part[part.index("### The objective") :]
-    assert [
-        name for name in objective.__all__ if not re.search(rf"^((def|class) {name}\b|`{name}`:$)", part, re.M)
-    ] == []
+    tables = [name for name in objective.__all__ if isinstance(getattr(objective, name), dict)]
+    assert tables == ["DIVERGENCES", "ESTIMATORS", "LOSSES"]
+    assert [name for name in tables if f"`{name}`" not in part] == []
+    functions = [name for name in objective.__all__ if name not in tables]
+    assert [name for name in functions if not re.search(rf"^(def|class) {name}\b", part, re.M)] == []
+
+
+@pytest.mark.parametrize("name", ["ESTIMATORS", "LOSSES", "DIVERGENCES"])
+def test_the_page_of_estimators_has_a_row_for_every_entry_of_the_objective(name: str) -> None:
+    text = (ROOT / "docs" / "estimators.md").read_text(encoding="utf-8")
+    block = text[text.index(f"<!-- generated: table {name} -->") :]
+    block = block[: block.index("<!-- /generated -->")]
+    _, *names = re.findall(r"^\| `(\w+)` \|", block, re.M)  # the first row is the header
+    assert names == list(getattr(objective, name))
+
+
+def test_a_table_the_objective_does_not_have_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="no table 'LOSS'; ESTIMATORS, LOSSES and DIVERGENCES"):
+        build.objective_table("LOSS")
 
 
 # --- code ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/architecture.md", "docs/language-models.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "docs/tutorial.md", "docs/environments.md", "docs/architecture.md", "docs/language-models.md"],
+)
 @pytest.mark.usefixtures("short_training")
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
     """Blocks share their names; a block of text right after one is what it prints."""
@@ -286,6 +305,50 @@ def test_relative_links_lead_to_a_file_and_a_heading_that_exist(page: Path) -> N
             assert name in anchors(file), f"{short(page)} links to {target}: no such heading"
 
 
+# --- prose -----------------------------------------------------------------------------------------------------------
+WRITTEN = [page for page in PAGES if page.name not in ("reference.md", "lab-log.md")] + [ROOT / "benchmarks/README.md"]
+"""The pages that people write; the reference is made from the code, the lab log is a record."""
+
+
+def written(page: Path) -> str:
+    """The page without its code and without what `docs/build.py` puts into it."""
+    return FENCE.sub("", build.BLOCK.sub("", page.read_text(encoding="utf-8")))
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 210
+
+
+def test_no_table_row_stands_in_two_pages() -> None:
+    pages: dict[str, set[str]] = {}
+    for page in WRITTEN:
+        for row in re.findall(r"^\| .{60,} \|$", FENCE.sub("", page.read_text(encoding="utf-8")), re.M):
+            pages.setdefault(row, set()).add(short(page))
+    assert {row: where for row, where in pages.items() if len(where) > 1} == {}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=short)
+def test_the_cells_of_tables_are_short(page: Path) -> None:
+    """Longer explanations are lists. What a link leads to is not counted."""
+    text = re.sub(r"\]\([^)\s]+\)", "]", written(page))
+    cells = [cell.strip() for row in re.findall(r"^\|.*\|$", text, re.M) for cell in re.split(r"(?<!\\)\|", row)]
+    assert [cell for cell in cells if len(cell) > 165] == []
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=short)
+def test_formulas_render_on_github(page: Path) -> None:
+    """One line in the text, none of the escapes that Markdown takes for itself, balanced braces, plain commands."""
+    text = re.sub(r"`[^`\n]*`", "", written(page))
+    displayed = re.findall(r"\$\$(.+?)\$\$", text, re.S)
+    inline = re.sub(r"\$\$.+?\$\$", "", text, flags=re.S)
+    assert [line for line in inline.splitlines() if line.count("$") % 2] == []
+    for formula in [*displayed, *re.findall(r"\$([^$\n]+)\$", inline)]:
+        assert formula.count("{") == formula.count("}"), formula
+        assert not re.search(r"\\[^A-Za-z\s]", formula), formula
+        assert not re.search(r"\\(operatorname|DeclareMathOperator|def|newcommand|label|ref)\b", formula), formula
+
+
+# --- lists of the package --------------------------------------------------------------------------------------------
 def test_every_module_for_environments_is_in_the_picture_of_the_package() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     modules = {path.name for path in (ROOT / "src" / "grouprl" / "envs").glob("*.py")} - {"__init__.py"}
@@ -317,6 +380,6 @@ def test_every_column_of_the_metrics_is_explained(tmp_path: Path) -> None:
         "CartPole-v1", tmp_path / "run", preset=None, steps=600, settings={"collect": "segments", "warmup_steps": 0},
         run={"video": False, "final_episodes": 1, "eval_episodes": 1, "track": ("none",)},
     )  # fmt: skip
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    explained = set(re.findall(r"`(\w+)`", text[text.index("### Metrics") :]))
+    text = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"`(\w+)`", text[text.index("## Metrics") :]))
     assert set(read_metrics(tmp_path / "run" / "metrics.csv")) <= explained
