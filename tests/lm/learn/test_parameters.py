@@ -14,7 +14,7 @@ from grouprl.lm.learn.parameters import (
     make_schedule,
     optimizer_state,
 )
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.settings.config import GRPOConfig
 
 
@@ -112,7 +112,7 @@ def test_a_gradient_lies_in_the_vector_whoever_wrote_it_and_is_0_where_nobody_di
     ours, theirs = net(), net()
     master = MasterParameters(ours)
     x = torch.ones(2, 3)
-    for products in (None, Products(ours, torch.float32)):
+    for products in (None, LowPrecision(ours, torch.float32)):
         master.gradient.fill_(7.0)  # of the step before
         master.start()
         theirs.zero_grad()

@@ -1,4 +1,4 @@
-"""One optimizer step: the gradient of the loss over some samples, in parts, then clip and step."""
+"""One optimizer step: the gradient of the loss over some samples, in micro-batches, then clip and step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grouprl.errors import TrainingError
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.learn.loss import Fixed, LossSums, step_weights, token_loss
 from grouprl.lm.learn.parameters import MasterParameters
-from grouprl.lm.policy.log_probs import Part, steps_of
+from grouprl.lm.policy.log_probs import MicroBatch, steps_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.user_functions import NOTHING, Custom
@@ -21,7 +21,7 @@ from grouprl.objective.packed import segment_sum
 
 
 class Step:
-    """What one optimizer step learns from: chosen once, so that each pass over it sees the same parts.
+    """What one optimizer step learns from: chosen once, so that each pass over it sees the same micro-batches.
 
     Args:
         chosen: ``[n]`` the samples, by index. custom: may hold a surrogate of the user's own.
@@ -45,28 +45,20 @@ class Step:
         self.active = chosen[active]
         self.n_tokens, self.n_samples = int(lengths[chosen][counted].sum()), int(counted.sum())
         index = self.active.tolist()
-        parts = policy.learner.parts(
+        batches = policy.log_probs.micro_batches(
             [p.ids for p in samples.prompts], [samples.completions[i] for i in index], samples.group[index].tolist()
         )
-        self.parts = [Part(part.groups, self.active[part.samples]) for part in parts]
+        self.micro_batches = [MicroBatch(batch.groups, self.active[batch.samples]) for batch in batches]
 
     def remember_old(self) -> None:
         """Store log-probabilities under the current policy: before it moves, for a step that comes later."""
-        if self.parts:
-            known = self._known(self.samples.known_old)
-            if not known:
-                logp = self.policy.learner.log_probs(self.parts, self.samples.lengths)
-                self._store(self.samples.logp_old, self.samples.known_old, logp)
-
-    def _known(self, known: Tensor) -> bool:
-        return bool(known[steps_of(self.active, self.samples.lengths)].all())
-
-    def _store(self, to: Tensor, known: Tensor, logp: Tensor) -> None:
         index = steps_of(self.active, self.samples.lengths)
-        to[index], known[index] = logp[index], True
+        if self.micro_batches and not self.samples.knows_old(index):
+            logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
+            self.samples.remember_old(index, logp[index])
 
     def gradient(self, parameters: MasterParameters, *, remember: bool) -> tuple[LossSums, dict[str, float]]:
-        """Add up the gradient of the loss over all parts.
+        """Add up the gradient of the loss over all micro-batches.
 
         Args:
             remember: store the log-probabilities met on the way as those of the old policy, for later passes.
@@ -75,21 +67,21 @@ class Step:
         parameters.start()
         sums, mismatch, worst = LossSums(), 0.0, 0.0
         reference = self.policy.reference if self.config.kl_in == "loss" else None
-        if self.parts and reference is not None and not self._known(samples.known_ref):
-            logp_ref = reference.log_probs(self.parts, lengths)
-            self._store(samples.logp_ref, samples.known_ref, logp_ref)
-        old_known = self._known(samples.known_old)
+        active = steps_of(self.active, lengths)
+        if self.micro_batches and reference is not None and not samples.knows_reference(active):
+            samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
+        old_known = samples.knows_old(active)
         device = self.policy.device
-        with self.policy.learner.learning() if self.parts else nullcontext():
-            for part in self.parts:
-                index = steps_of(part.samples, lengths)
+        with self.policy.log_probs.learning() if self.micro_batches else nullcontext():
+            for batch in self.micro_batches:
+                index = steps_of(batch.samples, lengths)
                 fixed = Fixed(
                     samples.advantages[index].to(device), self.weights[index].to(device),
                     samples.logp_old[index].to(device) if old_known else None,
                     None if reference is None else samples.logp_ref[index].to(device),
-                    lengths[part.samples].to(device),
+                    lengths[batch.samples].to(device),
                 )  # fmt: skip
-                terms = self.policy.learner.evaluate(part)
+                terms = self.policy.log_probs.evaluate(batch)
                 loss, part_sums = token_loss(self.config, terms.logp, terms.entropy, fixed, self.custom)
                 loss.backward()  # type: ignore[no-untyped-call]
                 sums.add(part_sums)
@@ -98,12 +90,10 @@ class Step:
                     difference = (logp - samples.logp_sampled[index]).abs()
                     mismatch, worst = mismatch + float(difference.sum()), max(worst, float(difference.max()))
                 if remember and not old_known:
-                    samples.logp_old[index] = logp
+                    samples.remember_old(index, logp)
         parameters.finish()
-        if remember and not old_known:
-            samples.known_old[steps_of(self.active, lengths)] = True
         extra = {}
-        if not old_known and self.parts:
+        if not old_known and self.micro_batches:
             extra = {
                 "sampling/sampling_logp_difference/mean": mismatch / max(1, sums.tokens),
                 "sampling/sampling_logp_difference/max": worst,

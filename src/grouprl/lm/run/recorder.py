@@ -13,12 +13,12 @@ import torch
 from transformers.trainer_callback import TrainerCallback
 
 from grouprl.errors import UsageError
-from grouprl.lm.generate.collect import judged
+from grouprl.lm.generate.collect import sample_and_score
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.train.trainer import GRPOTrainer
-from grouprl.lm.train.transcripts import TranscriptWriter, transcripts_of, transcripts_of_judged, whole_groups
+from grouprl.lm.train.transcripts import TranscriptWriter, transcripts_of, transcripts_of_scored, whole_groups
 from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
 
 ROWS_AT_ONCE = 256
@@ -46,13 +46,13 @@ def evaluate_greedily(
     settings = sampling_settings(trainer.args, greedy=True)
     returns: list[float] = []
     for start in range(0, len(prompts), ROWS_AT_ONCE):
-        drawn = judged(
+        drawn = sample_and_score(
             trainer.policy, trainer.processing_class, trainer.rewards, prompts[start : start + ROWS_AT_ONCE], 1,
             torch.Generator().manual_seed(0), settings, trainer.state,
         )  # fmt: skip
         returns += drawn.returns.tolist()
         if answers is not None:
-            answers.append(transcripts_of_judged(drawn, trainer.rewards.names))
+            answers.append(transcripts_of_scored(drawn, trainer.rewards.names))
     values = torch.tensor(returns, dtype=torch.float64)
     return HeldOut(float(values.mean()), float((values >= 1 - 1e-9).double().mean()))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import UsageError, first_line
-from grouprl.lm.generate.collect import Metrics, describe_judged, judged
+from grouprl.lm.generate.collect import Metrics, describe_scored, sample_and_score
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.learn.parameters import MasterParameters, make_optimizer
 from grouprl.lm.models.load import load
@@ -189,14 +189,14 @@ class GRPOTrainer(ScriptMethods):
         settings = sampling_settings(config, greedy=greedy)
         at_once = max(1, (config.per_device_eval_batch_size or source.size * group_size) // group_size)
         parts = [
-            judged(
+            sample_and_score(
                 self.policy, self.processing_class, self.rewards,
                 [source[i] for i in range(start, min(start + at_once, source.size))], group_size, generator, settings,
                 self.state,
             )
             for start in range(0, source.size, at_once)
         ]  # fmt: skip
-        metrics = describe_judged(parts)
+        metrics = describe_scored(parts)
         seconds = time.perf_counter() - began
         return {**metrics, "runtime": seconds, "samples_per_second": source.size * group_size / seconds}
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TextIO
 from torch import Tensor
 
 from grouprl.errors import UsageError
-from grouprl.lm.generate.collect import Drawn
+from grouprl.lm.generate.collect import ScoredGroups
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.prompts import Prompt
 from grouprl.runs.files import explain_os_error, plain_number, write_bytes, write_text
@@ -74,7 +74,7 @@ def transcripts_of(samples: Samples, names: Sequence[str], step: int, n: int) ->
         )  # fmt: skip
 
 
-def transcripts_of_judged(drawn: Drawn, names: Sequence[str]) -> Iterator[Transcript]:
+def transcripts_of_scored(drawn: ScoredGroups, names: Sequence[str]) -> Iterator[Transcript]:
     """All samples of an evaluation."""
     returns = drawn.returns.tolist()
     for i, completion in enumerate(drawn.completions):
