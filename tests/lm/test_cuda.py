@@ -154,8 +154,8 @@ def fused(model: Any, kind: Any = None) -> LogProbs:
     assert backbone is not None, why
     layers = find_layers(backbone, torch.bfloat16)
     assert layers is not None
-    assert layers.kind is KINDS[0]
-    layers.kind = kind or layers.kind
+    assert layers.operations is KINDS[0]
+    layers.operations = kind or layers.operations
     return LogProbs(model, backbone, LowPrecision(model, torch.bfloat16), 1.0, 10**9, layers=layers)
 
 
