@@ -75,18 +75,18 @@ def naive(model: Any, draw: Draw, autocast: bool) -> tuple[Any, dict[str, Any]]:
 
 
 def ours(policy: Any, draw: Draw) -> tuple[Any, dict[str, Any]]:
-    """The same by grouprl's learner."""
+    """The same by grouprl's log_probs."""
     import torch
 
     from grouprl.lm.policy.log_probs import steps_of
 
     policy.model.zero_grad(set_to_none=True)
     found = torch.zeros(int(draw.lengths.sum()))
-    learner = policy.learner
-    with learner.learning():
-        for part in learner.parts(draw.prompts, draw.completions, draw.group):
+    log_probs = policy.log_probs
+    with log_probs.learning():
+        for part in log_probs.micro_batches(draw.prompts, draw.completions, draw.group):
             steps = steps_of(part.samples, draw.lengths)
-            logp = learner.evaluate(part).logp
+            logp = log_probs.evaluate(part).logp
             (draw.weights[steps] * logp).sum().backward()
             found[steps] = logp.detach()
     return found, gradients(policy.model)

@@ -35,18 +35,18 @@ SHORTCUTS = {
 
 def take_away(shortcuts: list[str]) -> dict[str, Any]:
     """Change the library from outside; the settings that the rest needs."""
-    from grouprl.lm.policy.policy import log_probs as learner
+    from grouprl.lm.policy.log_probs import LogProbs
     from grouprl.lm.sample import sampler
     from grouprl.lm.train import trainer
 
     settings: dict[str, Any] = {}
     if "shared-prompts" in shortcuts:
-        together = learner.Learner.parts
+        together = LogProbs.micro_batches
 
         def alone(self: Any, prompts: Any, completions: Any, group: Any) -> Any:
             return together(self, [prompts[p] for p in group], completions, list(range(len(completions))))
 
-        learner.Learner.parts = alone
+        LogProbs.micro_batches = alone
     if "prompts-read-once" in shortcuts:
         once = sampler.Sampler.sample
 

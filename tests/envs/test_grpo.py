@@ -642,14 +642,14 @@ class TestAnEstimatorOfOnesOwn:
         path = agent.learn(100).save(tmp_path / "agent")
         loaded = GRPO.load(path)
         loaded.predict(np.zeros(4, np.float32))
-        with pytest.raises(UsageError, match="pass it to load"):
+        with pytest.raises(UsageError, match="pass advantage_function=... to load"):
             loaded.learn(100)
         GRPO.load(path, advantage_function=objective.leave_one_out).learn(100)
 
     @pytest.mark.parametrize(
         ("function", "kind", "message"),
         [
-            ("median", UsageError, r"advantage_function='median' must be a function .* GRPO\(env, advantage=\.\.\.\)"),
+            ("median", UsageError, r"advantage_function='median' must be a function .* advantage=\.\.\."),
             (lambda r, n, g: r[:1], TrainingError, r"returned shape \[1\]"),
             (lambda r, n, g: r / 0, TrainingError, "not finite"),
         ],
@@ -657,3 +657,36 @@ class TestAnEstimatorOfOnesOwn:
     def test_one_at_fault_is_named(self, function, kind, message):
         with pytest.raises(kind, match=message):
             GRPO("CartPole-v1", preset=None, advantage_function=function, n_envs=2).learn(100)
+
+
+class TestALossOfOnesOwn:
+    def test_a_function_of_objective_gives_what_its_setting_gives(self):
+        common = {"native": False}  # a function of the user's is differentiated by autograd
+        by_name, given = trained(**common), trained(surrogate_function=objective.clipped, **common)
+        for a, b in zip(by_name.policy.parameters(), given.policy.parameters(), strict=True):
+            assert torch.equal(a, b)
+        plain = trained(surrogate_function=lambda logp, old, a: -(logp - old).exp() * a, **common)
+        pairs = zip(by_name.policy.parameters(), plain.policy.parameters(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in pairs)
+
+    def test_it_is_needed_to_train_on_and_not_to_act(self, tmp_path):
+        agent = GRPO("CartPole-v1", preset=None, surrogate_function=objective.clipped, n_envs=2)
+        path = agent.learn(100).save(tmp_path / "agent")
+        loaded = GRPO.load(path)
+        loaded.predict(np.zeros(4, np.float32))
+        with pytest.raises(UsageError, match="pass surrogate_function=... to load"):
+            loaded.learn(100)
+        GRPO.load(path, surrogate_function=objective.clipped).learn(100)
+
+    def test_one_at_fault_is_named(self):
+        with pytest.raises(TrainingError, match="surrogate_function returned shape"):
+            GRPO("CartPole-v1", preset=None, surrogate_function=lambda n, o, a: a.sum(), n_envs=2).learn(100)
+
+    def test_a_loss_of_probabilities_is_refused_where_actions_have_densities(self):
+        with pytest.raises(UsageError, match="loss_type='dppo_tv' needs the probability of each action"):
+            GRPO("Pendulum-v1", preset=None, loss_type="dppo_tv", n_envs=2)
+
+    def test_the_mean_over_samples_weighs_steps_by_their_sample(self):
+        by_step, by_sample = trained(collect="episodes"), trained(collect="episodes", loss_type="grpo")
+        pairs = zip(by_step.policy.parameters(), by_sample.policy.parameters(), strict=True)
+        assert not all(torch.equal(a, b) for a, b in pairs)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.lm.packed.backbone import Backbone
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group
-from grouprl.lm.policy.log_probs import Learner, steps_of
+from grouprl.lm.policy.log_probs import LogProbs, steps_of
 
 VOCABULARY = 97
 PAD, EOS = 3, 2
@@ -174,28 +174,28 @@ def as_samples(groups: Sequence[Group]) -> tuple[list[Any], list[Any], list[int]
     return [g.prompt for g in groups], completions, group, torch.tensor([len(c) for c in completions])
 
 
-def learned(learner: Any, groups: Sequence[Group], weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """What :func:`naive` returns, by a learner."""
+def learned(log_probs: Any, groups: Sequence[Group], weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What :func:`naive` returns, by a :class:`LogProbs`."""
     prompts, completions, group, lengths = as_samples(groups)
-    learner.model.zero_grad(set_to_none=True)
+    log_probs.model.zero_grad(set_to_none=True)
     logp = torch.full((len(weights),), torch.nan)
-    with learner.learning():
-        for part in learner.parts(prompts, completions, group):
+    with log_probs.learning():
+        for part in log_probs.micro_batches(prompts, completions, group):
             index = steps_of(part.samples, lengths)
-            terms = learner.evaluate(part)
+            terms = log_probs.evaluate(part)
             logp[index] = terms.logp.detach().cpu()
             (weights[index].to(terms.logp.device) * terms.logp).sum().backward()
-    return logp, take_gradient(learner.model)
+    return logp, take_gradient(log_probs.model)
 
 
-def make_learner(
+def make_log_probs(
     model: Any,
     *,
     temperature: float = 1.0,
     budget: int = 10**9,
     dtype: torch.dtype = torch.float32,
     plain: bool = False,
-) -> Learner:
-    """A learner on packed groups; ``plain``: on what the library offers."""
+) -> LogProbs:
+    """A :class:`LogProbs` on packed groups; ``plain``: on what the library offers."""
     backbone = None if plain else Backbone(model)
-    return Learner(model, backbone, Products(model, dtype), temperature, budget)
+    return LogProbs(model, backbone, LowPrecision(model, dtype), temperature, budget)

@@ -11,3 +11,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[False, True], ids=["torch's products", "compiled products"])
+def products_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Products of many rows by torch or by compiled code, whichever this processor prefers."""
+    from grouprl.lm.kernels import head
+    from grouprl.lm.llama import layers
+
+    for module in (layers, head):
+        monkeypatch.setattr(module, "preferred", lambda: request.param)
+    return bool(request.param)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grouprl.lm.packed import flash
-from grouprl.lm.packed.flash import Part
+from grouprl.lm.packed.flash import QueryKeyRanges
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "_backward", backward)
 
 
-def scores(q: Tensor, k: Tensor, part: Part, scale: float) -> list[tuple[slice, slice, Tensor]]:
+def scores(q: Tensor, k: Tensor, part: QueryKeyRanges, scale: float) -> list[tuple[slice, slice, Tensor]]:
     """Of each pair of stretches the scores ``[H, n, m]``, -inf where a query does not see a key."""
     out = []
     for (a, b), (c, d) in zip(
@@ -31,7 +31,9 @@ def scores(q: Tensor, k: Tensor, part: Part, scale: float) -> list[tuple[slice, 
     return out
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, part: QueryKeyRanges, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g, dtype = q.shape[1] // k.shape[1], q.dtype
     q, k, v = q.double(), k.double().repeat_interleave(g, 1), v.double().repeat_interleave(g, 1)
     out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], len(q)), torch.nan, dtype=torch.float32)
@@ -42,7 +44,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[
 
 
 def backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float, state: Any
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    part: QueryKeyRanges,
+    scale: float,
+    state: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernels' formulas: probabilities from the sums they are given, not from sums of their own."""
     assert torch.are_deterministic_algorithms_enabled()

@@ -57,7 +57,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """The shape of :class:`grouprl.lm.sample.recordings.CudaRecorder`, counting what it is asked for."""
+    """The shape of :class:`grouprl.lm.sample.recordings.CudaGraphRecorder`, counting what it is asked for."""
 
     def __init__(self) -> None:
         self.prepared = self.recorded = self.played = 0

@@ -20,7 +20,7 @@ from architectures import (
     build,
     learned,
     make,
-    make_learner,
+    make_log_probs,
     naive,
     naive_log_probs,
     random_groups,
@@ -35,14 +35,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from grouprl.lm import GRPOConfig, GRPOTrainer
-from grouprl.lm.llama.between_products import TorchParts
-from grouprl.lm.llama.between_products_triton import KernelParts
+from grouprl.lm.llama.between_products import BetweenProductsTorch
+from grouprl.lm.llama.between_products_triton import BetweenProductsTriton
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.packed.attention import PackedAttention, flash_works
 from grouprl.lm.packed.backbone import Backbone, find_backbone
-from grouprl.lm.packed.low_precision import Products, supports_bf16
+from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
 from grouprl.lm.packed.packing import Group, Pack
-from grouprl.lm.policy.log_probs import Learner
+from grouprl.lm.policy.log_probs import LogProbs
 from grouprl.lm.sample.draw import SamplingSettings, draw, greedy, keep_likely
 from grouprl.lm.sample.plain import PlainSampler
 from grouprl.lm.sample.rows import Completion
@@ -76,7 +76,7 @@ def wide(kind: Any = LlamaConfig) -> Any:
 def packed(
     model: Any, ends: tuple[int, ...] = (EOS,), *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Sampler:
-    return Sampler(Backbone(model), Products(model, dtype), ends, **options)
+    return Sampler(Backbone(model), LowPrecision(model, dtype), ends, **options)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -102,7 +102,7 @@ def test_packed_log_probabilities_and_gradients_are_the_naive_ones(name: str) ->
     given = random_weights(groups)
     logp, gradient = naive(model, groups, given, 0.7)
     assert find_backbone(model)[1] == ""
-    found_logp, found = learned(make_learner(model, temperature=0.7, budget=20), groups, given)
+    found_logp, found = learned(make_log_probs(model, temperature=0.7, budget=20), groups, given)
     torch.testing.assert_close(found_logp, logp, rtol=0, atol=1e-4)
     assert relative_error(found, gradient) < 1e-3
 
@@ -111,7 +111,7 @@ def test_a_wider_model_has_the_naive_numbers_too() -> None:
     model, groups = wide(), random_groups((12, (20, 9, 30)), (5, (16, 24)), (20, (12,)))
     given = random_weights(groups)
     logp, gradient = naive(model, groups, given)
-    found_logp, found = learned(make_learner(model), groups, given)
+    found_logp, found = learned(make_log_probs(model), groups, given)
     torch.testing.assert_close(found_logp, logp, rtol=0, atol=1e-4)
     assert relative_error(found, gradient) < 1e-3
 
@@ -119,8 +119,8 @@ def test_a_wider_model_has_the_naive_numbers_too() -> None:
 def test_the_gpu_gives_what_the_cpu_gives() -> None:
     groups = random_groups(*MIXED)
     given = random_weights(groups)
-    logp, gradient = learned(make_learner(build("llama")), groups, given)
-    found_logp, found = learned(make_learner(on_gpu("llama")), groups, given)
+    logp, gradient = learned(make_log_probs(build("llama")), groups, given)
+    found_logp, found = learned(make_log_probs(on_gpu("llama")), groups, given)
     torch.testing.assert_close(found_logp, logp, rtol=0, atol=1e-4)
     assert relative_error({name: g.cpu() for name, g in found.items()}, gradient) < 1e-3
 
@@ -139,24 +139,24 @@ def test_low_precision_is_no_less_exact_than_autocast() -> None:
     logp, gradient = naive(model, groups, given)
     autocast_logp, found = by_autocast(model, groups, given)
     autocast_error = relative_error(found, gradient)
-    our_logp, our_gradient = learned(make_learner(model, dtype=torch.bfloat16), groups, given)
+    our_logp, our_gradient = learned(make_log_probs(model, dtype=torch.bfloat16), groups, given)
     assert 1e-3 < autocast_error < 0.2  # there is something to compare with
     assert relative_error(our_gradient, gradient) <= 1.25 * autocast_error
     assert float((our_logp - logp).norm()) <= 1.25 * float((autocast_logp - logp).norm())
 
 
-KINDS = [KernelParts, TorchParts] if util.find_spec("triton") else [TorchParts]
+KINDS = [BetweenProductsTriton, BetweenProductsTorch] if util.find_spec("triton") else [BetweenProductsTorch]
 
 
-def fused(model: Any, kind: Any = None) -> Learner:
+def fused(model: Any, kind: Any = None) -> LogProbs:
     """With the layers as fused functions, in bfloat16."""
     backbone, why = find_backbone(model)
     assert backbone is not None, why
     layers = find_layers(backbone, torch.bfloat16)
     assert layers is not None
-    assert layers.kind is KINDS[0]
-    layers.kind = kind or layers.kind
-    return Learner(model, backbone, Products(model, torch.bfloat16), 1.0, 10**9, layers=layers)
+    assert layers.operations is KINDS[0]
+    layers.operations = kind or layers.operations
+    return LogProbs(model, backbone, LowPrecision(model, torch.bfloat16), 1.0, 10**9, layers=layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,9 +174,9 @@ def test_fused_layers_are_no_less_exact_than_autocast(
     logp, gradient = naive(model, groups, given)
     autocast_logp, found = by_autocast(model, groups, given)
     autocast_error = relative_error(found, gradient)
-    learner = fused(model, kind)
-    monkeypatch.setattr(learner.layers, "keeping", lambda tokens: 100 if keeping else 0)
-    runs = [learned(learner, groups, given) for _ in range(3)]
+    log_probs = fused(model, kind)
+    monkeypatch.setattr(log_probs.layers, "keeping", lambda tokens: 100 if keeping else 0)
+    runs = [learned(log_probs, groups, given) for _ in range(3)]
     assert relative_error(runs[0][1], gradient) <= 1.25 * autocast_error
     assert float((runs[0][0] - logp).norm()) <= 1.25 * float((autocast_logp - logp).norm())
     for again_logp, again in runs[1:]:  # the same every time, bit for bit
@@ -198,10 +198,10 @@ def test_training_uses_fused_layers_and_flash_attention(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi"])
 def test_the_gradient_is_the_same_every_time_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     model, groups = on_gpu(name), random_groups(*CROWDED)
-    learner, given = make_learner(model, dtype=dtype), random_weights(groups)
-    logp, gradient = learned(learner, groups, given)
+    log_probs, given = make_log_probs(model, dtype=dtype), random_weights(groups)
+    logp, gradient = learned(log_probs, groups, given)
     for _ in range(4):
-        again_logp, again = learned(learner, groups, given)
+        again_logp, again = learned(log_probs, groups, given)
         assert torch.equal(again_logp, logp)
         assert [key for key in gradient if not torch.equal(again[key], gradient[key])] == []
 
@@ -210,14 +210,14 @@ def test_the_gradient_is_the_same_every_time_bit_for_bit(name: str, dtype: torch
 def test_gradient_checkpointing_changes_no_number(name: str) -> None:
     model, groups = on_gpu(name), random_groups(*MIXED)
     given = random_weights(groups)
-    logp, gradient = learned(make_learner(model, budget=20), groups, given)
+    logp, gradient = learned(make_log_probs(model, budget=20), groups, given)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     passes: list[int] = []
     handle = model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-    learner = make_learner(model, budget=20)
-    found_logp, found = learned(learner, groups, given)
+    log_probs = make_log_probs(model, budget=20)
+    found_logp, found = learned(log_probs, groups, given)
     handle.remove()
-    assert len(passes) == 2 * len(learner.parts(*as_samples(groups)[:3]))  # everything was run again
+    assert len(passes) == 2 * len(log_probs.micro_batches(*as_samples(groups)[:3]))  # everything was run again
     torch.testing.assert_close(found_logp, logp, rtol=0, atol=2e-5)
     assert relative_error(found, gradient) < 5e-6
 
@@ -262,8 +262,8 @@ def test_recorded_log_probabilities_are_those_of_the_learner(name: str, dtype: t
     found = packed(model, dtype=dtype).sample(PROMPTS, 3, SamplingSettings(9, temperature=0.6), seeded())
     groups = [Group(p, ids_of(found)[3 * i : 3 * i + 3]) for i, p in enumerate(PROMPTS)]
     prompts, completions, group, lengths = as_samples(groups)
-    learner = make_learner(model, temperature=0.6, dtype=dtype)
-    by_learner = learner.log_probs(learner.parts(prompts, completions, group), lengths)
+    log_probs = make_log_probs(model, temperature=0.6, dtype=dtype)
+    by_learner = log_probs.without_gradient(log_probs.micro_batches(prompts, completions, group), lengths)
     difference = (torch.cat([c.logp for c in found]) - by_learner).abs()
     assert float(difference.max()) < 1e-4 if dtype == torch.float32 else float(difference.mean()) < 0.05
 
@@ -314,7 +314,11 @@ def test_when_rows_leave_does_not_matter(
     model, ends = on_gpu("llama"), tuple(range(0, VOCABULARY, 9))
     how = SamplingSettings(20, temperature=1.4)
     wanted = packed(model, ends).sample(PROMPTS, 6, how, seeded(2))
-    for name, value in (("WAITING", waiting), ("RECORDED_WAITING", waiting), ("FEW", few)):
+    for name, value in (
+        ("DROP_ABOVE_SHARE", waiting),
+        ("DROP_RECORDED_ABOVE_SHARE", waiting),
+        ("NEVER_DROP_BELOW", few),
+    ):
         monkeypatch.setattr(f"grouprl.lm.sample.sampler.{name}", value)
     sampler = packed(model, ends)
     sampler.recorder = sampler.recorder if recorded else None
@@ -376,11 +380,11 @@ def test_a_cache_that_grows_is_recorded_again() -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_llama_shaped_models_decode_without_their_modules_and_the_same(name: str) -> None:
     model, how = on_gpu(name), SamplingSettings(12)
-    lean = packed(model)
-    assert lean.steps == "lean"
-    assert lean.why == ""
+    blocks = packed(model)
+    assert blocks.steps == "blocks"
+    assert blocks.why == ""
     modules = packed(model, steps="modules")
-    assert ids_of(lean.sample(PROMPTS, 4, how, seeded())) == ids_of(modules.sample(PROMPTS, 4, how, seeded()))
+    assert ids_of(blocks.sample(PROMPTS, 4, how, seeded())) == ids_of(modules.sample(PROMPTS, 4, how, seeded()))
 
 
 @pytest.mark.skipif(util.find_spec("triton") is None, reason="there is no Triton")
@@ -405,12 +409,12 @@ def test_long_completions_and_adapters_decode_by_kernels(base: torch.dtype) -> N
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     sampler = packed(model, (NEVER,), dtype=torch.bfloat16)
-    assert sampler.steps == ("native" if util.find_spec("triton") else "lean")
+    assert sampler.steps == ("native" if util.find_spec("triton") else "blocks")
     found = sampler.sample(PROMPTS, 4, SamplingSettings(400), seeded())
     groups = [Group(p, ids_of(found)[4 * i : 4 * i + 4]) for i, p in enumerate(PROMPTS)]
     prompts, completions, group, lengths = as_samples(groups)
-    learner = make_learner(model, dtype=torch.bfloat16)
-    by_learner = learner.log_probs(learner.parts(prompts, completions, group), lengths)
+    log_probs = make_log_probs(model, dtype=torch.bfloat16)
+    by_learner = log_probs.without_gradient(log_probs.micro_batches(prompts, completions, group), lengths)
     limit = 0.05 if base == torch.float32 else 0.1
     assert float((torch.cat([c.logp for c in found]) - by_learner).abs().mean()) < limit
 
@@ -456,7 +460,7 @@ def test_training_is_on_the_gpu_in_low_precision_unless_told_otherwise(tmp_path:
     made = trainer(tmp_path)
     assert made.policy.device.type == "cuda"
     assert made.policy.packed
-    assert made.policy.products.dtype == (torch.bfloat16 if supports_bf16(torch.device("cuda")) else torch.float32)
+    assert made.policy.precision.dtype == (torch.bfloat16 if supports_bf16(torch.device("cuda")) else torch.float32)
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
     assert made.optimizer.defaults["fused"] is True
     assert trainer(tmp_path, use_cpu=True).policy.device.type == "cpu"

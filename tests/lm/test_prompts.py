@@ -48,7 +48,6 @@ def assistant(text: str) -> dict[str, str]:
 def test_text_gets_the_special_tokens_of_the_tokenizer_and_keeps_its_other_columns(tokenizer: Any) -> None:
     source = prepare_prompts([{"prompt": "one plus two is", "answer": 3}], tokenizer)
     assert source[0] == Prompt(0, "one plus two is", {"answer": 3}, (BOS, ONE, PLUS, TWO, IS))
-    assert not source[0].conversational
 
 
 def test_messages_open_the_turn_of_the_assistant_and_begin_with_one_bos(tokenizer: Any) -> None:
@@ -56,7 +55,6 @@ def test_messages_open_the_turn_of_the_assistant_and_begin_with_one_bos(tokenize
     prompt = prepare_prompts([{"prompt": messages}], tokenizer)[0]
     assert prompt.ids == (BOS, USER, ONE, EOS, ASSISTANT, TWO, EOS, USER, THREE, EOS, ASSISTANT)
     assert prompt.prompt == messages
-    assert prompt.conversational
 
 
 def test_text_that_went_through_the_template_already_has_one_bos_too(tokenizer: Any) -> None:
@@ -240,48 +238,48 @@ def test_a_prompt_may_fill_what_the_completion_leaves_and_no_more(tokenizer: Any
 @given(size=st.integers(1, 30), seed=st.integers(0, 2**32), takes=st.lists(st.integers(0, 40), max_size=8))
 def test_every_epoch_visits_every_row_once_however_it_is_drawn(size: int, seed: int, takes: list[int]) -> None:
     order = PromptOrder(size, seed)
-    rows = [row for n in takes for row in order.take(n)]
-    assert rows == PromptOrder(size, seed).take(sum(takes))
+    rows = [row for n in takes for row in order.next_rows(n)]
+    assert rows == PromptOrder(size, seed).next_rows(sum(takes))
     for start in range(0, len(rows) - size + 1, size):
         assert sorted(rows[start : start + size]) == list(range(size))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    rows = PromptOrder(100, seed=1).take(200)
+    rows = PromptOrder(100, seed=1).next_rows(200)
     assert rows[:100] != rows[100:]
-    assert rows[:100] != PromptOrder(100, seed=2).take(100)
+    assert rows[:100] != PromptOrder(100, seed=2).next_rows(100)
 
 
 def test_without_shuffling_rows_come_as_they_are_and_a_stream_is_never_shuffled() -> None:
-    assert PromptOrder(3, shuffle=False).take(7) == [0, 1, 2, 0, 1, 2, 0]
+    assert PromptOrder(3, shuffle=False).next_rows(7) == [0, 1, 2, 0, 1, 2, 0]
     stream = PromptOrder(None, shuffle=True)
-    assert stream.take(4) + stream.take(1) == [0, 1, 2, 3, 4]
+    assert stream.next_rows(4) + stream.next_rows(1) == [0, 1, 2, 3, 4]
 
 
 def test_an_epoch_holds_whole_batches_of_rows_that_differ() -> None:
     order = PromptOrder(11, seed=3, batch=4)
-    epochs = [order.take(8) for _ in range(20)]
+    epochs = [order.next_rows(8) for _ in range(20)]
     assert all(len(set(rows)) == 8 for rows in epochs)
     assert set(itertools.chain(*epochs)) == set(range(11))  # what is left out is another row each time
-    assert PromptOrder(11, shuffle=False, batch=4).take(9) == [*range(8), 0]
-    few = PromptOrder(3, seed=3, batch=4).take(6)
+    assert PromptOrder(11, shuffle=False, batch=4).next_rows(9) == [*range(8), 0]
+    few = PromptOrder(3, seed=3, batch=4).next_rows(6)
     assert set(few[:3]) == set(few[3:]) == {0, 1, 2}
 
 
 def test_an_order_goes_on_with_batches_of_another_size_at_the_next_whole_one() -> None:
     first = PromptOrder(11, seed=3, batch=4)
-    first.take(12)  # the second epoch, four rows of it
+    first.next_rows(12)  # the second epoch, four rows of it
     second = PromptOrder(11, seed=3, batch=5)
     second.load(first.state())
-    assert second.take(5) == PromptOrder(11, seed=3, batch=5).take(20)[15:]
+    assert second.next_rows(5) == PromptOrder(11, seed=3, batch=5).next_rows(20)[15:]
 
 
 def test_a_loaded_order_continues_where_the_other_stopped() -> None:
     first = PromptOrder(7, seed=3)
-    first.take(10)
+    first.next_rows(10)
     second = PromptOrder(7, seed=3)
     second.load(first.state())
-    assert second.take(20) == first.take(20)
+    assert second.next_rows(20) == first.next_rows(20)
     assert second.drawn == 30
 
 

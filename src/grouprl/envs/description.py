@@ -22,7 +22,7 @@ class Description:
         config: its settings.
         observation_space, action_space: of one environment.
         env_id: what its environment is called, or "" if it has had none. env_kwargs: for its constructor.
-        custom_network, custom_advantage: whether the user gave a network, an estimator.
+        custom_network, custom_advantage, custom_surrogate: whether the user gave a network, an estimator, a surrogate.
         num_timesteps: environment steps of training so far.
     """
 
@@ -33,6 +33,7 @@ class Description:
     env_kwargs: Mapping[str, Any]
     custom_network: bool
     custom_advantage: bool
+    custom_surrogate: bool
     num_timesteps: int = 0
 
     def to_json(self, kind: str) -> dict[str, Any]:
@@ -46,6 +47,7 @@ class Description:
             "action_space": space_to_json(self.action_space),
             "custom_network": self.custom_network,
             "custom_advantage": self.custom_advantage,
+            "custom_surrogate": self.custom_surrogate,
             "num_timesteps": self.num_timesteps,
         }
 
@@ -72,5 +74,6 @@ class Description:
             env_kwargs=dict(meta["env_kwargs"]),
             custom_network=bool(meta.get("custom_network")),
             custom_advantage=bool(meta.get("custom_advantage")),
+            custom_surrogate=bool(meta.get("custom_surrogate")),
             num_timesteps=int(meta["num_timesteps"]),
         )

@@ -23,7 +23,7 @@ from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.vector import EnvLike, close_vector, env_name, make_vector
 from grouprl.errors import UsageError
 from grouprl.machine.threads import single_threaded_kernels
-from grouprl.objective.user_functions import TensorFunction, check_function
+from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.progress import Progress
 from grouprl.runs.state import load_state, save_state
 
@@ -48,6 +48,9 @@ class GRPO:
             ``(rewards [S], lengths [N], group [N]) -> [S]`` for N samples of S steps in all, as the functions of
             :mod:`grouprl.objective`. Advantages are centred and scaled over the batch afterwards. If it compares whole
             episodes, set ``collect="episodes"`` or ``group_size``.
+        surrogate_function: a loss of your own per step, in the place of the surrogate of ``loss_type``:
+            ``(logp [m], logp_old [m], advantages [m]) -> [m]``, differentiable in ``logp``. Both:
+            :mod:`grouprl.objective.user_functions`.
         **settings: any field of :class:`~grouprl.envs.config.GRPOConfig`; they win over the preset's.
 
     Raises:
@@ -62,9 +65,10 @@ class GRPO:
         env_kwargs: Mapping[str, Any] | None = None,
         network: Network | None = None,
         advantage_function: TensorFunction | None = None,
+        surrogate_function: TensorFunction | None = None,
         **settings: Any,
     ) -> None:
-        check_function("advantage_function", advantage_function, "GRPO(env, advantage")
+        functions = UserFunctions(advantage_function, surrogate_function)
         if network is not None and not callable(network):
             raise UsageError(f"network={network!r} must be a callable (inputs, outputs) -> torch.nn.Module, or None")
         chosen = presets.resolve(env_name(env), preset)
@@ -80,18 +84,17 @@ class GRPO:
             env_kwargs=kwargs,
             custom_network=network is not None,
             custom_advantage=advantage_function is not None,
+            custom_surrogate=surrogate_function is not None,
         )
         try:
-            self._assemble(description, network, advantage_function)
+            self._assemble(description, network, functions)
         except UsageError:
             if venv is not env:
                 close_vector(venv)
             raise
         self._attach(env, venv)
 
-    def _assemble(
-        self, description: Description, network: Network | None, advantage_function: TensorFunction | None
-    ) -> None:
+    def _assemble(self, description: Description, network: Network | None, functions: UserFunctions) -> None:
         """Make all parts of the agent, with an untrained policy and no environment yet."""
         self._description, config = description, description.config
         check_device(config.device)
@@ -103,7 +106,7 @@ class GRPO:
             self.policy = Policy(self.observations, self.actions, config, network).to(config.device)
         self.policy.eval()  # dropout in a user's network would make the ratio differ from 1 before any update
         self.loop = Loop(
-            self.policy, self.actions, config, Seeds(act, shuffle, starts), advantage_function,
+            self.policy, self.actions, config, Seeds(act, shuffle, starts), functions,
             n_steps=description.num_timesteps,
         )  # fmt: skip
         self._predict_rng = np.random.default_rng(predict)
@@ -234,8 +237,13 @@ class GRPO:
         self, start: int, end: int, callback: Callback | Sequence[Callback] | None, progress_bar: bool | None
     ) -> GRPO:
         """Train until ``end`` total steps on schedules that run from ``start`` to ``end``."""
-        if self._description.custom_advantage and self.loop.advantage_function is None:
-            raise UsageError("this agent was trained with an advantage_function; pass it to load to train on")
+        own, now = self._description, self.loop.functions
+        for name, had, has in (
+            ("advantage_function", own.custom_advantage, now.advantage),
+            ("surrogate_function", own.custom_surrogate, now.surrogate),
+        ):
+            if had and has is None:
+                raise UsageError(f"this agent was trained with its own {name}; pass {name}=... to load to train on")
         callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
         with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
             while self.num_timesteps < end:
@@ -302,15 +310,16 @@ class GRPO:
     @classmethod
     def load(
         cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None,
-        advantage_function: TensorFunction | None = None, **settings: Any,
+        advantage_function: TensorFunction | None = None, surrogate_function: TensorFunction | None = None,
+        **settings: Any,
     ) -> GRPO:  # fmt: skip
         """Read what :meth:`save` wrote, from that file or from a run folder.
 
         Args:
             path: the file (suffix optional) or the run folder.
             env: environment to go on training in; without it the saved id is made on the first ``learn``.
-            network, advantage_function: the same as at construction, where there was one; without the latter the
-                agent acts but does not train.
+            network, advantage_function, surrogate_function: the same as at construction, where there was one; without
+                the functions the agent acts but does not train.
             **settings: override saved settings.
 
         Raises:
@@ -318,7 +327,8 @@ class GRPO:
         """
         path = model_file(Path(path))
         tensors, meta = load_state(path)
-        agent = cls._from_file(path, tensors, meta, network, advantage_function, settings)
+        functions = UserFunctions(advantage_function, surrogate_function)
+        agent = cls._from_file(path, tensors, meta, network, functions, settings)
         if env is not None:
             agent.set_env(env)
         return agent
@@ -330,11 +340,10 @@ class GRPO:
         tensors: Mapping[str, torch.Tensor],
         meta: Mapping[str, Any],
         network: Network | None,
-        advantage_function: TensorFunction | None,
+        functions: UserFunctions,
         settings: Mapping[str, Any],
     ) -> GRPO:
         """An agent with the policy among ``tensors``, described by ``meta``, both read from ``path``."""
-        check_function("advantage_function", advantage_function, "GRPO.load(path, advantage")
         saved = Description.from_json(path, meta, settings)
         if saved.custom_network and network is None:
             raise UsageError(f"{path} was trained with a custom network; pass the same builder as network=...")
@@ -343,10 +352,11 @@ class GRPO:
             replace(
                 saved,
                 custom_network=network is not None,
-                custom_advantage=saved.custom_advantage or advantage_function is not None,
+                custom_advantage=saved.custom_advantage or functions.advantage is not None,
+                custom_surrogate=saved.custom_surrogate or functions.surrogate is not None,
             ),
             network,
-            advantage_function,
+            functions,
         )
         fill_policy(agent.policy, tensors, path)
         return agent
@@ -367,7 +377,7 @@ class GRPO:
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None,
-        advantage_function: TensorFunction | None = None,
+        advantage_function: TensorFunction | None = None, surrogate_function: TensorFunction | None = None,
     ) -> GRPO:  # fmt: skip
         """Read what :meth:`checkpoint` wrote, ready for ``learn`` to go on.
 
@@ -375,7 +385,8 @@ class GRPO:
             UsageError: not a checkpoint, or a corrupt one.
         """
         tensors, meta = checkpoint.read(Path(path))
-        agent = cls._from_file(Path(path), tensors, meta, network, advantage_function, {})
+        functions = UserFunctions(advantage_function, surrogate_function)
+        agent = cls._from_file(Path(path), tensors, meta, network, functions, {})
         agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
         agent.loop.load(tensors, meta["state"])
         agent.extra = meta["state"]["extra"]

@@ -23,7 +23,7 @@ from grouprl.envs.spaces import ActionCodec
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
 from grouprl.objective import RandomFeatures
-from grouprl.objective.user_functions import TensorFunction
+from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions
 
 Metrics = dict[str, float]
 
@@ -47,7 +47,7 @@ class Loop:
     Args:
         policy: what is trained. actions: its action space.
         config: says how. seeds: of all random draws.
-        advantage_function: an estimator of the user's, in the place of ``config.advantage``.
+        functions: the user's own estimator and surrogate, in the place of the configuration's.
         n_steps: environment steps the policy was trained for before. If there are none, the first batch is preceded by
             a warm-up.
     """
@@ -58,15 +58,15 @@ class Loop:
         actions: ActionCodec,
         config: GRPOConfig,
         seeds: Seeds,
-        advantage_function: TensorFunction | None = None,
+        functions: UserFunctions = NO_USER_FUNCTIONS,
         n_steps: int = 0,
     ) -> None:
         self.policy, self.actions, self.config = policy, actions, config
         self.act_rng, self.start_rng = np.random.default_rng(seeds.act), np.random.default_rng(seeds.starts)
-        self.learner = Learner(policy, config, np.random.default_rng(seeds.shuffle))
+        self.learner = Learner(policy, config, np.random.default_rng(seeds.shuffle), functions.surrogate)
         self.sticky = StickyActions(config.sticky)
         self.baseline: Baseline | None = None
-        self.advantage_function = advantage_function
+        self.functions = functions
         self.collector: Collector | None = None
         self.n_steps = n_steps
         """Environment steps so far, those of the warm-up included."""
@@ -131,7 +131,7 @@ class Loop:
         metrics = self._describe(rollout)
         if has_signal(rollout) or not config.skip_without_signal:
             self.signal_steps += rollout.n_steps
-            advantage, info = advantages(rollout, config, self.baseline, self.advantage_function)
+            advantage, info = advantages(rollout, config, self.baseline, self.functions.advantage)
             estimated = perf_counter()
             stats = self.learner.learn(rollout, advantage, progress)
             metrics |= info | {key: float(value) for key, value in asdict(stats).items() if key != "entropy"}

@@ -33,11 +33,6 @@ class Prompt:
     ids: tuple[int, ...]
     """What the model reads."""
 
-    @property
-    def conversational(self) -> bool:
-        """Whether the prompt is a list of messages."""
-        return not isinstance(self.prompt, str)
-
     def completion(self, text: str) -> str | list[dict[str, Any]]:
         """A completion's text as reward functions expect it: as it is, or as the assistant's message.
 
@@ -139,7 +134,7 @@ class PromptOrder:
         """Rows drawn so far."""
         return self._drawn
 
-    def take(self, n: int) -> list[int]:
+    def next_rows(self, n: int) -> list[int]:
         """The next `n` rows. A batch may span two epochs, and so hold a row twice."""
         rows = [self._row(self._drawn + i) for i in range(n)]
         self._drawn += n

@@ -17,8 +17,8 @@ def check_function(name: str, value: object, setting: str) -> None:
     """Raises UsageError unless ``value``, the argument ``name``, is a function or None; ``setting`` takes names."""
     if value is not None and not callable(value):
         raise UsageError(
-            f"{name}={value!r} must be a function of three tensors; the names of those that ship are for the "
-            f"configuration: {setting}=...)"
+            f"{name}={value!r} must be a function of three tensors; the name of one that ships is a setting: "
+            f"{setting}=..."
         )
 
 
@@ -58,8 +58,8 @@ class UserFunctions:
     surrogate: TensorFunction | None = None
 
     def __post_init__(self) -> None:
-        check_function("advantage_function", self.advantage, "GRPOConfig(advantage")
-        check_function("surrogate_function", self.surrogate, "GRPOConfig(loss_type")
+        check_function("advantage_function", self.advantage, "advantage")
+        check_function("surrogate_function", self.surrogate, "loss_type")
 
 
 NO_USER_FUNCTIONS = UserFunctions()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grouprl.lm.generate.collect import Collector, judged
+from grouprl.lm.generate.collect import Collector, sample_and_score
 from grouprl.lm.generate.estimate import groups_with_signal
 from grouprl.lm.prompts import Prompt, PromptOrder
 from grouprl.lm.rewards.call import RewardCaller
@@ -24,7 +24,9 @@ class Script:
 
     def __init__(self, *groups: list[list[int]]) -> None:
         self.groups, self.asked = list(groups), []
-        self.learner = SimpleNamespace(parts=lambda prompts, completions, group: None, log_probs=self._log_probs)
+        self.log_probs = SimpleNamespace(
+            micro_batches=lambda prompts, completions, group: None, without_gradient=self._log_probs
+        )
         self.reference = SimpleNamespace(log_probs=lambda parts, lengths: self._log_probs(parts, lengths) - 0.1)
 
     def sample(self, prompts, group_size, generator, settings=None):
@@ -283,7 +285,7 @@ def test_a_divergence_in_the_reward_gives_credit_token_by_token_where_the_estima
 
 def test_completions_can_be_judged_without_being_learned_from() -> None:
     script = Script(SPREAD)
-    drawn = judged(
+    drawn = sample_and_score(
         script, Tokenizer(), RewardCaller(first_token), [Source()[0]], 2, torch.Generator(), None, None
     )  # fmt: skip
     assert drawn.texts == ["1", "3 9"]

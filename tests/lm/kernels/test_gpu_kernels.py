@@ -18,16 +18,16 @@ if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("there is no GPU", allow_module_level=True)
 
 from grouprl.lm.kernels import triton_kernels as kernels  # noqa: E402
-from grouprl.lm.llama.between_products_triton import KernelParts  # noqa: E402
-from grouprl.lm.llama.block import Joined, lean_step  # noqa: E402
-from grouprl.lm.llama.decode_triton import KernelStep, supported  # noqa: E402
+from grouprl.lm.llama.between_products_triton import BetweenProductsTriton  # noqa: E402
+from grouprl.lm.llama.block import JoinedProducts, find_llama  # noqa: E402
+from grouprl.lm.llama.decode_triton import TritonBlocks, can_decode_in_triton  # noqa: E402
 from grouprl.lm.llama.layers import LlamaLayers  # noqa: E402
 from grouprl.lm.packed.attention import PackedAttention  # noqa: E402
 from grouprl.lm.packed.backbone import Backbone  # noqa: E402
 from grouprl.lm.packed.head import _softmax  # noqa: E402
-from grouprl.lm.packed.low_precision import Products  # noqa: E402
+from grouprl.lm.packed.low_precision import LowPrecision  # noqa: E402
 from grouprl.lm.packed.packing import Group, Pack  # noqa: E402
-from grouprl.lm.policy.log_probs import Learner  # noqa: E402
+from grouprl.lm.policy.log_probs import LogProbs  # noqa: E402
 from grouprl.lm.sample.torch_decoder import TorchDecoder  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -168,11 +168,11 @@ def test_fused_layers_of_kernels_have_the_naive_gradients(
     weights = random_weights(groups)
     wanted = naive(model, groups, weights)
     backbone = Backbone(model)
-    step = lean_step(backbone)
-    assert step is not None
-    layers: Any = LlamaLayers(backbone.decoder, step.ways, LOW, KernelParts)
+    llama = find_llama(backbone)
+    assert llama is not None
+    layers: Any = LlamaLayers(backbone.decoder, llama.specs, LOW, BetweenProductsTriton)
     layers.keeping = lambda tokens: 10**6 if keeping else 0
-    found = learned(Learner(model, backbone, Products(model, LOW), 1.0, 10**9, layers=layers), groups, weights)
+    found = learned(LogProbs(model, backbone, LowPrecision(model, LOW), 1.0, 10**9, layers=layers), groups, weights)
     assert float((found[0] - wanted[0]).abs().max()) < 0.05 * SLACK
     for parameter, gradient in wanted[1].items():
         assert relative_error({"": found[1][parameter]}, {"": gradient}) < 0.06 * SLACK, parameter
@@ -189,18 +189,18 @@ def test_gates(width: int) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_step_gives_what_torch_operations_give(name: str) -> None:
     backbone = Backbone(build(name).to(DEVICE))
-    products, step = Products(backbone.model, LOW), lean_step(backbone)
-    assert step is not None
-    assert supported(step, LOW)
-    assert not supported(step, torch.float32)
+    precision, llama = LowPrecision(backbone.model, LOW), find_llama(backbone)
+    assert llama is not None
+    assert can_decode_in_triton(llama, LOW)
+    assert not can_decode_in_triton(llama, torch.float32)
     pack = Pack.of([Group([5, 6, 7, 1, 3, 2], ()), Group([8, 2], ())], DEVICE)
-    joined = Joined(step, products)
-    with torch.no_grad(), products.sampling(without=joined.linears):
+    joined = JoinedProducts(llama, precision)
+    with torch.no_grad(), precision.sampling(without=joined.linears):
         found = []
-        for way in (KernelStep(step, joined, LOW), step):
+        for way in (TritonBlocks(llama, joined, LOW), llama):
 
             def hidden(ids: Tensor, positions: Tensor, plan: Any, way: Any = way) -> Tensor:
-                more = () if isinstance(way, KernelStep) else (joined,)
+                more = () if isinstance(way, TritonBlocks) else (joined,)
                 return way.hidden(ids, positions, plan, *more)
 
             decoder = TorchDecoder(hidden, backbone.head, pack, 2, 6, LOW)

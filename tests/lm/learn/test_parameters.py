@@ -9,7 +9,7 @@ from torch import nn
 from grouprl.errors import UsageError
 from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.learn.optimizer import load_optimizer_state, make_optimizer, make_schedule, optimizer_state
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.settings.config import GRPOConfig
 
 
@@ -107,7 +107,7 @@ def test_a_gradient_lies_in_the_vector_whoever_wrote_it_and_is_0_where_nobody_di
     ours, theirs = net(), net()
     master = FlatParameters(ours, decayed_first=True)
     x = torch.ones(2, 3)
-    for products in (None, Products(ours, torch.float32)):
+    for products in (None, LowPrecision(ours, torch.float32)):
         master.gradient.fill_(7.0)  # of the step before
         master.start()
         theirs.zero_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
 from grouprl.learning.parameters import FlatParameters
-from grouprl.lm.generate.samples import Samples, parts_of_a_generation
+from grouprl.lm.generate.samples import Samples, split_into_steps
 from grouprl.lm.learn.metrics import StepSums
 from grouprl.lm.learn.optimizer import make_optimizer
 from grouprl.lm.learn.step import Mismatch, Step, optimizer_step, step_weights
@@ -138,7 +138,7 @@ def test_both_passes_over_a_generation_have_the_gradient_of_the_objective(settin
 def test_the_gradient_and_the_metrics_do_not_depend_on_the_micro_batches(budget: int, settings: dict) -> None:
     whole, divided = (Run(build("llama"), tokens_per_micro_batch=n, **settings) for n in (10**6, budget))
     steps = [run.step(samples()) for run in (whole, divided)]
-    assert len(steps[0].parts) == 1 < len(steps[1].parts)
+    assert len(steps[0].micro_batches) == 1 < len(steps[1].micro_batches)
     for remember in (True, False):
         gradients = [run.gradient(s, remember=remember) for run, s in zip((whole, divided), steps, strict=True)]
         assert relative_error(gradients[1], gradients[0]) < 1e-5
@@ -161,9 +161,9 @@ def test_samples_of_advantage_0_get_no_pass_and_change_no_gradient() -> None:
     skipping, complete = (Run(build("llama"), skip_zero_advantage=skip) for skip in (True, False))
     of = samples()
     step = skipping.step(of)
-    assert sorted(torch.cat([part.samples for part in step.parts]).tolist()) == [0, 2, 3, 6, 7, 8, 9]
+    assert sorted(torch.cat([part.samples for part in step.micro_batches]).tolist()) == [0, 2, 3, 6, 7, 8, 9]
     full = complete.step(samples())
-    assert sorted(torch.cat([part.samples for part in full.parts]).tolist()) == ALL.tolist()
+    assert sorted(torch.cat([part.samples for part in full.micro_batches]).tolist()) == ALL.tolist()
     assert relative_error(skipping.gradient(step), complete.gradient(full)) < 1e-6
     wanted = naive_gradient(skipping.model, skipping.config, of, naive_values(skipping.model), None)
     assert relative_error(skipping.gradient(step), wanted) < 1e-5
@@ -205,7 +205,7 @@ def test_a_step_with_nothing_to_learn_from_has_a_gradient_of_0(of: Samples) -> N
 
 
 def test_the_steps_of_a_generation_share_out_its_samples_in_order() -> None:
-    parts = parts_of_a_generation(12, 3)
+    parts = split_into_steps(12, 3)
     assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
@@ -407,7 +407,7 @@ def test_an_adapter_on_a_base_of_low_precision_learns_in_full_precision() -> Non
     model = adapted(build("llama").to(torch.bfloat16), init_lora_weights=False)
     run, of = Run(model), samples()
     assert run.parameters.vector.dtype == torch.float32
-    assert run.policy.products.dtype == torch.bfloat16
+    assert run.policy.precision.dtype == torch.bfloat16
     wide = copy.deepcopy(model).float()
     wanted = naive_gradient(wide, run.config, of, naive_values(wide), None)
     assert relative_error(run.gradient(run.step(of)), wanted) < 0.1

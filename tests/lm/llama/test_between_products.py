@@ -19,12 +19,12 @@ from peft import LoraConfig, get_peft_model
 from stand_in import stand_in
 from torch import nn
 
-from grouprl.lm.llama.between_products import TorchParts
-from grouprl.lm.llama.block import lean_step
+from grouprl.lm.llama.between_products import BetweenProductsTorch
+from grouprl.lm.llama.block import find_llama
 from grouprl.lm.llama.layers import LlamaLayers
 from grouprl.lm.packed.backbone import find_backbone
-from grouprl.lm.packed.low_precision import Products
-from grouprl.lm.policy.log_probs import Learner
+from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.policy.log_probs import LogProbs
 
 LLAMAS = ("llama", "qwen2", "qwen3")
 
@@ -34,15 +34,15 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
 
 
-def fused(model: nn.Module, *, rounded_once: bool = False, keeping: bool = False) -> Learner:
+def fused(model: nn.Module, *, rounded_once: bool = False, keeping: bool = False) -> LogProbs:
     backbone, why = find_backbone(model)
     assert backbone is not None, why
-    step = lean_step(backbone)
-    assert step is not None
-    layers: Any = LlamaLayers(backbone.decoder, step.ways, torch.float32, TorchParts)
+    llama = find_llama(backbone)
+    assert llama is not None
+    layers: Any = LlamaLayers(backbone.decoder, llama.specs, torch.float32, BetweenProductsTorch)
     layers._on_cpu = not rounded_once
     layers.keeping = lambda tokens: 10**6 if keeping else 0
-    return Learner(model, backbone, Products(model, torch.float32), 0.7, 10**9, layers=layers)
+    return LogProbs(model, backbone, LowPrecision(model, torch.float32), 0.7, 10**9, layers=layers)
 
 
 @pytest.mark.parametrize("name", LLAMAS)
@@ -86,10 +86,10 @@ def test_adapters_are_learned() -> None:
 
 def test_what_is_rounded_once_is_rounded_again_for_other_weights() -> None:
     model, groups = build("llama"), random_groups(*MIXED)
-    learner, weights = fused(model, rounded_once=True), random_weights(groups)
-    learned(learner, groups, weights)
+    log_probs, weights = fused(model, rounded_once=True), random_weights(groups)
+    learned(log_probs, groups, weights)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
     wanted = naive(model, groups, weights, 0.7)
-    torch.testing.assert_close(learned(learner, groups, weights)[0], wanted[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(learned(log_probs, groups, weights)[0], wanted[0], rtol=0, atol=1e-4)

@@ -1,4 +1,3 @@
-import copy
 import resource
 import signal
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.models.load import load
-from grouprl.lm.models.save import independent_state, save_merged, save_model
+from grouprl.lm.models.save import independent_state, save_model
 from grouprl.lm.models.tiny import build_tiny
 
 
@@ -175,16 +174,3 @@ def test_an_adapter_of_an_unnamed_base_is_refused(tmp_path: Path) -> None:
     save_model(with_adapter(model), tokenizer, tmp_path / "adapter")
     with pytest.raises(UsageError, match="does not say which model"):
         load(tmp_path / "adapter")
-
-
-def test_a_merged_adapter_is_a_plain_model_and_the_original_stays_as_it_was(base: Path, tmp_path: Path) -> None:
-    model, tokenizer = load(base)
-    trained = with_adapter(model)
-    flatten(trained)
-    before = copy.deepcopy(trained.state_dict())
-    save_merged(trained, tokenizer, tmp_path / "merged")
-    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
-    loaded, _ = load(tmp_path / "merged")
-    assert type(loaded).__name__ == "LlamaForCausalLM"
-    torch.testing.assert_close(logits(loaded), logits(trained), atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(logits(loaded), logits(load(base)[0]), atol=1e-3)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from grouprl.lm.packed import packing
 from grouprl.lm.packed.attention import (
-    How,
+    AttentionSpec,
     PackedAttention,
     UnsupportedError,
     attention_function,
@@ -35,12 +35,12 @@ def visible_pairs(groups: list[Group], window: int | None) -> Tensor:
     return torch.tensor([[sees(a, b) for b in owner] for a in owner])
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, how: How) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, spec: AttentionSpec) -> Tensor:
     g = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
-    s = torch.einsum("shd,thd->hst", q, k) * how.scale
-    if how.softcap is not None:
-        s = how.softcap * torch.tanh(s / how.softcap)
+    s = torch.einsum("shd,thd->hst", q, k) * spec.scale
+    if spec.softcap is not None:
+        s = spec.softcap * torch.tanh(s / spec.softcap)
     p = s.masked_fill(~visible, -torch.inf).softmax(-1)
     return torch.einsum("hst,thd->shd", p, v)
 
@@ -52,37 +52,37 @@ def random_qkv(s: int, heads: int, k_heads: int, d: int = 8) -> list[Tensor]:
 
 @pytest.mark.parametrize("blocks_of_one", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "k_heads", "how"),
+    ("heads", "k_heads", "spec"),
     [
-        (4, 2, How(8**-0.5, None, None)),
-        (4, 2, How(0.7, None, None)),
-        (4, 1, How(1.0, 1, None)),
-        (4, 2, How(0.5, 3, None)),
-        (6, 2, How(1.3, 4, 2.0)),
-        (4, 2, How(1.0, None, 5.0)),
+        (4, 2, AttentionSpec(8**-0.5, None, None)),
+        (4, 2, AttentionSpec(0.7, None, None)),
+        (4, 1, AttentionSpec(1.0, 1, None)),
+        (4, 2, AttentionSpec(0.5, 3, None)),
+        (6, 2, AttentionSpec(1.3, 4, 2.0)),
+        (4, 2, AttentionSpec(1.0, None, 5.0)),
     ],
 )
 def test_packed_attention_and_its_gradient_equal_dense_attention(
-    heads: int, k_heads: int, how: How, blocks_of_one: bool, monkeypatch
+    heads: int, k_heads: int, spec: AttentionSpec, blocks_of_one: bool, monkeypatch
 ) -> None:
     if blocks_of_one:
         monkeypatch.setattr(packing, "BLOCK_SCORES", 1)
-    compare(random_groups(*MIXED), heads, k_heads, how)
+    compare(random_groups(*MIXED), heads, k_heads, spec)
 
 
 @pytest.mark.parametrize("groups", [2, 1])
-@pytest.mark.parametrize("how", [How(8**-0.5, None, None), How(1.0, 3, 5.0)])
-def test_each_query_head_may_have_a_key_head_of_its_own(groups: int, how: How) -> None:
-    compare(random_groups(*MIXED[:groups]), 4, 4, how)
+@pytest.mark.parametrize("spec", [AttentionSpec(8**-0.5, None, None), AttentionSpec(1.0, 3, 5.0)])
+def test_each_query_head_may_have_a_key_head_of_its_own(groups: int, spec: AttentionSpec) -> None:
+    compare(random_groups(*MIXED[:groups]), 4, 4, spec)
 
 
-def compare(groups: list[Group], heads: int, k_heads: int, how: How) -> None:
+def compare(groups: list[Group], heads: int, k_heads: int, spec: AttentionSpec) -> None:
     pack = Pack.of(groups)
     q, k, v = random_qkv(len(pack.ids), heads, k_heads)
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(4))
-    expected = dense(*(x.double() for x in (q, k, v)), visible_pairs(groups, how.window), how)
+    expected = dense(*(x.double() for x in (q, k, v)), visible_pairs(groups, spec.window), spec)
     wanted = torch.autograd.grad((expected * upstream).sum(), (q, k, v))
-    found = PackedAttention(pack).attend(nn.Module(), q, k, v, how)
+    found = PackedAttention(pack).attend(nn.Module(), q, k, v, spec)
     torch.testing.assert_close(found, expected.float(), rtol=0, atol=2e-6)
     for a, b in zip(torch.autograd.grad((found * upstream).sum(), (q, k, v)), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -92,18 +92,18 @@ def test_groups_without_completion_inputs_are_plain_causal_attention() -> None:
     pack = Pack.of([Group([1, 2, 3], [[4], [5]]), Group([6], ())])
     q, k, v = random_qkv(4, 2, 2)
     visible = torch.block_diag(torch.ones(3, 3).tril(), torch.ones(1, 1)).bool()
-    found = PackedAttention(pack).attend(nn.Module(), q, k, v, How(1.0, None, None))
-    torch.testing.assert_close(found, dense(q, k, v, visible, How(1.0, None, None)), rtol=0, atol=1e-6)
+    found = PackedAttention(pack).attend(nn.Module(), q, k, v, AttentionSpec(1.0, None, None))
+    torch.testing.assert_close(found, dense(q, k, v, visible, AttentionSpec(1.0, None, None)), rtol=0, atol=1e-6)
 
 
 def test_products_run_in_the_dtype_asked_for_and_the_gradient_comes_in_that_of_the_input() -> None:
     groups = random_groups(*MIXED)
     pack = Pack.of(groups)
     q, k, v = random_qkv(len(pack.ids), 4, 2)
-    how = How(8**-0.5, None, None)
-    found = PackedAttention(pack, torch.bfloat16).attend(nn.Module(), q, k, v, how)
+    spec = AttentionSpec(8**-0.5, None, None)
+    found = PackedAttention(pack, torch.bfloat16).attend(nn.Module(), q, k, v, spec)
     assert found.dtype == torch.bfloat16
-    expected = dense(q, k, v, visible_pairs(groups, None), how)
+    expected = dense(q, k, v, visible_pairs(groups, None), spec)
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
     found.float().sum().backward()
     assert q.grad is not None
@@ -115,7 +115,7 @@ def test_a_plan_keeps_keys_and_values_of_every_layer_for_the_one_who_asks() -> N
     kept = []
     q, k, v = random_qkv(3, 2, 2)
     layer = nn.Module()
-    PackedAttention(pack, keep=lambda *what: kept.append(what)).attend(layer, q, k, v, How(1.0, None, None))
+    PackedAttention(pack, keep=lambda *what: kept.append(what)).attend(layer, q, k, v, AttentionSpec(1.0, None, None))
     assert len(kept) == 1
     assert all(a is b for a, b in zip(kept[0], (layer, k, v), strict=True))
 
@@ -123,11 +123,11 @@ def test_a_plan_keeps_keys_and_values_of_every_layer_for_the_one_who_asks() -> N
 # --- the library's interface ------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """A plan that says how it was asked."""
+class RecordingPlan:
+    """A plan that says spec it was asked."""
 
-    def attend(self, module, q, k, v, how):
-        self.shapes, self.how = [tuple(x.shape) for x in (q, k, v)], how
+    def attend(self, module, q, k, v, spec):
+        self.shapes, self.spec = [tuple(x.shape) for x in (q, k, v)], spec
         return q
 
 
@@ -138,16 +138,16 @@ def call(module=None, **changes):
 
 
 def test_the_interface_hands_scale_window_and_soft_cap_to_the_plan() -> None:
-    plan = Recorder()
+    plan = RecordingPlan()
     with using(plan):
         out, weights = call(scaling=0.3, sliding_window=7, softcap=2.0)
     assert plan.shapes == [(5, 4, 8), (5, 2, 8), (5, 2, 8)]
-    assert (plan.how.scale, plan.how.window, plan.how.softcap) == (0.3, 7, 2.0)
+    assert (plan.spec.scale, plan.spec.window, plan.spec.softcap) == (0.3, 7, 2.0)
     assert out.shape == (1, 5, 4, 8)
     assert weights is None
     with using(plan):
         call()
-    assert (plan.how.scale, plan.how.window, plan.how.softcap) == (8**-0.5, None, None)
+    assert (plan.spec.scale, plan.spec.window, plan.spec.softcap) == (8**-0.5, None, None)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_the_interface_hands_scale_window_and_soft_cap_to_the_plan() -> None:
     ],
 )
 def test_what_packed_attention_does_not_do_is_refused(changes: dict, message: str) -> None:
-    with using(Recorder()), pytest.raises(UnsupportedError, match=message):
+    with using(RecordingPlan()), pytest.raises(UnsupportedError, match=message):
         call(**changes)
 
 
@@ -175,12 +175,12 @@ def test_without_a_plan_or_a_pack_attention_is_refused() -> None:
 
 
 def test_plans_nest_and_end_with_an_exception_too() -> None:
-    outer, inner = Recorder(), Recorder()
+    outer, inner = RecordingPlan(), RecordingPlan()
     with using(outer):
         with pytest.raises(RuntimeError, match="halt"), using(inner):
             raise RuntimeError("halt")
         call(scaling=2.0)
-    assert outer.how.scale == 2.0
-    assert not hasattr(inner, "how")
+    assert outer.spec.scale == 2.0
+    assert not hasattr(inner, "spec")
     with pytest.raises(UnsupportedError):
         call()

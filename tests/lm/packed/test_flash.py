@@ -10,7 +10,7 @@ from architectures import MIXED, random_groups
 from stand_in import stand_in
 
 from grouprl.lm.packed import flash
-from grouprl.lm.packed.attention import How, _Packed
+from grouprl.lm.packed.attention import AttentionSpec, _Packed
 from grouprl.lm.packed.flash import Flash, Layout
 from grouprl.lm.packed.packing import Group, Pack
 
@@ -38,7 +38,10 @@ def test_the_parts_make_the_whole_forwards_and_backwards(
     ]
     gradient = torch.randn(given[0].shape, generator=generator, dtype=torch.float64)
     found = []
-    for way, more in ((_Packed, (pack, How(SCALE, None, None), torch.float64)), (Flash, (Layout.of(pack), SCALE))):
+    for way, more in (
+        (_Packed, (pack, AttentionSpec(SCALE, None, None), torch.float64)),
+        (Flash, (Layout.of(pack), SCALE)),
+    ):
         inputs = [x.clone().requires_grad_() for x in given]
         out = way.apply(*inputs, *more)
         found.append([out.detach(), *torch.autograd.grad(out, inputs, gradient)])
@@ -80,4 +83,4 @@ def test_what_the_kernels_can_do(changes: dict[str, Any], wanted: bool) -> None:
             self.shape = (30, heads, given["d"])
 
     asked: tuple[Any, ...] = (Shape(4), Shape(2))
-    assert flash.supported(*asked, given["dtype"], given["softcap"]) is wanted
+    assert flash.can_attend(*asked, given["dtype"], given["softcap"]) is wanted

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.lm.packed.head import log_probs
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 
 V, D = 300, 24
 
@@ -26,8 +26,8 @@ def by_definition(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
     return all_logp.gather(1, targets[:, None])[:, 0], -(all_logp.exp() * all_logp).sum(-1)
 
 
-def products(dtype: torch.dtype = torch.float32) -> Products:
-    return Products(nn.Module(), dtype)
+def products(dtype: torch.dtype = torch.float32) -> LowPrecision:
+    return LowPrecision(nn.Module(), dtype)
 
 
 @pytest.mark.parametrize("m", [0, 1, 15, 16, 17, 33])

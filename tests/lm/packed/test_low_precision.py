@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from grouprl.lm.packed.attention import PackedAttention
 from grouprl.lm.packed.backbone import find_backbone
-from grouprl.lm.packed.low_precision import Products, add_gradient, supports_bf16
+from grouprl.lm.packed.low_precision import LowPrecision, add_gradient, supports_bf16
 from grouprl.lm.packed.packing import Group, Pack
 
 BF16, FLOAT = torch.bfloat16, torch.float32
@@ -61,7 +61,7 @@ def without_padding_idx(net: Net) -> tuple[Tensor, list[Tensor]]:
 
 def test_in_float32_everything_is_as_autograd_has_it(net: Net) -> None:
     out, gradients = without_padding_idx(net)
-    with Products(net, FLOAT).learning():
+    with LowPrecision(net, FLOAT).learning():
         found, found_gradients = backward(net)
     assert torch.equal(found, out)
     for a, b in zip(found_gradients, gradients, strict=True):
@@ -70,7 +70,7 @@ def test_in_float32_everything_is_as_autograd_has_it(net: Net) -> None:
 
 def test_in_bfloat16_weights_stay_and_gradients_come_in_float32(net: Net) -> None:
     out, gradients = without_padding_idx(net)
-    with Products(net, BF16).learning():
+    with LowPrecision(net, BF16).learning():
         found, found_gradients = backward(net)
     assert found.dtype == BF16
     torch.testing.assert_close(found.float(), out, rtol=0.03, atol=0.03)
@@ -81,7 +81,7 @@ def test_in_bfloat16_weights_stay_and_gradients_come_in_float32(net: Net) -> Non
 
 def test_the_row_of_the_padding_token_keeps_its_gradient(net: Net) -> None:
     net.head.weight = nn.Parameter(torch.randn(11, 8))
-    with Products(net, FLOAT).learning():
+    with LowPrecision(net, FLOAT).learning():
         backward(net)
     assert bool(net.embed.weight.grad[3].any())
     assert not net.embed.weight.grad[[0, 2, 4, 6, 7, 8, 9]].any()
@@ -94,7 +94,7 @@ def test_gradients_are_added_in_place_so_that_views_stay_views(net: Net) -> None
     for p in net.parameters():
         p.grad = flat[offset : offset + p.numel()].view(p.shape)
         offset += p.numel()
-    with Products(net, FLOAT).learning():
+    with LowPrecision(net, FLOAT).learning():
         backward(net)
         backward(net)
     expected = torch.cat([g.flatten() for g in gradients])
@@ -102,12 +102,12 @@ def test_gradients_are_added_in_place_so_that_views_stay_views(net: Net) -> None
 
 
 def test_a_tied_weight_gets_the_gradient_of_both_its_uses(net: Net) -> None:
-    with Products(net, FLOAT).learning():
+    with LowPrecision(net, FLOAT).learning():
         backward(net)
     tied = net.embed.weight.grad.clone()
     net.zero_grad(set_to_none=True)
     net.head.weight = nn.Parameter(net.embed.weight.detach().clone())
-    with Products(net, FLOAT).learning():
+    with LowPrecision(net, FLOAT).learning():
         backward(net)
     assert bool(net.embed.weight.grad.any() and net.head.weight.grad.any())
     torch.testing.assert_close(tied, net.embed.weight.grad + net.head.weight.grad, rtol=1e-5, atol=1e-6)
@@ -115,13 +115,13 @@ def test_a_tied_weight_gets_the_gradient_of_both_its_uses(net: Net) -> None:
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 def test_frozen_weights_get_no_gradient_and_pass_it_on(net: Net, dtype: torch.dtype) -> None:
-    with Products(net, dtype).learning():
+    with LowPrecision(net, dtype).learning():
         backward(net)
     wanted = net.up.weight.grad.clone()
     net.zero_grad(set_to_none=True)
     for module in (net.down, net.bare, net.embed):
         module.requires_grad_(False)
-    with Products(net, dtype).learning():
+    with LowPrecision(net, dtype).learning():
         net(IDS).float().mul(torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(1))).sum().backward()
     torch.testing.assert_close(net.up.weight.grad, wanted)
     assert all(p.grad is None for module in (net.down, net.bare, net.embed) for p in module.parameters())
@@ -129,7 +129,7 @@ def test_frozen_weights_get_no_gradient_and_pass_it_on(net: Net, dtype: torch.dt
 
 def test_low_precision_gradients_of_low_precision_weights_are_added_too(net: Net) -> None:
     net.to(BF16)
-    with Products(net, BF16).learning():
+    with LowPrecision(net, BF16).learning():
         _, once = backward(net)
         _, twice = backward(net)
     for a, b in zip(once, twice, strict=True):
@@ -138,7 +138,7 @@ def test_low_precision_gradients_of_low_precision_weights_are_added_too(net: Net
 
 
 def test_each_weight_is_rounded_when_learning_begins_and_again_after_it_has_changed(net: Net) -> None:
-    products = Products(net, BF16)
+    products = LowPrecision(net, BF16)
     with torch.no_grad(), products.learning():
         before = net(IDS)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_each_weight_is_rounded_when_learning_begins_and_again_after_it_has_chan
 
 
 def test_an_input_that_was_changed_in_place_is_rounded_again(net: Net) -> None:
-    products = Products(net, BF16)
+    products = LowPrecision(net, BF16)
     x = torch.ones(2, 8)
     with torch.no_grad(), products.learning():
         first = net.bare(x)
@@ -167,7 +167,7 @@ def test_an_input_that_was_changed_in_place_is_rounded_again(net: Net) -> None:
 def test_sampling_computes_what_learning_does(name: str, dtype: torch.dtype) -> None:
     backbone, why = find_backbone(build(name))
     assert backbone is not None, why
-    products = Products(backbone.model, dtype)
+    products = LowPrecision(backbone.model, dtype)
     pack = Pack.of([Group(row, ()) for row in IDS.tolist()])
 
     def logits() -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_sampling_computes_what_learning_does(name: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("how", ["learning", "sampling"])
 def test_forwards_are_restored_after_an_exception_too(net: Net, how: str) -> None:
-    products = Products(net, BF16)
+    products = LowPrecision(net, BF16)
     own = {name: module.forward for name, module in net.named_modules()}
 
     def halt() -> None:
@@ -206,7 +206,7 @@ def test_forwards_are_restored_after_an_exception_too(net: Net, how: str) -> Non
 def test_a_forward_that_a_hook_has_put_on_a_layer_is_put_back(net: Net) -> None:
     own = net.up.forward
     net.up.forward = hooked = lambda x: own(x) + 1.0  # as accelerate's hooks do
-    with Products(net, FLOAT).learning():
+    with LowPrecision(net, FLOAT).learning():
         pass
     assert vars(net.up).get("forward") is hooked
 
@@ -221,7 +221,7 @@ def test_layers_that_compute_in_another_way_are_left_alone() -> None:
             return super().forward(ids + 1)
 
     net = nn.Sequential(Offset(5, 4), Scaled(4, 4), nn.Embedding(5, 4, max_norm=0.1))
-    with Products(net, FLOAT).learning():
+    with LowPrecision(net, FLOAT).learning():
         assert not any("forward" in vars(module) for module in net)
 
 

@@ -1,12 +1,12 @@
 """Packs: where every token of every sample lies, and what it may see."""
 
 import torch
-from architectures import MIXED, build, learned, make_learner, random_groups, random_weights
+from architectures import MIXED, build, learned, make_log_probs, random_groups, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grouprl.lm.packed import packing
-from grouprl.lm.packed.packing import Block, Group, Pack, micro_batches
+from grouprl.lm.packed.packing import Block, Group, Pack, split_into_packs
 
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 shapes = st.lists(st.tuples(st.integers(1, 7), lengths), min_size=1, max_size=5)
@@ -118,12 +118,12 @@ def test_a_token_sees_its_prompt_and_its_own_past_within_the_window(shape: list,
 def test_numbers_do_not_depend_on_how_groups_are_divided_into_blocks(monkeypatch) -> None:
     model, groups = build("mistral"), random_groups(*MIXED)
     weights = random_weights(groups)
-    learner = make_learner(model)
+    log_probs = make_log_probs(model)
     assert len(Pack.of(groups).rectangles[0]) == 1
-    logp, gradient = learned(learner, groups, weights)
+    logp, gradient = learned(log_probs, groups, weights)
     monkeypatch.setattr(packing, "BLOCK_SCORES", 1)
     assert len(Pack.of(groups).rectangles[0]) == len(groups)
-    logp_apart, gradient_apart = learned(learner, groups, weights)
+    logp_apart, gradient_apart = learned(log_probs, groups, weights)
     torch.testing.assert_close(logp_apart, logp, rtol=0, atol=1e-5)
     for name, value in gradient.items():
         torch.testing.assert_close(gradient_apart[name], value, rtol=1e-4, atol=1e-4)
@@ -142,7 +142,7 @@ def test_micro_batches_hold_each_completion_once_and_keep_to_the_budget(
     shape: list, budget: int, together: int | None
 ) -> None:
     groups = numbered(shape)
-    packs = micro_batches(groups, budget, together)
+    packs = split_into_packs(groups, budget, together)
     everything = [(g, j) for pack in packs for g, which in pack for j in which]
     assert sorted(everything) == [(g, j) for g, (_, ns) in enumerate(shape) for j in range(len(ns))]
     for pack in packs:
@@ -159,7 +159,7 @@ def test_micro_batches_hold_each_completion_once_and_keep_to_the_budget(
 def test_a_group_is_divided_only_if_it_alone_exceeds_the_budget(shape: list, budget: int) -> None:
     groups = numbered(shape)
     seen: dict[int, int] = {}
-    for pack in micro_batches(groups, budget):
+    for pack in split_into_packs(groups, budget):
         for g, _ in pack:
             seen[g] = seen.get(g, 0) + 1
     for g, times in seen.items():
@@ -168,14 +168,14 @@ def test_a_group_is_divided_only_if_it_alone_exceeds_the_budget(shape: list, bud
 
 def test_micro_batches_take_the_longest_completions_first() -> None:
     groups = numbered([(2, [1, 1]), (2, [5, 2]), (3, [5, 1]), (2, [3])])
-    assert micro_batches(groups, 10**6) == [[(2, [0, 1]), (1, [0, 1]), (3, [0]), (0, [0, 1])]]
+    assert split_into_packs(groups, 10**6) == [[(2, [0, 1]), (1, [0, 1]), (3, [0]), (0, [0, 1])]]
 
 
 def test_the_parts_of_a_divided_group_each_carry_the_prompt() -> None:
     groups = numbered([(4, [5, 2, 4, 1])])
     # 4 + 4 + 1 inputs would be 9, 4 + 4 + 0 are 8
-    assert micro_batches(groups, 8) == [[(0, [0])], [(0, [1, 2, 3])]]
+    assert split_into_packs(groups, 8) == [[(0, [0])], [(0, [1, 2, 3])]]
 
 
 def test_no_groups_are_no_micro_batches() -> None:
-    assert micro_batches([], 10) == []
+    assert split_into_packs([], 10) == []

@@ -13,7 +13,7 @@ from architectures import (
     build,
     learned,
     make,
-    make_learner,
+    make_log_probs,
     naive,
     naive_log_probs,
     random_groups,
@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grouprl.errors import UsageError
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group
-from grouprl.lm.policy.log_probs import Learner, Part, steps_of
+from grouprl.lm.policy.log_probs import LogProbs, MicroBatch, steps_of
 
 
 def assert_same(found: tuple, wanted: tuple, *, logp: float = 1e-4, gradient: float = 2e-5) -> None:
@@ -41,7 +41,7 @@ def test_packed_log_probabilities_and_gradients_are_the_naive_ones(name: str, te
     model, groups = build(name), random_groups(*MIXED)
     weights = random_weights(groups)
     wanted = naive(model, groups, weights, temperature)
-    assert_same(learned(make_learner(model, temperature=temperature), groups, weights), wanted)
+    assert_same(learned(make_log_probs(model, temperature=temperature), groups, weights), wanted)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -49,7 +49,7 @@ def test_plain_log_probabilities_and_gradients_are_the_naive_ones(name: str) -> 
     model, groups = build(name), random_groups(*MIXED[:2])
     weights = random_weights(groups)
     wanted = naive(model, groups, weights, 0.7)
-    assert_same(learned(make_learner(model, temperature=0.7, plain=True), groups, weights), wanted)
+    assert_same(learned(make_log_probs(model, temperature=0.7, plain=True), groups, weights), wanted)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3"])
@@ -58,7 +58,7 @@ def test_completions_of_one_token_have_the_naive_numbers(name: str, shape: tuple
     model, groups = build(name), random_groups(*shape)
     weights = random_weights(groups)
     wanted = naive(model, groups, weights)
-    assert_same(learned(make_learner(model), groups, weights), wanted)
+    assert_same(learned(make_log_probs(model), groups, weights), wanted)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_completions_of_one_token_have_the_naive_numbers(name: str, shape: tuple
 def test_one_group_alone_has_the_naive_numbers(name: str) -> None:
     model, groups = build(name), random_groups((5, (4, 1, 7)))
     weights = random_weights(groups)
-    assert_same(learned(make_learner(model), groups, weights), naive(model, groups, weights))
+    assert_same(learned(make_log_probs(model), groups, weights), naive(model, groups, weights))
 
 
 def test_the_entropy_is_that_of_the_whole_distribution() -> None:
     model, (group,) = build("llama"), random_groups((5, (4, 1, 7)))
-    learner = make_learner(model, temperature=0.7)
-    with learner.learning():
-        entropy = learner.evaluate(Part([group], torch.arange(3))).entropy
+    log_probs = make_log_probs(model, temperature=0.7)
+    with log_probs.learning():
+        entropy = log_probs.evaluate(MicroBatch([group], torch.arange(3))).entropy
     wanted = []
     for completion in group.completions:
         ids = torch.tensor([[*group.prompt, *completion]])
@@ -89,12 +89,12 @@ def test_the_entropy_is_that_of_the_whole_distribution() -> None:
 
 
 def test_evaluating_outside_of_learning_is_refused() -> None:
-    learner = make_learner(build("llama"))
-    part = Part(list(random_groups((5, (4, 1)))), torch.arange(2))
-    with learner.learning():
-        learner.evaluate(part)
+    log_probs = make_log_probs(build("llama"))
+    part = MicroBatch(list(random_groups((5, (4, 1)))), torch.arange(2))
+    with log_probs.learning():
+        log_probs.evaluate(part)
     with pytest.raises(UsageError, match="within learning"):
-        learner.evaluate(part)
+        log_probs.evaluate(part)
 
 
 # --- what must not matter ---------------------------------------------------------------------------------------------
@@ -104,16 +104,16 @@ def test_evaluating_outside_of_learning_is_refused() -> None:
 def gemma():
     model, groups = build("gemma3"), random_groups(*MIXED)
     weights = random_weights(groups)
-    return model, groups, weights, learned(make_learner(model), groups, weights)
+    return model, groups, weights, learned(make_log_probs(model), groups, weights)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 12, 20, 10**9])
 def test_the_sum_over_parts_does_not_depend_on_the_budget(gemma, budget: int) -> None:
     model, groups, weights, wanted = gemma
-    learner = make_learner(model, budget=budget)
-    n_parts = len(learner.parts(*as_samples(groups)[:3]))
+    log_probs = make_log_probs(model, budget=budget)
+    n_parts = len(log_probs.micro_batches(*as_samples(groups)[:3]))
     assert n_parts == 1 if budget == 10**9 else n_parts > 1
-    assert_same(learned(learner, groups, weights), wanted, logp=2e-5, gradient=5e-6)
+    assert_same(learned(log_probs, groups, weights), wanted, logp=2e-5, gradient=5e-6)
 
 
 @settings(deadline=None, max_examples=10)
@@ -121,7 +121,7 @@ def test_the_sum_over_parts_does_not_depend_on_the_budget(gemma, budget: int) ->
 def test_the_order_of_the_groups_does_not_matter(gemma, order: list[int]) -> None:
     model, groups, weights, wanted = gemma
     of_group = weights.split([sum(ns) for _, ns in MIXED])
-    logp, gradient = learned(make_learner(model), [groups[i] for i in order], torch.cat([of_group[i] for i in order]))
+    logp, gradient = learned(make_log_probs(model), [groups[i] for i in order], torch.cat([of_group[i] for i in order]))
     expected = wanted[0].split([sum(ns) for _, ns in MIXED])
     assert_same((logp, gradient), (torch.cat([expected[i] for i in order]), wanted[1]), logp=2e-5, gradient=5e-6)
 
@@ -130,34 +130,34 @@ def test_what_else_is_in_the_pack_does_not_matter(gemma) -> None:
     model, groups, _, (logp, _) = gemma
     for group, expected in zip(groups, logp.split([sum(ns) for _, ns in MIXED]), strict=True):
         prompts, completions, index, lengths = as_samples([group])
-        learner = make_learner(model)
-        found = learner.log_probs(learner.parts(prompts, completions, index), lengths)
+        log_probs = make_log_probs(model)
+        found = log_probs.without_gradient(log_probs.micro_batches(prompts, completions, index), lengths)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def test_whether_the_prompt_is_shared_does_not_matter(gemma) -> None:
     model, groups, weights, wanted = gemma
     alone = [Group(g.prompt, [c]) for g in groups for c in g.completions]
-    assert_same(learned(make_learner(model), alone, weights), wanted, logp=2e-5, gradient=5e-6)
+    assert_same(learned(make_log_probs(model), alone, weights), wanted, logp=2e-5, gradient=5e-6)
 
 
 def test_samples_of_a_prompt_need_not_be_neighbours(gemma) -> None:
     model, groups, _, (logp, _) = gemma
     prompts, completions, index, lengths = as_samples(groups)
     order = torch.randperm(len(completions), generator=torch.Generator().manual_seed(0)).tolist()
-    learner = make_learner(model, budget=20)
-    parts = learner.parts(prompts, [completions[i] for i in order], [index[i] for i in order])
+    log_probs = make_log_probs(model, budget=20)
+    parts = log_probs.micro_batches(prompts, [completions[i] for i in order], [index[i] for i in order])
     assert sorted(torch.cat([part.samples for part in parts]).tolist()) == list(range(len(completions)))
-    found = learner.log_probs(parts, lengths[order])
+    found = log_probs.without_gradient(parts, lengths[order])
     torch.testing.assert_close(found, logp[steps_of(torch.tensor(order), lengths)], rtol=0, atol=2e-5)
 
 
 def test_log_probabilities_of_samples_outside_the_parts_are_0(gemma) -> None:
     model, groups, _, (logp, _) = gemma
     prompts, completions, index, lengths = as_samples(groups)
-    learner = make_learner(model, budget=12)
-    part = learner.parts(prompts, completions, index)[0]
-    found = learner.log_probs([part], lengths)
+    log_probs = make_log_probs(model, budget=12)
+    part = log_probs.micro_batches(prompts, completions, index)[0]
+    found = log_probs.without_gradient([part], lengths)
     chosen = steps_of(part.samples, lengths)
     torch.testing.assert_close(found[chosen], logp[chosen], rtol=0, atol=2e-5)
     found[chosen] = 0.0
@@ -190,7 +190,7 @@ def test_low_precision_is_no_less_exact_than_autocast() -> None:
         parts = [naive_log_probs(model, g.prompt, c) for g in groups for c in g.completions]
     (weights * torch.cat(parts)).sum().backward()
     autocast_logp, autocast_gradient = torch.cat(parts).detach(), take_gradient(model)
-    our_logp, our_gradient = learned(make_learner(model, dtype=torch.bfloat16), groups, weights)
+    our_logp, our_gradient = learned(make_log_probs(model, dtype=torch.bfloat16), groups, weights)
     autocast_error = relative_error(autocast_gradient, gradient)
     assert 1e-3 < autocast_error < 0.2  # there is something to compare with
     assert relative_error(our_gradient, gradient) <= 1.25 * autocast_error
@@ -204,13 +204,13 @@ def test_low_precision_is_no_less_exact_than_autocast() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_learning_restores_the_mode_and_the_forwards_after_an_exception_too(plain: bool, training: bool) -> None:
     model = build("gpt2").train(training)
-    learner = make_learner(model, plain=plain)
+    log_probs = make_log_probs(model, plain=plain)
 
     def halt() -> None:
         assert not model.training
         raise RuntimeError("halt")
 
-    with pytest.raises(RuntimeError, match="halt"), learner.learning():
+    with pytest.raises(RuntimeError, match="halt"), log_probs.learning():
         halt()
     assert all(module.training is training for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
@@ -220,16 +220,17 @@ def test_learning_restores_the_mode_and_the_forwards_after_an_exception_too(plai
 def test_dropout_layers_are_at_rest_unless_asked_for() -> None:
     model, groups = build("gpt2", attn_pdrop=0.0), random_groups(*MIXED)  # its other dropout is 0.1
     weights = random_weights(groups)
-    learner = make_learner(model)
-    first = learned(learner, groups, weights)[0]
-    assert torch.equal(learned(learner, groups, weights)[0], first)
-    awake = Learner(model, learner.backbone, Products(model, torch.float32), 1.0, 10**9, dropout=True)
+    log_probs = make_log_probs(model)
+    first = learned(log_probs, groups, weights)[0]
+    assert torch.equal(learned(log_probs, groups, weights)[0], first)
+    awake = LogProbs(model, log_probs.backbone, LowPrecision(model, torch.float32), 1.0, 10**9, dropout=True)
     assert float((learned(awake, groups, weights)[0] - first).abs().max()) > 0.05
 
 
 def test_attention_dropout_is_refused_by_packed_attention() -> None:
     model, groups = build("gpt2"), random_groups(*MIXED)
-    awake = Learner(model, make_learner(model).backbone, Products(model, torch.float32), 1.0, 10**9, dropout=True)
+    backbone = make_log_probs(model).backbone
+    awake = LogProbs(model, backbone, LowPrecision(model, torch.float32), 1.0, 10**9, dropout=True)
     with pytest.raises(UsageError, match="leave disable_dropout on"):
         learned(awake, groups, random_weights(groups))
 
@@ -249,19 +250,19 @@ def test_no_dropout_of_the_model_is_left_active(name: str, changes: dict, plain:
     weights = random_weights(groups)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        assert_same(learned(make_learner(model, plain=plain), groups, weights), naive(model, groups, weights))
+        assert_same(learned(make_log_probs(model, plain=plain), groups, weights), naive(model, groups, weights))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi"])
 def test_gradient_checkpointing_changes_no_number(name: str) -> None:
     model, groups = build(name), random_groups(*MIXED)
     weights = random_weights(groups)
-    wanted = learned(make_learner(model), groups, weights)
+    wanted = learned(make_log_probs(model), groups, weights)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     passes = []
     handle = model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-    learner = make_learner(model, budget=20)
-    found = learned(learner, groups, weights)
+    log_probs = make_log_probs(model, budget=20)
+    found = learned(log_probs, groups, weights)
     handle.remove()
-    assert len(passes) == 2 * len(learner.parts(*as_samples(groups)[:3]))  # everything was run again
+    assert len(passes) == 2 * len(log_probs.micro_batches(*as_samples(groups)[:3]))  # everything was run again
     assert_same(found, wanted, logp=2e-5, gradient=5e-6)

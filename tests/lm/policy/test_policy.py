@@ -20,12 +20,12 @@ GROUPS = random_groups(*MIXED)
 
 def log_probs(of: Policy, groups=GROUPS) -> torch.Tensor:
     prompts, completions, group, lengths = as_samples(groups)
-    return of.learner.log_probs(of.learner.parts(prompts, completions, group), lengths)
+    return of.log_probs.without_gradient(of.log_probs.micro_batches(prompts, completions, group), lengths)
 
 
 def reference_log_probs(of: Policy, groups=GROUPS) -> torch.Tensor:
     prompts, completions, group, lengths = as_samples(groups)
-    return of.reference.log_probs(of.learner.parts(prompts, completions, group), lengths)
+    return of.reference.log_probs(of.log_probs.micro_batches(prompts, completions, group), lengths)
 
 
 # --- packed or plain --------------------------------------------------------------------------------------------------
@@ -82,9 +82,9 @@ def test_completions_end_at_the_tokenizers_token_and_at_those_of_the_generation_
 
 
 def test_products_run_in_the_precision_asked_for() -> None:
-    assert policy(build("llama"), bf16=False).products.dtype == torch.float32
-    assert policy(build("llama"), bf16=True).products.dtype == torch.bfloat16
-    assert policy(build("llama").to(torch.bfloat16), bf16=False).products.dtype == torch.bfloat16
+    assert policy(build("llama"), bf16=False).precision.dtype == torch.float32
+    assert policy(build("llama"), bf16=True).precision.dtype == torch.bfloat16
+    assert policy(build("llama").to(torch.bfloat16), bf16=False).precision.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("bf16", "master"), [(True, torch.float32), (False, torch.bfloat16)])
@@ -168,9 +168,9 @@ def test_a_reference_has_no_dropout() -> None:
     for _ in range(2):
         torch.testing.assert_close(reference_log_probs(found), wanted, rtol=0, atol=1e-5)
         torch.testing.assert_close(log_probs(found), wanted, rtol=0, atol=1e-5)
-    with found.learner.learning():
-        part = found.learner.parts(*as_samples(GROUPS)[:3])[0]
-        assert float((found.learner.evaluate(part).logp - wanted[: int(part.samples.numel())]).abs().max()) > 0.01
+    with found.log_probs.learning():
+        part = found.log_probs.micro_batches(*as_samples(GROUPS)[:3])[0]
+        assert float((found.log_probs.evaluate(part).logp - wanted[: int(part.samples.numel())]).abs().max()) > 0.01
 
 
 def test_a_reference_may_be_given() -> None:
@@ -210,10 +210,10 @@ def test_a_reference_of_another_kind_cannot_follow() -> None:
 def test_dropout_is_found_wherever_it_is_said(name: str, has: bool) -> None:
     model = build(name)
     assert has_dropout(model) is has
-    assert policy(model, disable_dropout=False, attention="plain").learner.dropout is has
+    assert policy(model, disable_dropout=False, attention="plain").log_probs.dropout is has
     model.config.attention_dropout = 0.1
     assert has_dropout(model)
-    assert policy(build(name)).learner.dropout is False
+    assert policy(build(name)).log_probs.dropout is False
     assert has_dropout(adapted(build("llama"), lora_dropout=0.1))
     assert not has_dropout(adapted(build("llama")))
 

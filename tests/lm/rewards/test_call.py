@@ -20,11 +20,7 @@ IDS = [[7], [8, 9]]
 
 
 def call(functions: Any, rows: list[Prompt] = TEXT, weights: Any = None, state: Any = None) -> Rewards:
-    caller = RewardCaller(functions, weights)
-    try:
-        return caller(rows, ["4", "6"], IDS, state)
-    finally:
-        caller.close()
+    return RewardCaller(functions, weights)(rows, ["4", "6"], IDS, state)
 
 
 def right(completions: list[str], answer: list[int], **kwargs: Any) -> list[float]:
@@ -257,8 +253,6 @@ def test_asynchronous_functions_find_the_same_loop_in_every_call() -> None:
     caller(TEXT, ["4", "6"], IDS)
     caller(TEXT, ["4", "6"], IDS)
     assert loops[0] is loops[1]
-    caller.close()
-    assert loops[0].is_closed()
 
 
 @pytest.mark.filterwarnings("error")

@@ -14,9 +14,9 @@ from taping import Tape, TapeRecorder
 from torch import Tensor
 
 from grouprl.lm.packed.backbone import Backbone
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.sample.draw import SamplingSettings
-from grouprl.lm.sample.recordings import CudaRecorder, Repeated
+from grouprl.lm.sample.recordings import CudaGraphRecorder, Repeated
 from grouprl.lm.sample.rows import Completion
 from grouprl.lm.sample.sampler import Sampler
 
@@ -24,8 +24,8 @@ PROMPTS = [random_ids(n, torch.Generator().manual_seed(n)) for n in (5, 1, 9, 3)
 ENDS = tuple(range(0, VOCABULARY, 9))
 
 
-def sampler(model: Any, ends: tuple[int, ...] = ENDS, *, recorded: bool, steps: Any = "lean") -> Sampler:
-    made = Sampler(Backbone(model), Products(model, torch.float32), ends, steps=steps)
+def sampler(model: Any, ends: tuple[int, ...] = ENDS, *, recorded: bool, steps: Any = "blocks") -> Sampler:
+    made = Sampler(Backbone(model), LowPrecision(model, torch.float32), ends, steps=steps)
     if recorded:
         made.record_with(TapeRecorder())
         assert made.why == ""
@@ -70,7 +70,7 @@ def test_every_setting_can_be_recorded(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2"])
 def test_rows_may_leave_and_caches_grow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grouprl.lm.sample.sampler.FEW", 3)
+    monkeypatch.setattr("grouprl.lm.sample.sampler.NEVER_DROP_BELOW", 3)
     model, how = build(name), SamplingSettings(70, temperature=1.4)
     recorded = sampler(model, ENDS[:3], recorded=True)
     found = sampled(recorded, how)
@@ -114,7 +114,7 @@ def test_a_model_that_counts_in_python_is_not_recorded() -> None:
         return out
 
     model.get_decoder().register_forward_hook(count)
-    made = Sampler(Backbone(model), Products(model, torch.float32), ENDS, steps="modules")
+    made = Sampler(Backbone(model), LowPrecision(model, torch.float32), ENDS, steps="modules")
     made.record_with(TapeRecorder())
     assert made.recorder is None
     assert "replayed ones give other logits" in made.why
@@ -135,7 +135,7 @@ def test_others_are_recorded_after_one_that_cannot_be() -> None:
 
 def test_recordings_that_give_no_numbers_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    made = Sampler(Backbone(model), Products(model, torch.float32), ENDS, steps="lean")
+    made = Sampler(Backbone(model), LowPrecision(model, torch.float32), ENDS, steps="blocks")
     really = made._try
     monkeypatch.setattr(made, "_try", lambda recorder=None: really() if recorder is None else really() * torch.nan)
     made.record_with(TapeRecorder())
@@ -214,7 +214,7 @@ class FakeGraph:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaGraphRecorder:
     class Stream:
         def __init__(self, *_: Any) -> None: ...
 
@@ -229,10 +229,10 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> CudaRecorder:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    return CudaRecorder(torch.device("cpu"))
+    return CudaGraphRecorder(torch.device("cpu"))
 
 
-def failing(error: BaseException, recorder: CudaRecorder) -> Any:
+def failing(error: BaseException, recorder: CudaGraphRecorder) -> Any:
     def work() -> None:
         FakeGraph.stuck.add(recorder._keeper.pool())
         raise error
@@ -241,7 +241,7 @@ def failing(error: BaseException, recorder: CudaRecorder) -> Any:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("asked for a number"), KeyboardInterrupt()])
-def test_after_a_capture_that_failed_others_are_recorded(recorder: CudaRecorder, error: BaseException) -> None:
+def test_after_a_capture_that_failed_others_are_recorded(recorder: CudaGraphRecorder, error: BaseException) -> None:
     first = recorder.record(lambda: None)
     for _ in range(2):
         with pytest.raises(type(error), match=str(error)):
@@ -255,7 +255,7 @@ def test_after_a_capture_that_failed_others_are_recorded(recorder: CudaRecorder,
 
 
 def test_a_capture_without_memory_is_tried_again_with_what_was_only_kept(
-    recorder: CudaRecorder, monkeypatch: pytest.MonkeyPatch
+    recorder: CudaGraphRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given_back, tries = [], []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))

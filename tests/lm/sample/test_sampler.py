@@ -12,7 +12,7 @@ from architectures import (
     VOCABULARY,
     as_samples,
     build,
-    make_learner,
+    make_log_probs,
     naive_log_probs,
     random_ids,
 )
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grouprl.errors import UsageError
 from grouprl.lm.packed.backbone import Backbone
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.plain import PlainSampler
@@ -32,7 +32,7 @@ NEVER = 10**6
 
 
 def packed(model, ends=(EOS,), *, dtype=torch.float32, **options) -> Sampler:
-    return Sampler(Backbone(model), Products(model, dtype), ends, **options)
+    return Sampler(Backbone(model), LowPrecision(model, dtype), ends, **options)
 
 
 def plain(model, ends=(EOS,)) -> PlainSampler:
@@ -144,8 +144,8 @@ def test_recorded_log_probabilities_are_those_of_the_learner_and_of_the_plain_mo
     groups = [Group(p, ids_of(found)[3 * i : 3 * i + 3]) for i, p in enumerate(PROMPTS)]
     recorded = torch.cat([c.logp for c in found])
     prompts, completions, group, lengths = as_samples(groups)
-    learner = make_learner(model, temperature=temperature)
-    by_learner = learner.log_probs(learner.parts(prompts, completions, group), lengths)
+    log_probs = make_log_probs(model, temperature=temperature)
+    by_learner = log_probs.without_gradient(log_probs.micro_batches(prompts, completions, group), lengths)
     torch.testing.assert_close(recorded, by_learner, rtol=0, atol=1e-4)
     with torch.no_grad():
         by_hand = [naive_log_probs(model, g.prompt, c, temperature) for g in groups for c in g.completions]
@@ -340,8 +340,8 @@ def test_in_bfloat16_recorded_log_probabilities_are_near_those_of_the_learner() 
     found = packed(model, dtype=torch.bfloat16).sample(PROMPTS, 4, SamplingSettings(8), seeded())
     groups = [Group(p, ids_of(found)[4 * i : 4 * i + 4]) for i, p in enumerate(PROMPTS)]
     prompts, completions, group, lengths = as_samples(groups)
-    learner = make_learner(model, dtype=torch.bfloat16)
-    by_learner = learner.log_probs(learner.parts(prompts, completions, group), lengths)
+    log_probs = make_log_probs(model, dtype=torch.bfloat16)
+    by_learner = log_probs.without_gradient(log_probs.micro_batches(prompts, completions, group), lengths)
     difference = (torch.cat([c.logp for c in found]) - by_learner).abs()
     assert float(difference.mean()) < 0.03
     assert all(0 <= token < VOCABULARY for ids in ids_of(found) for token in ids)

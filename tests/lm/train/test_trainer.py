@@ -914,9 +914,9 @@ def test_an_estimator_of_ones_own_sees_returns_and_groups(tmp_path: Path) -> Non
         (
             {"advantage_function": "median"},
             UsageError,
-            r"advantage_function='median' must be a function .* GRPOConfig\(advantage=",
+            r"advantage_function='median' must be a function .* advantage=",
         ),
-        ({"surrogate_function": 3}, UsageError, r"surrogate_function=3 must be a function .* GRPOConfig\(loss_type="),
+        ({"surrogate_function": 3}, UsageError, r"surrogate_function=3 must be a function .* loss_type="),
         (
             {"advantage_function": lambda r, n, g: r[:1]},
             TrainingError,

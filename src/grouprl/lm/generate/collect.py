@@ -1,4 +1,4 @@
-"""Making a generation: draw prompts, sample groups, ask the reward functions, estimate advantages."""
+"""Collecting a generation: draw prompts, sample groups, call the reward functions, estimate advantages."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ from grouprl.objective.user_functions import TensorFunction
 Metrics = dict[str, float]
 
 
-def estimate(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
-    """``[S]`` a sampled estimate of KL(policy || reference), as a value."""
+def kl_values(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
+    """``[S]``, nats: the estimate k1, k2 or k3 of KL(policy || reference) at each token, without a gradient path.
+
+    Args:
+        logp, logp_ref: ``[S]`` under the policy and under the reference. estimator: "k1", "k2" or "k3".
+    """
     value = objective.DIVERGENCES[estimator].value
     assert value is not None
     return value(logp, logp_ref)
@@ -34,8 +38,9 @@ class Collector:
     """Turns prompts into samples to learn from.
 
     Args:
-        policy: samples. tokenizer: decodes. source, order: where prompts come from. rewards: judges.
-        generator: the random stream of the sampler. own: a user's estimator, in the place of the settings'.
+        policy: samples the completions. tokenizer: decodes them. rewards: scores them.
+        source, order: the prompts, and the order in which to draw them.
+        generator: the random stream of the sampler. own: a user's advantage function, in the place of the settings'.
     """
 
     def __init__(
@@ -49,66 +54,80 @@ class Collector:
         """Prompt and completion tokens so far, prompts counted once per completion."""
 
     def collect(self, n_prompts: int, group_size: int, state: Any = None) -> tuple[Samples, Metrics]:
-        """A generation of ``n_prompts`` groups and its metrics."""
-        drawn = self._draw(n_prompts, group_size, state)
-        rounds = [drawn.rewards]
+        """A generation of ``n_prompts`` groups of ``group_size`` completions, and its metrics in TRL's names.
+
+        With dynamic sampling (DAPO, arXiv 2503.14476) it draws further prompts until ``n_prompts`` groups have
+        advantages, or the allowed number of batches is reached.
+
+        Args:
+            state: the trainer's state, handed to reward functions.
+
+        Raises UsageError or TrainingError if a prompt cannot be used or a reward function fails.
+        """
+        groups = self._draw(n_prompts, group_size, state)
+        rounds = [groups.rewards]
         if self.config.dynamic_sampling:
-            kept, idle = drawn.parted(self.config, self.own)
-            while kept.n_prompts < n_prompts and len(rounds) < self.config.dynamic_sampling_max_batches:
-                more = self._draw(n_prompts - kept.n_prompts, group_size, state)
+            with_signal, without = groups.split_by_signal(self.config, self.own)
+            while with_signal.n_prompts < n_prompts and len(rounds) < self.config.dynamic_sampling_max_batches:
+                more = self._draw(n_prompts - with_signal.n_prompts, group_size, state)
                 rounds.append(more.rewards)
-                further, idler = more.parted(self.config, self.own)
-                kept, idle = kept.joined(further), idle.joined(idler)
+                more_with, more_without = more.split_by_signal(self.config, self.own)
+                with_signal, without = with_signal.concatenate(more_with), without.concatenate(more_without)
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
-            drawn = kept.joined(idle).first(n_prompts)
-        samples = self._estimate(drawn)
-        metrics = {**describe(samples, drawn.rewards), **_logged(rounds)}
+            groups = with_signal.concatenate(without).first(n_prompts)
+        samples = self._to_samples(groups)
+        metrics = {**describe(samples, groups.rewards), **_logged(rounds)}
         if self.config.beta > 0 and self.config.kl_in == "reward":
-            metrics["kl"] = float(estimate(samples.logp_old, samples.logp_ref, self.config.kl_estimator).mean())
+            metrics["kl"] = float(kl_values(samples.logp_old, samples.logp_ref, self.config.kl_estimator).mean())
         if self.config.dynamic_sampling:
             metrics["dynamic_sampling/batches"] = len(rounds)
         metrics["num_tokens"] = float(self.tokens)
         return samples, metrics
 
-    def _draw(self, n_prompts: int, group_size: int, state: Any) -> Drawn:
-        prompts = [self.source[i] for i in self.order.take(n_prompts)]
-        drawn = judged(self.policy, self.tokenizer, self.rewards, prompts, group_size, self.generator, None, state)
+    def _draw(self, n_prompts: int, group_size: int, state: Any) -> ScoredGroups:
+        prompts = [self.source[i] for i in self.order.next_rows(n_prompts)]
+        drawn = sample_and_score(
+            self.policy, self.tokenizer, self.rewards, prompts, group_size, self.generator, None, state
+        )
         self.tokens += sum(len(c.ids) for c in drawn.completions) + group_size * sum(len(p.ids) for p in prompts)
         return drawn
 
-    def _estimate(self, drawn: Drawn) -> Samples:
+    def _to_samples(self, groups: ScoredGroups) -> Samples:
         config = self.config
-        completions = [c.ids for c in drawn.completions]
+        completions = [c.ids for c in groups.completions]
         lengths = torch.tensor([len(c) for c in completions])
-        group = torch.arange(drawn.n_prompts).repeat_interleave(drawn.group_size)
-        returns = drawn.returns
+        group = torch.arange(groups.n_prompts).repeat_interleave(groups.group_size)
+        returns = groups.returns
         if config.soft_overlong_cache is not None:
             returns = returns + objective.soft_overlong(
                 lengths, config.max_completion_length, config.soft_overlong_cache
             ).to(returns)
         n = int(lengths.sum())
-        old, ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
+        logp_old, logp_ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         penalties = None
         if self.policy.reference is not None and config.kl_in == "reward":
-            parts = self.policy.learner.parts([p.ids for p in drawn.prompts], completions, group.tolist())
-            old = self.policy.learner.log_probs(parts, lengths)
-            ref = self.policy.reference.log_probs(parts, lengths)
+            batches = self.policy.log_probs.micro_batches([p.ids for p in groups.prompts], completions, group.tolist())
+            logp_old = self.policy.log_probs.without_gradient(batches, lengths)
+            logp_ref = self.policy.reference.log_probs(batches, lengths)
             known = ~known
-            penalties = -objective.kl_in_reward(torch.zeros_like(old), old, ref, config.beta, config.kl_estimator)
+            penalties = -objective.kl_in_reward(
+                torch.zeros_like(logp_old), logp_old, logp_ref, config.beta, config.kl_estimator
+            )
         advantages = estimate_advantages(
-            config, drawn.rewards.values, self.rewards.weights, returns, lengths, group, penalties, self.own
+            config, groups.rewards.values, self.rewards.weights, returns, lengths, group, penalties, self.own
         )
         return Samples(
-            prompts=drawn.prompts, group=group, completions=completions,
-            finished=torch.tensor([c.finished for c in drawn.completions]),
-            logp_sampled=torch.cat([c.logp for c in drawn.completions]), texts=drawn.texts,
-            rewards=drawn.rewards.values, returns=returns, advantages=advantages,
-            logp_old=old, logp_ref=ref, known_old=known, known_ref=known.clone(), extras=drawn.rewards.extras,
+            prompts=groups.prompts, group=group, completions=completions,
+            finished=torch.tensor([c.finished for c in groups.completions]),
+            logp_sampled=torch.cat([c.logp for c in groups.completions]), texts=groups.texts,
+            rewards=groups.rewards.values, returns=returns, advantages=advantages,
+            logp_old=logp_old, logp_ref=logp_ref, known_old=known, known_ref=known.clone(),
+            extras=groups.rewards.extras,
         )  # fmt: skip
 
 
-class Drawn:
-    """Whole groups with their rewards, prompt after prompt."""
+class ScoredGroups:
+    """P groups of completions with their rewards, prompt after prompt: N = P * group_size completions in all."""
 
     def __init__(
         self, prompts: list[Prompt], group_size: int, completions: list[Completion], texts: list[str], rewards: Rewards,
@@ -119,77 +138,85 @@ class Drawn:
 
     @property
     def n_prompts(self) -> int:
+        """P."""
         return len(self.prompts)
 
     @property
     def returns(self) -> Tensor:
-        """``[N]`` weighted sums of the rewards."""
+        """``[N]`` weighted sum of each completion's rewards."""
         return total(self.rewards.values, self.weights)
 
-    def parted(self, config: GRPOConfig, own: TensorFunction | None) -> tuple[Drawn, Drawn]:
-        """The groups whose rewards give their samples advantages, and the other ones."""
+    def split_by_signal(self, config: GRPOConfig, own: TensorFunction | None) -> tuple[ScoredGroups, ScoredGroups]:
+        """The groups with an advantage other than 0, and the groups without one."""
         signal = groups_with_signal(config, self.rewards.values, self.weights, self.group_size, own).tolist()
-        return tuple(self._select([i for i, has in enumerate(signal) if has is kind]) for kind in (True, False))  # type: ignore[return-value]
+        return tuple(self._select([i for i, has in enumerate(signal) if has is wanted]) for wanted in (True, False))  # type: ignore[return-value]
 
-    def first(self, n: int) -> Drawn:
+    def first(self, n: int) -> ScoredGroups:
         """The first n groups."""
         return self._select(list(range(n)))
 
-    def _select(self, groups: Sequence[int]) -> Drawn:
+    def _select(self, groups: Sequence[int]) -> ScoredGroups:
         rows = [g * self.group_size + i for g in groups for i in range(self.group_size)]
         r = self.rewards
         extras = {name: [column[i] for i in rows] for name, column in r.extras.items()}
-        return Drawn(
+        return ScoredGroups(
             [self.prompts[g] for g in groups], self.group_size, [self.completions[i] for i in rows],
             [self.texts[i] for i in rows], Rewards(r.values[rows], r.names, extras, r.metrics), self.weights,
         )  # fmt: skip
 
-    def joined(self, other: Drawn) -> Drawn:
-        """The groups of both."""
+    def concatenate(self, other: ScoredGroups) -> ScoredGroups:
+        """The groups of both, these first."""
         a, b = self.rewards, other.rewards
         extras = {
             name: [*a.extras.get(name, [None] * len(a.values)), *b.extras.get(name, [None] * len(b.values))]
             for name in {**a.extras, **b.extras}
         }
         rewards = Rewards(torch.cat([a.values, b.values]), a.names, extras)
-        return Drawn(
+        return ScoredGroups(
             self.prompts + other.prompts, self.group_size, self.completions + other.completions,
             self.texts + other.texts, rewards, self.weights,
         )  # fmt: skip
 
 
 def _logged(rounds: list[Rewards]) -> Metrics:
-    """What reward functions logged themselves, averaged over all completions they were asked about."""
+    """Metrics that reward functions logged with ``log_metric``: means over all completions they scored."""
     means: Metrics = {}
     for name in {name for rewards in rounds for name in rewards.metrics}:
-        said = [(r.metrics[name], len(r.values)) for r in rounds if name in r.metrics]
-        means[name] = sum(value * n for value, n in said) / sum(n for _, n in said)
+        logged = [(r.metrics[name], len(r.values)) for r in rounds if name in r.metrics]
+        means[name] = sum(value * n for value, n in logged) / sum(n for _, n in logged)
     return means
 
 
-def judged(
+def sample_and_score(
     policy: Policy, tokenizer: Any, rewards: RewardCaller, prompts: list[Prompt], group_size: int,
     generator: torch.Generator, settings: SamplingSettings | None = None, state: Any = None,
-) -> Drawn:  # fmt: skip
-    """Sample ``group_size`` completions of each prompt and ask the reward functions."""
+) -> ScoredGroups:  # fmt: skip
+    """Sample ``group_size`` completions of each prompt and call the reward functions.
+
+    Args:
+        settings: how to sample; default: as the policy's configuration says.
+        state: the trainer's state, handed to reward functions.
+
+    Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
+    """
     completions = policy.sample([p.ids for p in prompts], group_size, generator, settings)
     texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
     rows = [p for p in prompts for _ in range(group_size)]
     values = rewards(rows, texts, [c.ids for c in completions], state)
-    return Drawn(prompts, group_size, completions, texts, values, rewards.weights)
+    return ScoredGroups(prompts, group_size, completions, texts, values, rewards.weights)
 
 
-def describe_judged(parts: Sequence[Drawn]) -> Metrics:
-    """TRL's metrics of completions that are not learned from."""
-    drawn = functools.reduce(Drawn.joined, parts)
+def describe_scored(batches: Sequence[ScoredGroups]) -> Metrics:
+    """TRL's metrics of completions that nothing is learned from: those of an evaluation, in several batches."""
+    drawn = functools.reduce(ScoredGroups.concatenate, batches)
     lengths = torch.tensor([len(c.ids) for c in drawn.completions])
     finished = torch.tensor([c.finished for c in drawn.completions])
-    logged = _logged([part.rewards for part in parts])
+    logged = _logged([batch.rewards for batch in batches])
     return {**_describe(lengths, finished, drawn.returns, drawn.n_prompts, drawn.rewards), **logged}
 
 
 def describe(samples: Samples, rewards: Rewards) -> Metrics:
-    """TRL's metrics of sampled completions."""
+    """TRL's metrics of the samples of a generation."""
     return _describe(samples.lengths, samples.finished, samples.returns, len(samples.prompts), rewards)
 
 

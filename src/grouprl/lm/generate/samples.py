@@ -1,4 +1,4 @@
-"""What a generation yields and an optimizer step learns from: completions with their rewards, packed."""
+"""The samples of a generation: completions with rewards and advantages, packed; optimizer steps learn from them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class Samples:
         texts: decoded completions, special tokens left out.
         rewards: ``[N, F]`` float64, NaN where a function does not apply. returns: ``[N]`` their weighted sum.
         advantages: ``[S]``, fixed for as long as the samples are learned from.
-        logp_old, logp_ref: ``[S]`` under the policy at sampling time and the reference, both by the learner; entries
-            are filled when first needed (``known_old`` and ``known_ref`` say where).
+        logp_old, logp_ref: ``[S]`` log-probabilities in nats under the policy at sampling time and under the reference,
+            both by the model as it learns. Entries are filled when first needed: :meth:`remember_old` and
+            :meth:`remember_reference` write them, ``known_old`` and ``known_ref`` ``[S]`` bool say which are there.
         extras: columns logged by reward functions, N entries each.
     """
 
@@ -51,10 +52,30 @@ class Samples:
     def __len__(self) -> int:
         return len(self.completions)
 
+    def knows_old(self, index: Tensor) -> bool:
+        """Whether ``logp_old`` is there for all tokens in ``index [m]``."""
+        return bool(self.known_old[index].all())
 
-def parts_of_a_generation(n: int, n_parts: int) -> list[Tensor]:
-    """Split ``n`` samples into the minibatches of ``n_parts`` optimizer steps, by index, equally and in order.
+    def knows_reference(self, index: Tensor) -> bool:
+        """Whether ``logp_ref`` is there for all tokens in ``index [m]``."""
+        return bool(self.known_ref[index].all())
+
+    def remember_old(self, index: Tensor, logp: Tensor) -> None:
+        """Store log-probabilities ``logp [m]`` of the tokens in ``index [m]`` under the policy at sampling time."""
+        self.logp_old[index], self.known_old[index] = logp, True
+
+    def remember_reference(self, index: Tensor, logp: Tensor) -> None:
+        """Store log-probabilities ``logp [m]`` of the tokens in ``index [m]`` under the reference."""
+        self.logp_ref[index], self.known_ref[index] = logp, True
+
+    def forget_reference(self) -> None:
+        """Have ``logp_ref`` computed again: for a reference that has moved."""
+        self.known_ref.zero_()
+
+
+def split_into_steps(n: int, n_steps: int) -> list[Tensor]:
+    """Split ``n`` samples into the minibatches of ``n_steps`` optimizer steps, by index, equally and in order.
 
     The prompts were drawn in random order, so nothing is shuffled, and groups stay together where the numbers allow.
     """
-    return list(torch.split(torch.arange(n), n // n_parts))
+    return list(torch.split(torch.arange(n), n // n_steps))

@@ -36,7 +36,7 @@ class _Attention(Structure):
     ]  # fmt: skip
 
 
-def supported(q: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
+def can_attend(q: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
     """Whether :func:`attend` can do it: on a CPU, without a soft cap, heads of a multiple of 16."""
     return (
         q.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and softcap is None and not q.shape[2] % _W

@@ -12,7 +12,7 @@ from grouprl.lm.kernels.compile import available, functions
 _W = 16
 
 
-def supported(to: Tensor, g: Tensor, x: Tensor) -> bool:
+def can_add_weight_gradient(to: Tensor, g: Tensor, x: Tensor) -> bool:
     """Whether :func:`weight_gradient` can do it."""
     return (
         to.device.type == "cpu" and to.dtype == torch.float32 and to.is_contiguous()

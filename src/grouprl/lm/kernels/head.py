@@ -14,7 +14,7 @@ _SLAB = 4096
 """Tokens of the vocabulary whose weights are laid out at once: few enough to stay in the processor's cache."""
 
 
-def supported(z: Tensor) -> bool:
+def can_do_softmax(z: Tensor) -> bool:
     """Whether :func:`softmax` can do it."""
     return z.device.type == "cpu" and z.dtype in (torch.float32, torch.bfloat16) and available()
 
@@ -33,7 +33,7 @@ def softmax(z: Tensor, targets: Tensor, temperature: float, *, learning: bool) -
     return out[0], out[1], out[2]
 
 
-def multiplies(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def can_do_logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether :func:`logits` and :func:`logits_gradient` are there for these, and better than torch's products."""
     fits = h.dtype == torch.bfloat16 and not any(n % (2 * BLOCK) for n in weight.shape)
     return fits and bias is None and h.device.type == weight.device.type == "cpu" and preferred()

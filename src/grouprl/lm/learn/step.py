@@ -1,4 +1,4 @@
-"""One optimizer step: the gradient of the loss over some samples, in parts, then clip and step."""
+"""One optimizer step: the gradient of the loss over some samples, in micro-batches, then clip and step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grouprl.learning.gradient_step import gradient_step
 from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.learn.metrics import StepSums, cut_metrics, sums_of
-from grouprl.lm.policy.log_probs import Part, steps_of
+from grouprl.lm.policy.log_probs import MicroBatch, steps_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective import LOSSES, Fixed, Objective, policy_loss
@@ -36,7 +36,7 @@ def step_weights(objective: Objective, lengths: Tensor, counted: Tensor) -> Tens
 
 
 class Step:
-    """What one optimizer step learns from: chosen once, so that each pass over it sees the same parts.
+    """What one optimizer step learns from: chosen once, so that each pass over it sees the same micro-batches.
 
     Args:
         chosen: ``[n]`` the samples, by index. objective: what is minimised.
@@ -60,28 +60,20 @@ class Step:
         self.active = chosen[active]
         self.n_tokens, self.n_samples = int(lengths[chosen][counted].sum()), int(counted.sum())
         index = self.active.tolist()
-        parts = policy.learner.parts(
+        batches = policy.log_probs.micro_batches(
             [p.ids for p in samples.prompts], [samples.completions[i] for i in index], samples.group[index].tolist()
         )
-        self.parts = [Part(part.groups, self.active[part.samples]) for part in parts]
+        self.micro_batches = [MicroBatch(batch.groups, self.active[batch.samples]) for batch in batches]
 
     def remember_old(self) -> None:
         """Store log-probabilities under the current policy: before it moves, for a step that comes later."""
-        if self.parts:
-            known = self._known(self.samples.known_old)
-            if not known:
-                logp = self.policy.learner.log_probs(self.parts, self.samples.lengths)
-                self._store(self.samples.logp_old, self.samples.known_old, logp)
-
-    def _known(self, known: Tensor) -> bool:
-        return bool(known[steps_of(self.active, self.samples.lengths)].all())
-
-    def _store(self, to: Tensor, known: Tensor, logp: Tensor) -> None:
         index = steps_of(self.active, self.samples.lengths)
-        to[index], known[index] = logp[index], True
+        if self.micro_batches and not self.samples.knows_old(index):
+            logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
+            self.samples.remember_old(index, logp[index])
 
     def gradients(self, sums: StepSums, mismatch: Mismatch, *, remember: bool) -> Iterator[None]:
-        """Write the gradient of the loss over one part after another, by a backward pass each.
+        """Write the gradient of the loss over one micro-batch after another, by a backward pass each.
 
         Args:
             sums, mismatch: what is met on the way is added to them.
@@ -89,22 +81,22 @@ class Step:
         """
         samples, lengths = self.samples, self.samples.lengths
         reference = self.policy.reference if self.config.kl_in == "loss" else None
-        if self.parts and reference is not None and not self._known(samples.known_ref):
-            logp_ref = reference.log_probs(self.parts, lengths)
-            self._store(samples.logp_ref, samples.known_ref, logp_ref)
-        old_known = self._known(samples.known_old)
+        active = steps_of(self.active, lengths)
+        if self.micro_batches and reference is not None and not samples.knows_reference(active):
+            samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
+        old_known = samples.knows_old(active)
         device = self.policy.device
-        with self.policy.learner.learning() if self.parts else nullcontext():
-            for part in self.parts:
-                index = steps_of(part.samples, lengths)
+        with self.policy.log_probs.learning() if self.micro_batches else nullcontext():
+            for batch in self.micro_batches:
+                index = steps_of(batch.samples, lengths)
                 fixed = Fixed(
                     advantages=samples.advantages[index].to(device),
                     weights=self.weights[index].to(device),
                     logp_old=samples.logp_old[index].to(device) if old_known else None,
                     logp_ref=None if reference is None else samples.logp_ref[index].to(device),
-                    lengths=lengths[part.samples].to(device),
+                    lengths=lengths[batch.samples].to(device),
                 )
-                tokens = self.policy.learner.evaluate(part)
+                tokens = self.policy.log_probs.evaluate(batch)
                 terms = policy_loss(self.objective, tokens.logp, fixed)
                 terms.loss.backward()  # type: ignore[no-untyped-call]
                 assert fixed.lengths is not None
@@ -113,10 +105,8 @@ class Step:
                 if not old_known:
                     mismatch.add(logp - samples.logp_sampled[index])
                 if remember and not old_known:
-                    samples.logp_old[index] = logp
+                    samples.remember_old(index, logp)
                 yield None
-        if remember and not old_known:
-            samples.known_old[steps_of(self.active, lengths)] = True
 
 
 @dataclass

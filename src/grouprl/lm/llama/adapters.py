@@ -1,4 +1,4 @@
-"""PEFT's plain low-rank adapters, W x + s B A x, as compiled code and fused layers take them."""
+"""PEFT's plain low-rank adapters, W x + s B A x: which layers have them, and the matrices that act now."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grouprl.errors import TrainingError
 
 
 def is_lora(module: Any) -> bool:
-    """Whether it is PEFT's plain low-rank layer around a linear one: no variant of it, no bias of its own."""
+    """Whether ``module`` is PEFT's plain low-rank layer around torch's Linear: no variant such as DoRA, no bias."""
     return (
         type(module).__module__ == "peft.tuners.lora.layer"
         and type(module).__name__ == "Linear"
@@ -23,16 +23,17 @@ def is_lora(module: Any) -> bool:
     )
 
 
-def is_of(module: Any, dtype: torch.dtype) -> bool:
-    """Whether weight and bias of a linear layer, without adapters, are of this type."""
+def has_dtype(module: Any, dtype: torch.dtype) -> bool:
+    """Whether the weight and the bias of a linear layer, without its adapters, have this dtype."""
     bias: Tensor | None = module.bias
     return bool(module.weight.dtype == dtype) and (bias is None or bias.dtype == dtype)
 
 
-def added(module: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """A ``[r, in]``, B ``[out, r]`` and s of what a linear layer's active adapters add to its weight now.
+def active_adapters(module: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """For each active adapter of a linear layer A ``[r, in]``, B ``[out, r]`` and s: it adds s B A to the weight.
 
-    Raises TrainingError if they are merged into the weight and disabled, which only PEFT's own forward can undo.
+    Adapters that are merged into the weight, or disabled, add nothing. Raises TrainingError if they are merged and
+    disabled at once, which only PEFT's own forward can undo.
     """
     if type(module) is nn.Linear:
         return
@@ -44,17 +45,20 @@ def added(module: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
                 yield module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
 
 
-def with_added(module: Any) -> Tensor:
-    """The weight ``[out, in]`` that a layer multiplies by, adapters added."""
+def merged_weight(module: Any) -> Tensor:
+    """The weight ``[out, in]`` of a linear layer with its active adapters added, in the weight's dtype."""
     weight: Tensor = module.weight.detach()
-    for a, b, scale in added(module):
+    for a, b, scale in active_adapters(module):
         weight = weight + (scale * (b.detach().float() @ a.detach().float())).to(weight.dtype)
     return weight
 
 
 @contextmanager
-def doing_something(model: nn.Module) -> Iterator[None]:
-    """Within, no B is 0, as it is in new adapters: what a trial finds equal holds for trained ones too."""
+def nonzero_adapters(model: nn.Module) -> Iterator[None]:
+    """The context of a trial: fills each B that is 0, as in new adapters, with random numbers, and empties it again.
+
+    Otherwise a computation that leaves adapters out would pass the trial.
+    """
     adapted: list[Any] = [m for m in model.modules() if is_lora(m)]
     empty = [b.weight for m in adapted for b in m.lora_B.values() if not bool(b.weight.any())]
     generator = torch.Generator().manual_seed(0)

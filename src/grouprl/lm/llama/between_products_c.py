@@ -1,4 +1,4 @@
-"""What lies between the products of a Llama-shaped layer, as compiled code."""
+"""The operations of :mod:`grouprl.lm.llama.between_products` in C, for CPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grouprl.lm.kernels.attention import Stretches, attention
 from grouprl.lm.kernels.compile import functions
-from grouprl.lm.llama.between_products import Parts, Triple, rotary
+from grouprl.lm.llama.between_products import BetweenProducts, Triple, rotary
 from grouprl.lm.packed.low_precision import add_gradient
 from grouprl.lm.packed.packing import Pack
 
@@ -23,92 +23,99 @@ class _Rotary(Structure):
     ]  # fmt: skip
 
 
-class NativeParts(Parts):
-    """By compiled code, on a CPU."""
+class BetweenProductsC(BetweenProducts):
+    """In C, on a CPU. Raises MemoryError where compiled code finds no memory for a gradient."""
 
     @staticmethod
     def angles(decoder: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Parts.angles`: each ``[S, D]``."""
+        """See :meth:`BetweenProducts.angles`: each ``[S, D]``."""
         return rotary(decoder, x, positions)
 
     @staticmethod
     def seen(pack: Pack) -> Stretches:
-        """See :meth:`Parts.seen`."""
+        """See :meth:`BetweenProducts.seen`."""
         return pack.stretches
 
     def norm(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """See :meth:`Parts.norm`."""
+        """See :meth:`BetweenProducts.norm`."""
         return _norm(self.module.input_layernorm, self.norms["input"], x, dtype)
 
     def post_norm(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Parts.post_norm`."""
+        """See :meth:`BetweenProducts.post_norm`."""
         to = torch.empty_like(x)
         return to, _norm(self.module.post_attention_layernorm, self.norms["post"], x, y.dtype, y, to)
 
     def norm_gradient(self, x: Tensor, dh: Tensor, g: Tensor, g_low: Tensor) -> Tensor:
-        """See :meth:`Parts.norm_gradient`."""
+        """See :meth:`BetweenProducts.norm_gradient`."""
         return _norm_gradient(self.module.input_layernorm, self.norms["input"], x, dh, g, g_low)
 
     def post_norm_gradient(self, x: Tensor, dh: Tensor, g: Tensor, g_low: Tensor) -> Tensor:
-        """See :meth:`Parts.post_norm_gradient`."""
+        """See :meth:`BetweenProducts.post_norm_gradient`."""
         return _norm_gradient(self.module.post_attention_layernorm, self.norms["post"], x, dh, g, g_low)
 
     def rotate(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Triple:
-        """See :meth:`Parts.rotate`."""
+        """See :meth:`BetweenProducts.rotate`."""
         out = torch.empty_like(qkv)
         functions().grouprl_rotate(self._rotary(qkv, cos, sin), _at(qkv), _at(out))
         return self.split(out)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Any, place: Tensor | None) -> tuple[Tensor, ...]:
-        """See :meth:`Parts.attend`. The gradient needs nothing more."""
+        """See :meth:`BetweenProducts.attend`; no further tensors are needed."""
         out = torch.empty(q.shape, dtype=q.dtype) if place is None else place.view(q.shape)
-        attention(q, k, v, seen, self.how.scale, self.how.window, {"out": out})
+        attention(q, k, v, seen, self.spec.scale, self.spec.window, {"out": out})
         return (out.flatten(1),)
 
     def attention_gradient(
-        self, qkv: Tensor, turned: Triple, cos: Tensor, sin: Tensor, seen: Any, found: tuple[Tensor, ...], d: Tensor
+        self,
+        qkv: Tensor,
+        rotated: Triple,
+        cos: Tensor,
+        sin: Tensor,
+        seen: Any,
+        attended: tuple[Tensor, ...],
+        d_attended: Tensor,
     ) -> Tensor:
-        """See :meth:`Parts.attention_gradient`."""
-        made = torch.empty(qkv.shape, dtype=torch.float32)
-        parts = dict(zip(("dq", "dk", "dv"), self.split(made), strict=True))
-        attention(*turned, seen, self.how.scale, self.how.window, parts, d.view(turned[0].shape))
-        return self._rotate_gradient(qkv, cos, sin, made)
+        """See :meth:`BetweenProducts.attention_gradient`."""
+        d_rotated = torch.empty(qkv.shape, dtype=torch.float32)
+        outputs = dict(zip(("dq", "dk", "dv"), self.split(d_rotated), strict=True))
+        attention(*rotated, seen, self.spec.scale, self.spec.window, outputs, d_attended.view(rotated[0].shape))
+        return self._rotate_gradient(qkv, cos, sin, d_rotated)
 
     def gate(self, gate_up: Tensor) -> Tensor:
-        """See :meth:`Parts.gate`."""
+        """See :meth:`BetweenProducts.gate`."""
         m = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
         functions().grouprl_gate(is_low(m), *m.shape, _at(gate_up), _at(m))
         return m
 
     def gate_gradient(self, gate_up: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Parts.gate_gradient`."""
+        """See :meth:`BetweenProducts.gate_gradient`."""
         out, m = torch.empty_like(gate_up), torch.empty_like(dm)
         functions().grouprl_gate_gradient(is_low(m), *m.shape, _at(gate_up), _at(dm), _at(out), _at(m))
         return out, m
 
     def _rotate_gradient(self, qkv: Tensor, cos: Tensor, sin: Tensor, g: Tensor) -> Tensor:
-        """The gradient of ``qkv``, from that of :meth:`rotate` in float32."""
+        """The backward pass of :meth:`rotate`: the gradient of ``qkv``, from ``g`` ``[S, (H + 2 K) D]`` float32."""
         out = torch.empty_like(qkv)
-        made = [torch.zeros_like(self.norms[name]) for name in ("q", "k") if name in self.norms]
-        if functions().grouprl_rotate_gradient(self._rotary(qkv, cos, sin, *made), _at(qkv), _at(g), _at(out)):
+        d_norms = [torch.zeros_like(self.norms[name]) for name in ("q", "k") if name in self.norms]
+        if functions().grouprl_rotate_gradient(self._rotary(qkv, cos, sin, *d_norms), _at(qkv), _at(g), _at(out)):
             raise MemoryError("no memory for the gradient of a rotation")
         a = self.module.self_attn
-        for norm, d in zip((a.q_norm, a.k_norm) if made else (), made, strict=True):
+        for norm, d in zip((a.q_norm, a.k_norm) if d_norms else (), d_norms, strict=True):
             if norm.weight.requires_grad:
                 add_gradient(norm.weight, d)
         return out
 
-    def _rotary(self, qkv: Tensor, cos: Tensor, sin: Tensor, *made: Tensor) -> Any:
+    def _rotary(self, qkv: Tensor, cos: Tensor, sin: Tensor, *d_norms: Tensor) -> Any:
         norm = getattr(self.module.self_attn, "q_norm", None)
         struct = _Rotary(
             len(qkv), *self.heads, is_low(qkv), 0.0 if norm is None else norm.variance_epsilon,
-            *(_at(self.norms.get(name)) for name in ("q", "k")), _at(cos), _at(sin), *(_at(x) for x in made),
+            *(_at(self.norms.get(name)) for name in ("q", "k")), _at(cos), _at(sin), *(_at(x) for x in d_norms),
         )  # fmt: skip
         return ctypes.cast(ctypes.pointer(struct), POINTER(_Rotary))
 
 
 def is_low(x: Tensor) -> int:
-    """Whether compiled code takes ``x`` for bfloat16."""
+    """1 if ``x`` is in bfloat16, else 0: how compiled functions are told the type of a tensor."""
     return int(x.dtype == torch.bfloat16)
 
 

@@ -1,10 +1,10 @@
-"""A decode step of a Llama-shaped model without the library's modules around it.
+"""Llama's block in torch operations: a decode step of a Llama-shaped model without transformers' modules around it.
 
-A step of sampling is a few rows through hundreds of small operations, so what a module costs beside its arithmetic
-(hooks, wrappers, conversions of single tensors) is a good part of the time. Many architectures (Llama, Qwen2 and 3,
-SmolLM2) are the same block: norm, attention with rotary positions, norm, gated MLP. This module runs that block from
-the model's own layers, in the same order and precision. The sampler uses it only if the model has these parts and no
-other, and if a step of it gives the hidden states of the model itself.
+A step of sampling runs a few rows through hundreds of small operations, so the overhead of each module (hooks,
+wrappers, conversions of single tensors) is a good part of the time. Many architectures (Llama, Qwen2 and 3, SmolLM2)
+consist of the same block: norm, attention with rotary positions, norm, gated MLP. This module runs that block with the
+model's own layers, in the same order and precision. The sampler uses it only if the model has these modules and no
+others, and if a step gives the same hidden states as the model itself.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grouprl.lm.llama.adapters import added, is_lora, is_of, with_added
+from grouprl.lm.llama.adapters import active_adapters, has_dtype, is_lora, merged_weight
 from grouprl.lm.llama.between_products import by_halves, other_half
-from grouprl.lm.packed.attention import How, Plan
+from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec
 from grouprl.lm.packed.backbone import Backbone
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _ATTENTION_NORMS = {"q_norm", "k_norm"}
@@ -31,35 +31,45 @@ _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 
 @dataclass(frozen=True)
-class LeanStep:
-    """The step. ``ways`` holds what each layer asks of attention."""
+class LlamaBlocks:
+    """The blocks of a Llama-shaped decoder.
+
+    Attributes:
+        decoder: the model's decoder. specs: scale and window of attention in each layer.
+    """
 
     decoder: Any
-    ways: tuple[How, ...]
+    specs: tuple[AttentionSpec, ...]
 
     @property
     def has_silu(self) -> bool:
-        """Whether its gates are SiLU."""
+        """Whether all gates are SiLU."""
         return all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in self.decoder.layers)
 
-    def hidden(self, ids: Tensor, positions: Tensor, plan: Plan, joined: Joined | None = None) -> Tensor:
-        """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``."""
+    def hidden(
+        self, ids: Tensor, positions: Tensor, plan: AttentionPlan, joined: JoinedProducts | None = None
+    ) -> Tensor:
+        """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``.
+
+        Args:
+            plan: which tokens see which. joined: the products of the layers; default: each linear layer by itself.
+        """
         decoder = self.decoder
         x: Tensor = decoder.embed_tokens.weight[ids]
         cos, sin = by_halves(*(t[0] for t in decoder.rotary_emb(x[None], positions[None])))
-        products = _apart(decoder) if joined is None else joined.layers
-        for layer, how, its in zip(decoder.layers, self.ways, products, strict=True):
+        products = _separate_products(decoder) if joined is None else joined.layers
+        for layer, spec, of_layer in zip(decoder.layers, self.specs, products, strict=True):
             attention, d = layer.self_attn, layer.self_attn.head_dim
-            qkv = its.qkv(_norm(layer.input_layernorm, x)).view(len(ids), -1, d)
+            qkv = of_layer.qkv(_norm(layer.input_layernorm, x)).view(len(ids), -1, d)
             heads, k_heads = attention.q_proj.out_features // d, attention.k_proj.out_features // d
             qk, v = qkv[:, :-k_heads], qkv[:, -k_heads:]
             if hasattr(attention, "q_norm"):
                 qk = torch.cat([attention.q_norm(qk[:, :heads]), attention.k_norm(qk[:, heads:])], 1)
             qk = (qk * cos).addcmul_(other_half(qk), sin)
-            out = plan.attend(attention, qk[:, :heads], qk[:, heads:], v, how)
-            x = x + its.o(out.reshape(len(ids), -1))
-            gate, up = its.gate_up(_norm(layer.post_attention_layernorm, x)).chunk(2, -1)
-            x = x + its.down(layer.mlp.act_fn(gate) * up)
+            out = plan.attend(attention, qk[:, :heads], qk[:, heads:], v, spec)
+            x = x + of_layer.o(out.reshape(len(ids), -1))
+            gate, up = of_layer.gate_up(_norm(layer.post_attention_layernorm, x)).chunk(2, -1)
+            x = x + of_layer.down(layer.mlp.act_fn(gate) * up)
         return _norm(decoder.norm, x)
 
 
@@ -67,7 +77,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 class LayerProducts(NamedTuple):
-    """The products of a layer. Queries, keys and values come side by side, and so do gate and up."""
+    """The products of a layer, each ``[B, in] -> [B, out]``; outputs of q, k, v are side by side, as of gate, up."""
 
     qkv: Product
     o: Product
@@ -75,69 +85,76 @@ class LayerProducts(NamedTuple):
     down: Product
 
 
-def groups_of(layer: Any) -> tuple[tuple[Any, ...], ...]:
-    """The linear layers of each product."""
+def linears_of(layer: Any) -> tuple[tuple[Any, ...], ...]:
+    """The linear layers in each of the four products of :class:`LayerProducts`, in its order."""
     a, mlp = layer.self_attn, layer.mlp
     return (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
 
 
-def _apart(decoder: Any) -> Iterator[LayerProducts]:
-    """A product for each linear layer."""
+def _separate_products(decoder: Any) -> Iterator[LayerProducts]:
+    """The products of each layer, with every linear layer computed by itself."""
 
-    def product(parts: tuple[Any, ...]) -> Product:
-        if len(parts) == 1:
-            forward: Product = parts[0].forward
+    def product(linears: tuple[Any, ...]) -> Product:
+        if len(linears) == 1:
+            forward: Product = linears[0].forward
             return forward
-        return lambda x: torch.cat([part.forward(x) for part in parts], -1)
+        return lambda x: torch.cat([linear.forward(x) for linear in linears], -1)
 
-    return (LayerProducts(*map(product, groups_of(layer))) for layer in decoder.layers)
+    return (LayerProducts(*map(product, linears_of(layer))) for layer in decoder.layers)
 
 
-class Joined:
-    """Linear layers with one input as one product, their adapters added, in the dtype of the products; for as long as
-    the weights do not change. Where they are in that dtype already, nothing is copied and there are more products.
+class JoinedProducts:
+    """The products of each layer, with linear layers that share their input joined to one; valid until weights change.
+
+    Weights are copied in the products' dtype, with adapters added. Weights that are in that dtype already are not
+    copied; those linear layers are computed one by one.
 
     Attributes:
-        layers: the products of each layer. linears: modules that need no products of their own.
+        layers: the products of each layer. linears: all modules whose work these products do.
     """
 
-    def __init__(self, step: LeanStep, products: Products) -> None:
-        groups = [groups_of(layer) for layer in step.decoder.layers]
-        self.layers = [LayerProducts(*(_joined(parts, products) for parts in of_layer)) for of_layer in groups]
-        self.linears = {m for of_layer in groups for parts in of_layer for part in parts for m in part.modules()}
+    def __init__(self, llama: LlamaBlocks, precision: LowPrecision) -> None:
+        groups = [linears_of(layer) for layer in llama.decoder.layers]
+        self.layers = [
+            LayerProducts(*(_as_one_product(linears, precision) for linears in of_layer)) for of_layer in groups
+        ]
+        self.linears = {m for of_layer in groups for linears in of_layer for one in linears for m in one.modules()}
 
     @staticmethod
-    def supported(step: LeanStep) -> bool:
-        """Whether all layers are linear, or PEFT's plain low-rank ones around those."""
-        parts = (part for layer in step.decoder.layers for group in groups_of(layer) for part in group)
-        return all(type(part) is nn.Linear or is_lora(part) for part in parts)
+    def can_join(llama: LlamaBlocks) -> bool:
+        """Whether all linear layers are torch's own, or PEFT's plain low-rank layers around those."""
+        linears = (linear for layer in llama.decoder.layers for group in linears_of(layer) for linear in group)
+        return all(type(linear) is nn.Linear or is_lora(linear) for linear in linears)
 
 
-def _joined(parts: tuple[Any, ...], products: Products) -> Product:
-    if all(is_of(part, products.dtype) for part in parts):
-        return _in_turn(parts)
-    weights = [with_added(part) for part in parts]
-    weight = (torch.cat(weights) if len(parts) > 1 else weights[0]).to(products.dtype)
+def _as_one_product(linears: tuple[Any, ...], precision: LowPrecision) -> Product:
+    if all(has_dtype(linear, precision.dtype) for linear in linears):
+        return _without_copy(linears)
+    weights = [merged_weight(linear) for linear in linears]
+    weight = (torch.cat(weights) if len(linears) > 1 else weights[0]).to(precision.dtype)
     bias = None
-    if any(part.bias is not None for part in parts):
-        biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in parts]
-        bias = torch.cat([b.to(products.dtype) for b in biases])
-    return lambda x: F.linear(products.rounded(x), weight, bias)
+    if any(linear.bias is not None for linear in linears):
+        biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in linears]
+        bias = torch.cat([b.to(precision.dtype) for b in biases])
+    return lambda x: F.linear(precision.rounded(x), weight, bias)
 
 
-def _in_turn(parts: tuple[Any, ...]) -> Product:
-    """Layers whose weights are in the dtype of the products already: a copy would be as large as they are, and what
-    adapters add would be lost in rounding."""
-    dtype = parts[0].weight.dtype
+def _without_copy(linears: tuple[Any, ...]) -> Product:
+    """One linear layer after another, from weights that are in the products' dtype already.
+
+    A copy would take as much memory as the model, and adding adapters to it would lose them in rounding.
+    """
+    dtype = linears[0].weight.dtype
     adapters = [
-        [(a.detach().to(dtype), (scale * b.detach()).to(dtype)) for a, b, scale in added(part)] for part in parts
+        [(a.detach().to(dtype), (scale * b.detach()).to(dtype)) for a, b, scale in active_adapters(linear)]
+        for linear in linears
     ]
 
     def product(x: Tensor) -> Tensor:
         x, out = x.to(dtype), []
-        for part, its in zip(parts, adapters, strict=True):
-            y = F.linear(x, part.weight.detach(), part.bias)
-            for a, b in its:
+        for linear, added_to_it in zip(linears, adapters, strict=True):
+            y = F.linear(x, linear.weight.detach(), linear.bias)
+            for a, b in added_to_it:
                 y = y + F.linear(F.linear(x, a), b)
             out.append(y)
         return torch.cat(out, -1) if len(out) > 1 else out[0]
@@ -149,14 +166,14 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def lean_step(backbone: Backbone) -> LeanStep | None:
-    """The step of a model whose decoder has exactly the parts above, or None."""
+def find_llama(backbone: Backbone) -> LlamaBlocks | None:
+    """The blocks of a model whose decoder has exactly the modules of Llama's block, or None."""
     decoder = backbone.decoder
     if not isinstance(decoder, nn.Module) or set(dict(decoder.named_children())) != _DECODER:
         return None
     if type(decoder.embed_tokens) is not nn.Embedding or not _is_rms(decoder.norm):
         return None
-    ways = []
+    specs = []
     layers: Any = decoder.layers
     for layer in layers:
         parts = dict(layer.named_children())
@@ -165,19 +182,19 @@ def lean_step(backbone: Backbone) -> LeanStep | None:
         inside, mlp = set(dict(layer.self_attn.named_children())), set(dict(layer.mlp.named_children()))
         if inside not in (_ATTENTION, _ATTENTION | _ATTENTION_NORMS) or mlp != _MLP:
             return None
-        way = backbone.asked.get(layer.self_attn)
-        if way is None or way.softcap is not None or getattr(layer.self_attn, "head_dim", None) is None:
+        spec = backbone.asked.get(layer.self_attn)
+        if spec is None or spec.softcap is not None or getattr(layer.self_attn, "head_dim", None) is None:
             return None
-        ways.append(way)
-    return LeanStep(decoder, tuple(ways))
+        specs.append(spec)
+    return LlamaBlocks(decoder, tuple(specs))
 
 
 def _is_rms(module: Any) -> bool:
-    """Whether a norm is x / rms(x) * weight: Gemma's 1 + weight has the same look, so it is tried."""
+    """Whether a norm computes x / rms(x) * weight. It is called to find out, as Gemma's 1 + weight looks the same."""
     if not hasattr(module, "variance_epsilon") or [n for n, _ in module.named_parameters()] != ["weight"]:
         return False
     weight = module.weight.detach().float()
     x = torch.linspace(-2.0, 3.0, 2 * weight.numel(), device=weight.device).view(2, -1)
     with torch.no_grad():
-        wanted = F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
-        return bool(torch.allclose(module(x).float(), wanted, rtol=1e-4, atol=1e-5))
+        expected = F.rms_norm(x, weight.shape, weight, module.variance_epsilon)
+        return bool(torch.allclose(module(x).float(), expected, rtol=1e-4, atol=1e-5))

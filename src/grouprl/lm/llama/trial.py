@@ -1,4 +1,4 @@
-"""Which way of fused layers a model can take: each is tried against the model's own before it is used."""
+"""Finds the fused layers that a model can use: each candidate is compared with the model's own layers first."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.lm.kernels.compile import available
-from grouprl.lm.llama.adapters import doing_something, is_lora
-from grouprl.lm.llama.between_products import Parts, TorchParts
-from grouprl.lm.llama.between_products_c import NativeParts
-from grouprl.lm.llama.between_products_triton import KernelParts
-from grouprl.lm.llama.block import Joined, LeanStep, lean_step
-from grouprl.lm.llama.decode_c import supported
+from grouprl.lm.llama.adapters import is_lora, nonzero_adapters
+from grouprl.lm.llama.between_products import BetweenProducts, BetweenProductsTorch
+from grouprl.lm.llama.between_products_c import BetweenProductsC
+from grouprl.lm.llama.between_products_triton import BetweenProductsTriton
+from grouprl.lm.llama.block import JoinedProducts, LlamaBlocks, find_llama
+from grouprl.lm.llama.decode_c import can_decode_in_c
 from grouprl.lm.llama.layers import LlamaLayers, run_layer
 from grouprl.lm.packed import flash
 from grouprl.lm.packed.attention import PackedAttention, flash_works
@@ -28,55 +28,60 @@ _log = logging.getLogger("grouprl")
 
 @torch.no_grad()
 def find_layers(backbone: Backbone, dtype: torch.dtype) -> LlamaLayers | None:
-    """The layers of ``backbone`` as fused functions, if each gives what the model's own module gives, else None.
+    """The layers of ``backbone`` as fused functions, or None unless each has the output of the model's own layer.
 
     Needs a Llama-shaped model (see :mod:`grouprl.lm.llama.block`) without adapters other than PEFT's plain low-rank
-    ones; on a CPU a C compiler, on a GPU products in half precision and FlashAttention.
+    ones. On a CPU it needs a C compiler, on a GPU products in half precision and FlashAttention.
+
+    Args:
+        dtype: the dtype of the products.
     """
-    step = lean_step(backbone)
-    if step is None:
+    llama = find_llama(backbone)
+    if llama is None:
         return None
     with backbone.on_device():
-        return _find(backbone, step, dtype)
+        return _find(backbone, llama, dtype)
 
 
-def _find(backbone: Backbone, step: LeanStep, dtype: torch.dtype) -> LlamaLayers | None:
+def _find(backbone: Backbone, llama: LlamaBlocks, dtype: torch.dtype) -> LlamaLayers | None:
     modules: list[Any] = list(backbone.decoder.layers.modules())
     low_rank = sum(2 * len(m.lora_A) for m in modules if is_lora(m))
-    for kind in _kinds(backbone, step, dtype):
-        layers = LlamaLayers(backbone.decoder, step.ways, dtype, kind)
+    for operations in _candidates(backbone, llama, dtype):
+        layers = LlamaLayers(backbone.decoder, llama.specs, dtype, operations)
         if len(layers.linears) != 7 * len(backbone.decoder.layers) + low_rank:
             return None
         try:
-            if _differs_by(backbone, layers) < 1.0 and (kind is not KernelParts or _same_gradient(layers)):
+            if _differs_by(backbone, layers) < 1.0 and (
+                operations is not BetweenProductsTriton or _same_gradient(layers)
+            ):
                 return layers
-            if kind is KernelParts:
+            if operations is BetweenProductsTriton:
                 raise ArithmeticError("they give other numbers than torch")
         except Exception as error:  # Triton has errors of its own, as many as ways to fail
-            if kind is not KernelParts:
+            if operations is not BetweenProductsTriton:
                 raise
             _log.warning("learning is slower than it could be: Triton's kernels cannot be used: %s", error)
     return None
 
 
 def _differs_by(backbone: Backbone, layers: LlamaLayers) -> float:
-    """How far what fused layers give is from what the model's modules give: beyond 1 is too far."""
+    """The largest relative error of a fused layer's output, as a multiple of the allowed one: beyond 1 is too much."""
     pack = Pack.of([Group([1, 2, 3, 4, 2], ([3, 1, 2], [0, 4])), Group([2, 1], ([1, 3, 2],))], backbone.device)
-    kind = layers.kind
-    tried = torch.float32 if kind is NativeParts else layers.dtype
+    operations = layers.operations
+    tried = torch.float32 if operations is BetweenProductsC else layers.dtype
     differences: list[float] = []
 
-    def compare(module: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
-        x, wanted = given[0][0].float().contiguous(), (out[0] if isinstance(out, tuple) else out)[0].float()
-        parts = kind.of(module, layers.ways[len(differences)])
-        found = run_layer(backbone.decoder, parts, tried, x, pack)
-        differences.append(float((found - wanted).norm() / wanted.norm()))
+    def compare(module: nn.Module, inputs: tuple[Tensor, ...], out: Any) -> None:
+        x, own = inputs[0][0].float().contiguous(), (out[0] if isinstance(out, tuple) else out)[0].float()
+        between = operations.of(module, layers.specs[len(differences)])
+        fused = run_layer(backbone.decoder, between, tried, x, pack)
+        differences.append(float((fused - own).norm() / own.norm()))
 
     training = backbone.model.training
     backbone.model.eval()
     hooks = [layer.register_forward_hook(compare) for layer in backbone.decoder.layers]
     try:
-        with doing_something(backbone.decoder), backbone.following(PackedAttention(pack)):
+        with nonzero_adapters(backbone.decoder), backbone.following(PackedAttention(pack)):
             backbone.hidden(pack.ids, pack.positions)
     finally:
         backbone.model.train(training)
@@ -88,39 +93,43 @@ def _differs_by(backbone: Backbone, layers: LlamaLayers) -> float:
 
 
 def _same_gradient(layers: LlamaLayers) -> bool:
-    """Whether kernels have the gradient that torch operations have, of the input of the first layer."""
-    module, how = layers.decoder.layers[0], layers.ways[0]
+    """Whether the first layer's input has the same gradient (to 2 %) by Triton kernels as by torch operations."""
+    module, spec = layers.decoder.layers[0], layers.specs[0]
     pack = Pack.of([Group([0] * 5, ([0] * 9, [0])), Group([0] * 20, ([0] * 3,))], module.mlp.down_proj.weight.device)
     generator = torch.Generator().manual_seed(0)
     shape = (len(pack.ids), module.mlp.down_proj.out_features)
     x, g = (torch.randn(shape, generator=generator).to(pack.ids.device) for _ in range(2))
     learned = [p for p in module.parameters() if p.requires_grad]
-    found = []
+    gradients = []
     try:
         for p in learned:
             p.requires_grad_(False)
-        for kind in (KernelParts, TorchParts):
-            given = x.clone().requires_grad_()
+        for operations in (BetweenProductsTriton, BetweenProductsTorch):
+            leaf = x.clone().requires_grad_()
             with torch.enable_grad():
-                out = run_layer(layers.decoder, kind.of(module, how), layers.dtype, given, pack)
-                found.append(torch.autograd.grad(out, given, g)[0])
+                out = run_layer(layers.decoder, operations.of(module, spec), layers.dtype, leaf, pack)
+                gradients.append(torch.autograd.grad(out, leaf, g)[0])
     finally:
         for p in learned:
             p.requires_grad_(True)
-    mine, its = found
-    return float((mine - its).norm()) < 0.02 * float(its.norm())
+    by_triton, by_torch = gradients
+    return float((by_triton - by_torch).norm()) < 0.02 * float(by_torch.norm())
 
 
-def _kinds(backbone: Backbone, step: LeanStep, dtype: torch.dtype) -> list[type[Parts]]:
-    """What may be able to do all that lies between the products here, best first."""
-    if supported(backbone.decoder, backbone.head) and available():
-        return [NativeParts]
-    if backbone.device.type != "cuda" or not (step.has_silu and Joined.supported(step)):
+def _candidates(backbone: Backbone, llama: LlamaBlocks, dtype: torch.dtype) -> list[type[BetweenProducts]]:
+    """The implementations of everything between the products that may run here, fastest first."""
+    if can_decode_in_c(backbone.decoder, backbone.head) and available():
+        return [BetweenProductsC]
+    if backbone.device.type != "cuda" or not (llama.has_silu and JoinedProducts.can_join(llama)):
         return []
-    if any(how.window is not None for how in step.ways):
+    if any(spec.window is not None for spec in llama.specs):
         return []
-    heads, k_heads, d = TorchParts.of(backbone.decoder.layers[0], step.ways[0]).heads
+    heads, k_heads, d = BetweenProductsTorch.of(backbone.decoder.layers[0], llama.specs[0]).heads
     q, k = (torch.empty(1, n, d, device=backbone.device, dtype=dtype) for n in (heads, k_heads))
-    if not (flash.supported(q, k, dtype, None) and flash_works(q.device, dtype, heads, k_heads, d)):
+    if not (flash.can_attend(q, k, dtype, None) and flash_works(q.device, dtype, heads, k_heads, d)):
         return []
-    return [KernelParts, TorchParts] if util.find_spec("triton") is not None else [TorchParts]
+    return (
+        [BetweenProductsTriton, BetweenProductsTorch]
+        if util.find_spec("triton") is not None
+        else [BetweenProductsTorch]
+    )

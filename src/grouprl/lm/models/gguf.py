@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import mmap
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, first_line
+from grouprl.lm.models.explain import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -333,15 +334,9 @@ def _tokenizer_through_transformers(gguf: GGUF, path: Path) -> PreTrainedTokeniz
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-@contextmanager
-def _explained(gguf: GGUF, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise UsageError(f"Loading {path} needs two more packages: pip install gguf accelerate.") from error
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise UsageError(
-            f"Transformers cannot load {path}, architecture {gguf.metadata.get('general.architecture')!r} ({reason}). "
-            "Give the folder or hub id of the original model instead."
-        ) from error
+def _explained(gguf: GGUF, path: Path) -> AbstractContextManager[None]:
+    return explained(
+        f"{path} of the architecture {gguf.metadata.get('general.architecture')!r}",
+        lambda error: f"{first_line(error)}. Give the folder or hub id of the original model instead",
+        "it needs two more packages: pip install gguf accelerate",
+    )

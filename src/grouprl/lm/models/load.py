@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from grouprl.errors import UsageError, first_line
+from grouprl.lm.models.explain import explained
 from grouprl.lm.models.find import HUB_KEYS, SMOLLM2, SMOLLM2_HUB_ID, find
 from grouprl.lm.models.gguf import load_gguf_model, load_gguf_tokenizer
 
@@ -152,7 +152,7 @@ def _load_folder(name: str, path: Path, options: Mapping[str, Any]) -> PreTraine
             f"{path} holds no model: there is no config.json. A model's folder has one beside its weights."
         )
     kept = {key: value for key, value in options.items() if key not in HUB_KEYS}
-    with _explained(name, path):
+    with explained(name, _reason(path)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kept)
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):
@@ -175,7 +175,7 @@ def _load_adapter(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
         ) from error
     base = _base_of(path)
     model = _load_model(base, find(base), {key: value for key, value in options.items() if key not in HUB_KEYS})
-    with _explained(str(path), path):
+    with explained(str(path), _reason(path)):
         return cast("PreTrainedModel", PeftModel.from_pretrained(cast(Any, model), path, is_trainable=True))
 
 
@@ -204,34 +204,26 @@ def _load_tokenizer(name: str, path: Path, trust_remote_code: bool) -> PreTraine
     if path.suffix == ".gguf":
         tokenizer: Any = load_gguf_tokenizer(path)
     else:
-        with _explained(f"the tokenizer of {name}", path):
+        with explained(f"the tokenizer of {name}", _reason(path)):
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     tokenizer.name_or_path = name
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-@contextmanager
-def _explained(what: str, path: Path) -> Iterator[None]:
-    """Turn what Transformers raises for a model it cannot load into one sentence."""
-    from safetensors import SafetensorError
+def _reason(path: Path) -> Callable[[Exception], str]:
+    """Why Transformers cannot load the model in ``path``, from the error it raised."""
 
-    try:
-        yield
-    except SafetensorError as error:
-        raise UsageError(
-            f"Cannot load {what}: its weights are cut short or damaged ({error}). Fetch it again."
-        ) from error
-    except ImportError as error:
-        raise UsageError(f"Cannot load {what}: {first_line(error)}") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    def describe(error: Exception) -> str:
         reason = first_line(error)
         if "trust_remote_code" in str(error):
-            reason = f"it comes with Python files. If you trust them, set trust_remote_code=True; they lie in {path}"
-        elif reason.startswith("Unrecognized configuration class"):
-            reason = f"it is no causal language model (model_type {_model_type(path)!r})"
-        elif "does not recognize this architecture" in reason:
-            reason = f"this version of Transformers does not know model_type {_model_type(path)!r}; a newer one may"
-        raise UsageError(f"Cannot load {what}: {reason}.") from error
+            return f"it comes with Python files. If you trust them, set trust_remote_code=True; they lie in {path}"
+        if reason.startswith("Unrecognized configuration class"):
+            return f"it is no causal language model (model_type {_model_type(path)!r})"
+        if "does not recognize this architecture" in reason:
+            return f"this version of Transformers does not know model_type {_model_type(path)!r}; a newer one may"
+        return reason
+
+    return describe
 
 
 def _model_type(path: Path) -> Any:

@@ -31,9 +31,9 @@ def save_model(
 ) -> None:
     """Write a folder that `from_pretrained` reads: weights (safetensors), configuration, tokenizer.
 
-    A PEFT model leaves its adapter's folder, as PEFT itself does; :func:`save_merged` leaves a plain model. Parameters
-    may be views into one flat tensor. An older model at `path` is replaced once the new one is on the disk. `also` may
-    write further files into the folder it is given, before it takes its place.
+    A PEFT model leaves the folder of its adapter, in PEFT's format. Parameters may be views into one flat tensor. An
+    older model at `path` is replaced once the new one is on the disk. `also` may write further files into the folder it
+    is given, before that takes its place.
 
     Raises:
         UsageError: `path` cannot be written, or something else lies there.
@@ -48,16 +48,6 @@ def save_model(
             tokenizer.save_pretrained(folder)
         if also is not None:
             also(folder)
-
-
-def save_merged(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: str | os.PathLike[str]
-) -> None:
-    """Like :func:`save_model`, but a PEFT adapter is merged into a copy of its base first; takes the memory of both."""
-    if getattr(model, "peft_config", None) is not None:
-        merged: Any = copy.deepcopy(model)
-        model = merged.merge_and_unload()  # unmerging in place would leave rounding errors in the weights
-    save_model(model, tokenizer, path)
 
 
 def load_weights(model: Any, path: Path) -> None:

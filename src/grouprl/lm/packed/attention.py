@@ -34,14 +34,14 @@ class UnsupportedError(UsageError):
     """The model asks of attention something the packed path does not do; the plain path does."""
 
 
-class Plan(Protocol):
+class AttentionPlan(Protocol):
     """Which tokens of the row see which."""
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         """``q [S, H, D]``, ``k, v [S, K, D]`` -> ``[S, H, D]``."""
 
 
-class How:
+class AttentionSpec:
     """What a layer asks of attention: scale of the scores, sliding window (tokens, or None), soft cap (or None)."""
 
     __slots__ = ("scale", "softcap", "window")
@@ -50,11 +50,12 @@ class How:
         self.scale, self.window, self.softcap = scale, window, softcap
 
 
-_active: Plan | None = None  # global, not thread-local: CUDA's backward runs layers again in a thread of its own
+# Global, not thread-local: CUDA's backward pass runs layers again in a thread of its own.
+_active: AttentionPlan | None = None
 
 
 @contextmanager
-def using(plan: Plan) -> Iterator[None]:
+def using(plan: AttentionPlan) -> Iterator[None]:
     """Within, every attention layer of a model set to this implementation follows ``plan``."""
     global _active
     before, _active = _active, plan
@@ -87,8 +88,8 @@ def attention_function(
         raise UnsupportedError(f"{type(module).__name__} has values of another size than its keys")
     if dropout > 0.0:
         raise UnsupportedError("attention dropout is not done by packed attention; leave disable_dropout on")
-    how = How(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    out = _active.attend(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), how)
+    spec = AttentionSpec(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    out = _active.attend(module, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), spec)
     return out[None], None
 
 
@@ -125,27 +126,27 @@ class PackedAttention:
         self.pack, self.dtype, self.keep = pack, dtype, keep
         self.native = native
         self._laid_out: tuple[Pack, flash.Layout] | None = None
-        self.asked: dict[nn.Module, How] = {}
+        self.asked: dict[nn.Module, AttentionSpec] = {}
         """What each layer has asked for."""
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        """See :class:`Plan`."""
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        """See :class:`AttentionPlan`."""
         if self.pack is None:
             raise UnsupportedError("packed attention was called before it was given a pack")
         dtype = self.dtype or v.dtype
-        self.asked[module] = how
+        self.asked[module] = spec
         if self.keep is not None:
             self.keep(module, k, v)
-        if self.native and native.supported(q, dtype, how.softcap) and available():
-            found = native.attend(q, k, v, self.pack.stretches, how.scale, how.window, dtype)
+        if self.native and native.can_attend(q, dtype, spec.softcap) and available():
+            found = native.attend(q, k, v, self.pack.stretches, spec.scale, spec.window, dtype)
             return found if self.dtype is not None else found.to(dtype)  # the model's own layers take no other
-        if flash.supported(q, k, dtype, how.softcap) and flash_works(q.device, dtype, q.shape[1], *k.shape[1:]):
+        if flash.can_attend(q, k, dtype, spec.softcap) and flash_works(q.device, dtype, q.shape[1], *k.shape[1:]):
             layout = self._layout()
-            if how.window is None or how.window >= layout.span:
+            if spec.window is None or spec.window >= layout.span:
                 given = (x.to(dtype) for x in (q, k, v))
-                out: Tensor = flash.Flash.apply(*given, layout, how.scale)  # type: ignore[no-untyped-call]
+                out: Tensor = flash.Flash.apply(*given, layout, spec.scale)  # type: ignore[no-untyped-call]
                 return out
-        out = _Packed.apply(q, k, v, self.pack, how, dtype)  # type: ignore[no-untyped-call]
+        out = _Packed.apply(q, k, v, self.pack, spec, dtype)  # type: ignore[no-untyped-call]
         return out
 
     def forget(self) -> None:
@@ -169,12 +170,12 @@ def flash_works(device: torch.device, dtype: torch.dtype, heads: int, k_heads: i
         return torch.randn(len(pack.ids), n, d, generator=generator).to(device, dtype)
 
     given = [random(heads), random(k_heads), random(k_heads)]
-    gradient, how, found = random(heads), How(d**-0.5, None, None), []
+    gradient, spec, found = random(heads), AttentionSpec(d**-0.5, None, None), []
     try:
         with torch.enable_grad():
-            for way, more in ((_Packed, (pack, how, dtype)), (flash.Flash, (flash.Layout.of(pack), how.scale))):
+            for function, more in ((_Packed, (pack, spec, dtype)), (flash.Flash, (flash.Layout.of(pack), spec.scale))):
                 inputs = [x.clone().requires_grad_() for x in given]
-                out = way.apply(*inputs, *more)  # type: ignore[no-untyped-call]
+                out = function.apply(*inputs, *more)  # type: ignore[no-untyped-call]
                 found.append([out.detach(), *torch.autograd.grad(out, inputs, gradient)])
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         _log.warning("attention is slower than it could be: torch's FlashAttention cannot be used: %s", error)
@@ -189,12 +190,14 @@ class _Packed(torch.autograd.Function):
     """Scores are computed again in the backward pass: kept, they would be the largest thing in memory."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pack: Pack, how: How, dtype: torch.dtype) -> Tensor:
-        rows = (_with_zero_row(q, dtype, how.scale), _with_zero_row(k, dtype), _with_zero_row(v, dtype))
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pack: Pack, spec: AttentionSpec, dtype: torch.dtype
+    ) -> Tensor:
+        rows = (_with_zero_row(q, dtype, spec.scale), _with_zero_row(k, dtype), _with_zero_row(v, dtype))
         blocks, back = pack.rectangles
-        out = _joined([part for block in blocks for part in _Rectangle(*rows, block, how).forward()], back)
+        out = _places_to_row([part for block in blocks for part in _Rectangle(*rows, block, spec).forward()], back)
         ctx.save_for_backward(*rows, out)
-        ctx.pack, ctx.how, ctx.dtypes = pack, how, (q.dtype, k.dtype, v.dtype)
+        ctx.pack, ctx.spec, ctx.dtypes = pack, spec, (q.dtype, k.dtype, v.dtype)
         return out
 
     @staticmethod
@@ -205,11 +208,11 @@ class _Packed(torch.autograd.Function):
         delta = _with_zero_row((gradient[:-1].float() * out).sum(-1, keepdim=True), torch.float32)
         parts: tuple[list[Tensor], ...] = ([], [], [])
         for block in blocks:
-            grads = _Rectangle(q, k, v, block, ctx.how).backward(gradient, delta)
+            grads = _Rectangle(q, k, v, block, ctx.spec).backward(gradient, delta)
             for part, grad in zip(parts, grads, strict=True):
                 part += grad
-        dq, dk, dv = (_joined(part, back) for part in parts)
-        dq.mul_(ctx.how.scale)
+        dq, dk, dv = (_places_to_row(part, back) for part in parts)
+        dq.mul_(ctx.spec.scale)
         return *(x.to(dtype) for x, dtype in zip((dq, dk, dv), ctx.dtypes, strict=True)), None, None, None
 
 
@@ -224,7 +227,7 @@ def _with_zero_row(x: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return out
 
 
-def _joined(parts: list[Tensor], back: Tensor) -> Tensor:
+def _places_to_row(parts: list[Tensor], back: Tensor) -> Tensor:
     """Padded places of all blocks -> the row, ``[S, ...]``."""
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).index_select(0, back)
 
@@ -235,8 +238,8 @@ class _Rectangle:
     ``q`` comes scaled.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, block: Block, how: How) -> None:
-        self.block, self.how = block, how
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> None:
+        self.block, self.spec = block, spec
         self.k_heads, self.d = k.shape[1:]
         self.g = q.shape[1] // self.k_heads
         self.groups = block.prompt.shape[0]
@@ -294,7 +297,7 @@ class _Rectangle:
         """Probabilities ``[P K, g T, T]`` and the slope of the soft cap."""
         t = self.kp.shape[1]
         s, slope = self._capped(torch.bmm(self.qp, self.kp.transpose(1, 2)).float())
-        s.view(-1, self.g, t, t).masked_fill_(self.block.hidden(self.how.window)[0], _HIDDEN)
+        s.view(-1, self.g, t, t).masked_fill_(self.block.hidden(self.spec.window)[0], _HIDDEN)
         return s.softmax(-1), slope
 
     def _completion(self) -> tuple[Tensor, Tensor | None]:
@@ -305,16 +308,16 @@ class _Rectangle:
         own = torch.bmm(self.qc.reshape(self.kc.shape[0], -1, self.d), self.kc.transpose(1, 2))
         s[..., t:] = own.view(*s.shape[:2], r)
         s, slope = self._capped(s)
-        hidden = self.block.hidden(self.how.window)[1]
+        hidden = self.block.hidden(self.spec.window)[1]
         assert hidden is not None
         s.view(self.groups, self.k_heads, -1, r, t + r).masked_fill_(hidden, _HIDDEN)
         return s.softmax(-1), slope
 
     def _capped(self, s: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.how.softcap is None:
+        if self.spec.softcap is None:
             return s, None
-        bent = torch.tanh(s / self.how.softcap)
-        return bent * self.how.softcap, 1 - bent.square()
+        bent = torch.tanh(s / self.spec.softcap)
+        return bent * self.spec.softcap, 1 - bent.square()
 
     @staticmethod
     def _scores_gradient(dp: Tensor, p: Tensor, delta: Tensor, slope: Tensor | None) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.lm.packed import attention
-from grouprl.lm.packed.attention import How, PackedAttention, Plan, UnsupportedError
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec, PackedAttention, UnsupportedError
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group, Pack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -67,7 +67,7 @@ class Backbone:
         return hidden[0]
 
     @cached_property
-    def asked(self) -> dict[nn.Module, How]:
+    def asked(self) -> dict[nn.Module, AttentionSpec]:
         """What each layer asks of attention."""
         pack = Pack.of([Group([0], ())], self.device)
         plan = PackedAttention(pack)
@@ -76,7 +76,7 @@ class Backbone:
         return plan.asked
 
     @contextmanager
-    def following(self, plan: Plan) -> Iterator[None]:
+    def following(self, plan: AttentionPlan) -> Iterator[None]:
         """Within, the model's attention is ours and follows ``plan``."""
         configs = {id(m.config): m.config for m in self.core.modules() if hasattr(m, "config")}.values()
         before = [(config, config._attn_implementation) for config in configs]
@@ -129,7 +129,7 @@ def _compared(backbone: Backbone) -> tuple[float, float]:
     if dtype in _TOLERANCE:
         return _difference(backbone), _TOLERANCE[dtype]
     try:
-        with Products(backbone.model, torch.float32).exactly():
+        with LowPrecision(backbone.model, torch.float32).exactly():
             return _difference(backbone), _TOLERANCE[torch.float32]
     except RuntimeError:  # from a layer of another kind that takes no precision but its own
         return _difference(backbone), _LOW_PRECISION_TOLERANCE
@@ -156,7 +156,7 @@ def _difference(backbone: Backbone) -> float:
     with backbone.following(plan):
         hidden = backbone.hidden(pack.ids, pack.positions)[pack.predictors]
     window = getattr(backbone.core.config.get_text_config(), "sliding_window", None)
-    if window is not None and all(how.window != window for how in plan.asked.values()):
+    if window is not None and all(spec.window != window for spec in plan.asked.values()):
         raise UnsupportedError(f"{type(backbone.core).__name__} does not tell its attention of its sliding window")
     logp = backbone.head(hidden).float().log_softmax(-1)
     plain = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.packed.attention import How, UnsupportedError
+from grouprl.lm.packed.attention import AttentionSpec, UnsupportedError
 from grouprl.lm.packed.packing import Pack
 
 _ROOM = {"cpu": 32, "cuda": 256}
@@ -16,7 +16,7 @@ _EVEN = 8
 """Tokens that a cache's room is a multiple of, for the sake of low-precision products."""
 
 
-class _Layer:
+class _LayerCache:
     """Keys and values one layer has seen: of the prompts ``[P K, T, D]``, shared, and of each row's own tokens, with
     room for more: ``[2, B, K, C, D]``."""
 
@@ -57,7 +57,7 @@ class DecodeAttention:
 
     Rows of one prompt are queries of one product, ``R`` slots per prompt; ``slots [P, R]`` names the row in each (any
     row where a slot is empty) and ``place [B]`` the slot of each row, flat. What is where is worked out on the CPU: a
-    GPU that is asked for numbers stops. How many tokens the rows have is a tensor, ``at [1]``, and between
+    GPU that is asked for numbers stops. AttentionSpec many tokens the rows have is a tensor, ``at [1]``, and between
     :meth:`reserve` and :meth:`drop` nothing else changes: a GPU may replay a step.
 
     Args:
@@ -76,7 +76,7 @@ class DecodeAttention:
         places = torch.arange(self.t)
         index = (ends - lengths)[:, None] + places
         self.index = torch.where(places < lengths[:, None], index, pack.ids.shape[0]).to(self.device)
-        self.layers: dict[nn.Module, _Layer] = {}
+        self.layers: dict[nn.Module, _LayerCache] = {}
         self._prompt_of_row = torch.arange(len(lengths)).repeat_interleave(group_size)
         self.step = 0
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -87,7 +87,7 @@ class DecodeAttention:
         """Store a layer's keys and values of the prompts: the ``keep`` of a :class:`PackedAttention`."""
         if module in self.layers:
             raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
-        self.layers[module] = _Layer(k, v, self.index, len(self._prompt_of_row), self.room, self.dtype)
+        self.layers[module] = _LayerCache(k, v, self.index, len(self._prompt_of_row), self.room, self.dtype)
 
     def _arrange(self) -> None:
         """Find slots, places and what is hidden from each row."""
@@ -163,20 +163,20 @@ class DecodeAttention:
             self._hidden[window] = hidden[:, None, None]
         return self._hidden[window]
 
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         """``q [B, H, D]``, ``k, v [B, K, D]`` of the newest token of each row -> ``[B, H, D]``."""
         layer = self.layers[module]
         rows, k_heads, d, t = q.shape[0], k.shape[1], q.shape[2], self.t
         g = q.shape[1] // k_heads
         layer.write(k, v, self.at)
         own_k, own_v = layer.read(rows)
-        q = torch.mul(q, how.scale, out=q.new_empty(q.shape, dtype=self.dtype)).view(rows, k_heads, g, d)
+        q = torch.mul(q, spec.scale, out=q.new_empty(q.shape, dtype=self.dtype)).view(rows, k_heads, g, d)
         to_prompt = self._by_row(torch.bmm(self._by_prompt(q), layer.keys.transpose(1, 2)), k_heads, g)
         to_own = torch.bmm(q.view(-1, g, d), own_k.transpose(1, 2)).view(rows, k_heads, g, -1)
         s = torch.cat([to_prompt, to_own], -1)
-        if how.softcap is not None:
-            s = torch.tanh(s.float() / how.softcap) * how.softcap
-        s.masked_fill_(self.hidden(how.window), torch.finfo(s.dtype).min)  # finite, as in attention.py
+        if spec.softcap is not None:
+            s = torch.tanh(s.float() / spec.softcap) * spec.softcap
+        s.masked_fill_(self.hidden(spec.window), torch.finfo(s.dtype).min)  # finite, as in attention.py
         p = s.softmax(-1).to(self.dtype)
         out = torch.bmm(p[..., t:].flatten(0, 1), own_v).view(rows, k_heads, g, d)
         out += self._by_row(torch.bmm(self._by_prompt(p[..., :t]), layer.values), k_heads, g)

@@ -24,7 +24,7 @@ LARGEST_HEAD = 256
 
 
 @dataclass(frozen=True)
-class Part:
+class QueryKeyRanges:
     """Stretches of queries and the stretch of keys that each sees.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part:
     causal: bool
 
     @classmethod
-    def of(cls, queries: list[int], keys: list[int], device: torch.device, *, causal: bool) -> Part:
+    def of(cls, queries: list[int], keys: list[int], device: torch.device, *, causal: bool) -> QueryKeyRanges:
         """Stretches of these lengths, one behind the other."""
         ends = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32).to(device)
         return cls(ends[0], ends[1], (max(queries), max(keys)), causal)
@@ -55,8 +55,8 @@ class Layout:
         span: tokens of the longest prompt and the longest completion together.
     """
 
-    own: Part
-    shared: Part | None
+    own: QueryKeyRanges
+    shared: QueryKeyRanges | None
     prompts: int
     alone: list[slice]
     span: int
@@ -69,15 +69,15 @@ class Layout:
         seeing = [sum(map(len, own)) for _, own in pack.places]
         device = pack.ids.device
         return cls(
-            Part.of(stretches := prompts + completions, stretches, device, causal=True),
-            Part.of(seeing, prompts, device, causal=False) if completions else None,
+            QueryKeyRanges.of(stretches := prompts + completions, stretches, device, causal=True),
+            QueryKeyRanges.of(seeing, prompts, device, causal=False) if completions else None,
             sum(prompts),
             [slice(p.start, p.stop) for (p, _), n in zip(pack.places, seeing, strict=True) if n == 0],
             max(prompts) + max(completions, default=0),
         )
 
 
-def supported(q: Tensor, k: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
+def can_attend(q: Tensor, k: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
     """Whether the kernels can do it, but for windows: half precision on a GPU, plain softmax."""
     heads, d = q.shape[1:]
     return (
@@ -137,7 +137,9 @@ def gradient(
     return dq, dk, dv
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, part: QueryKeyRanges, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, logarithms of the softmax sums ``[H, S]``, and what the backward pass wants besides."""
     out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, part.queries, part.keys, *part.longest, 0.0, part.causal, False, scale=scale
@@ -146,7 +148,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, part: Part, scale: float) -> tuple
 
 
 def _backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part, scale: float,
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: QueryKeyRanges, scale: float,
     state: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = torch.ops.aten._flash_attention_backward(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grouprl.lm.kernels import head as native
 from grouprl.lm.kernels import triton_head as gpu
-from grouprl.lm.packed.low_precision import Products, add_gradient, add_product, add_rows
+from grouprl.lm.packed.low_precision import LowPrecision, add_gradient, add_product, add_rows
 
 _ROWS = 16
 """Rows whose float32 logits are worked on at once: few enough to stay in the processor's cache."""
@@ -24,17 +24,17 @@ class TokenTerms(NamedTuple):
 
 
 def log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, products: Products
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, precision: LowPrecision
 ) -> TokenTerms:
     """Log-probability of each target under softmax((hidden weight^T + bias) / temperature), and the entropy.
 
     Args:
         hidden: ``[m, d]``. weight: ``[V, d]``. bias: ``[V]`` or None. targets: ``[m]`` int64.
-        products: says which precision the products run in; the softmax itself is float32.
+        precision: says which precision the products run in; the softmax itself is float32.
 
     Gradients of weight and bias are added to their ``.grad``, that of ``hidden`` flows on.
     """
-    logp, entropy = _LogProb.apply(hidden, weight, bias, targets, temperature, products, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    logp, entropy = _LogProb.apply(hidden, weight, bias, targets, temperature, precision, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return TokenTerms(logp, entropy)
 
 
@@ -47,18 +47,18 @@ class _LogProb(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-        products: Products,
+        precision: LowPrecision,
         learning: bool,
     ) -> tuple[Tensor, Tensor]:
-        low = h.detach().to(products.dtype)
-        compiled = products.native and native.multiplies(low, weight, bias)
-        w = weight.detach() if compiled else products.weight(weight)
+        low = h.detach().to(precision.dtype)
+        compiled = precision.native and native.can_do_logits(low, weight, bias)
+        w = weight.detach() if compiled else precision.weight(weight)
         if compiled:
             z = native.logits(low, w)
         else:
-            z = F.linear(low, w, None if bias is None else bias.detach().to(products.dtype))
-        there = gpu.softmax_there(z.device, z.dtype, _softmax) if products.native and z.is_cuda else None
-        if products.native and native.supported(z):
+            z = F.linear(low, w, None if bias is None else bias.detach().to(precision.dtype))
+        there = gpu.softmax_there(z.device, z.dtype, _softmax) if precision.native and z.is_cuda else None
+        if precision.native and native.can_do_softmax(z):
             logp, entropy, others = native.softmax(z, targets, temperature, learning=learning)
         elif there is not None:
             logp, entropy, others = there(z, targets, temperature, learning=learning)
@@ -66,7 +66,7 @@ class _LogProb(torch.autograd.Function):
             logp, entropy, others = _softmax(z, targets, temperature, learning)
         ctx.save_for_backward(low, z, targets, others)
         ctx.weight, ctx.bias, ctx.temperature, ctx.dtype = weight, bias, temperature, h.dtype
-        ctx.w, ctx.native, ctx.compiled = w, products.native, compiled
+        ctx.w, ctx.native, ctx.compiled = w, precision.native, compiled
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 

@@ -45,7 +45,7 @@ def add_product(parameter: Tensor, a: Tensor, b: Tensor, compiled: bool = True) 
         place.addmm_(a.t(), b)
         return
     into = getattr(parameter, "main_grad", None) if place is None else place
-    if compiled and into is not None and native.supported(into, a, b):
+    if compiled and into is not None and native.can_add_weight_gradient(into, a, b):
         native.weight_gradient(into, a, b, add=place is not None)
         parameter.grad = into
     else:
@@ -68,7 +68,7 @@ def _zero_gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-class Products:
+class LowPrecision:
     """How a model's linear and embedding layers compute.
 
     Args:
@@ -101,7 +101,7 @@ class Products:
             self._weights = None
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """``parameter`` in the dtype of the products: rounded once within :meth:`learning`."""
+        """``parameter`` in the dtype of the precision: rounded once within :meth:`learning`."""
         return parameter.detach().to(self.dtype) if self._weights is None else self._weights(parameter)
 
     @contextmanager
@@ -226,12 +226,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, b: Tensor | None, transposed: bool,
-        products: Products,
+        precision: LowPrecision,
     ) -> Tensor:  # fmt: skip
-        low = products.rounded(x)
+        low = precision.rounded(x)
         ctx.save_for_backward(low, w)
         ctx.weight, ctx.bias, ctx.transposed, ctx.dtype = weight, bias, transposed, x.dtype
-        ctx.native = products.native
+        ctx.native = precision.native
         return F.linear(low, w.t() if transposed else w, b)
 
     @staticmethod

@@ -193,7 +193,7 @@ def _block(places: Sequence[Places], back: Tensor, offset: int, device: torch.de
     return Block(prompt_index.to(device), completion_index.to(device) if r else None, lengths)
 
 
-def micro_batches(
+def split_into_packs(
     groups: Sequence[Group], budget: int, together: int | None = None
 ) -> list[list[tuple[int, list[int]]]]:
     """Split groups into packs of at most ``budget`` input tokens: for each pack, (group, its completions) by index.

@@ -13,8 +13,8 @@ from grouprl.errors import UsageError
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.packed.backbone import Backbone, find_backbone
-from grouprl.lm.packed.low_precision import Products, supports_bf16
-from grouprl.lm.policy.log_probs import Learner
+from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
+from grouprl.lm.policy.log_probs import LogProbs
 from grouprl.lm.policy.reference import Reference
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.plain import PlainSampler
@@ -54,22 +54,22 @@ class Policy:
         low = fast if config.bf16 is None else config.bf16
         own = next(model.parameters()).dtype
         dtype = torch.bfloat16 if low or own == torch.bfloat16 else torch.float32
-        self.products = Products(model, dtype, config.native)
+        self.precision = LowPrecision(model, dtype, config.native)
         backbone, self.why_plain = (None, "attention='plain' asks for it")
         if config.attention == "auto":
             backbone, self.why_plain = find_backbone(model)
             if backbone is None:
                 _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
         self.packed = backbone is not None
-        self.learner = self._learner(model, backbone, self.products)
+        self.log_probs = self._make_log_probs(model, backbone, self.precision)
         ends = eos_token_ids(model, tokenizer)
         self.sampler: Sampler | PlainSampler
         if backbone is None:
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-            self.sampler = PlainSampler(model, self.products.dtype, ends, pad)
+            self.sampler = PlainSampler(model, self.precision.dtype, ends, pad)
         else:
             rows = config.max_rows_per_decode or self._rows_that_fit(backbone)
-            self.sampler = Sampler(backbone, self.products, ends, rows, "native" if config.native else "lean")
+            self.sampler = Sampler(backbone, self.precision, ends, rows, "native" if config.native else "blocks")
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
         self.reference = self._reference(ref_model)
@@ -81,13 +81,13 @@ class Policy:
         """``group_size`` completions of each prompt, as the configuration says unless ``settings`` are given."""
         return self.sampler.sample(prompts, group_size, settings or sampling_settings(self.config), generator, adjust)
 
-    def _learner(self, model: Any, backbone: Any, products: Products) -> Learner:
+    def _make_log_probs(self, model: Any, backbone: Any, precision: LowPrecision) -> LogProbs:
         config = self.config
         layers, dropout = None, not config.disable_dropout and has_dropout(model)
         if backbone is not None and config.native and not dropout and not config.gradient_checkpointing:
-            layers = find_layers(backbone, products.dtype)
+            layers = find_layers(backbone, precision.dtype)
         budget = config.tokens_per_micro_batch or (_TOKENS if backbone is None else self._tokens_at_once(backbone))
-        return Learner(model, backbone, products, config.temperature, budget, dropout, config.native, layers)
+        return LogProbs(model, backbone, precision, config.temperature, budget, dropout, config.native, layers)
 
     def _reference(self, ref_model: Any) -> Reference | None:
         """What the KL divergence is measured to, if ``beta`` asks for one. Raises UsageError if it cannot be that."""
@@ -107,9 +107,9 @@ class Policy:
             # a weight that asks for one in another way, and rounds differently; the KL of a model from its copy would
             # not be 0.
             backbone = find_backbone(ref_model)[0] if self.packed else None
-            products = Products(ref_model, self.products.dtype, self.config.native)
-            other = ref_model, self._learner(ref_model, backbone, products)
-        reference = Reference(self.model, self.learner, other)
+            precision = LowPrecision(ref_model, self.precision.dtype, self.config.native)
+            other = ref_model, self._make_log_probs(ref_model, backbone, precision)
+        reference = Reference(self.model, self.log_probs, other)
         if self.config.sync_ref_model:
             reference.check_can_follow()
         return reference
@@ -141,7 +141,7 @@ class Policy:
             * int(text.num_hidden_layers)
             * int(heads)
             * int(size)
-            * (4 if self.device.type == "cpu" else self.products.dtype.itemsize)
+            * (4 if self.device.type == "cpu" else self.precision.dtype.itemsize)
         )
         return max(16, min(1024, room // (token * self.config.max_completion_length + logits)))
 

@@ -1,4 +1,4 @@
-"""What the KL divergence is measured to: the model as it was, or another one."""
+"""The reference model of the KL divergence: the model as it was at the start, or another one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import UsageError
-from grouprl.lm.policy.log_probs import Learner, Part
+from grouprl.lm.policy.log_probs import LogProbs, MicroBatch
 
 
 class Reference:
@@ -20,24 +20,24 @@ class Reference:
     an adapter for one, is not copied; and an adapter that has learned something already is part of it.
 
     Args:
-        model: the model that is trained. learner: what runs it.
-        other: another model and what runs it, to be the reference instead.
+        model: the model that is trained. log_probs: computes its log-probabilities.
+        other: another model and what computes its log-probabilities, to be the reference instead.
     """
 
-    def __init__(self, model: nn.Module, learner: Learner, other: tuple[nn.Module, Learner] | None = None) -> None:
+    def __init__(self, model: nn.Module, log_probs: LogProbs, other: tuple[nn.Module, LogProbs] | None = None) -> None:
         self._mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._learner, self._stands_in = learner, other is None
+        self._log_probs, self._stands_in = log_probs, other is None
         if other is None:
             self._weights: Mapping[str, Tensor] = {name: p.detach().clone() for name, p in self._mine.items()}
         else:
-            self._weights, self._learner = dict(other[0].named_parameters()), other[1]
+            self._weights, self._log_probs = dict(other[0].named_parameters()), other[1]
 
-    def log_probs(self, parts: Sequence[Part], lengths: Tensor) -> Tensor:
-        """Log-probabilities ``[S]`` of the samples in ``parts``; 0 for others."""
+    def log_probs(self, micro_batches: Sequence[MicroBatch], lengths: Tensor) -> Tensor:
+        """Log-probabilities ``[S]`` of the samples in ``micro_batches``, packed by ``lengths [N]``; 0 for others."""
         if not self._stands_in:
-            return self._learner.log_probs(parts, lengths)
+            return self._log_probs.without_gradient(micro_batches, lengths)
         with self._in_place():
-            return self._learner.log_probs(parts, lengths)
+            return self._log_probs.without_gradient(micro_batches, lengths)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

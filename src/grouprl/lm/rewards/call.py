@@ -126,10 +126,6 @@ class RewardCaller:
             )
         return Rewards(values, self.names, log.columns(len(rows)), log.means())
 
-    def close(self) -> None:
-        """Stop the thread that asynchronous functions run in, if there is one."""
-        self._loop.close()
-
     def _run(self, offered: Mapping[str, Any]) -> list[Any]:
         arguments = [
             _arguments(function, name, offered) for function, name in zip(self._functions, self.names, strict=True)
@@ -195,14 +191,13 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
 
     def gather(self, awaitables: list[Awaitable[Any]]) -> list[Any]:
         """Wait for all side by side; an exception stands in the place of the result it prevented."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="grouprl-rewards", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._loop.run_forever, name="grouprl-rewards", daemon=True)
+            thread.start()
 
         async def all_of_them() -> list[Any]:
             return await asyncio.gather(*awaitables, return_exceptions=True)
@@ -213,14 +208,6 @@ class _Loop:
         except BaseException:  # Ctrl-C: the functions must not go on unseen
             future.cancel()
             raise
-
-    def close(self) -> None:
-        if self._loop is None or self._thread is None:
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._loop = self._thread = None
 
 
 def _check_function(function: Any) -> None:

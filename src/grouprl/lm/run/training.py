@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.lm.generate.collect import Drawn
+from grouprl.lm.generate.collect import ScoredGroups
 from grouprl.lm.models.find import SMOLLM2
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import TaskData, load_task_data
@@ -242,7 +242,7 @@ def evaluate(
     assert prompts.size is not None
     with nullcontext() if answers is None else TranscriptWriter(answers) as writer:
 
-        def keep(drawn: Drawn) -> None:
+        def keep(drawn: ScoredGroups) -> None:
             if writer is not None:
                 writer.append(transcripts_of_evaluation(drawn, setup.rewards.names))
 

@@ -18,7 +18,7 @@ import torch
 Work = Callable[[], object]
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """What makes recordings."""
 
     def prepare(self, work: Work) -> None:
@@ -28,7 +28,7 @@ class Recorder(Protocol):
         """What does ``work`` again, faster. ``work`` itself is not done. Raises RuntimeError if that cannot be."""
 
 
-class CudaRecorder:
+class CudaGraphRecorder:
     """Records CUDA graphs, on a stream of its own and in memory that each takes over from the one before.
 
     Raises RuntimeError if nothing can be recorded.
@@ -42,7 +42,7 @@ class CudaRecorder:
         self._keeper = self._trivial()
 
     def prepare(self, work: Work) -> None:
-        """See :class:`Recorder`. What libraries set up at their first call does not get into a recording."""
+        """See :class:`GraphRecorder`. What libraries set up at their first call does not get into a recording."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -50,7 +50,7 @@ class CudaRecorder:
         current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
-        """See :class:`Recorder`. The recording made before must not be used any more."""
+        """See :class:`GraphRecorder`. The recording made before must not be used any more."""
         self._newest = None  # with it goes a workspace that a new one must not rely on
         try:
             graph = self._capture(work, self._keeper.pool())
@@ -110,7 +110,7 @@ class Repeated:
         failed: told why, if it cannot be recorded; it is then done as it is.
     """
 
-    def __init__(self, work: Work, recorder: Recorder | None, failed: Callable[[RuntimeError], None]) -> None:
+    def __init__(self, work: Work, recorder: GraphRecorder | None, failed: Callable[[RuntimeError], None]) -> None:
         self._work, self._recorder, self._failed = work, recorder, failed
         self._recording: Work | None = None
         self._prepared = False

@@ -34,7 +34,7 @@ class Completion:
 class Rows:
     """``group_size`` rows of each prompt.
 
-    :meth:`take` reads and writes tensors that stay where they are, and no number of Python's that changes from step to
+    :meth:`draw_tokens` works on tensors that stay where they are, and on no Python number that changes from step to
     step. So a GPU can do it again from a recording.
 
     Args:
@@ -87,7 +87,7 @@ class Rows:
                 fresh = fresh.pin_memory()
             self._uniform.copy_(fresh, non_blocking=True)
 
-    def take(self, logits: Tensor) -> None:
+    def draw_tokens(self, logits: Tensor) -> None:
         """Draw the next token of each row from ``logits [B, V]`` float32, which are overwritten."""
         rows, at, settings = self._which, self._at, self.settings
         if self.adjust is not None:
@@ -97,7 +97,7 @@ class Rows:
         if settings.min_new_tokens > 0:
             early = at < settings.min_new_tokens
             logits[:, self._end_ids] = logits[:, self._end_ids].masked_fill(early, float("-inf"))
-        token, logp = _choose(logits, settings, self._uniform[at % len(self._uniform), rows])
+        token, logp = _token_and_log_prob(logits, settings, self._uniform[at % len(self._uniform), rows])
         before = self._ended[rows]
         self._tokens[rows, at], self._logps[rows, at] = token, logp
         self._lengths[rows] = torch.where(before, self._lengths[rows], at + 1)
@@ -126,7 +126,7 @@ class Rows:
         ]
 
 
-def _choose(logits: Tensor, settings: SamplingSettings, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _token_and_log_prob(logits: Tensor, settings: SamplingSettings, uniform: Tensor) -> tuple[Tensor, Tensor]:
     if settings.temperature == 0.0:
         return greedy(logits)
     if settings.temperature != 1.0:

@@ -12,33 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.lm.kernels.compile import UnavailableError
-from grouprl.lm.llama.block import Joined, LeanStep, lean_step
-from grouprl.lm.llama.decode_c import NativeDecoder, NativeModel, supported
-from grouprl.lm.llama.decode_triton import KernelStep
-from grouprl.lm.llama.decode_triton import supported as supported_on_gpu
-from grouprl.lm.packed.attention import PackedAttention, Plan
+from grouprl.lm.llama.block import JoinedProducts, LlamaBlocks, find_llama
+from grouprl.lm.llama.decode_c import NativeDecoder, NativeModel, can_decode_in_c
+from grouprl.lm.llama.decode_triton import TritonBlocks, can_decode_in_triton
+from grouprl.lm.packed.attention import AttentionPlan, PackedAttention
 from grouprl.lm.packed.backbone import Backbone
-from grouprl.lm.packed.low_precision import Products
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group, Pack
 from grouprl.lm.sample.draw import SamplingSettings
-from grouprl.lm.sample.recordings import CudaRecorder, Recorder, Repeated
+from grouprl.lm.sample.recordings import CudaGraphRecorder, GraphRecorder, Repeated
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
 from grouprl.lm.sample.torch_decoder import TorchDecoder
 
 _log = logging.getLogger("grouprl")
 
-Steps = Literal["native", "lean", "modules"]
+Steps = Literal["native", "blocks", "modules"]
 PROMPT_TOKENS = 8192
 """Most prompt tokens read in one pass: it bounds the activations of that pass."""
 
-WAITING = 0.25
+DROP_ABOVE_SHARE = 0.25
 """On a GPU, the share of rows that may have ended before any leaves: a step without them takes about as long, and
 leaving stops the GPU."""
 
-RECORDED_WAITING, FEW = 0.5, 64
+DROP_RECORDED_ABOVE_SHARE, NEVER_DROP_BELOW = 0.5, 64
 """The same where steps are recorded, as other rows need another recording; and rows of which none leaves."""
 
-LOOK = 8
+STEPS_BETWEEN_LOOKS = 8
 """Recorded steps after which a GPU is asked which rows have ended."""
 
 
@@ -65,11 +64,11 @@ class Sampler:
     """Samples completions from a packed model.
 
     Args:
-        backbone: the model. products: in which precision it computes.
+        backbone: the model. precision: in which precision it computes.
         end_ids: the tokens that end a completion.
         max_rows: most rows of one decode step; whole groups are sampled together.
         steps: the fastest way of a decode step that may be used: "native" compiled code (Llama-shaped models; C on a
-            CPU, Triton on a GPU), "lean" torch operations without the library's modules around them (Llama-shaped
+            CPU, Triton on a GPU), "blocks" torch operations without the library's modules around them (Llama-shaped
             models), "modules" the model itself. Each falls back to the next; none changes what is computed.
 
     On a GPU, steps are recorded and replayed (:mod:`grouprl.lm.sample.recordings`) if that gives the same.
@@ -80,30 +79,30 @@ class Sampler:
     """
 
     def __init__(
-        self, backbone: Backbone, products: Products, end_ids: Sequence[int], max_rows: int = 256,
+        self, backbone: Backbone, precision: LowPrecision, end_ids: Sequence[int], max_rows: int = 256,
         steps: Steps = "native",
     ) -> None:  # fmt: skip
-        self.backbone, self.products = backbone, products
+        self.backbone, self.precision = backbone, precision
         self.end_ids = sorted(set(end_ids))
         self.max_rows = max_rows
         self.steps, self.why = steps, ""
-        self.recorder: Recorder | None = None
+        self.recorder: GraphRecorder | None = None
         self._unrecorded: set[tuple[SamplingSettings, bool]] = set()  # how, and whether adjusted
-        self.lean: LeanStep | None = None
+        self.llama: LlamaBlocks | None = None
         self._native: NativeModel | None = None
-        self._joined: Joined | None = None
-        self._kernels: KernelStep | None = None
+        self._joined: JoinedProducts | None = None
+        self._kernels: TritonBlocks | None = None
         self._find_steps()
         if backbone.device.type == "cuda":
             try:
-                self.record_with(CudaRecorder(backbone.device))
+                self.record_with(CudaGraphRecorder(backbone.device))
             except RuntimeError as error:
                 self._not_recorded(error)
 
-    def record_with(self, recorder: Recorder) -> None:
+    def record_with(self, recorder: GraphRecorder) -> None:
         """Have ``recorder`` record decode steps from now on, if replayed ones give what steps give."""
         self.recorder = recorder
-        exact = self.products.dtype == torch.float32
+        exact = self.precision.dtype == torch.float32
         if not _difference(self._try(recorder), self._try()) <= (1e-3 if exact else 0.02):
             self._not_recorded("replayed ones give other logits than the model")
 
@@ -139,19 +138,19 @@ class Sampler:
         training, on_cpu = self.backbone.model.training, self.backbone.device.type == "cpu"
         self.backbone.model.eval()
         try:
-            if self.steps == "native" and self.lean is not None and on_cpu:
-                low = self.products.dtype == torch.bfloat16
+            if self.steps == "native" and self.llama is not None and on_cpu:
+                low = self.precision.dtype == torch.bfloat16
                 with torch.no_grad():
-                    self._native = NativeModel(self.backbone.decoder, self.backbone.head, self.lean.ways, low)
+                    self._native = NativeModel(self.backbone.decoder, self.backbone.head, self.llama.specs, low)
                     yield
                 return
             with torch.no_grad(), self.backbone.on_device():
                 # on a CPU, layers are laid out one by one
-                if self.lean is not None and not on_cpu and Joined.supported(self.lean):
-                    self._joined = Joined(self.lean, self.products)
+                if self.llama is not None and not on_cpu and JoinedProducts.can_join(self.llama):
+                    self._joined = JoinedProducts(self.llama, self.precision)
                     if self.steps == "native":
-                        self._kernels = KernelStep(self.lean, self._joined, self.products.dtype)
-                with self.products.sampling(without=() if self._joined is None else self._joined.linears):
+                        self._kernels = TritonBlocks(self.llama, self._joined, self.precision.dtype)
+                with self.precision.sampling(without=() if self._joined is None else self._joined.linears):
                     yield
         finally:
             self._native = self._joined = self._kernels = None
@@ -172,17 +171,17 @@ class Sampler:
         """Settle for the first way that the model has the parts for and that gives what its modules give."""
         if self.steps == "modules":
             return
-        lean = lean_step(self.backbone)
+        llama = find_llama(self.backbone)
         asked, self.steps = self.steps, "modules"
-        if lean is None:
+        if llama is None:
             return
         wanted = self._try()
-        self.steps, self.lean = "lean", lean
-        exact = self.products.dtype == torch.float32
+        self.steps, self.llama = "blocks", llama
+        exact = self.precision.dtype == torch.float32
         rounds = 0.02 if self.backbone.head.weight.dtype == torch.float32 else 0.05  # the model itself, all it computes
         if not _difference(self._try(), wanted) <= (1e-3 if exact else rounds):
-            self.steps, self.lean = "modules", None
-        elif asked == "native" and self._compiled(lean):
+            self.steps, self.llama = "modules", None
+        elif asked == "native" and self._compiled(llama):
             try:
                 self.steps = "native"
                 if not _difference(self._try(), wanted) <= (1e-3 if exact else 0.1):  # it rounds less often
@@ -190,16 +189,16 @@ class Sampler:
             except Exception as error:  # Triton has errors of its own, as many as ways to fail
                 if not isinstance(error, UnavailableError) and self.backbone.device.type == "cpu":
                     raise
-                self.steps = "lean"
+                self.steps = "blocks"
                 self._slower("at half the speed, without compiled code", str(error))
 
-    def _compiled(self, lean: LeanStep) -> bool:
+    def _compiled(self, llama: LlamaBlocks) -> bool:
         """Whether compiled code may be able to run the model's steps: C on a CPU, Triton on a GPU."""
         if self.backbone.device.type == "cpu":
-            return supported(self.backbone.decoder, self.backbone.head)
-        if self.backbone.device.type != "cuda" or not Joined.supported(lean):
+            return can_decode_in_c(self.backbone.decoder, self.backbone.head)
+        if self.backbone.device.type != "cuda" or not JoinedProducts.can_join(llama):
             return False
-        if not supported_on_gpu(lean, self.products.dtype):
+        if not can_decode_in_triton(llama, self.precision.dtype):
             return False
         if util.find_spec("triton") is None:
             self._slower("and learns more slowly", "there is no Triton; install it with: pip install triton")
@@ -207,7 +206,7 @@ class Sampler:
         return True
 
     @torch.no_grad()
-    def _try(self, recorder: Recorder | None = None) -> Tensor:
+    def _try(self, recorder: GraphRecorder | None = None) -> Tensor:
         """Logits ``[3, 4, V]`` of three tokens behind two short prompts."""
         device = self.backbone.device
         out = torch.empty(3, 4, self.backbone.head.weight.shape[0], device=device)
@@ -232,17 +231,17 @@ class Sampler:
             decoder = NativeDecoder(self._native, pack, group_size, max_new_tokens)
             hidden = self._native.read(pack, decoder.keep)
             return decoder, self._native.logits(hidden[decoder.lengths.cumsum(0) - 1])
-        head, dtype = self.backbone.head, self.products.dtype
+        head, dtype = self.backbone.head, self.precision.dtype
         decoder = TorchDecoder(self._hidden, head, pack, group_size, max_new_tokens, dtype)
         hidden = self._hidden(pack.ids, pack.positions, PackedAttention(pack, dtype, decoder.keep, native=False))
         return decoder, head(hidden[decoder.lengths.cumsum(0) - 1]).float()
 
-    def _hidden(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+    def _hidden(self, ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
         """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``."""
         if self._kernels is not None:
             return self._kernels.hidden(ids, positions, plan)
-        if self.lean is not None:
-            return self.lean.hidden(ids, positions, plan, self._joined)
+        if self.llama is not None:
+            return self.llama.hidden(ids, positions, plan, self._joined)
         with self.backbone.following(plan):
             return self.backbone.hidden(ids, positions)
 
@@ -252,7 +251,7 @@ class Sampler:
         adjust: Adjust | None, first: int,
     ) -> list[Completion]:  # fmt: skip
         decoder, logits = self._read(prompts, group_size, settings.max_new_tokens)
-        look = 1 if self.recorder is None else LOOK
+        look = 1 if self.recorder is None else STEPS_BETWEEN_LOOKS
         rows = Rows(
             prompts, group_size, settings, self.end_ids, logits.shape[-1], self.backbone.device, generator, adjust,
             first, ahead=look,
@@ -264,9 +263,9 @@ class Sampler:
             self._launched_one_by_one(error)
 
         recorder = None if kind in self._unrecorded else self.recorder
-        step = Repeated(lambda: rows.take(decoder.step(rows.token, rows.position)), recorder, failed)
+        step = Repeated(lambda: rows.draw_tokens(decoder.step(rows.token, rows.position)), recorder, failed)
         rows.prepare(0)
-        rows.take(logits.repeat_interleave(group_size, 0))
+        rows.draw_tokens(logits.repeat_interleave(group_size, 0))
         for t in range(1, settings.max_new_tokens):
             if t % look == 0:
                 ended = rows.ended()
@@ -284,8 +283,8 @@ class Sampler:
     def _leave(self, ended: int, rows: int) -> bool:
         """Whether those of the rows that have ended should go."""
         if self.recorder is not None:
-            return rows > FEW and ended > RECORDED_WAITING * rows
-        return ended > (WAITING if self.backbone.device.type == "cuda" else 0.0) * rows
+            return rows > NEVER_DROP_BELOW and ended > DROP_RECORDED_ABOVE_SHARE * rows
+        return ended > (DROP_ABOVE_SHARE if self.backbone.device.type == "cuda" else 0.0) * rows
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from grouprl.lm.packed.attention import Plan
+from grouprl.lm.packed.attention import AttentionPlan
 from grouprl.lm.packed.decode_attention import DecodeAttention
 from grouprl.lm.packed.packing import Pack
 
@@ -22,7 +22,7 @@ class TorchDecoder:
     """
 
     def __init__(
-        self, hidden: Callable[[Tensor, Tensor, Plan], Tensor], head: nn.Linear, pack: Pack, group_size: int,
+        self, hidden: Callable[[Tensor, Tensor, AttentionPlan], Tensor], head: nn.Linear, pack: Pack, group_size: int,
         longest: int, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.hidden, self.head = hidden, head

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grouprl.lm.generate.collect import Drawn, Metrics, describe_judged, judged
+from grouprl.lm.generate.collect import Metrics, ScoredGroups, describe_scored, sample_and_score
 from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.train.setup import Setup
@@ -33,7 +33,7 @@ class HeldOut:
 def evaluate(
     setup: Setup, prompts: PromptSource, *, greedy: bool, group_size: int = 1, n: int | None = None,
     at_once: int | None = None, state: Any = None,
-) -> Iterator[Drawn]:  # fmt: skip
+) -> Iterator[ScoredGroups]:  # fmt: skip
     """Sample ``group_size`` completions of each prompt, have them judged, and yield them chunk by chunk.
 
     Args:
@@ -51,7 +51,9 @@ def evaluate(
     settings = sampling_settings(setup.config, greedy=greedy)
     for start in range(0, size, groups):
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
-        yield judged(setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, generator, settings, state)
+        yield sample_and_score(
+            setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, generator, settings, state
+        )
 
 
 def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = None) -> Metrics:
@@ -64,7 +66,7 @@ def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = N
     chunks = evaluate(
         setup, prompts, greedy=greedy, group_size=group_size, at_once=config.per_device_eval_batch_size, state=state
     )
-    metrics = describe_judged(list(chunks))
+    metrics = describe_scored(list(chunks))
     seconds = time.perf_counter() - began
     assert prompts.size is not None
     return {**metrics, "runtime": seconds, "samples_per_second": prompts.size * group_size / seconds}
@@ -72,7 +74,7 @@ def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = N
 
 def evaluate_greedily(
     setup: Setup, prompts: PromptSource, n: int | None = None, *, state: Any = None,
-    keep: Callable[[Drawn], None] | None = None,
+    keep: Callable[[ScoredGroups], None] | None = None,
 ) -> HeldOut:  # fmt: skip
     """One completion of the likeliest tokens for each of the first ``n`` prompts (default: all).
 

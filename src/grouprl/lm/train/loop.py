@@ -12,7 +12,7 @@ import torch
 
 from grouprl.errors import UsageError
 from grouprl.lm.generate.collect import Collector, Metrics
-from grouprl.lm.generate.samples import Samples, parts_of_a_generation
+from grouprl.lm.generate.samples import Samples, split_into_steps
 from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state
 from grouprl.lm.learn.step import Step, optimizer_step
 from grouprl.lm.prompts import PromptOrder
@@ -157,7 +157,7 @@ class Run:
             self._divide()
             # Steps that come after the policy has moved need to know what it was; with dropout all that are repeated,
             # as what a pass with dropout sees is not the policy that sampled.
-            again = setup.policy.learner.dropout and self.plan.num_iterations > 1
+            again = setup.policy.log_probs.dropout and self.plan.num_iterations > 1
             for later in self.steps if again else self.steps[1:]:
                 later.remember_old()
         step = self.steps[self.update % len(self.steps)]
@@ -174,12 +174,12 @@ class Run:
         if self.follows is not None and done % config.ref_model_sync_steps == 0:
             self.follows.follow(config.ref_model_mixup_alpha)
             self.reference_moved = True
-            self.samples.known_ref.zero_()
+            self.samples.forget_reference()
         return metrics, self.samples
 
     def _divide(self) -> None:
         assert self.samples is not None
-        parts = parts_of_a_generation(len(self.samples), self.plan.steps_per_generation)
+        parts = split_into_steps(len(self.samples), self.plan.steps_per_generation)
         setup, samples = self.setup, self.samples
         objective = Objective.of(self.config, setup.functions.surrogate)
         self.steps = [Step(setup.policy, samples, chosen, self.config, objective) for chosen in parts]

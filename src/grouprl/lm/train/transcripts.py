@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from grouprl.lm.generate.collect import Drawn
+from grouprl.lm.generate.collect import ScoredGroups
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.prompts import Prompt
 from grouprl.runs.transcripts import Transcript
@@ -32,7 +32,7 @@ def transcripts_of(samples: Samples, names: Sequence[str], step: int, n: int) ->
         )  # fmt: skip
 
 
-def transcripts_of_evaluation(drawn: Drawn, names: Sequence[str]) -> Iterator[Transcript]:
+def transcripts_of_evaluation(drawn: ScoredGroups, names: Sequence[str]) -> Iterator[Transcript]:
     """All samples of an evaluation, or of a part of it."""
     returns = drawn.returns.tolist()
     for i, completion in enumerate(drawn.completions):
