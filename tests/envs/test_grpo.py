@@ -642,7 +642,7 @@ class TestAnEstimatorOfOnesOwn:
         path = agent.learn(100).save(tmp_path / "agent")
         loaded = GRPO.load(path)
         loaded.predict(np.zeros(4, np.float32))
-        with pytest.raises(UsageError, match="pass advantage_function=... to load"):
+        with pytest.raises(UsageError, match="pass advantage_function="):
             loaded.learn(100)
         GRPO.load(path, advantage_function=objective.leave_one_out).learn(100)
 
@@ -674,7 +674,7 @@ class TestALossOfOnesOwn:
         path = agent.learn(100).save(tmp_path / "agent")
         loaded = GRPO.load(path)
         loaded.predict(np.zeros(4, np.float32))
-        with pytest.raises(UsageError, match="pass surrogate_function=... to load"):
+        with pytest.raises(UsageError, match="pass surrogate_function="):
             loaded.learn(100)
         GRPO.load(path, surrogate_function=objective.clipped).learn(100)
 
