@@ -1,6 +1,8 @@
 """Triton kernels for a Llama-shaped layer on a GPU, apart from its matrix products.
 
-There are kernels for norms, rotary positions, attention of a decode step, gates and the softmax over the vocabulary.
+There are kernels for norms, rotary positions and gates. This module also exports the kernels for attention of a decode
+step and for the softmax over the vocabulary.
+
 The functions with ``@triton.jit`` are written in Triton's language. Triton compiles them for the GPU at their first
 call.
 
@@ -17,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_KEYS = 64
-"""The number of keys that attention processes at once."""
+from grouprl.lm.kernels.triton_attention import attend as attend
+from grouprl.lm.kernels.triton_softmax import softmax as softmax
+
 _PROGRAMS = 1024
 """The most partial sums for the gradient of a norm's weight."""
 
@@ -272,82 +275,6 @@ def _turn_gradient(
     tl.store(to + half, tl.where(of_v, b, second).to(out.dtype.element_ty), mask=inside)
 
 
-def attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, own: Tensor, prompt: Tensor, length: Tensor, at: Tensor, scale: float,
-    window: int | None, heads: tuple[int, int, int],
-) -> Tensor:  # fmt: skip
-    """Compute the attention of a decode step. The newest token of each row sees its prompt and all tokens of its row.
-
-    Args:
-        qkv: ``[B, (H + 2 K) D]``, as :func:`turn_and_keep` leaves it.
-        keys: ``[P K, T, D]``, the keys of the prompts.
-        values: ``[P K, T, D]``, the values of the prompts.
-        own: ``[2, >= B, K, C, D]``, the keys and values of each row's own tokens.
-        prompt: ``[B]``, the index of each row's prompt.
-        length: ``[B]``, the number of tokens of each row's prompt.
-        at: ``[1]``, the place of the newest token in the axis of size C.
-        scale: the factor of the scores.
-        window: the number of tokens that a token sees, itself included, or None.
-        heads: the numbers (H, K, D).
-
-    Returns:
-        The attended values ``[B, H D]``.
-    """
-    h, k, d = heads
-    out = torch.empty(len(qkv), h * d, dtype=qkv.dtype, device=qkv.device)
-    group = max(16, triton.next_power_of_2(h // k))
-    _attend[(len(qkv), k)](
-        qkv, out, keys, values, own, prompt, length, at, own.stride(0), keys.shape[1], own.shape[3], scale,
-        window or 0, h, k, d, group, max(16, triton.next_power_of_2(d)), _KEYS, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _seen(
-    q, total, best, out, keys, values, begin, count, far, scale, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr
-):
-    """Continue a running softmax with ``count`` keys from ``begin`` on. Keys before ``far`` are hidden."""
-    d, j = tl.arange(0, BD), tl.arange(0, N)
-    for start in range(0, count, N):
-        seen = (start + j < count) & (start + j >= far)
-        place = (begin + start + j)[:, None] * D + d[None, :]
-        inside = seen[:, None] & (d < D)[None, :]
-        k = tl.load(keys + place, mask=inside, other=0.0)
-        s = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, -1e30)
-        now = tl.maximum(best, tl.max(s, 1))
-        p = tl.where(seen[None, :], tl.exp(s - now[:, None]), 0.0)
-        before = tl.exp(best - now)
-        v = tl.load(values + place, mask=inside, other=0.0)
-        total = total * before + tl.sum(p, 1)
-        out = out * before[:, None] + tl.dot(p.to(v.dtype), v)
-        best = now
-    return total, best, out
-
-
-@triton.jit
-def _attend(
-    qkv, out, keys, values, own, prompt, length, at, to_values, longest, room, scale, window,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    row, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, d = tl.arange(0, G), tl.arange(0, BD)
-    inside = (i < H // K)[:, None] & (d < D)[None, :]
-    place = (k_head * (H // K) + i)[:, None] * D + d[None, :]
-    q = tl.load(qkv + row * (H + 2 * K) * D + place, mask=inside, other=0.0)
-    n, t = tl.load(length + row), tl.load(at)
-    far = tl.where(window > 0, n + t - window + 1, 0)
-    total, best = tl.zeros([G], tl.float32), tl.full([G], -1e30, tl.float32)
-    attended = tl.zeros([G, BD], tl.float32)
-    of_prompt = (tl.load(prompt + row) * K + k_head) * longest
-    total, best, attended = _seen(q, total, best, attended, keys, values, of_prompt, n, far, scale, D, BD, N)
-    of_row = (row * K + k_head) * room
-    total, best, attended = _seen(
-        q, total, best, attended, own, own + to_values, of_row, t + 1, far - n, scale, D, BD, N
-    )
-    tl.store(out + row * H * D + place, (attended / total[:, None]).to(out.dtype.element_ty), mask=inside)
-
-
 def gate(gate_up: Tensor) -> Tensor:
     """Compute silu(gate) * up ``[B, I]``. The columns of ``gate_up [B, 2 I]`` are the gate first and up next."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
@@ -396,55 +323,3 @@ def _gate_gradient(gate_up, dm, gradient, out, width, BLOCK: tl.constexpr):
     tl.store(gradient + row * 2 * width + at, of_gate.to(gradient.dtype.element_ty), mask=inside)
     tl.store(gradient + row * 2 * width + width + at, (d * s).to(gradient.dtype.element_ty), mask=inside)
     tl.store(out + row * width + at, (s * up).to(out.dtype.element_ty), mask=inside)
-
-
-def softmax(z: Tensor, targets: Tensor, temperature: float, *, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the softmax over the vocabulary, as :func:`grouprl.lm.kernels.head.softmax` computes it on a CPU.
-
-    Args:
-        z: ``[m, V]`` logits. With ``learning``, the probabilities overwrite them, with 0 for the targets.
-        targets: ``[m]`` int64 token ids.
-        temperature: a positive number that divides the logits.
-        learning: whether to write the probabilities.
-
-    Returns:
-        Log-probabilities of the targets in nats, entropies in nats, and the total probability of all other tokens. Each
-        is ``[m]`` float32.
-    """
-    rows, width = z.shape
-    terms = torch.empty(3, rows, dtype=torch.float32, device=z.device)
-    _softmax[(rows,)](z, targets, terms, rows, width, 1.0 / temperature, learning, 4096, num_warps=8)
-    return terms[0], terms[1], terms[2]
-
-
-@triton.jit
-def _softmax(z, targets, terms, rows, width, sharpness, LEARNING: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    here = z + row.to(tl.int64) * width
-    target = tl.load(targets + row)
-    i = tl.arange(0, BLOCK)
-    best = tl.max(tl.full([BLOCK], -float("inf"), tl.float32), 0)
-    total = tl.sum(tl.zeros([BLOCK], tl.float32), 0)
-    others, moment = total, total  # others: sum of exp without the target. moment: sum of exp * (x - best).
-    at_target = total
-    for start in range(0, width, BLOCK):
-        at = start + i
-        x = tl.load(here + at, mask=at < width, other=-float("inf")).to(tl.float32) * sharpness
-        now = tl.maximum(best, tl.max(x, 0))
-        e = tl.where(at < width, tl.exp(x - now), 0.0)
-        distance = tl.where(e > 0.0, x - now, 0.0)
-        before = tl.where(total > 0.0, tl.exp(best - now), 0.0)
-        moment = tl.where(total > 0.0, before * (moment + total * (best - now)), 0.0) + tl.sum(e * distance, 0)
-        at_target += tl.sum(tl.where(at == target, x, 0.0), 0)
-        others = others * before + tl.sum(tl.where(at == target, 0.0, e), 0)
-        total = total * before + tl.sum(e, 0)
-        best = now
-    tl.store(terms + row, at_target - best - tl.log(total))
-    tl.store(terms + rows + row, tl.log(total) - moment / total)
-    tl.store(terms + 2 * rows + row, others / total)
-    if LEARNING:
-        for start in range(0, width, BLOCK):
-            at = start + i
-            x = tl.load(here + at, mask=at < width, other=0.0).to(tl.float32) * sharpness
-            p = tl.where(at == target, 0.0, tl.exp(x - best) / total)
-            tl.store(here + at, p.to(z.dtype.element_ty), mask=at < width)
