@@ -32,10 +32,11 @@ from grouprl.lm.kernels.attention import attend
 from grouprl.lm.kernels.gradient import weight_gradient
 from grouprl.lm.kernels.linear import Linear
 from grouprl.lm.llama.trial import find_layers
-from grouprl.lm.packed.attention import AttentionSpec, PackedAttention, _Packed
+from grouprl.lm.packed.attention import AttentionSpec, PackedAttention
 from grouprl.lm.packed.backbone import find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.packed.rectangles import RectangleAttention
 from grouprl.lm.policy.log_probs import LogProbs
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.sampler import Sampler
@@ -68,7 +69,7 @@ def test_attention_and_its_gradient_are_those_of_torch(
     how = AttentionSpec(d**-0.5, window, None)
 
     def by_torch(dtype: torch.dtype) -> list[Tensor]:
-        return differentiated(lambda *x: _Packed.apply(*x, pack, how, dtype), q, k, v, gradient)
+        return differentiated(lambda *x: RectangleAttention.apply(*x, pack, how, dtype), q, k, v, gradient)
 
     def by_us(dtype: torch.dtype) -> list[Tensor]:
         return differentiated(lambda *x: attend(*x, pack.stretches, how.scale, window, dtype), q, k, v, gradient)

@@ -10,9 +10,10 @@ from architectures import MIXED, random_groups
 from stand_in import stand_in
 
 from grouprl.lm.packed import flash
-from grouprl.lm.packed.attention import AttentionSpec, _Packed
+from grouprl.lm.packed.attention import AttentionSpec
 from grouprl.lm.packed.flash import Flash, Layout
 from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.packed.rectangles import RectangleAttention
 
 SCALE = 0.4
 
@@ -39,7 +40,7 @@ def test_the_parts_make_the_whole_forwards_and_backwards(
     gradient = torch.randn(given[0].shape, generator=generator, dtype=torch.float64)
     found = []
     for way, more in (
-        (_Packed, (pack, AttentionSpec(SCALE, None, None), torch.float64)),
+        (RectangleAttention, (pack, AttentionSpec(SCALE, None, None), torch.float64)),
         (Flash, (Layout.of(pack), SCALE)),
     ):
         inputs = [x.clone().requires_grad_() for x in given]

@@ -1,1 +1,1 @@
-"""Fast functions of tensors, in C for CPUs and in Triton for GPUs. They know no model."""
+"""Fast functions of tensors, in C for CPUs and in Triton for GPUs. They know nothing about models."""

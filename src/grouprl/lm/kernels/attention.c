@@ -1,9 +1,9 @@
-/* Attention over packed groups, and its gradient: see grouprl/lm/packed/attention.py for what it computes.
+/* Attention over packed groups, and its gradient. grouprl/lm/packed/rectangles.py computes the same in torch.
 
-   A group is a prompt and its completions, each a stretch of the row. A token sees its prompt and what came before it
-   in its own stretch. Work is divided by group and key head; within one, the keys of the prompt lie in places 0..,
-   those of the completion at hand in places `start`.. of the same panels. The query heads of a key head are rows of one
-   product: row i * g + j is head j of token i of a chunk. Scores are computed again for the gradient. */
+   A group is a prompt and its completions. Each of them is a stretch of the row. A token sees its prompt, and the
+   tokens of its stretch up to itself. Threads divide the work by group and key head. In the panels of keys, the prompt
+   starts at place 0 and the current completion starts at place `start`. The query heads of a key head are rows of one
+   product: row i * g + j is head j of token i of a chunk. The gradient computes the scores again. */
 #include "panels.h"
 
 #include <math.h>

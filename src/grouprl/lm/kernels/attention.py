@@ -1,4 +1,4 @@
-"""Compiled attention over packed groups on a CPU, and its gradient: what :class:`PackedAttention` does in torch."""
+"""Compiled attention over packed groups on a CPU, and its gradient."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ _W = 16
 
 
 class Stretches(NamedTuple):
-    """Where the tokens of packed groups lie in a row; each int32, on the CPU.
+    """The ranges ("stretches") of the prompts and completions in a packed row. All tensors are int32 on the CPU.
+
+    The T stretches are in the order of the groups. The first stretch of a group is its prompt, the others are its
+    completions.
 
     Attributes:
-        starts, counts: ``[T]`` first token and number of tokens of each stretch: of a group first its prompt, then its
-            completions.
-        groups: ``[P + 1]`` where each group's stretches begin.
+        starts: ``[T]``, the index of the first token of each stretch in the row.
+        counts: ``[T]``, the number of tokens of each stretch.
+        groups: ``[P + 1]``, the index of each group's first stretch, and T at the end.
     """
 
     starts: Tensor
@@ -37,7 +40,15 @@ class _Attention(Structure):
 
 
 def can_attend(q: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
-    """Whether :func:`attend` can do it: on a CPU, without a soft cap, heads of a multiple of 16."""
+    """Whether :func:`attend` supports these settings.
+
+    It needs tensors on a CPU, float32 or bfloat16 products, a head size that is a multiple of 16, and no soft cap.
+
+    Args:
+        q: ``[S, H, D]``.
+        dtype: the dtype of matrix products.
+        softcap: the soft cap of the scores, or None.
+    """
     return (
         q.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and softcap is None and not q.shape[2] % _W
     )
@@ -46,9 +57,22 @@ def can_attend(q: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, scale: float, window: int | None, dtype: torch.dtype
 ) -> Tensor:
-    """``q [S, H, D]``, ``k, v [S, K, D]`` -> ``[S, H, D]`` float32; products in ``dtype``, softmax in float32.
+    """Compute attention over packed groups. The result is differentiable.
 
-    Raises UnavailableError where there is no compiled code.
+    Args:
+        q: ``[S, H, D]`` queries.
+        k: ``[S, K, D]`` keys.
+        v: ``[S, K, D]`` values.
+        stretches: the ranges of the prompts and completions in the row.
+        scale: the factor of the scores.
+        window: the number of tokens that a token sees, itself included, or None.
+        dtype: the dtype of matrix products. The softmax runs in float32.
+
+    Returns:
+        The attended values ``[S, H, D]`` float32.
+
+    Raises:
+        UnavailableError: there is no compiled code.
     """
     out: Tensor = _Attend.apply(q, k, v, stretches, scale, window, dtype)  # type: ignore[no-untyped-call]
     return out
@@ -76,22 +100,37 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        made = {
+        gradients = {
             name: torch.empty(x.shape, dtype=torch.float32)
             for name, x in zip(("dq", "dk", "dv"), (q, k, v), strict=True)
         }
-        attention(q, k, v, ctx.stretches, ctx.scale, ctx.window, made, gradient.to(q.dtype).contiguous())
-        return *(x.to(dtype) for x, dtype in zip(made.values(), ctx.dtypes, strict=True)), None, None, None, None
+        attention(q, k, v, ctx.stretches, ctx.scale, ctx.window, gradients, gradient.to(q.dtype).contiguous())
+        return *(x.to(dtype) for x, dtype in zip(gradients.values(), ctx.dtypes, strict=True)), None, None, None, None
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, stretches: Stretches, scale: float, window: int | None, outputs: dict[str, Tensor],
     gradient: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Attention from ``q [S, H, D]``, ``k, v [S, K, D]`` into ``outputs``: ``out [S, H, D]``, float32 or as q; or, with
-    the ``gradient [S, H, D]`` of that, ``dq, dk, dv`` in float32.
+    """Compute attention over packed groups, or its gradient, into existing tensors.
 
-    Heads are contiguous; tokens may lie apart, the same in q and dq, and in k, v, dk and dv.
+    The heads of a token must be contiguous. Tokens may have any stride, but q and dq must have the same one, and k, v,
+    dk and dv must have the same one.
+
+    Args:
+        q: ``[S, H, D]`` queries, float32 or bfloat16.
+        k: ``[S, K, D]`` keys, of the dtype of q.
+        v: ``[S, K, D]`` values, of the dtype of q.
+        stretches: the ranges of the prompts and completions in the row.
+        scale: the factor of the scores.
+        window: the number of tokens that a token sees, itself included, or None.
+        outputs: the tensors to write, by name. Without ``gradient`` it is ``out [S, H, D]``, float32 or of the dtype of
+            q. With ``gradient`` they are ``dq [S, H, D]``, ``dk [S, K, D]`` and ``dv [S, K, D]`` in float32.
+        gradient: ``[S, H, D]``, the gradient of the attended values, of the dtype of q, or None.
+
+    Raises:
+        UnavailableError: there is no compiled code.
+        MemoryError: there is not enough memory.
     """
     starts, counts, groups = stretches
     low = q.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The compiled functions of the language-model arena."""
+"""The compiled C functions for language models."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ kernels = Kernels(
     Path(__file__).resolve().parent,
     ("decode.c", "linear.c", "attention.c", "gradient.c", "head.c", "layer.c"),
     ("products.h", "linear.h", "panels.h"),
-    (("-fopenmp",), ("-fopenmp", "-mno-amx-tile")),  # the matrix unit has to be granted by the system
+    (("-fopenmp",), ("-fopenmp", "-mno-amx-tile")),  # without AMX tiles if the system refuses them
     lambda loaded: loaded.grouprl_start() == 0,
 )
 
 
 def functions() -> ctypes.CDLL:
-    """The compiled functions; raises UnavailableError where there are none."""
+    """Return the compiled functions. Raises UnavailableError if there are none on this machine."""
     return kernels.functions()
 
 
 def available() -> bool:
-    """Whether :func:`functions` gives one."""
+    """Whether there are compiled functions on this machine."""
     return kernels.available

@@ -1,8 +1,10 @@
-/* One token of each row through a Llama-shaped model: norm, attention with rotary positions, norm, gated MLP.
+/* A decode step of a Llama-shaped model for one token of each row: norm, attention with rotary positions, norm, gated
+   MLP.
 
-   A step reads every weight once for a handful of rows, so it should cost what reading the weights costs. All of it is
-   one parallel region; threads meet at barriers. Keys of every 16 tokens lie transposed, [D][16], so that scores are
-   sums of vectors; values lie as [token][D]. The rows of one prompt read its keys and values together. */
+   A step reads every weight once for a few rows, so the time to read the weights should determine its cost. The whole
+   step is one parallel region, and threads meet at barriers. Keys are transposed in blocks of 16 tokens, [D][16], so
+   that scores are sums of vectors. Values are stored as [token][D]. The rows of a prompt read its keys and values
+   together. */
 #include "linear.h"
 #include "panels.h"
 

@@ -1,10 +1,10 @@
-/* The gradient of a weight, g^T x summed over many tokens, added in float32 to where the gradient stands. */
+/* The gradient of a weight, g^T x over many tokens. It adds the float32 sums to the gradient in place. */
 #include "products.h"
 
 #include <omp.h>
 #include <stdlib.h>
 
-enum { DEPTH = 320, TALL = 32 }; /* tokens and outputs worked on at once */
+enum { DEPTH = 320, TALL = 32 }; /* the numbers of tokens and of outputs of a tile */
 
 static int up32(int n) { return (n + 31) / 32 * 32; }
 

@@ -1,12 +1,12 @@
-/* The softmax over the vocabulary, and what the log-probability of one token and its gradient need of it. */
+/* The softmax over the vocabulary. It computes the log-probability of a token, the entropy and the probabilities. */
 #include <vector.h>
 
 #include <math.h>
 #include <omp.h>
 
-enum { BLOCK = 32 * W }; /* terms summed before the sum is added to others: float32 would lose too much otherwise */
+enum { BLOCK = 32 * W }; /* terms of a partial sum: one float32 sum over all terms would be too inexact */
 
-/* z[at..at + n], n up to W, with numbers that count for nothing behind. */
+/* z[at..at + n] for n up to W. The rest of the vector is -1e30, so that it adds nothing to a softmax. */
 INLINE vec some(int low, const void *z, size_t at, int n) {
     if (n >= W) return get(low, z, at);
     float x[W];

@@ -1,4 +1,4 @@
-"""The language-model head by compiled code: logits, the softmax over them, and the gradient through both."""
+"""The language-model head with compiled code: logits, softmax, and the gradient of the hidden states."""
 
 from __future__ import annotations
 
@@ -11,18 +11,29 @@ from grouprl.lm.kernels.compile import available, functions
 from grouprl.lm.kernels.linear import BLOCK, Linear, preferred
 
 _SLAB = 4096
-"""Tokens of the vocabulary whose weights are laid out at once: few enough to stay in the processor's cache."""
+"""The number of vocabulary entries whose weights are laid out at once. They stay in the processor's cache."""
 
 
 def can_do_softmax(z: Tensor) -> bool:
-    """Whether :func:`softmax` can do it."""
+    """Whether :func:`softmax` supports the logits ``z``: float32 or bfloat16 on a CPU with compiled code."""
     return z.device.type == "cpu" and z.dtype in (torch.float32, torch.bfloat16) and available()
 
 
 def softmax(z: Tensor, targets: Tensor, temperature: float, *, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits ``z [m, V]``: log-probability of ``targets [m]``, entropy, probability of all others; ``[m]`` float32.
+    """Compute the softmax over the vocabulary of logits / temperature.
 
-    With ``learning``, ``z`` becomes the probabilities, that of the target 0.
+    Args:
+        z: ``[m, V]`` logits. With ``learning``, the probabilities overwrite them, with 0 for the targets.
+        targets: ``[m]`` int64 token ids.
+        temperature: a positive number that divides the logits.
+        learning: whether to write the probabilities.
+
+    Returns:
+        Log-probabilities of the targets in nats, entropies in nats, and the total probability of all other tokens. Each
+        is ``[m]`` float32.
+
+    Raises:
+        UnavailableError: there is no compiled code.
     """
     out = [torch.empty(len(z), dtype=torch.float32) for _ in range(3)]
     z, targets = z.contiguous(), targets.contiguous()
@@ -34,13 +45,27 @@ def softmax(z: Tensor, targets: Tensor, temperature: float, *, learning: bool) -
 
 
 def can_do_logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether :func:`logits` and :func:`logits_gradient` are there for these, and better than torch's products."""
+    """Whether :func:`logits` and :func:`logits_gradient` support these tensors and are faster than torch.
+
+    Args:
+        h: ``[m, d]``, must be bfloat16 on a CPU.
+        weight: ``[V, d]`` on a CPU. Both sizes must be multiples of 32.
+        bias: must be None.
+    """
     fits = h.dtype == torch.bfloat16 and not any(n % (2 * BLOCK) for n in weight.shape)
     return fits and bias is None and h.device.type == weight.device.type == "cpu" and preferred()
 
 
 def logits(h: Tensor, weight: Tensor) -> Tensor:
-    """``h weight^T``, ``[m, V]`` bfloat16, for ``h [m, d]`` bfloat16 and ``weight [V, d]``, rounded on the way."""
+    """Compute the logits ``h weight^T``.
+
+    Args:
+        h: ``[m, d]`` bfloat16.
+        weight: ``[V, d]``. The function rounds it to bfloat16.
+
+    Returns:
+        Logits ``[m, V]`` bfloat16.
+    """
     z = h.new_empty(len(h), len(weight))
     for part, to in zip(torch.split(weight, _SLAB), torch.split(z, _SLAB, 1), strict=True):
         Linear([part], low=True).into(to, h)
@@ -48,8 +73,16 @@ def logits(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def logits_gradient(g: Tensor, weight: Tensor) -> Tensor:
-    """``g weight``, ``[m, d]`` float32: the gradient of ``h`` from that of :func:`logits`."""
+    """Compute ``g weight``, the gradient of ``h`` in :func:`logits`.
+
+    Args:
+        g: ``[m, V]`` bfloat16, the gradient of the logits.
+        weight: ``[V, d]``. The function rounds it to bfloat16.
+
+    Returns:
+        The gradient ``[m, d]`` float32.
+    """
     dh = torch.zeros(len(g), weight.shape[1], dtype=torch.float32)
-    for part, of in zip(torch.split(weight, _SLAB), torch.split(g, _SLAB, 1), strict=True):
-        Linear.backwards([part]).into(dh, of, add=True)
+    for part, of_part in zip(torch.split(weight, _SLAB), torch.split(g, _SLAB, 1), strict=True):
+        Linear.backwards([part]).into(dh, of_part, add=True)
     return dh

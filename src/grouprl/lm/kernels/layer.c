@@ -1,11 +1,12 @@
-/* What lies between the products of a Llama-shaped layer, token by token, and its gradient: norms, rotary positions,
-   gates. Activations are bfloat16 (low) or float32; the residual stream and all arithmetic are float32. */
+/* The parts of a Llama-shaped layer that treat each token by itself, apart from matrix products, and their gradients:
+   norms, rotary positions and gates. Activations are bfloat16 if low, else float32. The residual stream and all
+   arithmetic are float32. */
 #include "products.h"
 
 #include <omp.h>
 #include <stdlib.h>
 
-/* h [n][width] = x / rms(x) * weight, for x = x + y if there is a y; then also `to` = x + y. */
+/* h [n][width] = x / rms(x) * weight. If there is a y, the function first computes `to` = x + y and uses it as x. */
 void grouprl_norm(
     int low, int n, int width, const float *x, const void *y, const float *weight, float eps, float *to, void *h
 ) {
@@ -22,8 +23,8 @@ void grouprl_norm(
     }
 }
 
-/* From the gradient dh of h: added to g, the gradient of x; the sum also as activations g_low; h again; and added to
-   dweight. 0, or 1 if there is no memory. */
+/* Computes the gradient of the norm from the gradient dh of h. It adds the gradient of x to g, copies g to g_low,
+   computes h again and adds the gradient of the weight to dweight. Returns 0, or 1 if there is not enough memory. */
 int grouprl_norm_gradient(
     int low, int n, int width, const float *x, const float *weight, float eps, const void *dh, float *g, void *g_low,
     void *h, float *dweight
@@ -52,13 +53,13 @@ int grouprl_norm_gradient(
             }
         }
     }
-    for (int t = 0; t < threads; t++) /* in this order, or a run could not be repeated */
+    for (int t = 0; t < threads; t++) /* in a fixed order, so that runs can be repeated exactly */
         for (int i = 0; i < width; i++) dweight[i] += sums[(size_t)t * width + i];
     free(sums);
     return 0;
 }
 
-/* Queries, keys and values of a token lie side by side: [heads + 2 k_heads][d]. Norms are [d] or NULL. */
+/* The queries, keys and values of a token are contiguous: [heads + 2 k_heads][d]. Norms are [d] or NULL. */
 typedef struct {
     int32_t tokens, heads, k_heads, d, low;
     float eps;
@@ -66,7 +67,7 @@ typedef struct {
     float *dq_norm, *dk_norm;
 } Rotary;
 
-/* `to` = qkv with queries and keys normed (if there are norms) and turned by their positions. */
+/* `to` = qkv, with norms (if there are any) and rotary positions applied to queries and keys. */
 void grouprl_rotate(const Rotary *a, const void *qkv, void *to) {
     int all_heads = a->heads + 2 * a->k_heads, d = a->d, half = d / 2, low = a->low;
 #pragma omp parallel for schedule(static)
@@ -90,8 +91,8 @@ void grouprl_rotate(const Rotary *a, const void *qkv, void *to) {
         }
 }
 
-/* From the gradient g (float32) of what grouprl_rotate gives: that of qkv, and added to dq_norm and dk_norm.
-   0, or 1 if there is no memory. */
+/* Computes the gradient `to` of qkv from the gradient g (float32) of the result of grouprl_rotate. It adds the
+   gradients of the norms' weights to dq_norm and dk_norm. Returns 0, or 1 if there is not enough memory. */
 int grouprl_rotate_gradient(const Rotary *a, const void *qkv, const float *g, void *to) {
     int all_heads = a->heads + 2 * a->k_heads, d = a->d, half = d / 2, low = a->low, threads = omp_get_max_threads();
     float *sums = calloc((size_t)threads * 2 * d, sizeof(float));
@@ -138,7 +139,7 @@ int grouprl_rotate_gradient(const Rotary *a, const void *qkv, const float *g, vo
     return 0;
 }
 
-/* m [n][inner] = silu(gate) * up; gate and up of a token lie side by side. */
+/* m [n][inner] = silu(gate) * up. The gate and up of a token are contiguous. */
 void grouprl_gate(int low, int n, int inner, const void *gate_up, void *m) {
 #pragma omp parallel for schedule(static)
     for (int r = 0; r < n; r++)
@@ -149,7 +150,7 @@ void grouprl_gate(int low, int n, int inner, const void *gate_up, void *m) {
         }
 }
 
-/* From the gradient dm of m: that of gate and up; and m again. */
+/* Computes the gradient of gate and up from the gradient dm of m, and computes m again. */
 void grouprl_gate_gradient(int low, int n, int inner, const void *gate_up, const void *dm, void *to, void *m) {
 #pragma omp parallel for schedule(static)
     for (int r = 0; r < n; r++)

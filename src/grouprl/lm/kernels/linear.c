@@ -1,4 +1,4 @@
-/* Weights laid out, and products of many rows with them. */
+/* Lays out weights, and multiplies many rows by them. */
 #include "linear.h"
 
 #include <omp.h>
@@ -11,7 +11,7 @@ void grouprl_pack_turned(const void *w, int is_bf16, int n, int columns, int at,
     pack_turned(w, is_bf16, n, columns, at, places, packed);
 }
 
-/* Whether bfloat16 products run in vectors made for them, and not in a matrix unit. */
+/* Whether bfloat16 products use the bfloat16 vector instructions of the processor, and not its matrix unit. */
 int grouprl_vectors(void) {
 #if defined(__AVX512BF16__) && !defined(GROUPRL_TILES)
     return 1;

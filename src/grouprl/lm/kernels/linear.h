@@ -1,4 +1,4 @@
-/* Products of a few rows with a large weight, [rows, k] x [out, k]^T, limited by how fast the weight can be read. */
+/* Products of a few rows with a large weight, [rows, k] x [out, k]^T. The time to read the weight limits them. */
 #ifndef GROUPRL_LINEAR_H
 #define GROUPRL_LINEAR_H
 
@@ -14,7 +14,7 @@ typedef struct {
     int32_t k, out;
 } Linear;
 
-/* What becomes of c [n][32], rows `row` and on, outputs `column` and on. */
+/* Receives the results c [n][32] of the rows from `row` on and the outputs from `column` on. */
 typedef void (*Use)(void *context, int row, int n, int column, const float *c);
 
 /* The part of a product that thread `me` of `threads` does; its results go to `use`, 32 outputs at a time.

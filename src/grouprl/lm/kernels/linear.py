@@ -1,4 +1,4 @@
-"""Linear layers laid out for compiled products, rounded on the way."""
+"""Linear layers whose weights are laid out for compiled products and rounded to the dtype of products."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from torch import Tensor
 from grouprl.lm.kernels.compile import available, functions
 
 BLOCK = 16
-"""Outputs of a block of a weight."""
+"""The number of outputs in a block of a weight."""
 _STORE, _ADD, _GATE = range(3)
 
 
 class LinearStruct(Structure):
-    """What compiled code takes; its addresses are those of a :class:`Linear`, which must stay."""
+    """The argument of compiled code. It points into the tensors of a :class:`Linear`, which must stay alive."""
 
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("k", c_int32), ("out", c_int32)]
 
 
 class Linear:
-    """Weights ``[out, k]`` above one another, laid out; as they are now.
+    """A linear layer with one or several weights, stacked along their outputs.
+
+    The constructor copies the weights, so later changes of the weights have no effect.
 
     Args:
-        weights: k is a multiple of 32.
-        biases: one for each weight or None, all None if there are none.
-        low: products run in bfloat16, otherwise in float32.
-        turns: the weights, equally large, take turns: a block of each.
+        weights: tensors ``[out_i, k]``. k must be a multiple of 32. ``out`` is the sum of all out_i.
+        biases: for each weight its bias ``[out_i]`` or None. An empty sequence means no biases.
+        low: whether products run in bfloat16. Otherwise they run in float32.
+        turns: whether the blocks of the weights alternate: the first block of each weight, then the second of each, and
+            so on. The weights must have the same size then.
+
+    Raises:
+        UnavailableError: there is no compiled code.
     """
 
     def __init__(
@@ -46,22 +52,29 @@ class Linear:
             first += count
         bias = None
         if any(b is not None for b in biases):
-            found = zip(biases, outs, strict=True)
-            bias = torch.cat([torch.zeros(out) if b is None else b.detach().float() for b, out in found])
+            pairs = zip(biases, outs, strict=True)
+            bias = torch.cat([torch.zeros(out) if b is None else b.detach().float() for b, out in pairs])
         self._set(packed, bias, k, sum(outs))
 
     @classmethod
     def backwards(cls, weights: Sequence[Tensor]) -> Linear:
-        """From the gradient of the outputs to that of the inputs, in bfloat16; outputs are a multiple of 32 in all."""
+        """Build the layer that maps the gradient of the outputs to the gradient of the inputs, in bfloat16.
+
+        Args:
+            weights: tensors ``[out_i, k]``. The sum of all out_i must be a multiple of 32.
+
+        Raises:
+            UnavailableError: there is no compiled code.
+        """
         outs, k = [len(w) for w in weights], weights[0].shape[1]
         packed, at = cls._room(sum(outs) * k, low=True), 0
         for w, out in zip(weights, outs, strict=True):
             w = _readable(w)
             functions().grouprl_pack_turned(_at(w), _is_low(w), out, k, at, sum(outs), _at(packed))
             at += out
-        made = cls.__new__(cls)
-        made._set(packed, None, sum(outs), k)
-        return made
+        linear = cls.__new__(cls)
+        linear._set(packed, None, sum(outs), k)
+        return linear
 
     @staticmethod
     def _room(n: int, low: bool) -> Tensor:
@@ -73,9 +86,18 @@ class Linear:
         self.struct = LinearStruct(packed.data_ptr(), None if bias is None else bias.data_ptr(), k, out)
 
     def __call__(self, x: Tensor, dtype: torch.dtype = torch.float32, *, gated: bool = False) -> Tensor:
-        """``x [..., k]`` times the weights: ``[..., out]`` in ``dtype``; bfloat16 needs a multiple of 16 outputs.
+        """Multiply ``x`` by the weights and add the biases.
 
-        With ``gated`` the weights are those of gate and up, in turns, and what comes back silu(gate) * up.
+        Args:
+            x: ``[..., k]``.
+            dtype: the dtype of the result. bfloat16 needs a multiple of 16 outputs.
+            gated: whether to return silu(gate) * up. The weights must be gate and up with alternating blocks then.
+
+        Returns:
+            ``[..., out]``, or ``[..., out / 2]`` if gated.
+
+        Raises:
+            MemoryError: there is not enough memory.
         """
         out = self.struct.out // 2 if gated else self.struct.out
         x = x.detach()
@@ -84,7 +106,16 @@ class Linear:
         return y
 
     def into(self, y: Tensor, x: Tensor, *, add: bool = False) -> None:
-        """Write ``x [m, k]`` times the weights to ``y [m, out]``, or ``add`` it to what float32 is there."""
+        """Multiply ``x`` by the weights, add the biases and write the result to ``y``.
+
+        Args:
+            y: ``[m, out]``, with contiguous rows.
+            x: ``[m, k]``.
+            add: whether to add the result to ``y``, which must be float32 then.
+
+        Raises:
+            MemoryError: there is not enough memory.
+        """
         assert y.shape == (len(x), self.struct.out)
         assert y.stride(1) == 1
         assert y.dtype == torch.float32 or not add
@@ -101,12 +132,15 @@ class Linear:
 
 
 def preferred() -> bool:
-    """Whether bfloat16 products of many rows are better done here than by torch: without a matrix unit they are."""
+    """Whether bfloat16 products of many rows are faster here than in torch.
+
+    They are on processors that have vector instructions for bfloat16 and no matrix unit.
+    """
     return available() and bool(functions().grouprl_vectors())
 
 
 def _readable(w: Tensor) -> Tensor:
-    """As compiled code reads it: float32 or bfloat16, row after row."""
+    """Convert a weight to a form that compiled code can read: contiguous float32 or bfloat16."""
     w = w.detach()
     return (w if w.dtype in (torch.float32, torch.bfloat16) else w.float()).contiguous()
 

@@ -1,4 +1,4 @@
-/* Keys and values of many tokens as second factors of products: panels of blocks, see products.h. */
+/* Panels: the keys or values of many tokens, packed in blocks as the second factor of a product (products.h). */
 #ifndef GROUPRL_PANELS_H
 #define GROUPRL_PANELS_H
 

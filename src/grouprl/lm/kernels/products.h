@@ -1,7 +1,7 @@
-/* The innermost product: up to 32 rows times 32 columns, by whatever unit of the processor is best at it.
+/* The innermost product: up to 32 rows times 32 columns, with the fastest unit of the processor.
 
-   The second factor lies packed in blocks of 16 columns. In float32 a block is [k][16]; in bfloat16 it is [k /
-   2][16][2], pairs along k, which is what the processor's bfloat16 instructions take. Sums are float32. */
+   The second factor is packed in blocks of 16 columns. In float32 a block is [k][16]. In bfloat16 a block is
+   [k / 2][16][2], with pairs along k, because the processor's bfloat16 instructions expect pairs. Sums are float32. */
 #ifndef GROUPRL_PRODUCTS_H
 #define GROUPRL_PRODUCTS_H
 

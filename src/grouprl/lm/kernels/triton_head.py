@@ -1,4 +1,4 @@
-"""Softmax and log-probability of the head on a GPU in one kernel."""
+"""The choice between Triton's softmax and torch's softmax for the language-model head on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ _log = logging.getLogger("grouprl")
 
 @cache
 def softmax_there(device: torch.device, dtype: torch.dtype, plain: Softmax) -> Softmax | None:
-    """The kernel, if it gives on ``device`` for logits of ``dtype`` what the ``plain`` function gives, else None."""
+    """Return Triton's softmax if it works on ``device`` and agrees with the torch function, else None.
+
+    The function compares both on a small tensor of random logits. It logs a warning if Triton's softmax fails or gives
+    other numbers.
+
+    Args:
+        device: the device of the logits.
+        dtype: the dtype of the logits.
+        plain: the softmax in torch operations.
+    """
     if device.type != "cuda" or util.find_spec("triton") is None:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -26,12 +35,12 @@ def softmax_there(device: torch.device, dtype: torch.dtype, plain: Softmax) -> S
     copies = z.clone(), z.clone()
     try:
         kernel: Softmax = import_module("grouprl.lm.kernels.triton_kernels").softmax
-        found = kernel(copies[0], targets, 0.8, learning=True)
-    except Exception as error:  # Triton has errors of its own, as many as ways to fail
+        by_kernel = kernel(copies[0], targets, 0.8, learning=True)
+    except Exception as error:  # Triton raises many types of errors
         _log.warning("learning is slower than it could be: Triton's kernels cannot be used: %s", error)
         return None
-    wanted = plain(copies[1], targets, 0.8, True)
-    exact = all(float((a - b).abs().max()) < 1e-4 for a, b in zip(found, wanted, strict=True))
+    by_torch = plain(copies[1], targets, 0.8, True)
+    exact = all(float((a - b).abs().max()) < 1e-4 for a, b in zip(by_kernel, by_torch, strict=True))
     close = float((copies[0].float() - copies[1].float()).norm()) < 0.01 * float(copies[1].float().norm())
     if exact and close:
         return kernel

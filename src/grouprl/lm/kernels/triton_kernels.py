@@ -1,7 +1,13 @@
-"""What lies between the products of a layer, a kernel each: norms, rotary positions, attention of a decode step, gates.
+"""Triton kernels for a Llama-shaped layer on a GPU, apart from its matrix products.
 
-Triton's language, not Python: a kernel is compiled for the GPU at its first call. Shapes: B tokens of H query and K key
-heads of size D; see :class:`grouprl.lm.sample.torch_decoder.DecodeAttention` for what is kept of keys and values.
+There are kernels for norms, rotary positions and gates. This module also exports the kernels for attention of a decode
+step and for the softmax over the vocabulary.
+
+The functions with ``@triton.jit`` are written in Triton's language. Triton compiles them for the GPU at their first
+call.
+
+Shapes use these letters: B tokens, H query heads and K key heads of size D.
+:class:`grouprl.lm.packed.decode_attention.DecodeAttention` describes how keys and values are stored.
 """
 
 # mypy: ignore-errors
@@ -13,19 +19,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_KEYS = 64
-"""Keys of a step of attention."""
+from grouprl.lm.kernels.triton_attention import attend as attend
+from grouprl.lm.kernels.triton_softmax import softmax as softmax
+
 _PROGRAMS = 1024
-"""Most partial sums of a weight's gradient."""
+"""The most partial sums for the gradient of a norm's weight."""
 
 
 def add_norm(
     x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, to: Tensor | None = None
 ) -> Tensor:
-    """``x + y`` where there is a ``y``, in the place of ``to`` or ``x``; RMSNorm of that * weight in ``dtype``.
+    """Add ``y`` to ``x`` and compute the RMSNorm of the sum, times ``weight``.
 
     Args:
-        x, to: ``[B, d]`` float32. y: ``[B, d]``. weight: ``[d]`` float32.
+        x: ``[B, d]`` float32.
+        y: ``[B, d]``, or None to compute the norm of ``x``.
+        weight: ``[d]`` float32.
+        eps: the epsilon of the norm.
+        dtype: the dtype of the result.
+        to: ``[B, d]`` float32, receives the sum. With None the sum overwrites ``x``. Without ``y`` nothing is written.
+
+    Returns:
+        The norm ``[B, d]`` in ``dtype``.
     """
     rows, width = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -51,20 +66,32 @@ def _add_norm(x, y, total, weight, out, width, eps, ADDING: tl.constexpr, BLOCK:
 def norm_gradient(
     x: Tensor, dh: Tensor, weight: Tensor, eps: float, g: Tensor, g_low: Tensor, learned: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Add to ``g`` what flows back through the norm of ``x``, write it to ``g_low`` too.
+    """Compute the gradient of an RMSNorm.
 
-    Returns the norm again, in the dtype of ``dh``, and the gradient of its weight if that is ``learned``.
+    Args:
+        x: ``[B, d]`` float32, the input of the norm.
+        dh: ``[B, d]``, the gradient of the result of the norm.
+        weight: ``[d]`` float32.
+        eps: the epsilon of the norm.
+        g: ``[B, d]`` float32. The function adds the gradient of ``x`` to it.
+        g_low: ``[B, d]``. The function writes the new ``g`` to it in its dtype.
+        learned: whether to compute the gradient of ``weight``.
+
+    Returns:
+        The norm ``[B, d]`` in the dtype of ``dh``, and the gradient of ``weight`` ``[d]`` float32 or None.
     """
     rows, width = x.shape
     out, programs = torch.empty_like(dh), min(rows, _PROGRAMS)
-    made = torch.empty(programs if learned else 1, width, dtype=torch.float32, device=x.device)
-    _norm_gradient[(programs,)](x, dh, weight, g, g_low, out, made, rows, width, eps, learned, **_block(width))
-    return out, made.sum(0) if learned else None
+    weight_gradient = torch.empty(programs if learned else 1, width, dtype=torch.float32, device=x.device)
+    _norm_gradient[(programs,)](
+        x, dh, weight, g, g_low, out, weight_gradient, rows, width, eps, learned, **_block(width)
+    )
+    return out, weight_gradient.sum(0) if learned else None
 
 
 @triton.jit
 def _norm_gradient(
-    x, dh, weight, g, g_low, out, made, rows, width, eps, LEARNED: tl.constexpr, BLOCK: tl.constexpr
+    x, dh, weight, g, g_low, out, weight_gradient, rows, width, eps, LEARNED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -84,7 +111,7 @@ def _norm_gradient(
         tl.store(out + place, (n * w).to(out.dtype.element_ty), mask=inside)
         of_weight += d * n
     if LEARNED:
-        tl.store(made + tl.program_id(0) * width + at, of_weight, mask=inside)
+        tl.store(weight_gradient + tl.program_id(0) * width + at, of_weight, mask=inside)
 
 
 def _block(width: int) -> dict[str, int]:
@@ -96,12 +123,19 @@ def turn_and_keep(
     qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, eps: float, own: Tensor, at: Tensor,
     heads: tuple[int, int, int],
 ) -> None:  # fmt: skip
-    """Norm queries and keys, where that is done, and turn them by position: queries in place, keys into the cache, and
-    values with them.
+    """Apply norms and rotary positions to queries and keys. Store the keys and values in the cache.
+
+    The new queries overwrite the old ones in ``qkv``.
 
     Args:
-        qkv: ``[B, (H + 2 K) D]``. cos, sin: ``[B, D]`` float32. norms: ``[2, D]`` float32, weights of queries and keys.
-        own: ``[2, >= B, K, C, D]``, the cache. at: ``[1]`` where in C. heads: H, K, D.
+        qkv: ``[B, (H + 2 K) D]``, the queries, keys and values of B tokens.
+        cos: ``[B, D]`` float32, the cosines of the rotary angles.
+        sin: ``[B, D]`` float32, the sines of the rotary angles.
+        norms: ``[2, D]`` float32, the weights of the query norm and the key norm, or None without norms.
+        eps: the epsilon of the norms.
+        own: ``[2, >= B, K, C, D]``, the cache of keys and values.
+        at: ``[1]``, the place of the tokens in the cache's axis of size C.
+        heads: the numbers (H, K, D).
     """
     h, k, d = heads
     _turn_and_keep[(len(qkv), h + 2 * k)](
@@ -112,7 +146,7 @@ def turn_and_keep(
 
 @triton.jit
 def _turned(first, second, cos, sin, norm, angle, i, eps, D: tl.constexpr, NORMED: tl.constexpr):
-    """The two halves of a head, normed and turned."""
+    """Apply the norm and the rotary position to the two halves of a head."""
     half = D // 2
     inside = i < half
     if NORMED:
@@ -153,8 +187,19 @@ def _turn_and_keep(
 def turn(
     qkv: Tensor, cos: Tensor, sin: Tensor, norms: Tensor | None, eps: float, heads: tuple[int, int, int]
 ) -> Tensor:
-    """Queries and keys ``[B, H + K, D]``, normed, where that is done, and turned; arguments as in
-    :func:`turn_and_keep`."""
+    """Apply norms and rotary positions to queries and keys.
+
+    Args:
+        qkv: ``[B, (H + 2 K) D]``, the queries, keys and values of B tokens. They do not change.
+        cos: ``[B, D]`` float32, the cosines of the rotary angles.
+        sin: ``[B, D]`` float32, the sines of the rotary angles.
+        norms: ``[2, D]`` float32, the weights of the query norm and the key norm, or None without norms.
+        eps: the epsilon of the norms.
+        heads: the numbers (H, K, D).
+
+    Returns:
+        The queries and keys ``[B, H + K, D]``.
+    """
     h, k, d = heads
     out = torch.empty(len(qkv), h + k, d, dtype=qkv.dtype, device=qkv.device)
     _turn[(len(qkv), h + k)](
@@ -182,12 +227,24 @@ def _turn(
 
 
 def turn_gradient(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int]) -> Tensor:
-    """The gradient ``[B, (H + 2 K) D]`` of what :func:`turn` took, where no norms are, from those of its parts."""
+    """Compute the gradient of ``qkv`` in :func:`turn` without norms.
+
+    Args:
+        dq: ``[B, H, D]``, the gradient of the queries after the rotary positions.
+        dk: ``[B, K, D]``, the gradient of the keys after the rotary positions.
+        dv: ``[B, K, D]``, the gradient of the values.
+        cos: ``[B, D]`` float32, the cosines of the rotary angles.
+        sin: ``[B, D]`` float32, the sines of the rotary angles.
+        heads: the numbers (H, K, D).
+
+    Returns:
+        The gradient ``[B, (H + 2 K) D]``.
+    """
     h, k, d = heads
     out = torch.empty(len(dq), (h + 2 * k) * d, dtype=dq.dtype, device=dq.device)
-    given = (x.contiguous() for x in (dq, dk, dv))
+    gradients = (x.contiguous() for x in (dq, dk, dv))
     _turn_gradient[(len(dq), h + 2 * k)](
-        *given, out, cos, sin, h, k, d, triton.next_power_of_2(d // 2), num_warps=1
+        *gradients, out, cos, sin, h, k, d, triton.next_power_of_2(d // 2), num_warps=1
     )  # fmt: skip
     return out
 
@@ -218,72 +275,8 @@ def _turn_gradient(
     tl.store(to + half, tl.where(of_v, b, second).to(out.dtype.element_ty), mask=inside)
 
 
-def attend(
-    qkv: Tensor, keys: Tensor, values: Tensor, own: Tensor, prompt: Tensor, length: Tensor, at: Tensor, scale: float,
-    window: int | None, heads: tuple[int, int, int],
-) -> Tensor:  # fmt: skip
-    """Attended values ``[B, H D]`` of the newest token of each row, which sees its prompt and its own past.
-
-    Args:
-        qkv: as :func:`turn_and_keep` leaves it. keys, values: ``[P K, T, D]`` of the prompts.
-        own: ``[2, >= B, K, C, D]``. prompt, length: ``[B]`` the prompt of each row and its length. at: ``[1]`` the
-            place of the newest token in C.
-    """
-    h, k, d = heads
-    out = torch.empty(len(qkv), h * d, dtype=qkv.dtype, device=qkv.device)
-    group = max(16, triton.next_power_of_2(h // k))
-    _attend[(len(qkv), k)](
-        qkv, out, keys, values, own, prompt, length, at, own.stride(0), keys.shape[1], own.shape[3], scale,
-        window or 0, h, k, d, group, max(16, triton.next_power_of_2(d)), _KEYS, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _seen(
-    q, total, best, out, keys, values, begin, count, far, scale, D: tl.constexpr, BD: tl.constexpr, N: tl.constexpr
-):
-    """Go on with a softmax over ``count`` keys at ``begin``, of which those before ``far`` are out of sight."""
-    d, j = tl.arange(0, BD), tl.arange(0, N)
-    for start in range(0, count, N):
-        seen = (start + j < count) & (start + j >= far)
-        place = (begin + start + j)[:, None] * D + d[None, :]
-        inside = seen[:, None] & (d < D)[None, :]
-        k = tl.load(keys + place, mask=inside, other=0.0)
-        s = tl.where(seen[None, :], tl.dot(q, tl.trans(k)) * scale, -1e30)
-        now = tl.maximum(best, tl.max(s, 1))
-        p = tl.where(seen[None, :], tl.exp(s - now[:, None]), 0.0)
-        before = tl.exp(best - now)
-        v = tl.load(values + place, mask=inside, other=0.0)
-        total = total * before + tl.sum(p, 1)
-        out = out * before[:, None] + tl.dot(p.to(v.dtype), v)
-        best = now
-    return total, best, out
-
-
-@triton.jit
-def _attend(
-    qkv, out, keys, values, own, prompt, length, at, to_values, longest, room, scale, window,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BD: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    row, k_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i, d = tl.arange(0, G), tl.arange(0, BD)
-    inside = (i < H // K)[:, None] & (d < D)[None, :]
-    place = (k_head * (H // K) + i)[:, None] * D + d[None, :]
-    q = tl.load(qkv + row * (H + 2 * K) * D + place, mask=inside, other=0.0)
-    n, t = tl.load(length + row), tl.load(at)
-    far = tl.where(window > 0, n + t - window + 1, 0)
-    total, best = tl.zeros([G], tl.float32), tl.full([G], -1e30, tl.float32)
-    found = tl.zeros([G, BD], tl.float32)
-    of_prompt = (tl.load(prompt + row) * K + k_head) * longest
-    total, best, found = _seen(q, total, best, found, keys, values, of_prompt, n, far, scale, D, BD, N)
-    of_row = (row * K + k_head) * room
-    total, best, found = _seen(q, total, best, found, own, own + to_values, of_row, t + 1, far - n, scale, D, BD, N)
-    tl.store(out + row * H * D + place, (found / total[:, None]).to(out.dtype.element_ty), mask=inside)
-
-
 def gate(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up ``[B, I]`` of ``gate_up [B, 2 I]``."""
+    """Compute silu(gate) * up ``[B, I]``. The columns of ``gate_up [B, 2 I]`` are the gate first and up next."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     _gate[(rows, triton.cdiv(width, 1024))](gate_up, out, width, 1024, num_warps=4)
@@ -301,15 +294,23 @@ def _gate(gate_up, out, width, BLOCK: tl.constexpr):
 
 
 def gate_gradient(gate_up: Tensor, dm: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of ``gate_up`` from that of :func:`gate`, and the gate again."""
+    """Compute the gradient of :func:`gate`.
+
+    Args:
+        gate_up: ``[B, 2 I]``, the input of :func:`gate`.
+        dm: ``[B, I]``, the gradient of its result.
+
+    Returns:
+        The gradient of ``gate_up`` ``[B, 2 I]``, and the result of :func:`gate` ``[B, I]``.
+    """
     rows, width = dm.shape
-    made, out = torch.empty_like(gate_up), torch.empty_like(dm)
-    _gate_gradient[(rows, triton.cdiv(width, 1024))](gate_up, dm, made, out, width, 1024, num_warps=4)
-    return made, out
+    gradient, out = torch.empty_like(gate_up), torch.empty_like(dm)
+    _gate_gradient[(rows, triton.cdiv(width, 1024))](gate_up, dm, gradient, out, width, 1024, num_warps=4)
+    return gradient, out
 
 
 @triton.jit
-def _gate_gradient(gate_up, dm, made, out, width, BLOCK: tl.constexpr):
+def _gate_gradient(gate_up, dm, gradient, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -319,51 +320,6 @@ def _gate_gradient(gate_up, dm, made, out, width, BLOCK: tl.constexpr):
     share = 1.0 / (1.0 + tl.exp(-g))
     s = g * share
     of_gate = d * up * share * (1.0 + g * (1.0 - share))
-    tl.store(made + row * 2 * width + at, of_gate.to(made.dtype.element_ty), mask=inside)
-    tl.store(made + row * 2 * width + width + at, (d * s).to(made.dtype.element_ty), mask=inside)
+    tl.store(gradient + row * 2 * width + at, of_gate.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(gradient + row * 2 * width + width + at, (d * s).to(gradient.dtype.element_ty), mask=inside)
     tl.store(out + row * width + at, (s * up).to(out.dtype.element_ty), mask=inside)
-
-
-def softmax(z: Tensor, targets: Tensor, temperature: float, *, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``_softmax`` of :mod:`grouprl.lm.packed.head` does. Returns for the logits ``z [m, V]`` three tensors, each
-    ``[m]`` float32: log-probabilities of ``targets [m]``, entropies, and the total probability of all other tokens.
-
-    With ``learning`` probabilities are written over ``z``, those of targets as 0.
-    """
-    rows, width = z.shape
-    found = torch.empty(3, rows, dtype=torch.float32, device=z.device)
-    _softmax[(rows,)](z, targets, found, rows, width, 1.0 / temperature, learning, 4096, num_warps=8)
-    return found[0], found[1], found[2]
-
-
-@triton.jit
-def _softmax(z, targets, found, rows, width, sharpness, LEARNING: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    here = z + row.to(tl.int64) * width
-    target = tl.load(targets + row)
-    i = tl.arange(0, BLOCK)
-    best = tl.max(tl.full([BLOCK], -float("inf"), tl.float32), 0)
-    total = tl.sum(tl.zeros([BLOCK], tl.float32), 0)
-    others, moment = total, total  # of all but the target; of the distances to the best, weighted
-    chosen = total
-    for start in range(0, width, BLOCK):
-        at = start + i
-        x = tl.load(here + at, mask=at < width, other=-float("inf")).to(tl.float32) * sharpness
-        now = tl.maximum(best, tl.max(x, 0))
-        e = tl.where(at < width, tl.exp(x - now), 0.0)
-        distance = tl.where(e > 0.0, x - now, 0.0)
-        before = tl.where(total > 0.0, tl.exp(best - now), 0.0)
-        moment = tl.where(total > 0.0, before * (moment + total * (best - now)), 0.0) + tl.sum(e * distance, 0)
-        chosen += tl.sum(tl.where(at == target, x, 0.0), 0)
-        others = others * before + tl.sum(tl.where(at == target, 0.0, e), 0)
-        total = total * before + tl.sum(e, 0)
-        best = now
-    tl.store(found + row, chosen - best - tl.log(total))
-    tl.store(found + rows + row, tl.log(total) - moment / total)
-    tl.store(found + 2 * rows + row, others / total)
-    if LEARNING:
-        for start in range(0, width, BLOCK):
-            at = start + i
-            x = tl.load(here + at, mask=at < width, other=0.0).to(tl.float32) * sharpness
-            p = tl.where(at == target, 0.0, tl.exp(x - best) / total)
-            tl.store(here + at, p.to(z.dtype.element_ty), mask=at < width)

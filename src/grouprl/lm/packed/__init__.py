@@ -1,1 +1,1 @@
-"""Any transformer on one row of packed tokens: attention, low-precision products, the head."""
+"""Any transformer on one row of packed tokens: packing, attention, low-precision products and the head."""

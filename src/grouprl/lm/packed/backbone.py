@@ -1,4 +1,4 @@
-"""A Hugging Face causal model as the packed paths see it: tokens in, hidden states out, a head on top."""
+"""The parts of a Hugging Face causal model that the packed paths use, and a test whether they support the model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,26 @@ from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group, Pack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Largest difference of log-probabilities between the packed and the plain pass of a model they agree on, by dtype."""
+"""The largest allowed difference in nats between log-probabilities of the packed and the plain pass, by dtype."""
 _LOW_PRECISION_TOLERANCE = 0.25
+"""The largest allowed difference in nats for a model that runs in low precision alone."""
 
 
 class Backbone:
     """The parts of a causal model that the packed paths run.
 
     Args:
-        model: a transformers causal model, or a PEFT model around one.
+        model: a causal model of transformers, or a PEFT model around one.
+
+    Attributes:
+        model: the model as given.
+        core: the model of transformers, without PEFT around it.
+        decoder: the part that turns tokens into hidden states.
+        head: the linear layer that turns hidden states into logits.
 
     Raises:
-        UnsupportedError: it has no decoder or head of the usual shape.
+        UnsupportedError: the model has no decoder with a linear head, its rotary positions depend on the longest
+            sequence, or it changes its logits after the head.
     """
 
     def __init__(self, model: Any) -> None:
@@ -39,7 +47,7 @@ class Backbone:
             raise UnsupportedError(f"{type(self.core).__name__} has no decoder with a linear head on top")
         text = self.core.config.get_text_config()
         rope = getattr(text, "rope_parameters", None) or {}
-        if any(kind in str(rope) for kind in ("'dynamic'", "'longrope'")):
+        if any(rope_type in str(rope) for rope_type in ("'dynamic'", "'longrope'")):
             raise UnsupportedError(
                 f"{type(self.core).__name__} rotates positions by the length of the longest sequence"
             )
@@ -50,17 +58,25 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the tokens go."""
+        """The device on which the model expects its input tokens."""
         weight: Tensor = self.core.get_input_embeddings().weight
         return weight.device
 
     def on_device(self) -> AbstractContextManager[Any]:
-        """Within, its device is the one that kernels are launched on, where it is a GPU."""
+        """If the model is on a GPU, launch kernels on this GPU while the context is open."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Last hidden states ``[S, d]`` of a row of tokens ``[S]``; call it within :meth:`following` a plan."""
-        # given ids, a model may look whether some of them are padding, for which a GPU stops
+        """Compute the last hidden states of a packed row. Call this within :meth:`following`.
+
+        Args:
+            ids: ``[S]`` int64 token ids.
+            positions: ``[S]`` int64 positions of the tokens in their sequences.
+
+        Returns:
+            Hidden states ``[S, d]``.
+        """
+        # The model receives embeddings: with ids, some models look for padding, which makes the CPU wait for the GPU.
         embedded = self.core.get_input_embeddings()(ids[None])
         out = self.decoder(inputs_embeds=embedded, position_ids=positions[None], use_cache=False)
         hidden: Tensor = out.last_hidden_state
@@ -68,7 +84,7 @@ class Backbone:
 
     @cached_property
     def asked(self) -> dict[nn.Module, AttentionSpec]:
-        """What each layer asks of attention."""
+        """The attention settings of each attention layer."""
         pack = Pack.of([Group([0], ())], self.device)
         plan = PackedAttention(pack)
         with torch.no_grad(), self.following(plan):
@@ -77,7 +93,7 @@ class Backbone:
 
     @contextmanager
     def following(self, plan: AttentionPlan) -> Iterator[None]:
-        """Within, the model's attention is ours and follows ``plan``."""
+        """Let the attention layers of the model follow ``plan`` while the context is open."""
         configs = {id(m.config): m.config for m in self.core.modules() if hasattr(m, "config")}.values()
         before = [(config, config._attn_implementation) for config in configs]
         try:
@@ -92,19 +108,30 @@ class Backbone:
 
 @torch.no_grad()
 def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits ``[T, V]`` of one sequence ``[T]``, the way anybody would compute them."""
+    """Compute the logits ``[T, V]`` float32 of one sequence ``ids [T]`` by a plain call of the model."""
     out = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False)
     logits: Tensor = out.logits
     return logits[0].float()
 
 
 def find_backbone(model: nn.Module) -> tuple[Backbone | None, str]:
-    """The model's :class:`Backbone` if packed passes give what plain ones give, else None and why not.
+    """Find out whether a packed pass of the model gives the same log-probabilities as plain passes.
 
-    Two short groups of random tokens are run both ways. This finds whatever makes a token depend on its neighbours
-    outside of attention (convolutions, recurrent layers), positions that are not taken from ``position_ids`` (ALiBi),
-    logits that are scaled or capped behind the head, and attention that does not go through the library's interface.
-    Both run in float32 where the model's layers allow it: in lower precision rounding would hide what is found.
+    The function runs two short groups of random tokens both ways. The results differ for models that the packed paths
+    do not support:
+
+    - A token depends on its neighbours outside of attention, through convolutions or recurrent layers.
+    - The model does not take positions from ``position_ids``, with ALiBi for example.
+    - The model scales or caps its logits after the head.
+    - Attention does not go through the attention interface of transformers.
+
+    Both passes run in float32 if the layers of the model allow it, because rounding would hide differences.
+
+    Args:
+        model: a causal model of transformers, or a PEFT model around one.
+
+    Returns:
+        The :class:`Backbone` of the model and "", or None and the reason.
     """
     training = model.training
     model.eval()
@@ -114,7 +141,7 @@ def find_backbone(model: nn.Module) -> tuple[Backbone | None, str]:
     except UnsupportedError as error:
         return None, str(error)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
-        # Whatever a foreign model raises when it is called in a way it does not know, the plain way remains.
+        # A model may raise any of these errors when it does not know the packed form of the call.
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     finally:
         model.train(training)
@@ -124,14 +151,14 @@ def find_backbone(model: nn.Module) -> tuple[Backbone | None, str]:
 
 
 def _compared(backbone: Backbone) -> tuple[float, float]:
-    """The largest difference of log-probabilities, and how large it may be."""
+    """The largest difference in nats between packed and plain log-probabilities, and the largest allowed one."""
     dtype = backbone.head.weight.dtype
     if dtype in _TOLERANCE:
         return _difference(backbone), _TOLERANCE[dtype]
     try:
         with LowPrecision(backbone.model, torch.float32).exactly():
             return _difference(backbone), _TOLERANCE[torch.float32]
-    except RuntimeError:  # from a layer of another kind that takes no precision but its own
+    except RuntimeError:  # some other layer accepts its own precision alone
         return _difference(backbone), _LOW_PRECISION_TOLERANCE
 
 

@@ -1,4 +1,4 @@
-"""Attention of a decode step: the newest token of each row, behind its prompt and its own past."""
+"""Attention of a decode step: the newest token of each row attends to its prompt and to the tokens of its row."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from grouprl.lm.packed.attention import AttentionSpec, UnsupportedError
 from grouprl.lm.packed.packing import Pack
 
 _ROOM = {"cpu": 32, "cuda": 256}
-"""Tokens that a cache has room for at the beginning; then it doubles. On a GPU each growth costs a recording."""
+"""The number of tokens per row for which a cache has room at first. A full cache doubles its room. On a GPU each growth
+costs a new recording, so the room is larger there."""
 _EVEN = 8
-"""Tokens that a cache's room is a multiple of, for the sake of low-precision products."""
+"""The room of a cache is a multiple of this number of tokens, because low-precision products are faster then."""
 
 
 class _LayerCache:
-    """Keys and values one layer has seen: of the prompts ``[P K, T, D]``, shared, and of each row's own tokens, with
-    room for more: ``[2, B, K, C, D]``."""
+    """The keys and values of one layer.
+
+    Attributes:
+        keys: ``[P K, T, D]``, the keys of the P prompts, with zeros behind the shorter ones.
+        values: ``[P K, T, D]``, the values of the P prompts.
+        own: ``[2, B, K, C, D]``, the keys and values of each row's own tokens. C is the room for tokens of a row.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, index: Tensor, rows: int, room: int, dtype: torch.dtype) -> None:
         p, t = index.shape
@@ -29,39 +35,53 @@ class _LayerCache:
 
         self.k_heads, self.d = keys.shape[1:]
         self.keys, self.values = padded(keys), padded(values)
-        self.own = self.keys.new_zeros(2, rows, self.k_heads, room, self.d)  # what is hidden must not be NaN
+        self.own = self.keys.new_zeros(2, rows, self.k_heads, room, self.d)  # zeros, as hidden values must not be NaN
 
     def grow(self, room: int) -> None:
-        """Make room for that many more tokens."""
+        """Make room for ``room`` more tokens of each row."""
         self.own = torch.cat([self.own, self.own.new_zeros(*self.own.shape[:3], room, self.d)], 3)
 
     def write(self, k: Tensor, v: Tensor, at: Tensor) -> None:
-        """Write ``[B, K, D]`` as token ``at [1]`` of the first B rows."""
-        for own, new in zip(self.own, (k, v), strict=True):
-            own[: len(new)].index_copy_(2, at, new[:, :, None].to(own.dtype))
+        """Store the keys and values ``[B, K, D]`` of the first B rows as their token number ``at [1]``."""
+        for cache, new in zip(self.own, (k, v), strict=True):
+            cache[: len(new)].index_copy_(2, at, new[:, :, None].to(cache.dtype))
 
     def read(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Own keys and values of the first ``rows`` rows, each ``[B K, C, D]``."""
+        """The keys and the values of the own tokens of the first ``rows`` rows, each ``[rows * K, C, D]``."""
         k, v = self.own[:, :rows].flatten(1, 2)
         return k, v
 
     def select_prompts(self, index: Tensor) -> None:
-        """Keep only the prompts in ``index``."""
+        """Remove all prompts but the ones with an index in ``index``."""
         self.keys, self.values = (
             x.view(-1, self.k_heads, *x.shape[1:])[index].flatten(0, 1) for x in (self.keys, self.values)
         )
 
 
 class DecodeAttention:
-    """The plan of a decode step: each row sees its prompt, whose keys are stored once per group, and its own past.
+    """The plan of a decode step: the newest token of a row sees its prompt and all tokens of its row.
 
-    Rows of one prompt are queries of one product, ``R`` slots per prompt; ``slots [P, R]`` names the row in each (any
-    row where a slot is empty) and ``place [B]`` the slot of each row, flat. What is where is worked out on the CPU: a
-    GPU that is asked for numbers stops. AttentionSpec many tokens the rows have is a tensor, ``at [1]``, and between
-    :meth:`reserve` and :meth:`drop` nothing else changes: a GPU may replay a step.
+    The plan stores the keys and values of a prompt once for all its rows. The queries of these rows are rows of one
+    matrix product, which has R slots per prompt.
+
+    The plan computes its indices on the CPU, because reading a number from a GPU makes the CPU wait. The number of
+    tokens drawn so far is a tensor. So a GPU may replay a step from a recording, until :meth:`reserve` returns True or
+    :meth:`drop` removes rows.
 
     Args:
-        pack: the prompts. group_size: rows of each. longest: most tokens of a row. dtype: of keys and values.
+        pack: the P prompts.
+        group_size: the number of rows of each prompt, so that B = P * group_size at first.
+        longest: the most new tokens of a row.
+        dtype: the dtype of the stored keys and values and of matrix products.
+
+    Attributes:
+        lengths: ``[P]``, the number of tokens of each prompt.
+        at: ``[1]``, the number of new tokens that each row has.
+        slots: ``[P * R]``, the row in each slot. Empty slots name an arbitrary row. It is None if rows and slots have
+            the same order.
+        place: ``[B]``, the slot of each row, or None if rows and slots have the same order.
+        prompt_of_row: ``[B]``, the index of each row's prompt.
+        length_of_row: ``[B]``, the number of tokens of each row's prompt.
     """
 
     def __init__(self, pack: Pack, group_size: int, longest: int, dtype: torch.dtype) -> None:
@@ -84,13 +104,19 @@ class DecodeAttention:
         self._arrange()
 
     def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
-        """Store a layer's keys and values of the prompts: the ``keep`` of a :class:`PackedAttention`."""
+        """Store the keys and values ``[S, K, D]`` of the prompts for one layer.
+
+        :class:`PackedAttention` calls this once per layer while it reads the prompts.
+
+        Raises:
+            UnsupportedError: the layer calls attention twice in one pass.
+        """
         if module in self.layers:
             raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
         self.layers[module] = _LayerCache(k, v, self.index, len(self._prompt_of_row), self.room, self.dtype)
 
     def _arrange(self) -> None:
-        """Find slots, places and what is hidden from each row."""
+        """Compute the slots, the places and the mask of the prompts from the prompt of each row."""
         prompt_of_row, rows = self._prompt_of_row, len(self._prompt_of_row)
         order = torch.argsort(prompt_of_row, stable=True)
         counts = torch.bincount(prompt_of_row, minlength=len(self._lengths))
@@ -109,7 +135,10 @@ class DecodeAttention:
         self._beyond = (torch.arange(self.t) >= lengths[:, None]).to(self.device)
 
     def reserve(self) -> bool:
-        """Make room for one more token of each row. Returns whether tensors have moved for that."""
+        """Make room for one more token in each row. Call this before each step.
+
+        Returns True if the plan allocated its tensors anew. A recording of earlier steps is then invalid.
+        """
         self.step += 1
         if self.step <= self.room:
             return False
@@ -120,7 +149,10 @@ class DecodeAttention:
         return True
 
     def drop(self, finished: Sequence[int]) -> list[int]:
-        """Remove rows; the last ones move into the gaps. Returns for each remaining row which one it was before."""
+        """Remove the rows with the indices in ``finished``. The last rows move into the gaps.
+
+        Returns the previous index of each remaining row.
+        """
         rows = list(range(len(self._prompt_of_row)))
         for row in sorted(finished, reverse=True):
             rows[row] = rows[-1]
@@ -130,7 +162,7 @@ class DecodeAttention:
         if len(gaps):
             into, source = gaps.to(self.device), before[gaps].to(self.device)
             for layer in self.layers.values():
-                layer.own[:, into] = layer.own[:, source]  # what moves comes from behind all that stay
+                layer.own[:, into] = layer.own[:, source]  # rows that move come after all rows that stay
         self._prompt_of_row = self._prompt_of_row[before]
         alive, renumbered = torch.unique(self._prompt_of_row, return_inverse=True)
         if len(alive) < len(self._lengths):
@@ -147,15 +179,21 @@ class DecodeAttention:
         self._hidden = {}
 
     def end(self) -> None:
-        """End a step: every row has one token more."""
+        """End a step. Every row has one more token from now on."""
         self.at += 1
 
     def hidden(self, window: int | None) -> Tensor:
-        """``[B, 1, 1, T + C]``: which places of prompt and own past the newest token of a row does not see."""
+        """The mask ``[B, 1, 1, T + C]`` bool of the places that the newest token of each row does not see.
+
+        The first T places belong to the prompt, the last C places to the tokens of the row.
+
+        Args:
+            window: the number of tokens that a token sees, itself included, or None.
+        """
         if window not in self._hidden:
             places = torch.arange(self.room, device=self.device)
-            own = (places > self.at).expand(len(self._beyond), -1)
-            hidden = torch.cat([self._beyond, own], 1)
+            later = (places > self.at).expand(len(self._beyond), -1)
+            hidden = torch.cat([self._beyond, later], 1)
             if window is not None:
                 begin = torch.arange(self.t, device=self.device).expand(len(self._beyond), -1)
                 place = torch.cat([begin, self.length_of_row[:, None] + places], 1)
@@ -164,7 +202,18 @@ class DecodeAttention:
         return self._hidden[window]
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        """``q [B, H, D]``, ``k, v [B, K, D]`` of the newest token of each row -> ``[B, H, D]``."""
+        """Store the keys and values of the newest tokens and compute the attention of one layer.
+
+        Args:
+            module: the attention layer that calls.
+            q: ``[B, H, D]``, the queries of the newest token of each row.
+            k: ``[B, K, D]``, the keys of these tokens.
+            v: ``[B, K, D]``, the values of these tokens.
+            spec: the settings of the layer.
+
+        Returns:
+            The attended values ``[B, H, D]``.
+        """
         layer = self.layers[module]
         rows, k_heads, d, t = q.shape[0], k.shape[1], q.shape[2], self.t
         g = q.shape[1] // k_heads
@@ -176,20 +225,20 @@ class DecodeAttention:
         s = torch.cat([to_prompt, to_own], -1)
         if spec.softcap is not None:
             s = torch.tanh(s.float() / spec.softcap) * spec.softcap
-        s.masked_fill_(self.hidden(spec.window), torch.finfo(s.dtype).min)  # finite, as in attention.py
+        s.masked_fill_(self.hidden(spec.window), torch.finfo(s.dtype).min)  # finite, as in rectangles.py
         p = s.softmax(-1).to(self.dtype)
         out = torch.bmm(p[..., t:].flatten(0, 1), own_v).view(rows, k_heads, g, d)
         out += self._by_row(torch.bmm(self._by_prompt(p[..., :t]), layer.values), k_heads, g)
         return out.view(rows, -1, d)
 
     def _by_prompt(self, x: Tensor) -> Tensor:
-        """``[B, K, g, c]`` -> ``[P K, R g, c]``."""
+        """Gather the rows of each prompt: ``[B, K, g, c]`` -> ``[P K, R g, c]``."""
         if self.slots is not None:
             x = x[self.slots]
         x = x.view(len(self._lengths), -1, *x.shape[1:]).transpose(1, 2)
         return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
 
     def _by_row(self, x: Tensor, k_heads: int, g: int) -> Tensor:
-        """``[P K, R g, c]`` -> ``[B, K, g, c]``."""
+        """The inverse of :meth:`_by_prompt`: ``[P K, R g, c]`` -> ``[B, K, g, c]``."""
         x = x.view(len(self._lengths), k_heads, -1, g, x.shape[-1]).transpose(1, 2).flatten(0, 1)
         return x if self.place is None else x[self.place]

@@ -1,9 +1,11 @@
-"""Attention over packs by the FlashAttention kernels that torch brings for GPUs (arXiv 2307.08691).
+"""Attention over packs with the FlashAttention kernels of torch for GPUs (arXiv 2307.08691).
 
-A token of a completion sees two stretches of the row: its prompt and its own past. The kernels do each for all groups
-at once, from where the tokens lie: nothing is gathered or padded. What the two give is joined by the logarithms of
-their softmax sums; given the joint sums, the kernels' backward passes are each the part of the whole that concerns it
-(as in ring attention, arXiv 2310.01889).
+A completion token sees two ranges of the row: its prompt, and its completion up to itself. One kernel call covers the
+first range for all groups, and another call covers the second. The calls read the tokens in place, without gathering or
+padding.
+
+The forward pass merges the two results with the logarithms of their softmax sums. In the backward pass, each call
+receives the merged sums and computes its part of the gradient, as ring attention does (arXiv 2310.01889).
 """
 
 from __future__ import annotations
@@ -21,15 +23,18 @@ from torch import Tensor
 from grouprl.lm.packed.packing import Pack
 
 LARGEST_HEAD = 256
+"""The largest size of a head that the kernels support."""
 
 
 @dataclass(frozen=True)
 class QueryKeyRanges:
-    """Stretches of queries and the stretch of keys that each sees.
+    """n ranges of queries, and for each one the range of keys that it sees.
 
     Attributes:
-        queries, keys: int32 ``[n + 1]`` where they begin and end. longest: of queries and of keys.
-        causal: whether a query sees only keys up to its own place.
+        queries: ``[n + 1]`` int32, the starts of the ranges of queries and the end of the last one.
+        keys: ``[n + 1]`` int32, the starts of the ranges of keys and the end of the last one.
+        longest: the length of the longest range of queries, and the length of the longest range of keys.
+        causal: whether a query sees only the keys up to its own place in the range.
     """
 
     queries: Tensor
@@ -39,20 +44,22 @@ class QueryKeyRanges:
 
     @classmethod
     def of(cls, queries: list[int], keys: list[int], device: torch.device, *, causal: bool) -> QueryKeyRanges:
-        """Stretches of these lengths, one behind the other."""
+        """Build consecutive ranges from their lengths."""
         ends = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32).to(device)
         return cls(ends[0], ends[1], (max(queries), max(keys)), causal)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the tokens of a pack see.
+    """The query and key ranges of a pack.
 
     Attributes:
-        own: every prompt and every completion by itself. shared: the completions of each group with its prompt, or None
-            if no completion is in the row. prompts: tokens of prompts, which come first.
-        alone: prompts that no completion in the row sees, where there are others.
-        span: tokens of the longest prompt and the longest completion together.
+        own: each prompt attends to itself, and each completion attends to itself.
+        shared: the completions of each group attend to its prompt. It is None if the row has no completion tokens.
+        prompts: the number of prompt tokens. They come first in the row.
+        alone: the ranges of the prompts that have no completion tokens in the row.
+        span: the length of the longest prompt plus the length of the longest completion. A sliding window of this size
+            or more hides nothing.
     """
 
     own: QueryKeyRanges
@@ -63,13 +70,13 @@ class Layout:
 
     @classmethod
     def of(cls, pack: Pack) -> Layout:
-        """The layout of a pack."""
+        """Compute the layout of a pack."""
         prompts = [len(prompt) for prompt, _ in pack.places]
-        completions = [len(c) for _, own in pack.places for c in own if len(c) > 0]
-        seeing = [sum(map(len, own)) for _, own in pack.places]
+        completions = [len(c) for _, ranges in pack.places for c in ranges if len(c) > 0]
+        seeing = [sum(map(len, ranges)) for _, ranges in pack.places]
         device = pack.ids.device
         return cls(
-            QueryKeyRanges.of(stretches := prompts + completions, stretches, device, causal=True),
+            QueryKeyRanges.of(lengths := prompts + completions, lengths, device, causal=True),
             QueryKeyRanges.of(seeing, prompts, device, causal=False) if completions else None,
             sum(prompts),
             [slice(p.start, p.stop) for (p, _), n in zip(pack.places, seeing, strict=True) if n == 0],
@@ -78,16 +85,32 @@ class Layout:
 
 
 def can_attend(q: Tensor, k: Tensor, dtype: torch.dtype, softcap: float | None) -> bool:
-    """Whether the kernels can do it, but for windows: half precision on a GPU, plain softmax."""
+    """Whether the kernels support these tensors. They need half precision on a GPU and no soft cap.
+
+    The function does not check the sliding window, which must hide nothing (:attr:`Layout.span`).
+
+    Args:
+        q: ``[S, H, D]``.
+        k: ``[S, K, D]``.
+        dtype: the dtype of matrix products.
+        softcap: the soft cap of the scores, or None.
+    """
     heads, d = q.shape[1:]
     return (
-        q.is_cuda and dtype in (torch.bfloat16, torch.float16) and softcap is None
-        and d % 8 == 0 and d <= LARGEST_HEAD and heads % k.shape[1] == 0
-    )  # fmt: skip
+        q.is_cuda
+        and dtype in (torch.bfloat16, torch.float16)
+        and softcap is None
+        and d % 8 == 0
+        and d <= LARGEST_HEAD
+        and heads % k.shape[1] == 0
+    )
 
 
 class Flash(torch.autograd.Function):
-    """``q [S, H, D]``, ``k, v [S, K, D]`` in half precision -> ``[S, H, D]``."""
+    """Attention as a differentiable function of (q, k, v, layout, scale).
+
+    The shapes are ``q [S, H, D]``, ``k, v [S, K, D]`` and ``[S, H, D]`` for the result, all in half precision.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -102,10 +125,18 @@ class Flash(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, ...]:
-    """Attended values ``[S, H, D]``, logarithms of softmax sums ``[H, S]``, and what :func:`gradient` wants besides.
+    """Compute attention over a pack.
 
     Args:
-        q: ``[S, H, D]``. k, v: ``[S, K, D]``. All in half precision.
+        q: ``[S, H, D]`` queries in half precision.
+        k: ``[S, K, D]`` keys in half precision.
+        v: ``[S, K, D]`` values in half precision.
+        layout: the layout of the pack.
+        scale: the factor of the scores.
+
+    Returns:
+        The attended values ``[S, H, D]``, the logarithms of the softmax sums ``[H, S]``, and the random states of the
+        kernels. :func:`gradient` needs all of them.
     """
     p = layout.prompts
     out, lse, *states = _forward(q, k, v, layout.own, scale)
@@ -122,13 +153,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tup
 def gradient(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *states: Tensor, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``q``, ``k`` and ``v`` from ``g``, that of the attended values, and what :func:`attend` gave."""
+    """Compute the gradients of ``q``, ``k`` and ``v``.
+
+    Args:
+        g: ``[S, H, D]``, the gradient of the attended values.
+        q: ``[S, H, D]`` queries, the input of :func:`attend`.
+        k: ``[S, K, D]`` keys, the input of :func:`attend`.
+        v: ``[S, K, D]`` values, the input of :func:`attend`.
+        out: the attended values that :func:`attend` returned.
+        lse: the logarithms of the softmax sums that :func:`attend` returned.
+        states: the random states that :func:`attend` returned.
+        layout: the layout of the pack.
+        scale: the factor of the scores.
+    """
     p, g = layout.prompts, g.contiguous()
     with _in_the_same_order():
         dq, dk, dv = _backward(g, q, k, v, out, lse, layout.own, scale, states[:2])
         if layout.shared is not None:
-            ours = (g[p:], q[p:], k[:p], v[:p], out[p:], lse[:, p:].contiguous())
-            more = _backward(*ours, layout.shared, scale, states[2:])
+            of_completions = (g[p:], q[p:], k[:p], v[:p], out[p:], lse[:, p:].contiguous())
+            more = _backward(*of_completions, layout.shared, scale, states[2:])
             for of_keys in more[1:]:
                 for prompt in layout.alone:
                     of_keys[prompt] = 0
@@ -140,7 +183,7 @@ def gradient(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, part: QueryKeyRanges, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, logarithms of the softmax sums ``[H, S]``, and what the backward pass wants besides."""
+    """The output, the logarithms of the softmax sums ``[H, S]``, and two random states for the backward pass."""
     out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, part.queries, part.keys, *part.longest, 0.0, part.causal, False, scale=scale
     )
@@ -148,9 +191,16 @@ def _forward(
 
 
 def _backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: QueryKeyRanges, scale: float,
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    part: QueryKeyRanges,
+    scale: float,
     state: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         g, q, k, v, out, lse, part.queries, part.keys, *part.longest, 0.0, part.causal, *state, scale=scale
     )
@@ -159,10 +209,10 @@ def _backward(
 
 @contextmanager
 def _in_the_same_order() -> Iterator[None]:
-    """Within, kernels that add up do so in an order that is the same every time."""
+    """Let torch's kernels add numbers in the same order every time, while the context is open."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch._C._get_deterministic_fill_uninitialized_memory()
-    # torch.use_deterministic_algorithms does the same and imports the compiler
+    # torch.use_deterministic_algorithms would do this too, but it imports torch's compiler, which takes long.
     torch._C._set_deterministic_algorithms(True, warn_only=False)
     torch._C._set_deterministic_fill_uninitialized_memory(False)
     try:

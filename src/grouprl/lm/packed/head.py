@@ -1,4 +1,7 @@
-"""The language-model head fused with the log-probability: [m, V] is held once, in low precision, never in float32."""
+"""The language-model head, fused with the softmax over the vocabulary.
+
+The tensor of logits ``[m, V]`` exists once, in low precision. Probabilities overwrite it.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,16 @@ from grouprl.lm.kernels import triton_head as gpu
 from grouprl.lm.packed.low_precision import LowPrecision, add_gradient, add_product, add_rows
 
 _ROWS = 16
-"""Rows whose float32 logits are worked on at once: few enough to stay in the processor's cache."""
+"""The number of rows whose float32 logits are in memory at once on a CPU. They stay in the processor's cache."""
 
 
 class TokenTerms(NamedTuple):
-    """Per predicted token, ``[m]`` float32; only ``logp`` carries a gradient."""
+    """Numbers of each of m predicted tokens.
+
+    Attributes:
+        logp: ``[m]`` float32, the log-probability of the token in nats. It carries a gradient.
+        entropy: ``[m]`` float32, the entropy in nats of the distribution of the token. It carries no gradient.
+    """
 
     logp: Tensor
     entropy: Tensor
@@ -26,13 +34,18 @@ class TokenTerms(NamedTuple):
 def log_probs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, precision: LowPrecision
 ) -> TokenTerms:
-    """Log-probability of each target under softmax((hidden weight^T + bias) / temperature), and the entropy.
+    """Log-probabilities of targets, and entropies, under softmax((hidden weight^T + bias) / temperature).
+
+    The backward pass adds the gradients of ``weight`` and ``bias`` to their ``.grad`` and returns the gradient of
+    ``hidden`` to autograd.
 
     Args:
-        hidden: ``[m, d]``. weight: ``[V, d]``. bias: ``[V]`` or None. targets: ``[m]`` int64.
-        precision: says which precision the products run in; the softmax itself is float32.
-
-    Gradients of weight and bias are added to their ``.grad``, that of ``hidden`` flows on.
+        hidden: ``[m, d]``, the last hidden states.
+        weight: ``[V, d]``, the weight of the head.
+        bias: ``[V]``, the bias of the head, or None.
+        targets: ``[m]`` int64, the token ids.
+        temperature: a positive number that divides the logits.
+        precision: the precision of matrix products. The softmax always runs in float32.
     """
     logp, entropy = _LogProb.apply(hidden, weight, bias, targets, temperature, precision, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return TokenTerms(logp, entropy)
@@ -92,7 +105,7 @@ class _LogProb(torch.autograd.Function):
 
 
 def _softmax(z: Tensor, targets: Tensor, temperature: float, learning: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`grouprl.lm.kernels.head.softmax` does."""
+    """:func:`grouprl.lm.kernels.head.softmax` in torch operations."""
     logp, entropy, others = (torch.empty(len(targets), dtype=torch.float32, device=z.device) for _ in range(3))
     for start in range(0, len(targets), _ROWS if z.device.type == "cpu" else 1024):
         rows = slice(start, start + (_ROWS if z.device.type == "cpu" else 1024))
@@ -101,13 +114,13 @@ def _softmax(z: Tensor, targets: Tensor, temperature: float, learning: bool) -> 
             x.div_(temperature)
         t = targets[rows, None]
         x.sub_(x.amax(-1, keepdim=True))
-        chosen = x.gather(1, t)[:, 0]
+        at_target = x.gather(1, t)[:, 0]
         e = x.exp()
         total = e.sum(-1)
-        logp[rows] = chosen - total.log()
+        logp[rows] = at_target - total.log()
         entropy[rows] = total.log() - torch.linalg.vecdot(e, x) / total
         if learning:
-            # The target's own entry is kept apart in full: near 1 low precision would lose 1 - p.
+            # 1 - p of the target is stored apart in float32: if p is near 1, low precision would round 1 - p to 0.
             e.scatter_(1, t, 0.0)
             others[rows] = e.sum(-1) / total
             torch.mul(e, (1.0 / total)[:, None], out=x)

@@ -1,8 +1,13 @@
 """Matrix products in low precision from full-precision master weights, for any model made of linear layers.
 
-What autocast does, without its cost: each weight is rounded once per update instead of once per pass, the gradient of a
-weight is added to its ``.grad`` where it stands, an input that three layers share is rounded once, and the sampler's
-weights are laid out for the processor beforehand. Everything else of the model stays in the precision of its weights.
+This module replaces torch's autocast and costs less:
+
+- It rounds each weight once per update and not once per pass.
+- It adds the gradient of a weight to its ``.grad`` in place.
+- It rounds an input that several layers share once.
+- It lays out the weights of the sampler for the processor in advance.
+
+Everything else in the model stays in the precision of its weights.
 """
 
 from __future__ import annotations
@@ -19,8 +24,8 @@ from grouprl.lm.kernels import gradient as native
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are faster than float32 ones on ``device``."""
-    if device.type == "cuda":  # torch says that older ones can as well, but they convert to float32 and back
+    """Whether bfloat16 products are faster than float32 products on ``device``."""
+    if device.type == "cuda":  # torch supports bfloat16 on older GPUs too, but they convert to float32 and back
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -28,8 +33,13 @@ def supports_bf16(device: torch.device) -> bool:
 def add_gradient(parameter: Tensor, value: Tensor) -> None:
     """Add ``value`` to ``parameter.grad`` in place.
 
-    If there is none yet, the gradient goes to ``parameter.main_grad``, where a parameter has that: a place of its own
-    in a larger buffer. Writing there is cheaper than adding to zeros, most of all from a lower precision.
+    If ``parameter.grad`` is None, the function copies ``value`` into ``parameter.main_grad``, which then becomes
+    ``parameter.grad``. ``main_grad`` is a view of a larger gradient buffer. A copy costs less than adding to zeros,
+    most of all from a lower precision. Without a ``main_grad``, ``parameter.grad`` becomes a new tensor.
+
+    Args:
+        parameter: any parameter.
+        value: a tensor of the same shape and any dtype.
     """
     if parameter.grad is not None:
         parameter.grad.add_(value)
@@ -39,7 +49,14 @@ def add_gradient(parameter: Tensor, value: Tensor) -> None:
 
 
 def add_product(parameter: Tensor, a: Tensor, b: Tensor, compiled: bool = True) -> None:
-    """Add ``a^T b`` to ``parameter.grad``: ``a [n, out]``, ``b [n, in]``. See :func:`add_gradient`."""
+    """Add ``a^T b`` to ``parameter.grad``, by the rules of :func:`add_gradient`.
+
+    Args:
+        parameter: ``[out, in]``.
+        a: ``[n, out]``.
+        b: ``[n, in]``, of the same dtype.
+        compiled: whether to use compiled code where it supports the tensors.
+    """
     place: Tensor | None = parameter.grad
     if place is not None and place.dtype == a.dtype:
         place.addmm_(a.t(), b)
@@ -53,15 +70,21 @@ def add_product(parameter: Tensor, a: Tensor, b: Tensor, compiled: bool = True) 
 
 
 def add_rows(to: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``to[index] += rows`` in place, in an order that is the same every time."""
-    if to.device.type == "cuda":  # there index_add_ adds in whatever order threads arrive
+    """Compute ``to[index] += rows`` in place. The order of additions is the same every time, so the result is too.
+
+    Args:
+        to: ``[n, ...]``.
+        index: ``[m]`` int64, may contain a row several times.
+        rows: ``[m, ...]``, of the dtype of ``to``.
+    """
+    if to.device.type == "cuda":  # index_add_ on a GPU adds in the order in which threads arrive
         to.index_put_((index,), rows, accumulate=True)
     else:
         to.index_add_(0, index, rows)
 
 
 def _zero_gradient(parameter: Tensor) -> Tensor:
-    """``parameter.grad``, made of zeros (in ``main_grad``, where there is that) if there is none."""
+    """Return ``parameter.grad``. If it is None, fill it with zeros first, in ``main_grad`` if the parameter has one."""
     if parameter.grad is None:
         place: Tensor | None = getattr(parameter, "main_grad", None)
         parameter.grad = torch.zeros_like(parameter) if place is None else place.zero_()
@@ -69,12 +92,12 @@ def _zero_gradient(parameter: Tensor) -> Tensor:
 
 
 class LowPrecision:
-    """How a model's linear and embedding layers compute.
+    """Replaces how the linear and embedding layers of a model compute, while one of its contexts is open.
 
     Args:
-        model: any module; its layers are found once.
-        dtype: what products run in; weights of another dtype are rounded to it.
-        native: use compiled code where it can do something.
+        model: any module. Its layers must not change afterwards.
+        dtype: the dtype of matrix products. Weights of another dtype are rounded to it.
+        native: whether to use compiled code where it supports a product.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, native: bool = True) -> None:
@@ -88,10 +111,13 @@ class LowPrecision:
 
     @contextmanager
     def learning(self, without: Collection[nn.Module] = ()) -> Iterator[None]:
-        """Within, layers run forwards and backwards in low precision; gradients are added to ``.grad``.
+        """Run layers forwards and backwards in low precision while the context is open.
+
+        The backward pass adds the gradients of weights to their ``.grad``. The context rounds each weight once, so
+        weights must not change in it.
 
         Args:
-            without: layers to leave alone, as something else does their work.
+            without: layers that keep their own computation.
         """
         self._weights = weights = _Rounded(self.dtype)
         try:
@@ -101,24 +127,27 @@ class LowPrecision:
             self._weights = None
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """``parameter`` in the dtype of the precision: rounded once within :meth:`learning`."""
+        """Return ``parameter`` in the dtype of products. Within :meth:`learning` it is rounded once."""
         return parameter.detach().to(self.dtype) if self._weights is None else self._weights(parameter)
 
     @contextmanager
     def sampling(self, without: Collection[nn.Module] = ()) -> Iterator[None]:
-        """Within, layers run forwards only, from weights laid out for many small products.
+        """Run layers forwards only, with weights laid out for many small products, while the context is open.
 
         Args:
-            without: layers to leave alone, as something else does their work.
+            without: layers that keep their own computation.
         """
         packed = self.dtype == torch.bfloat16 and all(m.weight.device.type == "cpu" for m in self._layers)
-        make = self._packed if packed and supports_bf16(torch.device("cpu")) else self._plain
-        with torch.no_grad(), self._forwards(lambda layer: None if layer in without else make(layer), None):
+        forward = self._packed if packed and supports_bf16(torch.device("cpu")) else self._plain
+        with torch.no_grad(), self._forwards(lambda layer: None if layer in without else forward(layer), None):
             yield
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
-        """Within, layers run forwards only and in float32, from each weight as it is, one at a time."""
+        """Run layers forwards only and in float32 while the context is open.
+
+        Each layer converts its weight to float32 at each call, so that one converted weight is in memory at a time.
+        """
         with torch.no_grad(), self._forwards(_exact_linear, _exact_embedding):
             yield
 
@@ -128,7 +157,7 @@ class LowPrecision:
         of_layer: Callable[[Any], Callable[..., Tensor] | None],
         of_embedding: Callable[[Any], Callable[..., Tensor]] | None,
     ) -> Iterator[None]:
-        """Give every layer a forward of its own, and take it away again."""
+        """Replace the ``forward`` of every layer, and restore it at the end."""
         before: list[tuple[nn.Module, Any]] = []
 
         def give(module: nn.Module, forward: Callable[..., Tensor] | None) -> None:
@@ -186,7 +215,10 @@ class LowPrecision:
         return lambda x: linear(self.rounded(x), packed, bias, "none", [], "")
 
     def rounded(self, x: Tensor) -> Tensor:
-        """``x`` in the dtype of the products; the last one is remembered, as queries, keys and values share it."""
+        """Return ``x`` in the dtype of products.
+
+        The last result is cached, because the layers of queries, keys and values round the same input.
+        """
         if x.dtype == self.dtype:
             return x
         last = self._last
@@ -210,24 +242,30 @@ def _exact_embedding(layer: nn.Embedding) -> Callable[[Tensor], Tensor]:
 
 
 class _Rounded:
-    """Weights in another dtype, each made once however many layers share it."""
+    """Converts weights to another dtype, each weight once."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.made: dict[int, Tensor] = {}
+        self.weights: dict[int, Tensor] = {}
 
     def __call__(self, parameter: Tensor) -> Tensor:
-        if id(parameter) not in self.made:
-            self.made[id(parameter)] = parameter.detach().to(self.dtype)
-        return self.made[id(parameter)]
+        if id(parameter) not in self.weights:
+            self.weights[id(parameter)] = parameter.detach().to(self.dtype)
+        return self.weights[id(parameter)]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, w: Tensor, b: Tensor | None, transposed: bool,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        w: Tensor,
+        b: Tensor | None,
+        transposed: bool,
         precision: LowPrecision,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         low = precision.rounded(x)
         ctx.save_for_backward(low, w)
         ctx.weight, ctx.bias, ctx.transposed, ctx.dtype = weight, bias, transposed, x.dtype
@@ -251,9 +289,10 @@ class _Linear(torch.autograd.Function):
 
 
 class _Embedding(torch.autograd.Function):
-    """Rows of the table; the gradient goes to those rows of ``.grad`` alone, not through a table of zeros.
+    """Looks up rows of an embedding table.
 
-    ``padding_idx`` does not matter: a token that happens to be the padding token has a gradient like any other.
+    The backward pass adds the gradient to the looked-up rows of ``.grad`` and needs no table of zeros. It ignores
+    ``padding_idx``: the padding token has a gradient like every other token.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Packs: prompts and completions end to end in one row, each prompt once for its whole group.
+"""Packs: prompts and completions end to end in one row of tokens. Each prompt appears once for its whole group.
 
-A pack of P groups holds ``prompt 1 | prompt 2 | ... | completions of 1 | completions of 2 | ...``. The last token of a
-completion is predicted but never an input, so it is no part of the row. Nothing is padded except inside attention where
-that works on rectangles: on blocks of a few groups at a time.
+A pack of P groups holds ``prompt 1 | prompt 2 | ... | completions of 1 | completions of 2 | ...``. The model predicts
+the last token of a completion but never reads it, so the row does not contain it. The row has no padding. Attention may
+pad a few groups at a time to a rectangle (a *block*).
 """
 
 from __future__ import annotations
@@ -18,36 +18,47 @@ from torch import Tensor
 from grouprl.lm.kernels.attention import Stretches
 
 BLOCK_SCORES = 1 << 18
-"""Attention scores per head held at once, about; larger blocks fall out of the cache, smaller ones cost calls."""
+"""The approximate number of attention scores per head in a block, on a CPU. The scores of larger blocks do not fit into
+the processor's cache, and smaller blocks need more calls."""
 ACCELERATOR_SCORES = 1 << 22
-"""The same on an accelerator, where calls cost more and there is no cache to fall out of."""
+"""The approximate number of attention scores per head in a block, on an accelerator. Calls cost more there than on a
+CPU."""
 
 
 Places = tuple[range, list[range]]
-"""Where a prompt and its completions lie in a row."""
+"""The indices of a prompt's tokens in the row, and the indices of each of its completions' tokens."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt ``[p]`` and the completions sampled from it, ``[n_1], [n_2], ...``, as token ids; none is empty."""
+    """A prompt and the completions sampled from it.
+
+    Attributes:
+        prompt: the token ids of the prompt, at least one.
+        completions: the token ids of each completion, at least one each.
+    """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
 
     @property
     def n_inputs(self) -> int:
-        """Tokens of the group in a pack."""
+        """The number of input tokens of the group in a pack: the prompt, and each completion without its last token."""
         return len(self.prompt) + sum(len(c) - 1 for c in self.completions)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Where P groups of at most R completions lie in the row: what attention pads to a rectangle.
+    """P groups that attention pads to a rectangle.
+
+    Prompts are padded to T tokens. Groups are padded to R completions, and completions to r input tokens.
 
     Attributes:
-        prompt: ``[P, T]`` index into the row; padded places point one past its end, at a row of zeros.
-        completion: ``[P, R, r]`` likewise, or None if there is no completion input at all.
-        prompt_lengths: ``[P]``.
+        prompt: ``[P, T]`` int64 indices of prompt tokens in the row. Padded places have the index S_in, one past the
+            end of the row, where attention appends a row of zeros.
+        completion: ``[P, R, r]`` int64 indices of completion tokens in the row, padded in the same way. It is None if
+            no group has completion tokens in the row.
+        prompt_lengths: ``[P]``, the number of tokens of each prompt.
     """
 
     prompt: Tensor
@@ -57,11 +68,19 @@ class Block:
 
     @property
     def size(self) -> int:
-        """Padded places."""
+        """The number of places in the rectangle, with padding."""
         return self.prompt.numel() + (0 if self.completion is None else self.completion.numel())
 
     def hidden(self, window: int | None) -> tuple[Tensor, Tensor | None]:
-        """What may not be seen: ``[T, T]`` by prompts, ``[P, 1, 1, r, T + r]`` by completions (prompt, then own)."""
+        """Compute the attention masks, which are True where a token must not see a key.
+
+        Args:
+            window: the number of tokens that a token sees, itself included, or None.
+
+        Returns:
+            The mask ``[T, T]`` of prompt tokens, and the mask ``[P, 1, 1, r, T + r]`` of completion tokens or None. The
+            last axis of the second mask has the T keys of the prompt first and the r keys of the completion next.
+        """
         if window not in self._hidden:
             self._hidden[window] = self._find_hidden(window)
         return self._hidden[window]
@@ -81,21 +100,25 @@ class Block:
         if window is not None:
             position = self.prompt_lengths[:, None] + torch.arange(r, device=places.device)
             prompt = prompt | (position[:, :, None] - places >= window)
-        own = of_future(r).expand(groups, r, r)
-        return of_future(t), torch.cat([prompt, own], -1)[:, None, None]
+        completion = of_future(r).expand(groups, r, r)
+        return of_future(t), torch.cat([prompt, completion], -1)[:, None, None]
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One row of S_in input tokens and the m completion tokens predicted from it.
+    """One row of S_in input tokens, and the m completion tokens that the model predicts from it.
+
+    The row holds P groups with N completions in total. All tensors are int64.
 
     Attributes:
-        places: where each group's prompt and its completions lie in the row.
-        ids, positions: ``[S_in]``; positions count from the start of each sample's own prompt.
-        predictors: ``[m]`` index into the row of the token each target is predicted from.
-        targets: ``[m]`` token ids, sample after sample, in the order the groups were given.
-        lengths: ``[N]`` completion lengths; they add up to m.
-        prompt_lengths: ``[P]``.
+        places: for each group, the indices of its prompt and of its completions in the row.
+        ids: ``[S_in]`` token ids.
+        positions: ``[S_in]``, the position of each token in its sequence. A sequence is a prompt and one completion.
+        predictors: ``[m]``, for each target the index in the row of the token before it, from which the model predicts
+            the target.
+        targets: ``[m]`` token ids of the completions, one completion after the other, in the order of the groups.
+        lengths: ``[N]`` lengths of the completions. Their sum is m.
+        prompt_lengths: ``[P]`` lengths of the prompts.
     """
 
     places: Sequence[Places]
@@ -108,7 +131,7 @@ class Pack:
 
     @classmethod
     def of(cls, groups: Sequence[Group], device: torch.device | str = "cpu") -> Pack:
-        """Pack ``groups`` in the order given."""
+        """Pack ``groups`` in their order into one row on ``device``."""
         ids: list[int] = []
         positions: list[int] = []
         predictors: list[int] = []
@@ -120,35 +143,37 @@ class Pack:
             ids += group.prompt
             positions += range(len(group.prompt))
         for group, prompt in zip(groups, prompts, strict=True):
-            own = []
+            completions = []
             for completion in group.completions:
-                own.append(range(len(ids), len(ids) + len(completion) - 1))
+                completions.append(range(len(ids), len(ids) + len(completion) - 1))
                 ids += completion[:-1]
-                positions += range(len(prompt), len(prompt) + len(own[-1]))
+                positions += range(len(prompt), len(prompt) + len(completions[-1]))
                 predictors.append(prompt[-1])
-                predictors += own[-1]
+                predictors += completions[-1]
                 targets += completion
-            places.append((prompt, own))
+            places.append((prompt, completions))
         lengths = [len(completion) for group in groups for completion in group.completions]
         lists = (ids, positions, predictors, targets, lengths, [len(prompt) for prompt in prompts])
-        # in one piece, as a GPU stops for each
+        # One copy for all tensors, because each copy to a GPU makes the CPU wait.
         whole = torch.tensor([i for values in lists for i in values], dtype=torch.int64).to(device)
         return cls(places, *torch.split(whole, [len(values) for values in lists]))
 
     @cached_property
     def stretches(self) -> Stretches:
-        """Where the prompts and completions lie in the row, as compiled attention takes it."""
-        all_of_them = [stretch for prompt, own in self.places for stretch in (prompt, *own)]
+        """The ranges of the prompts and completions in the row, in the form that compiled attention expects."""
+        ranges = [stretch for prompt, completions in self.places for stretch in (prompt, *completions)]
         return Stretches(
-            torch.tensor([s.start for s in all_of_them], dtype=torch.int32),
-            torch.tensor([len(s) for s in all_of_them], dtype=torch.int32),
-            torch.tensor([0, *accumulate(1 + len(own) for _, own in self.places)], dtype=torch.int32),
+            torch.tensor([s.start for s in ranges], dtype=torch.int32),
+            torch.tensor([len(s) for s in ranges], dtype=torch.int32),
+            torch.tensor([0, *accumulate(1 + len(completions) for _, completions in self.places)], dtype=torch.int32),
         )
 
     @cached_property
     def rectangles(self) -> tuple[Sequence[Block], Tensor]:
-        """The blocks of groups that attention pads, and where each token of the row lies in their padded places:
-        ``[S_in]``."""
+        """The blocks of groups that attention pads to rectangles, and a map from the row to their places.
+
+        The map ``[S_in]`` int64 has for each token of the row its index among the padded places of all blocks.
+        """
         device = self.ids.device
         back = torch.empty(len(self.ids), dtype=torch.int64)
         blocks: list[Block] = []
@@ -160,32 +185,32 @@ class Pack:
 
 
 def _split(places: Sequence[Places], scores: int) -> list[list[Places]]:
-    """Consecutive groups whose padded attention scores stay within ``scores`` (or one group, whatever its size)."""
+    """Split the groups into consecutive parts with at most ``scores`` padded attention scores, or with one group."""
     parts: list[list[Places]] = []
     t = r = n = 0
-    for prompt, own in places:
-        t2, r2 = max(t, len(prompt)), max([r, *map(len, own)])
-        n2 = max(n, len(own))
+    for prompt, completions in places:
+        t2, r2 = max(t, len(prompt)), max([r, *map(len, completions)])
+        n2 = max(n, len(completions))
         size = len(parts[-1]) + 1 if parts else 1
         if not parts or size * (t2 * t2 + n2 * r2 * (t2 + r2)) > scores:
             parts.append([])
-            t2, r2, n2 = len(prompt), max([0, *map(len, own)]), len(own)
-        parts[-1].append((prompt, own))
+            t2, r2, n2 = len(prompt), max([0, *map(len, completions)]), len(completions)
+        parts[-1].append((prompt, completions))
         t, r, n = t2, r2, n2
     return parts
 
 
 def _block(places: Sequence[Places], back: Tensor, offset: int, device: torch.device | str) -> Block:
-    """The padded layout of some groups; writes their part of ``back``."""
+    """Compute the padded layout of some groups, and write their part of the map ``back`` from the row to places."""
     n_groups, t = len(places), max(len(prompt) for prompt, _ in places)
-    n = max(len(own) for _, own in places)
-    r = max((len(c) for _, own in places for c in own), default=0)
+    n = max(len(completions) for _, completions in places)
+    r = max((len(c) for _, completions in places for c in completions), default=0)
     prompt_index = torch.full((n_groups, t), back.shape[0])
     completion_index = torch.full((n_groups, n, r), back.shape[0])
-    for i, (prompt, own) in enumerate(places):
+    for i, (prompt, completions) in enumerate(places):
         prompt_index[i, : len(prompt)] = torch.arange(prompt.start, prompt.stop)
         back[prompt.start : prompt.stop] = offset + i * t + torch.arange(len(prompt))
-        for j, c in enumerate(own):
+        for j, c in enumerate(completions):
             completion_index[i, j, : len(c)] = torch.arange(c.start, c.stop)
             start = offset + n_groups * t + (i * n + j) * r
             back[c.start : c.stop] = start + torch.arange(len(c))
@@ -196,13 +221,21 @@ def _block(places: Sequence[Places], back: Tensor, offset: int, device: torch.de
 def split_into_packs(
     groups: Sequence[Group], budget: int, together: int | None = None
 ) -> list[list[tuple[int, list[int]]]]:
-    """Split groups into packs of at most ``budget`` input tokens: for each pack, (group, its completions) by index.
+    """Split groups into packs of at most ``budget`` input tokens.
 
-    A pack of several groups has at most ``together`` tokens, where that is given.
+    The function takes the groups with the longest completions first. So the groups of a block have similar lengths, and
+    the largest pack comes first: a run that needs too much memory fails at once.
 
-    Groups are taken by length, longest first, so that what lies side by side in a block has similar lengths and the
-    largest pack comes first: if memory does not suffice, it shows at once. A group is divided only if it alone exceeds
-    the budget; each of its parts then carries the prompt. A completion that alone exceeds it is a pack of its own.
+    The function divides a group only if the group alone exceeds the budget. Each part then contains the prompt. A
+    completion that exceeds the budget together with its prompt becomes a pack of its own.
+
+    Args:
+        groups: the groups.
+        budget: the most input tokens of a pack.
+        together: the most input tokens of a pack with several groups, or None if ``budget`` is the only limit.
+
+    Returns:
+        For each pack a list of pairs: the index of a group, and the indices of its completions in the pack.
     """
     order = sorted(range(len(groups)), key=lambda i: (-max(map(len, groups[i].completions)), -len(groups[i].prompt), i))
     packs: list[list[tuple[int, list[int]]]] = []

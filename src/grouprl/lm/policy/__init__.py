@@ -1,1 +1,1 @@
-"""The model as it samples, as it is differentiated, and as it was: the reference."""
+"""The policy: the model in training, its log-probabilities and its reference model."""

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions under the current model, with gradients: packed where the model allows it."""
+"""Log-probabilities of completions under a model, with or without gradients. They are packed if the model allows it."""
 
 from __future__ import annotations
 
@@ -37,19 +37,26 @@ class LogProbs:
 
     Args:
         model: the model.
-        backbone: its packed form, or None for the plain path.
-        precision: how linear layers compute.
-        temperature: logits are divided by it; the temperature the completions were sampled at.
-        budget: most input tokens of a micro-batch.
+        backbone: the parts of the model for the packed path, or None for the plain path.
+        precision: the precision of matrix products.
+        temperature: a positive number that divides the logits. It should be the temperature of sampling.
+        budget: the most input tokens of a micro-batch.
         dropout: whether the model's dropout layers are active while learning.
-        native: use compiled attention where it is available.
-        layers: the model's layers as fused functions, or None to run its own modules.
+        native: whether to use compiled attention where it supports the model.
+        layers: fused implementations of the model's layers, or None to run the modules of the model.
     """
 
     def __init__(
-        self, model: nn.Module, backbone: Backbone | None, precision: LowPrecision, temperature: float, budget: int,
-        dropout: bool = False, native: bool = True, layers: LlamaLayers | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        backbone: Backbone | None,
+        precision: LowPrecision,
+        temperature: float,
+        budget: int,
+        dropout: bool = False,
+        native: bool = True,
+        layers: LlamaLayers | None = None,
+    ) -> None:
         self.layers = layers
         self.model, self.backbone, self.precision = model, backbone, precision
         self.temperature, self.budget, self.dropout = temperature, budget, dropout
@@ -59,13 +66,13 @@ class LogProbs:
     def micro_batches(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], group: Sequence[int]
     ) -> list[MicroBatch]:
-        """Split N samples of P prompts into micro-batches within the budget; samples of one prompt share it.
+        """Split N samples of P prompts into micro-batches within the token budget.
 
-        Without a backbone each sample is a micro-batch of its own.
+        The samples of a prompt share its tokens within a micro-batch. Without a backbone, each sample is a micro-batch.
 
         Args:
-            prompts: token ids of each of the P prompts.
-            completions: token ids of each of the N samples.
+            prompts: the token ids of each of the P prompts.
+            completions: the token ids of each of the N samples.
             group: for each sample the index of its prompt.
         """
         members: dict[int, list[int]] = {}
@@ -85,16 +92,19 @@ class LogProbs:
 
     @contextmanager
     def learning(self, *, dropout: bool = True) -> Iterator[None]:
-        """The context in which :meth:`evaluate` and its backward pass run. Weights are rounded once, at its start.
+        """Prepare the model for :meth:`evaluate` and its backward pass while the context is open.
+
+        The context rounds each weight once, so weights must not change in it.
 
         Args:
-            dropout: False turns dropout off, even where the constructor turned it on.
+            dropout: False turns dropout off, even if the constructor turned it on.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         if self.dropout and dropout:
             self.model.train()
         else:
-            # Only what recomputes activations must believe that it trains; dropout must not, however it is written.
+            # Modules with gradient checkpointing work in training mode alone. All others are in evaluation mode, which
+            # turns off every form of dropout.
             self.model.eval()
             for module, _ in modes:
                 if getattr(module, "gradient_checkpointing", False):
@@ -116,10 +126,17 @@ class LogProbs:
             self._plan.forget()
 
     def evaluate(self, batch: MicroBatch) -> TokenTerms:
-        """Log-probability and entropy ``[m]`` of the batch's completion tokens in nats, sample after sample.
+        """Compute log-probabilities and entropies of the completion tokens of a micro-batch.
 
-        Raises UsageError outside of :meth:`learning`: there the model's own attention would read the packed row as one
-        sequence.
+        Args:
+            batch: a micro-batch with m completion tokens in total.
+
+        Returns:
+            Log-probabilities and entropies, each ``[m]`` float32 in nats, one sample after the other.
+
+        Raises:
+            UsageError: the call is outside of :meth:`learning`. The attention of the model would read the packed row
+                as one sequence there.
         """
         if not self._learning:
             raise UsageError("LogProbs.evaluate works within learning() alone: with log_probs.learning(): ...")
@@ -127,13 +144,14 @@ class LogProbs:
             return self._evaluate_plainly(batch.groups)
         pack = self._plan.pack = Pack.of(batch.groups, self.backbone.device)
         hidden = self.backbone.hidden(pack.ids, pack.positions) if self.layers is None else self.layers.hidden(pack)
-        # On a GPU the gradient of index_select is added up in whatever order threads arrive, that of indexing is not.
+        # On a GPU the gradient of index_select adds rows in the order in which threads arrive. The gradient of indexing
+        # adds them in a fixed order.
         hidden = hidden[pack.predictors] if hidden.is_cuda else hidden.index_select(0, pack.predictors)
         head = self.backbone.head
         return log_probs(hidden, head.weight, head.bias, pack.targets, self.temperature, self.precision)
 
     def _evaluate_plainly(self, groups: Sequence[Group]) -> TokenTerms:
-        """Sample by sample, the way anybody would: for models that cannot be packed."""
+        """Compute the same as :meth:`evaluate` with a plain call of the model for each sample."""
         logps, entropies = [], []
         device = next(self.model.parameters()).device
         low = self.precision.dtype != torch.float32
@@ -150,9 +168,15 @@ class LogProbs:
 
     @torch.no_grad()
     def without_gradient(self, micro_batches: Sequence[MicroBatch], lengths: Tensor) -> Tensor:
-        """Log-probabilities ``[S]`` of samples in ``micro_batches``, packed by ``lengths [N]``; 0 for other samples.
+        """Compute log-probabilities without gradients and without dropout.
 
-        Dropout is always off: the caller keeps these as the log-probabilities of the old policy or of a reference.
+        Args:
+            micro_batches: the samples to evaluate.
+            lengths: ``[N]`` int64, the completion lengths of all N samples.
+
+        Returns:
+            Log-probabilities ``[S]`` float32 in nats of all S completion tokens of the N samples, one sample after the
+            other. Samples that are in no micro-batch have 0.
         """
         ends = lengths.cumsum(0)
         out = torch.zeros(int(ends[-1]), device=lengths.device)
@@ -163,6 +187,14 @@ class LogProbs:
 
 
 def steps_of(samples: Tensor, lengths: Tensor) -> Tensor:
-    """Indices ``[m]`` of the tokens of ``samples [n]``, sample after sample, in a tensor packed by ``lengths [N]``."""
+    """Find the completion tokens of some samples in a tensor ``[S]`` that holds the tokens of all samples end to end.
+
+    Args:
+        samples: ``[n]`` int64, the indices of the samples.
+        lengths: ``[N]`` int64, the completion lengths of all N samples.
+
+    Returns:
+        The indices ``[m]`` int64 of the m tokens of the samples, in the order of ``samples``.
+    """
     starts = (lengths.cumsum(0) - lengths)[samples]
     return torch.repeat_interleave(starts, lengths[samples]) + position(lengths[samples])

@@ -1,4 +1,4 @@
-"""The model being trained and everything that runs it: how it samples, how it is differentiated, what holds it."""
+"""The model in training, with its sampler, its log-probabilities and its reference model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from grouprl.lm.sample.sampler import Sampler
 from grouprl.lm.settings.config import GRPOConfig
 
 _CACHE_BYTES = 1 << 30
-"""What the sampler's own keys and values may take by default; on a GPU, an eighth of its memory."""
+"""The default limit in bytes for the keys and values that the sampler stores, on a CPU."""
 
 _TOKENS = 2048
-"""Tokens of a micro-batch by default."""
+"""The default number of input tokens of a micro-batch on a CPU."""
 
 _log = logging.getLogger("grouprl")
 
@@ -35,14 +35,24 @@ class Policy:
     """A causal language model that samples and learns.
 
     Args:
-        model: a transformers causal model or a PEFT model around one, on its device.
-        tokenizer: says which tokens end a completion.
-        config: precision, temperature, micro-batches, reference.
-        ref_model: what the KL divergence is measured to; default: the model as it is now.
+        model: a causal model of transformers or a PEFT model around one, on its device.
+        tokenizer: defines which tokens end a completion.
+        config: the settings of the run, among them precision, temperature, size of micro-batches and ``beta``.
+        ref_model: the reference model of the KL divergence. By default the reference is the model as it is now.
 
     Attributes:
-        packed: whether the packed paths run it; if not, ``why_plain`` says why.
-        reference: what the KL divergence is measured to, or None.
+        model: the model.
+        config: the settings of the run.
+        device: the device of the model.
+        precision: the precision of matrix products.
+        packed: whether the packed paths run the model.
+        why_plain: the reason why the plain paths run the model, or "".
+        log_probs: computes log-probabilities of completions.
+        sampler: samples completions.
+        reference: the reference model of the KL divergence, or None if ``beta`` is 0.
+
+    Raises:
+        UsageError: ``config`` asks for bfloat16 on a device that does not have it, or ``ref_model`` does not fit.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None) -> None:
@@ -52,8 +62,8 @@ class Policy:
         if config.bf16 and not fast and self.device.type != "cpu":
             raise UsageError(f"bf16=True, but {self.device} has no bfloat16; leave bf16 out")
         low = fast if config.bf16 is None else config.bf16
-        own = next(model.parameters()).dtype
-        dtype = torch.bfloat16 if low or own == torch.bfloat16 else torch.float32
+        weight_dtype = next(model.parameters()).dtype
+        dtype = torch.bfloat16 if low or weight_dtype == torch.bfloat16 else torch.float32
         self.precision = LowPrecision(model, dtype, config.native)
         backbone, self.why_plain = (None, "attention='plain' asks for it")
         if config.attention == "auto":
@@ -75,10 +85,28 @@ class Policy:
         self.reference = self._reference(ref_model)
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], group_size: int, generator: torch.Generator,
-        settings: SamplingSettings | None = None, adjust: Adjust | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        """``group_size`` completions of each prompt, as the configuration says unless ``settings`` are given."""
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        generator: torch.Generator,
+        settings: SamplingSettings | None = None,
+        adjust: Adjust | None = None,
+    ) -> list[Completion]:
+        """Sample ``group_size`` completions of each prompt.
+
+        Args:
+            prompts: the token ids of each of the P prompts.
+            group_size: the number of completions of each prompt.
+            generator: a random generator on the CPU.
+            settings: how to draw tokens. By default the settings of the configuration.
+            adjust: changes the logits before each draw, or None.
+
+        Returns:
+            ``P * group_size`` completions. The completions of the first prompt come first.
+
+        Raises:
+            UsageError: ``adjust`` is given, but the packed paths do not run the model.
+        """
         return self.sampler.sample(prompts, group_size, settings or sampling_settings(self.config), generator, adjust)
 
     def _make_log_probs(self, model: Any, backbone: Any, precision: LowPrecision) -> LogProbs:
@@ -90,7 +118,7 @@ class Policy:
         return LogProbs(model, backbone, precision, config.temperature, budget, dropout, config.native, layers)
 
     def _reference(self, ref_model: Any) -> Reference | None:
-        """What the KL divergence is measured to, if ``beta`` asks for one. Raises UsageError if it cannot be that."""
+        """The reference model, or None if ``beta`` is 0. Raises UsageError if ``ref_model`` cannot be the reference."""
         if self.config.beta == 0:
             if ref_model is not None:
                 raise UsageError("ref_model is given, but beta=0 gives it no weight; set beta, or leave it out")
@@ -103,9 +131,9 @@ class Policy:
                     "is then the model as it is now), or pass a copy"
                 )
             ref_model = ref_model.to(self.device)
-            # Its parameters may go on asking for gradients, of which there are none. They should: torch multiplies by
-            # a weight that asks for one in another way, and rounds differently; the KL of a model from its copy would
-            # not be 0.
+            # The parameters of ref_model keep requires_grad=True, although nothing computes their gradients. torch uses
+            # other products for weights without it, and these round differently. The KL divergence between a model and
+            # its copy would then not be 0.
             backbone = find_backbone(ref_model)[0] if self.packed else None
             precision = LowPrecision(ref_model, self.precision.dtype, self.config.native)
             other = ref_model, self._make_log_probs(ref_model, backbone, precision)
@@ -115,22 +143,26 @@ class Policy:
         return reference
 
     def _tokens_at_once(self, backbone: Backbone) -> int:
-        """Tokens whose activations and logits fit into an eighth of a GPU's memory; _TOKENS on a CPU.
+        """The number of tokens whose activations and logits fit into an eighth of a GPU's memory; _TOKENS on a CPU.
 
-        About 34 bytes per token, layer and number of a hidden state (arXiv 2205.05198, section 4.1), and logits twice.
+        Activations need about 34 bytes per token, layer and element of a hidden state (arXiv 2205.05198, section 4.1).
+        Logits need 4 bytes per token and vocabulary entry: bfloat16, held twice.
         """
         if self.device.type != "cuda":
             return _TOKENS
         vocabulary, width = map(int, backbone.head.weight.shape)
         token = 34 * int(self.model.config.get_text_config().num_hidden_layers) * width + 4 * vocabulary
-        room = torch.cuda.get_device_properties(self.device).total_memory // 8  # of all, as below
+        room = torch.cuda.get_device_properties(self.device).total_memory // 8  # of the total memory, as below
         return max(_TOKENS // 2, min(32 * _TOKENS, room // token))
 
     def _rows_that_fit(self, backbone: Backbone) -> int:
-        """Rows whose keys and values of a whole completion fit into _CACHE_BYTES; on a GPU, together with their logits
-        and what is made of those, into an eighth of its memory."""
+        """The number of rows of a decode step that fit into memory.
+
+        On a CPU, the keys and values of complete rows must fit into _CACHE_BYTES. On a GPU they must fit into an eighth
+        of its memory, together with the logits and the tensors that sampling computes from them.
+        """
         room, logits = _CACHE_BYTES, 0
-        if self.device.type == "cuda":  # of all, not of what is free: a run must not depend on what else is there
+        if self.device.type == "cuda":  # of the total memory: a run must not depend on how much is free now
             room = torch.cuda.get_device_properties(self.device).total_memory // 8
             logits = 16 * backbone.head.weight.shape[0]
         text = self.model.config.get_text_config()
@@ -147,7 +179,11 @@ class Policy:
 
 
 def has_dropout(model: Any) -> bool:
-    """Whether a model drops anything out when it trains: by a module, or by a number of its configuration or layers."""
+    """Whether a model uses dropout in training mode.
+
+    The function looks for a positive rate in dropout modules, in ``dropout`` attributes of modules, and in entries of
+    the model's configuration with "drop" in their name.
+    """
     rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "dropout", 0.0) for m in model.modules()]
     text = model.config.get_text_config() if hasattr(model, "config") else None
     rates += [value for name, value in vars(text).items() if "drop" in name] if text is not None else []
@@ -155,7 +191,12 @@ def has_dropout(model: Any) -> bool:
 
 
 def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSettings:
-    """What the configuration says of sampling; with ``greedy`` the likeliest token instead."""
+    """The sampling settings of a configuration.
+
+    Args:
+        config: the settings of the run.
+        greedy: take the likeliest token at each step, with neither filters nor a repetition penalty.
+    """
     if greedy:
         return SamplingSettings(config.max_completion_length, temperature=0.0, min_new_tokens=config.min_new_tokens)
     return SamplingSettings(

@@ -1,4 +1,4 @@
-"""The reference model of the KL divergence: the model as it was at the start, or another one."""
+"""The reference model of the KL divergence: the model as it was at the start of the run, or another model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from grouprl.lm.policy.log_probs import LogProbs, MicroBatch
 
 
 class Reference:
-    """Log-probabilities of a model that is not trained.
+    """Computes log-probabilities under the reference model, which is not trained.
 
-    By default it is the model as it is now: a copy of the weights that are trained, which take the places of the
-    model's own while log-probabilities are computed. So it runs the same code, to the last bit; what is frozen, below
-    an adapter for one, is not copied; and an adapter that has learned something already is part of it.
+    By default the reference is the model as it is now. The constructor copies the trainable weights. :meth:`log_probs`
+    puts the copies into the model and restores the model's weights afterwards. So the reference and the model run the
+    same code and agree to the last bit. Frozen weights, such as the weights below an adapter, are not copied. If an
+    adapter was trained before, the reference includes it.
 
     Args:
-        model: the model that is trained. log_probs: computes its log-probabilities.
-        other: another model and what computes its log-probabilities, to be the reference instead.
+        model: the model in training.
+        log_probs: computes log-probabilities under the model.
+        other: another model as the reference, and the :class:`LogProbs` of this model. None makes the model itself the
+            reference.
     """
 
     def __init__(self, model: nn.Module, log_probs: LogProbs, other: tuple[nn.Module, LogProbs] | None = None) -> None:
@@ -33,7 +36,16 @@ class Reference:
             self._weights, self._log_probs = dict(other[0].named_parameters()), other[1]
 
     def log_probs(self, micro_batches: Sequence[MicroBatch], lengths: Tensor) -> Tensor:
-        """Log-probabilities ``[S]`` of the samples in ``micro_batches``, packed by ``lengths [N]``; 0 for others."""
+        """Compute log-probabilities under the reference, without gradients and without dropout.
+
+        Args:
+            micro_batches: the samples to evaluate.
+            lengths: ``[N]`` int64, the completion lengths of all N samples.
+
+        Returns:
+            Log-probabilities ``[S]`` float32 in nats of all S completion tokens of the N samples, one sample after the
+            other. Samples that are in no micro-batch have 0.
+        """
         if not self._stands_in:
             return self._log_probs.without_gradient(micro_batches, lengths)
         with self._in_place():
@@ -51,11 +63,15 @@ class Reference:
                 p.data = before[name]
 
     def check_can_follow(self) -> None:
-        """Raises UsageError if the reference has not the weights that are trained, and so cannot move towards them."""
+        """Check that :meth:`follow` can move the reference towards the model.
+
+        Raises:
+            UsageError: the reference lacks a trainable weight of the model, or has it in another shape.
+        """
         for name, p in self._mine.items():
-            its = self._weights.get(name)
-            if its is None or its.shape != p.shape:
-                has = "none of that name" if its is None else f"one of shape {list(its.shape)}"
+            weight = self._weights.get(name)
+            if weight is None or weight.shape != p.shape:
+                has = "none of that name" if weight is None else f"one of shape {list(weight.shape)}"
                 raise UsageError(
                     f"sync_ref_model moves the reference towards the model, whose weight {name} has the shape "
                     f"{list(p.shape)}, but ref_model has {has}; give a ref_model of the same kind, leave it out (the "
@@ -64,16 +80,22 @@ class Reference:
 
     @torch.no_grad()
     def follow(self, alpha: float) -> None:
-        """reference <- alpha * model + (1 - alpha) * reference (TR-DPO, arXiv 2404.09656), weight by weight."""
+        """Move the reference towards the model: reference <- alpha * model + (1 - alpha) * reference, for each weight.
+
+        This is the soft update of TR-DPO (arXiv 2404.09656).
+
+        Args:
+            alpha: the share of the model, in [0, 1].
+        """
         for name, p in self._mine.items():
             self._weights[name].lerp_(p.to(self._weights[name]), alpha)
 
     def state(self) -> dict[str, Tensor]:
-        """The weights that :meth:`follow` moves."""
+        """The weights that :meth:`follow` changes, by name."""
         return {name: self._weights[name].detach() for name in self._mine}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
+        """Restore the weights from a dictionary that :meth:`state` returned."""
         for name, value in state.items():
             self._weights[name].copy_(value)

@@ -1,1 +1,1 @@
-"""Sampling completions: decoding groups of rows, and drawing tokens."""
+"""Sampling completions: decode steps of many rows, and the draw of each token."""

@@ -14,14 +14,19 @@ _NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn; every setting is explicit, none is taken from a checkpoint.
+    """How to draw tokens. The sampler uses these settings alone and ignores the generation settings of a checkpoint.
+
+    The filters apply in the order top_k, top_p, min_p.
 
     Attributes:
-        temperature: logits are divided by it; 0 means greedy.
-        top_k: keep the k likeliest tokens (0: all). top_p: keep the smallest set of likeliest tokens whose probability
-            reaches p. min_p: keep tokens at least min_p times as likely as the likeliest. Applied in this order.
-        repetition_penalty: logits of tokens in prompt or completion are divided (if positive) or multiplied by it.
-        max_new_tokens: most tokens of a completion. min_new_tokens: no end of sequence before.
+        max_new_tokens: the most tokens of a completion.
+        temperature: the sampler divides logits by it. With 0 it always takes the likeliest token.
+        top_k: keep the k likeliest tokens. 0 keeps all tokens.
+        top_p: keep the smallest set of likeliest tokens whose total probability reaches top_p. 1 keeps all tokens.
+        min_p: keep the tokens that are at least min_p times as likely as the likeliest one. 0 keeps all tokens.
+        repetition_penalty: for tokens that occur in the prompt or the completion, the sampler divides positive logits
+            by it and multiplies negative logits by it. 1 changes nothing.
+        min_new_tokens: the sampler draws no end-of-sequence token before the completion has this many tokens.
     """
 
     max_new_tokens: int
@@ -34,19 +39,22 @@ class SamplingSettings:
 
     @property
     def filtered(self) -> bool:
-        """Whether some tokens are left out."""
+        """Whether a filter (top_k, top_p or min_p) may exclude tokens."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row from softmax(logits), exactly: ``[B]`` ids and their log-probabilities ``[B]`` float32.
+    """Draw one token per row from softmax(logits), exactly.
 
-    Inverse CDF in two levels: the cumulative sum over blocks of tokens finds the block, the one within it the token, so
-    only V / 256 + 256 numbers per row are scanned instead of V.
+    The function inverts the cumulative distribution in two levels. A cumulative sum over blocks of 256 tokens finds the
+    block, and a cumulative sum within the block finds the token. So it scans V / 256 + 256 numbers per row and not V.
 
     Args:
-        logits: ``[B, V]`` float32, overwritten.
-        uniform: ``[B]`` in [0, 1).
+        logits: ``[B, V]`` float32. The function overwrites them.
+        uniform: ``[B]`` random numbers in [0, 1).
+
+    Returns:
+        The token ids ``[B]`` int64 and their log-probabilities ``[B]`` float32 in nats.
     """
     rows, vocabulary = logits.shape
     logits.sub_(logits.amax(-1, keepdim=True))
@@ -64,7 +72,7 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     within = p[torch.arange(rows, device=p.device), block[:, 0]].double()
     inner = within.cumsum(-1)
     token = torch.searchsorted(inner, (at - before).clamp_(min=0.0), right=True)
-    # Rounding may point past the last token that has any probability: take that one.
+    # Rounding may point past the last token with a positive probability: take this token then.
     last = _BLOCK - 1 - (within.flip(-1) > 0).int().argmax(-1, keepdim=True)
     token = torch.minimum(token, last) + block * _BLOCK
     logp = logits.gather(1, token)[:, 0] - total[:, 0].log().float()
@@ -72,13 +80,28 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token of each row and its log-probability under softmax(logits)."""
+    """Take the likeliest token of each row.
+
+    Args:
+        logits: ``[B, V]`` float32.
+
+    Returns:
+        The token ids ``[B]`` int64 and their log-probabilities ``[B]`` float32 in nats under softmax(logits).
+    """
     best, token = logits.max(-1)
     return token, best - logits.logsumexp(-1)
 
 
 def keep_likely(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Set the logits ``[B, V]`` of tokens that the filters leave out to -inf, in place; the likeliest always stays."""
+    """Set the logits of the tokens that the filters exclude to -inf. The likeliest token of a row always stays.
+
+    Args:
+        logits: ``[B, V]`` float32. The function changes them in place.
+        settings: the filters top_k, top_p and min_p.
+
+    Returns:
+        ``logits``.
+    """
     if settings.top_k > 0:
         k = min(settings.top_k, logits.shape[-1])
         logits.masked_fill_(logits < logits.topk(k, -1).values[:, -1:], _NEVER)
@@ -95,5 +118,16 @@ def keep_likely(logits: Tensor, settings: SamplingSettings) -> Tensor:
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL's rule (arXiv 1909.05858): divide positive, multiply negative logits of tokens in ``seen [B, V]`` bool."""
+    """Make tokens that occurred before less likely, by the rule of CTRL (arXiv 1909.05858).
+
+    The function divides positive logits of these tokens by the penalty and multiplies negative logits by it.
+
+    Args:
+        logits: ``[B, V]``.
+        seen: ``[B, V]`` bool, True for the tokens that occurred.
+        penalty: a positive number. 1 changes nothing, and a larger number makes repetition less likely.
+
+    Returns:
+        New logits ``[B, V]``.
+    """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -1,4 +1,4 @@
-"""Sampling the plain way, for models that cannot be packed: the library's own generate, with every setting explicit."""
+"""Sampling with the ``generate`` method of transformers, for models that the packed path does not support."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from grouprl.lm.sample.rows import Adjust, Completion
 
 
 class PlainSampler:
-    """As :class:`grouprl.lm.sample.sampler.Sampler`; slower, and for any model transformers can generate from.
+    """Samples completions from any model with a ``generate`` method.
 
-    Log-probabilities are those of the sampling distribution. The draws follow ``generator``, but also which rows are
-    sampled together.
+    It replaces :class:`grouprl.lm.sample.sampler.Sampler` for models that cannot be packed, and it is slower. The
+    tokens of a completion depend on the random generator and also on which prompts are sampled in the same call.
+
+    Args:
+        model: a causal model of transformers.
+        dtype: the dtype of matrix products. Any dtype but float32 turns autocast on.
+        end_ids: the ids of the tokens that end a completion.
+        pad_id: the id of the token that pads shorter prompts.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, end_ids: Sequence[int], pad_id: int) -> None:
@@ -24,10 +30,28 @@ class PlainSampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        generator: torch.Generator,
         adjust: Adjust | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        """``group_size`` completions of each prompt, prompt after prompt."""
+    ) -> list[Completion]:
+        """Sample ``group_size`` completions of each prompt.
+
+        Args:
+            prompts: the token ids of each of the P prompts.
+            group_size: the number of completions of each prompt.
+            settings: how to draw tokens.
+            generator: a random generator on the CPU.
+            adjust: must be None.
+
+        Returns:
+            ``P * group_size`` completions. The completions of the first prompt come first.
+
+        Raises:
+            UsageError: ``adjust`` is given. ``generate`` has no place for it.
+        """
         if adjust is not None:
             raise UsageError("the plain sampler cannot adjust logits; use attention='auto'")
         from transformers import GenerationConfig
@@ -40,7 +64,7 @@ class PlainSampler:
         seed = int(torch.randint(2**62, (), generator=generator))
         training, checkpoints_own = self.model.training, self.model.generation_config
         self.model.eval()
-        # A checkpoint's own would add settings nobody asked for.
+        # The generation settings of a checkpoint would change the distribution without the user's knowledge.
         self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -62,7 +86,7 @@ class PlainSampler:
             self.model.train(training)
             self.model.generation_config = checkpoints_own
         new = out.sequences[:, width:]
-        # One tensor [N, V] per step; only the chosen entries are kept.
+        # out.scores has a tensor [N, V] per step. Only the entries of the drawn tokens are needed.
         logp = torch.stack(
             [s.float().log_softmax(-1).gather(1, new[:, t, None])[:, 0] for t, s in enumerate(out.scores)], 1
         ).cpu()

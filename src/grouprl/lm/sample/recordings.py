@@ -1,9 +1,10 @@
-"""Work on a GPU, recorded once and launched as a whole (CUDA graphs).
+"""Recordings of GPU work (CUDA graphs).
 
-A decode step of a small model is a thousand kernels of two microseconds each. Launching them one by one from Python
-takes ten times as long as running them; a recording is launched at once. It runs the same kernels on the same
-addresses: what it reads and writes must stay where it is, and numbers that Python knows are those of the time of
-recording.
+A decode step of a small model consists of about a thousand kernels that run for two microseconds each. Python needs ten
+times as long to launch them one by one. A recording stores these launches, and one call launches all of them.
+
+A recording runs the same kernels on the same memory addresses. So the tensors that the work reads and writes must not
+move. Python numbers keep the values they had at the time of recording.
 """
 
 from __future__ import annotations
@@ -19,30 +20,43 @@ Work = Callable[[], object]
 
 
 class GraphRecorder(Protocol):
-    """What makes recordings."""
+    """Makes recordings."""
 
     def prepare(self, work: Work) -> None:
-        """Do ``work`` once, as it will be recorded."""
+        """Do ``work`` once, under the conditions of a recording. Call this before :meth:`record`."""
 
     def record(self, work: Work) -> Work:
-        """What does ``work`` again, faster. ``work`` itself is not done. Raises RuntimeError if that cannot be."""
+        """Record ``work`` without doing it. Returns a function that replays the recording.
+
+        Raises:
+            RuntimeError: ``work`` cannot be recorded.
+        """
 
 
 class CudaGraphRecorder:
-    """Records CUDA graphs, on a stream of its own and in memory that each takes over from the one before.
+    """Records CUDA graphs.
 
-    Raises RuntimeError if nothing can be recorded.
+    It records on its own stream. Each recording reuses the memory of the recording before.
+
+    Args:
+        device: a CUDA device.
+
+    Raises:
+        RuntimeError: the device cannot record CUDA graphs.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._newest: torch.cuda.CUDAGraph | None = None
-        self._failed: list[torch.cuda.CUDAGraph] = []  # torch's allocators may go on asking them
+        self._failed: list[torch.cuda.CUDAGraph] = []  # torch's allocators may still use them, so keep them alive
         self._keeper = self._trivial()
 
     def prepare(self, work: Work) -> None:
-        """See :class:`GraphRecorder`. What libraries set up at their first call does not get into a recording."""
+        """Do ``work`` once on the stream of the recorder.
+
+        Libraries set themselves up at their first call. This call keeps that work out of the recording.
+        """
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -50,8 +64,14 @@ class CudaGraphRecorder:
         current.wait_stream(self._stream)
 
     def record(self, work: Work) -> Work:
-        """See :class:`GraphRecorder`. The recording made before must not be used any more."""
-        self._newest = None  # with it goes a workspace that a new one must not rely on
+        """Record ``work`` without doing it. Returns a function that replays the recording.
+
+        The recording before becomes invalid: do not replay it afterwards.
+
+        Raises:
+            RuntimeError: ``work`` cannot be recorded.
+        """
+        self._newest = None  # the old graph owns a workspace that the new graph must not use
         try:
             graph = self._capture(work, self._keeper.pool())
         except torch.cuda.OutOfMemoryError:
@@ -59,7 +79,7 @@ class CudaGraphRecorder:
         except BaseException:
             self._renew()
             raise
-        if graph is None:  # while it captured, torch could not take back what it only keeps
+        if graph is None:  # torch cannot free cached memory during a capture, so free it and try again
             self._renew()
             torch.cuda.empty_cache()
             graph = self._capture(work, self._keeper.pool())
@@ -67,12 +87,15 @@ class CudaGraphRecorder:
         return graph.replay
 
     def _trivial(self) -> torch.cuda.CUDAGraph:
-        """A recording of next to nothing. As long as it is there, so is the memory that others take over."""
+        """A recording of a single small operation. While it exists, torch keeps the memory pool of the recordings."""
         return self._capture(lambda: torch.zeros(1, device=self.device), torch.cuda.graph_pool_handle())
 
     def _renew(self) -> None:
-        """After a capture that failed: torch up to 2.11 believes that it goes on, its allocators for the memory it was
-        for, its random numbers until another one succeeds."""
+        """Capture a new keeper after a failed capture.
+
+        torch up to 2.11 believes that a failed capture still goes on. Its allocator believes so for the memory pool of
+        that capture. Its random generator believes so until another capture succeeds.
+        """
         with suppress(RuntimeError):
             self._keeper = self._trivial()
 
@@ -80,11 +103,11 @@ class CudaGraphRecorder:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         collecting = gc.isenabled()
-        gc.disable()  # what a collection frees would get into the recording
+        gc.disable()  # a garbage collection would record the release of unrelated tensors
         try:
             with torch.cuda.stream(self._stream):
                 try:
-                    # not torch.cuda.graph(): that gives all cached memory back to the driver each time
+                    # torch.cuda.graph() would return all cached memory to the driver each time.
                     graph.capture_begin(pool, "thread_local")
                     work()
                     graph.capture_end()
@@ -103,11 +126,12 @@ class CudaGraphRecorder:
 
 
 class Repeated:
-    """Work done again and again: as it is the first time, then from a recording.
+    """Does the same work many times: directly at the first call, and from a recording at later calls.
 
     Args:
-        work: what to do. recorder: what records it, or None to do it as it is every time.
-        failed: told why, if it cannot be recorded; it is then done as it is.
+        work: the function to repeat.
+        recorder: records the work, or None to do it directly at every call.
+        failed: receives the error if the work cannot be recorded. Later calls then do the work directly.
     """
 
     def __init__(self, work: Work, recorder: GraphRecorder | None, failed: Callable[[RuntimeError], None]) -> None:
@@ -116,7 +140,7 @@ class Repeated:
         self._prepared = False
 
     def moved(self) -> None:
-        """Tensors that ``work`` uses are other ones from now on."""
+        """Discard the recording, because the work uses other tensors from now on."""
         self._recording, self._prepared = None, False
 
     def __call__(self) -> None:

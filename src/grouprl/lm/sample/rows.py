@@ -1,4 +1,4 @@
-"""Completions in the making: what was drawn for each row of a batch, and how its next token is."""
+"""The rows of a batch: the tokens drawn so far for each completion, and the draw of the next token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from torch import Tensor
 from grouprl.lm.sample.draw import SamplingSettings, draw, greedy, keep_likely, penalise_repetition
 
 Adjust = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits [B, V], which completions the rows are [B], tokens drawn so far [1]) -> logits; called before drawing. On a
-GPU it may be recorded and replayed (recordings.py), and some of the completions may have ended;
-what is drawn for those is dropped."""
+"""A function that changes logits before each draw.
+
+Its arguments are the logits ``[B, V]``, the index ``[B]`` of each row's completion, and the number ``[1]`` of tokens
+drawn so far. It returns logits ``[B, V]``. On a GPU the sampler may record it once and replay it
+(:mod:`grouprl.lm.sample.recordings`). Some rows may have ended already; the sampler discards the tokens it draws for
+them."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,10 @@ class Completion:
     """One sampled completion.
 
     Attributes:
-        ids: ``[n]`` token ids as sampled, the end-of-sequence token included if it ended by itself.
-        logp: ``[n]`` log-probability of each under the distribution it was drawn from.
-        finished: whether it ended by itself; otherwise it was cut at the maximal length.
+        ids: the ``n`` sampled token ids. They include the end-of-sequence token if the completion has one.
+        logp: ``[n]`` float32, on the CPU. The log-probability in nats of each token under the distribution from which
+            it was drawn.
+        finished: True if the completion ended with an end-of-sequence token, False if the maximal length cut it off.
     """
 
     ids: list[int]
@@ -32,25 +36,41 @@ class Completion:
 
 
 class Rows:
-    """``group_size`` rows of each prompt.
+    """Draws the tokens of B rows and stores them.
 
-    :meth:`draw_tokens` works on tensors that stay where they are, and on no Python number that changes from step to
-    step. So a GPU can do it again from a recording.
+    A GPU can replay :meth:`draw_tokens` from a recording: the method keeps its tensors at the same addresses and
+    depends on no Python number that changes from step to step.
 
     Args:
-        end_ids: the tokens that end a completion. generator: on the CPU.
-        first: the number of the first row, as ``adjust`` is told it.
-        ahead: for how many steps random numbers are drawn at once.
+        prompts: the token ids of each of the P prompts.
+        group_size: the number of rows of each prompt, so that B = P * group_size at first.
+        settings: how to draw tokens.
+        end_ids: the ids of the tokens that end a completion.
+        vocabulary: the number of tokens V.
+        device: the device of the logits.
+        generator: a random generator on the CPU.
+        adjust: changes the logits before each draw, or None.
+        first: the index of the first row's completion, as ``adjust`` receives it.
+        ahead: the number of steps for which :meth:`prepare` draws random numbers at once.
 
     Attributes:
-        token, position: ``[B]`` the newest token of each row and where it stands.
+        token: ``[B]`` int64, the newest token of each row.
+        position: ``[B]`` int64, the position of that token in its sequence.
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, end_ids: Sequence[int],
-        vocabulary: int, device: torch.device, generator: torch.Generator, adjust: Adjust | None = None, first: int = 0,
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        end_ids: Sequence[int],
+        vocabulary: int,
+        device: torch.device,
+        generator: torch.Generator,
+        adjust: Adjust | None = None,
+        first: int = 0,
         ahead: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         n, longest = len(prompts) * group_size, settings.max_new_tokens
         self.settings, self.device, self.adjust, self.first = settings, device, adjust, first
         self._generator = generator
@@ -77,18 +97,19 @@ class Rows:
         return len(self._which)
 
     def prepare(self, step: int) -> None:
-        """Before token ``step`` is taken: draw the random numbers it needs, if they are not there yet.
+        """Draw the random numbers for token ``step``, if an earlier call has not drawn them. Call this before a step.
 
-        One number per row of the beginning: a row's draws do not depend on which other rows still run.
+        It draws a number for each row, the removed rows too. So the tokens of a row do not depend on which other rows
+        have ended.
         """
         if step % len(self._uniform) == 0:
             fresh = torch.rand(self._uniform.shape, generator=self._generator)
-            if self.device.type == "cuda":  # without waiting for what it has yet to do
+            if self.device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
                 fresh = fresh.pin_memory()
             self._uniform.copy_(fresh, non_blocking=True)
 
     def draw_tokens(self, logits: Tensor) -> None:
-        """Draw the next token of each row from ``logits [B, V]`` float32, which are overwritten."""
+        """Draw the next token of each row from ``logits [B, V]`` float32. This overwrites ``logits``."""
         rows, at, settings = self._which, self._at, self.settings
         if self.adjust is not None:
             logits = self.adjust(logits, rows + self.first, at)
@@ -109,17 +130,17 @@ class Rows:
         at += 1
 
     def ended(self) -> list[int]:
-        """Which rows have ended: the one thing a GPU is asked for while it samples."""
+        """The indices of the rows that have ended. On a GPU this waits for all work launched so far."""
         over = self._ended[self._which]
         return over.nonzero()[:, 0].tolist() if self.device.type == "cuda" or bool(over.any()) else []
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order."""
+        """Continue with the rows that have these indices, in this order, and with no others."""
         index = torch.tensor(rows, device=self.device)
         self._which, self.token, self.position = self._which[index], self.token[index], self.position[index]
 
     def completions(self) -> list[Completion]:
-        """What was drawn, row after row of the beginning."""
+        """The completions of all rows, the removed rows too, in the order of the constructor."""
         tokens, logps, ended = self._tokens.cpu(), self._logps.cpu(), self._ended.tolist()
         return [
             Completion(tokens[i, :n].tolist(), logps[i, :n], ended[i]) for i, n in enumerate(self._lengths.tolist())

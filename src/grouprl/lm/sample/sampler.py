@@ -1,4 +1,8 @@
-"""Sampling groups of completions: each prompt is read once, many rows share a decode step, finished rows leave."""
+"""Sampling groups of completions from a packed model.
+
+The sampler reads each prompt once. A *row* is one completion in progress. A *decode step* adds one token to every row
+at once. Rows that have ended leave the batch, so that later steps cost less.
+"""
 
 from __future__ import annotations
 
@@ -28,66 +32,94 @@ _log = logging.getLogger("grouprl")
 
 Steps = Literal["native", "blocks", "modules"]
 PROMPT_TOKENS = 8192
-"""Most prompt tokens read in one pass: it bounds the activations of that pass."""
+"""The most prompt tokens that one pass reads. This limits the memory for the activations of the pass."""
 
 DROP_ABOVE_SHARE = 0.25
-"""On a GPU, the share of rows that may have ended before any leaves: a step without them takes about as long, and
-leaving stops the GPU."""
+"""The share of rows that must have ended before the sampler removes them, on a GPU that does not record its steps.
+
+Removing rows makes the GPU wait for the CPU, and a step with a few rows fewer takes about as long."""
 
 DROP_RECORDED_ABOVE_SHARE, NEVER_DROP_BELOW = 0.5, 64
-"""The same where steps are recorded, as other rows need another recording; and rows of which none leaves."""
+"""When the sampler removes ended rows, if decode steps are recorded: more than this share of the rows must have ended,
+and the batch must have more than this number of rows. Each removal costs a new recording."""
 
 STEPS_BETWEEN_LOOKS = 8
-"""Recorded steps after which a GPU is asked which rows have ended."""
+"""The number of recorded steps between two questions to the GPU which rows have ended. Each question makes it wait."""
 
 
 class Decoder(Protocol):
-    """Rows of some prompts, token by token."""
+    """Holds the keys and values of B rows and computes the logits of each row's next token."""
 
     lengths: Tensor
-    """``[P]`` tokens of each prompt."""
+    """The number of tokens of each prompt, ``[P]``."""
 
     def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
-        """Store a layer's keys and values ``[S, K, D]`` of the prompts: the ``keep`` of a PackedAttention."""
+        """Store the keys and values ``[S, K, D]`` of the prompts for one layer.
+
+        :class:`PackedAttention` calls this once per layer while it reads the prompts.
+        """
 
     def reserve(self) -> bool:
-        """Make room for one more token of each row; before each step. Returns whether tensors have moved for that."""
+        """Make room for one more token in each row. Call this before each step.
+
+        Returns True if tensors were allocated anew. A recording of earlier steps is then invalid.
+        """
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits ``[B, V]`` float32 behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
+        """Append the token ``ids [B]`` at ``positions [B]`` to each row.
+
+        Returns the logits ``[B, V]`` float32 of the next token of each row.
+        """
 
     def drop(self, finished: Sequence[int]) -> list[int]:
-        """Remove rows. Returns for each remaining row which one it was before."""
+        """Remove the rows with the indices in ``finished``.
+
+        Returns the previous index of each remaining row.
+        """
 
 
 class Sampler:
     """Samples completions from a packed model.
 
-    Args:
-        backbone: the model. precision: in which precision it computes.
-        end_ids: the tokens that end a completion.
-        max_rows: most rows of one decode step; whole groups are sampled together.
-        steps: the fastest way of a decode step that may be used: "native" compiled code (Llama-shaped models; C on a
-            CPU, Triton on a GPU), "blocks" torch operations without the library's modules around them (Llama-shaped
-            models), "modules" the model itself. Each falls back to the next; none changes what is computed.
+    There are three implementations of a decode step, from the fastest to the slowest:
 
-    On a GPU, steps are recorded and replayed (:mod:`grouprl.lm.sample.recordings`) if that gives the same.
+    - "native" runs compiled code, C on a CPU and Triton on a GPU. It supports Llama-shaped models.
+    - "blocks" runs torch operations without the modules of transformers. It supports Llama-shaped models.
+    - "modules" runs the modules of the model itself. It supports every packed model.
+
+    The sampler starts with the implementation that ``steps`` names. On two short prompts it compares the logits with
+    the logits of the modules. If they differ by more than rounding, it takes the next slower implementation.
+
+    On a GPU the sampler records decode steps and replays them (:mod:`grouprl.lm.sample.recordings`), if replayed steps
+    give the same logits.
+
+    Args:
+        backbone: the model.
+        precision: the precision of matrix products.
+        end_ids: the ids of the tokens that end a completion.
+        max_rows: the most rows of one decode step. A group is never split, so a larger group exceeds this number.
+        steps: the fastest implementation that the sampler may use.
 
     Attributes:
-        steps: the way that is used. recorder: what records steps, if they are. why: what is slower than it could be
-            and why, where a user should know.
+        steps: the implementation in use.
+        recorder: records decode steps, or None if the sampler launches each kernel from Python.
+        why: the reason why sampling is slower than it could be, or "" if there is none.
     """
 
     def __init__(
-        self, backbone: Backbone, precision: LowPrecision, end_ids: Sequence[int], max_rows: int = 256,
+        self,
+        backbone: Backbone,
+        precision: LowPrecision,
+        end_ids: Sequence[int],
+        max_rows: int = 256,
         steps: Steps = "native",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.backbone, self.precision = backbone, precision
         self.end_ids = sorted(set(end_ids))
         self.max_rows = max_rows
         self.steps, self.why = steps, ""
         self.recorder: GraphRecorder | None = None
-        self._unrecorded: set[tuple[SamplingSettings, bool]] = set()  # how, and whether adjusted
+        self._unrecorded: set[tuple[SamplingSettings, bool]] = set()  # settings, and whether logits are adjusted
         self.llama: LlamaBlocks | None = None
         self._native: NativeModel | None = None
         self._joined: JoinedProducts | None = None
@@ -100,7 +132,10 @@ class Sampler:
                 self._not_recorded(error)
 
     def record_with(self, recorder: GraphRecorder) -> None:
-        """Have ``recorder`` record decode steps from now on, if replayed ones give what steps give."""
+        """Let ``recorder`` record decode steps from now on, if replayed steps give the same logits.
+
+        Otherwise the sampler logs a warning, sets :attr:`why` and records nothing.
+        """
         self.recorder = recorder
         exact = self.precision.dtype == torch.float32
         if not _difference(self._try(recorder), self._try()) <= (1e-3 if exact else 0.02):
@@ -119,12 +154,26 @@ class Sampler:
         _log.warning("%s samples %s: %s", type(self.backbone.core).__name__, how, why)
 
     def sample(
-        self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        generator: torch.Generator,
         adjust: Adjust | None = None,
-    ) -> list[Completion]:  # fmt: skip
-        """``group_size`` completions of each prompt, prompt after prompt.
+    ) -> list[Completion]:
+        """Sample ``group_size`` completions of each prompt.
 
-        ``generator`` lives on the CPU. A row's draws do not depend on which other rows are still running.
+        The tokens of a completion do not depend on which other rows have ended already.
+
+        Args:
+            prompts: the token ids of each of the P prompts.
+            group_size: the number of completions of each prompt.
+            settings: how to draw tokens.
+            generator: a random generator on the CPU.
+            adjust: changes the logits before each draw, or None.
+
+        Returns:
+            ``P * group_size`` completions. The completions of the first prompt come first.
         """
         out: list[Completion] = []
         with self._sampling():
@@ -134,7 +183,7 @@ class Sampler:
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
-        """Within, the model evaluates, and its weights are laid out for decode steps."""
+        """Put the model into evaluation mode and lay its weights out for decode steps, while the context is open."""
         training, on_cpu = self.backbone.model.training, self.backbone.device.type == "cpu"
         self.backbone.model.eval()
         try:
@@ -145,7 +194,7 @@ class Sampler:
                     yield
                 return
             with torch.no_grad(), self.backbone.on_device():
-                # on a CPU, layers are laid out one by one
+                # On a CPU, precision.sampling() lays out the layers one by one.
                 if self.llama is not None and not on_cpu and JoinedProducts.can_join(self.llama):
                     self._joined = JoinedProducts(self.llama, self.precision)
                     if self.steps == "native":
@@ -157,7 +206,10 @@ class Sampler:
             self.backbone.model.train(training)
 
     def _batches(self, lengths: Sequence[int], group_size: int) -> Iterator[tuple[int, int]]:
-        """Consecutive prompts whose rows decode together: at most max_rows rows and PROMPT_TOKENS, or one prompt."""
+        """Ranges of consecutive prompts whose rows decode together.
+
+        A range has at most ``max_rows`` rows and ``PROMPT_TOKENS`` prompt tokens, or it is a single prompt.
+        """
         start, tokens = 0, 0
         for i, length in enumerate(lengths):
             if i > start and ((i + 1 - start) * group_size > self.max_rows or tokens + length > PROMPT_TOKENS):
@@ -168,32 +220,34 @@ class Sampler:
             yield start, len(lengths)
 
     def _find_steps(self) -> None:
-        """Settle for the first way that the model has the parts for and that gives what its modules give."""
+        """Choose the fastest allowed implementation that supports the model and gives the logits of its modules."""
         if self.steps == "modules":
             return
         llama = find_llama(self.backbone)
         asked, self.steps = self.steps, "modules"
         if llama is None:
             return
-        wanted = self._try()
+        from_modules = self._try()
         self.steps, self.llama = "blocks", llama
         exact = self.precision.dtype == torch.float32
-        rounds = 0.02 if self.backbone.head.weight.dtype == torch.float32 else 0.05  # the model itself, all it computes
-        if not _difference(self._try(), wanted) <= (1e-3 if exact else rounds):
+        # A model with low-precision weights also rounds everything between its products.
+        rounding = 0.02 if self.backbone.head.weight.dtype == torch.float32 else 0.05
+        if not _difference(self._try(), from_modules) <= (1e-3 if exact else rounding):
             self.steps, self.llama = "modules", None
         elif asked == "native" and self._compiled(llama):
             try:
                 self.steps = "native"
-                if not _difference(self._try(), wanted) <= (1e-3 if exact else 0.1):  # it rounds less often
+                # Compiled code rounds less often than the modules, so the difference may be larger.
+                if not _difference(self._try(), from_modules) <= (1e-3 if exact else 0.1):
                     raise UnavailableError("compiled decode steps give other logits than the model")
-            except Exception as error:  # Triton has errors of its own, as many as ways to fail
+            except Exception as error:  # Triton raises many types of errors
                 if not isinstance(error, UnavailableError) and self.backbone.device.type == "cpu":
                     raise
                 self.steps = "blocks"
                 self._slower("at half the speed, without compiled code", str(error))
 
     def _compiled(self, llama: LlamaBlocks) -> bool:
-        """Whether compiled code may be able to run the model's steps: C on a CPU, Triton on a GPU."""
+        """Whether compiled code supports the model: C on a CPU, Triton on a GPU."""
         if self.backbone.device.type == "cpu":
             return can_decode_in_c(self.backbone.decoder, self.backbone.head)
         if self.backbone.device.type != "cuda" or not JoinedProducts.can_join(llama):
@@ -207,7 +261,7 @@ class Sampler:
 
     @torch.no_grad()
     def _try(self, recorder: GraphRecorder | None = None) -> Tensor:
-        """Logits ``[3, 4, V]`` of three tokens behind two short prompts."""
+        """Logits ``[3, 4, V]`` of three decode steps of four rows, which continue two short prompts."""
         device = self.backbone.device
         out = torch.empty(3, 4, self.backbone.head.weight.shape[0], device=device)
         with self._sampling():
@@ -224,7 +278,7 @@ class Sampler:
         return out
 
     def _read(self, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int) -> tuple[Decoder, Tensor]:
-        """Read the prompts: a decoder of their rows, and the logits ``[P, V]`` behind each prompt."""
+        """Read the prompts. Returns a decoder of their rows and the logits ``[P, V]`` of each prompt's next token."""
         pack = Pack.of([Group(prompt, ()) for prompt in prompts], self.backbone.device)
         decoder: Decoder
         if self._native is not None:
@@ -237,7 +291,7 @@ class Sampler:
         return decoder, head(hidden[decoder.lengths.cumsum(0) - 1]).float()
 
     def _hidden(self, ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
-        """Last hidden states ``[B, d]`` of tokens ``ids [B]`` at ``positions [B]``."""
+        """Compute the last hidden states ``[B, d]`` of the tokens ``ids [B]`` at ``positions [B]``."""
         if self._kernels is not None:
             return self._kernels.hidden(ids, positions, plan)
         if self.llama is not None:
@@ -247,22 +301,27 @@ class Sampler:
 
     @torch.no_grad()
     def _batch(
-        self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, generator: torch.Generator,
-        adjust: Adjust | None, first: int,
-    ) -> list[Completion]:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        generator: torch.Generator,
+        adjust: Adjust | None,
+        first: int,
+    ) -> list[Completion]:
         decoder, logits = self._read(prompts, group_size, settings.max_new_tokens)
         look = 1 if self.recorder is None else STEPS_BETWEEN_LOOKS
         rows = Rows(
             prompts, group_size, settings, self.end_ids, logits.shape[-1], self.backbone.device, generator, adjust,
             first, ahead=look,
         )  # fmt: skip
-        kind = (settings, adjust is not None)
+        variant = (settings, adjust is not None)  # a recording fixes both
 
         def failed(error: RuntimeError) -> None:
-            self._unrecorded.add(kind)
+            self._unrecorded.add(variant)
             self._launched_one_by_one(error)
 
-        recorder = None if kind in self._unrecorded else self.recorder
+        recorder = None if variant in self._unrecorded else self.recorder
         step = Repeated(lambda: rows.draw_tokens(decoder.step(rows.token, rows.position)), recorder, failed)
         rows.prepare(0)
         rows.draw_tokens(logits.repeat_interleave(group_size, 0))
@@ -281,11 +340,12 @@ class Sampler:
         return rows.completions()
 
     def _leave(self, ended: int, rows: int) -> bool:
-        """Whether those of the rows that have ended should go."""
+        """Whether to remove the ended rows, if ``ended`` of ``rows`` rows have ended."""
         if self.recorder is not None:
             return rows > NEVER_DROP_BELOW and ended > DROP_RECORDED_ABOVE_SHARE * rows
         return ended > (DROP_ABOVE_SHARE if self.backbone.device.type == "cuda" else 0.0) * rows
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def _difference(logits: Tensor, reference: Tensor) -> float:
+    """The relative difference of ``logits`` from ``reference``."""
+    return float((logits - reference).norm() / reference.norm())

@@ -1,4 +1,4 @@
-"""Decode steps of any packed model by torch operations."""
+"""Decode steps of any packed model with torch operations."""
 
 from __future__ import annotations
 
@@ -13,27 +13,39 @@ from grouprl.lm.packed.packing import Pack
 
 
 class TorchDecoder:
-    """Rows of some prompts, token by token, by torch operations.
+    """Decodes B rows with torch operations. It implements :class:`grouprl.lm.sample.sampler.Decoder`.
 
     Args:
-        hidden: last hidden states ``[B, d]`` of tokens ``[B]`` at positions ``[B]`` whose attention follows a plan.
-        head: on top of them. pack: the prompts. group_size: rows of each. longest: most tokens of a row.
-        dtype: of products.
+        hidden: a function of token ids ``[B]``, their positions ``[B]`` and an attention plan. It returns the last
+            hidden states ``[B, d]``.
+        head: the linear layer that maps hidden states to logits.
+        pack: the P prompts.
+        group_size: the number of rows of each prompt, so that B = P * group_size at first.
+        longest: the most new tokens of a row.
+        dtype: the dtype of matrix products.
     """
 
     def __init__(
-        self, hidden: Callable[[Tensor, Tensor, AttentionPlan], Tensor], head: nn.Linear, pack: Pack, group_size: int,
-        longest: int, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: Callable[[Tensor, Tensor, AttentionPlan], Tensor],
+        head: nn.Linear,
+        pack: Pack,
+        group_size: int,
+        longest: int,
+        dtype: torch.dtype,
+    ) -> None:
         self.hidden, self.head = hidden, head
-        # On a CPU small float32 products are three times faster than bfloat16 ones, and these are all small.
-        kept = torch.float32 if pack.ids.device.type == "cpu" else dtype
-        self.plan = DecodeAttention(pack, group_size, longest, kept)
+        # The products of attention are small, and on a CPU small products in float32 are three times faster.
+        cache_dtype = torch.float32 if pack.ids.device.type == "cpu" else dtype
+        self.plan = DecodeAttention(pack, group_size, longest, cache_dtype)
         self.lengths, self.keep, self.drop = self.plan.lengths, self.plan.keep, self.plan.drop
         self.reserve = self.plan.reserve
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits ``[B, V]`` behind one new token of each row, ``ids [B]`` at ``positions [B]``."""
+        """Append the token ``ids [B]`` at ``positions [B]`` to each row.
+
+        Returns the logits ``[B, V]`` float32 of the next token of each row.
+        """
         self.plan.begin()
         hidden = self.hidden(ids, positions, self.plan)
         self.plan.end()
