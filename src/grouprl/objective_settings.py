@@ -31,7 +31,7 @@ class OneOf:
             return value
         close = difflib.get_close_matches(value, self.names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        if value in self.renamed:
+        if self.renamed.get(value, "").partition(" ")[0] in self.names:
             hint = f"; {value!r} is called {self.renamed[value]!r} now"
         raise ValueError(f"must be one of {', '.join(map(repr, self.names))}{hint}")
 
@@ -41,13 +41,16 @@ class OneOf:
 
 
 RENAMED_ADVANTAGES = {"group": "outcome", "tutorial": "batch_returns"}
-RENAMED_LOSSES = {"clip": "dapo", "dual_clip": "dapo"}
+RENAMED_LOSSES = {"clip": "dapo", "dual_clip": "dapo with delta=3.0"}
 
 RENAMED_SETTINGS = {
     "surrogate": "loss_type", "clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta",
     "kl": "kl_estimator", "scale_by_std": "scale_rewards", "adam_eps": "adam_epsilon",
 }  # fmt: skip
 """Settings that had another name, and what they are called now."""
+
+REMOVED_SETTINGS = ("sticky_share", "sticky_until", "sticky_guard")
+"""Settings that are constants now."""
 
 
 class ObjectiveSettings(BaseModel):
@@ -93,15 +96,17 @@ def objective_problems(c: ObjectiveSettings, loss_type: str) -> list[str]:
             f"epsilon_high={c.epsilon_high}: with loss_type={loss_type!r} it is the cap of the ratio itself, as in "
             "TRL, and must exceed 1; 5.0 is usual"
         )
-    if c.delta is not None:
-        if not loss.clips:
-            found.append(f"delta={c.delta} is for a clipped ratio, which loss_type={loss_type!r} has not; leave it out")
-        elif c.delta <= 1 + c.clip_high:
-            found.append(f"delta={c.delta} must exceed 1 + epsilon_high = {1 + c.clip_high:g}; 3.0 or 4.0 is usual")
-    if c.dppo_threshold is not None and not loss.probabilities:
+    if c.delta is not None and "delta" in loss.parameters and c.delta <= 1 + c.clip_high:
+        found.append(f"delta={c.delta} must exceed 1 + epsilon_high = {1 + c.clip_high:g}; 3.0 or 4.0 is usual")
+    for name in sorted({name for other in LOSSES.values() for name in other.parameters} - set(loss.parameters)):
+        setting = type(c).model_fields.get(name)
+        if name == "epsilon" or setting is None or getattr(c, name) == setting.default:
+            continue  # epsilon has a value in every configuration, so that many scripts name it with every loss
+        users = [repr(known) for known, other in LOSSES.items() if name in other.parameters]
+        advice = "; for its width set epsilon" if loss_type == "spo" else ""
         found.append(
-            f"dppo_threshold={c.dppo_threshold} is for loss_type='dppo_tv' or 'dppo_kl', which is {loss_type!r}; leave "
-            "it out"
+            f"{name}={getattr(c, name)} is for loss_type {' or '.join(users)}, and loss_type is {loss_type!r}; leave "
+            f"it out{advice}"
         )
     return found
 
@@ -124,6 +129,9 @@ def unknown_setting(name: str, known: Collection[str], otherwise: Callable[[], s
     """What to say of a name that is no setting: its new name, the nearest one, or ``otherwise()``."""
     new = RENAMED_SETTINGS.get(name)
     if new in known:
-        return f"{name!r} is called {new!r} now" + (": loss_type=dapo clips" if name == "surrogate" else "")
+        clip = ": loss_type=dapo clips, with delta=3.0 as the dual clip; loss_type=spo" if name == "surrogate" else ""
+        return f"{name!r} is called {new!r} now{clip}"
+    if name in REMOVED_SETTINGS:
+        return f"{name!r} is no setting any more; leave it out"
     close = difflib.get_close_matches(name, known, n=1)
     return f"unknown setting {name!r}; " + (f"did you mean {close[0]!r}?" if close else otherwise())

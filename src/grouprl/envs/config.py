@@ -1,4 +1,7 @@
-"""The one configuration of the environment arena: frozen, validated, and the only place where defaults live."""
+"""The one configuration of the environment arena: frozen and validated, with every default.
+
+What it shares with language models stands in objective_settings.py.
+"""
 
 from __future__ import annotations
 

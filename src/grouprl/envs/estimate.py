@@ -133,8 +133,8 @@ def advantages(
 
     ``own`` is a function of the user's, in the place of ``config.advantage``.
 
-    An estimator that does not scale its advantages itself is centred and scaled once over the trainable steps of the
-    batch; so is a user's.
+    Where its entry in ``ESTIMATORS`` says so, they are centred and scaled once over the trainable steps of the batch.
+    The advantages of a user's function always are.
     """
     rewards, lengths, group = rollout.rewards, rollout.lengths, rollout.group
     if own is not None:

@@ -40,7 +40,7 @@ class Learner:
         rng: np.random.Generator,
         surrogate_function: TensorFunction | None = None,
     ) -> None:
-        if LOSSES[config.loss_type].probabilities and policy.gaussian:
+        if surrogate_function is None and LOSSES[config.loss_type].probabilities and policy.gaussian:
             raise UsageError(
                 f"loss_type={config.loss_type!r} needs the probability of each action, and actions of a Box have only "
                 "densities; use loss_type=dapo or spo"

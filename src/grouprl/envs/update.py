@@ -94,8 +94,8 @@ class UpdateStats:
     """What is worth plotting of an update.
 
     ``policy_loss``, ``grad_norm`` and ``kl``, the divergence to the reference policy (0 without one), are means over
-    the optimizer steps. ``approx_kl``, KL(old || new) as k3, and ``clip_fraction``, the share of steps whose gradient
-    the loss cuts off (0 for a loss that cuts nothing off), are those of the updated policy on a sample of the batch;
+    the optimizer steps. ``approx_kl``, KL(old || new) as k3, and ``clip_fraction``, the share of steps that the loss
+    bounds (0 for a loss that bounds none), are those of the updated policy on a sample of the batch;
     where its last epoch was undone, those it had ended at.
     """
 

@@ -1,7 +1,7 @@
 """Group-relative advantages that need no value function: (rewards [S], lengths [N], group [N]) -> advantages [S].
 
-What a group is and when its returns count as equal is said in groups.py. Here is what both arenas use; outcomes.py has
-the estimators that language models add, which know one return per sample.
+What a group is and when its returns count as equal is said in groups.py. outcomes.py has further
+estimators, which know one return per sample.
 """
 
 from typing import Literal

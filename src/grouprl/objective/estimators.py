@@ -41,7 +41,7 @@ class Estimator:
         whole_samples: it needs complete episodes: what a cut episode is worth it cannot tell.
         compares: it compares the samples of a group, so that a group of one teaches nothing.
         nonnegative: it divides by a mean of returns, none of which may be below 0.
-        standardised: environments centre and scale its advantages over the batch; the others come scaled.
+        standardised: environments centre and scale its advantages over the batch; the others are used as they come.
         environments, language_models: which arena offers it.
     """
 
@@ -72,7 +72,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "timestep": Estimator(
         "the return-to-go less the mean of the group's other samples at the same step",
         "GR2PO, 2609.19850; GPG, 2510.03679",
-        lambda r, n, g, s: advantages.timestep(r, n, g, gamma=s.gamma), standardised=True,
+        lambda r, n, g, s: advantages.timestep(r, n, g, gamma=s.gamma), standardised=True, language_models=False,
     ),
     "batch_returns": Estimator(
         "the return-to-go, centred and scaled over all steps of the batch", "the script that docs/tutorial.md retells",
@@ -89,7 +89,7 @@ ESTIMATORS: dict[str, Estimator] = {
     ),
     "pass_at_k": Estimator(
         "what a sample adds to the best of k", "2503.19595; PKPO, 2505.15201",
-        lambda r, n, g, s: outcomes.pass_at_k(r, n, g, s.pass_k),
+        lambda r, n, g, s: outcomes.pass_at_k(r, n, g, s.pass_k), environments=False,
     ),
     "reinforce_pp": Estimator(
         "the return-to-go, centred and scaled over all steps of the batch", "REINFORCE++, 2501.03262",

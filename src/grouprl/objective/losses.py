@@ -81,9 +81,10 @@ class Loss:
     Attributes:
         about, source: what it computes and where it comes from, for people.
         surrogate, weights: what it is.
-        cut: which steps lose their gradient, for the metrics; None where none does. Of spo, which turns it round: which
-            lie outside the range.
-        clips: it takes `delta`. cap: its `epsilon_high` is a bound on the ratio itself, not a distance from 1.
+        cut: which steps are bounded, for the metrics; None where none is. Their gradient is cut off, except with cispo,
+            which caps it, and spo, which turns it round.
+        parameters: the fields of `Objective` that it reads.
+        cap: its `epsilon_high` is a bound on the ratio itself, not a distance from 1.
         levels: whose ratio it may take; see `importance_logp`.
         whole_samples: it needs all steps of a sample together, as only language models have them.
         probabilities: it needs the probabilities of single actions, which neither samples nor densities have.
@@ -95,7 +96,7 @@ class Loss:
     surrogate: Surrogate
     weights: Weights
     cut: Cut | None = None
-    clips: bool = False
+    parameters: tuple[str, ...] = ()
     cap: bool = False
     levels: tuple[Level, ...] = ("token", "sequence", "sequence_token")
     whole_samples: bool = False
@@ -140,11 +141,12 @@ def _dppo(divergence: Literal["tv", "kl"], about: str) -> Loss:
         about, "DPPO, 2602.04879",
         lambda o, logp, old, a, lengths: surrogates.dppo(logp, old, a, dppo_threshold(o), divergence),
         mean_over_steps,
-        cut, levels=("token",), probabilities=True,
+        cut, parameters=("dppo_threshold",), levels=("token",),
+        probabilities=True,
     )  # fmt: skip
 
 
-_CLIP: dict[str, Any] = {"surrogate": _clipped, "cut": _clipped_cut, "clips": True}
+_CLIP: dict[str, Any] = {"surrogate": _clipped, "cut": _clipped_cut, "parameters": ("epsilon", "epsilon_high", "delta")}
 
 LOSSES: dict[str, Loss] = {
     "grpo": Loss(
@@ -171,7 +173,8 @@ LOSSES: dict[str, Loss] = {
     "cispo": Loss(
         "the capped ratio as a constant weight of log pi; mean over all steps", "CISPO, 2506.13585",
         lambda o, logp, old, a, lengths: surrogates.cispo(logp, old, a, cap=o.high), mean_over_steps,
-        cut=lambda o, logp, old, a: surrogates.beyond(logp, old, a, 0.0, o.high), cap=True,
+        cut=lambda o, logp, old, a: surrogates.beyond(logp, old, a, 0.0, o.high),
+        parameters=("epsilon_high",), cap=True,
     ),
     "sapo": Loss(
         "a sigmoid gate in the place of the clip; mean over the steps of a sample, then over samples",
@@ -179,15 +182,18 @@ LOSSES: dict[str, Loss] = {
         lambda o, logp, old, a, lengths: surrogates.sapo(
             logp, old, a, o.sapo_temperature_pos, o.sapo_temperature_neg
         ),
-        mean_over_samples,
+        mean_over_samples, parameters=("sapo_temperature_pos", "sapo_temperature_neg"),
     ),
     "vespo": Loss(
         "a smooth weight of the ratio of the whole sample, constant, times log pi; mean over all steps",
         "VESPO, 2602.10693", _vespo, mean_over_steps, levels=("token",), whole_samples=True,
+        parameters=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
     ),
     "spo": Loss(
         "a parabola in the place of the clip, which pulls the ratio back; mean over all steps", "SPO, 2401.16025",
-        lambda o, logp, old, a, lengths: surrogates.spo(logp, old, a, o.epsilon), mean_over_steps, cut=_clipped_cut,
+        lambda o, logp, old, a, lengths: surrogates.spo(logp, old, a, o.epsilon), mean_over_steps,
+        cut=lambda o, logp, old, a: surrogates.beyond(logp, old, a, 1.0 - o.epsilon, 1.0 + o.epsilon),
+        parameters=("epsilon",),
     ),
     "dppo_tv": _dppo("tv", "the ratio, but 0 where the probability has moved too far; mean over all steps"),
     "dppo_kl": _dppo("kl", "the ratio, but 0 where the binary KL divergence is too large; mean over all steps"),

@@ -34,7 +34,7 @@ def maxrl(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
         sample = int((g.returns < 0).nonzero()[0])
         raise UsageError(
             f"sample {sample} has return {float(g.returns[sample])}; maxrl divides by the mean return and so needs "
-            "returns of at least 0: rewards like 0 and 1, no penalties."
+            "returns of at least 0: rewards like 0 and 1, no penalties; choose outcome or leave_one_out for others."
         )
     advantages = (g.returns - g.mean) / torch.where(g.degenerate, 1.0, g.mean)
     return per_step(torch.where(g.degenerate, 0.0, advantages), lengths, rewards.dtype)

@@ -126,7 +126,7 @@ def test_a_bad_value_is_a_usage_error_that_names_it(values: dict[str, Any], mess
         ({"loss_type": "cispo"}, "epsilon_high=None: .*the cap of the ratio itself.*5.0 is usual"),
         ({"loss_type": "cispo", "epsilon_high": 0.28}, r"epsilon_high=0\.28: "),
         ({"num_generations": 1, "advantage": "reinforce_pp_baseline"}, "nothing to compare with"),
-        ({"loss_type": "sapo", "delta": 4.0}, "delta=4.0 is for a clipped ratio"),
+        ({"loss_type": "sapo", "delta": 4.0}, "delta=4.0 is for loss_type 'grpo' or"),
         ({"delta": 1.25, "epsilon_high": 0.28}, r"delta=1\.25 must exceed 1 \+ epsilon_high = 1\.28"),
         ({"sync_ref_model": True}, "needs a reference model"),
         ({"soft_overlong_cache": 512}, "must be below max_completion_length=512"),

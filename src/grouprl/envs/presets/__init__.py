@@ -31,6 +31,9 @@ class Preset:
     expect: dict[str, Any] = field(default_factory=dict)
 
 
+_RENAMED = {"tutorial": "script", "chapter": "formula"}
+
+
 def names() -> list[str]:
     """The names of all presets, sorted."""
     folder = resources.files(__name__)
@@ -43,6 +46,8 @@ def load(name: str) -> Preset:
     Raises:
         UsageError: there is none of that name.
     """
+    if name in _RENAMED:
+        raise UsageError(f"the preset {name!r} is called {_RENAMED[name]!r} now")
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=2)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names())}"

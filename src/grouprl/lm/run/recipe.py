@@ -15,6 +15,7 @@ import yaml
 
 from grouprl.errors import UsageError
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.objective_settings import unknown_setting
 
 _PRESETS = "grouprl.lm.run.presets"
 
@@ -90,10 +91,9 @@ class Recipe:
             if name in _DESCRIBING:
                 raise UsageError(f"{name} describes a recipe and cannot be set; write a recipe file of your own")
         for name in config:
-            if name not in GRPOConfig.model_fields and name in assignments:
-                close = difflib.get_close_matches(name, [*own, *GRPOConfig.model_fields], n=1)
-                if close and name not in _accepted():
-                    raise UsageError(f"unknown setting {name!r}; did you mean {close[0]!r}? See: grouprl settings --lm")
+            if name not in GRPOConfig.model_fields and name in assignments and name not in _accepted():
+                known = [*own, *GRPOConfig.model_fields]
+                raise UsageError(unknown_setting(name, known, lambda: "grouprl settings --lm lists them"))
         return Recipe(**{**self.__dict__, **values, "config": config})
 
     def to_dict(self) -> dict[str, Any]:

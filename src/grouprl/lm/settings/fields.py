@@ -1,4 +1,6 @@
-"""Every setting of the language-model arena, with its default and its bounds; nowhere else.
+"""Every setting of the language-model arena, with its default and its bounds.
+
+What it shares with environments stands in objective_settings.py.
 
 Names, meanings and defaults are those of TRL's GRPOConfig and of transformers' TrainingArguments wherever the setting
 exists there. Four defaults differ, none of which changes what is optimised:

@@ -26,7 +26,7 @@ MISSING = {
     "get_train_dataloader": _OWN_LOOP,
     "get_eval_dataloader": _OWN_LOOP,
     "training_step": _OWN_LOOP,
-    "compute_loss": "the loss is grouprl.lm.learn.loss; loss_type and advantage choose it",
+    "compute_loss": "the loss is grouprl.objective.policy_loss; loss_type, advantage or surrogate_function choose it",
     "create_optimizer": "pass optimizers=(optimizer, scheduler)",
     "create_scheduler": "pass optimizers=(optimizer, scheduler)",
     "log": "log_metric, which reward functions are given, logs a number",
