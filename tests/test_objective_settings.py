@@ -42,7 +42,7 @@ def test_the_error_for_an_old_name_says_the_new_one(make, old: str) -> None:
         (BOTH[0], {"sapo_temperature_pos": 3.0}, "sapo_temperature_pos=3.0 is for loss_type 'sapo'"),
         (BOTH[1], {"vespo_k_pos": 3.0}, "vespo_k_pos=3.0 is for loss_type 'vespo'"),
         (BOTH[0], {"sticky_share": 0.5}, "'sticky_share' is no setting any more; leave it out"),
-        (BOTH[0], {"surrogate": "dual_clip"}, "with delta=3.0 as the dual clip"),
+        (BOTH[0], {"surrogate": "dual_clip"}, "dapo with delta=3.0 is the dual clip"),
         (BOTH[1], {"advantage": "tutorial"}, "must be one of 'outcome'"),
         (BOTH[1], {"loss_type": "luspo"}, "set importance_sampling_level='sequence'"),
         (

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, GetCoreSchemaHandler, ValidationError, fi
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from grouprl.objective import LOSSES
+from grouprl.objective import LOSSES, Objective
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,6 @@ class ObjectiveSettings(BaseModel):
     def _scale(cls, value: Any) -> Any:
         return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
 
-    @property
-    def clip_high(self) -> float:
-        """`epsilon_high`, or `epsilon` where it is not given."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
-
 
 def objective_problems(c: ObjectiveSettings, loss_type: str) -> list[str]:
     """Settings of the objective that do not go together: one sentence each, with how to fix it."""
@@ -96,8 +91,9 @@ def objective_problems(c: ObjectiveSettings, loss_type: str) -> list[str]:
             f"epsilon_high={c.epsilon_high}: with loss_type={loss_type!r} it is the cap of the ratio itself, as in "
             "TRL, and must exceed 1; 5.0 is usual"
         )
-    if c.delta is not None and "delta" in loss.parameters and c.delta <= 1 + c.clip_high:
-        found.append(f"delta={c.delta} must exceed 1 + epsilon_high = {1 + c.clip_high:g}; 3.0 or 4.0 is usual")
+    high = Objective.of(c).high
+    if c.delta is not None and "delta" in loss.parameters and c.delta <= 1 + high:
+        found.append(f"delta={c.delta} must exceed 1 + epsilon_high = {1 + high:g}; 3.0 or 4.0 is usual")
     for name in sorted({name for other in LOSSES.values() for name in other.parameters} - set(loss.parameters)):
         setting = type(c).model_fields.get(name)
         if name == "epsilon" or setting is None or getattr(c, name) == setting.default:
@@ -129,7 +125,7 @@ def unknown_setting(name: str, known: Collection[str], otherwise: Callable[[], s
     """What to say of a name that is no setting: its new name, the nearest one, or ``otherwise()``."""
     new = RENAMED_SETTINGS.get(name)
     if new in known:
-        clip = ": loss_type=dapo clips, with delta=3.0 as the dual clip; loss_type=spo" if name == "surrogate" else ""
+        clip = ": dapo clips, dapo with delta=3.0 is the dual clip, spo is spo" if name == "surrogate" else ""
         return f"{name!r} is called {new!r} now{clip}"
     if name in REMOVED_SETTINGS:
         return f"{name!r} is no setting any more; leave it out"

@@ -166,7 +166,7 @@ def update(
 
 @torch.no_grad()
 def _moved(batch: Batch, probe: Tensor, objective: Objective) -> tuple[float, float]:
-    """KL(old || new) on the steps ``probe [m]``, and the share of them whose gradient the loss cuts off."""
+    """KL(old || new) on the steps ``probe [m]``, and the share of them that the loss bounds."""
     logp, old = batch.evaluate(probe).logp, batch.logp_old[probe]
     terms = policy_loss(objective, logp, Fixed(batch.advantages[probe], 1.0, old))
     cut = 0.0 if terms.cut is None else float((terms.cut[0] | terms.cut[1]).float().mean())

@@ -36,8 +36,8 @@ class LossTerms(NamedTuple):
     Attributes:
         loss: a number, to be differentiated.
         surrogate: ``[m]``. kl: ``[m]``, or None without a divergence.
-        cut: two of ``[m]`` bool, the steps of negative and of positive advantage whose gradient the loss cuts off; None
-            where that was not asked for, or cannot happen.
+        cut: two of ``[m]`` bool, the steps of negative and of positive advantage that the loss bounds, as `Loss.cut`
+            says; None where that was not asked for, or cannot happen.
     """
 
     loss: Tensor
@@ -65,7 +65,7 @@ def policy_loss(
         logp: ``[m]`` log-probabilities under the policy, differentiable.
         entropy: ``[m]``, differentiable, for the bonus.
         kl: ``[m]``, differentiable: an exact divergence, in the place of one sampled from `fixed.logp_ref`.
-        count_cut: whether to say which steps are cut off.
+        count_cut: whether to say which steps are bounded.
 
     Sources: GRPO, arXiv 2402.03300 equation 3; the entries of `LOSSES` and `DIVERGENCES`.
     Raises UsageError on shapes that do not fit, TrainingError if a user's surrogate returns something else than [m].

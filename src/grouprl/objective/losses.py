@@ -71,7 +71,7 @@ Surrogate = Callable[[Objective, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Weights = Callable[[Objective, Tensor, int], Tensor]
 """(objective, lengths [n], number of samples of the whole optimizer step) -> the weight of each step [S]."""
 Cut = Callable[[Objective, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(objective, logp, logp_old, advantages) -> two of [m] bool: steps of A < 0, and of A > 0, that get no gradient."""
+"""(objective, logp, logp_old, advantages) -> two of [m] bool: steps of A < 0, and of A > 0, that are bounded."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, interval, tota
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import FOREIGN, FOREIGN_ARGUMENTS, RENAMED, TRAINER_ARGUMENTS, check_arguments
 from grouprl.lm.train.trainer import GRPOTrainer
+from grouprl.objective import Objective
 
 
 def plan(world_size: int = 1, **values: Any) -> BatchPlan:
@@ -137,9 +138,9 @@ def test_settings_that_do_not_go_together_are_a_usage_error(values: dict[str, An
         GRPOConfig(**values)
 
 
-def test_clip_high_is_epsilon_until_it_is_given() -> None:
-    assert GRPOConfig(epsilon=0.1).clip_high == 0.1
-    assert GRPOConfig(epsilon=0.1, epsilon_high=0.28).clip_high == 0.28
+def test_the_upper_bound_is_epsilon_until_it_is_given() -> None:
+    assert Objective.of(GRPOConfig(epsilon=0.1)).high == 0.1
+    assert Objective.of(GRPOConfig(epsilon=0.1, epsilon_high=0.28)).high == 0.28
 
 
 # --- what TRL has and this has not -----------------------------------------------------------------------------------

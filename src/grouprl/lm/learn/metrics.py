@@ -62,7 +62,7 @@ def sums_of(objective: Objective, terms: LossTerms, entropy: Tensor, lengths: Te
 def cut_metrics(
     objective: Objective, sums: StepSums, n_tokens: int, n_samples: int, *, all_active: bool
 ) -> dict[str, float]:
-    """Shares of ratios whose gradient the loss cuts off, of all that count: samples without advantage are not cut.
+    """Shares of ratios that the loss bounds, of all that count: samples without advantage are not bounded.
 
     Args:
         n_tokens, n_samples: those that count. all_active: whether none of them was left out of the sums.
