@@ -20,7 +20,7 @@ QUICK = {**probes.FAST, "n_steps": 16, "minibatch_size": 32, "epochs": 2}
 
 
 def weights(agent):
-    return agent.loop.learner.parameters.vector.detach().clone()
+    return agent.loop.learner.parameters.values()
 
 
 def trained(seed=0, steps=600, env="CartPole-v1", **settings):

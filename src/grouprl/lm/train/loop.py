@@ -49,6 +49,7 @@ class Run:
     def __init__(
         self, setup: Setup, book: Bookkeeper, evaluate: Callable[[], Metrics], resumed: Checkpoint | None
     ) -> None:
+        setup.parameters.check()
         self.setup, self.book, self.evaluate = setup, book, evaluate
         self.config, self.plan = setup.config, setup.plan
         config, source = self.config, setup.prompts
@@ -98,7 +99,8 @@ class Run:
     def go(self) -> TrainOutput:
         """Step until the end, or until a callback stops it."""
         try:
-            return self._go()
+            with self.setup.parameters.written_in_place():
+                return self._go()
         finally:
             self.book.close()
 
@@ -111,6 +113,7 @@ class Run:
         while book.state.global_step < self.total and not book.control.should_training_stop:
             book.before_step()
             began_step = time.perf_counter()
+            self.setup.parameters.check()
             metrics, samples = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
             book.after_step(metrics, samples)
