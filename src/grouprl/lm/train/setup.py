@@ -71,7 +71,7 @@ def make_setup(
     """
     config = _configuration(args)
     plan = batch_plan(config)
-    rewards = RewardCaller(reward_funcs, config.reward_weights)
+    rewards = RewardCaller(reward_funcs, config.reward_weights, config.reward_timeout)
     torch.manual_seed(config.seed)
     model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
     prompts = None if train_dataset is None else read_prompts(model, tokenizer, config, train_dataset, "train_dataset")
