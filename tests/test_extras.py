@@ -27,7 +27,7 @@ sys.meta_path.insert(0, NotInstalled())
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(WITHOUT) + textwrap.dedent(code), *arguments],
-        capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1", "GROUPRL_TRACEBACK": ""},
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -36,6 +37,17 @@ def explain_missing(error: ModuleNotFoundError) -> str | None:
         if package and package in packages:
             return f"{_NEEDED_BY[extra]} {error.name}, which is not installed; run: {how_to_install(extra)}"
     return None
+
+
+def require(package: str) -> None:
+    """Raise ModuleNotFoundError, with how to install it, if a package of an extra is not installed."""
+    try:
+        import_module(package)
+    except ModuleNotFoundError as error:
+        explained = explain_missing(error)
+        if explained is None:
+            raise
+        raise ModuleNotFoundError(explained, name=error.name) from error
 
 
 def _source() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from grouprl.extras import explain_missing
+from grouprl.extras import require
 
 if TYPE_CHECKING:
     from grouprl.lm.settings.config import GRPOConfig
@@ -27,10 +27,6 @@ __all__ = ["GRPOConfig", "GRPOTrainer"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'grouprl.lm' has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        explained = explain_missing(error)
-        if explained is None:
-            raise
-        raise ModuleNotFoundError(explained, name=error.name) from error
+    if name == "GRPOTrainer":
+        require("transformers")
+    return getattr(import_module(_HOMES[name]), name)
