@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import threading
 import weakref
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from grouprl.runs.time_limit import end_thread
@@ -29,7 +29,7 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._running: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
-        self._end = lambda: None
+        self._end: Callable[[], object] = lambda: None
 
     def gather(self, calls: Mapping[Watch, Awaitable[Any]], seconds: float | None) -> list[Any]:
         """Wait for all side by side, at most ``seconds``.
