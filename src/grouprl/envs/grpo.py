@@ -22,6 +22,7 @@ from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.vector import EnvLike, close_vector, env_name, make_vector
 from grouprl.errors import UsageError
+from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.progress import Progress
@@ -228,6 +229,7 @@ class GRPO:
             TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
                 after the last good gradient step.
         """
+        refuse_several_processes()
         if total_timesteps < 1:
             raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
         start = self.num_timesteps

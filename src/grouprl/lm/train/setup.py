@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import UsageError, first_line
+from grouprl.extras import how_to_install
 from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.learn.optimizer import make_optimizer
 from grouprl.lm.models.load import load
@@ -183,7 +184,7 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
         try:
             from peft import get_peft_model
         except ImportError as error:
-            raise UsageError("peft_config needs PEFT: pip install 'grouprl[lm]'") from error
+            raise UsageError(f"peft_config needs PEFT; run: {how_to_install('lm')}") from error
         try:
             loaded = get_peft_model(loaded, peft_config)
         except (ValueError, TypeError, AttributeError) as error:
