@@ -9,7 +9,7 @@ from typing import Any
 from grouprl.errors import UsageError
 from grouprl.extras import how_to_install
 from grouprl.lm.models.load import load
-from grouprl.lm.models.save import load_weights
+from grouprl.lm.models.restore import load_weights
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.tasks.task import Task

@@ -15,7 +15,7 @@ from grouprl.extras import how_to_install
 from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.learn.optimizer import make_optimizer
 from grouprl.lm.models.load import load
-from grouprl.lm.models.save import load_weights
+from grouprl.lm.models.restore import load_weights
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
@@ -55,7 +55,6 @@ class Setup:
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
 
-    @torch.no_grad()
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights in ``folder``. Raises UsageError if they are damaged or those of another model."""
         load_weights(self.model, folder)
