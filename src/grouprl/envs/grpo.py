@@ -23,6 +23,7 @@ from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.vector import EnvLike, close_vector, env_name, make_vector
 from grouprl.errors import UsageError
+from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.progress import Progress
@@ -231,6 +232,7 @@ class GRPO:
 
         Warns RuntimeWarning if no batch moved a parameter; the metric ``skipped_batches`` counts those that did not.
         """
+        refuse_several_processes()
         if total_timesteps < 1:
             raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
         start, skipped, batches = self.num_timesteps, self.loop.skipped.copy(), self.loop.batches

@@ -20,6 +20,7 @@ from grouprl.envs.loop import Metrics
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
+from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
@@ -179,6 +180,7 @@ def train(
         TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
             left behind if no update was done.
     """
+    refuse_several_processes()
     chosen = presets.resolve(env_id, preset)
     values = dict(settings or {})
     check_names(values)
@@ -234,6 +236,7 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     Raises:
         UsageError: no run folder, no readable checkpoint, or a run that is already finished.
     """
+    refuse_several_processes()
     folder = RunFolder.open(path)
     config = folder.read_config()
     try:
