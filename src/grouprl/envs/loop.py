@@ -162,7 +162,7 @@ class Loop:
         return metrics
 
     def _learn(self, rollout: Rollout, progress: float) -> tuple[str | None, Metrics]:
-        """Learn from a batch. Why it moved no parameter, a name of :data:`SKIPPED`, or None; and what is worth logging."""
+        """Learn from a batch; gives why it moved no parameter (a name of :data:`SKIPPED`, or None), and metrics."""
         config, began = self.config, perf_counter()
         if config.skip_without_signal and not has_signal(rollout):
             return "no_signal", {}
