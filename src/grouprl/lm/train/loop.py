@@ -49,7 +49,6 @@ class Run:
     def __init__(
         self, setup: Setup, book: Bookkeeper, evaluate: Callable[[], Metrics], resumed: Checkpoint | None
     ) -> None:
-        setup.parameters.check()
         self.setup, self.book, self.evaluate = setup, book, evaluate
         self.config, self.plan = setup.config, setup.plan
         config, source = self.config, setup.prompts
@@ -121,6 +120,7 @@ class Run:
             if book.ends_epoch():
                 self._do_as_asked()
             book.flush()
+        self.setup.parameters.check()
         if self.config.load_best_model_at_end:
             best_model.load_best(self.setup, book.state)
         seconds = time.perf_counter() - began
@@ -271,7 +271,7 @@ _MAY_CHANGE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "max_steps", "num_train_epochs", "transcripts",
     "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
-    "do_train", "do_eval", "do_predict", "num_generations_eval",
+    "do_train", "do_eval", "do_predict", "num_generations_eval", "reward_timeout",
 }  # fmt: skip
 """Settings that do not change what is learned, or are what a run is resumed to change."""
 
