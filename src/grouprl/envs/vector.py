@@ -16,6 +16,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.extras import how_to_install
 
 EnvLike = str | Callable[[], gym.Env[Any, Any]] | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
@@ -24,7 +25,6 @@ EXTRAS = {
     "mujoco": ("mujoco",),
     "toy-text": ("toy_text", "toy-text"),
     "atari": ("ale", "atari"),
-    "classic-control": ("classic_control", "classic-control"),
 }
 
 
@@ -130,7 +130,7 @@ def _make_envpool(env_id: str, n_envs: int, kwargs: dict[str, Any], seed: int) -
     try:
         import envpool
     except ImportError:
-        raise UsageError("EnvPool is not installed; run: pip install 'grouprl[envpool]'") from None
+        raise UsageError(f"EnvPool is not installed; run: {how_to_install('envpool')}") from None
     if env_id not in envpool.list_all_envs():
         close = difflib.get_close_matches(env_id, envpool.list_all_envs(), n=3)
         raise UsageError(f"EnvPool has no environment {env_id!r}; close names: {', '.join(close) or 'none'}")
@@ -253,7 +253,7 @@ def missing_extra_message(env_id: str, entry_point: str, error: Exception) -> st
     text = f"{entry_point} {error}".lower()
     for extra, marks in EXTRAS.items():
         if any(mark in text for mark in marks):
-            return f"{env_id} needs packages that are not installed ({error}); run: pip install 'gymnasium[{extra}]'"
+            return f"{env_id} needs packages that are not installed; run: {how_to_install(extra)}"
     return f"{env_id} needs packages that are not installed: {error}"
 
 
