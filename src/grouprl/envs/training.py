@@ -288,6 +288,8 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
     from grouprl.runs.plots import plot_run
 
     notes: list[str] = []
+    if (skipped := agent.loop.say_skipped()) is not None:
+        notes.append(skipped)
     with ThreadPoolExecutor(1) as pool:
         curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
         final = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2).summary()
@@ -303,6 +305,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         "total_steps": agent.num_timesteps,
         "train_seconds": agent.train_seconds,
         "steps_per_second": agent.num_timesteps / agent.train_seconds,
+        "skipped_batches": agent.loop.skipped.total(),
         "reward_threshold": recorder.threshold,
         "solved_at_steps": recorder.solved_at[0] if recorder.solved_at else None,
         "solved_at_seconds": recorder.solved_at[1] if recorder.solved_at else None,
