@@ -80,7 +80,7 @@ def lasting_streams() -> Iterator[Callable[[], str | None]]:
     """
     before = sys.stdout, sys.stderr
     out, err = (None if stream is None else LastingStream(stream) for stream in before)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
 
     def problem() -> str | None:
         if out is None:
