@@ -20,7 +20,7 @@ import inspect
 import os
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
 from types import NoneType
@@ -183,31 +183,19 @@ def lm_settings_part() -> str:
 
 def _settings_tables(config: type[BaseModel], before: str = "") -> str:
     """A table for each section of a configuration; ``before`` is what its heading begins with."""
+    from grouprl.objective_settings import sections
+
     text = ""
-    classes = [kind for kind in reversed(config.__mro__) if issubclass(kind, BaseModel) and kind is not BaseModel]
-    for title, names in (section for kind in classes for section in _sections(inspect.getsource(kind))):
+    for title, names in sections(config).items():
         rows = []
         for name in names:
             field = config.model_fields[name]
             rows.append([f"`{name}`", shown(field.get_default()), allowed(field), field.description or ""])
-        heading = before + title.partition(":")[0]
+        heading = before + title
         text += (
             f"\n### {heading[0].upper()}{heading[1:]}\n\n{table(['setting', 'default', 'allowed', 'meaning'], rows)}"
         )
     return text
-
-
-def _sections(source: str) -> Iterator[tuple[str, list[str]]]:
-    """The fields of a class under each of its `# --- title ---` comments."""
-    title, names = "", list[str]()
-    for line in source.splitlines():
-        if heading := re.match(r"    # --- (.*?) -+$", line):
-            if names:
-                yield title, names
-            title, names = heading[1], []
-        elif field := re.match(r"    ([a-z]\w*): ", line):
-            names.append(field[1])
-    yield title, names
 
 
 def allowed(field: FieldInfo) -> str:

@@ -15,4 +15,8 @@ class TrainingError(GrouprlError, RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop; those of other libraries go on for pages."""
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+    try:
+        text = str(error)
+    except Exception:  # of a class of the user's
+        text = ""
+    return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -119,6 +121,21 @@ def explain(error: ValidationError, settings: Mapping[str, FieldInfo]) -> str:
         if message not in lines:
             lines.append(message)
     return "; ".join(lines)
+
+
+def sections(config: type[BaseModel]) -> dict[str, list[str]]:
+    """The settings of a configuration under the titles of its sections: its source's ``# --- title ---`` comments."""
+    found: dict[str, list[str]] = {}
+    for kind in reversed(config.__mro__):
+        if not issubclass(kind, BaseModel) or kind is BaseModel:
+            continue
+        title = ""
+        for line in inspect.getsource(kind).splitlines():
+            if heading := re.match(r"    # --- (.*?)(:.*)? -+$", line):
+                title = heading[1]
+            elif (setting := re.match(r"    ([a-z]\w*): ", line)) and setting[1] in config.model_fields:
+                found.setdefault(title, []).append(setting[1])
+    return found
 
 
 def unknown_setting(name: str, known: Collection[str], otherwise: Callable[[], str]) -> str:

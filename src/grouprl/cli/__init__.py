@@ -1,6 +1,6 @@
 """The command line: thin. Each command parses its arguments, calls one function, and says what came of it."""
 
-from grouprl.cli import train, train_lm, runs  # noqa: I001 - the order of the commands in --help
+from grouprl.cli import train, train_lm, runs, listing  # noqa: I001 - the order of the commands in --help
 from grouprl.cli.common import app, main
 
-__all__ = ["app", "main", "runs", "train", "train_lm"]
+__all__ = ["app", "listing", "main", "runs", "train", "train_lm"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from grouprl.errors import GrouprlError, UsageError
+from grouprl.extras import explain_missing
 
 app = typer.Typer(
     name="grouprl",
@@ -22,6 +24,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"grouprl {version('grouprl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def count(text: str) -> int:
@@ -44,6 +61,12 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except ModuleNotFoundError as error:
+        explained = explain_missing(error)
+        if explained is None or os.environ.get("GROUPRL_TRACEBACK"):
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+        sys.exit(2)
 
 
 def assigned(pairs: list[str] | None) -> dict[str, Any]:

@@ -86,58 +86,6 @@ def train(
     report(result)
 
 
-@app.command("presets")
-def presets_command(
-    name: Annotated[str | None, typer.Argument(help="Show one preset in full.")] = None,
-) -> None:
-    """List the presets with the result to expect, or show one."""
-    import yaml
-
-    from grouprl.envs import presets
-    from grouprl.lm.run import recipe
-
-    if name is not None:
-        shown = recipe.load(name).to_dict() if name in recipe.names() else presets.load(name).__dict__
-        print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip())
-        return
-    print(f"{'grouprl train':28s} {'environment':28s} {'steps':>10s}  expect (mean greedy return)")
-    for known in presets.names():
-        preset = presets.load(known)
-        print(
-            f"{known:28s} {preset.env_id:28s} {preset.total_timesteps:>10,d}  {preset.expect.get('mean_return', '-')}"
-        )
-    print(f"\n{'grouprl train-lm':28s} {'task, model':28s} {'steps':>10s}  expect (greedy held-out accuracy)")
-    for known in recipe.names():
-        made = recipe.load(known)
-        what = f"{made.task}, {made.model}"
-        print(f"{known:28s} {what:28s} {made.config['max_steps']:>10,d}  {made.expect.get('accuracy_after', '-')}")
-
-
-@app.command()
-def settings(
-    lm: Annotated[bool, typer.Option("--lm", help="Those of train-lm.")] = False,
-) -> None:
-    """List every setting of --set with its default and meaning."""
-    if lm:
-        from grouprl.lm.run import recipe
-        from grouprl.lm.settings.config import GRPOConfig as LanguageConfig
-
-        for name, field in LanguageConfig.model_fields.items():
-            print(f"{name:30s} {field.get_default()!s:20s} {field.description}")
-        print("\nand fields of the recipe (docs/language-models.md describes them):")
-        for name, default in recipe.settable().items():
-            print(f"{name:30s} {default!s}")
-        return
-    from grouprl.envs.config import GRPOConfig
-    from grouprl.envs.training import RunSettings
-
-    for name, field in GRPOConfig.model_fields.items():
-        print(f"{name:22s} {field.get_default()!s:12s} {field.description}")
-    print("\nof the run:")
-    for name, item in RunSettings.__dataclass_fields__.items():
-        print(f"{name:22s} {'preset' if name in ('total_timesteps', 'eval_every') else item.default!s:12s}")
-
-
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of learning, and settings of the run."""
     from grouprl.envs.training import RunSettings

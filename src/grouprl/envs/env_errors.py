@@ -10,13 +10,13 @@ from typing import Any
 import gymnasium as gym
 
 from grouprl.errors import TrainingError
+from grouprl.extras import how_to_install
 
 EXTRAS = {
     "box2d": ("box2d", "lunarlander", "bipedal"),
     "mujoco": ("mujoco",),
     "toy-text": ("toy_text", "toy-text"),
     "atari": ("ale", "atari"),
-    "classic-control": ("classic_control", "classic-control"),
 }
 
 DIED = "its worker process died; what it printed before says why"
@@ -56,7 +56,7 @@ def missing_extra_message(env_id: str, entry_point: str, error: Exception) -> st
     text = f"{entry_point} {error}".lower()
     for extra, marks in EXTRAS.items():
         if any(mark in text for mark in marks):
-            return f"{env_id} needs packages that are not installed ({error}); run: pip install 'gymnasium[{extra}]'"
+            return f"{env_id} needs packages that are not installed; run: {how_to_install(extra)}"
     return f"{env_id} needs packages that are not installed: {error}"
 
 

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from grouprl.envs.env_errors import cannot_make_message
 from grouprl.errors import UsageError, first_line
+from grouprl.extras import how_to_install
 
 
 def make_envpool(env_id: str, n_envs: int, kwargs: dict[str, Any], seed: int) -> VectorEnv[Any, Any, Any]:
@@ -24,7 +25,7 @@ def make_envpool(env_id: str, n_envs: int, kwargs: dict[str, Any], seed: int) ->
     except ModuleNotFoundError as error:
         if error.name != "envpool":
             raise UsageError(f"EnvPool is installed and cannot be imported: {error}") from error
-        raise UsageError("EnvPool is not installed; run: pip install 'grouprl[envpool]'") from None
+        raise UsageError(f"EnvPool is not installed; run: {how_to_install('envpool')}") from None
     except Exception as error:  # a library of another version that it needs, say
         raise UsageError(
             f"EnvPool is installed and cannot be imported: {type(error).__name__}: {first_line(error)}"

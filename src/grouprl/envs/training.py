@@ -20,6 +20,7 @@ from grouprl.envs.loop import Metrics
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
+from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
@@ -179,6 +180,7 @@ def train(
         TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
             left behind if no update was done.
     """
+    refuse_several_processes()
     chosen = presets.resolve(env_id, preset)
     values = dict(settings or {})
     check_names(values)
@@ -234,6 +236,7 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     Raises:
         UsageError: no run folder, no readable checkpoint, or a run that is already finished.
     """
+    refuse_several_processes()
     folder = RunFolder.open(path)
     config = folder.read_config()
     try:
@@ -285,6 +288,8 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
     from grouprl.runs.plots import plot_run
 
     notes: list[str] = []
+    if (skipped := agent.loop.say_skipped()) is not None:
+        notes.append(skipped)
     with ThreadPoolExecutor(1) as pool:
         curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
         final = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2).summary()
@@ -300,6 +305,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         "total_steps": agent.num_timesteps,
         "train_seconds": agent.train_seconds,
         "steps_per_second": agent.num_timesteps / agent.train_seconds,
+        "skipped_batches": agent.loop.skipped.total(),
         "reward_threshold": recorder.threshold,
         "solved_at_steps": recorder.solved_at[0] if recorder.solved_at else None,
         "solved_at_seconds": recorder.solved_at[1] if recorder.solved_at else None,

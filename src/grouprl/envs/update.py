@@ -106,6 +106,8 @@ class UpdateStats:
     approx_kl: float
     epochs: int
     optimizer_steps: int
+    undone: bool = False
+    """Whether the parameters are those of before: the first epoch was undone."""
 
 
 def minibatches(n: int, size: int, remainder: str, rng: np.random.Generator) -> list[Tensor]:
@@ -146,6 +148,7 @@ def update(
     totals = torch.zeros(2, device=batch.logp_old.device)
     steps, epoch = 0, 0
     norm_total = approx_kl = cut_share = 0.0
+    undone = False
     for epoch in range(1, settings.epochs + 1):
         before = None if settings.kl_stop is None else parameters.vector.detach().clone()
         for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
@@ -159,9 +162,10 @@ def update(
             if settings.kl_stop is not None and not approx_kl <= settings.kl_stop:  # nor is it nan
                 if before is not None and not approx_kl <= UNDO_EPOCH_ABOVE * settings.kl_stop:
                     parameters.vector.data.copy_(before)
+                    undone = epoch == 1
                 break
     policy_loss_mean, kl = (totals / steps).tolist()
-    return UpdateStats(policy_loss_mean, kl, cut_share, norm_total / steps, approx_kl, epoch, steps)
+    return UpdateStats(policy_loss_mean, kl, cut_share, norm_total / steps, approx_kl, epoch, steps, undone)
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from grouprl.extras import require
+
 if TYPE_CHECKING:
     from grouprl.lm.settings.config import GRPOConfig
     from grouprl.lm.train.trainer import GRPOTrainer
@@ -25,4 +27,6 @@ __all__ = ["GRPOConfig", "GRPOTrainer"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'grouprl.lm' has no attribute {name!r}")
+    if name == "GRPOTrainer":
+        require("transformers")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,1 +1,1 @@
-"""What both arenas ask of the computer: memory, and a C compiler."""
+"""What both arenas ask of the computer: memory, a C compiler, and a process of its own."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
 
 from grouprl.errors import UsageError
+from grouprl.extras import how_to_install
 from grouprl.runs.files import explain_os_error
 from grouprl.runs.metrics import MetricRow
 
@@ -102,7 +103,7 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise UsageError("Tracker 'wandb' needs Weights & Biases: pip install 'grouprl[wandb]'") from error
+            raise UsageError(f"Tracker 'wandb' needs Weights & Biases; run: {how_to_install('wandb')}") from error
         if mode is None and "WANDB_MODE" not in os.environ and not _wandb_login():
             mode = "offline"
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,7 @@ def check_trackers(names: Sequence[str]) -> None:
     if "none" in names and len(set(names)) > 1:
         raise UsageError(f"Tracker 'none' excludes the others, got {', '.join(names)}. Leave out one or the other.")
     if "wandb" in names and find_spec("wandb") is None:
-        raise UsageError("Tracker 'wandb' needs Weights & Biases: pip install 'grouprl[wandb]'")
+        raise UsageError(f"Tracker 'wandb' needs Weights & Biases; run: {how_to_install('wandb')}")
 
 
 def make_trackers(

@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.runs.files import explain_os_error
 
@@ -48,39 +46,6 @@ def save_model(
             tokenizer.save_pretrained(folder)
         if also is not None:
             also(folder)
-
-
-def load_weights(model: Any, path: Path) -> None:
-    """Put the weights of a folder that :func:`save_model` wrote into ``model``, in place.
-
-    Raises UsageError if they are missing or those of another model.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    adapter = getattr(model, "peft_config", None) is not None
-    file = path / ("adapter_model.safetensors" if adapter else "model.safetensors")
-    shards = [file] if file.is_file() else sorted(path.glob("model-*.safetensors"))
-    if not shards:
-        raise UsageError(f"{path} holds no {file.name}; give a checkpoint that this trainer wrote")
-    try:
-        values = {name: value for shard in shards for name, value in load_file(shard).items()}
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"the weights in {path} are damaged ({error}); give an older checkpoint") from error
-    if adapter:
-        from peft import set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, values)
-        return
-    with torch.no_grad():
-        own, left = model.state_dict(), set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", {}) or {})
-        for name, value in values.items():
-            if name not in own or own[name].shape != value.shape:
-                raise UsageError(f"{path} is the checkpoint of another model: {name} does not fit")
-            own[name].copy_(value)
-            left.discard(name)
-    if left:
-        raise UsageError(f"{path} is the checkpoint of another model: it lacks {', '.join(sorted(left)[:3])}")
 
 
 def independent_state(model: nn.Module) -> dict[str, Tensor]:

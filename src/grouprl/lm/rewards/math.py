@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.extras import how_to_install
 from grouprl.lm.rewards.text import Completion, column, completion_text
 from grouprl.lm.rewards.worker import Worker
 
@@ -37,7 +38,7 @@ def math_accuracy(
     Raises UsageError if neither column is there or math-verify is not installed, TrainingError if it cannot be used.
     """
     if find_spec("math_verify") is None:
-        raise UsageError("the reward math_accuracy needs math-verify: pip install 'grouprl[math]'")
+        raise UsageError(f"the reward math_accuracy needs math-verify; run: {how_to_install('math')}")
     name = "solution" if answer is None and solution is not None else "answer"
     golds = column(name, {"answer": answer, "solution": solution, **columns}, len(completions), "math_accuracy")
     replies = [completion_text(completion)[-MAX_CHARACTERS:] for completion in completions]

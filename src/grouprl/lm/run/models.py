@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.extras import how_to_install
 from grouprl.lm.models.load import load
-from grouprl.lm.models.save import load_weights
+from grouprl.lm.models.restore import load_weights
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.tasks.task import Task
@@ -58,7 +59,7 @@ def adapter(settings: Mapping[str, Any] | None) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise UsageError("lora needs PEFT: pip install 'grouprl[lm]'") from error
+        raise UsageError(f"lora needs PEFT; run: {how_to_install('lm')}") from error
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
     except (TypeError, ValueError) as error:

@@ -29,6 +29,7 @@ from grouprl.lm.train.setup import read_prompts
 from grouprl.lm.train.sinks import Recording
 from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
+from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import RunFolder
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
@@ -70,6 +71,7 @@ def train(
         TrainingError: a reward function or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
             left behind if no step was done.
     """
+    refuse_several_processes()
     hide_file_bars()
     changes = dict(settings or {})
     if track is not None:
@@ -112,6 +114,7 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
 
     Raises UsageError: no run folder, no checkpoint, or a run that is already finished.
     """
+    refuse_several_processes()
     folder = RunFolder.open(path)
     hide_file_bars()
     saved = folder.read_config()

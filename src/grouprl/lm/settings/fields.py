@@ -121,6 +121,12 @@ class Fields(ObjectiveSettings):
 
     # --- rewards and advantages ----------------------------------------------------------------------------------
     reward_weights: tuple[float, ...] | None = Field(None, description="of the reward functions; default: 1 each")
+    reward_timeout: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="seconds that a call of a reward function may take, after which the run ends; default: any time",
+    )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
         "sum_then_normalize",
         description="several reward functions: advantage of their sum, or sum of advantages (GDPO)",

@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.extras import how_to_install
 from grouprl.lm.rewards.worker import Worker
 from grouprl.lm.tasks.parsing import tagged
 from grouprl.lm.tasks.task import Example, Task
@@ -120,7 +121,7 @@ def _create(dataset: str, options: str, seed: int) -> Any:
     try:
         factory: Any = import_module("reasoning_gym.factory")
     except ImportError as error:
-        raise UsageError(f"task {PREFIX}{dataset} needs reasoning-gym: pip install 'grouprl[tasks]'") from error
+        raise UsageError(f"task {PREFIX}{dataset} needs reasoning-gym; run: {how_to_install('tasks')}") from error
     if dataset not in factory.DATASETS:
         close = difflib.get_close_matches(dataset, factory.DATASETS, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see reasoning_gym.factory.DATASETS."

@@ -268,7 +268,7 @@ _MAY_CHANGE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "max_steps", "num_train_epochs", "transcripts",
     "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
-    "do_train", "do_eval", "do_predict", "num_generations_eval",
+    "do_train", "do_eval", "do_predict", "num_generations_eval", "reward_timeout",
 }  # fmt: skip
 """Settings that do not change what is learned, or are what a run is resumed to change."""
 

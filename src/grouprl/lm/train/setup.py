@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from grouprl.errors import UsageError, first_line
+from grouprl.extras import how_to_install
 from grouprl.learning.parameters import FlatParameters
 from grouprl.lm.learn.optimizer import make_optimizer
 from grouprl.lm.models.load import load
-from grouprl.lm.models.save import load_weights
+from grouprl.lm.models.restore import load_weights
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
@@ -54,7 +55,6 @@ class Setup:
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
 
-    @torch.no_grad()
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights in ``folder``. Raises UsageError if they are damaged or those of another model."""
         load_weights(self.model, folder)
@@ -71,7 +71,7 @@ def make_setup(
     """
     config = _configuration(args)
     plan = batch_plan(config)
-    rewards = RewardCaller(reward_funcs, config.reward_weights)
+    rewards = RewardCaller(reward_funcs, config.reward_weights, config.reward_timeout)
     torch.manual_seed(config.seed)
     model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
     prompts = None if train_dataset is None else read_prompts(model, tokenizer, config, train_dataset, "train_dataset")
@@ -184,7 +184,7 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
         try:
             from peft import get_peft_model
         except ImportError as error:
-            raise UsageError("peft_config needs PEFT: pip install 'grouprl[lm]'") from error
+            raise UsageError(f"peft_config needs PEFT; run: {how_to_install('lm')}") from error
         try:
             loaded = get_peft_model(loaded, peft_config)
         except (ValueError, TypeError, AttributeError) as error:

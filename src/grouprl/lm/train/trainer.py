@@ -19,6 +19,7 @@ from grouprl.lm.train.loop import Run, TrainOutput
 from grouprl.lm.train.setup import make_setup, read_eval_prompts, read_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
 from grouprl.machine.memory import renew_freed_memory, use_huge_pages
+from grouprl.machine.processes import refuse_several_processes
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 
 
@@ -71,6 +72,7 @@ class GRPOTrainer(ScriptMethods):
         surrogate_function: TensorFunction | None = None,
         **others: Any,
     ) -> None:
+        refuse_several_processes()
         check_arguments(others)
         use_huge_pages()
         setup = make_setup(

@@ -1,0 +1,109 @@
+"""The lists of presets and settings."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from grouprl.cli.common import app
+from grouprl.errors import UsageError
+
+
+@app.command("presets")
+def presets_command(
+    name: Annotated[str | None, typer.Argument(help="Show one preset in full.")] = None,
+) -> None:
+    """List the presets with the result to expect, or show one."""
+    import yaml
+
+    from grouprl.envs import presets
+    from grouprl.lm.run import recipe
+
+    if name is not None:
+        shown = recipe.load(name).to_dict() if name in recipe.names() else presets.load(name).__dict__
+        print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip())
+        return
+    print(f"{'grouprl train':28s} {'environment':28s} {'steps':>10s}  expect (mean greedy return)")
+    for known in presets.names():
+        preset = presets.load(known)
+        print(
+            f"{known:28s} {preset.env_id:28s} {preset.total_timesteps:>10,d}  {preset.expect.get('mean_return', '-')}"
+        )
+    print(f"\n{'grouprl train-lm':28s} {'task, model':28s} {'steps':>10s}  expect (greedy held-out accuracy)")
+    for known in recipe.names():
+        made = recipe.load(known)
+        what = f"{made.task}, {made.model}"
+        print(f"{known:28s} {what:28s} {made.config['max_steps']:>10,d}  {made.expect.get('accuracy_after', '-')}")
+
+
+@app.command()
+def settings(
+    name: Annotated[str | None, typer.Argument(help="Show this setting alone.")] = None,
+    lm: Annotated[bool, typer.Option("--lm", help="Those of train-lm.")] = False,
+) -> None:
+    """List every setting of --set with its default and meaning, or show one."""
+    listed = list(_of_language_models() if lm else _of_environments())
+    if name is None:
+        for heading, rows in listed:
+            print(f"{heading}\n")
+            for row in rows:
+                print(_shown(*row))
+            print()
+        return
+    found = [row for _, rows in listed for row in rows if row[0] == name]
+    if not found:
+        raise _unknown(name, [row[0] for _, rows in listed for row in rows], lm)
+    print(_shown(*found[0]))
+
+
+Row = tuple[str, Any, str]
+"""A setting: its name, its default, what it means."""
+
+
+def _of_environments() -> Iterator[tuple[str, list[Row]]]:
+    from grouprl.envs.config import GRPOConfig
+    from grouprl.envs.training import RunSettings
+    from grouprl.objective_settings import sections
+
+    yield from _configuration(GRPOConfig, sections(GRPOConfig))
+    fields = RunSettings.__dataclass_fields__
+    of_preset = ("total_timesteps", "eval_every")
+    yield "of the run", [(name, "of the preset" if name in of_preset else fields[name].default, "") for name in fields]
+
+
+def _of_language_models() -> Iterator[tuple[str, list[Row]]]:
+    from grouprl.lm.run import recipe
+    from grouprl.lm.settings.fields import Fields
+    from grouprl.objective_settings import sections
+
+    yield from _configuration(Fields, sections(Fields))
+    of_recipe = recipe.settable()
+    yield (
+        "of the recipe (docs/language-models.md describes them)",
+        [(name, default, "") for name, default in of_recipe.items()],
+    )
+
+
+def _configuration(config: Any, parts: dict[str, list[str]]) -> Iterator[tuple[str, list[Row]]]:
+    for heading, names in parts.items():
+        fields = {name: config.model_fields[name] for name in names}
+        yield heading, [(name, field.get_default(), field.description or "") for name, field in fields.items()]
+
+
+def _shown(name: str, default: Any, meaning: str) -> str:
+    """One setting: name and default on a line, what it means under it, no line wider than the terminal."""
+    import textwrap
+
+    width = max(40, min(shutil.get_terminal_size().columns, 120))
+    wrapped = textwrap.fill(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return f"  {name} = {default}" + (f"\n{wrapped}" if meaning else "")
+
+
+def _unknown(name: str, known: list[str], lm: bool) -> UsageError:
+    from grouprl.objective_settings import unknown_setting
+
+    option = " --lm" if lm else ""
+    return UsageError(unknown_setting(name, known, lambda: f"grouprl settings{option} lists them"))

@@ -1,0 +1,197 @@
+"""Weights of a saved model, put into the model in memory whose they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouprl.errors import UsageError, first_line
+
+_WEIGHTS = "model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
+
+
+@torch.no_grad()
+def load_weights(model: Any, path: Path) -> None:
+    """Put the weights of a folder that :func:`save_model` wrote into ``model``, in place.
+
+    The model stays the same object with the same parameters and buffers; the values are those that were saved, bit for
+    bit. Random streams stay as they are.
+
+    Raises UsageError if the weights are missing, damaged, or those of another model.
+    """
+    if getattr(model, "peft_config", None) is not None:
+        _load_adapter(model, path)
+    else:
+        _load_plain(model, path)
+
+
+# --- a plain model ----------------------------------------------------------------------------------------------------
+
+
+def _load_plain(model: Any, path: Path) -> None:
+    """Files hold the names and layouts of the hub, which can be others than the model's own.
+
+    What is only called otherwise there is read weight by weight. What is laid out otherwise too, such as experts that
+    are one tensor here and many there, comes from a second model, as Transformers alone knows how to read it.
+    """
+    own, translated = model.state_dict(), {}
+    with ExitStack() as files:
+        stored = _stored(path, files)
+        on_disk = {name: there for name, there in _names_on_disk(model).items() if there in stored}
+
+        def value(name: str) -> Tensor:
+            tensor: Tensor = stored[on_disk[name]].get_tensor(on_disk[name])
+            return tensor
+
+        shapes = {name: stored[there].get_slice(there).get_shape() for name, there in on_disk.items()}
+        fits = [name for name, shape in shapes.items() if shape == list(own[name].shape)]
+        additional = stored.keys() - on_disk.values()
+        if _left(own, fits):
+            read, unknown = _as_transformers_reads(model, path)
+            translated = {
+                name: read[name] for name in _left(own, fits) if name in read and read[name].shape == own[name].shape
+            }
+            additional = unknown - own.keys()
+        missing = _left(own, [*fits, *translated])
+        if missing or additional:
+            raise UsageError(
+                f"{path} is the checkpoint of another model: {_difference(own, missing, shapes, additional)}"
+            )
+        first: dict[tuple[int, torch.Size], str] = {}
+        for name in fits:
+            other = first.setdefault(_place(own[name]), name)
+            if other != name and not torch.equal(value(other), value(name)):
+                raise UsageError(f"{path} is the checkpoint of another model: {other} and {name} are one weight here")
+        for name in fits:
+            own[name].copy_(value(name))
+        for name, tensor in translated.items():
+            own[name].copy_(tensor)
+
+
+def _left(own: Mapping[str, Tensor], filled: Iterable[str]) -> list[str]:
+    """The names of the weights that are not ``filled``, nor tied to one that is."""
+    places = {_place(own[name]) for name in filled}
+    return [name for name, value in own.items() if _place(value) not in places]
+
+
+def _place(value: Tensor) -> tuple[int, torch.Size]:
+    return value.data_ptr(), value.shape
+
+
+def _difference(
+    own: Mapping[str, Tensor], missing: list[str], shapes: Mapping[str, list[int]], additional: set[str]
+) -> str:
+    misshaped = [name for name in missing if name in shapes]
+    absent = [name for name in missing if name not in shapes]
+    parts = [f"{name} is {shapes[name]} there and {list(own[name].shape)} here" for name in misshaped[:3]]
+    parts += [f"it lacks {_some(absent)}"] if absent else []
+    parts += [f"it has {_some(sorted(additional))} besides"] if additional else []
+    return "; ".join(parts)
+
+
+def _names_on_disk(model: Any) -> dict[str, str]:
+    """What weights are called in a saved folder, by their names in the model; of those that are stored as they are.
+
+    Transformers is asked to rename tensors without memory: those that come back as the same objects were renamed only.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # it is no public function
+        return {}
+    weights = {name: torch.empty_like(value, device="meta") for name, value in model.state_dict().items()}
+    by_identity = {id(value): name for name, value in weights.items()}
+    renamed = revert_weight_conversion(model, dict(weights))
+    return {by_identity[id(value)]: name for name, value in renamed.items() if id(value) in by_identity}
+
+
+def _stored(path: Path, files: ExitStack) -> dict[str, Any]:
+    """The open file of each weight in a folder."""
+    from safetensors import SafetensorError, safe_open
+
+    single = path / _WEIGHTS
+    shards = [single] if single.is_file() else sorted(path.glob("model-*.safetensors"))
+    if not shards:
+        raise UsageError(f"{path} holds no {_WEIGHTS}; give a checkpoint that this trainer wrote")
+    stored: dict[str, Any] = {}
+    try:
+        for shard in shards:
+            file: Any = files.enter_context(safe_open(shard, "pt"))
+            stored |= dict.fromkeys(file.keys(), file)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return stored
+
+
+def _as_transformers_reads(model: Any, path: Path) -> tuple[dict[str, Tensor], set[str]]:
+    """The weights in ``path`` by the names of the model's class, and the names of those that have no place there.
+
+    Their type is the widest of the model's, so that no value is rounded.
+    """
+    from safetensors import SafetensorError
+
+    floats = {value.dtype for value in model.state_dict().values() if value.is_floating_point()}
+    with torch.random.fork_rng(devices=[]), _quiet():
+        try:
+            answer: Any = type(model).from_pretrained(
+                path, config=copy.deepcopy(model.config), dtype=reduce(torch.promote_types, floats, torch.bfloat16),
+                local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise UsageError(f"{path} cannot be read as a {type(model).__name__}: {first_line(error)}") from error
+    loaded, report = answer
+    misshaped = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]}
+    random = set(report["missing_keys"]) | misshaped
+    return {n: v for n, v in loaded.state_dict().items() if n not in random}, set(report["unexpected_keys"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Transformers' progress bar and report of what did not fit, which is ours to say."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"the weights in {path} are damaged ({error}); give an older checkpoint")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def _load_adapter(model: Any, path: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = path / _ADAPTER
+    if not file.is_file():
+        raise UsageError(f"{path} holds no {_ADAPTER}; give a checkpoint that this trainer wrote")
+    try:
+        values = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    set_peft_model_state_dict(model, values)
