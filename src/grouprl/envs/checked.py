@@ -53,7 +53,7 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Raises TrainingError if the environment fails, or returns something else than an observation and a dict."""
         try:
-            result = self.env.reset(seed=seed, options=options)
+            result: Any = self.env.reset(seed=seed, options=options)
         except GrouprlError:
             raise
         except Exception as error:
@@ -71,7 +71,7 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Raises TrainingError if the environment fails, or returns what a step must not."""
         try:
-            result = self.env.step(action)
+            result: Any = self.env.step(action)
         except GrouprlError:
             raise
         except Exception as error:

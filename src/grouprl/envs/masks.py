@@ -39,8 +39,9 @@ def many_masks(given: Any, n: int, size: int) -> Bools:
     Raises:
         UsageError: another number of masks or entries, or numbers other than 0 and 1.
     """
+    rows: Any
     if isinstance(given, np.ndarray) and given.dtype != object:
-        rows, values = given, given.ravel()
+        rows, values = given, _flat(given)
     else:
         rows, values = list(_plain(given)), _flat(given)
     if values.size == n * size and (n == 1 or len(rows) == n):

@@ -72,8 +72,8 @@ class Workers(AsyncVectorEnv):
             return
         told = sorted((self.error_queue.get() for _ in failed), key=lambda each: each[0])
         for index, *_ in told:
-            pipe, self.parent_pipes[index] = self.parent_pipes[index], None  # its worker has ended
-            pipe.close()
+            self.parent_pipes[index].close()
+            self.parent_pipes[index] = None  # type: ignore[call-overload]  # Gymnasium's sign of a worker that ended
         self._state = AsyncState.DEFAULT
         index, kind, value, trace = told[0]
         if issubclass(kind, GrouprlError):
