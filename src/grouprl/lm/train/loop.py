@@ -109,6 +109,9 @@ class Run:
         book.event("on_train_begin")
         if self.config.eval_on_start and book.state.global_step == 0:
             self.evaluate()
+        if book.ends_epoch_late():
+            self._do_as_asked()
+            book.flush()
         while book.state.global_step < self.total and not book.control.should_training_stop:
             book.before_step()
             began_step = time.perf_counter()
