@@ -42,11 +42,11 @@ INLINE float largest(vec v) {
     return s;
 }
 
-/* exp(x) within 2 units in the last place for x <= 88; 0 below -87. */
+/* exp(x) within 2 units in the last place for x <= 88; 0 below -87; NaN for NaN. */
 INLINE vec exponential(vec x) {
     const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     ivec tiny = x < -87.0f;
-    x = larger(x, all(-87.0f));
+    x = larger(all(-87.0f), x); /* in this order a NaN stays */
     vec n = x * 1.44269504f + magic - magic;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;

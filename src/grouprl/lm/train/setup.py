@@ -19,6 +19,7 @@ from grouprl.lm.models.restore import load_weights
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
+from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.user_functions import UserFunctions
@@ -54,6 +55,15 @@ class Setup:
     prompts: PromptSource | None
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
+
+    def check_weights(self) -> None:
+        """Check that the model has the parameters it had at first, and finite weights.
+
+        Raises UsageError about the first, TrainingError about the second.
+        """
+        self.parameters.check()
+        if self.parameters.not_finite():
+            raise not_finite("the model's weights", self.model)
 
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights in ``folder``. Raises UsageError if they are damaged or those of another model."""
