@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.lm.models.adapters import CONFIG, has_adapters, save_adapters
 from grouprl.runs.files import explain_os_error
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def save_model(
         TrainingError: the disk is full or broken.
     """
     with _atomic_folder(Path(path)) as folder:
-        if getattr(model, "peft_config", None) is not None:
-            _save_adapter(model, folder)
+        if has_adapters(model):
+            save_adapters(model, folder, independent_state(model))
         else:
             _save_plain(model, folder)
         if tokenizer is not None:
@@ -80,14 +81,6 @@ def _save_plain(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=independent_state(model))
     finally:
         model.generation_config = own
-
-
-def _save_adapter(model: Any, folder: Path) -> None:
-    bases = [config.base_model_name_or_path for config in model.peft_config.values()]
-    # "auto" saves embeddings that were resized, which it can tell from the base's configuration; where that is not a
-    # local folder it would ask the hub, and wait for it.
-    local = all(base and (Path(base) / "config.json").exists() for base in bases)
-    model.save_pretrained(folder, save_embedding_layers="auto" if local else False, state_dict=independent_state(model))
 
 
 @contextmanager
@@ -132,8 +125,10 @@ def _check_replaceable(path: Path) -> None:
     if not path.is_dir():
         raise UsageError(f"Cannot write a model to {path}: that is a file. Give a folder.")
     names = sorted(entry.name for entry in path.iterdir())
-    foreign = [name for name in names if not name.endswith(_OURS) and name != "additional_chat_templates"]
-    if foreign or (names and not {"config.json", "adapter_config.json"} & set(names)):
+    adapters = [name for name in names if (path / name / CONFIG).is_file()]
+    known = {*adapters, "additional_chat_templates"}
+    foreign = [name for name in names if not name.endswith(_OURS) and name not in known]
+    if foreign or (names and not adapters and not {"config.json", CONFIG} & set(names)):
         raise UsageError(
             f"Cannot write a model to {path}: the folder would be replaced, and it holds {(foreign or names)[0]}. "
             "Give another folder, such as one inside it."
