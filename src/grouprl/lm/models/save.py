@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.lm.models.adapters import CONFIG, has_adapters, save_adapters
+from grouprl.lm.models.generation_config import writable_generation_config
 from grouprl.runs.files import explain_os_error
 
 if TYPE_CHECKING:
@@ -39,10 +39,9 @@ def save_model(
         TrainingError: the disk is full or broken.
     """
     with _atomic_folder(Path(path)) as folder:
-        if has_adapters(model):
-            save_adapters(model, folder, independent_state(model))
-        else:
-            _save_plain(model, folder)
+        save = save_adapters if has_adapters(model) else _save_plain
+        with nullcontext() if hasattr(model, "get_base_model") else writable_generation_config(model, folder):
+            save(model, folder, independent_state(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if also is not None:
@@ -68,19 +67,8 @@ def independent_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _save_plain(model: PreTrainedModel, folder: Path) -> None:
-    own = model.generation_config
-    if own is not None:
-        # Checkpoints often name a temperature without do_sample=True; Transformers reads that but refuses to write it.
-        model.generation_config = copy.deepcopy(own)
-        if any(
-            getattr(own, name, None) is not None for name in ("temperature", "top_p", "top_k", "min_p", "typical_p")
-        ):
-            model.generation_config.do_sample = True
-    try:
-        model.save_pretrained(folder, state_dict=independent_state(model))
-    finally:
-        model.generation_config = own
+def _save_plain(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
+    model.save_pretrained(folder, state_dict=state)
 
 
 @contextmanager
