@@ -32,6 +32,13 @@ def train_lm(
         list[str] | None,
         typer.Option(help="tensorboard (default), wandb, or none, in the place of report_to; may be repeated."),
     ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="End the run when a call of a reward function takes longer; setting reward_timeout.  [default: never]",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
@@ -56,6 +63,8 @@ def train_lm(
         settings["model"] = model
     if seed is not None:
         settings["seed"] = seed
+    if timeout is not None:
+        settings["reward_timeout"] = timeout
     loaded = recipes.load(recipe)
     changed = loaded.changed(settings)
     place = out or default_run_path("runs", changed.name, changed.config.get("seed", 42))

@@ -249,7 +249,7 @@ def _no_prompt(name: str, columns: Iterable[str]) -> str:
 def _read(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
     where = f"row {index} of {name}"
     if not isinstance(row, Mapping):
-        raise UsageError(f"{where} is {_short(row)}; give a mapping such as {{'prompt': '2 + 2 ='}}")
+        raise UsageError(f"{where} is {short(row)}; give a mapping such as {{'prompt': '2 + 2 ='}}")
     if "prompt" not in row:
         raise UsageError(_no_prompt(f"{where}", row))
     for column in _IMAGE_COLUMNS:
@@ -267,11 +267,11 @@ def _read(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
         ids = _message_ids(prompt, columns, how, where)
     else:
         raise UsageError(
-            f"{where} has the prompt {_short(prompt)}; give text, or messages such as "
+            f"{where} has the prompt {short(prompt)}; give text, or messages such as "
             "[{'role': 'user', 'content': '2 + 2 ='}]"
         )
     if not ids:
-        raise UsageError(f"{where} has no tokens: {_short(prompt)} is empty to the tokenizer; remove the row")
+        raise UsageError(f"{where} has no tokens: {short(prompt)} is empty to the tokenizer; remove the row")
     if how.max_tokens is not None and len(ids) > how.max_tokens:
         raise UsageError(
             f"{where} has a prompt of {len(ids)} tokens, but {how.max_tokens_is} leaves {how.max_tokens}; shorten or "
@@ -290,13 +290,13 @@ def _check_messages(messages: list[Any], where: str) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message:
             raise UsageError(
-                f"{where} has the message {_short(message)}; give mappings such as "
+                f"{where} has the message {short(message)}; give mappings such as "
                 "{'role': 'user', 'content': '2 + 2 ='}"
             )
         parts = message.get("content")
         for part in parts if isinstance(parts, list) else ():
             if not isinstance(part, Mapping) or part.get("type") != "text":
-                raise UsageError(f"{where} has the message part {_short(part)}; prompts are text alone")
+                raise UsageError(f"{where} has the message part {short(part)}; prompts are text alone")
 
 
 def _text_ids(text: str, tokenizer: Any) -> list[int]:
@@ -326,7 +326,7 @@ def _message_ids(messages: list[Any], columns: Mapping[str, Any], how: Tokenisin
             **{**how.chat_template_kwargs, **(columns.get(TEMPLATE_COLUMN) or {})},
         )
     except Exception as error:  # templates raise what they like
-        raise UsageError(f"the chat template cannot render {where}, {_short(messages)}: {error}") from error
+        raise UsageError(f"the chat template cannot render {where}, {short(messages)}: {error}") from error
     return [int(token) for token in ids]
 
 
@@ -336,6 +336,10 @@ def _text(content: Any) -> str:
     return content or ""
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def short(value: Any) -> str:
+    """A value for a message: its representation, cut where it is long."""
+    try:
+        text = repr(value)
+    except Exception as error:  # of a class of the user's
+        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."

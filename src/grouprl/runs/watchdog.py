@@ -100,7 +100,9 @@ def _long(usual: float | None) -> float:
 
 
 def _said(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return (
+        f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s" if seconds >= 0.001 else "less than a millisecond"
+    )
 
 
 _OWN = (os.path.join(Path(__file__).parent.parent, ""),)

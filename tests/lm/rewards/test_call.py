@@ -1,8 +1,13 @@
 import asyncio
+import contextlib
 import functools
+import gc
 import math
 import sys
 import threading
+import time
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +17,9 @@ import torch
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards import event_loop
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
+from grouprl.runs import watchdog
 
 TEXT = [Prompt(0, "2 + 2 =", {"answer": 4}, (1, 2)), Prompt(1, "2 + 3 =", {"answer": 5}, (1, 3))]
 CHAT = [Prompt(i, [{"role": "user", "content": row.prompt}], row.columns, row.ids) for i, row in enumerate(TEXT)]
@@ -93,7 +100,51 @@ def test_a_column_under_a_name_that_is_taken_is_a_usage_error() -> None:
         call(right, [Prompt(i, "a", {"completions": 1, "answer": 1}, (1,)) for i in range(2)])
 
 
+class Judge:
+    def score(self, completions: Any, **kwargs: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    def __call__(self, completions: Any, **kwargs: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    def by_name(self, completions: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+
+def scaled(factor: float, completions: Any, **kwargs: Any) -> list[float]:
+    return [factor] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "column", "message"),
+    [
+        (Judge().score, "self", "'self', and reward function 'score' has that name for itself; rename the column"),
+        (Judge(), "self", "'self', and reward function 'Judge' has that name for itself"),
+        (functools.partial(Judge().score), "self", "'self', and reward function 'score' has that name"),
+        (functools.partial(scaled, 2.0), "factor", "'factor', and reward function 'scaled' has that name"),
+        (functools.partial(scaled, factor=2.0), "factor", "the place of factor=2.0 that functools.partial gave"),
+        (right, 3, "a column 3, and reward function 'right' is given columns by name"),
+    ],
+)
+def test_a_column_that_a_function_cannot_be_given_is_a_usage_error(function: Any, column: Any, message: str) -> None:
+    rows = [Prompt(i, "a", {column: 1, "answer": 1}, (1,)) for i in range(2)]
+    with pytest.raises(UsageError, match=message):
+        call(function, rows)
+
+
+def test_a_column_of_any_name_is_no_matter_to_a_function_that_does_not_ask_for_it() -> None:
+    rows = [Prompt(i, "a", {"self": 1, 3: 2}, (1,)) for i in range(2)]
+    assert call(Judge().by_name, rows).values.tolist() == [[1.0], [1.0]]
+
+
 # --- what it may return ----------------------------------------------------------------------------------------------
+
+
+class Measured:
+    """A number of another library."""
+
+    def __float__(self) -> float:
+        return 1.0
 
 
 @pytest.mark.parametrize(
@@ -107,6 +158,9 @@ def test_a_column_under_a_name_that_is_taken_is_a_usage_error() -> None:
         [np.float64(1), np.int64(1)],
         [torch.tensor(1.0), torch.tensor(True)],
         np.array([1.0, 1], dtype=object),
+        np.ma.masked_array([1.0, 1.0]),
+        [Fraction(1), Decimal(1)],
+        [Measured(), np.array(1.0)],
     ],
 )
 def test_numbers_of_every_kind_are_rewards(returned: Any) -> None:
@@ -119,6 +173,11 @@ def test_none_says_that_a_function_does_not_apply() -> None:
     values = call([lambda **kw: [None, 2.0], right]).values
     assert math.isnan(values[0, 0])
     assert values[:, 1].tolist() == [1.0, 0.0]
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        return str(1 / 0)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +199,17 @@ def test_none_says_that_a_function_does_not_apply() -> None:
         ),
         ([math.inf, 1.0], "returned inf for completion 0"),
         ([1j, 1.0], "of complex"),
+        ([1.0, 10**400], "returned inf for completion 1"),
+        ([-(10**400), 1.0], "returned -inf for completion 0"),
+        ([Fraction(10**400), 1.0], "returned inf for completion 0"),
+        ([Decimal("1e400"), 1.0], "returned inf for completion 0"),
+        ([Decimal("nan"), 1.0], "returned nan for completion 0"),
+        ([np.complex64(1), 1.0], "of complex"),
+        ([np.str_("1"), 1.0], "of str"),
+        ([b"1", 1.0], "of bytes"),
+        ([torch.ones(1), 1.0], r"returned tensor\(\[1\.\]\) of Tensor for completion 0"),
+        (torch.ones(2, device="meta"), "whose entries cannot be read"),
+        ([Unspeakable(), 1.0], "returned <Unspeakable whose repr raises ZeroDivisionError> of Unspeakable"),
     ],
 )
 def test_anything_else_is_an_error_that_names_function_and_completion(returned: Any, message: str) -> None:
@@ -276,6 +346,137 @@ def test_an_asynchronous_function_that_raises_is_named_and_the_others_are_not_le
     with pytest.raises(TrainingError, match="'broken' raised OSError"):
         call([other, broken])
     assert done == ["other"]
+
+
+# --- functions that do not come back ---------------------------------------------------------------------------------
+
+
+def hangs(**kwargs: Any) -> list[float]:
+    time.sleep(600)
+    return []
+
+
+async def waits(**kwargs: Any) -> list[float]:
+    await asyncio.sleep(600)
+    return []
+
+
+async def computes(**kwargs: Any) -> list[float]:
+    while True:
+        sum(range(100))
+
+
+async def ignores_its_end(**kwargs: Any) -> list[float]:
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(600)
+
+
+async def answers(**kwargs: Any) -> list[float]:
+    return [1.0, 1.0]
+
+
+@pytest.mark.parametrize("function", [hangs, waits, computes, ignores_its_end])
+def test_a_function_that_hangs_is_ended_by_name_and_nothing_of_it_stays(
+    monkeypatch: pytest.MonkeyPatch, function: Any
+) -> None:
+    monkeypatch.setattr(event_loop, "_GRACE", 0.2)
+    threads = set(threading.enumerate())
+    caller = RewardCaller([answers, right, function], timeout=0.1)
+    for _ in range(2):  # and the next call finds everything as it was
+        with pytest.raises(
+            TrainingError, match=f"'{function.__name__}' had not returned after 0.1 s, .* reward_timeout"
+        ):
+            caller(TEXT, ["4", "6"], IDS)
+        left = {thread.name for thread in set(threading.enumerate()) - threads}
+        assert left <= {"grouprl-watch"}
+    assert RewardCaller(answers, timeout=60)(TEXT, ["4", "6"], IDS).values.tolist() == [[1.0], [1.0]]
+
+
+def test_a_function_that_hangs_in_a_thread_that_is_not_the_main_one_is_ended() -> None:
+    raised: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            RewardCaller([right, computing], timeout=0.1)(TEXT, ["4", "6"], IDS)
+        except TrainingError as error:
+            raised.append(error)
+
+    def computing(**kwargs: Any) -> list[float]:
+        while True:
+            sum(range(100))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join(60)
+    assert "'computing' had not returned after 0.1 s" in str(raised[0])
+
+
+async def leaves(**kwargs: Any) -> list[float]:
+    sys.exit(3)
+
+
+async def leaves_from_a_task(**kwargs: Any) -> list[float]:
+    await asyncio.gather(asyncio.sleep(0), leaves())
+    return [1.0, 1.0]
+
+
+async def is_cancelled(**kwargs: Any) -> list[float]:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [(leaves, "SystemExit: 3"), (leaves_from_a_task, "SystemExit: 3"), (is_cancelled, "CancelledError")],
+)
+def test_an_asynchronous_function_that_ends_the_process_is_an_error_like_any_other(function: Any, error: str) -> None:
+    caller = RewardCaller([answers, function], timeout=60)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=f"'{function.__name__}' raised {error}"):
+            caller(TEXT, ["4", "6"], IDS)
+
+
+def test_the_thread_of_asynchronous_functions_ends_with_the_caller() -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "grouprl-rewards"]
+
+    before = threads()
+    caller = RewardCaller(answers)
+    caller(TEXT, ["4", "6"], IDS)
+    (own,) = set(threads()) - set(before)
+    del caller
+    gc.collect()
+    own.join(10)
+    assert not own.is_alive()
+
+
+def test_a_function_that_takes_unusually_long_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watchdog, "_LEAST", 0.01)
+    nobody = SimpleNamespace(add=lambda watch: None, remove=lambda watch: None)  # looks while it runs
+    monkeypatch.setattr(watchdog, "_watcher", nobody)
+
+    def slower(**kwargs: Any) -> list[float]:
+        if seen:
+            time.sleep(0.3)
+        seen.append(1)
+        return [1.0, 1.0]
+
+    async def slower_too(**kwargs: Any) -> list[float]:
+        if len(seen) > 1:
+            await asyncio.sleep(0.3)
+        return [1.0, 1.0]
+
+    seen: list[int] = []
+    caller = RewardCaller([right, slower, slower_too])
+    for _ in range(2):
+        caller(TEXT, ["4", "6"], IDS)
+    slow = [message for message in caplog.messages if "usually takes" in message]
+    assert len(slow) == 2
+    for name, message in zip(("slower", "slower_too"), slow, strict=True):
+        assert message.startswith(f"reward function {name!r} took 0.3")
+        assert message.endswith("; set reward_timeout, in seconds, to end a run that waits for it")
 
 
 # --- functions, names and weights ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 from grouprl.errors import TrainingError
 from grouprl.lm.rewards.worker import Worker
+from grouprl.runs.time_limit import within
 
 
 @pytest.fixture
@@ -112,3 +113,12 @@ def test_a_closed_worker_leaves_no_process_and_can_be_called_again(worker):
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert worker.call(None, do="")["pid"] != pid
+
+
+def test_a_call_that_was_broken_off_leaves_no_answer_for_the_next_one(worker):
+    pid = worker.call(None, do="")["pid"]
+    with pytest.raises(TimeoutError):
+        within(0.2, lambda: worker.call(None, do="sleep"))
+    with pytest.raises(ProcessLookupError):  # it has ended
+        os.kill(pid, 0)
+    assert worker.call(None, do="", value="mine")["value"] == "mine"

@@ -86,6 +86,9 @@ class Worker:
             line = process.stdout.readline()
         except BrokenPipeError:  # it had died before; an empty line says so
             pass
+        except BaseException:  # Ctrl-C, or a time limit: its answer must not be taken for that to the next question
+            self.close()
+            raise
         finally:
             timer.cancel()
             timer.join()

@@ -1,0 +1,80 @@
+"""What a reward function returned, made numbers: the one place where it is checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, SupportsFloat
+
+from grouprl.errors import TrainingError, first_line
+from grouprl.lm.prompts import Prompt, short
+
+LARGEST = 1e30
+"""Of a reward, in size: squares of larger ones leave the range of numbers."""
+
+
+def numbers_of(output: Any, name: str, rows: Sequence[Prompt]) -> list[float]:
+    """N floats, NaN for None: what the function ``name`` returned for N completions of the prompts ``rows``.
+
+    Raises TrainingError for anything but one finite number of moderate size, or None, per completion.
+    """
+    wanted = f"return a list of {len(rows)} numbers or None, one per completion"
+    shape = getattr(output, "shape", None)
+    if isinstance(shape, tuple) and len(shape) != 1:
+        raise TrainingError(f"reward function {name!r} returned an array of shape {list(shape)}; {wanted}")
+    try:
+        entries = output.tolist() if hasattr(output, "tolist") else output
+    except Exception as error:  # a tensor without values, or of another layout
+        raise TrainingError(
+            f"reward function {name!r} returned {short(output)}, whose entries cannot be read "
+            f"({first_line(error)}); {wanted}"
+        ) from error
+    if not isinstance(entries, list | tuple):
+        raise TrainingError(f"reward function {name!r} returned {short(output)} of {type(output).__name__}; {wanted}")
+    if len(entries) != len(rows):
+        raise TrainingError(
+            f"reward function {name!r} returned {len(entries)} rewards for {len(rows)} completions; {wanted}"
+        )
+    return [_number(entry, name, i, rows) for i, entry in enumerate(entries)]
+
+
+def plain_float(value: Any) -> float | None:
+    """Whatever is one real number, as a float: also a Fraction, a Decimal, an array or tensor of no dimension.
+
+    None if it is none. One beyond the range of floats is infinite.
+    """
+    if getattr(value, "shape", ()) == () and hasattr(value, "item"):  # numpy scalars, tensors of no dimension
+        value = value.item()
+    if isinstance(value, str | bytes | complex) or getattr(value, "shape", ()) != ():
+        return None
+    if not isinstance(value, SupportsFloat):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # 10**400
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
+    except (TypeError, ValueError):
+        return None
+
+
+def _number(entry: Any, name: str, i: int, rows: Sequence[Prompt]) -> float:
+    if entry is None:
+        return math.nan
+    value = plain_float(entry)
+    if value is None:
+        raise TrainingError(
+            f"reward function {name!r} returned {short(entry)} of {type(entry).__name__} for {completion(i, rows)}; "
+            "return a number or None for each completion"
+        )
+    if not abs(value) <= LARGEST:
+        raise TrainingError(
+            f"reward function {name!r} returned {value} for {completion(i, rows)}; return a finite number, "
+            f"at most {LARGEST:g} in size, or None where the function does not apply"
+        )
+    return value
+
+
+def completion(i: int, rows: Sequence[Prompt]) -> str:
+    """Completion ``i`` of ``rows``, for a message."""
+    prompt = rows[i].prompt
+    return f"completion {i} of {len(rows)}, of the prompt {short(prompt if isinstance(prompt, str) else prompt[-1])}"

@@ -1,0 +1,95 @@
+"""A time limit for a call into code of the user's, which may never return."""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_AGAIN = 1.0
+"""Seconds between two attempts to end a call that goes on in spite of the first."""
+
+
+class Expired(BaseException):
+    """Raised within the call; no Exception, so that what handles those does not take it for its own."""
+
+
+def within(seconds: float | None, call: Callable[[], T]) -> T:
+    """What ``call()`` returns, if it does in time; None: whenever it does.
+
+    In the main thread the call is interrupted, where it waits as well as where it computes. In another thread, and on
+    Windows, it runs in a thread beside, which ends as soon as it is back from what it waits for.
+
+    Raises TimeoutError when ``seconds`` are over, and whatever the call raises.
+    """
+    if seconds is None:
+        return call()
+    in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
+    return _interrupted(seconds, call) if in_main else _beside(seconds, call)
+
+
+def _interrupted(seconds: float, call: Callable[[], T]) -> T:
+    """By SIGURG, which nobody else uses, so that the alarms of the call are its own."""
+    running, over = True, threading.Event()
+    me = threading.get_ident()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if running:
+            raise Expired
+
+    def wait() -> None:
+        left = seconds
+        while not over.wait(left):
+            signal.pthread_kill(me, signal.SIGURG)
+            left = _AGAIN
+
+    before = signal.signal(signal.SIGURG, interrupt)
+    timer = threading.Thread(target=wait, name="grouprl-time-limit", daemon=True)
+    timer.start()
+    try:
+        try:
+            return call()
+        finally:
+            running = False
+    except Expired:
+        running = False
+        raise TimeoutError from None
+    finally:
+        over.set()
+        timer.join()
+        signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
+
+
+def _beside(seconds: float, call: Callable[[], T]) -> T:
+    context = contextvars.copy_context()
+    returned: list[Any] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            returned.append(context.run(call))
+        except BaseException as error:  # handed over, to be raised where it was called for
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="grouprl-limited", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        end_thread(thread)
+        raise TimeoutError
+    if raised:
+        raise raised[0]
+    return returned[0]  # type: ignore[no-any-return]
+
+
+def end_thread(thread: threading.Thread) -> None:
+    """Ask a thread to end, and wait a moment for it: it does when it next runs a line of Python."""
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Expired))
+        thread.join(_AGAIN)

@@ -1,0 +1,98 @@
+"""A call into other people's code comes back in time, wherever it hangs, and leaves nothing behind."""
+
+import contextlib
+import itertools
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from grouprl.runs.time_limit import within
+
+
+def computes() -> None:
+    for _ in itertools.count():
+        pass
+
+
+def waits() -> None:
+    time.sleep(600)
+
+
+def waits_for_a_lock() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def waits_for_a_process() -> None:
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"], check=False)
+
+
+def handles_errors() -> None:
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(600)
+
+
+@pytest.mark.parametrize("call", [computes, waits, waits_for_a_lock, waits_for_a_process, handles_errors])
+def test_a_call_in_the_main_thread_is_interrupted_wherever_it_is(call) -> None:
+    threads, handler = threading.active_count(), signal.getsignal(signal.SIGURG)
+    with pytest.raises(TimeoutError):
+        within(0.05, call)
+    assert threading.active_count() == threads
+    assert signal.getsignal(signal.SIGURG) is handler
+
+
+def test_a_call_that_swallows_everything_is_interrupted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grouprl.runs import time_limit
+
+    monkeypatch.setattr(time_limit, "_AGAIN", 0.05)
+    attempts = []
+
+    def call() -> None:
+        for attempt in range(3):
+            try:
+                time.sleep(600)
+            except BaseException:
+                attempts.append(attempt)
+        time.sleep(600)
+
+    with pytest.raises(TimeoutError):
+        within(0.05, call)
+    assert attempts == [0, 1, 2]
+
+
+def test_what_comes_in_time_is_returned_or_raised() -> None:
+    threads = threading.active_count()
+    assert within(60, lambda: 3) == within(None, lambda: 3) == 3
+    with pytest.raises(KeyError, match="mine"):
+        within(60, lambda: {}["mine"])
+    assert threading.active_count() == threads
+
+
+def in_a_thread(call):
+    """What ``call`` returned or raised in a thread that is not the main one."""
+    got = []
+
+    def run() -> None:
+        try:
+            got.append(call())
+        except BaseException as error:
+            got.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    return got[0]
+
+
+def test_in_another_thread_the_call_is_ended_too() -> None:
+    threads = threading.active_count()
+    assert isinstance(in_a_thread(lambda: within(0.05, computes)), TimeoutError)
+    assert in_a_thread(lambda: within(60, lambda: 3)) == 3
+    assert isinstance(in_a_thread(lambda: within(60, lambda: {}["mine"])), KeyError)
+    assert threading.active_count() == threads
