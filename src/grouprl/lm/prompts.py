@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, short
 
 TEMPLATE_COLUMN = "chat_template_kwargs"
 TOOLS_COLUMN = "tools"
@@ -85,6 +85,10 @@ class PromptSource:
         """The prompt of row `index`. Raises UsageError if the row cannot be used, naming it and the fix."""
         if index < 0 or (self._size is not None and not self._streamed and index >= self._size):
             raise IndexError(f"row {index} of {self._size}")
+        if not self._streamed and len(self._rows) != self._size:
+            raise UsageError(
+                f"{self._name} had {self._size} rows when it was given and has {len(self._rows)} now; give a copy of it"
+            )
         index, row = self._stream_to(index) if self._streamed else (index, self._rows[int(index)])
         return _read(row, index, self._how, self._name)
 
@@ -334,12 +338,3 @@ def _text(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
-
-
-def short(value: Any) -> str:
-    """A value for a message: its representation, cut where it is long."""
-    try:
-        text = repr(value)
-    except Exception as error:  # of a class of the user's
-        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import PrivateAttr, ValidationError
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, short
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.trl import FOREIGN, ONE_PROCESS, RENAMED, translate
@@ -59,7 +59,10 @@ class GRPOConfig(Fields):
             super().__setattr__(name, value)
             return
         if self._in_use:
-            raise UsageError(f"{name}={value!r}: these settings are a trainer's; change them before it is made")
+            raise UsageError(
+                f"{name}={short(value)}: these settings are a trainer's; change them before it is made"
+                + (f", or {_MEANWHILE[name]}" if name in _MEANWHILE else "")
+            )
         for setting, translated in translate({name: value}, type(self).model_fields).items():
             try:
                 super().__setattr__(setting, translated)
@@ -81,7 +84,13 @@ class GRPOConfig(Fields):
 
         Raises UsageError if the arguments of the model, chat template or scheduler hold what no file could.
         """
-        return {name: _plain(name, getattr(self, name)) for name in type(self).model_fields}
+        values = {}
+        for name in type(self).model_fields:
+            try:
+                values[name] = _plain(name, getattr(self, name))
+            except RecursionError:
+                raise UsageError(f"{name} is nested too deeply, or holds itself; use plain values") from None
+        return values
 
     def replace(self, **changes: Any) -> GRPOConfig:
         """A copy with some settings changed, validated anew. Raises UsageError as the class does."""
@@ -120,6 +129,15 @@ class GRPOConfig(Fields):
         return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.to_dict().items()}
 
 
+_MEANWHILE = {
+    "learning_rate": "let lr_scheduler_type or optimizers=(optimizer, scheduler) change it from step to step",
+    "temperature": "train in stages: a trainer for each temperature, each made of the model of the one before",
+    "max_steps": "set control.should_training_stop in a callback to end earlier",
+    "num_train_epochs": "set control.should_training_stop in a callback to end earlier",
+}
+"""What changes while a run goes on, though the setting does not."""
+
+
 def _plain(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -132,6 +150,6 @@ def _plain(name: str, value: Any) -> Any:
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")  # from_pretrained takes the name as well
     raise UsageError(
-        f"{name} holds {value!r} of type {type(value).__name__}, which config.yaml cannot hold; "
+        f"{name} holds {short(value)} of type {type(value).__name__}, which config.yaml cannot hold; "
         "use numbers, text, lists and mappings, or pass a model that is loaded already"
     )
