@@ -122,6 +122,11 @@ class Fields(ObjectiveSettings):
 
     # --- rewards and advantages ----------------------------------------------------------------------------------
     reward_weights: tuple[float, ...] | None = Field(None, description="of the reward functions; default: 1 each")
+    skip_special_tokens: bool = Field(
+        False,
+        description="leave all special tokens out of the completions that rewards read, as TRL does; false = only "
+        "those that end or fill a completion",
+    )
     reward_timeout: float | None = Field(
         None,
         gt=0,

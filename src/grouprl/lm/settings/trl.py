@@ -203,6 +203,10 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
         else:
             _check_foreign(given, value, known)
             continue
+        if name == "warmup_steps" and same(settings.get(name), 0):
+            del settings[name]  # a script passes both on, and one of them says nothing
+        elif name == "warmup_steps" and name in settings and same(value, 0):
+            continue
         if name in settings and not same(settings[name], value):
             raise UsageError(
                 f"{given}={short(value)} and {name}={short(settings[name])} are one setting; give {name} alone"
