@@ -30,7 +30,7 @@ def tokenizer_of(given: Any) -> Any:
             "processing_class is a tokenizer of the package tokenizers; give "
             "transformers.PreTrainedTokenizerFast(tokenizer_object=...) with its special tokens"
         )
-    inner = getattr(given, "tokenizer", None)
+    inner: Any = getattr(given, "tokenizer", None)
     if not all(hasattr(inner, name) for name in _NEEDED):
         raise UsageError(f"processing_class={short(given)} is no tokenizer; give one of transformers'")
     template = getattr(given, "chat_template", None)
