@@ -1,8 +1,16 @@
 """The two kinds of error a user can meet. Every message says what was given, what is allowed and how to fix it."""
 
+from grouprl.redaction import redact
+
 
 class GrouprlError(Exception):
-    """Base of every error grouprl raises on purpose; the command line prints its message without a traceback."""
+    """Base of every error grouprl raises on purpose; the command line prints its message without a traceback.
+
+    Its message holds no secrets, such as a token among the settings that it quotes.
+    """
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class UsageError(GrouprlError, ValueError):

@@ -22,6 +22,7 @@ from grouprl.lm.train.checkpoint import trainer_state
 from grouprl.lm.train.setup import Setup
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.printing import show
+from grouprl.redaction import redact
 from grouprl.runs.files import write_json, write_text
 
 _log = logging.getLogger("grouprl")
@@ -150,7 +151,7 @@ class ScriptMethods:
         origin = f" of {base}" if base else ""
         text = f"Trained{origin} with grouprl {version('grouprl')} by GRPO (arXiv 2402.03300)."
         card = f"---\n{about.to_yaml()}\n---\n\n# {model_name or folder.name}\n\n{text}\n"
-        write_text(folder / "README.md", card)
+        write_text(folder / "README.md", redact(card))
 
     def end(self) -> None:
         """Nothing: trackers are closed when training ends."""
