@@ -51,8 +51,8 @@ def warn_if_steps_vanish(parameters: TrainedParameters, learning_rate: float) ->
         _log.warning(
             "learning_rate=%g moves only %.0f %% of the weights that are trained in bfloat16: a step of that size "
             "rounds to nothing where numbers lie further apart, such as %.2g around the weight %.2g. Load the model "
-            "with dtype=torch.float32 (products run in bfloat16 even so, where the processor has it), or set learning_rate "
-            "above %.1g, which moves half of them",
+            "with dtype=torch.float32 (products run in bfloat16 even so, where the processor has it), or set "
+            "learning_rate above %.1g, which moves half of them",
             learning_rate, 100 * (1 - stuck), 2 * needed, weight, needed,
         )  # fmt: skip
 
