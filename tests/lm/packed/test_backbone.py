@@ -7,14 +7,15 @@ from torch import nn
 
 from grouprl.lm.packed import attention
 from grouprl.lm.packed.attention import PackedAttention, UnsupportedError
-from grouprl.lm.packed.backbone import Backbone, find_backbone, plain_logits
+from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.packed.trial import plain_logits
 
 WHY = {
     "bloom": "differ",
     "mamba": "differ",
-    "granite": "logits_scaling",
-    "gemma2_capped": "final_logit_softcapping",
+    "granite": "behind the head",
+    "gemma2_capped": "behind the head",
 }
 
 

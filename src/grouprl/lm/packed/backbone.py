@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from grouprl.lm.packed import attention
 from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec, PackedAttention, UnsupportedError
-from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.packed.low_precision import LowPrecision, is_touched
 from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.packed.trial import own_log_probs, plain_logits, read_setting, trial_pack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """The largest allowed difference in nats between log-probabilities of the packed and the plain pass, by dtype."""
 _LOW_PRECISION_TOLERANCE = 0.25
 """The largest allowed difference in nats for a model that runs in low precision alone."""
+
+_LARGE_LOGIT = 100.0
+"""The size of logits in the search for a cap on them. Models cap logits at 15 to 50."""
 
 
 class Backbone:
@@ -35,7 +39,7 @@ class Backbone:
 
     Raises:
         UnsupportedError: the model has no decoder with a linear head, its rotary positions depend on the longest
-            sequence, or it changes its logits after the head.
+            sequence, or its head or a parameter has hooks.
     """
 
     def __init__(self, model: Any) -> None:
@@ -45,15 +49,17 @@ class Backbone:
         self.decoder: Any = self.core.get_decoder() if hasattr(self.core, "get_decoder") else None
         if self.decoder is None or self.decoder is self.core or type(self.head) is not nn.Linear:
             raise UnsupportedError(f"{type(self.core).__name__} has no decoder with a linear head on top")
-        text = self.core.config.get_text_config()
-        rope = getattr(text, "rope_parameters", None) or {}
+        if is_touched(self.head):
+            raise UnsupportedError(f"the head of {type(self.core).__name__} has a hook or a forward of its own")
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.core.parameters()):
+            raise UnsupportedError(
+                f"parameters of {type(self.core).__name__} have hooks, which packed passes do not run"
+            )
+        rope = read_setting(self.core.config.get_text_config(), "rope_parameters") or {}
         if any(rope_type in str(rope) for rope_type in ("'dynamic'", "'longrope'")):
             raise UnsupportedError(
                 f"{type(self.core).__name__} rotates positions by the length of the longest sequence"
             )
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(text, name, None) not in (None, 1.0):
-                raise UnsupportedError(f"{type(self.core).__name__} changes its logits behind the head ({name})")
         attention.register()
 
     @property
@@ -85,11 +91,21 @@ class Backbone:
     @cached_property
     def asked(self) -> dict[nn.Module, AttentionSpec]:
         """The attention settings of each attention layer."""
+        return self._asked_and_kept[0]
+
+    @cached_property
+    def kept(self) -> int:
+        """How many numbers all layers together keep of each token while decoding: its keys and values."""
+        return self._asked_and_kept[1]
+
+    @cached_property
+    def _asked_and_kept(self) -> tuple[dict[nn.Module, AttentionSpec], int]:
+        sizes: list[int] = []
         pack = Pack.of([Group([0], ())], self.device)
-        plan = PackedAttention(pack)
+        plan = PackedAttention(pack, keep=lambda _, k, v: sizes.append(k.numel() + v.numel()))
         with torch.no_grad(), self.following(plan):
             self.hidden(pack.ids, pack.positions)
-        return plan.asked
+        return plan.asked, sum(sizes)
 
     @contextmanager
     def following(self, plan: AttentionPlan) -> Iterator[None]:
@@ -106,19 +122,11 @@ class Backbone:
                 config._attn_implementation = implementation
 
 
-@torch.no_grad()
-def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Compute the logits ``[T, V]`` float32 of one sequence ``ids [T]`` by a plain call of the model."""
-    out = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False)
-    logits: Tensor = out.logits
-    return logits[0].float()
-
-
 def find_backbone(model: nn.Module) -> tuple[Backbone | None, str]:
     """Find out whether a packed pass of the model gives the same log-probabilities as plain passes.
 
-    The function runs two short groups of random tokens both ways. The results differ for models that the packed paths
-    do not support:
+    The function runs short groups of random tokens both ways, at the first positions and at far ones. The results
+    differ for models that the packed paths do not support:
 
     - A token depends on its neighbours outside of attention, through convolutions or recurrent layers.
     - The model does not take positions from ``position_ids``, with ALiBi for example.
@@ -164,14 +172,8 @@ def _compared(backbone: Backbone) -> tuple[float, float]:
 
 @torch.no_grad()
 def _difference(backbone: Backbone) -> float:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = backbone.head.weight.shape[0]
-
-    def tokens(n: int) -> list[int]:
-        return torch.randint(vocabulary, (n,), generator=generator).tolist()
-
-    groups = [Group(tokens(5), [tokens(4), tokens(3)]), Group(tokens(3), [tokens(6)])]
-    pack = Pack.of(groups, backbone.device)
+    config, name = backbone.core.config, type(backbone.core).__name__
+    pack = trial_pack(config, backbone.device)
     seen: set[nn.Module] = set()
 
     def once(module: nn.Module, *_: Tensor) -> None:
@@ -179,16 +181,32 @@ def _difference(backbone: Backbone) -> float:
             raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
         seen.add(module)
 
+    plain = own_log_probs(backbone.model, pack)
     plan = PackedAttention(pack, keep=once)
     with backbone.following(plan):
         hidden = backbone.hidden(pack.ids, pack.positions)[pack.predictors]
-    window = getattr(backbone.core.config.get_text_config(), "sliding_window", None)
+    window = read_setting(config.get_text_config(), "sliding_window")
     if window is not None and all(spec.window != window for spec in plan.asked.values()):
-        raise UnsupportedError(f"{type(backbone.core).__name__} does not tell its attention of its sliding window")
-    logp = backbone.head(hidden).float().log_softmax(-1)
-    plain = []
-    for group in groups:
-        for completion in group.completions:
-            ids = torch.tensor([*group.prompt, *completion], device=backbone.device)
-            plain.append(plain_logits(backbone.model, ids)[len(group.prompt) - 1 : -1].log_softmax(-1))
-    return float((logp - torch.cat(plain)).abs().max())
+        raise UnsupportedError(f"{name} does not tell its attention of its sliding window")
+    if not _ends_with_its_head(backbone, pack.ids[:2]):
+        raise UnsupportedError(f"{name} changes its logits behind the head")
+    return float((backbone.head(hidden).float().log_softmax(-1) - plain).abs().max())
+
+
+def _ends_with_its_head(backbone: Backbone, ids: Tensor) -> bool:
+    """Whether the model returns the outputs of its head as they are.
+
+    The outputs are enlarged for this, because a cap on logits has no effect on small ones.
+    """
+    outputs: list[Tensor] = []
+
+    def enlarge(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        outputs.append(out * (_LARGE_LOGIT / out.abs().max().clamp(min=1e-6)))
+        return outputs[-1]
+
+    hook = backbone.head.register_forward_hook(enlarge)
+    try:
+        logits = plain_logits(backbone.model, ids)
+    finally:
+        hook.remove()
+    return len(outputs) == 1 and bool((outputs[0][0].float() - logits).abs().max() < 1e-3 * _LARGE_LOGIT)
