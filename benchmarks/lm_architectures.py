@@ -5,8 +5,8 @@
     python benchmarks/lm_architectures.py --table           # write the table of what was measured
 
 The measure of everything is the naive way: the model's own forward pass in float32, one sequence at a time, without
-padding and without a cache. The models are small, but their weights are large, so that the logits deviate by about two
-nats and no part of the model is without effect. Borders such as sliding windows lie at 12 to 20 tokens: above the lengths
+padding and without a cache. The models are small, but their weights are large, so that no part of a model is without
+effect, and the entropy of a token is about two nats. Borders such as sliding windows lie at 12 to 20 tokens: above the lengths
 of the trial that grouprl makes at construction, and below the lengths that are measured here.
 
 Each architecture runs in a process of its own with a time limit. Rows are appended to a file, so an interrupted series
@@ -40,6 +40,8 @@ SECONDS = 150
 EXACT = 1e-4
 """The largest allowed difference in nats between float32 log-probabilities, and between gradients, relatively."""
 VOCABULARY, CONTEXT, MOST_PARAMETERS = 32, 64, 15_000_000
+ENTROPY = 2.0
+"""The entropy in nats that the models should have on average, of log 32 = 3.5 at most."""
 BEGIN, END, PAD = 0, 1, 3
 """Special tokens of the tiny tokenizer."""
 GROUPS = ((5, (4, 1, 7)), (33, (9, 2)), (1, (3,)), (18, (5, 6)))
@@ -84,12 +86,21 @@ _HYBRID = ["linear_attention", "full_attention"]
 _SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), _INDEXED),
-    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "sarvam_mla",
-                     "youtu"), _LATENT),
+    **dict.fromkeys(
+        ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "minicpm3", "sarvam_mla", "youtu"),
+        _LATENT,
+    ),
     "dots3_note_text": {**_INDEXED, "layer_types": ["indexed_attention", "sliding_attention"]},
     "longcat_flash": _LATENT,
-    "bailing_hybrid": {**_LATENT, "layer_types": _HYBRID, "first_k_dense_replace": 1, "num_expert_group": 1,
-                       "linear_num_heads": 4, "linear_head_dim": 16, "num_experts_per_token": 2},
+    "bailing_hybrid": {
+        **_LATENT,
+        "layer_types": _HYBRID,
+        "first_k_dense_replace": 1,
+        "num_expert_group": 1,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+        "num_experts_per_token": 2,
+    },
     **dict.fromkeys(("bamba",), {"attn_layer_indices": [1], "mamba_n_heads": 8}),
     "granitemoehybrid": {"layer_types": _HYBRID, "mamba_n_heads": 8, "logits_scaling": 2.0},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -97,28 +108,74 @@ MORE: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 8}),
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
-    "qwen4_exp_text": {"layer_types": _HYBRID, "hc_lowrank": 4, "ple_embed_dim": 16, "indexer_n_heads": 4,
-                       "indexer_kv_heads": 2, "indexer_head_dim": 16, "indexer_budget": 14, "indexer_compress_ratio": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "qwen4_exp_text": {
+        "layer_types": _HYBRID,
+        "hc_lowrank": 4,
+        "ple_embed_dim": 16,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 2,
+        "indexer_head_dim": 16,
+        "indexer_budget": 14,
+        "indexer_compress_ratio": 2,
+    },
     "xlstm": {"embedding_dim": 64, "num_blocks": 2, "mode": "train"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3,
-              "attention_hidden_size": 128, "attention_head_dim": 32},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3,
-               "attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 8, "mamba_headdim": 16},
-    "reformer": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (32, 32), "attention_head_size": 16,
-                 "feed_forward_size": 96, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
-    "roc_bert": {"shape_vocab_size": 32, "pronunciation_vocab_size": 32, "pronunciation_embed_dim": 16,
-                 "shape_embed_dim": 16},
-    "cohere_compass_text": {"rope_parameters": {
-        kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "num_hidden_layers": 3,
-             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+    },
+    "reformer": {
+        "axial_pos_shape": (8, 8),
+        "axial_pos_embds_dim": (32, 32),
+        "attention_head_size": 16,
+        "feed_forward_size": 96,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
+    "roc_bert": {
+        "shape_vocab_size": 32,
+        "pronunciation_vocab_size": 32,
+        "pronunciation_embed_dim": 16,
+        "shape_embed_dim": 16,
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dory": {
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32},
     "ministral3": {"rope_parameters": {**_SCALED, "llama_4_scaling_beta": 0.5}},
-    "phi3": {"sliding_window": None, "original_max_position_embeddings": 16, "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
-        "original_max_position_embeddings": 16}},
+    "phi3": {
+        "sliding_window": None,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "llama": {"rope_parameters": _SCALED},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "granite": {"logits_scaling": 2.0},
@@ -174,14 +231,14 @@ def build(name: str) -> Any:
 
 
 def loud(model: Any) -> Any:
-    """The model with weights so large that every part has an effect, and its logits deviate by about two nats."""
+    """The model with weights so large that every part has an effect, and that its entropy is about two nats a token."""
     import torch
 
     ids = torch.tensor([tokens(24, 5)])
 
-    def deviation() -> float:
+    def deviating() -> Any:
         with torch.no_grad():
-            return float(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float().std(-1).mean())
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
 
     before = {k: v.clone() for k, v in model.state_dict().items()}
     seen: set[int] = set()
@@ -198,12 +255,13 @@ def loud(model: Any) -> Any:
                     p.normal_(0.0, gain * min(p.shape[-1], 64) ** -0.5)
                 elif p.dim() == 1:
                     p.add_(torch.randn_like(p), alpha=0.1)
-            size = deviation()
-            if 0.02 < size < 20:
+            if 0.02 < float(deviating().std(-1).mean()) < 20:
                 break
-        head = model.get_output_embeddings()
-        if head is not None and size > 0:
-            head.weight.mul_(min(max(2.0 / size, 0.02), 50.0))
+        head, logits = model.get_output_embeddings(), deviating().double()
+        if head is not None:
+            factors = [2.0**power for power in range(-6, 7)]
+            entropies = [float(torch.distributions.Categorical(logits=f * logits).entropy().mean()) for f in factors]
+            head.weight.mul_(factors[min(range(13), key=lambda i: abs(entropies[i] - ENTROPY))])
     return model
 
 
@@ -264,7 +322,7 @@ def trainer(model: Any, folder: Path, **settings: Any) -> Any:
     from grouprl.lm.models.tiny import tiny_tokenizer
 
     def reward(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        return [len(ids) + sum(ids) % 7 / 7 for ids in completion_ids]
+        return [len(ids) + sum(i * token for i, token in enumerate(ids, 1)) % 11 / 11 for ids in completion_ids]
 
     fixed: dict[str, Any] = {
         "num_generations": 4, "prompts_per_step": 2, "max_completion_length": 6, "max_steps": 4, "learning_rate": 1e-2,
@@ -479,9 +537,7 @@ def verdict(row: dict[str, Any]) -> tuple[str, str]:
     if "bf16" in row:
         limit = max(0.05, 3 * row.get("bf16_own", 0.0))
         wrong += [f"bf16 {row['bf16']:.2g} beside {row.get('bf16_own', 0.0):.2g}"] if not row["bf16"] < limit else []
-    wrong += [
-        f"{key} {row[key][:2]} of {len(row[key])}" for key in ("saved_unequal", "resumed_unequal") if row[key]
-    ]
+    wrong += [f"{key} {row[key][:2]} of {len(row[key])}" for key in ("saved_unequal", "resumed_unequal") if row[key]]
     wrong += ["nothing moved"] if not row["moved"] else []
     return ("wrong", "; ".join(wrong)) if wrong else ("right", f"{row['learner']} | {row['sampler']}")
 
@@ -533,7 +589,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="architectures by model_type; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, with one thread each")
     parser.add_argument("--again", action="store_true", help="also those that have a row")
-    parser.add_argument("--show", action="store_true", help="run the architectures in this process and print their rows")
+    parser.add_argument(
+        "--show", action="store_true", help="run the architectures in this process and print their rows"
+    )
     parser.add_argument("--table", action="store_true", help="write the table, measure nothing")
     given = parser.parse_args()
     names = given.names or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

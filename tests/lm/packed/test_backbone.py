@@ -136,5 +136,5 @@ def test_hidden_states_give_the_logits_of_the_plain_model() -> None:
     pack = Pack.of([Group(ids.tolist(), ())])
     with backbone.following(PackedAttention(pack)), torch.no_grad():
         logits = backbone.head(backbone.hidden(pack.ids, pack.positions))
-    torch.testing.assert_close(logits, plain_logits(model, ids), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits, plain_logits(model, ids[None])[0], rtol=0, atol=2e-5)
     assert backbone.device == torch.device("cpu")

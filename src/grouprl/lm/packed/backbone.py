@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from grouprl.lm.packed import attention
 from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec, PackedAttention, UnsupportedError
-from grouprl.lm.packed.low_precision import LowPrecision, is_touched
+from grouprl.lm.packed.low_precision import is_touched
 from grouprl.lm.packed.packing import Group, Pack
-from grouprl.lm.packed.trial import own_log_probs, plain_logits, read_setting, trial_pack
+from grouprl.lm.packed.trial import Trial, own_pass, plain_logits, read_setting
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""The largest allowed difference in nats between log-probabilities of the packed and the plain pass, by dtype."""
-_LOW_PRECISION_TOLERANCE = 0.25
-"""The largest allowed difference in nats for a model that runs in low precision alone."""
+_TOLERANCE = 1e-3
+"""The largest allowed difference in nats between log-probabilities of the packed and the plain pass."""
 
 _LARGE_LOGIT = 100.0
 """The size of logits in the search for a cap on them. Models cap logits at 15 to 50."""
@@ -122,7 +120,7 @@ class Backbone:
                 config._attn_implementation = implementation
 
 
-def find_backbone(model: nn.Module) -> tuple[Backbone | None, str]:
+def find_backbone(model: nn.Module, trial: Trial | None = None) -> tuple[Backbone | None, str]:
     """Find out whether a packed pass of the model gives the same log-probabilities as plain passes.
 
     The function runs short groups of random tokens both ways, at the first positions and at far ones. The results
@@ -133,47 +131,31 @@ def find_backbone(model: nn.Module) -> tuple[Backbone | None, str]:
     - The model scales or caps its logits after the head.
     - Attention does not go through the attention interface of transformers.
 
-    Both passes run in float32 if the layers of the model allow it, because rounding would hide differences.
+    Both passes run in float32, because rounding would hide differences.
 
     Args:
         model: a causal model of transformers, or a PEFT model around one.
+        trial: a trial of this model with its weights as they are, to use it more than once.
 
     Returns:
         The :class:`Backbone` of the model and "", or None and the reason.
     """
-    training = model.training
-    model.eval()
     try:
         backbone = Backbone(model)
-        difference, tolerance = _compared(backbone)
+        difference = _difference(backbone, trial or Trial(model))
     except UnsupportedError as error:
         return None, str(error)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         # A model may raise any of these errors when it does not know the packed form of the call.
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    finally:
-        model.train(training)
-    if not difference < tolerance:
+    if not difference < _TOLERANCE:
         return None, f"log-probabilities of a packed pass differ by {difference:.2g}"
     return backbone, ""
 
 
-def _compared(backbone: Backbone) -> tuple[float, float]:
-    """The largest difference in nats between packed and plain log-probabilities, and the largest allowed one."""
-    dtype = backbone.head.weight.dtype
-    if dtype in _TOLERANCE:
-        return _difference(backbone), _TOLERANCE[dtype]
-    try:
-        with LowPrecision(backbone.model, torch.float32).exactly():
-            return _difference(backbone), _TOLERANCE[torch.float32]
-    except RuntimeError:  # some other layer accepts its own precision alone
-        return _difference(backbone), _LOW_PRECISION_TOLERANCE
-
-
-@torch.no_grad()
-def _difference(backbone: Backbone) -> float:
-    config, name = backbone.core.config, type(backbone.core).__name__
-    pack = trial_pack(config, backbone.device)
+def _difference(backbone: Backbone, trial: Trial) -> float:
+    """The largest difference in nats between packed and plain log-probabilities, by whichever precision is possible."""
+    config, name, pack = backbone.core.config, type(backbone.core).__name__, trial.pack
     seen: set[nn.Module] = set()
 
     def once(module: nn.Module, *_: Tensor) -> None:
@@ -181,16 +163,20 @@ def _difference(backbone: Backbone) -> float:
             raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
         seen.add(module)
 
-    plain = own_log_probs(backbone.model, pack)
+    own, far = trial.own().flatten(0, 2), trial.own_far()
+    own = own if far is None else torch.cat([own, far])
     plan = PackedAttention(pack, keep=once)
-    with backbone.following(plan):
-        hidden = backbone.hidden(pack.ids, pack.positions)[pack.predictors]
+    with own_pass(backbone.model):
+        with backbone.following(plan):
+            hidden = backbone.hidden(pack.ids, pack.positions)[pack.predictors]
+        difference = float((backbone.head(hidden).float().log_softmax(-1) - own).abs().max())
+        ends_with_head = _ends_with_its_head(backbone, pack.ids[None, :2])
     window = read_setting(config.get_text_config(), "sliding_window")
     if window is not None and all(spec.window != window for spec in plan.asked.values()):
         raise UnsupportedError(f"{name} does not tell its attention of its sliding window")
-    if not _ends_with_its_head(backbone, pack.ids[:2]):
+    if not ends_with_head:
         raise UnsupportedError(f"{name} changes its logits behind the head")
-    return float((backbone.head(hidden).float().log_softmax(-1) - plain).abs().max())
+    return difference
 
 
 def _ends_with_its_head(backbone: Backbone, ids: Tensor) -> bool:
@@ -209,4 +195,4 @@ def _ends_with_its_head(backbone: Backbone, ids: Tensor) -> bool:
         logits = plain_logits(backbone.model, ids)
     finally:
         hook.remove()
-    return len(outputs) == 1 and bool((outputs[0][0].float() - logits).abs().max() < 1e-3 * _LARGE_LOGIT)
+    return len(outputs) == 1 and bool((outputs[0].float() - logits).abs().max() < 1e-3 * _LARGE_LOGIT)

@@ -1,17 +1,32 @@
-"""What the trials of packed paths are made of: random tokens, positions, and the model's own forward pass."""
+"""The trial of every path when a trainer is made: a few random sequences, and the model's own forward pass on them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group, Pack
+
+_COMPLETION = 4
+"""The number of tokens of each completion in a trial."""
 
 _FAR_TOKENS = 3
 """The number of positions on each side of a border, and before the last position."""
+
+
+_TOLERANCE = 1e-3
+"""The largest allowed difference in float32, in nats or relatively."""
+
+_LOW_TOLERANCE = 0.1
+"""The difference that is allowed in low precision whatever the model."""
+
+_TIMES_ITS_OWN = 4.0
+"""How many times the error of the model's own forward pass in low precision a path may have."""
 
 
 def read_setting(config: Any, name: str) -> Any:
@@ -71,53 +86,109 @@ def _original_lengths(text: Any) -> Iterator[int]:
                 yield int(value)
 
 
-def trial_pack(config: Any, device: torch.device) -> Pack:
-    """Random groups at the first positions, and one more at far positions if the model has any.
+@contextmanager
+def own_pass(model: nn.Module, low: torch.dtype | None = None) -> Iterator[None]:
+    """Let plain calls of the model run in float32, or with products in precision ``low``, while the context is open.
+
+    The model is in evaluation mode and computes no gradients. float32 needs layers that take it.
+    """
+    weight, training = next(model.parameters()), model.training
+    context: AbstractContextManager[Any] = nullcontext()
+    if low is not None:
+        context = torch.autocast(weight.device.type, low)
+    elif weight.dtype not in (torch.float32, torch.float64):
+        context = LowPrecision(model, torch.float32).exactly()
+    model.eval()
+    try:
+        with torch.no_grad(), context:
+            yield
+    finally:
+        model.train(training)
+
+
+def is_rounding(difference: float, dtype: torch.dtype, own: Callable[[], float]) -> bool:
+    """Whether the difference of a path from the model's own forward pass in float32 is no more than rounding.
 
     Args:
-        config: the configuration of the model.
-        device: the device of the pack.
+        difference: of log-probabilities in nats, or of logits relatively.
+        dtype: the dtype of the path's products.
+        own: computes how much the model's own forward pass with products of this dtype differs. A path may differ by a
+            few times as much. It is called for low precision and a large difference alone.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(n: int) -> list[int]:
-        return random_tokens(config, n, generator)
-
-    groups, far = [Group(tokens(5), [tokens(4), tokens(3)]), Group(tokens(3), [tokens(6)])], far_positions(config)
-    if len(far) < 3:
-        return Pack.of(groups, device)
-    pack = Pack.of([*groups, Group(tokens(len(far) - 2), [tokens(3)])], device)
-    prompt, (completion,) = pack.places[-1]
-    pack.positions[[*prompt, *completion]] = torch.tensor(far, device=device)
-    return pack
-
-
-def own_log_probs(model: nn.Module, pack: Pack) -> Tensor:
-    """Log-probabilities ``[m, V]`` of all tokens at the places of a pack's targets, by plain calls of the model.
-
-    Each completion is a sequence of its own, with its prompt.
-    """
-    found = []
-    for prompt, completions in pack.places:
-        for completion in completions:
-            where = torch.tensor([*prompt, *completion], device=pack.ids.device)
-            positions = pack.positions[where]
-            first = bool((positions == torch.arange(len(where), device=positions.device)).all())
-            logits = plain_logits(model, pack.ids[where], None if first else positions)
-            found.append(logits[len(prompt) - 1 :].log_softmax(-1))
-    return torch.cat(found)
+    if dtype in (torch.float32, torch.float64):
+        return difference <= _TOLERANCE
+    return difference <= _LOW_TOLERANCE or difference <= _TIMES_ITS_OWN * own()
 
 
 @torch.no_grad()
 def plain_logits(model: nn.Module, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Compute the logits ``[T, V]`` float32 of one sequence ``ids [T]`` by a plain call of the model.
+    """Compute the logits ``[B, T, V]`` float32 of sequences ``ids [B, T]`` by a plain call of the model.
 
     Args:
         model: a causal model.
-        ids: ``[T]`` token ids.
-        positions: ``[T]`` int64, or None for the positions that the model takes by itself.
+        ids: ``[B, T]`` token ids.
+        positions: ``[B, T]`` int64, or None for the positions that the model takes by itself.
     """
-    given = {} if positions is None else {"position_ids": positions[None]}
-    out = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False, **given)
+    given = {} if positions is None else {"position_ids": positions}
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)
     logits: Tensor = out.logits
-    return logits[0].float()
+    return logits.float()
+
+
+class Trial:
+    """A few random sequences, and what the model's own forward pass says of them. Every path is compared with it.
+
+    There are two prompts of unequal lengths with two completions each, at the first positions, and one sequence more at
+    far positions if the model has any.
+
+    Args:
+        model: a causal model of transformers, or a PEFT model around one.
+
+    Attributes:
+        groups: the prompts and completions at the first positions. All completions have the same length.
+        pack: these groups, and the sequence at far positions.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device: torch.device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+
+        def tokens(n: int) -> list[int]:
+            return random_tokens(model.config, n, generator)
+
+        self.groups = [Group(tokens(n), [tokens(_COMPLETION), tokens(_COMPLETION)]) for n in (5, 3)]
+        far = far_positions(model.config)
+        far = far if len(far) > 2 else []
+        self.pack = Pack.of(self.groups + ([Group(tokens(len(far) - 2), [tokens(3)])] if far else []), self.device)
+        self._far: Tensor | None = None
+        if far:
+            prompt, (completion,) = self.pack.places[-1]
+            self._far = torch.tensor([*prompt, *completion], device=self.device)
+            self.pack.positions[self._far] = torch.tensor(far, device=self.device)
+        self._own: dict[torch.dtype | None, Tensor] = {}
+
+    def own(self, low: torch.dtype | None = None) -> Tensor:
+        """Log-probabilities ``[2, 2, n, V]`` float32 of all tokens: by group, by completion and by its n tokens.
+
+        Args:
+            low: the precision of products. By default they are computed in float32 where the layers allow it.
+        """
+        if low not in self._own:
+            found = []
+            with own_pass(self.model, low):
+                for group in self.groups:
+                    # The two completions have one length, so they need no padding.
+                    ids = torch.tensor([[*group.prompt, *c] for c in group.completions], device=self.device)
+                    logits = plain_logits(self.model, ids)[:, -_COMPLETION - 1 : -1]
+                    found.append(logits.log_softmax(-1))
+            self._own[low] = torch.stack(found)
+        return self._own[low]
+
+    def own_far(self) -> Tensor | None:
+        """Log-probabilities ``[3, V]`` float32 of the last tokens at far positions, or None if there are none."""
+        if self._far is None:
+            return None
+        with own_pass(self.model):
+            logits = plain_logits(self.model, self.pack.ids[self._far][None], self.pack.positions[self._far][None])
+        return logits[0, -3:].log_softmax(-1)

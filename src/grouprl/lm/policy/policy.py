@@ -12,15 +12,16 @@ from torch import nn
 from grouprl.errors import UsageError
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.load import eos_token_ids
+from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
 from grouprl.lm.policy.log_probs import LogProbs
 from grouprl.lm.policy.reference import Reference
-from grouprl.lm.policy.trial import Trial
+from grouprl.lm.policy.trial import PolicyTrial
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
-from grouprl.lm.sample.sampler import Sampler
+from grouprl.lm.sample.sampler import Sampler, Steps
 from grouprl.lm.settings.config import GRPOConfig
 
 _CACHE_BYTES = 1 << 30
@@ -69,11 +70,12 @@ class Policy:
         self.precision = LowPrecision(model, dtype, config.native)
         if config.gradient_checkpointing:  # before the trials, as it changes how the model learns
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
-        self.log_probs, self.why_plain = self._find_learner(model, self.precision)
+        trial = PolicyTrial(model, self.precision.dtype)
+        self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
         self.packed = self.log_probs.backbone is not None
         if not self.packed and config.attention == "auto":
             _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
-        self.sampler = self._find_sampler(eos_token_ids(model, tokenizer), tokenizer.pad_token_id)
+        self.sampler = self._find_sampler(eos_token_ids(model, tokenizer), tokenizer.pad_token_id, trial)
         self.reference = self._reference(ref_model)
 
     def sample(
@@ -101,17 +103,17 @@ class Policy:
         """
         return self.sampler.sample(prompts, group_size, settings or sampling_settings(self.config), generator, adjust)
 
-    def _find_learner(self, model: Any, precision: LowPrecision) -> tuple[LogProbs, str]:
+    def _find_learner(self, model: Any, precision: LowPrecision, trial: PolicyTrial) -> tuple[LogProbs, str]:
         """The fastest learner that agrees with the model's own forward pass, and why it is not a packed one, or "".
 
         Raises:
             UsageError: not even the plain learner agrees with it.
         """
-        config, trial = self.config, Trial(model, precision.dtype)
+        config = self.config
         dropout = not config.disable_dropout and has_dropout(model)
         backbone, why = (None, "attention='plain' asks for it")
         if config.attention == "auto":
-            backbone, why = find_backbone(model)
+            backbone, why = find_backbone(model, trial.trial)
         if backbone is not None:
             budget = config.tokens_per_micro_batch or self._tokens_at_once(backbone)
             layers = None
@@ -133,7 +135,7 @@ class Policy:
             raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
         return learner, why
 
-    def _find_sampler(self, ends: Sequence[int], pad: int | None) -> Sampler | PlainSampler:
+    def _find_sampler(self, ends: Sequence[int], pad: int | None, trial: PolicyTrial) -> Sampler | PlainSampler:
         """The fastest sampler that agrees with the model's own forward pass.
 
         Raises:
@@ -142,8 +144,11 @@ class Policy:
         backbone, config, model, why = self.log_probs.backbone, self.config, self.model, ""
         if backbone is not None:
             rows = config.max_rows_per_decode or self._rows_that_fit(backbone)
-            return Sampler(backbone, self.precision, ends, rows, "native" if config.native else "blocks")
-        trial = Trial(model, self.precision.dtype)
+            try:
+                fastest: Steps = "native" if config.native else "blocks"
+                return Sampler(backbone, self.precision, ends, rows, fastest, trial.trial)
+            except UnsupportedError as error:
+                _log.warning("%s samples without packed attention, exactly but slowly: %s", _class(model), error)
         for steps in PLAIN_STEPS:
             sampler = PlainSampler(model, self.precision.dtype, ends, ends[0] if pad is None else pad, steps)
             wrong = trial.sampler(sampler)
@@ -172,7 +177,8 @@ class Policy:
             # other products for weights without it, and these round differently. The KL divergence between a model and
             # its copy would then not be 0.
             precision = LowPrecision(ref_model, self.precision.dtype, self.config.native)
-            other = ref_model, self._find_learner(ref_model, precision)[0]
+            trial = PolicyTrial(ref_model, precision.dtype)
+            other = ref_model, self._find_learner(ref_model, precision, trial)[0]
         reference = Reference(self.model, self.log_probs, other)
         if self.config.sync_ref_model:
             reference.check_can_follow()

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError, first_line
-from grouprl.lm.packed.low_precision import LowPrecision
-from grouprl.lm.packed.trial import random_tokens
+from grouprl.lm.packed.trial import Trial, is_rounding, own_pass
 from grouprl.lm.policy.log_probs import LogProbs, own_terms
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
-
-_TOLERANCE = 1e-3
-"""The largest allowed difference in nats in float32."""
-
-_LOW_TOLERANCE = 0.05
-"""The difference in nats that is allowed in low precision whatever the model."""
-
-_TIMES_ITS_OWN = 4.0
-"""How many times the error of the model's own forward pass in low precision a path may have."""
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Prompts and completions, each as token ids."""
@@ -42,89 +32,81 @@ class AnySampler(Protocol):
         """Sample ``group_size`` completions of each prompt."""
 
 
-class Trial:
-    """Compares paths with the model's own forward pass: one sequence at a time, without padding and without a cache.
+class PolicyTrial:
+    """Compares learners and samplers with the model's own forward pass in float32.
 
-    The forward pass runs in float32 where the layers of the model allow it. A path in low precision may differ from it
-    by a few times as much as the model's own forward pass in low precision does.
+    A path in low precision may differ by a few times as much as the model's own forward pass in low precision does.
 
     Args:
         model: a causal model.
         dtype: the dtype of matrix products of the paths.
+
+    Attributes:
+        trial: the sequences with which learners are tried.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
-        self.device: torch.device = next(model.parameters()).device
+        self.model, self.dtype, self.trial = model, dtype, Trial(model)
 
     def learner(self, log_probs: LogProbs) -> str:
-        """Try a learner on completions of two prompts. Returns "", or what is wrong with it."""
-        prompts = [self._tokens(5, 0), self._tokens(3, 1)]
-        completions, group = [self._tokens(4, 2), self._tokens(2, 3), self._tokens(5, 4)], [0, 0, 1]
-        lengths = torch.tensor([len(c) for c in completions])
+        """Try a learner. Returns "", or what is wrong with it."""
+        groups = self.trial.groups
+        completions = [c for group in groups for c in group.completions]
+        tokens = torch.tensor(completions)
 
-        def path() -> tuple[Tensor, Sequences]:
-            found = log_probs.without_gradient(log_probs.micro_batches(prompts, completions, group), lengths)
-            return found, [(prompts[g], c) for g, c in zip(group, completions, strict=True)]
+        def of_tokens(low: torch.dtype | None = None) -> Tensor:
+            logits = self.trial.own(low).flatten(0, 1).cpu() / log_probs.temperature
+            return logits.log_softmax(-1).gather(2, tokens[:, :, None]).flatten()
 
-        return self._verdict(path, log_probs.temperature)
+        def path() -> tuple[Tensor, Callable[[torch.dtype | None], Tensor]]:
+            parts = log_probs.micro_batches([group.prompt for group in groups], completions, [0, 0, 1, 1])
+            lengths = torch.tensor([len(c) for c in completions])
+            return log_probs.without_gradient(parts, lengths), of_tokens
+
+        return self._verdict(path)
 
     def sampler(self, sampler: AnySampler) -> str:
         """Try a sampler: two completions of each of two prompts. Returns "", or what is wrong with it."""
-        prompts = [self._tokens(6, 0), self._tokens(3, 1)]
+        prompts = [group.prompt for group in self.trial.groups]
 
-        def path() -> tuple[Tensor, Sequences]:
+        def path() -> tuple[Tensor, Callable[[torch.dtype | None], Tensor]]:
             drawn = sampler.sample(prompts, 2, SamplingSettings(4), torch.Generator().manual_seed(0))
-            return torch.cat([c.logp for c in drawn]), [(prompts[i // 2], c.ids) for i, c in enumerate(drawn)]
+            own = partial(self._own, [(prompts[i // 2], c.ids) for i, c in enumerate(drawn)])
+            return torch.cat([c.logp for c in drawn]), own
 
         return self._verdict(path)
 
     def causality(self) -> str:
         """Returns "" if the log-probabilities of tokens do not depend on later tokens, or what is wrong."""
-        prompt, completion = self._tokens(5, 0), self._tokens(6, 2)
+        group = self.trial.groups[0]
+        completion = group.completions[0]
 
-        def path() -> tuple[Tensor, Sequences]:
-            parts = [self._log_probs([([*prompt, *completion[:n]], [token])]) for n, token in enumerate(completion)]
-            return torch.cat(parts), [(prompt, completion)]
+        def path() -> tuple[Tensor, Callable[[torch.dtype | None], Tensor]]:
+            prefixes = [([*group.prompt, *completion[:n]], [token]) for n, token in enumerate(completion)]
+            return self._own(prefixes), partial(self._own, [(group.prompt, completion)])
 
         found = self._verdict(path)
         return found and f"tokens see the tokens after them: {found}"
 
-    def _tokens(self, n: int, seed: int) -> list[int]:
-        return random_tokens(self.model.config, n, torch.Generator().manual_seed(seed))
-
-    @torch.no_grad()
-    def _verdict(self, path: Callable[[], tuple[Tensor, Sequences]], temperature: float = 1.0) -> str:
-        training = self.model.training
-        self.model.eval()
+    def _verdict(self, path: Callable[[], tuple[Tensor, Callable[[torch.dtype | None], Tensor]]]) -> str:
+        """Run a path, and compare its log-probabilities with those that the model's own forward pass computes."""
         try:
-            found, sequences = path()
-            wanted = self._log_probs(sequences, temperature)
+            found, own = path()
+            wanted = own(None)
             difference = _largest(found, wanted)
-            allowed = _TOLERANCE if self.dtype == torch.float32 else _LOW_TOLERANCE
-            if self.dtype != torch.float32 and not difference <= allowed:
-                own = self._log_probs(sequences, temperature, low=True)
-                allowed = max(_LOW_TOLERANCE, _TIMES_ITS_OWN * _largest(own, wanted))
+            if is_rounding(difference, self.dtype, lambda: _largest(own(self.dtype), wanted)):
+                return ""
         except TrainingError:  # the numbers of the model are at fault, whatever path computes them
             raise
         except (UsageError, AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
             # A model may raise any of these errors where it does not know the form of the call or the dtype.
             return f"{type(error).__name__}: {first_line(error)[:200]}"
-        finally:
-            self.model.train(training)
-        if difference <= allowed:
-            return ""
         return f"log-probabilities differ from those of its own forward pass by {difference:.2g} nats"
 
-    def _log_probs(self, sequences: Sequences, temperature: float = 1.0, low: bool = False) -> Tensor:
+    def _own(self, sequences: Sequences, low: torch.dtype | None = None) -> Tensor:
         """Log-probabilities ``[m]`` float32 of all completions, by the model's own forward pass."""
-        context: AbstractContextManager[Any] = nullcontext()
-        if low:
-            context = torch.autocast(self.device.type, self.dtype)
-        elif next(self.model.parameters()).dtype != torch.float32:
-            context = LowPrecision(self.model, torch.float32).exactly()
-        with context:
-            return torch.cat([own_terms(self.model, p, c, temperature).logp for p, c in sequences]).cpu()
+        with own_pass(self.model, low):
+            return torch.cat([own_terms(self.model, p, c).logp for p, c in sequences]).cpu()
 
 
 def _largest(found: Tensor, wanted: Tensor) -> float:
