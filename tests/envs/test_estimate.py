@@ -83,3 +83,25 @@ def test_a_batch_of_equal_rewards_has_a_signal_only_if_it_can_end_early() -> Non
     assert not estimate.has_signal(endless)
     worthless = Rollout(**(rollout.__dict__ | {"rewards": torch.zeros(6)}))
     assert not estimate.has_signal(worthless)
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "truncated", "signal"),
+    [
+        ((10, 10), (True, True), False),  # a time limit
+        ((10, 4), (True, False), False),  # the second is under way
+        ((3, 4), (True, False), True),  # the second is further already, so the first was not cut by a time limit
+        ((3, 10), (True, True), True),
+        ((4, 4), (False, False), False),
+    ],
+)
+def test_truncated_episodes_of_different_lengths_are_a_signal(elapsed: Any, truncated: Any, signal: bool) -> None:
+    ends = {
+        "terminated": torch.zeros(2, dtype=torch.bool),
+        "truncated": torch.tensor(truncated),
+        "last_elapsed": torch.tensor(elapsed),
+    }
+    rollout = Rollout(**(chain(2, 3).__dict__ | ends))
+    assert estimate.has_signal(rollout) is signal
+    nothing = Rollout(**(rollout.__dict__ | {"rewards": torch.zeros(6)}))
+    assert not estimate.has_signal(nothing)

@@ -119,11 +119,20 @@ def n_summary(n_flat: int, images: dict[str, tuple[int, int, int]]) -> int:
 
 
 def has_signal(rollout: Rollout) -> bool:
-    """Whether the rewards could tell one policy from another: they differ, or a non-zero one can end early."""
+    """Whether the rewards could tell one policy from another: they differ, or a non-zero one came less often.
+
+    Where all are equal it is the length of an episode that counts. One that terminated ended early. One that was
+    truncated did if another sample of the batch got further: a time limit cuts all of them at the same step.
+    """
     rewards = rollout.rewards
     if bool(rewards.max() > rewards.min()):
         return True
-    return bool(rollout.terminated.any()) and float(rewards[0]) != 0.0
+    if float(rewards[0]) == 0.0:
+        return False
+    if bool(rollout.terminated.any()):
+        return True
+    cut = rollout.last_elapsed[rollout.truncated]
+    return bool(len(cut)) and bool(cut.min() < rollout.last_elapsed.max())
 
 
 def advantages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import fill_policy, model_file
 from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
-from grouprl.envs.vector import EnvLike, close_vector, env_name, make_vector
+from grouprl.envs.vector import EnvLike, env_name, make_vector
+from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
@@ -228,12 +230,17 @@ class GRPO:
             UsageError: ``total_timesteps`` is not positive.
             TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
                 after the last good gradient step.
+
+        Warns RuntimeWarning if no batch moved a parameter; the metric ``skipped_batches`` counts those that did not.
         """
         refuse_several_processes()
         if total_timesteps < 1:
             raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
-        start = self.num_timesteps
-        return self._learn(start, start + int(total_timesteps), callback, progress_bar)
+        start, skipped, batches = self.num_timesteps, self.loop.skipped.copy(), self.loop.batches
+        self._learn(start, start + int(total_timesteps), callback, progress_bar)
+        if self.loop.batches > batches and self.loop.skipped.total() - skipped.total() == self.loop.batches - batches:
+            warnings.warn(str(self.loop.say_skipped(skipped, batches)), RuntimeWarning, stacklevel=2)
+        return self
 
     def _learn(
         self, start: int, end: int, callback: Callback | Sequence[Callback] | None, progress_bar: bool | None

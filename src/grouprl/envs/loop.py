@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from time import perf_counter
@@ -31,6 +31,14 @@ RECENT_EPISODES = 100
 
 RESTART_AFTER = 10
 """Time limits after which a scheduled checkpoint starts fresh episodes: cuts few of them, bounds the replay."""
+
+
+SKIPPED = {
+    "no_signal": "all rewards were equal and no episode ended early",
+    "equal_advantages": "all advantages were equal",
+    "undone": "its first epoch went too far beyond kl_stop and was undone",
+}
+"""Why a batch moved no parameter, by the names that :attr:`Loop.skipped` counts them under."""
 
 
 class Seeds(NamedTuple):
@@ -73,6 +81,10 @@ class Loop:
         self.seconds = 0.0
         """Of collecting and learning, so far."""
         self.signal_steps = 0
+        self.batches = 0
+        """Collected so far."""
+        self.skipped: Counter[str] = Counter()
+        """Those of them that moved no parameter, by the names of :data:`SKIPPED`."""
         self.recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
         self.recent_lengths: deque[int] = deque(maxlen=RECENT_EPISODES)
 
@@ -113,8 +125,10 @@ class Loop:
         Raises:
             TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
                 after the last good gradient step.
+            UsageError: someone has replaced the policy's parameters, or changed their type.
         """
         began = perf_counter()
+        self.learner.parameters.check()
         config, collector = self.config, self.collector
         assert collector is not None
         if self.n_steps == 0:
@@ -129,14 +143,11 @@ class Loop:
         self.recent_returns.extend(rollout.episode_returns)
         self.recent_lengths.extend(rollout.episode_lengths)
         metrics = self._describe(rollout)
-        if has_signal(rollout) or not config.skip_without_signal:
-            self.signal_steps += rollout.n_steps
-            advantage, info = advantages(rollout, config, self.baseline, self.functions.advantage)
-            estimated = perf_counter()
-            stats = self.learner.learn(rollout, advantage, progress)
-            metrics |= info | {key: float(value) for key, value in asdict(stats).items() if key != "entropy"}
-            metrics["time_advantages"] = estimated - collected
-            metrics["time_update"] = perf_counter() - estimated
+        self.batches += 1
+        reason, learned = self._learn(rollout, progress)
+        if reason is not None:
+            self.skipped[reason] += 1
+        metrics |= {"skipped_batches": self.skipped.total()} | learned
         if rollout.observed is not None:
             self.policy.observe(rollout.observed)
         if sticky > 0:
@@ -151,6 +162,38 @@ class Loop:
             "steps_per_second": rollout.n_steps / seconds,
         }
         return metrics
+
+    def _learn(self, rollout: Rollout, progress: float) -> tuple[str | None, Metrics]:
+        """Learn from a batch; gives why it moved no parameter (a name of :data:`SKIPPED`, or None), and metrics."""
+        config, began = self.config, perf_counter()
+        if config.skip_without_signal and not has_signal(rollout):
+            return "no_signal", {}
+        advantage, metrics = advantages(rollout, config, self.baseline, self.functions.advantage)
+        estimated = perf_counter()
+        metrics = metrics | {"time_advantages": estimated - began}
+        if config.skip_without_signal and not bool(advantage.any()):
+            return "equal_advantages", metrics
+        self.signal_steps += rollout.n_steps
+        stats = self.learner.learn(rollout, advantage, progress)
+        metrics |= {key: float(value) for key, value in asdict(stats).items() if key != "undone"}
+        return "undone" if stats.undone else None, metrics | {"time_update": perf_counter() - estimated}
+
+    def say_skipped(self, since: Counter[str] | None = None, batches: int = 0) -> str | None:
+        """A sentence about the batches that moved no parameter, or None where there are none.
+
+        Args:
+            since, batches: what :attr:`skipped` and :attr:`batches` were where the count is to begin.
+        """
+        skipped, n = self.skipped - (since or Counter()), self.batches - batches
+        if not skipped:
+            return None
+        reasons = "; ".join(f"{count} because {SKIPPED[name]}" for name, count in skipped.items())
+        if skipped.total() < n:
+            return f"{skipped.total()} of {n} batches moved no parameter: {reasons}"
+        return (
+            f"nothing was learned, none of {n} batches moved a parameter: {reasons}. Check the rewards and the ends of "
+            "episodes that the environment gives, raise max_steps, or set skip_without_signal=False"
+        )
 
     def _describe(self, rollout: Rollout) -> Metrics:
         distribution = self.policy.distribution
@@ -182,6 +225,8 @@ class Loop:
         counters = {
             "train_seconds": self.seconds,
             "signal_steps": self.signal_steps,
+            "batches": self.batches,
+            "skipped": dict(self.skipped),
             "recent_returns": list(self.recent_returns),
             "recent_lengths": list(self.recent_lengths),
         }
@@ -204,6 +249,7 @@ class Loop:
         self.sticky.load(state["sticky"])
         counters = state["counters"]
         self.seconds, self.signal_steps = counters["train_seconds"], counters["signal_steps"]
+        self.batches, self.skipped = counters.get("batches", 0), Counter(counters.get("skipped", {}))
         self.recent_returns.extend(counters["recent_returns"])
         self.recent_lengths.extend(counters["recent_lengths"])
         prefix = "collector."
