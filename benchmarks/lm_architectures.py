@@ -1,4 +1,4 @@
-"""Every causal architecture of transformers with a tiny random model: which paths grouprl takes, and whether they are right.
+"""Every causal architecture of transformers as a tiny random model: the paths that grouprl takes, and their errors.
 
     python benchmarks/lm_architectures.py --jobs 2          # those without a row yet
     python benchmarks/lm_architectures.py --again bloom     # measure these anew
@@ -6,8 +6,8 @@
 
 The measure of everything is the naive way: the model's own forward pass in float32, one sequence at a time, without
 padding and without a cache. The models are small, but their weights are large, so that no part of a model is without
-effect, and the entropy of a token is about two nats. Borders such as sliding windows lie at 12 to 20 tokens: above the lengths
-of the trial that grouprl makes at construction, and below the lengths that are measured here.
+effect, and the entropy of a token is about two nats. Borders such as sliding windows lie at 14 to 16 tokens: above the
+lengths of the trial that grouprl makes at construction, and below the lengths that are measured here.
 
 Each architecture runs in a process of its own with a time limit. Rows are appended to a file, so an interrupted series
 continues where it stopped.
@@ -68,14 +68,16 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 4),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "num_shared_experts",
-                     "encoder_layers", "n_groups", "mamba_n_groups", "num_nextn_predict_layers", "moe_num_shared_experts",
-                     "moe_layer_start_index"), 1),
+                     "encoder_layers", "n_groups", "mamba_n_groups", "num_nextn_predict_layers",
+                     "moe_num_shared_experts", "moe_layer_start_index"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "context_length"), CONTEXT),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "index_topk", "keep_window_size",
-                     "attention_window_size", "local_window_size", "window_size", "swa_window", "sliding_window_size"), 14),
+                     "attention_window_size", "local_window_size", "window_size", "swa_window",
+                     "sliding_window_size"), 14),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     "bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD,
-    "image_size": 16, "patch_size": 4, "num_channels": 3, "chunk_size": 8, "mamba_chunk_size": 8, "num_kv_shared_layers": 0,
+    "image_size": 16, "patch_size": 4, "num_channels": 3, "chunk_size": 8, "mamba_chunk_size": 8,
+    "num_kv_shared_layers": 0,
     "is_decoder": True, "num_buckets": None, "max_source_positions": CONTEXT, "max_target_positions": CONTEXT,
 }  # fmt: skip
 """Settings of configurations, by name, wherever a configuration has them."""
@@ -101,12 +103,13 @@ MORE: dict[str, dict[str, Any]] = {
         "linear_head_dim": 16,
         "num_experts_per_token": 2,
     },
-    **dict.fromkeys(("bamba",), {"attn_layer_indices": [1], "mamba_n_heads": 8}),
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
     "granitemoehybrid": {"layer_types": _HYBRID, "mamba_n_heads": 8, "logits_scaling": 2.0},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 8}),
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -558,12 +561,13 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         f"Made by `python benchmarks/lm_architectures.py --table` from `{LOG.name}`. Each model is tiny and random. "
         "Numbers are the largest differences from the model's own forward pass in float32, one sequence at a time: of "
         "log-probabilities in nats, of the gradient relative to its size, and of log-probabilities of sampled tokens. "
-        "bf16: the root of the mean squared error of log-probabilities with bfloat16 products, beside that of the model "
-        "under autocast. Saved: `from_pretrained` reads equal weights. Resumed: two steps, a checkpoint and two more "
+        "bf16: the root of the mean squared error of log-probabilities with bfloat16 products, beside that of the "
+        "model under autocast. Saved: `from_pretrained` reads equal weights. Resumed: two steps, a checkpoint and two more "
         "steps give the weights of four steps, bit for bit.  ",
         f"{len(found)} architectures: " + ", ".join(f"{n} {word}" for word, n in counts.most_common()) + ". "
         + ", ".join(f"{k} {v}" for k, v in sorted(newest["versions"].items())) + ".", "",
-        "| architecture | verdict | learner | sampler | log-probs | gradient | sampling | bf16 (own) | saved | resumed |",
+        "| architecture | verdict | learner | sampler | log-probs | gradient | sampling | bf16 (own) | saved | resumed "
+        "|",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     others = ["", "## Not run", "", "| architecture | why |", "| --- | --- |"]
@@ -574,7 +578,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             continue
         own = f"{row['bf16_own']:.1g}" if "bf16_own" in row else "fails"
         cells = [
-            name, word, row["learner"], row["sampler"], *(f"{row[k]:.1g}" for k in ("log_probs", "gradient", "sampling")),
+            name, word, row["learner"], row["sampler"],
+            *(f"{row[k]:.1g}" for k in ("log_probs", "gradient", "sampling")),
             f"{row['bf16']:.1g} ({own})" if "bf16" in row else "refused",
             *("no" if row[k] else "yes" for k in ("saved_unequal", "resumed_unequal")),
         ]  # fmt: skip

@@ -151,7 +151,7 @@ class Policy:
                 _log.warning("%s samples without packed attention, exactly but slowly: %s", _class(model), error)
         for steps in PLAIN_STEPS:
             sampler = PlainSampler(model, self.precision.dtype, ends, ends[0] if pad is None else pad, steps)
-            wrong = trial.sampler(sampler)
+            wrong = trial.plain_sampler(sampler)
             if not wrong:
                 if why:
                     _log.warning("%s samples by %s, which is slower: otherwise %s", _class(model), steps, why)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +13,16 @@ from grouprl.errors import TrainingError, UsageError, first_line
 from grouprl.lm.packed.trial import Trial, is_rounding, own_pass
 from grouprl.lm.policy.log_probs import LogProbs, own_terms
 from grouprl.lm.sample.draw import SamplingSettings
-from grouprl.lm.sample.rows import Completion
+from grouprl.lm.sample.plain import PlainSampler
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Prompts and completions, each as token ids."""
 
+Own = Callable[[torch.dtype | None], Tensor]
+"""Computes log-probabilities ``[m]`` by the model's own forward pass, with products in a precision or in float32."""
 
-class AnySampler(Protocol):
-    """What a trial needs of a sampler."""
-
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        settings: SamplingSettings,
-        generator: torch.Generator,
-    ) -> list[Completion]:
-        """Sample ``group_size`` completions of each prompt."""
+Path = Callable[[], tuple[Tensor, Own]]
+"""Runs a path. Returns its log-probabilities ``[m]``, and how to compute those of the model's own forward pass."""
 
 
 class PolicyTrial:
@@ -58,43 +51,52 @@ class PolicyTrial:
             logits = self.trial.own(low).flatten(0, 1).cpu() / log_probs.temperature
             return logits.log_softmax(-1).gather(2, tokens[:, :, None]).flatten()
 
-        def path() -> tuple[Tensor, Callable[[torch.dtype | None], Tensor]]:
+        def path() -> tuple[Tensor, Own]:
             parts = log_probs.micro_batches([group.prompt for group in groups], completions, [0, 0, 1, 1])
             lengths = torch.tensor([len(c) for c in completions])
             return log_probs.without_gradient(parts, lengths), of_tokens
 
-        return self._verdict(path)
+        return self._verdict(path, self.dtype)
 
-    def sampler(self, sampler: AnySampler) -> str:
-        """Try a sampler: two completions of each of two prompts. Returns "", or what is wrong with it."""
+    def plain_sampler(self, sampler: PlainSampler) -> str:
+        """Try a sampler: two completions of each of two prompts. Returns "", or what is wrong with it.
+
+        It is tried in float32 first if the weights are float32, because rounding would hide differences.
+        """
+        first = next(self.model.parameters()).dtype
+        exactly = PlainSampler(self.model, first, sampler.end_ids, sampler.pad_id, sampler.steps)
+        of_both = [(exactly, first), (sampler, self.dtype)] if first != self.dtype else [(sampler, self.dtype)]
+        return next((wrong for one, dtype in of_both if (wrong := self._sampled(one, dtype))), "")
+
+    def _sampled(self, sampler: PlainSampler, dtype: torch.dtype) -> str:
         prompts = [group.prompt for group in self.trial.groups]
 
-        def path() -> tuple[Tensor, Callable[[torch.dtype | None], Tensor]]:
+        def path() -> tuple[Tensor, Own]:
             drawn = sampler.sample(prompts, 2, SamplingSettings(4), torch.Generator().manual_seed(0))
             own = partial(self._own, [(prompts[i // 2], c.ids) for i, c in enumerate(drawn)])
             return torch.cat([c.logp for c in drawn]), own
 
-        return self._verdict(path)
+        return self._verdict(path, dtype)
 
     def causality(self) -> str:
         """Returns "" if the log-probabilities of tokens do not depend on later tokens, or what is wrong."""
         group = self.trial.groups[0]
         completion = group.completions[0]
 
-        def path() -> tuple[Tensor, Callable[[torch.dtype | None], Tensor]]:
+        def path() -> tuple[Tensor, Own]:
             prefixes = [([*group.prompt, *completion[:n]], [token]) for n, token in enumerate(completion)]
             return self._own(prefixes), partial(self._own, [(group.prompt, completion)])
 
-        found = self._verdict(path)
+        found = self._verdict(path, torch.float32)
         return found and f"tokens see the tokens after them: {found}"
 
-    def _verdict(self, path: Callable[[], tuple[Tensor, Callable[[torch.dtype | None], Tensor]]]) -> str:
-        """Run a path, and compare its log-probabilities with those that the model's own forward pass computes."""
+    def _verdict(self, path: Path, dtype: torch.dtype) -> str:
+        """Run a path with products in ``dtype``, and compare its log-probabilities with the model's own."""
         try:
             found, own = path()
             wanted = own(None)
             difference = _largest(found, wanted)
-            if is_rounding(difference, self.dtype, lambda: _largest(own(self.dtype), wanted)):
+            if is_rounding(difference, dtype, lambda: _largest(own(dtype), wanted)):
                 return ""
         except TrainingError:  # the numbers of the model are at fault, whatever path computes them
             raise
