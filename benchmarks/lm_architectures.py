@@ -562,8 +562,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "Numbers are the largest differences from the model's own forward pass in float32, one sequence at a time: of "
         "log-probabilities in nats, of the gradient relative to its size, and of log-probabilities of sampled tokens. "
         "bf16: the root of the mean squared error of log-probabilities with bfloat16 products, beside that of the "
-        "model under autocast. Saved: `from_pretrained` reads equal weights. Resumed: two steps, a checkpoint and two more "
-        "steps give the weights of four steps, bit for bit.  ",
+        "model under autocast. Saved: `from_pretrained` reads equal weights. Resumed: two steps, a checkpoint and two "
+        "more steps give the weights of four steps, bit for bit.  ",
         f"{len(found)} architectures: " + ", ".join(f"{n} {word}" for word, n in counts.most_common()) + ". "
         + ", ".join(f"{k} {v}" for k, v in sorted(newest["versions"].items())) + ".", "",
         "| architecture | verdict | learner | sampler | log-probs | gradient | sampling | bf16 (own) | saved | resumed "
