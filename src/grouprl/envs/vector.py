@@ -7,7 +7,7 @@ import difflib
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +17,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.extras import how_to_install
+from grouprl.importing import import_here
 
 EnvLike = str | Callable[[], gym.Env[Any, Any]] | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
@@ -104,15 +105,20 @@ def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str
 
 
 def find_spec(env_id: str) -> EnvSpec:
-    """The registered specification of ``"Env-v0"`` or ``"package:Env-v0"`` (the package is imported first).
+    """The registered specification of ``"Env-v0"`` or ``"module:Env-v0"`` (the module is imported first).
+
+    The module may be installed, or a file in the current directory. A class or function of that name in the module is
+    registered, if nothing else is: ``"my_file:MyEnv"`` needs no registration.
 
     Raises:
-        UsageError: no such package or id, with the closest ids.
+        UsageError: no such module or id, with the closest ids.
     """
     package, _, name = env_id.rpartition(":")
     try:
         if package:
-            import_module(package)
+            module = import_here(package)
+            if name not in gym.registry and callable(getattr(module, name, None)):
+                gym.register(name, entry_point=getattr(module, name))
         return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(unknown_id_message(env_id, error)) from None
@@ -231,12 +237,16 @@ def reward_threshold(env: EnvLike) -> float | None:
 def unknown_id_message(env_id: str, error: Exception) -> str:
     """What to say of an id Gymnasium does not know."""
     if isinstance(error, ImportError):
-        return f"cannot import the module named in {env_id!r}: {error}; install the package that registers it"
+        return (
+            f"cannot import the module named in {env_id!r}: {error}; it is looked for in {Path.cwd()} and among the "
+            "installed packages"
+        )
     package, _, name = env_id.rpartition(":")
     if package:
         return (
-            f"{package} was imported, but no environment {name!r} is registered; if {package} registers its "
-            "environments through a function, call that first and use Python: GRPO(lambda: gymnasium.make(...))"
+            f"{package} was imported, but it registers no environment {name!r} and has no class of that name; if "
+            f"{package} registers its environments through a function, call that first and use Python: "
+            "GRPO(lambda: gymnasium.make(...))"
         )
     close = difflib.get_close_matches(name, list(gym.registry), n=3)
     hint = (
