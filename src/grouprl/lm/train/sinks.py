@@ -13,10 +13,12 @@ from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.transcripts import transcripts_of, whole_groups
+from grouprl.printing import show
 from grouprl.runs import MetricsLog, Progress, Tracker, make_trackers, read_metrics
 from grouprl.runs.transcripts import TranscriptWriter
 
 Metrics = dict[str, float]
+Mark = Mapping[str, Any]
 
 _log = logging.getLogger("grouprl")
 
@@ -93,8 +95,12 @@ class Sink:
     def flush(self) -> None:
         """Nothing more will come of this step; a checkpoint may follow."""
 
-    def resume(self, step: int) -> None:
-        """The run goes on from a checkpoint of ``step``."""
+    def mark(self) -> Mark | None:
+        """What the file of this sink holds now, for a checkpoint; None if it has none."""
+        return None
+
+    def resume(self, step: int, mark: Mark | None) -> None:
+        """The run goes on from a checkpoint of ``step``, which holds ``mark``."""
 
     def close(self) -> None:
         """The run has ended."""
@@ -145,7 +151,12 @@ class MetricsFile(Sink):
             self.file.append(self._row)
         self._row = {}
 
-    def resume(self, step: int) -> None:
+    def mark(self) -> Mark:
+        return self.file.mark()
+
+    def resume(self, step: int, mark: Mark | None) -> None:
+        if mark is not None and self.file.resume(step, mark):
+            return
         self.file.truncate_after("step", step)
         recorded = read_metrics(self.file.path).get("step", ()) if self.file.path.exists() else ()
         missing = sorted(set(range(step + 1)) - {int(row) for row in recorded if row == row})
@@ -186,7 +197,7 @@ class Transcripts(Sink):
 
     def log(self, step: int, logs: Metrics) -> None:
         if self.config.log_completions and self._samples is not None and "loss" in logs:
-            print(_shown(self._samples, step, self.config.num_completions_to_print))
+            show(_shown(self._samples, step, self.config.num_completions_to_print))
             self._write(step)
 
     def _write(self, step: int) -> None:
@@ -194,8 +205,11 @@ class Transcripts(Sink):
             self._written, n = self._samples, whole_groups(self._samples, self.config.transcripts)
             self.writer.append(transcripts_of(self._samples, self.names, step, n))
 
-    def resume(self, step: int) -> None:
-        self.writer.truncate_after(step)
+    def mark(self) -> Mark:
+        return self.writer.mark()
+
+    def resume(self, step: int, mark: Mark | None) -> None:
+        self.writer.resume(step, mark)
 
     def close(self) -> None:
         self.writer.close()
