@@ -1,4 +1,4 @@
-"""What people write themselves, by name: `module:function` for rewards, tasks and estimators, `module:Env` for environments.
+"""What people write themselves, by name: `module:function` for rewards and estimators, `module:Env` for environments.
 
 Modules in the current directory are found, as they are by a script that lies there.
 """
