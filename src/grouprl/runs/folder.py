@@ -56,7 +56,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, so that no other process writes there; what was made for it and is empty in the end is deleted.
+        """Hold the folder, so that no other process writes there; folders made for it that stay empty are deleted.
 
         Raises UsageError if another process holds it, which is named, or if the folder cannot be written.
         """
