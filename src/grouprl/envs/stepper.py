@@ -167,6 +167,7 @@ class Stepper:
             ended = np.flatnonzero(done & watched) if watched is not None else np.empty(0, np.intp)
             last = self._last(obs, info, ended) if len(ended) else None
             if self.mode is AutoresetMode.DISABLED and done.any():
+                rewards, terminated = np.array(rewards), np.array(terminated)  # the reset may clear the environment's
                 obs, fresh_info = self.venv.reset(options={"reset_mask": done.copy()})
                 info = merge_masks(info, fresh_info, done)
         except Exception as error:
