@@ -114,7 +114,7 @@ def test_a_space_that_does_not_say_whether_it_flattens_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"), [(ArrayReward, "one number"), (OldStep, r"step \(observation, reward, terminated")]
+    ("make", "message"), [(ArrayReward, "one number"), (OldStep, r"step must return \(observation, reward, terminated")]
 )
 def test_an_environment_that_breaks_the_interface_is_told_which_rule(make: Any, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
@@ -144,9 +144,21 @@ class OwnVector(VectorEnv[Any, Any, Any]):
         return zeros, np.ones(self.num_envs), done, np.zeros(self.num_envs, bool), {}
 
 
+class FiveSteps(Plain):
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.steps = 0
+        return super().reset()
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        seen, reward, _, truncated, info = super().step(action)
+        return seen, reward, self.steps == 5, truncated, info
+
+
 def test_a_vector_entry_point_without_a_time_limit_is_evaluated(registered: Any) -> None:
-    name = registered("OwnVector-v0", entry_point=Plain, vector_entry_point=OwnVector)
-    agent = GRPO(name, **QUICK).learn(64)
+    name = registered("OwnVector-v0", entry_point=FiveSteps, vector_entry_point=OwnVector)
+    agent = GRPO(name, vectorization="vector_entry_point", **QUICK).learn(64)
+    assert isinstance(agent.get_env(), OwnVector)
     assert evaluate(agent, episodes=4).returns == [5.0] * 4
 
 

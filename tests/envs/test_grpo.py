@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from grouprl import GRPO, TrainingError, UsageError, evaluate, objective
 from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.policy import ACTING_ROWS
-from grouprl.envs.vector import close_vector, make_vector
+from grouprl.envs.vector import make_vector
+from grouprl.envs.workers import close_vector
 
 QUICK = {**probes.FAST, "n_steps": 16, "minibatch_size": 32, "epochs": 2}
 

@@ -214,15 +214,35 @@ class TestActionMask:
         space = spaces.Dict(action_mask=spaces.MultiBinary(2), obs=spaces.Discrete(2))
         np.testing.assert_array_equal(ObservationCodec(space).mask({"action_mask": np.eye(2)}), np.eye(2, dtype=bool))
 
-    def test_it_is_an_input_where_the_action_space_takes_no_mask(self) -> None:
-        codec = ObservationCodec(self.space, mask_size=0)
-        assert codec.n_flat == 5
-        assert codec.mask(self.batch) is None
+    def test_it_is_refused_where_the_action_space_takes_no_mask(self) -> None:
+        with pytest.raises(UsageError, match="'action_mask' is no mask"):
+            ObservationCodec(self.space, mask_size=0)
 
-    def test_a_leaf_of_that_name_with_other_values_is_an_input(self) -> None:
-        codec = ObservationCodec(spaces.Dict(action_mask=spaces.Box(-9, 9, (3,))))
-        assert codec.n_flat == 3
-        assert codec.mask({"action_mask": np.zeros((1, 3))}) is None
+    @pytest.mark.parametrize(
+        "leaf", [spaces.Box(-9, 9, (3,)), spaces.Discrete(3), spaces.MultiDiscrete([3, 2, 2]), spaces.Tuple([])]
+    )
+    def test_a_leaf_of_that_name_with_other_values_is_refused(self, leaf: spaces.Space[Any]) -> None:
+        with pytest.raises(UsageError, match=r"holds more than 0 and 1; allowed is MultiBinary\(3\)"):
+            ObservationCodec(spaces.Dict(action_mask=leaf, obs=spaces.Discrete(2)), mask_size=3)
+
+    @pytest.mark.parametrize("wrap", [lambda d: spaces.Dict(player=d), lambda d: spaces.Tuple([spaces.Discrete(2), d])])
+    def test_a_nested_one_of_numbers_is_a_mask_too(self, wrap: Any) -> None:
+        inner = spaces.Dict(action_mask=spaces.MultiDiscrete([2, 2, 2]), obs=spaces.Discrete(2))
+        codec = ObservationCodec(wrap(inner), mask_size=3)
+        given = {"action_mask": np.array([[1, 0, 1]]), "obs": np.array([1])}
+        observation = {"player": given} if isinstance(codec.space, spaces.Dict) else (np.array([0]), given)
+        np.testing.assert_array_equal(codec.mask(observation), [[True, False, True]])
+        assert codec.n_flat == (2 if isinstance(codec.space, spaces.Dict) else 4)
+
+    def test_two_of_them_are_refused(self) -> None:
+        one = spaces.Dict(action_mask=spaces.MultiBinary(3), obs=spaces.Discrete(2))
+        with pytest.raises(UsageError, match="2 leaves 'action_mask': a/action_mask, b/action_mask"):
+            ObservationCodec(spaces.Dict(a=one, b=one), mask_size=3)
+
+    def test_numbers_other_than_0_and_1_are_refused(self) -> None:
+        space = spaces.Dict(action_mask=spaces.Box(0, 1, (2,)), obs=spaces.Discrete(2))
+        with pytest.raises(UsageError, match=r"action mask holds 0\.5"):
+            ObservationCodec(space, mask_size=2).mask({"action_mask": np.array([[0.5, 1.0]])})
 
     def test_a_mask_of_another_size_is_an_error_that_names_both(self) -> None:
         with pytest.raises(UsageError, match=r"\(3,\); allowed is \(4,\)"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,6 @@ from grouprl.machine.compile import Kernels, UnavailableError
 
 if sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")):
     pytest.skip("there is no C compiler on this machine", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "grouprl"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    (tmp_path / "answer.c").write_text("#include <vector.h>\nint answer(void) { return W + VALUE; }\n")
-    return tmp_path
 
 
 def test_functions_are_compiled_and_called(source: Path) -> None:
@@ -83,16 +70,15 @@ def test_a_compiler_that_fails_is_named(
 
 
 def test_without_a_home_folder_the_result_is_kept_among_temporary_files(
-    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    source: Path, monkeypatch: pytest.MonkeyPatch, in_temporary: Path
 ) -> None:
     def nobody_knows(_: type[Path]) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", classmethod(nobody_knows))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert Kernels(source, ["answer.c"], variants=[("-DVALUE=26",)]).functions().answer() == 42
-    assert list(tmp_path.glob("grouprl-*/kernels-*.so"))
+    assert list(in_temporary.glob("kernels-*.so"))
 
 
 def test_sources_that_are_missing_and_commands_that_are_none_are_said_to_be(
@@ -100,6 +86,9 @@ def test_sources_that_are_missing_and_commands_that_are_none_are_said_to_be(
 ) -> None:
     with pytest.raises(UnavailableError, match=r"nowhere\.c"):
         Kernels(source, ["nowhere.c"]).functions()
+    monkeypatch.setenv("CC", "  ")
+    with pytest.raises(UnavailableError, match="no command"):
+        Kernels(source, ["answer.c"]).functions()
     monkeypatch.setenv("CC", "cc 'unfinished")
     with pytest.raises(UnavailableError, match="No closing quotation"):
         Kernels(source, ["answer.c"]).functions()

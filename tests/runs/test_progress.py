@@ -41,7 +41,7 @@ class Gone:
 
 def test_a_standard_error_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Gone())
-    for enabled in (None, False):
+    for enabled in (None, False, True):
         with Progress(2, enabled) as progress:
             progress.update(1)
             progress.say("text")
@@ -56,8 +56,9 @@ def test_it_is_silent_when_nobody_watches(capsys: pytest.CaptureFixture[str]) ->
 
 def test_it_is_silent_without_a_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
-    with Progress(100) as progress:
-        progress.update(50)
+    for enabled in (None, True):
+        with Progress(100, enabled) as progress:
+            progress.update(50)
 
 
 def test_it_shows_itself_on_a_terminal_unless_it_is_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from grouprl.errors import GrouprlError, UsageError
 from grouprl.extras import explain_missing
+from grouprl.printing import lasting_streams
 
 app = typer.Typer(
     name="grouprl",
@@ -54,19 +55,32 @@ def count(text: str) -> int:
 
 def main() -> None:
     """Entry point: one clear line for an error of the user's or the environment's, a traceback only for ours."""
+    with lasting_streams() as problem:
+        status = _status()
+        if reason := problem():
+            print(f"error: standard output could not be written: {reason}", file=sys.stderr)
+            status = status or 1
+    sys.exit(status)
+
+
+def _status() -> int | str | None:
+    """Run the command; what it exits with."""
     try:
         app()
+    except SystemExit as stop:
+        return stop.code
     except GrouprlError as error:
         if os.environ.get("GROUPRL_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        return 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
         explained = explain_missing(error)
         if explained is None or os.environ.get("GROUPRL_TRACEBACK"):
             raise
         print(f"error: {explained}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def assigned(pairs: list[str] | None) -> dict[str, Any]:

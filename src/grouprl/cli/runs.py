@@ -107,6 +107,8 @@ def chat(
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not text in {error.encoding}: {error.reason}") from None
         if not question:
             return
         try:

@@ -21,7 +21,8 @@ from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import fill_policy, model_file
 from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
-from grouprl.envs.vector import EnvLike, close_vector, env_name, make_vector
+from grouprl.envs.vector import EnvLike, env_name, make_vector
+from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels

@@ -20,6 +20,7 @@ from grouprl.envs.distributions import (
     IndependentBernoulli,
     MultiCategorical,
 )
+from grouprl.envs.masks import many_masks
 from grouprl.errors import UsageError
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -148,15 +149,16 @@ class ObservationCodec:
     these, nested. All but images are concatenated into "flat" float32 [n, D]; each image (see ``_image_layout``: uint8
     of at least 16 x 16) stays apart as "image:<path>" [n, C, H, W] in its own dtype.
 
-    A leaf ``mask_key`` at the top level of a Dict, of zeros and ones, is the action mask and no input. ``mask_size`` is
-    the size the action space needs: 0 means that it takes no masks, so the leaf is an input; None accepts any size.
+    A leaf ``mask_key`` of a Dict, of zeros and ones, is the action mask and no input. ``mask_size`` is the size the
+    action space needs: 0 means that it takes no masks; None accepts any size.
 
-    Raises UsageError for an unsupported leaf, a mask of another size, or a space without any input.
+    Raises UsageError for an unsupported leaf, a leaf ``mask_key`` that cannot be the action mask, or a space without
+    any input.
     """
 
     def __init__(self, space: Space, mask_key: str = "action_mask", mask_size: int | None = None) -> None:
         self.space = space
-        self._mask_path: Path | None = _mask_path(space, mask_key, mask_size)
+        self._mask_path, self._mask_size = _mask_leaf(space, mask_key, mask_size)
         self._flat: list[_Numbers | _OneHots] = []
         self._images: dict[str, _Image] = {}
         self._image_shapes: dict[str, tuple[int, int, int]] = {}
@@ -253,7 +255,7 @@ class ObservationCodec:
         if self._mask_path is None:
             return None
         values = np.asarray(_take(observations, self._mask_path))
-        return values.reshape(len(values), -1).astype(np.bool_)
+        return many_masks(values, len(values), self._mask_size)
 
     def is_batched(self, observation: Any) -> bool:
         """Whether this is a batch [n, ...] (True) or one observation (False); UsageError if it is neither."""
@@ -278,19 +280,44 @@ class ObservationCodec:
         )
 
 
-def _mask_path(space: Space, key: str, size: int | None) -> Path | None:
-    leaf = space.spaces.get(key) if isinstance(space, spaces.Dict) else None
-    is_mask = isinstance(leaf, spaces.MultiBinary) or (
-        isinstance(leaf, spaces.Box) and bool((leaf.low >= 0).all() and (leaf.high <= 1).all())
-    )
-    if leaf is None or not is_mask or size == 0:
-        return None
-    if size is not None and prod(leaf.shape or ()) != size:
+def _mask_leaf(space: Space, key: str, size: int | None) -> tuple[Path | None, int]:
+    """Where the action mask stands in the space, and its size; None and 0 if there is none."""
+    found = list(_named(space, key))
+    if not found:
+        return None, 0
+    path, leaf = found[0]
+    name = _name(path)
+    if len(found) > 1:
         raise UsageError(
-            f"The observation {key!r} has shape {leaf.shape}; allowed is ({size},), one entry for each action of the "
-            "action space. Correct its shape, or rename it if it is an ordinary observation."
+            f"The observation space has {len(found)} leaves {key!r}: {', '.join(_name(where) for where, _ in found)}; "
+            "allowed is one, the mask of the actions. Rename the others."
         )
-    return (key,)
+    shape = tuple(leaf.shape or ())
+    zeros_and_ones = (
+        isinstance(leaf, spaces.MultiBinary)
+        or (isinstance(leaf, spaces.Box) and bool((leaf.low >= 0).all() and (leaf.high <= 1).all()))
+        or (isinstance(leaf, spaces.MultiDiscrete) and bool((leaf.nvec == 2).all() and (leaf.start == 0).all()))
+    )
+    if size == 0:
+        problem = "is no mask, because the action space takes none; allowed are Discrete and MultiDiscrete actions"
+    elif not zeros_and_ones:
+        problem = f"is {leaf}, which holds more than 0 and 1; allowed is MultiBinary({size or 'n'})"
+    elif size is not None and prod(shape) != size:
+        problem = f"has shape {shape}; allowed is ({size},), one entry for each action of the action space"
+    else:
+        return path, prod(shape)
+    raise UsageError(f"The observation {name!r} {problem}. Correct it, or rename it if it is an ordinary observation.")
+
+
+def _named(space: Space, key: str, path: Path = ()) -> Iterator[tuple[Path, Space]]:
+    """The parts of a nested space that a Dict calls ``key``, with their paths."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        parts = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        for name, part in parts:
+            if name == key:
+                yield (*path, name), part
+            else:
+                yield from _named(part, key, (*path, name))
 
 
 def _with_batch_axis(space: Space, observation: Any) -> Any:

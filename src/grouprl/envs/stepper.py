@@ -19,9 +19,11 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array
 
+from grouprl.envs.env_errors import environment_error
+from grouprl.envs.masks import many_masks, one_mask
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
-from grouprl.envs.vector import autoreset_mode, environment_error
-from grouprl.errors import UsageError
+from grouprl.envs.vector import autoreset_mode
+from grouprl.errors import GrouprlError, UsageError
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
@@ -96,6 +98,8 @@ class Stepper:
         """
         try:
             self._obs, self._info = self.venv.reset(seed=seed)  # type: ignore[arg-type]  # a list is allowed
+        except GrouprlError:
+            raise
         except Exception as error:
             if isinstance(seed, list):
                 raise UsageError(
@@ -121,18 +125,23 @@ class Stepper:
         mask = self.observations.mask(self._obs)
         named = playing
         if mask is None:
-            if "action_mask" not in self._info:
+            given = self._info.get("action_mask")
+            if given is None:
                 return None
-            mask = np.asarray(self._info["action_mask"])
             named = playing & np.asarray(self._info.get("_action_mask", playing))
-        mask = np.array(mask, bool).reshape(self.n, -1)
-        if mask.shape[1] != self.actions.mask_size:
-            raise UsageError(
-                f"action_mask has {mask.shape[1]} entries per environment, the action space has "
-                f"{self.actions.mask_size} actions to mask; give one entry per action"
-            )
+            mask = self._masks_in_info(given, named)
         mask[~named] = True
         self.actions.distribution.check_mask(mask)
+        return mask
+
+    def _masks_in_info(self, given: Any, named: Bools) -> Bools:
+        """The masks of all environments, ``[n, M]``, where those ``named [n]`` gave one."""
+        size = self.actions.mask_size
+        if not isinstance(given, np.ndarray) or given.dtype != object:
+            return many_masks(given, self.n, size)
+        mask = np.ones((self.n, size), bool)  # Gymnasium's way with masks that are no arrays
+        for i in np.flatnonzero(named):
+            mask[i] = one_mask(given[i], size)
         return mask
 
     def choose(self, params: Array, playing: Bools, rng: np.random.Generator | None) -> Choice:
@@ -170,6 +179,8 @@ class Stepper:
                 rewards, terminated = np.array(rewards), np.array(terminated)  # the reset may clear the environment's
                 obs, fresh_info = self.venv.reset(options={"reset_mask": done.copy()})
                 info = merge_masks(info, fresh_info, done)
+        except GrouprlError:
+            raise
         except Exception as error:
             raise environment_error(error, "in step") from error
         if self.mode is AutoresetMode.NEXT_STEP:

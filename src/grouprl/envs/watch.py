@@ -12,8 +12,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from grouprl.envs.env_errors import environment_error, missing_extra_message, unknown_id_message
 from grouprl.envs.grpo import GRPO
-from grouprl.envs.vector import environment_error, missing_extra_message, unknown_id_message
 from grouprl.errors import GrouprlError, UsageError
 from grouprl.machine.threads import single_threaded_kernels
 

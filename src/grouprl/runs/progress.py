@@ -6,7 +6,9 @@ import sys
 import time
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from grouprl.printing import LastingStream, show
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -32,12 +34,13 @@ class Progress:
         self._bar: tqdm[Never] | None = None
         self._lines = enabled is None and not terminal
         self._total, self._began, self._said = total, time.monotonic(), time.monotonic()
-        if enabled or (enabled is None and terminal):
+        if sys.stderr is not None and (enabled or (enabled is None and terminal)):
             from tqdm import tqdm
 
+            self._stream: Any = LastingStream(sys.stderr)  # nobody listens any more, which is no reason to stop
             self._bar = tqdm(
                 total=total, initial=done, desc=description, bar_format=_FORMAT, unit=" steps", unit_scale=True,
-                dynamic_ncols=True, file=sys.stderr,
+                dynamic_ncols=True, file=self._stream,
             )  # fmt: skip
 
     def update(self, done: int, **values: float | str | None) -> None:
@@ -53,11 +56,10 @@ class Progress:
     def say(self, text: str) -> None:
         """Show a line of text, above the bar if there is one."""
         self._said = time.monotonic()
-        with suppress(OSError, ValueError):  # nobody listens any more, which is no reason to stop
-            if self._bar is not None:
-                self._bar.write(text, file=sys.stderr)
-            elif sys.stderr is not None:
-                print(text, file=sys.stderr, flush=True)
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif sys.stderr is not None:
+            show(text, sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it last was; does nothing the second time."""

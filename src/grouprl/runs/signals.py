@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from grouprl.printing import show
+
 
 @contextmanager
 def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
@@ -15,12 +17,12 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop()
-        print("stopping after this update; once more to stop at once", file=sys.stderr, flush=True)
+        show("stopping after this update; once more to stop at once", sys.stderr)
         for n in previous:
             signal.signal(n, at_once)
 
     def at_once(number: int, frame: FrameType | None) -> None:
-        print("stopped at once; grouprl resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+        show("stopped at once; grouprl resume goes on from the last checkpoint", sys.stderr)
         raise KeyboardInterrupt
 
     try:

@@ -431,3 +431,10 @@ def test_arguments_of_trl_are_refused_by_name_unless_they_do_nothing() -> None:
 def test_the_arguments_named_in_errors_are_those_of_the_trainer() -> None:
     taken = list(inspect.signature(GRPOTrainer.__init__).parameters)[1:]
     assert sorted(taken) == sorted(["args", "others", *TRAINER_ARGUMENTS])
+
+
+def test_a_folder_that_no_tokenizer_could_be_saved_in_is_refused() -> None:
+    assert GRPOConfig("h\xe4").output_dir == "h\xe4"
+    for folder in ("h\udce4", Path("h\udce4")):
+        with pytest.raises(UsageError, match=r"output_dir=.*h.* the name is no text in UTF-8"):
+            GRPOConfig(folder)

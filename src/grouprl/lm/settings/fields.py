@@ -229,7 +229,12 @@ class Fields(ObjectiveSettings):
     @field_validator("output_dir", mode="before")
     @classmethod
     def _path(cls, value: Any) -> Any:
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
+        path = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if isinstance(path, str) and not _is_utf8(path):
+            raise ValueError(
+                "the name is no text in UTF-8, which saving a tokenizer needs; name another folder, or set PYTHONUTF8=1"
+            )
+        return path
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -272,3 +277,11 @@ class Fields(ObjectiveSettings):
         if value is not None and value >= 1 and not value.is_integer():
             raise ValueError("must be a whole number of steps, or a share of the run below 1")
         return int(value) if value is not None and value.is_integer() else value
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

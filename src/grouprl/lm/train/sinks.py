@@ -13,6 +13,7 @@ from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.transcripts import transcripts_of, whole_groups
+from grouprl.printing import show
 from grouprl.runs import MetricsLog, Progress, Tracker, make_trackers, read_metrics
 from grouprl.runs.transcripts import TranscriptWriter
 
@@ -186,7 +187,7 @@ class Transcripts(Sink):
 
     def log(self, step: int, logs: Metrics) -> None:
         if self.config.log_completions and self._samples is not None and "loss" in logs:
-            print(_shown(self._samples, step, self.config.num_completions_to_print))
+            show(_shown(self._samples, step, self.config.num_completions_to_print))
             self._write(step)
 
     def _write(self, step: int) -> None:

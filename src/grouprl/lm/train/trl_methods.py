@@ -14,6 +14,7 @@ from grouprl.lm.generate.samples import Samples
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import trainer_state
 from grouprl.lm.train.setup import Setup
+from grouprl.printing import show
 from grouprl.runs.files import write_json, write_text
 
 _HUB = "upload when training is done: trainer.model.push_to_hub(name) and trainer.processing_class.push_to_hub(name)"
@@ -121,9 +122,9 @@ class ScriptMethods:
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Print ``metrics`` of ``split`` (train, eval, ...), a line each."""
         width = max((len(name) for name in metrics), default=0)
-        print(f"***** {split} metrics *****")
+        show(f"***** {split} metrics *****")
         for name, value in sorted(metrics.items()):
-            print(f"  {name:<{width}} = {value:.4f}" if isinstance(value, float) else f"  {name:<{width}} = {value}")
+            show(f"  {name:<{width}} = {value:.4f}" if isinstance(value, float) else f"  {name:<{width}} = {value}")
 
     def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
         """Write ``metrics`` to ``{split}_results.json`` in the output folder, and add them to ``all_results.json``.
