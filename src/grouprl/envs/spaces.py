@@ -396,7 +396,8 @@ def _warn_of_wide_bounds(space: spaces.Box, unbounded: npt.NDArray[np.bool_]) ->
         warnings.warn(
             f"component {i} of the action space has the bounds {space.low.flat[i]:g} and {space.high.flat[i]:g}, which "
             "are so far apart that they count as none: actions begin around 0 with a spread of about 1. If the "
-            "environment needs others, give it bounds of the size of its actions, or wrap it in gymnasium.wrappers.RescaleAction",
+            "environment needs others, give it bounds of the size of its actions, or wrap it in "
+            "gymnasium.wrappers.RescaleAction",
             UserWarning,
             stacklevel=5,
         )
