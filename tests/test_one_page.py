@@ -47,8 +47,9 @@ def test_it_is_one_page_and_takes_the_mathematics_alone_from_the_library():
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_its_update_of_an_environment_is_the_library_s(beta):
+    from grouprl.envs.adam import Adam
     from grouprl.envs.update import Batch, Terms, UpdateSettings, update
-    from grouprl.learning.parameters import FlatParameters
+    from grouprl.learning.parameters import TrainedParameters
     from grouprl.objective import Objective, outcome, sample_mean
 
     model, reference = (nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)).double() for _ in range(2))
@@ -64,12 +65,12 @@ def test_its_update_of_an_environment_is_the_library_s(beta):
         logp = torch.log_softmax(ours(states[rows]), 1).gather(1, batch.actions[rows, None])[:, 0]
         return Terms(logp, logp_ref=ref[rows])
 
-    parameters = FlatParameters(ours)
+    parameters = TrainedParameters(ours)
     stats = update(
         Batch(
             evaluate, old, outcome(batch.rewards, batch.lengths, batch.group), 46 * sample_mean(batch.lengths)
         ),
-        parameters, torch.optim.Adam([parameters.vector], 1e-2),
+        parameters, Adam(parameters, 1e-2),
         UpdateSettings(epochs=3, minibatch_size=46, objective=Objective(beta=beta), max_grad_norm=1.0),
         np.random.default_rng(0),
     )  # fmt: skip
@@ -81,7 +82,7 @@ def test_its_update_of_an_environment_is_the_library_s(beta):
 def test_its_update_of_a_language_model_is_the_library_s():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from grouprl.learning.parameters import FlatParameters
+    from grouprl.learning.parameters import TrainedParameters
     from grouprl.lm.generate.samples import Samples
     from grouprl.lm.learn.optimizer import make_optimizer
     from grouprl.lm.learn.step import Step, optimizer_step
@@ -103,7 +104,7 @@ def test_its_update_of_a_language_model_is_the_library_s():
         use_cpu=True, bf16=False, loss_type="grpo", beta=0.3, kl_estimator="k3", learning_rate=1e-2, weight_decay=0.0,
         max_grad_norm=1.0, max_completion_length=6,
     )  # fmt: skip
-    parameters = FlatParameters(ours, decayed_first=True)
+    parameters = TrainedParameters(ours)
     policy = Policy(ours, SimpleNamespace(eos_token_id=page.END, pad_token_id=page.END), config, reference)
     n, steps = len(batch.lengths), len(batch.actions)
     samples = Samples(
@@ -118,8 +119,9 @@ def test_its_update_of_a_language_model_is_the_library_s():
         make_optimizer(parameters, config),
         Step(policy, samples, torch.arange(n), config, Objective.of(config)),
     )
-    for _ in range(3):
-        optimizer_step(step, parameters, optimizer, remember=True, on_gradient=lambda: None)
+    with parameters.written_in_place():
+        for _ in range(3):
+            optimizer_step(step, parameters, optimizer, remember=True, on_gradient=lambda: None)
     moved = float((weights(model) - start).abs().max())
     assert moved > 0.02
     difference = (weights(ours) - weights(model)).norm() / (weights(model) - start).norm()

@@ -10,55 +10,65 @@ import torch
 from torch import nn
 
 from grouprl.envs.adam import Adam, kernels
+from grouprl.learning.parameters import TrainedParameters
+
+
+def parameters(values: torch.Tensor) -> TrainedParameters:
+    """Those of a module with the numbers ``values``, in two parameters."""
+    halves = values.clone().tensor_split(2)
+    return TrainedParameters(nn.ParameterList([nn.Parameter(half) for half in halves]))
+
+
+def step(optimizer: Adam, gradient: torch.Tensor) -> None:
+    optimizer.parameters.start()
+    optimizer.parameters.add(gradient.clone())
+    optimizer.step()
 
 
 def test_it_takes_the_steps_of_pytorchs_adam() -> None:
     torch.manual_seed(0)
     start = torch.randn(50, dtype=torch.float64)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours, theirs = parameters(start), nn.Parameter(start.clone())
     mine = Adam(ours, 0.01, eps=1e-5)
     reference = torch.optim.Adam([theirs], lr=0.01, eps=1e-5)
-    for step in range(30):
-        gradient = torch.randn(50, dtype=torch.float64) * 10.0 ** (step % 5 - 3)
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        mine.learning_rate = reference.param_groups[0]["lr"] = 0.01 / (step + 1)
-        mine.step()
+    for number in range(30):
+        gradient = torch.randn(50, dtype=torch.float64) * 10.0 ** (number % 5 - 3)
+        theirs.grad = gradient.clone()
+        mine.learning_rate = reference.param_groups[0]["lr"] = 0.01 / (number + 1)
+        step(mine, gradient)
         reference.step()
-    torch.testing.assert_close(ours.data, theirs.data, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.values(), theirs.data, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(not kernels.available, reason="there is no C compiler here")
 def test_compiled_code_takes_the_same_steps() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(1003, generator=generator)
-    one, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    compiled, plain = Adam(one, 0.01, eps=1e-5), Adam(other, 0.01, eps=1e-5, native=False)
+    compiled, plain = Adam(parameters(start), 0.01, eps=1e-5), Adam(parameters(start), 0.01, eps=1e-5, native=False)
     assert (compiled.native, plain.native) == (True, False)
-    for step in range(30):
-        gradient = torch.randn(1003, generator=generator) * 10.0 ** (step % 5 - 3)
-        one.grad, other.grad = gradient.clone(), gradient.clone()
-        compiled.step()
-        plain.step()
-    assert float((one.detach() - start).abs().max()) > 0.05
-    torch.testing.assert_close(one.data, other.data, rtol=1e-5, atol=1e-6)
+    for number in range(30):
+        gradient = torch.randn(1003, generator=generator) * 10.0 ** (number % 5 - 3)
+        step(compiled, gradient)
+        step(plain, gradient)
+    one, other = (optimizer.parameters.values() for optimizer in (compiled, plain))
+    assert float((one - start).abs().max()) > 0.05
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(compiled.second, plain.second, rtol=1e-4, atol=0)
 
 
 def test_what_is_not_float32_is_left_to_torch() -> None:
-    assert not Adam(nn.Parameter(torch.ones(3, dtype=torch.float64)), 0.1).native
+    assert not Adam(parameters(torch.ones(3, dtype=torch.float64)), 0.1).native
 
 
 def test_it_goes_on_from_its_state() -> None:
-    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    one, other = Adam(first, 0.1), Adam(second, 0.1)
-    first.grad = torch.tensor([1.0, -2.0, 3.0])
-    one.step()
+    one, other = Adam(parameters(torch.ones(3)), 0.1), Adam(parameters(torch.ones(3)), 0.1)
+    gradient = torch.tensor([1.0, -2.0, 3.0])
+    step(one, gradient)
     other.load(one.state())
-    second.data.copy_(first.data)
-    second.grad = first.grad
-    one.step()
-    other.step()
-    assert torch.equal(first, second)
+    other.parameters.load(one.parameters.values())
+    step(one, gradient)
+    step(other, gradient)
+    assert torch.equal(one.parameters.values(), other.parameters.values())
 
 
 def test_training_does_not_import_pytorchs_compiler() -> None:

@@ -21,7 +21,7 @@ QUICK = {**probes.FAST, "n_steps": 16, "minibatch_size": 32, "epochs": 2}
 
 
 def weights(agent):
-    return agent.loop.learner.parameters.vector.detach().clone()
+    return agent.loop.learner.parameters.values()
 
 
 def trained(seed=0, steps=600, env="CartPole-v1", **settings):
@@ -691,3 +691,31 @@ class TestALossOfOnesOwn:
         by_step, by_sample = trained(collect="episodes"), trained(collect="episodes", loss_type="grpo")
         pairs = zip(by_step.policy.parameters(), by_sample.policy.parameters(), strict=True)
         assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_agents_of_one_network_each_train_it_and_so_does_one_whose_network_got_other_storage():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    settings = {"preset": None, "n_steps": 16, "warmup_steps": 0}
+    agents = [GRPO("CartPole-v1", network=lambda n_in, n_out: network, seed=seed, **settings) for seed in (0, 1)]
+    for agent in (*agents, *agents):
+        network.double().float()
+        before = [p.detach().clone() for p in network.parameters()]
+        agent.learn(512)
+        assert not any(torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True))
+    sizes = [(p.numel() * 4, p.untyped_storage().nbytes()) for p in agents[0].policy.parameters()]
+    assert all(own == whole for own, whole in sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda policy: policy.half(), "became float16, from float32"),
+        (lambda policy: policy.requires_grad_(False), "was frozen"),
+        (lambda policy: setattr(policy, "network", torch.nn.Linear(4, 2)), "network"),
+    ],
+)
+def test_a_policy_whose_parameters_are_others_than_before_is_refused(change, said):
+    agent = GRPO("CartPole-v1", n_steps=16).learn(512)
+    change(agent.policy)
+    with pytest.raises(UsageError, match=said):
+        agent.learn(512)

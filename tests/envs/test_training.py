@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,73 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path: Path) -> None:
     result = training.resume(tmp_path / "run", steps=2500)
     assert result.agent.num_timesteps >= 2500
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["total_timesteps"] == 2500
+
+
+@pytest.mark.parametrize("where", ["evaluate", "plot_run", "write_summary"])
+def test_a_run_killed_after_its_last_update_is_finished_by_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    small_run(tmp_path / "whole", steps=1500)
+    place = {
+        "evaluate": "grouprl.envs.training.evaluate",
+        "plot_run": "grouprl.runs.plots.plot_run",
+        "write_summary": "grouprl.runs.RunFolder.write_summary",
+    }[where]
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(tmp_path / "cut", steps=1500)
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    result = training.resume(tmp_path / "cut")
+    assert result.finished
+    assert (tmp_path / "cut" / "curve.png").exists()
+    same_metrics(tmp_path / "whole", tmp_path / "cut")
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut"))
+    assert one["eval"] == other["eval"]
+    with pytest.raises(UsageError, match="has done all of its 1500 steps"):
+        training.resume(tmp_path / "cut")
+
+
+def test_a_longer_run_that_is_killed_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run(tmp_path / "run", steps=1500)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grouprl.envs.training.evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training.resume(tmp_path / "run", steps=2000)
+    assert training.resume(tmp_path / "run").summary["total_steps"] >= 2000  # type: ignore[index]
+
+
+def test_a_run_that_goes_on_in_another_thread_is_left_alone(tmp_path: Path) -> None:
+    refused: list[Exception] = []
+
+    def meanwhile(*_: Any) -> None:
+        for attempt in (
+            lambda: training.resume(tmp_path / "run"),
+            lambda: small_run(tmp_path / "run", overwrite=True),
+        ):
+            try:
+                attempt()
+            except UsageError as error:
+                refused.append(error)
+
+    def announce(_: Any) -> None:
+        thread = threading.Thread(target=meanwhile)
+        thread.start()
+        thread.join()
+
+    small_run(tmp_path / "run", steps=600, announce=announce)
+    assert [str(error).split(". ")[0] for error in refused] == [
+        f"{tmp_path / 'run'} is in use by another thread of this process"
+    ] * 2
 
 
 def test_a_run_folder_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:

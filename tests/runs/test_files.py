@@ -143,7 +143,7 @@ def test_what_replaces_a_file_that_grows_is_gone_on_from(tmp_path: Path) -> None
 def test_only_a_torn_last_line_is_dropped(tmp_path: Path, held: bytes, left: bytes) -> None:
     file = AppendedFile(tmp_path / "log.txt")
     file.path.write_bytes(held)
-    file.drop_torn_line(read_bytes(file.path, "log"))
+    file.take_up(read_bytes(file.path, "log"))
     assert file.path.read_bytes() == left
 
 

@@ -1,7 +1,8 @@
-"""Adam on one flat vector.
+"""Adam on one gradient of all parameters.
 
 PyTorch's optimizers do the same arithmetic, but building one imports its compiler, a second of every process that never
-compiles anything; with all parameters in one vector, the update itself is seven operations, or one of compiled code.
+compiles anything; with gradient and moments in one vector each, the update is seven operations, or one of compiled
+code.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from ctypes import c_float, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from grouprl.learning.parameters import TrainedParameters
 from grouprl.machine.compile import Kernels
 
 kernels = Kernels(Path(__file__).resolve().parent / "native", ("adam.c",))
@@ -23,31 +25,36 @@ class Adam:
     """Kingma and Ba 2015, arXiv 1412.6980, algorithm 1.
 
     Args:
-        vector: the parameters, ``[P]``; :meth:`step` reads ``vector.grad``.
+        parameters: what :meth:`step` moves along ``parameters.gradient``, of one dtype.
         learning_rate: alpha; may be set between steps.
         eps, betas: as in the paper.
         native: compiled code for float32 on CPUs, where there is a compiler.
+
+    Attributes:
+        first, second: the moments ``[P]`` of all parameters, end to end.
     """
 
     def __init__(
         self,
-        vector: nn.Parameter,
+        parameters: TrainedParameters,
         learning_rate: float,
         eps: float = 1e-8,
         betas: tuple[float, float] = (0.9, 0.999),
         native: bool = True,
     ) -> None:
-        self.vector, self.learning_rate, self.eps, self.betas = vector, learning_rate, eps, betas
-        self.first = torch.zeros_like(vector.data)
-        self.second = torch.zeros_like(vector.data)
+        self.parameters, self.learning_rate, self.eps, self.betas = parameters, learning_rate, eps, betas
+        self.first = parameters.values().zero_()
+        self.second = torch.zeros_like(self.first)
         self.steps = 0
-        self.native = native and vector.device.type == "cpu" and vector.dtype == torch.float32 and kernels.available
+        plain = self.first.device.type == "cpu" and self.first.dtype == torch.float32
+        self.native = native and plain and kernels.available
+        tensors = parameters.tensors
+        self._sizes = (c_size_t * len(tensors))(*(p.numel() for p in tensors))
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step along ``vector.grad``."""
-        gradient = self.vector.grad
-        assert gradient is not None
+        """One step along the gradient."""
+        tensors, gradient = self.parameters.tensors, self.parameters.gradient
         beta1, beta2 = self.betas
         self.steps += 1
         rate = self.learning_rate / (1 - beta1**self.steps)
@@ -55,15 +62,15 @@ class Adam:
         if self.native:
             gradient = gradient.contiguous()
             kernels.functions().grouprl_adam(
-                c_size_t(self.vector.numel()),
-                *(c_void_p(t.data_ptr()) for t in (self.vector, gradient, self.first, self.second)),
+                c_size_t(len(tensors)), self._sizes, (c_void_p * len(tensors))(*(p.data_ptr() for p in tensors)),
+                *(c_void_p(t.data_ptr()) for t in (gradient, self.first, self.second)),
                 *(c_float(number) for number in (beta1, beta2, rate, scale, self.eps)),
-            )
+            )  # fmt: skip
             return
         self.first.lerp_(gradient, 1 - beta1)
         self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         spread = self.second.sqrt().mul_(scale).add_(self.eps)
-        self.vector.addcdiv_(self.first, spread, value=-rate)
+        torch._foreach_add_([*tensors], self.parameters.split(self.first / spread), alpha=-rate)
 
     def state(self) -> dict[str, Tensor]:
         """The moments ``[P]`` and the number of steps, for a checkpoint."""

@@ -19,7 +19,7 @@ from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.update import Batch, Terms, UpdateSettings, UpdateStats, update
 from grouprl.errors import UsageError
-from grouprl.learning.parameters import FlatParameters
+from grouprl.learning.parameters import TrainedParameters
 from grouprl.objective import LOSSES, Objective
 from grouprl.objective.losses import mean_over_steps
 from grouprl.objective.packed import segment_sum
@@ -46,8 +46,8 @@ class Learner:
                 "densities; use loss_type=dapo or spo"
             )
         self.policy, self.config, self.rng = policy, config, rng
-        self.parameters = FlatParameters(policy)
-        self.optimizer = Adam(self.parameters.vector, config.learning_rate, config.adam_epsilon, native=config.native)
+        self.parameters = TrainedParameters(policy)
+        self.optimizer = Adam(self.parameters, config.learning_rate, config.adam_epsilon, native=config.native)
         self.learning_rate = config.learning_rate
         self.updates = 0
         self.reference: Policy | None = None

@@ -125,8 +125,10 @@ class Loop:
         Raises:
             TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
                 after the last good gradient step.
+            UsageError: someone has replaced the policy's parameters, or changed their type.
         """
         began = perf_counter()
+        self.learner.parameters.check()
         config, collector = self.config, self.collector
         assert collector is not None
         if self.n_steps == 0:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class Recorder:
         self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
         solved = agent.extra["solved_at"]
         self.solved_at = None if solved is None else (solved[0], solved[1])
-        self.log.truncate_after("step", agent.num_timesteps)
+        self.log.resume(agent.num_timesteps, agent.extra.get("metrics"))
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
         step = agent.num_timesteps
@@ -141,7 +142,12 @@ class Recorder:
 
     def checkpoint(self, agent: GRPO, *, may_restart: bool = False) -> None:
         """Write a checkpoint now and drop the oldest ones."""
-        extra = {"next_eval": self._next_eval, "next_checkpoint": self._next_checkpoint, "solved_at": self.solved_at}
+        extra = {
+            "next_eval": self._next_eval,
+            "next_checkpoint": self._next_checkpoint,
+            "solved_at": self.solved_at,
+            "metrics": self.log.mark(),
+        }
         agent.checkpoint(self.folder.checkpoint_path(agent.num_timesteps), may_restart=may_restart, extra=extra)
         self.folder.prune_checkpoints(self.run.keep_checkpoints)
         self.folder.settle()
@@ -187,12 +193,14 @@ def train(
     if seed is not None:
         values["seed"] = seed
     run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
-    agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
-    folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings), overwrite=overwrite)
-    if announce is not None:
-        announce(folder)
-    with folder.kept_in_order():
-        return _run(folder, run_settings, agent, progress_bar)
+    RunFolder(Path(out)).check_free(overwrite)
+    with RunFolder(Path(out)).locked():
+        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
+        folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings), overwrite=overwrite)
+        if announce is not None:
+            announce(folder)
+        with folder.kept_in_order():
+            return _run(folder, run_settings, agent, progress_bar)
 
 
 def _defaults_of_a_run(preset: presets.Preset | None, steps: int | None) -> dict[str, Any]:
@@ -228,20 +236,30 @@ def _as_written(env_id: str, preset: presets.Preset | None, agent: GRPO, run: Ru
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
     """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
 
+    A run that was stopped after its last update and before it left its summary is finished.
+
     Args:
         path: the run folder.
         steps: a new total number of steps, to make a finished run longer (its schedules then differ from those of a run
             planned that long).
 
     Raises:
-        UsageError: no run folder, no readable checkpoint, or a run that is already finished.
+        UsageError: no run folder, no readable checkpoint, a run that is already finished or that another process
+            works on.
     """
     refuse_several_processes()
     folder = RunFolder.open(path)
+    with folder.locked():
+        return _resume(folder, steps, progress_bar)
+
+
+def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> RunResult:
     config = folder.read_config()
     try:
         options = (
-            config["run"] | {"track": tuple(config["run"]["track"])} | ({"total_timesteps": steps} if steps else {})
+            config["run"]
+            | {"track": tuple(config["run"]["track"])}
+            | ({} if steps is None else {"total_timesteps": steps})
         )
         run_settings = RunSettings(**options)
     except (KeyError, TypeError) as error:
@@ -250,14 +268,11 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     if checkpoint is None:
         raise UsageError(f"{folder.path} holds no readable checkpoint; train anew with another --out")
     agent = GRPO.from_checkpoint(checkpoint)
-    if agent.num_timesteps >= run_settings.total_timesteps:
+    if agent.num_timesteps >= run_settings.total_timesteps and folder.is_finished():
         raise UsageError(
             f"{folder.path} has done all of its {run_settings.total_timesteps} steps; give a larger total with --steps"
         )
-    if steps:
-        from grouprl.runs.files import write_yaml
-
-        write_yaml(folder.config_path, config | {"run": config["run"] | {"total_timesteps": steps}})
+    folder.reopen(None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}})
     return _run(folder, run_settings, agent, progress_bar)
 
 

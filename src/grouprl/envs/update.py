@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grouprl.errors import TrainingError
 from grouprl.learning.gradient_step import Optimizer, gradient_step
-from grouprl.learning.parameters import FlatParameters
+from grouprl.learning.parameters import TrainedParameters
 from grouprl.objective import Fixed, Objective, k3, policy_loss
 
 MIN_PART = 2048
@@ -120,7 +120,7 @@ def minibatches(n: int, size: int, remainder: str, rng: np.random.Generator) -> 
 
 def update(
     batch: Batch,
-    parameters: FlatParameters,
+    parameters: TrainedParameters,
     optimizer: Optimizer,
     settings: UpdateSettings,
     rng: np.random.Generator,
@@ -130,7 +130,7 @@ def update(
     """Learn from one batch.
 
     Args:
-        parameters: the policy's; ``optimizer.step()`` must move ``parameters.vector`` along its ``grad``.
+        parameters: the policy's; ``optimizer.step()`` must move them along ``parameters.gradient``.
         rng: the stream that shuffles.
         pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order.
 
@@ -150,7 +150,7 @@ def update(
     norm_total = approx_kl = cut_share = 0.0
     undone = False
     for epoch in range(1, settings.epochs + 1):
-        before = None if settings.kl_stop is None else parameters.vector.detach().clone()
+        before = None if settings.kl_stop is None else parameters.values()
         for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
             parts = _gradients(batch, parameters, index, settings, totals, pool, threads)
             norm_total += gradient_step(
@@ -161,7 +161,7 @@ def update(
             approx_kl, cut_share = _moved(batch, probe, settings.objective)
             if settings.kl_stop is not None and not approx_kl <= settings.kl_stop:  # nor is it nan
                 if before is not None and not approx_kl <= UNDO_EPOCH_ABOVE * settings.kl_stop:
-                    parameters.vector.data.copy_(before)
+                    parameters.load(before)
                     undone = epoch == 1
                 break
     policy_loss_mean, kl = (totals / steps).tolist()
@@ -179,7 +179,7 @@ def _moved(batch: Batch, probe: Tensor, objective: Objective) -> tuple[float, fl
 
 def _gradients(
     batch: Batch,
-    parameters: FlatParameters,
+    parameters: TrainedParameters,
     index: Tensor,
     settings: UpdateSettings,
     totals: Tensor,
@@ -203,7 +203,7 @@ def _gradients(
 
 
 def _by_autograd(
-    batch: Batch, parameters: FlatParameters, rows: Tensor, denominator: int, settings: UpdateSettings
+    batch: Batch, parameters: TrainedParameters, rows: Tensor, denominator: int, settings: UpdateSettings
 ) -> tuple[Tensor, Tensor]:
     """Gradient ``[P]`` and sums [surrogate, KL] of the steps ``rows [m]``, a micro-batch at a time."""
     gradient: Tensor | None = None

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from grouprl.errors import TrainingError
-from grouprl.learning.parameters import FlatParameters
+from grouprl.learning.parameters import TrainedParameters
 
 
 class Optimizer(Protocol):
@@ -20,7 +20,7 @@ class Optimizer(Protocol):
 
 
 def gradient_step(
-    parameters: FlatParameters,
+    parameters: TrainedParameters,
     optimizer: Optimizer,
     parts: Iterable[Tensor | None],
     max_norm: float,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import secrets
@@ -18,7 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from xxhash import xxh3_64
+
 from grouprl.errors import GrouprlError, TrainingError, UsageError
+
+_log = logging.getLogger("grouprl")
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
@@ -98,12 +103,16 @@ def write_yaml(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 class AppendedFile:
-    """A text file that grows by whole lines, each handed to the operating system at once: a crash loses none."""
+    """A text file that grows by whole lines, each handed to the operating system at once: a crash loses none.
+
+    It knows how long it is and its checksum, so that a checkpoint can say what it held (`mark`).
+    """
 
     def __init__(self, path: Path) -> None:
-        """The file at `path`, which is opened when something is appended."""
+        """The file at `path`, which is opened when something is appended; if there is one already, `take_up` it."""
         self.path = path
         self._file: TextIO | None = None
+        self._bytes, self._checksum = 0, xxh3_64()
 
     def append(self, lines: str) -> None:
         """Write `lines`, each with its end, as UTF-8; the folder is made if it is missing.
@@ -118,23 +127,50 @@ class AppendedFile:
             self._file.flush()
         except OSError as error:
             raise explain_os_error(error, self.path) from error
+        self._count(lines.encode("utf-8", "backslashreplace"))
 
     def replace(self, data: bytes) -> None:
         """Write the file anew, atomically; `append` goes on after it. Raises as `atomic_path` does."""
         self.close()
         write_bytes(self.path, data)
+        self._bytes, self._checksum = 0, xxh3_64()
+        self._count(data)
 
-    def drop_torn_line(self, data: bytes) -> None:
-        """Rewrite the file, which holds `data`, without its last line if a crash tore that line."""
+    def take_up(self, data: bytes) -> None:
+        """Go on after `data`, which the file holds, without its last line if a crash tore that line."""
         whole = whole_lines(data)
         if whole != data:
             self.replace(whole)
+            return
+        self._bytes, self._checksum = 0, xxh3_64()
+        self._count(data)
+
+    def mark(self) -> dict[str, Any]:
+        """What the file holds now, for a checkpoint."""
+        return {"bytes": self._bytes, "xxh3_64": self._checksum.hexdigest()}
 
     def close(self) -> None:
         """Close the file; `append` opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _count(self, data: bytes) -> None:
+        self._bytes += len(data)
+        self._checksum.update(data)
+
+
+def tell_changed(path: Path, step: int) -> None:
+    """Say that a file which grows with a run is not what it was when the checkpoint of `step` was written."""
+    _log.warning(
+        "%s is not what it was at the checkpoint of step %d: it was changed, damaged or deleted since. The run goes on "
+        "as it would have, and what the file lost stays lost.", path, step,
+    )  # fmt: skip
+
+
+def is_marked(data: bytes, mark: Mapping[str, Any]) -> bool:
+    """Whether `data` is what a file held when `AppendedFile.mark` gave `mark`."""
+    return len(data) == mark["bytes"] and bool(xxh3_64(data).hexdigest() == mark["xxh3_64"])
 
 
 def whole_lines(data: bytes) -> bytes:

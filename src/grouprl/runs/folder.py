@@ -8,13 +8,14 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grouprl.errors import GrouprlError, UsageError
 from grouprl.runs.files import explain_os_error, write_json, write_yaml
+from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.state import read_meta
 
@@ -38,7 +39,7 @@ class RunFolder:
         """
         folder = cls(Path(path))
         try:
-            if folder.path.is_dir() and any(folder.path.iterdir()):
+            if folder._holds_something():
                 folder._check_replaceable(overwrite)
                 folder._put_aside()
             write_yaml(folder.config_path, dict(config))
@@ -50,8 +51,21 @@ class RunFolder:
         """Raises UsageError if `create` could not make a run here; nothing is touched."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file. Choose another folder.")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self._holds_something():
             self._check_replaceable(overwrite)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, so that no other process writes there; one that is empty in the end is deleted.
+
+        Raises UsageError if another process holds it, which is named, or if the folder cannot be written.
+        """
+        try:
+            with locked(self.path):
+                yield
+        finally:
+            with suppress(OSError):  # it is not empty
+                self.path.rmdir()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -135,6 +149,22 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json; NaN and infinities become null. Raises as `write_json` does."""
         write_json(self.summary_path, summary)
+
+    def is_finished(self) -> bool:
+        """Whether the run has left its summary, the last thing that it writes."""
+        return self.summary_path.is_file()
+
+    def reopen(self, config: Mapping[str, Any] | None) -> None:
+        """The run goes on, by `config` from now on if one is given: it is not finished any more.
+
+        Raises UsageError if the folder cannot be written, TrainingError if the disk is full.
+        """
+        if config is not None:
+            write_yaml(self.config_path, dict(config))
+        try:
+            self.summary_path.unlink(missing_ok=True)
+        except OSError as error:
+            raise explain_os_error(error, self.summary_path) from error
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint taken after `step` steps belongs."""
@@ -267,8 +297,12 @@ class RunFolder:
             for path in sorted(self._replaced.iterdir(), key=lambda path: path.name == self.config_path.name):
                 os.replace(path, self.path / path.name)
             self._replaced.rmdir()
-        if not any(self.path.iterdir()):
-            self.path.rmdir()
+        if not self._holds_something():
+            with suppress(OSError):  # whoever holds the folder deletes it
+                self.path.rmdir()
+
+    def _holds_something(self) -> bool:
+        return self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
 
 
 def _delete(path: Path) -> None:

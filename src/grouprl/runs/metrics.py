@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from grouprl.errors import UsageError
-from grouprl.runs.files import AppendedFile, read_bytes, whole_lines
+from grouprl.runs.files import AppendedFile, is_marked, read_bytes, tell_changed, whole_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,10 +35,12 @@ class MetricsLog:
         self.path = Path(path)
         self._file = AppendedFile(self.path)
         self._columns: list[str] = []
+        self._n_rows = 0
         if self.path.exists():
             data = read_bytes(self.path, _WHAT)
-            self._columns, _ = _parse(self.path, whole_lines(data))
-            self._file.drop_torn_line(data)
+            self._columns, rows = _parse(self.path, whole_lines(data))
+            self._n_rows = len(rows)
+            self._file.take_up(data)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -51,6 +53,34 @@ class MetricsLog:
         if new:
             self._rewrite([*self._columns, *new], self._rows())
         self._file.append(_to_csv([[_format(row.get(column)) for column in self._columns]]))
+        self._n_rows += 1
+
+    def mark(self) -> dict[str, Any]:
+        """What the file holds now, for a checkpoint: `resume` goes back to it."""
+        return {"columns": len(self._columns), "rows": self._n_rows, **self._file.mark()}
+
+    def resume(self, step: int, mark: Mapping[str, Any] | None) -> bool:
+        """Go back to what the file was at the checkpoint of `step`, which holds `mark`; older ones hold none.
+
+        If the file does not begin with that any more, this is said and rows of later steps are dropped. Returns whether
+        it does.
+        """
+        if mark is not None and self._cut_back(mark):
+            return True
+        if mark is not None:
+            tell_changed(self.path, step)
+        self.truncate_after("step", step)
+        return mark is None
+
+    def _cut_back(self, mark: Mapping[str, Any]) -> bool:
+        rows = [row[: mark["columns"]] for row in self._rows()[: mark["rows"]]]
+        columns = self._columns[: mark["columns"]]
+        data = _to_csv([columns, *rows]).encode() if columns else b""
+        if not is_marked(data, mark):
+            return False
+        if len(data) < self._file.mark()["bytes"]:
+            self._rewrite(columns, rows)
+        return True
 
     def truncate_after(self, key: str, value: float) -> None:
         """Drop the rows whose `key` exceeds `value`; a blank never does. A log without rows has nothing to drop.
@@ -84,9 +114,10 @@ class MetricsLog:
 
     def _rewrite(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         blank = [""] * len(columns)
-        text = _to_csv([columns, *([*row, *blank][: len(columns)] for row in rows)])
+        table = [columns, *([*row, *blank][: len(columns)] for row in rows)]
+        text = _to_csv(table) if columns else ""
         self._file.replace(text.encode())
-        self._columns = list(columns)
+        self._columns, self._n_rows = list(columns), len(table) - 1
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]:

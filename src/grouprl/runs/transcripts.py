@@ -15,7 +15,15 @@ from types import TracebackType
 from typing import Any
 
 from grouprl.errors import UsageError
-from grouprl.runs.files import AppendedFile, plain_number, read_bytes, whole_lines, write_text
+from grouprl.runs.files import (
+    AppendedFile,
+    is_marked,
+    plain_number,
+    read_bytes,
+    tell_changed,
+    whole_lines,
+    write_text,
+)
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -62,7 +70,7 @@ class TranscriptWriter:
         self.path = Path(path)
         self._file = AppendedFile(self.path)
         if self.path.exists():
-            self._file.drop_torn_line(read_bytes(self.path, _WHAT))
+            self._file.take_up(read_bytes(self.path, _WHAT))
 
     def append(self, transcripts: Iterable[Transcript]) -> None:
         """Write the samples of a step and hand them to the operating system, so that a crash loses none.
@@ -71,6 +79,30 @@ class TranscriptWriter:
         """
         lines = (json.dumps(_plain(asdict(t)), ensure_ascii=False, allow_nan=False) + "\n" for t in transcripts)
         self._file.append("".join(lines))
+
+    def mark(self) -> dict[str, Any]:
+        """What the file holds now, for a checkpoint: `resume` goes back to it."""
+        return self._file.mark()
+
+    def resume(self, step: int, mark: Mapping[str, Any] | None) -> None:
+        """Go back to what the file was at the checkpoint of `step`, which holds `mark`; older ones hold none.
+
+        If the file does not begin with that any more, this is said and the samples of later steps are dropped.
+        """
+        if mark is not None and self._cut_back(mark):
+            return
+        if mark is not None:
+            tell_changed(self.path, step)
+        self.truncate_after(step)
+
+    def _cut_back(self, mark: Mapping[str, Any]) -> bool:
+        data = read_bytes(self.path, _WHAT) if self.path.exists() else b""
+        begin = data[: mark["bytes"]]
+        if not is_marked(begin, mark):
+            return False
+        if len(begin) < len(data):
+            self._file.replace(begin)
+        return True
 
     def truncate_after(self, step: int) -> None:
         """Drop the samples of later steps: those of a run that resumes from a checkpoint of `step`."""

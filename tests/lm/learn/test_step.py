@@ -18,7 +18,7 @@ from test_loss import by_formula
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
-from grouprl.learning.parameters import FlatParameters
+from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.samples import Samples, split_into_steps
 from grouprl.lm.learn.metrics import StepSums
 from grouprl.lm.learn.optimizer import make_optimizer
@@ -56,7 +56,9 @@ class Run:
     """A policy with its parameters and optimizer."""
 
     def __init__(self, model, ref_model=None, **settings) -> None:
-        self.parameters = FlatParameters(model, decayed_first=True)
+        self.parameters = TrainedParameters(model)
+        self._writing = self.parameters.written_in_place()
+        self._writing.__enter__()
         self.policy: Policy = policy(model, ref_model, **{"learning_rate": 1e-2, **settings})
         self.config: GRPOConfig = self.policy.config
         self.optimizer = make_optimizer(self.parameters, self.config)
@@ -77,8 +79,8 @@ class Run:
 
     def perturb(self) -> None:
         """As if some steps had been taken."""
-        noise = torch.randn(self.parameters.vector.shape, generator=torch.Generator().manual_seed(9))
-        self.parameters.vector.data.add_(0.02 * noise)
+        noise = torch.randn(self.parameters.size, generator=torch.Generator().manual_seed(9))
+        self.parameters.load(self.parameters.values() + 0.02 * noise)
 
 
 @torch.no_grad()
@@ -192,13 +194,13 @@ def test_truncated_samples_can_be_left_out_and_still_count_as_samples() -> None:
 )
 def test_a_step_with_nothing_to_learn_from_has_a_gradient_of_0(of: Samples) -> None:
     run = Run(build("llama"), mask_truncated_completions=True)
-    before = run.parameters.vector.clone()
+    before = run.parameters.values()
     run.parameters.gradient.fill_(7.0)
     step = run.step(of)
     step.remember_old()
     metrics = run.take(step, remember=True)
     assert (metrics["loss"], metrics["grad_norm"]) == (0.0, 0.0)
-    assert torch.equal(run.parameters.vector, before)
+    assert torch.equal(run.parameters.values(), before)
 
 
 # --- several steps on one generation ----------------------------------------------------------------------------------
@@ -363,12 +365,12 @@ def test_the_gradient_is_clipped_to_the_bound_and_its_norm_is_that_of_before() -
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_has_moved(value: float) -> None:
     run = Run(build("llama"), skip_zero_advantage=False)
-    before = run.parameters.vector.clone()
+    before = run.parameters.values()
     advantages = ADVANTAGES.clone()
     advantages[3] = value
     with pytest.raises(TrainingError, match="not finite"):
         run.take(run.step(samples(advantages)))
-    assert torch.equal(run.parameters.vector, before)
+    assert torch.equal(run.parameters.values(), before)
     assert not run.optimizer.state
 
 
@@ -406,7 +408,7 @@ def test_a_divergence_in_the_reward_is_no_term_of_the_loss() -> None:
 def test_an_adapter_on_a_base_of_low_precision_learns_in_full_precision() -> None:
     model = adapted(build("llama").to(torch.bfloat16), init_lora_weights=False)
     run, of = Run(model), samples()
-    assert run.parameters.vector.dtype == torch.float32
+    assert run.parameters.gradient.dtype == torch.float32
     assert run.policy.precision.dtype == torch.bfloat16
     wide = copy.deepcopy(model).float()
     wanted = naive_gradient(wide, run.config, of, naive_values(wide), None)
@@ -453,7 +455,7 @@ def test_master_weights_of_low_precision_learn() -> None:
     before = naive_values(wide)
     for _ in range(3):
         metrics = run.take(step)
-    assert run.parameters.vector.dtype == torch.bfloat16
+    assert run.parameters.gradient.dtype == torch.bfloat16
     assert all(math.isfinite(value) for value in metrics.values())
     gain = (naive_values(copy.deepcopy(model).float()) - before) * of.advantages
     assert float(gain.sum()) > 0  # good completions have become likelier, bad ones less

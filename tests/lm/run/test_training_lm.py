@@ -187,6 +187,53 @@ def test_a_finished_run_is_only_made_longer(finished: Path, tmp_path: Path) -> N
     assert result.summary["total_steps"] == 8
 
 
+@pytest.mark.parametrize(
+    "place", ["training.HeldOutEvaluation.on_train_end", "training.leave_results", "report.write_html"]
+)
+def test_a_run_killed_after_its_last_step_is_finished_by_resume(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    out = tmp_path / "run"
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"grouprl.lm.run.{place}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    assert not (out / "summary.json").exists()
+    resumed = training.resume(out, progress_bar=False)
+    assert rows(out) == rows(finished)
+    assert (out / "transcripts.jsonl").read_text() == (finished / "transcripts.jsonl").read_text()
+    assert equal(final_weights(out), final_weights(finished))
+    summary = json.loads((finished / "summary.json").read_text())
+    assert resumed.summary is not None
+    for key in ("accuracy_before", "accuracy_after", "reward_after", "total_steps"):
+        assert resumed.summary[key] == summary[key]
+    assert (out / "transcripts.html").exists()
+    with pytest.raises(UsageError, match="has done all of its 6 steps"):
+        training.resume(out)
+
+
+def test_a_longer_run_that_is_killed_keeps_its_new_length(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grouprl.lm.train.loop.optimizer_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training.resume(out, steps=8, progress_bar=False)
+    result = training.resume(out, progress_bar=False)
+    assert result.summary is not None
+    assert result.summary["total_steps"] == 8
+
+
 def test_a_run_with_an_adapter_goes_on_exactly_and_can_be_evaluated(tmp_path: Path, stopping: Any) -> None:
     adapter = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
     given = {"lora": adapter, "config": {"learning_rate": 1e-2}}

@@ -1,4 +1,4 @@
-"""The optimizer of language models: AdamW over one vector, its schedule, and its state in a checkpoint."""
+"""The optimizer of language models: AdamW, its schedule, and its state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.learning.parameters import FlatParameters
+from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.settings.config import GRPOConfig
 
 
-def make_optimizer(parameters: FlatParameters, config: GRPOConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), fused, over the flat vector."""
-    decayed, others = parameters.slices()
+def make_optimizer(parameters: TrainedParameters, config: GRPOConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), fused. Weights of two dimensions or more decay, others do not."""
+    decayed, others = ([p for p in parameters.tensors if (p.dim() >= 2) is large] for large in (True, False))
     groups: list[dict[str, Any]] = [
         {"params": part, "weight_decay": decay}
         for part, decay in ((decayed, config.weight_decay), (others, 0.0))
@@ -22,7 +22,7 @@ def make_optimizer(parameters: FlatParameters, config: GRPOConfig) -> torch.opti
     ]
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-        fused=parameters.vector.is_floating_point() and parameters.vector.device.type in ("cpu", "cuda"),
+        fused=parameters.tensors[0].device.type in ("cpu", "cuda"),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grouprl.learning.gradient_step import gradient_step
-from grouprl.learning.parameters import FlatParameters
+from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.learn.metrics import StepSums, cut_metrics, sums_of
 from grouprl.lm.policy.log_probs import MicroBatch, steps_of
@@ -134,7 +134,7 @@ class Mismatch:
 
 
 def optimizer_step(
-    step: Step, parameters: FlatParameters, optimizer: Any, *, remember: bool, on_gradient: Callable[[], None]
+    step: Step, parameters: TrainedParameters, optimizer: Any, *, remember: bool, on_gradient: Callable[[], None]
 ) -> dict[str, float]:
     """Do the optimizer step and return its metrics, in TRL's names.
 

@@ -89,6 +89,14 @@ def train(
     RunFolder(Path(out)).check_free(overwrite)
     if "output_dir" in recipe.config:
         raise UsageError(f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out")
+    with RunFolder(Path(out)).locked():
+        return _train(recipe, out, overwrite, progress_bar, announce)
+
+
+def _train(
+    recipe: Recipe, out: str | os.PathLike[str], overwrite: bool, progress_bar: bool | None,
+    announce: Callable[[RunFolder], None] | None,
+) -> RunResult:  # fmt: skip
     config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar)
     check_trackers(config.report_to)
     data = load_task_data(recipe)
@@ -109,35 +117,49 @@ def train(
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
     """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
 
+    A run that was stopped after its last step and before it left its summary is finished.
+
     Args:
         steps: a new total, to make a finished run longer. progress_bar: as in :func:`train`.
 
-    Raises UsageError: no run folder, no checkpoint, or a run that is already finished.
+    Raises UsageError: no run folder, no checkpoint, a run that is already finished or that another process works on.
     """
     refuse_several_processes()
     folder = RunFolder.open(path)
     hide_file_bars()
+    with folder.locked():
+        return _resume(folder, steps, progress_bar)
+
+
+def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> RunResult:
     saved = folder.read_config()
     try:
         recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]})
         config = _settings(saved["config"], folder.path, progress_bar)
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of a language-model run ({error})") from None
+    if steps is not None:
+        config = config.replace(max_steps=steps)
     newest = checkpoint.latest(folder.path)
     if newest is None:
         useless = ", ".join(path.name for path in checkpoint.existing(folder.path))
         content = f"only {useless}, without a state that can be read" if useless else "no checkpoint"
         raise UsageError(f"{folder.path} holds {content}, so there is nothing to resume; train anew with another --out")
     done = int(newest.name.rpartition("-")[2])
-    if steps is not None:
-        config = config.replace(max_steps=steps)
-    if config.max_steps > 0 and done >= config.max_steps:
+    if 0 < config.max_steps <= done and folder.is_finished():
         raise UsageError(f"{folder.path} has done all of its {done} steps; give a larger total with --steps")
     data = load_task_data(recipe)
     # The checkpoint has the warm weights, unless it holds an adapter alone; a reference begins with them too.
     warm = recipe.lora is not None or config.beta > 0
     trainer = build(recipe if warm else recipe.changed({"warm_start": None}), config, data)
+    folder.reopen(None if steps is None else _lengthened(saved, steps))
     return _run(folder, recipe, trainer, data, progress_bar, resume_from=newest)
+
+
+def _lengthened(saved: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The config.yaml of a run that shall do so many steps."""
+    recipe = {**saved["recipe"], "config": {**saved["recipe"].get("config", {}), "max_steps": steps}}
+    return {**saved, "recipe": recipe, "config": {**saved["config"], "max_steps": steps}}
 
 
 def build(recipe: Recipe, config: GRPOConfig, data: TaskData) -> GRPOTrainer:

@@ -19,7 +19,7 @@ from grouprl.lm.train import best_model, checkpoint
 from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.sinks import Counters, Metrics, Recording, Sink, Transcripts, open_sinks
-from grouprl.runs.files import explain_os_error
+from grouprl.runs.lock import locked
 
 
 class Bookkeeper:
@@ -62,15 +62,12 @@ class Bookkeeper:
     def begin(self, total: int, updates_per_epoch: int | None, done: int, scheduler: Any) -> None:
         """Start a run of ``total`` steps, of which ``done`` are taken; a stream (None) is one epoch.
 
-        Raises UsageError if the settings do not fit so many steps, or something cannot be recorded.
+        Raises UsageError if the settings do not fit so many steps, something cannot be recorded, or another process
+        works in the output folder.
         """
         from transformers.trainer_callback import TrainerState
 
         config, folder = self.config, self.setup.output_dir
-        try:
-            folder.mkdir(parents=True, exist_ok=True)  # callbacks expect to find it
-        except OSError as error:
-            raise explain_os_error(error, folder) from error
         self.state, self._sums, self._newest = TrainerState(), {}, {}
         self.counters = Counters()
         self.state.max_steps = total
@@ -81,10 +78,11 @@ class Bookkeeper:
         best_model.check_intervals(config, self.state)
         self.state.num_train_epochs = config.num_train_epochs
         self._updates_per_epoch = total if updates_per_epoch is None else updates_per_epoch
-        self._epoch_begun = False
+        self._epoch_begun = self._epoch_open = False
         self.control.should_training_stop = False
         self.handler.lr_scheduler = scheduler
         self.close()
+        self._stack.enter_context(locked(folder))  # and make it: callbacks expect to find it
         for sink in open_sinks(self.setup, self.recording, self.counters, total, done):
             self._stack.callback(sink.close)
             self._sinks.append(sink)
@@ -136,6 +134,14 @@ class Bookkeeper:
         self._epoch_begun = False
         self.event("on_epoch_end")
         return True
+
+    def ends_epoch_late(self) -> bool:
+        """Whether the checkpoint that the run goes on from was written with the last step of an epoch.
+
+        It was written before callbacks heard of the end of that epoch, so they are told now.
+        """
+        is_open, self._epoch_open = self._epoch_open, False
+        return is_open and self.ends_epoch()
 
     def flush(self) -> None:
         """Record what is held back of the last step."""
@@ -214,7 +220,9 @@ class Bookkeeper:
         return {
             "state": checkpoint.trainer_state(self.state), "counters": self.counters.to_dict(),
             "sums": {key: list(value) for key, value in self._sums.items()},
+            "epoch_open": self._epoch_begun,
             "transcribed": transcripts is not None and transcripts.up_to_date,
+            "files": {type(sink).__name__: mark for sink in self._sinks if (mark := sink.mark()) is not None},
         }  # fmt: skip
 
     def load(self, saved: dict[str, Any], samples: Samples | None) -> None:
@@ -231,7 +239,9 @@ class Bookkeeper:
         vars(self.counters).update(vars(Counters.from_dict(saved["counters"])))  # the sinks hold this very object
         if samples is not None:
             self.samples = samples
-        self._tell(lambda sink: sink.resume(self.state.global_step))
+        self._epoch_open = saved.get("epoch_open", False)
+        marks = saved.get("files", {})
+        self._tell(lambda sink: sink.resume(self.state.global_step, marks.get(type(sink).__name__)))
         transcripts = self._transcripts()
         if transcripts is not None:
             transcripts.take_up(samples, saved["transcribed"])

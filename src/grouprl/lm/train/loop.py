@@ -98,7 +98,8 @@ class Run:
     def go(self) -> TrainOutput:
         """Step until the end, or until a callback stops it."""
         try:
-            return self._go()
+            with self.setup.parameters.written_in_place():
+                return self._go()
         finally:
             self.book.close()
 
@@ -108,9 +109,13 @@ class Run:
         book.event("on_train_begin")
         if self.config.eval_on_start and book.state.global_step == 0:
             self.evaluate()
+        if book.ends_epoch_late():
+            self._do_as_asked()
+            book.flush()
         while book.state.global_step < self.total and not book.control.should_training_stop:
             book.before_step()
             began_step = time.perf_counter()
+            self.setup.parameters.check()
             metrics, samples = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
             book.after_step(metrics, samples)
@@ -118,6 +123,7 @@ class Run:
             if book.ends_epoch():
                 self._do_as_asked()
             book.flush()
+        self.setup.parameters.check()
         if self.config.load_best_model_at_end:
             best_model.load_best(self.setup, book.state)
         seconds = time.perf_counter() - began

@@ -12,7 +12,7 @@ import torch
 
 from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
-from grouprl.learning.parameters import FlatParameters
+from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.learn.optimizer import make_optimizer
 from grouprl.lm.models.load import load
 from grouprl.lm.models.restore import load_weights
@@ -45,7 +45,7 @@ class Setup:
     model: Any
     tokenizer: Any
     policy: Policy
-    parameters: FlatParameters
+    parameters: TrainedParameters
     optimizer: Any
     default_optimizer: bool
     own_scheduler: Any
@@ -79,7 +79,7 @@ def make_setup(
     if not eval_prompts and (config.eval_strategy != "no" or config.eval_on_start):
         setting = "eval_on_start=True" if config.eval_strategy == "no" else f"eval_strategy={config.eval_strategy!r}"
         raise UsageError(f"{setting} needs an eval_dataset; give one to GRPOTrainer, or leave the setting out")
-    parameters = FlatParameters(model, decayed_first=True)
+    parameters = TrainedParameters(model)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
     policy = Policy(model, tokenizer, config, ref_model)
@@ -155,7 +155,7 @@ def _configuration(args: Any) -> GRPOConfig:
     return args.in_use()
 
 
-def _check_optimizer(optimizer: Any, parameters: FlatParameters) -> None:
+def _check_optimizer(optimizer: Any, parameters: TrainedParameters) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
             f"optimizers holds {optimizer!r}, which is no optimizer; give torch.optim.SGD(...) or the like"

@@ -18,6 +18,7 @@ from grouprl.runs import MetricsLog, Progress, Tracker, make_trackers, read_metr
 from grouprl.runs.transcripts import TranscriptWriter
 
 Metrics = dict[str, float]
+Mark = Mapping[str, Any]
 
 _log = logging.getLogger("grouprl")
 
@@ -94,8 +95,12 @@ class Sink:
     def flush(self) -> None:
         """Nothing more will come of this step; a checkpoint may follow."""
 
-    def resume(self, step: int) -> None:
-        """The run goes on from a checkpoint of ``step``."""
+    def mark(self) -> Mark | None:
+        """What the file of this sink holds now, for a checkpoint; None if it has none."""
+        return None
+
+    def resume(self, step: int, mark: Mark | None) -> None:
+        """The run goes on from a checkpoint of ``step``, which holds ``mark``."""
 
     def close(self) -> None:
         """The run has ended."""
@@ -146,7 +151,12 @@ class MetricsFile(Sink):
             self.file.append(self._row)
         self._row = {}
 
-    def resume(self, step: int) -> None:
+    def mark(self) -> Mark:
+        return self.file.mark()
+
+    def resume(self, step: int, mark: Mark | None) -> None:
+        if mark is not None and self.file.resume(step, mark):
+            return
         self.file.truncate_after("step", step)
         recorded = read_metrics(self.file.path).get("step", ()) if self.file.path.exists() else ()
         missing = sorted(set(range(step + 1)) - {int(row) for row in recorded if row == row})
@@ -195,8 +205,11 @@ class Transcripts(Sink):
             self._written, n = self._samples, whole_groups(self._samples, self.config.transcripts)
             self.writer.append(transcripts_of(self._samples, self.names, step, n))
 
-    def resume(self, step: int) -> None:
-        self.writer.truncate_after(step)
+    def mark(self) -> Mark:
+        return self.writer.mark()
+
+    def resume(self, step: int, mark: Mark | None) -> None:
+        self.writer.resume(step, mark)
 
     def close(self) -> None:
         self.writer.close()

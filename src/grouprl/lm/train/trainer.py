@@ -20,6 +20,7 @@ from grouprl.lm.train.setup import make_setup, read_eval_prompts, read_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
 from grouprl.machine.memory import renew_freed_memory, use_huge_pages
 from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 
 
@@ -55,6 +56,7 @@ class GRPOTrainer(ScriptMethods):
     Raises UsageError, before anything is trained, for whatever cannot work.
     """
 
+    @torch_defaults()
     def __init__(
         self,
         model: Any,
@@ -88,6 +90,7 @@ class GRPOTrainer(ScriptMethods):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
+    @torch_defaults()
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train until ``max_steps`` or ``num_train_epochs``.
 
@@ -99,6 +102,7 @@ class GRPOTrainer(ScriptMethods):
             UsageError: there is no dataset or no checkpoint, or a reward function is at fault.
             TrainingError: a reward function failed or a number stopped being finite; checkpoints stay as they are.
         """
+        self.parameters.check()
         resumed = self._checkpoint_to_resume(resume_from_checkpoint)
         return Run(self.setup, self.book, self.evaluate, resumed).go()
 
@@ -123,6 +127,7 @@ class GRPOTrainer(ScriptMethods):
 
     # --- evaluation, prediction, saving ------------------------------------------------------------------------------
 
+    @torch_defaults()
     def evaluate(
         self, eval_dataset: Any = None, metric_key_prefix: str = "eval", *, greedy: bool = False
     ) -> dict[str, float]:
