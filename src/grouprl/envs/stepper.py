@@ -130,6 +130,7 @@ class Stepper:
                 return None
             named = playing & np.asarray(self._info.get("_action_mask", playing))
             mask = self._masks_in_info(given, named)
+        mask = mask.copy()  # it may be the environment's, which is used again
         mask[~named] = True
         self.actions.distribution.check_mask(mask)
         return mask
