@@ -77,8 +77,8 @@ def test_every_type_of_weights_trains_as_float32_does_or_is_refused(
         return
     found = trained(tmp_path / "one", kind, peft_config, mixed, **PATHS[path])
     wanted = trained(tmp_path / "two", torch.float32, peft_config, False, **PATHS[path])
-    # A token drawn near a border may be another in bfloat16, and the gradient with it.
-    assert found == pytest.approx(wanted, rel=0.1 if kind == torch.bfloat16 else 1e-3)
+    # Products may run in bfloat16. A token drawn near a border may be another there, and the gradient with it.
+    assert found == pytest.approx(wanted, rel=0.1 if kind == torch.bfloat16 else 0.01)
 
 
 @pytest.mark.parametrize("spelling", ["float16", "torch.float16", torch.float16])

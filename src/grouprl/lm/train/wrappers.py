@@ -53,4 +53,4 @@ def _inside(module: nn.Module) -> nn.Module | None:
     if compiled is not None:
         return compiled
     parallel = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
-    return module.module if parallel else None
+    return module._modules["module"] if parallel else None
