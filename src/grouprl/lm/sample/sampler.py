@@ -263,14 +263,16 @@ class Sampler:
     def _try(self, recorder: GraphRecorder | None = None) -> Tensor:
         """Logits ``[3, 4, V]`` of three decode steps of four rows, which continue two short prompts."""
         device = self.backbone.device
-        out = torch.empty(3, 4, self.backbone.head.weight.shape[0], device=device)
+        vocabulary = self.backbone.head.weight.shape[0]  # of two tokens at least
+        out = torch.empty(3, 4, vocabulary, device=device)
         with self._sampling():
-            decoder, _ = self._read([[1, 2, 3, 4], [2, 1]], 2, len(out))
+            prompts = [[token % vocabulary for token in prompt] for prompt in ((1, 2, 3, 4), (2, 1))]
+            decoder, _ = self._read(prompts, 2, len(out))
             token, position = torch.empty(4, dtype=torch.int64, device=device), decoder.lengths.repeat_interleave(2)
             logits = torch.empty_like(out[0])
             step = Repeated(lambda: logits.copy_(decoder.step(token, position)), recorder, self._not_recorded)
             for i in range(len(out)):
-                token.copy_(torch.tensor([3, 0, 1, 4]).roll(i))
+                token.copy_((torch.tensor([3, 0, 1, 4]) % vocabulary).roll(i))
                 decoder.reserve()
                 step()
                 out[i] = logits
