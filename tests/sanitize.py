@@ -1,7 +1,7 @@
 """Run the tests of compiled code with sanitizers that see any byte beyond an array, and any undefined operation.
 
-Usage: python tests/sanitize.py [arguments of pytest]. Needs gcc with libasan and libubsan. First two faults are planted,
-which must be found: otherwise nothing would be looked at.
+Usage: python tests/sanitize.py [arguments of pytest]. Needs gcc with libasan and libubsan. First two faults are
+planted, which must be found: otherwise nothing would be looked at.
 """
 
 from __future__ import annotations
