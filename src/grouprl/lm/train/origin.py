@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, short
 from grouprl.lm.fingerprint import digest
-from grouprl.lm.prompts import short
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.setup import Setup
 
