@@ -569,7 +569,6 @@ def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureF
     made = GRPOTrainer(
         model, REVERSE.reward, args, ROWS, None, tokenizer, quantization_config=None, peft_config=None, tools=None
     )
-    args.max_steps = 50  # too late
     result = made.train(resume_from_checkpoint=args.resume_from_checkpoint)
     step, loss, numbers = result
     assert (step, loss, numbers["epoch"]) == (2, result.training_loss, 0.1)
@@ -721,7 +720,7 @@ def test_resuming_without_a_checkpoint_says_where_it_looked(tmp_path: Path) -> N
 
 def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, callbacks=[Stop(2)]).train()
-    with pytest.raises(UsageError, match="same dataset"):
+    with pytest.raises(UsageError, match="its train_dataset has 40 rows, here it has 9"):
         trainer(tmp_path, rows=ROWS[:9]).train(resume_from_checkpoint=True)
 
 

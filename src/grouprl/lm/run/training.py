@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.importing import load_function
 from grouprl.lm.generate.collect import ScoredGroups
 from grouprl.lm.models.find import SMOLLM2
 from grouprl.lm.run import recipe as recipes
@@ -22,7 +23,6 @@ from grouprl.lm.run.models import adapter, hide_file_bars, initial_model, load_t
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.report import leave_results
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.tasks.importing import load_function
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
 from grouprl.lm.train.setup import read_prompts
@@ -31,6 +31,7 @@ from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import RunFolder
+from grouprl.runs.files import user_path
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
 from grouprl.runs.transcripts import TranscriptWriter
@@ -86,10 +87,10 @@ def train(
     if steps is not None:
         changes["max_steps"] = steps
     recipe = (source if isinstance(source, Recipe) else recipes.load(source)).changed(changes)
-    RunFolder(Path(out)).check_free(overwrite)
+    RunFolder(user_path(out)).check_free(overwrite)
     if "output_dir" in recipe.config:
         raise UsageError(f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out")
-    with RunFolder(Path(out)).locked():
+    with RunFolder(user_path(out)).locked():
         return _train(recipe, out, overwrite, progress_bar, announce)
 
 
@@ -101,7 +102,7 @@ def _train(
     check_trackers(config.report_to)
     data = load_task_data(recipe)
     trainer = build(recipe, config, data)
-    described = recipe.to_dict() | {"config": {**recipe.config, "seed": config.seed}} | _absolute(recipe)
+    described = recipe.changed({"seed": config.seed}).to_dict() | _absolute(recipe)
     folder = RunFolder.create(
         out,
         {"grouprl": version("grouprl"), "arena": "lm", "task": recipe.task, "seed": config.seed,
@@ -134,8 +135,8 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
 def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> RunResult:
     saved = folder.read_config()
     try:
-        recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]})
-        config = _settings(saved["config"], folder.path, progress_bar)
+        recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]}).with_secrets()
+        config = _settings(saved["config"], folder.path, progress_bar).with_secrets()
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of a language-model run ({error})") from None
     if steps is not None:
@@ -181,9 +182,9 @@ def _absolute(recipe: Recipe) -> dict[str, str]:
     """The recipe's files and folders, found from wherever the run is resumed or evaluated."""
     files = {name: file for name in ("task", "eval_data") if (file := getattr(recipe, name) or "").endswith(".jsonl")}
     # tiny and smollm2 are no folders, whatever is there
-    if recipe.model not in ("tiny", SMOLLM2) and Path(recipe.model).exists():
+    if recipe.model not in ("tiny", SMOLLM2) and user_path(recipe.model).exists():
         files["model"] = recipe.model
-    return {name: str(Path(file).absolute()) for name, file in files.items()}
+    return {name: str(user_path(file).absolute()) for name, file in files.items()}
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
 
 def _settings(values: Mapping[str, Any], out: str | os.PathLike[str], progress_bar: bool | None) -> GRPOConfig:
     bar = {} if progress_bar is None else {"disable_tqdm": not progress_bar}
-    return GRPOConfig(**{**values, **bar, "output_dir": os.fspath(out)})
+    return GRPOConfig(**{**values, **bar, "output_dir": str(user_path(out))})
 
 
 _LOGGING = ("logging_strategy", "logging_steps", "logging_first_step")
@@ -245,16 +246,16 @@ def evaluate(
 
     Raises UsageError if there is no such run, it left no model yet, or the file exists.
     """
-    if answers is not None and Path(answers).exists():
+    if answers is not None and user_path(answers).exists():
         raise UsageError(f"{answers} exists; name another file for the answers")
     folder = RunFolder.open(path)
     hide_file_bars()
-    recipe = recipes.load(folder.path)
+    recipe = recipes.load(folder.path).with_secrets()
     if n is not None and n < 1:
         raise UsageError(f"cannot evaluate on {n} held-out prompts; ask for at least 1")
     if n is not None and not recipe.task.endswith(".jsonl"):
         recipe = recipe.changed({"n_eval": n})
-    config = _settings(folder.read_config()["config"], folder.path, False)
+    config = _settings(folder.read_config()["config"], folder.path, False).with_secrets()
     data = load_task_data(recipe)
     model, tokenizer = load_trained(folder, recipe, config, data.task)
     config = config.replace(
