@@ -11,7 +11,8 @@ from gymnasium import Space
 
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.space_json import space_from_json, space_to_json
-from grouprl.errors import UsageError
+from grouprl.errors import DamagedFileError
+from grouprl.runs.state import taking_up
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,20 @@ class Description:
             settings: override the saved ones.
 
         Raises:
-            UsageError: ``meta`` describes no agent, or a setting is not allowed.
+            UsageError: ``meta`` describes no agent (DamagedFileError), or a setting is not allowed.
         """
         missing = {"config", "observation_space", "action_space", "env_id"} - set(meta)
         if missing:
-            raise UsageError(f"{path} is not a saved environment policy (it lacks {', '.join(sorted(missing))})")
-        return cls(
-            config=make_config({**meta["config"], **settings}),
-            observation_space=space_from_json(meta["observation_space"]),
-            action_space=space_from_json(meta["action_space"]),
-            env_id=meta["env_id"],
-            env_kwargs=dict(meta["env_kwargs"]),
-            custom_network=bool(meta.get("custom_network")),
-            custom_advantage=bool(meta.get("custom_advantage")),
-            custom_surrogate=bool(meta.get("custom_surrogate")),
-            num_timesteps=int(meta["num_timesteps"]),
-        )
+            raise DamagedFileError(f"{path} is not a saved environment policy (it lacks {', '.join(sorted(missing))})")
+        with taking_up(path):
+            return cls(
+                config=make_config({**meta["config"], **settings}),
+                observation_space=space_from_json(meta["observation_space"]),
+                action_space=space_from_json(meta["action_space"]),
+                env_id=meta["env_id"],
+                env_kwargs=dict(meta["env_kwargs"]),
+                custom_network=bool(meta.get("custom_network")),
+                custom_advantage=bool(meta.get("custom_advantage")),
+                custom_surrogate=bool(meta.get("custom_surrogate")),
+                num_timesteps=int(meta["num_timesteps"]),
+            )

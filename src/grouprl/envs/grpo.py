@@ -18,7 +18,7 @@ from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.description import Description
 from grouprl.envs.loop import Loop, Metrics, Seeds
-from grouprl.envs.model_file import fill_policy, model_file
+from grouprl.envs.model_file import fill_policy, model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.vector import EnvLike, env_name, make_vector
@@ -26,7 +26,7 @@ from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
-from grouprl.objective.user_functions import TensorFunction, UserFunctions
+from grouprl.objective.user_functions import NO_USER_FUNCTIONS, TensorFunction, UserFunctions
 from grouprl.runs.progress import Progress
 from grouprl.runs.state import load_state, save_state
 
@@ -332,12 +332,13 @@ class GRPO:
             **settings: override saved settings.
 
         Raises:
-            UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
+            UsageError: no such file, a foreign or damaged one (DamagedFileError), or an environment with other spaces.
         """
         path = model_file(Path(path))
-        tensors, meta = load_state(path)
         functions = UserFunctions(advantage_function, surrogate_function)
-        agent = cls._from_file(path, tensors, meta, network, functions, settings)
+        with offering_another(path):
+            tensors, meta = load_state(path)
+            agent = cls._from_file(path, tensors, meta, network, functions, settings)
         if env is not None:
             agent.set_env(env)
         return agent
@@ -391,14 +392,28 @@ class GRPO:
         """Read what :meth:`checkpoint` wrote, ready for ``learn`` to go on.
 
         Raises:
-            UsageError: not a checkpoint, or a corrupt one.
+            UsageError: not a checkpoint, or a damaged one (DamagedFileError).
         """
-        tensors, meta = checkpoint.read(Path(path))
-        functions = UserFunctions(advantage_function, surrogate_function)
-        agent = cls._from_file(Path(path), tensors, meta, network, functions, {})
+        path = Path(path)
+        with offering_another(path):
+            return cls._from_checkpoint(path, env, network, UserFunctions(advantage_function, surrogate_function))
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        path: Path,
+        env: EnvLike | None = None,
+        network: Network | None = None,
+        functions: UserFunctions = NO_USER_FUNCTIONS,
+    ) -> GRPO:
+        tensors, meta = checkpoint.read(path)
+        agent = cls._from_file(path, tensors, meta, network, functions, {})
         agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
-        agent.loop.load(tensors, meta["state"])
-        agent.extra = meta["state"]["extra"]
+        try:
+            agent.extra = checkpoint.restore(path, agent.loop, tensors, meta)
+        except BaseException:
+            agent.close()
+            raise
         return agent
 
     def close(self) -> None:

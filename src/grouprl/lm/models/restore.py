@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import DamagedFileError, UsageError, first_line
+from grouprl.runs.manifest import check_manifest
 
 _WEIGHTS = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
@@ -27,6 +28,10 @@ def load_weights(model: Any, path: Path) -> None:
 
     Raises UsageError if the weights are missing, damaged, or those of another model.
     """
+    try:
+        check_manifest(path, all_files=False)
+    except DamagedFileError as error:
+        raise _damaged(path, error) from error
     if getattr(model, "peft_config", None) is not None:
         _load_adapter(model, path)
     else:

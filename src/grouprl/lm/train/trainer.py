@@ -14,7 +14,6 @@ from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
 from grouprl.lm.train import checkpoint, evaluation
 from grouprl.lm.train.bookkeeper import Bookkeeper
-from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.loop import Run, TrainOutput
 from grouprl.lm.train.setup import make_setup, read_eval_prompts, read_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
@@ -22,6 +21,7 @@ from grouprl.machine.memory import renew_freed_memory, use_huge_pages
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
+from grouprl.runs.folder import newest_good
 
 
 class GRPOTrainer(ScriptMethods):
@@ -95,31 +95,36 @@ class GRPOTrainer(ScriptMethods):
         """Train until ``max_steps`` or ``num_train_epochs``.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest in ``output_dir``. Training goes on as
-                if it had never stopped, in the middle of a generation too.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest good one in ``output_dir``. Training
+                goes on as if it had never stopped, in the middle of a generation too.
 
         Raises:
             UsageError: there is no dataset or no checkpoint, or a reward function is at fault.
             TrainingError: a reward function failed or a number stopped being finite; checkpoints stay as they are.
         """
         self.parameters.check()
-        resumed = self._checkpoint_to_resume(resume_from_checkpoint)
-        return Run(self.setup, self.book, self.evaluate, resumed).go()
+        return self._run(resume_from_checkpoint).go()
 
-    def _checkpoint_to_resume(self, place: bool | str | Path | None) -> Checkpoint | None:
+    def _run(self, place: bool | str | Path | None) -> Run:
         if place is None or place is False:
-            return None
-        if place is True:
-            newest = checkpoint.latest(self.setup.output_dir)
-            if newest is None:
-                raise UsageError(
-                    f"resume_from_checkpoint=True, but {self.setup.output_dir} holds no checkpoint; give its folder, "
-                    "or leave the argument out to start anew"
-                )
-            place = newest
-        saved = checkpoint.read(Path(place))
-        self.load_weights(Path(place))
-        return saved
+            return Run(self.setup, self.book, self.evaluate, None)
+        if place is not True:
+            with checkpoint.offering_another(Path(place)):
+                return self._resumed(Path(place))
+        folders = checkpoint.existing(self.setup.output_dir)
+        found = newest_good(folders, self._resumed)
+        if found is None:
+            content = "no checkpoint" + (" that can be used" if folders else "")
+            raise UsageError(
+                f"resume_from_checkpoint=True, but {self.setup.output_dir} holds {content}; give its folder, "
+                "or leave the argument out to start anew"
+            )
+        return found[1]
+
+    def _resumed(self, folder: Path) -> Run:
+        saved = checkpoint.read(folder)
+        self.load_weights(folder)
+        return Run(self.setup, self.book, self.evaluate, saved)
 
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights saved in ``folder``, as :meth:`save_model` and checkpoints write them."""
