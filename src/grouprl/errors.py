@@ -24,3 +24,12 @@ def first_line(error: BaseException) -> str:
     except Exception:  # of a class of the user's
         text = ""
     return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")
+
+
+def shown(value: object, width: int = 80) -> str:
+    """A value for a message: what ``repr`` says on one line, cut where it is long. Never raises."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of a class of the user's, or an integer of thousands of digits
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, GetCoreSchemaHandler, ValidationError, fi
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
+from grouprl.errors import shown
 from grouprl.objective import LOSSES, Objective
 
 
@@ -117,7 +118,9 @@ def explain(error: ValidationError, settings: Mapping[str, FieldInfo]) -> str:
         if problem["loc"]:
             name = str(problem["loc"][0])
             info = settings[name]
-            message = f"{name}={problem['input']!r}: {message} ({info.description}; default {info.get_default()!r})"
+            message = (
+                f"{name}={shown(problem['input'])}: {message} ({info.description}; default {info.get_default()!r})"
+            )
         if message not in lines:
             lines.append(message)
     return "; ".join(lines)

@@ -45,8 +45,7 @@ def restore(path: Path, loop: Loop, tensors: Mapping[str, Tensor], meta: Mapping
     Raises:
         DamagedFileError: something is missing there, or is not of the kind or shape that a run saves.
     """
-    like, state = loop.state()
-    del state["collector"]  # a seed may be a number or a list, and there may be none
+    like, state = loop.state_without_environments()
     with taking_up(path):
         saved = meta["state"]
         check_like(path, tensors, saved, like, state)

@@ -12,7 +12,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.stepper import Stepper
-from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector
+from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector, share_environments
 from grouprl.errors import UsageError
 from grouprl.machine.threads import single_threaded_kernels
 
@@ -129,7 +129,7 @@ def evaluate(
 
     Args:
         agent: a trained (or not) :class:`~grouprl.envs.grpo.GRPO`.
-        env: where; default: the id or callable the agent was trained on.
+        env: where; default: what the agent was trained on.
         episodes: how many.
         deterministic: greedy actions; else sampled ones.
         seed: of the starts (and of the sampled actions).
@@ -137,13 +137,12 @@ def evaluate(
     Raises:
         UsageError: no environment to make, fewer than one episode.
     """
-    target = env if env is not None else (agent.env or agent.env_id)
-    kwargs = env_kwargs if env is not None else agent.env_kwargs
-    evaluator = Evaluator(target, kwargs, n_envs=max(1, min(episodes, 100 if is_vectorised(target) else 16)))
+    target, kwargs = (env, env_kwargs) if env is not None else agent.where()
+    evaluator = Evaluator(target, kwargs, n_envs=max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16)))
     try:
         return evaluator.run(agent, episodes, deterministic, seed)
     finally:
         if isinstance(target, str) or callable(target):
             evaluator.close()
-        elif target is agent.env:
+        elif (venv := agent.get_env()) is not None and share_environments(target, venv):
             agent.restart_episodes()

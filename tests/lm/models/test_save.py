@@ -137,15 +137,52 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path) -> None:
     assert load(tmp_path / "empty")[0].num_parameters() == load(tmp_path / "a" / "b")[0].num_parameters()
 
 
-def test_a_generation_config_that_transformers_refuses_to_write_is_saved_with_sampling_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("own", "saved"),
+    [
+        ({"do_sample": False, "top_k": 50}, {"do_sample": False, "top_k": 50}),
+        ({"do_sample": False, "temperature": 0.0}, {"do_sample": False, "temperature": None}),
+        ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": None, "temperature": None, "top_p": None}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 7}, {"do_sample": True, "temperature": 0.6, "top_k": 7}),
+        ({"penalty_alpha": 0.6, "top_k": 4}, {"do_sample": None, "penalty_alpha": 0.6, "top_k": 4}),
+        ({"length_penalty": 2.0, "max_new_tokens": 5}, {"length_penalty": None, "max_new_tokens": 5}),
+        ({"num_beams": 2, "length_penalty": 2.0, "min_p": 0.1}, {"num_beams": 2, "length_penalty": 2.0, "min_p": None}),
+        ({"num_return_sequences": 2}, {"num_return_sequences": None, "do_sample": None}),
+    ],
+)
+def test_a_generation_config_keeps_its_way_of_decoding(
+    tmp_path: Path, own: dict[str, Any], saved: dict[str, Any]
+) -> None:
     model, tokenizer = build_tiny(0)
-    own = GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=[1, 2])
-    model.generation_config = own
+    model.generation_config = given = GenerationConfig(eos_token_id=[1, 2])
+    for name, value in own.items():
+        setattr(given, name, value)
+    before = given.to_dict()
     save_model(model, tokenizer, tmp_path / "m")
-    assert model.generation_config is own
-    assert not own.do_sample
+    assert model.generation_config is given
+    assert given.to_dict() == before
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "m").generation_config
+    assert {name: getattr(loaded, name) for name in saved} == saved
+    assert loaded.eos_token_id == [1, 2]
+
+
+def test_an_invalid_generation_config_does_not_cost_the_model(tmp_path: Path) -> None:
+    model, tokenizer = build_tiny(0)
+    assert model.generation_config is not None
+    model.generation_config.max_new_tokens = 0
+    with pytest.warns(UserWarning, match="max_new_tokens"):
+        save_model(model, tokenizer, tmp_path / "m")
+    saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "m").generation_config
+    assert (saved.max_new_tokens, saved.eos_token_id) == (None, model.generation_config.eos_token_id)
+
+
+def test_a_published_generation_config_is_saved_as_it_is(tmp_path: Path) -> None:
+    model, tokenizer = build_tiny(0)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": [1, 2]}')
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    save_model(model, tokenizer, tmp_path / "m")
     saved = GenerationConfig.from_pretrained(tmp_path / "m")
-    assert (saved.temperature, saved.top_p, saved.eos_token_id, saved.do_sample) == (0.6, 0.9, [1, 2], True)
+    assert (saved.temperature, saved.do_sample, saved.eos_token_id) == (0.6, None, [1, 2])
 
 
 def test_an_adapter_is_saved_alone_and_loaded_onto_its_base(base: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ def explained(
 
     try:
         yield
+    except UsageError:
+        raise
     except SafetensorError as error:
         raise UsageError(
             f"Cannot load {what}: its weights are cut short or damaged ({error}). Fetch it again."

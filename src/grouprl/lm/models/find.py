@@ -48,9 +48,26 @@ def find(source: str | os.PathLike[str], **hub: Any) -> Path:
     return _fetch(text, **hub)
 
 
-def _find_smollm2() -> Path:
+def find_local(source: str) -> Path | None:
+    """As :func:`find`, but nothing is fetched, nor the hub asked: None if it is not on this machine."""
+    if source == SMOLLM2:
+        return _whole_smollm2() or packaged_smollm2()
+    path = Path(source).expanduser()
+    if path.is_dir() or path.suffix == ".gguf":
+        return path if path.exists() else None
+    return _cached(source) if _HUB_ID.fullmatch(source) else None
+
+
+def _whole_smollm2() -> Path | None:
+    """The folder of the small model in the hub's cache, if it is there with its weights."""
     cached = _cached(SMOLLM2_HUB_ID)
-    if cached is not None and (cached / "config.json").exists() and any(cached.glob("*.safetensors")):
+    whole = cached is not None and (cached / "config.json").exists() and any(cached.glob("*.safetensors"))
+    return cached if whole else None
+
+
+def _find_smollm2() -> Path:
+    cached = _whole_smollm2()
+    if cached is not None:
         return cached
     try:
         return _fetch(SMOLLM2_HUB_ID)

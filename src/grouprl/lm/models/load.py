@@ -6,12 +6,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from grouprl.errors import UsageError, first_line
+from grouprl.lm.models.adapters import adapter_places, base_of, put_adapters_on
 from grouprl.lm.models.explain import explained
 from grouprl.lm.models.find import HUB_KEYS, SMOLLM2, SMOLLM2_HUB_ID, find
 from grouprl.lm.models.gguf import load_gguf_model, load_gguf_tokenizer
@@ -71,11 +73,13 @@ def load(
                     "(GRPOTrainer calls it processing_class)."
                 )
             tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    embedding = cast(torch.nn.Embedding, model.get_input_embeddings())
-    embedding.padding_idx = None
-    if len(tokenizer) > embedding.num_embeddings:
+    embedding: Any = model.get_input_embeddings()
+    for layer in embedding.modules():  # an adapter on the embedding is a module around it
+        if isinstance(layer, torch.nn.Embedding):
+            layer.padding_idx = None
+    if len(tokenizer) > (rows := embedding.weight.shape[0]):
         raise UsageError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {name} embeddings for {embedding.num_embeddings}. "
+            f"The tokenizer has {len(tokenizer)} tokens, the model {name} embeddings for {rows}. "
             "Pass the tokenizer that belongs to the model, or call model.resize_token_embeddings first."
         )
     return model, tokenizer
@@ -125,7 +129,7 @@ def _in_memory(model: Any, model_init_kwargs: Mapping[str, Any] | None) -> PreTr
 def _load_model(name: str, path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
     if path.suffix == ".gguf":
         model = _load_gguf(path, options)
-    elif _is_adapter(path):
+    elif adapter_places(path):
         return _load_adapter(path, options)
     else:
         model = _load_folder(name, path, options)
@@ -172,40 +176,19 @@ def _load_folder(name: str, path: Path, options: Mapping[str, Any]) -> PreTraine
 
 
 def _load_adapter(path: Path, options: Mapping[str, Any]) -> PreTrainedModel:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise UsageError(
-            f"{path} holds a PEFT adapter; loading it needs one more package: pip install peft."
-        ) from error
-    base = _base_of(path)
+    if find_spec("peft") is None:
+        raise UsageError(f"{path} holds a PEFT adapter; loading it needs one more package: pip install peft.")
+    base = base_of(path)
     model = _load_model(base, find(base), {key: value for key, value in options.items() if key not in HUB_KEYS})
     with explained(str(path), _reason(path)):
-        return cast("PreTrainedModel", PeftModel.from_pretrained(cast(Any, model), path, is_trainable=True))
-
-
-def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
-
-
-def _base_of(path: Path) -> str:
-    """The name of the model that the adapter in folder `path` belongs to."""
-    try:
-        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is no adapter's folder: its adapter_config.json names no base model.") from error
-    if not base:
-        raise UsageError(
-            f"The adapter in {path} does not say which model it belongs to; load that, then PeftModel on it."
-        )
-    return str(base)
+        return cast("PreTrainedModel", put_adapters_on(model, path))
 
 
 def _load_tokenizer(name: str, path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if _is_adapter(path) and not (path / "tokenizer_config.json").exists():
-        return load_tokenizer(_base_of(path), trust_remote_code=trust_remote_code)
+    if adapter_places(path) and not (path / "tokenizer_config.json").exists():
+        return load_tokenizer(base_of(path), trust_remote_code=trust_remote_code)
     if path.suffix == ".gguf":
         tokenizer: Any = load_gguf_tokenizer(path)
     else:

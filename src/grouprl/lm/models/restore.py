@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import DamagedFileError, UsageError, first_line
+from grouprl.lm.models.adapters import has_adapters, load_adapters
+from grouprl.lm.models.weight_files import damaged, difference, open_all
 from grouprl.runs.manifest import check_manifest
 
 _WEIGHTS = "model.safetensors"
-_ADAPTER = "adapter_model.safetensors"
 
 
 @torch.no_grad()
@@ -31,14 +32,11 @@ def load_weights(model: Any, path: Path) -> None:
     try:
         check_manifest(path, all_files=False)
     except DamagedFileError as error:
-        raise _damaged(path, error) from error
-    if getattr(model, "peft_config", None) is not None:
-        _load_adapter(model, path)
+        raise damaged(path, error) from error
+    if has_adapters(model):
+        load_adapters(model, path)
     else:
         _load_plain(model, path)
-
-
-# --- a plain model ----------------------------------------------------------------------------------------------------
 
 
 def _load_plain(model: Any, path: Path) -> None:
@@ -49,7 +47,11 @@ def _load_plain(model: Any, path: Path) -> None:
     """
     own, translated = model.state_dict(), {}
     with ExitStack() as files:
-        stored = _stored(path, files)
+        single = path / _WEIGHTS
+        shards = [single] if single.is_file() else sorted(path.glob("model-*.safetensors"))
+        if not shards:
+            raise UsageError(f"{path} holds no {_WEIGHTS}; give a checkpoint that this trainer wrote")
+        stored = open_all(shards, files)
         on_disk = {name: there for name, there in _names_on_disk(model).items() if there in stored}
 
         def value(name: str) -> Tensor:
@@ -67,9 +69,8 @@ def _load_plain(model: Any, path: Path) -> None:
             additional = unknown - own.keys()
         missing = _left(own, [*fits, *translated])
         if missing or additional:
-            raise UsageError(
-                f"{path} is the checkpoint of another model: {_difference(own, missing, shapes, additional)}"
-            )
+            said = difference(missing, additional, shapes, {name: place.shape for name, place in own.items()})
+            raise UsageError(f"{path} is the checkpoint of another model: {said}")
         first: dict[tuple[int, torch.Size], str] = {}
         for name in fits:
             other = first.setdefault(_place(own[name]), name)
@@ -91,17 +92,6 @@ def _place(value: Tensor) -> tuple[int, torch.Size]:
     return value.data_ptr(), value.shape
 
 
-def _difference(
-    own: Mapping[str, Tensor], missing: list[str], shapes: Mapping[str, list[int]], additional: set[str]
-) -> str:
-    misshaped = [name for name in missing if name in shapes]
-    absent = [name for name in missing if name not in shapes]
-    parts = [f"{name} is {shapes[name]} there and {list(own[name].shape)} here" for name in misshaped[:3]]
-    parts += [f"it lacks {_some(absent)}"] if absent else []
-    parts += [f"it has {_some(sorted(additional))} besides"] if additional else []
-    return "; ".join(parts)
-
-
 def _names_on_disk(model: Any) -> dict[str, str]:
     """What weights are called in a saved folder, by their names in the model; of those that are stored as they are.
 
@@ -115,24 +105,6 @@ def _names_on_disk(model: Any) -> dict[str, str]:
     by_identity = {id(value): name for name, value in weights.items()}
     renamed = revert_weight_conversion(model, dict(weights))
     return {by_identity[id(value)]: name for name, value in renamed.items() if id(value) in by_identity}
-
-
-def _stored(path: Path, files: ExitStack) -> dict[str, Any]:
-    """The open file of each weight in a folder."""
-    from safetensors import SafetensorError, safe_open
-
-    single = path / _WEIGHTS
-    shards = [single] if single.is_file() else sorted(path.glob("model-*.safetensors"))
-    if not shards:
-        raise UsageError(f"{path} holds no {_WEIGHTS}; give a checkpoint that this trainer wrote")
-    stored: dict[str, Any] = {}
-    try:
-        for shard in shards:
-            file: Any = files.enter_context(safe_open(shard, "pt"))
-            stored |= dict.fromkeys(file.keys(), file)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-    return stored
 
 
 def _as_transformers_reads(model: Any, path: Path) -> tuple[dict[str, Tensor], set[str]]:
@@ -150,7 +122,7 @@ def _as_transformers_reads(model: Any, path: Path) -> tuple[dict[str, Tensor], s
                 local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
         except SafetensorError as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise UsageError(f"{path} cannot be read as a {type(model).__name__}: {first_line(error)}") from error
     loaded, report = answer
@@ -174,29 +146,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
-
-
-def _damaged(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"the weights in {path} are damaged ({error}); give an older checkpoint")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-
-def _load_adapter(model: Any, path: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    file = path / _ADAPTER
-    if not file.is_file():
-        raise UsageError(f"{path} holds no {_ADAPTER}; give a checkpoint that this trainer wrote")
-    try:
-        values = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-    set_peft_model_state_dict(model, values)

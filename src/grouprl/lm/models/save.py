@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.lm.models.adapters import CONFIG, has_adapters, save_adapters
+from grouprl.lm.models.generation_config import writable_generation_config
 from grouprl.runs.files import explain_os_error
 from grouprl.runs.manifest import write_manifest
 
@@ -39,10 +40,9 @@ def save_model(
         TrainingError: the disk is full or broken.
     """
     with _atomic_folder(Path(path)) as folder:
-        if getattr(model, "peft_config", None) is not None:
-            _save_adapter(model, folder)
-        else:
-            _save_plain(model, folder)
+        save = save_adapters if has_adapters(model) else _save_plain
+        with nullcontext() if hasattr(model, "get_base_model") else writable_generation_config(model, folder):
+            save(model, folder, independent_state(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if also is not None:
@@ -69,27 +69,8 @@ def independent_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _save_plain(model: PreTrainedModel, folder: Path) -> None:
-    own = model.generation_config
-    if own is not None:
-        # Checkpoints often name a temperature without do_sample=True; Transformers reads that but refuses to write it.
-        model.generation_config = copy.deepcopy(own)
-        if any(
-            getattr(own, name, None) is not None for name in ("temperature", "top_p", "top_k", "min_p", "typical_p")
-        ):
-            model.generation_config.do_sample = True
-    try:
-        model.save_pretrained(folder, state_dict=independent_state(model))
-    finally:
-        model.generation_config = own
-
-
-def _save_adapter(model: Any, folder: Path) -> None:
-    bases = [config.base_model_name_or_path for config in model.peft_config.values()]
-    # "auto" saves embeddings that were resized, which it can tell from the base's configuration; where that is not a
-    # local folder it would ask the hub, and wait for it.
-    local = all(base and (Path(base) / "config.json").exists() for base in bases)
-    model.save_pretrained(folder, save_embedding_layers="auto" if local else False, state_dict=independent_state(model))
+def _save_plain(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
+    model.save_pretrained(folder, state_dict=state)
 
 
 @contextmanager
@@ -134,8 +115,10 @@ def _check_replaceable(path: Path) -> None:
     if not path.is_dir():
         raise UsageError(f"Cannot write a model to {path}: that is a file. Give a folder.")
     names = sorted(entry.name for entry in path.iterdir())
-    foreign = [name for name in names if not name.endswith(_OURS) and name != "additional_chat_templates"]
-    if foreign or (names and not {"config.json", "adapter_config.json"} & set(names)):
+    adapters = [name for name in names if (path / name / CONFIG).is_file()]
+    known = {*adapters, "additional_chat_templates"}
+    foreign = [name for name in names if not name.endswith(_OURS) and name not in known]
+    if foreign or (names and not adapters and not {"config.json", CONFIG} & set(names)):
         raise UsageError(
             f"Cannot write a model to {path}: the folder would be replaced, and it holds {(foreign or names)[0]}. "
             "Give another folder, such as one inside it."
