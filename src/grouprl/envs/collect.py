@@ -114,9 +114,9 @@ class Collector:
         environment fails.
         """
         seed = values["seed"]
-        self.restart(
-            [int(number) for number in seed] if isinstance(seed, list) else None if seed is None else int(seed)
-        )
+        if seed is not None:
+            seed = [int(number) for number in seed] if isinstance(seed, list) else int(seed)
+        self.restart(seed)
         if not values["replay"]:
             return
         shapes = {name: arrays[name].shape for name in ("elapsed", "episode_return")}
@@ -127,7 +127,7 @@ class Collector:
             raise ValueError(f"the actions {list(steps.shape)} are not of {self.n} environments")
         self._start()
         for actions in steps:
-            self._advance(actions)
+            self._advance(actions.copy())
             self._last_action = actions
         self._in_flight = InFlight(arrays["elapsed"].copy(), arrays["episode_return"].copy())
 
@@ -193,9 +193,8 @@ class Collector:
         if self._last_action is None or not may:
             repeat = np.zeros(self.n, bool)
         else:
-            env_actions = env_actions.copy()
             env_actions[repeat] = self._last_action[repeat]
-        self._last_action = env_actions
+        self._last_action = env_actions.copy()  # the environment may change what it gets
         return env_actions, repeat
 
     # --- one batch -----------------------------------------------------------------------------------------------
