@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from xxhash import xxh3_64
 
 from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError, first_line
-from grouprl.runs.files import atomic_path, check_file, plain_number
+from grouprl.runs.files import atomic_path, check_file, plain_number, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = user_path(path)
     meta, checksums = _read_header(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -88,7 +88,7 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises as `load_state`.
     """
-    return _read_header(Path(path))[0]
+    return _read_header(user_path(path))[0]
 
 
 def check_like(

@@ -13,7 +13,7 @@ from grouprl.lm.prompts import PromptSource
 from grouprl.lm.rewards.call import RewardFunction
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
-from grouprl.lm.train import checkpoint, evaluation
+from grouprl.lm.train import checkpoint, evaluation, origin
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.loop import Run, TrainOutput
@@ -23,6 +23,7 @@ from grouprl.machine.memory import renew_freed_memory, use_huge_pages
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
+from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
 
 
@@ -168,8 +169,9 @@ class GRPOTrainer(ScriptMethods):
         if place is None or place is False:
             return Run(self.setup, self.book, self.evaluate, None)
         if place is not True:
-            with checkpoint.offering_another(Path(place)):
-                return self._resumed(Path(place))
+            folder = user_path(place)
+            with checkpoint.offering_another(folder):
+                return self._resumed(folder)
         folders = checkpoint.existing(self.setup.output_dir)
         found = newest_good(folders, self._resumed)
         if found is None:
@@ -182,12 +184,14 @@ class GRPOTrainer(ScriptMethods):
 
     def _resumed(self, folder: Path) -> Run:
         saved = checkpoint.read(folder)
+        if "origin" in saved.meta:
+            origin.check(saved.meta["origin"], self.setup, folder)
         self.load_weights(folder)
         return Run(self.setup, self.book, self.evaluate, saved)
 
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights saved in ``folder``, as :meth:`save_model` and checkpoints write them."""
-        self.setup.load_weights(folder)
+        self.setup.load_weights(user_path(folder))
 
     # --- evaluation, prediction, saving ------------------------------------------------------------------------------
 
@@ -227,7 +231,7 @@ class GRPOTrainer(ScriptMethods):
 
         Raises UsageError if the place cannot be written, TrainingError if the disk is full.
         """
-        place = self.setup.output_dir if output_dir is None else Path(output_dir)
+        place = self.setup.output_dir if output_dir is None else user_path(output_dir)
         if place.absolute() == self.setup.output_dir.absolute():
             checkpoint.write_beside(place, self.model, self.processing_class)
         else:
