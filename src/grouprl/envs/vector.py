@@ -60,6 +60,11 @@ def make_vector(
         if vectorization not in ("auto", "sync", "async"):
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
         return _side_by_side(env, n_envs, vectorization, env_name(env))
+    if hasattr(env, "step_async") and hasattr(env, "num_envs"):
+        raise UsageError(
+            f"{shown(env)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes one "
+            f"environment, and n_envs={env.num_envs}"
+        )
     raise UsageError(
         f"cannot make environments from {shown(env)}; "
         "pass a Gymnasium id, a callable returning an Env, an Env, or a VectorEnv"
