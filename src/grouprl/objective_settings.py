@@ -56,9 +56,9 @@ ALIASES = {
     "lr": "learning_rate", "alpha": "learning_rate", "n_epochs": "epochs", "num_epochs": "epochs",
     "update_epochs": "epochs", "ent_coef": "entropy_coef", "entropy_weight": "entropy_coef",
     "batch_size": "minibatch_size", "lambda_": "gae_lambda", "lam": "gae_lambda", "discount": "gamma",
-    "num_envs": "n_envs", "grad_clip": "max_grad_norm", "clip_grad_norm": "max_grad_norm", "random_state": "seed", "random_seed": "seed", "net_arch": "hidden_sizes",
-    "activation_fn": "activation", "clip_eps": "epsilon", "clip_epsilon": "epsilon", "cliprange": "epsilon",
-    "kl_coef": "beta", "kl_coeff": "beta", "adam_eps": "adam_epsilon",
+    "num_envs": "n_envs", "grad_clip": "max_grad_norm", "clip_grad_norm": "max_grad_norm",
+    "random_state": "seed", "random_seed": "seed", "net_arch": "hidden_sizes", "activation_fn": "activation",
+    "clip_eps": "epsilon", "clip_epsilon": "epsilon", "cliprange": "epsilon", "kl_coef": "beta", "kl_coeff": "beta",
 }  # fmt: skip
 """Names that settings have elsewhere, where the nearest name by letters would be another setting."""
 
