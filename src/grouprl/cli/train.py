@@ -124,7 +124,7 @@ def _from_file(
         )
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):  # the third: no text, or no pairs
         raise UsageError(f"{path} is not the config.yaml of a run; give one that grouprl train left") from None
 
 
