@@ -117,6 +117,9 @@ class GRPOConfig(ObjectiveSettings):
     native: bool = Field(True, description="compiled network, loss and optimizer on CPUs with a C compiler")
 
     # --- run -----------------------------------------------------------------------------------------------------
+    env_timeout: float | None = Field(
+        None, gt=0, le=1e9, description="seconds that a step of the environments may take, after which the run ends"
+    )
     seed: int = Field(0, ge=0, description="of every random stream")
     device: str = Field("cpu", description="torch device of the learner")
     threads: int = Field(2, ge=1, le=64, description="threads a minibatch's gradient is shared among")

@@ -12,8 +12,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 
+from grouprl.envs.batch_checks import check_vector
 from grouprl.envs.checked import Checked
 from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, shown, unknown_id_message
 from grouprl.envs.pool import make_envpool
@@ -53,6 +54,7 @@ def make_vector(
             f"env_kwargs={shown(kwargs)} only goes with an environment id; pass a callable such as lambda: MyEnv(...)"
         )
     if isinstance(env, VectorEnv):
+        check_vector(env)
         return env
     if isinstance(env, gym.Env):
         return _side_by_side(lambda: env, 1, "sync", env_name(env))
@@ -60,10 +62,11 @@ def make_vector(
         if vectorization not in ("auto", "sync", "async"):
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
         return _side_by_side(env, n_envs, vectorization, env_name(env))
-    if hasattr(env, "step_async") and hasattr(env, "num_envs"):
+    other: Any = env
+    if hasattr(other, "step_async") and hasattr(other, "num_envs"):
         raise UsageError(
-            f"{shown(env)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes one "
-            f"environment, and n_envs={env.num_envs}"
+            f"{shown(other)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes one "
+            f"environment, and n_envs={other.num_envs}"
         )
     raise UsageError(
         f"cannot make environments from {shown(env)}; "
@@ -182,12 +185,6 @@ def is_vectorised(env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> 
         return False
     known = inspect.signature(load_env_creator(str(spec.vector_entry_point))).parameters
     return set(env_kwargs or {}) <= set(known)
-
-
-def autoreset_mode(venv: VectorEnv[Any, Any, Any]) -> AutoresetMode:
-    """The environment's autoreset mode; NEXT_STEP, Gymnasium's default, where its metadata does not say."""
-    mode = (venv.metadata or {}).get("autoreset_mode", AutoresetMode.NEXT_STEP)
-    return mode if isinstance(mode, AutoresetMode) else AutoresetMode(mode)
 
 
 def env_name(env: EnvLike) -> str:
