@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.importing import load_function
 from grouprl.lm.generate.collect import ScoredGroups
 from grouprl.lm.models.find import SMOLLM2
 from grouprl.lm.run import recipe as recipes
@@ -22,7 +23,6 @@ from grouprl.lm.run.models import adapter, hide_file_bars, initial_model, load_t
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.report import leave_results
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.tasks.importing import load_function
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
 from grouprl.lm.train.setup import read_prompts
