@@ -62,16 +62,20 @@ def make_vector(
         if vectorization not in ("auto", "sync", "async"):
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
         return _side_by_side(env, n_envs, vectorization, env_name(env))
-    other: Any = env
-    if hasattr(other, "step_async") and hasattr(other, "num_envs"):
-        raise UsageError(
-            f"{shown(other)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes one "
-            f"environment, and n_envs={other.num_envs}"
-        )
+    _refuse_foreign(env)
     raise UsageError(
         f"cannot make environments from {shown(env)}; "
         "pass a Gymnasium id, a callable returning an Env, an Env, or a VectorEnv"
     )
+
+
+def _refuse_foreign(env: Any) -> None:
+    """Raise UsageError for a vector environment of Stable-Baselines3, which has another interface."""
+    if hasattr(env, "step_async") and hasattr(env, "num_envs"):
+        raise UsageError(
+            f"{shown(env)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes one "
+            f"environment, and n_envs={env.num_envs}"
+        )
 
 
 def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
