@@ -44,6 +44,7 @@ def make_vector(
     Raises:
         UsageError: unknown id, missing extra, or arguments that do not go together.
     """
+    _refuse_foreign(env)
     kwargs = dict(env_kwargs or {})
     if isinstance(env, str):
         if vectorization == "envpool" or env.startswith("envpool:"):
@@ -62,7 +63,6 @@ def make_vector(
         if vectorization not in ("auto", "sync", "async"):
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
         return _side_by_side(env, n_envs, vectorization, env_name(env))
-    _refuse_foreign(env)
     raise UsageError(
         f"cannot make environments from {shown(env)}; "
         "pass a Gymnasium id, a callable returning an Env, an Env, or a VectorEnv"
@@ -71,10 +71,10 @@ def make_vector(
 
 def _refuse_foreign(env: Any) -> None:
     """Raise UsageError for a vector environment of Stable-Baselines3, which has another interface."""
-    if hasattr(env, "step_async") and hasattr(env, "num_envs"):
+    if hasattr(env, "step_async") and not isinstance(env, VectorEnv):
         raise UsageError(
             f"{shown(env)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes one "
-            f"environment, and n_envs={env.num_envs}"
+            f"environment, and n_envs={getattr(env, 'num_envs', '...')}"
         )
 
 
