@@ -14,6 +14,7 @@ import typer
 from grouprl.errors import GrouprlError, UsageError, shown
 from grouprl.extras import explain_missing
 from grouprl.printing import lasting_streams
+from grouprl.reading import parse_yaml
 
 app = typer.Typer(
     name="grouprl",
@@ -90,17 +91,16 @@ def _status() -> int | str | None:
 
 def assigned(pairs: list[str] | None) -> dict[str, Any]:
     """``["a=1", "b=[2, 3]"]`` as a mapping; values are read as YAML."""
-    import yaml
-
     values: dict[str, Any] = {}
     for pair in pairs or []:
         key, sign, text = pair.partition("=")
         if not sign or not key.strip():
             raise UsageError(f"cannot read {pair!r}; write KEY=VALUE, such as learning_rate=1e-3")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"cannot read the value of {pair!r}; quote it as YAML, such as \"{key}='text'\"") from None
+            value = parse_yaml(text, "the value")
+        except UsageError as error:
+            said = f"cannot read {shown(pair)}: {error}; quote it as YAML, such as \"{shown(key)[1:-1]}='text'\""
+            raise UsageError(said) from None
         values[key.strip()] = _number(value)
     return values
 

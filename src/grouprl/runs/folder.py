@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import GrouprlError, UsageError
+from grouprl.reading import read_yaml
 from grouprl.runs.files import explain_os_error, write_json, write_yaml
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
@@ -138,13 +139,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """The mapping in config.yaml. Raises UsageError if it is missing, not YAML or no mapping."""
-        import yaml
-
-        try:
-            config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"Cannot read {self.config_path}: {error}") from error
-        return _mapping(config, self.config_path)
+        return _mapping(read_yaml(self.config_path, longest=5_000_000), self.config_path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json; NaN and infinities become null. Raises as `write_json` does."""

@@ -209,7 +209,7 @@ class Unspeakable:
         ([b"1", 1.0], "of bytes"),
         ([torch.ones(1), 1.0], r"returned tensor\(\[1\.\]\) of Tensor for completion 0"),
         (torch.ones(2, device="meta"), "whose entries cannot be read"),
-        ([Unspeakable(), 1.0], "returned <Unspeakable whose repr raises ZeroDivisionError> of Unspeakable"),
+        ([Unspeakable(), 1.0], "returned a value of type Unspeakable of Unspeakable"),
     ],
 )
 def test_anything_else_is_an_error_that_names_function_and_completion(returned: Any, message: str) -> None:

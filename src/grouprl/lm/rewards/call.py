@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, short
+from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, shown
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.arguments import arguments_for, columns_of
 from grouprl.lm.rewards.event_loop import EventLoop, Late
@@ -201,7 +201,7 @@ class _Log:
             raise UsageError(f"log_metric({name!r}, ...): grouprl logs a number of that name itself; choose another")
         number = plain_float(value)
         if number is None or math.isinf(number):
-            raise TrainingError(f"log_metric({name!r}, {short(value)}): give a finite number")
+            raise TrainingError(f"log_metric({name!r}, {shown(value)}): give a finite number")
         values = self._metrics.setdefault(str(name), [])
         if not math.isnan(number):
             values.append(number)
