@@ -333,11 +333,59 @@ class TestActions:
 
     def test_a_box_without_two_finite_bounds_is_only_clipped_to_the_finite_one(self) -> None:
         inf = np.inf
-        space = spaces.Box(np.float32([-inf, 3, -inf, 0]), np.float32([inf, inf, 3, 4]))
+        space = spaces.Box(np.float32([-inf, -3, -inf, 0]), np.float32([inf, inf, 3, 4]))
         sampled = np.float32([[-9, -9, -9, -9], [9, 9, 9, 9], [0.5, 0.5, 0.5, 0.5]])
         np.testing.assert_array_equal(
-            ActionCodec(space).to_env(sampled), [[-9, 3, -9, 0], [9, 9, 3, 4], [0.5, 3, 0.5, 3]]
+            ActionCodec(space).to_env(sampled), [[-9, -3, -9, 0], [9, 9, 3, 4], [0.5, 0.5, 0.5, 3]]
         )
+
+    def test_a_component_that_cannot_be_0_is_sampled_around_its_bound(self) -> None:
+        space = spaces.Box(np.float32([100, -np.inf]), np.float32([np.inf, -7]))
+        sampled = np.float32([[-1, -1], [2, 2]])
+        np.testing.assert_array_equal(ActionCodec(space).to_env(sampled), [[100, -8], [102, -7]])
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_bounds_that_are_none_leave_the_unit_of_the_environment(self, dtype: Any) -> None:
+        largest = float(np.finfo(dtype).max)
+        if dtype == np.float16:  # its largest number is no more than a large force; what exceeds it is none
+            space = spaces.Box(-np.inf, np.inf, (2,), dtype)
+            assert ActionCodec(space).to_env(np.float32([[1, 1e6]])).tolist() == [[1, largest]]
+            return
+        space = spaces.Box(np.array([-largest, 0, -5e5]), np.array([largest, 1e6, np.inf]), dtype=dtype)
+        with pytest.warns(UserWarning, match=r"component 0 .* count as none"):
+            codec = ActionCodec(space)
+        with np.errstate(all="raise"):
+            actions = codec.to_env(np.float32([[-9, -9, -9], [0.5, 0.5, 0.5], [1e30, 1e30, 1e30]]))
+        np.testing.assert_array_equal(actions[:2], [[-9, 0, -9], [0.5, 0.5, 0.5]])
+        assert all(space.contains(action) for action in actions)
+
+    def test_a_tiny_range_and_a_single_value_are_reached(self) -> None:
+        space = spaces.Box(np.array([-1e-8, 2.0, 1e9]), np.array([1e-8, 2.0, 1e9 + 2]), dtype=np.float64)
+        actions = ActionCodec(space).to_env(np.float32([[-1, -1, -1], [1, 1, 1], [0.5, 0.5, 0.5]]))
+        np.testing.assert_allclose(actions, [[-1e-8, 2, 1e9], [1e-8, 2, 1e9 + 2], [0.5e-8, 2, 1e9 + 1.5]], rtol=1e-12)
+
+    @pytest.mark.parametrize(
+        "space",
+        [
+            spaces.Discrete(3),
+            spaces.Discrete(3, start=4),
+            spaces.Discrete(3, dtype=np.int32),
+            spaces.MultiDiscrete([3, 3]),
+            spaces.MultiBinary(2),
+            spaces.Box(-1, 1, (2,)),
+            spaces.Box(-np.inf, np.inf, (2,)),
+            spaces.Box(-1, 1, (2,), np.float64),
+        ],
+        ids=str,
+    )
+    def test_what_the_environment_gets_is_memory_of_its_own(self, space: spaces.Space[Any]) -> None:
+        codec = ActionCodec(space)
+        drawn = codec.distribution.sample(
+            np.zeros((4, codec.distribution.n_params), np.float32), np.random.default_rng(0)
+        )
+        given = codec.to_env(drawn)
+        assert not np.shares_memory(drawn, given)
+        assert given.dtype == space.dtype
 
     def test_actions_have_the_shape_and_dtype_of_the_space(self) -> None:
         box = ActionCodec(spaces.Box(-1, 1, (2, 1), np.float64)).to_env(np.zeros((5, 2), np.float32))

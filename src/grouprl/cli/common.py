@@ -106,7 +106,11 @@ def assigned(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number."""
+    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number, also inside a mapping or a list."""
+    if isinstance(value, dict):
+        return {key: _number(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_number(part) for part in value]
     if isinstance(value, str):
         try:
             return float(value)

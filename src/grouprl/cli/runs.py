@@ -11,6 +11,7 @@ import typer
 from grouprl.cli import train, train_lm
 from grouprl.cli.common import app, count
 from grouprl.errors import UsageError
+from grouprl.runs.files import user_path
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as train or train-lm leaves it, or a model.safetensors.")]
 Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
@@ -73,7 +74,7 @@ def evaluate(
 
     if answers is not None:
         raise UsageError("--answers is for language models; `grouprl play --video` shows what a policy does")
-    if not any(Path(name).exists() for name in (run, f"{run}.safetensors")):
+    if not any(user_path(name).exists() for name in (run, f"{run}.safetensors")):
         raise UsageError(f"There is no run folder {run}, and no saved agent of that name.")
     agent = GRPO.load(run)
     result = evaluate_agent(
@@ -166,13 +167,17 @@ def plot(
     from grouprl.runs.plots import plot_runs
 
     if all(_of_language(path) for path in runs):
-        plot_runs(runs, out, x=x, y=y or "reward")
-        print(f"wrote {out}")
+        _report(plot_runs(runs, out, x=x, y=y or "reward"), out)
         return
     from grouprl.envs.vector import reward_threshold
 
     y = y or "return_mean"
     thresholds = {reward_threshold(str(RunFolder.open(path).read_config().get("env_id"))) for path in runs}
     threshold = thresholds.pop() if len(thresholds) == 1 and y in ("return_mean", "eval_return") else None
-    plot_runs(runs, out, x=x, y=y, threshold=threshold)
+    _report(plot_runs(runs, out, x=x, y=y, threshold=threshold), out)
+
+
+def _report(notes: list[str], out: Path) -> None:
+    for note in notes:
+        print(f"note: {note}")
     print(f"wrote {out}")

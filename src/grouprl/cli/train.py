@@ -28,7 +28,9 @@ EnvAssignments = Annotated[
 
 @app.command()
 def train(
-    env: Annotated[str | None, typer.Argument(help="A Gymnasium id such as CartPole-v1, or package:Env-v0.")] = None,
+    env: Annotated[
+        str | None, typer.Argument(help="A Gymnasium id such as CartPole-v1, or module:Env (a file here will do).")
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="A preset's name; auto = the one named like ENV, if any; default = the robust default.")
     ] = "auto",

@@ -115,7 +115,7 @@ class Collector:
             return
         self._start()
         for actions in arrays.get("actions", []):
-            self._advance(actions)
+            self._advance(actions.copy())
             self._last_action = actions
         self._in_flight = InFlight(arrays["elapsed"].copy(), arrays["episode_return"].copy())
 
@@ -181,9 +181,8 @@ class Collector:
         if self._last_action is None or not may:
             repeat = np.zeros(self.n, bool)
         else:
-            env_actions = env_actions.copy()
             env_actions[repeat] = self._last_action[repeat]
-        self._last_action = env_actions
+        self._last_action = env_actions.copy()  # the environment may change what it gets
         return env_actions, repeat
 
     # --- one batch -----------------------------------------------------------------------------------------------

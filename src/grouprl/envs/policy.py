@@ -186,7 +186,8 @@ class Policy(nn.Module):
                 out = network(inputs["flat"])
                 return out if log_std is None else np.concatenate([out, np.broadcast_to(log_std, out.shape)], 1)
             with torch.no_grad():  # not inference mode, in which a network could not differentiate inside itself
-                tensors = {k: torch.from_numpy(np.ascontiguousarray(value)).to(device) for k, value in inputs.items()}
+                # A copy, because the network may change its inputs in place.
+                tensors = {k: torch.from_numpy(np.array(value, order="C")).to(device) for k, value in inputs.items()}
                 n = max(1, len(next(iter(tensors.values()))))
                 size = ACTING_ROWS if device.type == "cpu" else n
                 parts = [{k: x[i : i + size] for k, x in tensors.items()} for i in range(0, n, size)]

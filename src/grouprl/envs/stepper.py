@@ -133,6 +133,7 @@ class Stepper:
             self.masks_in_info = True
             named = playing & np.asarray(self._info.get("_action_mask", playing))
             mask = self._masks_in_info(given, named)
+        mask = mask.copy()  # it may be the environment's, which is used again
         mask[~named] = True
         self.actions.distribution.check_mask(mask)
         return mask
@@ -179,6 +180,7 @@ class Stepper:
             ended = np.flatnonzero(done & watched) if watched is not None else np.empty(0, np.intp)
             last = self._last(obs, info, ended) if len(ended) else None
             if self.mode is AutoresetMode.DISABLED and done.any():
+                rewards, terminated = np.array(rewards), np.array(terminated)  # the reset may clear the environment's
                 obs, fresh_info = self.venv.reset(options={"reset_mask": done.copy()})
                 info = merge_masks(info, fresh_info, done)
         except GrouprlError:

@@ -35,7 +35,8 @@ def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, g
 
     Raises TrainingError if it returns anything but one finite number per token or step.
     """
-    found = per_token("advantage_function", function(rewards, lengths, group), rewards)
+    given = rewards.clone(), lengths.clone(), group.clone()  # the function may change them in place
+    found = per_token("advantage_function", function(*given), rewards)
     if not bool(torch.isfinite(found).all()):
         raise TrainingError("advantage_function returned a number that is not finite; look for a division by 0")
     return found

@@ -15,7 +15,7 @@ from typing import Any
 
 from grouprl.errors import GrouprlError, UsageError
 from grouprl.reading import read_yaml
-from grouprl.runs.files import explain_os_error, write_json, write_yaml
+from grouprl.runs.files import explain_os_error, user_path, write_json, write_yaml
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.state import read_meta
@@ -38,7 +38,7 @@ class RunFolder:
 
         Raises UsageError if the folder holds anything already, or cannot be made.
         """
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         try:
             if folder._holds_something():
                 folder._check_replaceable(overwrite)
@@ -57,21 +57,23 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, so that no other process writes there; one that is empty in the end is deleted.
+        """Hold the folder, so that no other process writes there; folders made for it that stay empty are deleted.
 
         Raises UsageError if another process holds it, which is named, or if the folder cannot be written.
         """
+        made = [folder for folder in self.path.absolute().parents if not folder.exists()]
         try:
             with locked(self.path):
                 yield
         finally:
-            with suppress(OSError):  # it is not empty
-                self.path.rmdir()
+            for folder in (self.path, *made):
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """The run in `path`. Raises UsageError if there is none."""
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         if not folder.path.is_dir():
             raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
         if not folder.config_path.is_file() and folder._replaced.is_dir():
@@ -310,7 +312,7 @@ def _delete(path: Path) -> None:
 def default_run_path(root: str | os.PathLike[str], name: str, seed: int) -> Path:
     """A path that does not exist yet: root/NAME-seedSEED-DATE-TIME, with -2, -3, ... after it if that is taken."""
     safe_name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    return _free(Path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return _free(user_path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _free(wanted: Path) -> Path:
