@@ -302,6 +302,8 @@ class GRPO:
         Warns RuntimeWarning if no batch moved a parameter; the metric ``skipped_batches`` counts those that did not.
         """
         refuse_arguments("learn", list(unknown))
+        if not isinstance(progress_bar, bool | None):
+            raise UsageError(f"progress_bar={progress_bar!r} must be True or False")
         refuse_several_processes()
         if total_timesteps < 1:
             raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
