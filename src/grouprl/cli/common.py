@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,7 +62,16 @@ def main() -> None:
         if reason := problem():
             print(f"error: standard output could not be written: {reason}", file=sys.stderr)
             status = status or 1
+    if status and _is_held_up():
+        os._exit(status if isinstance(status, int) else 1)
     sys.exit(status)
+
+
+def _is_held_up() -> bool:
+    """Whether threads of a call that was given up go on, for which the process would wait when it ends."""
+    limits = sys.modules.get("grouprl.runs.time_limit")
+    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    return bool(others) and limits is not None and limits.gave_up
 
 
 def _status() -> int | str | None:
