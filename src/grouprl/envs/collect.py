@@ -111,12 +111,24 @@ class Collector:
         """The inverse of :meth:`state`: reset from the seed and repeat the actions.
 
         Exact for environments that are deterministic given a seed, as Gymnasium asks of them.
+
+        Raises LookupError, TypeError or ValueError for what :meth:`state` cannot have given, and TrainingError if an
+        environment fails.
         """
-        self.restart(values["seed"])
+        seed = values["seed"]
+        if seed is not None:
+            seed = [int(number) for number in seed] if isinstance(seed, list) else int(seed)
+        self.restart(seed)
         if not values["replay"]:
             return
+        shapes = {name: arrays[name].shape for name in ("elapsed", "episode_return")}
+        if any(shape != (self.n,) for shape in shapes.values()):
+            raise ValueError(f"{shapes} are not of {self.n} environments")
+        steps = arrays.get("actions", np.zeros((0, self.n)))
+        if steps.shape[1:2] != (self.n,):
+            raise ValueError(f"the actions {list(steps.shape)} are not of {self.n} environments")
         self._start()
-        for actions in arrays.get("actions", []):
+        for actions in steps:
             self._advance(actions.copy())
             self._last_action = actions
         self._in_flight = InFlight(arrays["elapsed"].copy(), arrays["episode_return"].copy())
