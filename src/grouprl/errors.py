@@ -41,3 +41,7 @@ def shown(value: object, width: int = 80) -> str:
     except Exception:  # of a class of the user's, or an integer of thousands of digits
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+short = shown
+"""Its other name."""
