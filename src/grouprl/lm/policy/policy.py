@@ -130,7 +130,7 @@ class Policy:
                     _log.warning("%s learns more slowly, without fused layers: %s", _class(model), why)
         budget = config.tokens_per_micro_batch or _TOKENS
         learner = LogProbs(model, None, precision, config.temperature, budget, dropout, config.native)
-        wrong = trial.learner(learner) or trial.causality()
+        wrong = trial.learner(learner) or trial.causality() or trial.gradient(learner)
         if wrong:
             raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
         return learner, why
