@@ -273,11 +273,13 @@ def loud(model: Any) -> Any:
                     p.add_(torch.randn_like(p), alpha=0.1)
             if 0.02 < float(deviating().std(-1).mean()) < 20:
                 break
-        head, logits = model.get_output_embeddings(), deviating().double()
+        head = model.get_output_embeddings()
         if head is not None:
-            factors = [2.0**power for power in range(-6, 7)]
-            entropies = [float(torch.distributions.Categorical(logits=f * logits).entropy().mean()) for f in factors]
-            head.weight.mul_(factors[min(range(13), key=lambda i: abs(entropies[i] - ENTROPY))])
+            size, factors, entropies = head.weight.clone(), [2.0**power for power in range(-6, 7)], []
+            for factor in factors:  # in earnest, as the head may be the table of embeddings too
+                head.weight.copy_(factor * size)
+                entropies.append(float(torch.distributions.Categorical(logits=deviating()).entropy().mean()))
+            head.weight.copy_(factors[min(range(13), key=lambda i: abs(entropies[i] - ENTROPY))] * size)
     return model
 
 
