@@ -12,6 +12,7 @@ from grouprl.errors import UsageError
 
 if TYPE_CHECKING:
     from grouprl.envs.training import RunResult
+    from grouprl.runs import RunFolder
 
 Assignments = Annotated[
     list[str] | None,
@@ -48,6 +49,13 @@ def train(
         Path | None,
         typer.Option(help="A config.yaml that an earlier run left: the same run again, unless told otherwise."),
     ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="End the run when a step of the environments takes longer; setting env_timeout.  [default: never]",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
     video: Annotated[bool, typer.Option(help="Film one episode at the end.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
@@ -75,6 +83,8 @@ def train(
         )
     if env is None:
         raise UsageError("say what to train on: grouprl train ENV, or --config FILE")
+    if timeout is not None:
+        settings["env_timeout"] = timeout
     if track:
         run["track"] = tuple(track)
     if not video:
@@ -83,9 +93,19 @@ def train(
     result = training.train(
         env, folder, preset=preset, steps=steps, seed=seed, settings=settings, env_kwargs=env_kwargs, run=run,
         overwrite=overwrite, progress_bar=False if quiet else None,
-        announce=lambda run: print(f"training on {env}; the run folder is {run.path}", flush=True),
+        announce=_announce,
     )  # fmt: skip
     report(result)
+
+
+def _announce(folder: RunFolder) -> None:
+    config = folder.read_config()
+    preset = f"preset {config['preset']}" if config["preset"] else "the robust default"
+    print(
+        f"training on {config['env_id']} with {preset} (advantage={config['config']['advantage']}, "
+        f"loss_type={config['config']['loss_type']}); the run folder is {folder.path}",
+        flush=True,
+    )
 
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -155,3 +175,5 @@ def report(result: RunResult) -> None:
     print(f"next:\n  {grouprl} play {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
     if result.folder.tensorboard_path.exists():
         print(f"  {command('tensorboard')} --logdir {folder.parent}")
+    if result.agent.config.advantage == "baseline" and result.agent.env_id == "CartPole-v1":
+        print(f"  {grouprl} train CartPole-v1 --preset formula   (GRPO as tutorials have it; see docs/tutorial.md)")

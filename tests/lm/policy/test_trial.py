@@ -82,6 +82,37 @@ def test_a_model_whose_generate_gives_other_logits_is_sampled_more_slowly(model,
     assert learns_rightly(found)
 
 
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "parameters": ("Lora", {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}),
+    "DoRA": ("Lora", {"r": 4, "target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "embeddings": ("Lora", {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}),
+    "head": ("Lora", {"r": 4, "target_modules": ["q_proj", "lm_head"]}),
+    "biases": ("Lora", {"r": 4, "target_modules": ["q_proj", "v_proj"], "bias": "all"}),
+    "AdaLoRA": ("AdaLora", {"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": ["q_proj", "up_proj"]}),
+    "IA3": ("IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_many_kinds_learn_and_sample_what_the_model_says(kind: str) -> None:
+    import peft
+
+    name, settings = ADAPTERS[kind]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        build("qwen2"), getattr(peft, f"{name}Config")(task_type="CAUSAL_LM", **settings)
+    ).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = policy(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    assert learns_rightly(found)
+    assert sampled_rightly(found)
+
+
 @pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
 def test_adapters_with_virtual_tokens_learn_and_sample_what_the_model_says(kind: str) -> None:
     import peft

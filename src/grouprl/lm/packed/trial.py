@@ -87,7 +87,7 @@ def own_pass(model: nn.Module, low: torch.dtype | None = None) -> Iterator[None]
     context: AbstractContextManager[Any] = nullcontext()
     if low is not None:
         context = torch.autocast(weight.device.type, low)
-    elif weight.dtype not in (torch.float32, torch.float64):
+    elif any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
         context = LowPrecision(model, torch.float32).exactly()
     model.eval()
     try:

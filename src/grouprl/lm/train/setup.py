@@ -15,7 +15,7 @@ from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.collect import evaluation_metrics
-from grouprl.lm.learn.optimizer import make_optimizer
+from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
 from grouprl.lm.models.restore import load_weights
@@ -23,9 +23,12 @@ from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
+from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.train.wrappers import unwrapped
 from grouprl.objective.user_functions import UserFunctions
+from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
 
 
@@ -41,7 +44,7 @@ class Setup:
         own_scheduler: a schedule of the user's own, or None for the configuration's, made anew for each run.
         rewards: the reward functions. functions: an estimator and a surrogate of the user's own.
         prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
-        output_dir: the folder of checkpoints and of what is recorded.
+        output_dir: the folder of checkpoints and of what is recorded, the same wherever the process goes.
     """
 
     config: GRPOConfig
@@ -58,6 +61,15 @@ class Setup:
     prompts: PromptSource | None
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
+
+    def check_weights(self) -> None:
+        """Check that the model has the parameters it had at first, and finite weights.
+
+        Raises UsageError about the first, TrainingError about the second.
+        """
+        self.parameters.check()
+        if self.parameters.not_finite():
+            raise not_finite("the model's weights", self.model)
 
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights in ``folder``. Raises UsageError if they are damaged or those of another model."""
@@ -88,12 +100,14 @@ def make_setup(
     parameters = TrainedParameters(model)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
-    policy = Policy(model, tokenizer, config, ref_model)
+    policy = Policy(model, tokenizer, config, unwrapped(ref_model))
     optimizer, scheduler = optimizers or (None, None)
     if optimizer is None and scheduler is not None:
         raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
     if optimizer is not None:
         _check_optimizer(optimizer, parameters)
+    else:
+        warn_if_steps_vanish(parameters, config.learning_rate)
     return Setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
@@ -125,9 +139,9 @@ def _check_best_metric(config: GRPOConfig, eval_prompts: Mapping[str, Any], func
 
 def _output_dir(model: Any, config: GRPOConfig) -> Path:
     if config.output_dir is not None:
-        return Path(config.output_dir)
+        return user_path(config.output_dir).absolute()
     name = str(getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
-    return default_run_path("runs", f"{name}-grpo", config.seed)
+    return default_run_path("runs", f"{name}-grpo", config.seed).absolute()
 
 
 def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, name: str) -> PromptSource:
@@ -197,6 +211,7 @@ def _check_optimizer(optimizer: Any, parameters: TrainedParameters) -> None:
 
 def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:
     """The model on its device, with adapter and frozen embeddings as asked for, and the tokenizer."""
+    model = unwrapped(model)
     options: dict[str, Any] = {} if not isinstance(model, str | Path) else {"dtype": config.master_dtype}
     loaded: Any
     loaded, tokenizer = load(model, tokenizer=tokenizer, model_init_kwargs=config.model_init_kwargs, **options)
