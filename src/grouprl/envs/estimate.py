@@ -12,6 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from grouprl import objective
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.rollout import Rollout
+from grouprl.errors import TrainingError
 from grouprl.objective import ESTIMATORS, RandomFeatures
 from grouprl.objective.estimators import Estimation
 from grouprl.objective.user_functions import TensorFunction, own_advantages
@@ -156,4 +157,10 @@ def advantages(
         raw = estimator.function(rewards, lengths, group, Estimation(config.gamma, config.scale_rewards))
     if estimator.compares:
         info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)
-    return (objective.standardise(raw, rollout.trainable) if estimator.standardised else raw), info
+    made = objective.standardise(raw, rollout.trainable) if estimator.standardised else raw
+    if not bool(torch.isfinite(made).all()):
+        raise TrainingError(
+            f"advantage={config.advantage!r} gave an advantage that is not finite, for rewards from "
+            f"{float(rewards.min())} to {float(rewards.max())}; scale the rewards, or choose another estimator"
+        )
+    return made, info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,9 @@ from grouprl.runs.state import load_state, save_state
 
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
+
+
+_making_a_policy = threading.Lock()
 
 
 class GRPO:
@@ -97,6 +101,8 @@ class GRPO:
             raise
         self._attach(env, venv)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()  # type: ignore[untyped-decorator]
     def _assemble(self, description: Description, network: Network | None, functions: UserFunctions) -> None:
         """Make all parts of the agent, with an untrained policy and no environment yet."""
         self._description, config = description, description.config
@@ -104,7 +110,8 @@ class GRPO:
         init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
         self.actions = ActionCodec(description.action_space)
         self.observations = ObservationCodec(description.observation_space, mask_size=self.actions.mask_size)
-        with torch.random.fork_rng(devices=[]):
+        # Agents may be made in several threads, which share torch's generator.
+        with _making_a_policy, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(init.generate_state(1)[0]))
             self.policy = Policy(self.observations, self.actions, config, network).to(config.device)
         self.policy.eval()  # dropout in a user's network would make the ratio differ from 1 before any update

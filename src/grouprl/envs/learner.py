@@ -65,6 +65,8 @@ class Learner:
             micro_batch=IMAGE_MICRO_BATCH if policy.encoders else UpdateSettings.micro_batch,
         )
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()  # type: ignore[untyped-decorator]  # whoever switched gradients off, a script or an environment
     def learn(self, rollout: Rollout, advantages: Tensor, progress: float) -> UpdateStats:
         """One update of the policy from one batch; ``progress`` in [0, 1] drives the schedules."""
         keep = torch.nonzero(rollout.trainable)[:, 0]

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from grouprl.envs.collect import HISTORY_LIMIT, Collector
+from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
 from grouprl.envs.learner import Learner
@@ -116,9 +116,10 @@ class Loop:
         assert self.collector is not None
         since = self.collector.steps_since_reset
         far = since > RESTART_AFTER * (horizon(self.collector.venv) or DEFAULT_HORIZON)
-        if (may_restart and far) or since > HISTORY_LIMIT:
+        if (may_restart and far) or not self.collector.replayable:
             self.restart_episodes()
 
+    @torch.inference_mode(False)  # what is collected is differentiated
     def iterate(self, progress: float) -> Metrics:
         """Collect a batch, learn from it, and say what happened; ``progress`` in [0, 1] drives the schedules.
 

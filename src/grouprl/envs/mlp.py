@@ -46,7 +46,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (n_inputs, *hidden, n_outputs)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=torch.float32) for a, b in pairwise(sizes))
         self.tanh = activation == "tanh"
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, nn.Linear)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
 from grouprl.envs.mlp import MLP, kernels
+from grouprl.envs.own_network import check_network, dtype_of
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.errors import UsageError
 
@@ -43,15 +44,15 @@ class ImageEncoder(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 16, 5, stride=2, padding=2),
+            nn.Conv2d(channels, 16, 5, stride=2, padding=2, dtype=torch.float32),
             nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1, dtype=torch.float32),
             nn.ReLU(),
-            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1, dtype=torch.float32),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
-            nn.Linear(32 * 16, self.n_outputs),
+            nn.Linear(32 * 16, self.n_outputs, dtype=torch.float32),
             nn.ReLU(),
         )
         for layer in self.body:
@@ -61,7 +62,9 @@ class ImageEncoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(x.float() / 255.0)
+        layer = self.body[0]
+        assert isinstance(layer, nn.Conv2d)
+        out: Tensor = self.body(x.to(layer.weight.dtype) / 255.0)
         return out
 
 
@@ -98,12 +101,14 @@ class Policy(nn.Module):
                 config.native,
             )
             if network is None
-            else network(n_in, n_out)
+            else check_network(network(n_in, n_out), n_in, n_out)
         )
+        self._dtype = dtype_of(self.network)
+        self.encoders.to(self._dtype)
         if self.gaussian:
             # The same length of the noise vector whatever the number of dimensions.
             start = -0.5 - 0.5 * math.log(n_out) if config.log_std_init is None else config.log_std_init
-            self.log_std = nn.Parameter(torch.full((n_out,), start))
+            self.log_std = nn.Parameter(torch.full((n_out,), start, dtype=self._dtype))
         self.normalize = config.normalize_observations and bool(observations.normalise.any())
         self._rescale = config.normalize_observations and bool((self.normalize | (observations.scale != 1)).any())
         d = observations.n_flat
@@ -121,6 +126,7 @@ class Policy(nn.Module):
         self._bound = np.where(real, np.float32(CLIP_OBSERVATION), np.float32(np.inf))
         self._scale = np.where(real, 1.0 / deviation, self.observations.scale).astype(np.float32)
 
+    @np.errstate(all="ignore")
     def observe(self, flat: np.ndarray) -> None:
         """Merge the rows of ``flat [m, D]`` (raw) into the running mean and variance (Chan et al. 1979)."""
         if not self.normalize or len(flat) == 0:
@@ -135,6 +141,7 @@ class Policy(nn.Module):
         self.count += m
         self.refresh()
 
+    @np.errstate(all="ignore")
     def prepare(self, encoded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Normalise the flat part with the current statistics; images pass through."""
         inputs = dict(encoded)
@@ -161,15 +168,15 @@ class Policy(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Distribution parameters ``[m, K]`` for ``m`` prepared inputs."""
         out = self.outputs(inputs)
-        return torch.cat([out, self.log_std.expand_as(out)], 1) if self.gaussian else out
+        return torch.cat([out, self.log_std.to(out).expand_as(out)], 1) if self.gaussian else out
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the network gives for ``m`` prepared inputs: :meth:`forward` without standard deviations."""
         parts = [inputs["flat"]] if "flat" in inputs else []
         parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders, strict=True)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        out: Tensor = self.network(x)
-        return out
+        out: Tensor = self.network(x.to(self._dtype))
+        return out.float()
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """:meth:`forward` for acting: numpy in, numpy out, no gradient."""

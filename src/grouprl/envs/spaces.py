@@ -220,6 +220,23 @@ class ObservationCodec:
         """[D], what gives a component unit root mean square: sqrt(n) in a one-hot of n equally likely values."""
         return self._scale
 
+    def name_of(self, key: str, component: int) -> str:
+        """Where a number of what :meth:`encode` gives comes from, in words.
+
+        Args:
+            key: of the array. component: place of the number in its row, flattened.
+        """
+        if key != "flat":
+            return f"observation {key.removeprefix('image:')!r}" if key != "image:" else "the image"
+        for leaf in self._flat:
+            width = leaf.stop - leaf.start if isinstance(leaf, _Numbers) else int(leaf.sizes.sum())
+            if component < width:
+                where = f"component {component}"
+                return f"{where} of {_name(leaf.path)!r}" if leaf.path else where
+            component -= width
+        return f"component {component}"
+
+    @np.errstate(all="ignore")  # what is too large becomes infinite, which is looked for
     def encode(self, observations: Any) -> dict[str, Array]:
         """The arrays of n observations in Gymnasium's batched layout (dicts and tuples of arrays [n, ...]).
 

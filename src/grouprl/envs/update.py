@@ -7,6 +7,7 @@ parameters, and the numbers that were fixed when it was sampled. What is minimis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -139,13 +140,15 @@ def update(
     policy that is all but deterministic loses in one epoch, no reward may ever show it again.
 
     Raises:
-        TrainingError: there is no step, or the gradient is not finite; the parameters are left as they were before.
+        TrainingError: there is no step, or loss or gradient is not finite, which leaves the parameters as they were
+            after the step before; or the parameters are not, which leaves them as they were before the batch.
     """
     n = batch.logp_old.shape[0]
     if n == 0:
         raise TrainingError("the batch holds no step to learn from; collect more steps, or lower sticky")
     probe = torch.from_numpy(rng.permutation(n)[:2048]).to(batch.logp_old.device)
-    totals = torch.zeros(2, device=batch.logp_old.device)
+    totals = torch.zeros(2, device=batch.logp_old.device, dtype=torch.float32)
+    whole = parameters.values()
     steps, epoch = 0, 0
     norm_total = approx_kl = cut_share = 0.0
     undone = False
@@ -164,6 +167,9 @@ def update(
                     parameters.load(before)
                     undone = epoch == 1
                 break
+    if not bool(torch.isfinite(parameters.values()).all()):
+        parameters.load(whole)
+        raise TrainingError(f"parameters are not finite after {steps} gradient steps on a batch; {_ADVICE}")
     policy_loss_mean, kl = (totals / steps).tolist()
     return UpdateStats(policy_loss_mean, kl, cut_share, norm_total / steps, approx_kl, epoch, steps, undone)
 
@@ -207,7 +213,7 @@ def _by_autograd(
 ) -> tuple[Tensor, Tensor]:
     """Gradient ``[P]`` and sums [surrogate, KL] of the steps ``rows [m]``, a micro-batch at a time."""
     gradient: Tensor | None = None
-    sums = torch.zeros(2, device=batch.logp_old.device)
+    sums = torch.zeros(2, device=batch.logp_old.device, dtype=torch.float32)
     for i in rows.tensor_split(-(-len(rows) // settings.micro_batch)):
         terms = batch.evaluate(i)
         share: Tensor | float = 1.0 / denominator
@@ -218,6 +224,8 @@ def _by_autograd(
         sums[0] += (share * found.surrogate).sum()
         if found.kl is not None:
             sums[1] += (share * found.kl).sum()
+        if not math.isfinite(float(found.loss.detach())):
+            raise TrainingError(f"the loss is {float(found.loss.detach())}; {_ADVICE}")
         g = parameters.gradient_of(found.loss)
         gradient = g if gradient is None else gradient.add_(g)
     assert gradient is not None

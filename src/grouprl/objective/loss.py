@@ -10,7 +10,7 @@ from torch import Tensor
 from grouprl.objective.divergences import sampled_kl_loss
 from grouprl.objective.losses import LOSSES, Objective
 from grouprl.objective.sequence import importance_logp, off_policy_mask
-from grouprl.objective.user_functions import per_token
+from grouprl.objective.user_functions import own_surrogate
 
 
 class Fixed(NamedTuple):
@@ -81,7 +81,7 @@ def policy_loss(
     if own is None:
         surrogate = entry.surrogate(objective, effective, old, advantages, fixed.lengths)
     else:
-        surrogate = per_token("surrogate_function", own(effective, old, advantages), effective)
+        surrogate = own_surrogate(own, effective, old, advantages)
     if objective.off_policy_mask_threshold is not None:
         assert fixed.lengths is not None
         surrogate = surrogate * off_policy_mask(
