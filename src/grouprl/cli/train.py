@@ -106,6 +106,8 @@ def _from_file(
     """What a config.yaml says, under what the command line says."""
     import yaml
 
+    from grouprl.envs.env_kwargs import from_json
+
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
         saved_run = dict(saved["run"])
@@ -117,7 +119,7 @@ def _from_file(
             steps or total,
             seed,
             {**saved["config"], **settings},
-            {**saved["env_kwargs"], **env_kwargs},
+            {**from_json(saved["env_kwargs"]), **env_kwargs},
             {**saved_run, **run},
         )
     except OSError as error:

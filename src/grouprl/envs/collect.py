@@ -7,7 +7,8 @@ The loop keeps plain lists of arrays, one entry per vector step; all bookkeeping
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,10 @@ class Collector:
         """
         if not policy.normalize or n_steps == 0:
             return 0
+        with self._restarting_on_failure():
+            return self._warm_up(policy, n_steps)
+
+    def _warm_up(self, policy: Policy, n_steps: int) -> int:
         self._start()
         seed = self.rng.integers(2**31 - 1)
         rows, taken = [], 0
@@ -201,6 +206,19 @@ class Collector:
         Raises:
             TrainingError: the environment raised or died, or gave an observation or a reward that is not finite.
         """
+        with self._restarting_on_failure():
+            return self._collect(policy, sticky)
+
+    @contextmanager
+    def _restarting_on_failure(self) -> Iterator[None]:
+        """Begin fresh episodes after an exception or a Ctrl-C: what was seen of the present ones is lost."""
+        try:
+            yield
+        except BaseException:
+            self.restart(int(self.rng.integers(2**31 - 1)))
+            raise
+
+    def _collect(self, policy: Policy, sticky: float) -> Rollout:
         trace, infer = Trace(), policy.inference()
 
         def act(encoded: Mapping[str, Array], valid: Bools) -> Array:

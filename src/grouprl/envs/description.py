@@ -10,6 +10,7 @@ from typing import Any
 from gymnasium import Space
 
 from grouprl.envs.config import GRPOConfig, make_config
+from grouprl.envs.env_kwargs import from_json, to_json
 from grouprl.envs.space_json import space_from_json, space_to_json
 from grouprl.errors import UsageError
 
@@ -22,7 +23,9 @@ class Description:
         config: its settings.
         observation_space, action_space: of one environment.
         env_id: what its environment is called, or "" if it has had none. env_kwargs: for its constructor.
+        env_lost: why its environment cannot be made again by ``env_id`` and ``env_kwargs``, or "" if it can.
         custom_network, custom_advantage, custom_surrogate: whether the user gave a network, an estimator, a surrogate.
+        masks_in_info: whether its environment named the valid actions beside the observation.
         num_timesteps: environment steps of training so far.
     """
 
@@ -34,6 +37,8 @@ class Description:
     custom_network: bool
     custom_advantage: bool
     custom_surrogate: bool
+    env_lost: str = ""
+    masks_in_info: bool = False
     num_timesteps: int = 0
 
     def to_json(self, kind: str) -> dict[str, Any]:
@@ -41,13 +46,15 @@ class Description:
         return {
             "kind": kind,
             "env_id": self.env_id,
-            "env_kwargs": dict(self.env_kwargs),
+            "env_kwargs": {} if self.env_lost else to_json(self.env_kwargs),
+            "env_lost": self.env_lost,
             "config": self.config.model_dump(mode="json"),
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
             "custom_network": self.custom_network,
             "custom_advantage": self.custom_advantage,
             "custom_surrogate": self.custom_surrogate,
+            "masks_in_info": self.masks_in_info,
             "num_timesteps": self.num_timesteps,
         }
 
@@ -71,9 +78,11 @@ class Description:
             observation_space=space_from_json(meta["observation_space"]),
             action_space=space_from_json(meta["action_space"]),
             env_id=meta["env_id"],
-            env_kwargs=dict(meta["env_kwargs"]),
+            env_kwargs=from_json(meta["env_kwargs"]),
+            env_lost=str(meta.get("env_lost", "")),
             custom_network=bool(meta.get("custom_network")),
             custom_advantage=bool(meta.get("custom_advantage")),
             custom_surrogate=bool(meta.get("custom_surrogate")),
+            masks_in_info=bool(meta.get("masks_in_info")),
             num_timesteps=int(meta["num_timesteps"]),
         )

@@ -11,7 +11,7 @@ import numpy as np
 from grouprl.envs.finite import check_observations, check_params, check_rewards
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.stepper import Stepper
-from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector
+from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector, share_environments
 from grouprl.errors import UsageError
 from grouprl.machine.threads import single_threaded_kernels
 
@@ -152,7 +152,7 @@ def evaluate(
 
     Args:
         agent: a trained (or not) :class:`~grouprl.envs.grpo.GRPO`.
-        env: where; default: the id or callable the agent was trained on.
+        env: where; default: what the agent was trained on.
         episodes: how many.
         deterministic: greedy actions; else sampled ones.
         seed: of the starts (and of the sampled actions).
@@ -163,14 +163,13 @@ def evaluate(
         UsageError: no environment to make, fewer than one episode.
         TrainingError: the environment failed, or an observation, a reward or the policy is not finite.
     """
-    target = env if env is not None else (agent.env or agent.env_id)
-    kwargs = env_kwargs if env is not None else agent.env_kwargs
-    n_envs = max(1, min(episodes, 100 if is_vectorised(target) else 16))
+    target, kwargs = (env, env_kwargs) if env is not None else agent.where()
+    n_envs = max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16))
     evaluator = Evaluator(target, kwargs, n_envs=n_envs, max_steps=max_steps)
     try:
         return evaluator.run(agent, episodes, deterministic, seed)
     finally:
         if isinstance(target, str) or callable(target):
             evaluator.close()
-        elif target is agent.env:
+        elif (venv := agent.get_env()) is not None and share_environments(target, venv):
             agent.restart_episodes()

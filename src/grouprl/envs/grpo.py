@@ -9,21 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
 
-from grouprl.envs import checkpoint, presets
+from grouprl.envs import checkpoint, copies, presets
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.description import Description
+from grouprl.envs.env_kwargs import why_not_again
 from grouprl.envs.loop import Loop, Metrics, Seeds
+from grouprl.envs.masks import many_masks
 from grouprl.envs.model_file import fill_policy, model_file
 from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.stable_baselines import checked_callbacks, refuse_arguments, refuse_positional, says_stop
 from grouprl.envs.vector import EnvLike, env_name, make_vector
-from grouprl.envs.workers import close_vector
+from grouprl.envs.workers import check_settled, close_vector, settled
 from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
@@ -67,7 +71,7 @@ class GRPO:
     def __init__(
         self,
         env: EnvLike,
-        *,
+        *misplaced: Any,
         preset: str | None = "auto",
         env_kwargs: Mapping[str, Any] | None = None,
         network: Network | None = None,
@@ -75,12 +79,13 @@ class GRPO:
         surrogate_function: TensorFunction | None = None,
         **settings: Any,
     ) -> None:
+        refuse_positional(env, misplaced)
         functions = UserFunctions(advantage_function, surrogate_function)
         if network is not None and not callable(network):
             raise UsageError(f"network={network!r} must be a callable (inputs, outputs) -> torch.nn.Module, or None")
         chosen = presets.resolve(env_name(env), preset)
         config = make_config({**(chosen.config if chosen else {}), **settings})
-        kwargs = {**(chosen.env_kwargs if chosen else {}), **(env_kwargs or {})}
+        kwargs = {**(chosen.env_kwargs if chosen and isinstance(env, str) else {}), **(env_kwargs or {})}
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
         venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
         description = Description(
@@ -89,23 +94,31 @@ class GRPO:
             action_space=venv.single_action_space,
             env_id=env_name(env),
             env_kwargs=kwargs,
+            env_lost=why_not_again(env, kwargs),
             custom_network=network is not None,
             custom_advantage=advantage_function is not None,
             custom_surrogate=surrogate_function is not None,
         )
         try:
             self._assemble(description, network, functions)
-        except UsageError:
-            if venv is not env:
+            self._check_groups(venv)
+            self._attach(env, venv)
+        except BaseException:
+            if not isinstance(env, gym.Env | VectorEnv):
                 close_vector(venv)
             raise
-        self._attach(env, venv)
+        if chosen is not None and not isinstance(env, str):
+            presets.warn_of_another_environment(chosen, venv.spec)
+        if settings.get("n_envs", venv.num_envs) != venv.num_envs:
+            warnings.warn(
+                f"n_envs={config.n_envs} has no effect: the environment given holds {venv.num_envs}", stacklevel=2
+            )
 
     @torch.inference_mode(False)
     @torch.enable_grad()  # type: ignore[untyped-decorator]
     def _assemble(self, description: Description, network: Network | None, functions: UserFunctions) -> None:
         """Make all parts of the agent, with an untrained policy and no environment yet."""
-        self._description, config = description, description.config
+        self._description, config, self._network = description, description.config, network
         check_device(config.device)
         init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
         self.actions = ActionCodec(description.action_space)
@@ -121,6 +134,7 @@ class GRPO:
         )  # fmt: skip
         self._predict_rng = np.random.default_rng(predict)
         self._env: EnvLike | None = None
+        self._interrupted = self._left = False
         self._venv: VectorEnv[Any, Any, Any] | None = None
         self.extra: dict[str, Any] = {}
 
@@ -150,6 +164,16 @@ class GRPO:
         return dict(self._description.env_kwargs)
 
     @property
+    def env_lost(self) -> str:
+        """Why the environment cannot be made again from a file of this agent, or "" if it can."""
+        return self._description.env_lost
+
+    @property
+    def masks_in_info(self) -> bool:
+        """Whether the environment of training named the valid actions, and not in the observation."""
+        return self._description.masks_in_info
+
+    @property
     def num_timesteps(self) -> int:
         """Environment steps of training so far."""
         return self.loop.n_steps
@@ -166,8 +190,36 @@ class GRPO:
 
     # --- environment -------------------------------------------------------------------------------------------------
     def _attach(self, env: EnvLike, venv: VectorEnv[Any, Any, Any]) -> None:
-        self._env, self._venv = env, venv
+        self._env, self._venv, self._interrupted = env, venv, False
         self.loop.attach(venv)
+
+    def _check_groups(self, venv: VectorEnv[Any, Any, Any]) -> None:
+        size = self.config.group_size
+        if size is not None and venv.num_envs % size:
+            raise UsageError(
+                f"group_size={size} needs a multiple of {size} environments, and {venv.num_envs} were given; pass a "
+                "callable, such as GRPO(lambda: MyEnv(), n_envs=16)"
+            )
+
+    @property
+    def _made_here(self) -> bool:
+        """Whether the environments were made here, from an id or a callable, so that nobody else holds them."""
+        return not isinstance(self._env, gym.Env | VectorEnv)
+
+    def where(self) -> tuple[EnvLike, dict[str, Any]]:
+        """The environment as it was given, or as a loaded agent's file says, and the arguments of its constructor.
+
+        Raises:
+            UsageError: there is none: the agent was loaded, and no file can hold the environment it was trained on.
+        """
+        if self._env is not None:
+            return self._env, self.env_kwargs
+        if self._description.env_lost or not self.env_id:
+            raise UsageError(
+                f"this agent has no environment: {self._description.env_lost or 'its file names none'}; call "
+                "agent.set_env(env), or give env to GRPO.load, to evaluate or to from_checkpoint"
+            )
+        return self.env_id, self.env_kwargs
 
     def set_env(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
         """Train on another environment with the same spaces from now on; its next batch starts with fresh episodes.
@@ -177,18 +229,22 @@ class GRPO:
         """
         kwargs = dict(env_kwargs or {})
         venv = make_vector(env, self.config.n_envs, self.config.how_to_vectorize, kwargs, self.config.seed)
+        theirs_to_close = not isinstance(env, gym.Env | VectorEnv)
         for name, ours, theirs in (
             ("observation", self.observation_space, venv.single_observation_space),
             ("action", self.action_space, venv.single_action_space),
         ):
             if ours != theirs:
-                if venv is not env:
+                if theirs_to_close:
                     close_vector(venv)
                 raise UsageError(f"the new environment's {name} space {theirs} differs from the policy's {ours}; "
                                  "build a new GRPO(env) for it")  # fmt: skip
-        if self._venv is not None and self._venv is not venv and env is not self._env:
+        self._check_groups(venv)
+        if self._venv is not None and self._made_here:
             close_vector(self._venv)
-        self._description = replace(self._description, env_id=env_name(env), env_kwargs=kwargs)
+        self._description = replace(
+            self._description, env_id=env_name(env), env_kwargs=kwargs, env_lost=why_not_again(env, kwargs)
+        )
         self._attach(env, venv)
 
     def get_env(self) -> VectorEnv[Any, Any, Any] | None:
@@ -205,16 +261,23 @@ class GRPO:
         return self._env
 
     def ready(self) -> Collector:
-        """The collector; makes the saved environment first where a loaded agent has none yet."""
+        """The collector; makes the environments first where there are none yet, or workers of theirs have ended."""
+        if self._interrupted and self._venv is not None:
+            if self._made_here and not settled(self._venv):
+                close_vector(self._venv, patience=0.0)
+                self._venv = None
+                self.loop.detach()
+            elif self._venv is not None:
+                check_settled(self._venv)
         if self.loop.collector is None:
-            if not self.env_id:
-                raise UsageError("this agent was loaded without an environment; call agent.set_env(env) before learn")
+            env, kwargs = self.where()
             try:
-                self.set_env(self.env_id, self.env_kwargs)
+                self.set_env(env, kwargs)
             except UsageError as error:
                 raise UsageError(
                     f"call agent.set_env(env) first: {self.env_id!r} cannot be made again ({error})"
                 ) from None
+        self._interrupted = False
         assert self.loop.collector is not None
         return self.loop.collector
 
@@ -224,22 +287,27 @@ class GRPO:
         total_timesteps: int,
         callback: Callback | Sequence[Callback] | None = None,
         progress_bar: bool = False,
+        **unknown: Any,
     ) -> GRPO:
         """Train for ``total_timesteps`` environment steps (the last batch may go over) and return ``self``.
 
+        An ``Env`` or a ``VectorEnv`` that was given may have been stepped by others in the meantime: each call begins
+        with fresh episodes there. After an exception the next call does so too, whatever was given.
+
         Args:
             total_timesteps: steps of this call, over all environments; warm-up steps count.
-            callback: called as ``callback(agent, metrics)`` after every update; returning False stops training.
-                A list calls each.
+            callback: called as ``callback(agent, metrics)`` after every update; returning False stops training, and so
+                does what is false as a number. None and anything else goes on. A list calls each.
             progress_bar: show return, steps per second and time left.
 
         Raises:
-            UsageError: ``total_timesteps`` is not positive.
+            UsageError: ``total_timesteps`` is not positive; a callback cannot be called with (agent, metrics).
             TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
                 after the last good gradient step.
 
         Warns RuntimeWarning if no batch moved a parameter; the metric ``skipped_batches`` counts those that did not.
         """
+        refuse_arguments("learn", list(unknown))
         refuse_several_processes()
         if total_timesteps < 1:
             raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
@@ -260,14 +328,23 @@ class GRPO:
         ):
             if had and has is None:
                 raise UsageError(f"this agent was trained with its own {name}; pass {name}=... to load to train on")
-        callbacks = [] if callback is None else [callback] if callable(callback) else list(callback)
+        callbacks = checked_callbacks(callback)
+        if self._left and not self._made_here:
+            self.restart_episodes()
+        self._left = True
         with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
             while self.num_timesteps < end:
-                self.ready()
-                metrics = self.loop.iterate((self.num_timesteps - start) / (end - start))
+                collector = self.ready()
+                try:
+                    metrics = self.loop.iterate((self.num_timesteps - start) / (end - start))
+                except BaseException:
+                    self._interrupted = True
+                    raise
+                if collector.stepper.masks_in_info and not self.masks_in_info:
+                    self._description = replace(self._description, masks_in_info=True)
                 bar.update(self.num_timesteps - start, episode_return=metrics["return_mean"])
                 verdicts = [call(self, metrics) for call in callbacks]
-                if any(verdict is False for verdict in verdicts):
+                if any(map(says_stop, verdicts)):
                     break
         return self
 
@@ -278,7 +355,7 @@ class GRPO:
         state: Any = None,
         episode_start: Any = None,
         deterministic: bool = False,
-        action_masks: np.ndarray[Any, Any] | None = None,
+        action_masks: Any = None,
     ) -> tuple[Any, Any]:
         """The policy's action for one observation or a batch of them.
 
@@ -286,23 +363,34 @@ class GRPO:
             observation: as the environment gives it, or a batch of ``n`` along a first axis.
             state, episode_start: accepted for Stable-Baselines3's interface; the policy has no memory.
             deterministic: the most likely action instead of a sample.
-            action_masks: valid actions, for spaces that can be masked.
+            action_masks: valid actions, for spaces that can be masked: one mask, or one for each observation, as an
+                array, a list or a tensor of zeros and ones. Where the observation holds the mask it is not needed.
 
         Returns:
             The action (or ``n`` of them), ready for ``env.step``, and ``state``.
 
         Raises:
-            UsageError: the observation does not fit the observation space.
+            UsageError: the observation does not fit the observation space; the mask does not fit the action space, or
+                leaves no action; or it is missing, and the environment of training named valid actions in ``info``.
         """
         batched = self.observations.is_batched(observation)
         encoded = self.observations.encode(observation) if batched else self.observations.encode_single(observation)
         params = self.policy.infer(self.policy.prepare(encoded))
-        mask = action_masks if action_masks is not None else self.observations.mask(
-            observation if batched else self.observations.batch_of_one(observation)
-        )  # fmt: skip
-        if mask is not None:
-            params = self.policy.distribution.apply_mask(params, np.asarray(mask, bool).reshape(len(params), -1))
         distribution = self.policy.distribution
+        if action_masks is not None and self.actions.mask_size:
+            mask: Any = many_masks(action_masks, len(params), self.actions.mask_size)
+        elif action_masks is not None:
+            mask = action_masks  # refused below
+        else:
+            mask = self.observations.mask(observation if batched else self.observations.batch_of_one(observation))
+        if mask is not None:
+            distribution.check_mask(mask)
+            params = distribution.apply_mask(params, mask)
+        elif self.masks_in_info:
+            raise UsageError(
+                "the environment of training named the valid actions; give them: agent.predict(observation, "
+                "action_masks=info['action_mask']), or what its action_masks() returns (ones allow every action)"
+            )
         actions = distribution.mode(params) if deterministic else distribution.sample(params, self._predict_rng)
         env_actions = self.actions.to_env(actions)
         return (env_actions if batched else env_actions[0]), state
@@ -317,7 +405,7 @@ class GRPO:
 
         Returns the path written, with the suffix added where it was missing.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if path.suffix != ".safetensors":
             path = path.with_name(path.name + ".safetensors")
         save_state(path, self.policy.state_dict(), self.describe("model"))
@@ -325,15 +413,16 @@ class GRPO:
 
     @classmethod
     def load(
-        cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None,
-        advantage_function: TensorFunction | None = None, surrogate_function: TensorFunction | None = None,
-        **settings: Any,
+        cls, path: str | Path, env: EnvLike | None = None, *, env_kwargs: Mapping[str, Any] | None = None,
+        network: Network | None = None, advantage_function: TensorFunction | None = None,
+        surrogate_function: TensorFunction | None = None, **settings: Any,
     ) -> GRPO:  # fmt: skip
         """Read what :meth:`save` wrote, from that file or from a run folder.
 
         Args:
             path: the file (suffix optional) or the run folder.
-            env: environment to go on training in; without it the saved id is made on the first ``learn``.
+            env: environment to go on training in; without it the saved id is made on the first ``learn``. An agent that
+                was trained on something else than an id needs it. env_kwargs: for its constructor, for ids.
             network, advantage_function, surrogate_function: the same as at construction, where there was one; without
                 the functions the agent acts but does not train.
             **settings: override saved settings.
@@ -341,12 +430,14 @@ class GRPO:
         Raises:
             UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
         """
-        path = model_file(Path(path))
+        path = model_file(Path(path).expanduser())
         tensors, meta = load_state(path)
         functions = UserFunctions(advantage_function, surrogate_function)
         agent = cls._from_file(path, tensors, meta, network, functions, settings)
         if env is not None:
-            agent.set_env(env)
+            agent.set_env(env, env_kwargs)
+        elif env_kwargs is not None:
+            agent.set_env(agent.env_id, env_kwargs)
         return agent
 
     @classmethod
@@ -392,8 +483,9 @@ class GRPO:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, env: EnvLike | None = None, *, network: Network | None = None,
-        advantage_function: TensorFunction | None = None, surrogate_function: TensorFunction | None = None,
+        cls, path: str | Path, env: EnvLike | None = None, *, env_kwargs: Mapping[str, Any] | None = None,
+        network: Network | None = None, advantage_function: TensorFunction | None = None,
+        surrogate_function: TensorFunction | None = None,
     ) -> GRPO:  # fmt: skip
         """Read what :meth:`checkpoint` wrote, ready for ``learn`` to go on.
 
@@ -403,14 +495,38 @@ class GRPO:
         tensors, meta = checkpoint.read(Path(path))
         functions = UserFunctions(advantage_function, surrogate_function)
         agent = cls._from_file(Path(path), tensors, meta, network, functions, {})
-        agent.set_env(env if env is not None else agent.env_id, agent.env_kwargs if env is None else None)
+        if env is None and env_kwargs is None:
+            agent.set_env(*agent.where())
+        else:
+            agent.set_env(agent.env_id if env is None else env, env_kwargs)
         agent.loop.load(tensors, meta["state"])
         agent.extra = meta["state"]["extra"]
         return agent
 
     def close(self) -> None:
-        """Close the environments."""
+        """Close the environments. Those made here are made again when they are needed; others must be set again."""
         if self._venv is not None:
             close_vector(self._venv)
             self._venv = None
             self.loop.detach()
+            if not self._made_here:
+                self._env = None
+
+    # --- copies ------------------------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle writes; an ``Env`` or a ``VectorEnv`` must be set again (:mod:`grouprl.envs.copies`)."""
+        return copies.picklable(copies.state_of(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`__getstate__`."""
+        copies.restore(self, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GRPO:
+        """An agent of its own, on environments of its own; an ``Env`` or a ``VectorEnv`` must be set again."""
+        twin = type(self).__new__(type(self))
+        copies.restore(twin, copies.state_of(self))
+        return twin
+
+    def __copy__(self) -> GRPO:
+        """As a deep copy, because two agents that share parameters would disturb each other."""
+        return self.__deepcopy__({})

@@ -74,6 +74,7 @@ class Loop:
         self.learner = Learner(policy, config, np.random.default_rng(seeds.shuffle), functions.surrogate)
         self.sticky = StickyActions(config.sticky)
         self.baseline: Baseline | None = None
+        self._weights_of_baseline: Tensor | None = None  # loaded before there were environments
         self.functions = functions
         self.collector: Collector | None = None
         self.n_steps = n_steps
@@ -97,6 +98,7 @@ class Loop:
             width = n_summary(observations.n_flat, dict(observations.images))
             features = RandomFeatures.create(width, self.config.baseline_features, self.config.seed)
             self.baseline = Baseline(features, horizon(venv) or DEFAULT_HORIZON)
+            self.baseline.weights = self._weights_of_baseline
 
     def detach(self) -> None:
         """Forget the environments; training on needs :meth:`attach` first."""
@@ -218,9 +220,13 @@ class Loop:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs besides the policy and ``n_steps``: tensors, and the rest as JSON."""
         assert self.collector is not None
+        tensors, state = self.state_without_environments()
+        arrays, state["collector"] = self.collector.state()
+        return tensors | {f"collector.{key}": torch.from_numpy(value) for key, value in arrays.items()}, state
+
+    def state_without_environments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """:meth:`state`, but where the environments are."""
         tensors, learner = self.learner.state()
-        arrays, collector = self.collector.state()
-        tensors |= {f"collector.{key}": torch.from_numpy(value) for key, value in arrays.items()}
         if self.baseline is not None and self.baseline.weights is not None:
             tensors["baseline.weights"] = self.baseline.weights
         counters = {
@@ -233,7 +239,6 @@ class Loop:
         }
         return tensors, {
             "learner": learner,
-            "collector": collector,
             "rng": {name: rng.bit_generator.state for name, rng in self._streams().items()},
             "sticky": self.sticky.state(),
             "counters": counters,
@@ -242,9 +247,17 @@ class Loop:
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`; the policy must have been loaded and the environments attached before."""
         assert self.collector is not None
+        self.load_without_environments(tensors, state)
+        prefix = "collector."
+        arrays = {key.removeprefix(prefix): value.numpy() for key, value in tensors.items() if key.startswith(prefix)}
+        self.collector.load(arrays, state["collector"])
+
+    def load_without_environments(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_without_environments`; the policy must have been loaded before."""
+        self._weights_of_baseline = tensors.get("baseline.weights")
+        if self.baseline is not None:
+            self.baseline.weights = self._weights_of_baseline
         self.learner.load(tensors, state["learner"])
-        if self.baseline is not None and "baseline.weights" in tensors:
-            self.baseline.weights = tensors["baseline.weights"]
         for name, rng in self._streams().items():
             rng.bit_generator.state = state["rng"][name]
         self.sticky.load(state["sticky"])
@@ -253,6 +266,3 @@ class Loop:
         self.batches, self.skipped = counters.get("batches", 0), Counter(counters.get("skipped", {}))
         self.recent_returns.extend(counters["recent_returns"])
         self.recent_lengths.extend(counters["recent_lengths"])
-        prefix = "collector."
-        arrays = {key.removeprefix(prefix): value.numpy() for key, value in tensors.items() if key.startswith(prefix)}
-        self.collector.load(arrays, state["collector"])

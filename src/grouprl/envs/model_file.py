@@ -19,15 +19,23 @@ POLICY_PREFIX = "policy."
 def model_file(path: Path) -> Path:
     """The file that ``path`` means: the file itself, with or without its suffix, or the model of a run folder.
 
+    A folder that is no run may lie beside a file of its name.
+
     A run that was killed before its end has no model; its newest readable checkpoint is taken instead. The file that is
     returned need not exist.
     """
-    if path.is_dir():
-        model = path / "model.safetensors"
-        if model.exists():
-            return model
-        return RunFolder(path).latest_checkpoint() or model
-    return path if path.suffix == ".safetensors" or path.exists() else path.with_name(path.name + ".safetensors")
+    beside = path.with_name(path.name + ".safetensors")
+    if not path.is_dir():
+        return path if path.suffix == ".safetensors" or path.exists() else beside
+    model = path / "model.safetensors"
+    of_run = model if model.exists() else RunFolder(path).latest_checkpoint()
+    if not beside.exists():
+        return of_run or model
+    if of_run is not None:
+        raise UsageError(
+            f"{path} is a run folder, and there is a saved model {beside} too; name the file that you mean"
+        )
+    return beside
 
 
 def load_policy(policy: Policy, path: Path) -> None:

@@ -77,6 +77,8 @@ class Stepper:
         self._info: dict[str, Any] = {}
         self.playing: Bools = np.ones(self.n, bool)
         """``[n]``: the coming step is one of an episode. Elsewhere it only resets."""
+        self.masks_in_info = False
+        """Whether masks came with the info so far, and not with the observation."""
         self.fresh: Bools = np.ones(self.n, bool)
         """``[n]``: the coming step, where it is one of an episode, is the first."""
 
@@ -128,6 +130,7 @@ class Stepper:
             given = self._info.get("action_mask")
             if given is None:
                 return None
+            self.masks_in_info = True
             named = playing & np.asarray(self._info.get("_action_mask", playing))
             mask = self._masks_in_info(given, named)
         mask = mask.copy()  # it may be the environment's, which is used again

@@ -15,6 +15,7 @@ import numpy as np
 
 from grouprl.envs import presets
 from grouprl.envs.config import check_names
+from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
@@ -92,7 +93,7 @@ class Recorder:
         self.solved_at: tuple[int, float] | None = None
         self._next_eval = run.eval_every
         self._next_checkpoint = run.checkpoint_every
-        self.evaluator = Evaluator(agent.env_id, agent.env_kwargs, n_envs=min(run.eval_episodes, 20))
+        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
         stack.callback(self.evaluator.close)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
         self.trackers = make_trackers(
@@ -196,6 +197,12 @@ def train(
     RunFolder(Path(out)).check_free(overwrite)
     with RunFolder(Path(out)).locked():
         agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
+        if agent.env_lost:
+            agent.close()
+            raise UsageError(
+                f"a run must be able to make its environment again: {agent.env_lost}; register an id whose entry point "
+                "makes that argument itself, or train from Python with GRPO(...).learn"
+            )
         folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings), overwrite=overwrite)
         if announce is not None:
             announce(folder)
@@ -227,7 +234,7 @@ def _as_written(env_id: str, preset: presets.Preset | None, agent: GRPO, run: Ru
         "env_id": env_id,
         "preset": preset.name if preset else None,
         "seed": agent.config.seed,
-        "env_kwargs": agent.env_kwargs,
+        "env_kwargs": to_json(agent.env_kwargs),
         "run": {**run.__dict__, "track": list(run.track)},
         "config": agent.config.model_dump(mode="json"),
     }

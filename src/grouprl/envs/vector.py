@@ -195,6 +195,16 @@ def env_name(env: EnvLike) -> str:
     return getattr(env, "__name__", type(env).__name__)
 
 
+def share_environments(one: Any, other: Any) -> bool:
+    """Whether two environments, vector environments or wrappers of them step one and the same environment."""
+
+    def parts(env: Any) -> set[int]:
+        base = env.unwrapped
+        return {id(base), *(id(each.unwrapped) for each in getattr(base, "envs", ()))}
+
+    return bool(parts(one) & parts(other))
+
+
 def horizon(venv: VectorEnv[Any, Any, Any]) -> int | None:
     """The time limit of one episode in steps, or None if there is none to be known."""
     for source in (venv, getattr(venv, "spec", None), getattr(getattr(venv, "envs", [None])[0], "spec", None)):

@@ -11,9 +11,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import VectorEnv
 
-from grouprl.envs.env_errors import environment_error, missing_extra_message, unknown_id_message
+from grouprl.envs.checked import Checked
+from grouprl.envs.env_errors import cannot_make_message, environment_error, missing_extra_message, unknown_id_message
 from grouprl.envs.grpo import GRPO
+from grouprl.envs.vector import env_name
 from grouprl.errors import GrouprlError, UsageError
 from grouprl.machine.threads import single_threaded_kernels
 
@@ -30,15 +33,16 @@ def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
     """One environment like the agent's, that renders.
 
     Raises:
-        UsageError: it cannot be made by id, or does not render in that mode.
+        UsageError: it cannot be made again, or does not render in that mode.
     """
-    if not agent.env_id:
-        raise UsageError("the agent's environment has no id, so it cannot be made again to be watched")
-    env_id = agent.env_id.removeprefix("envpool:")
+    given, kwargs = agent.where()
+    if not isinstance(given, str):
+        return _from_callable(given, render_mode)
+    env_id = given.removeprefix("envpool:")
     if not has_screen():
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame complains about the missing screen
     try:
-        env = gym.make(env_id, render_mode=render_mode, **agent.env_kwargs)
+        env = gym.make(env_id, render_mode=render_mode, **kwargs)
     except gym.error.DependencyNotInstalled as error:
         raise UsageError(missing_extra_message(env_id, str(gym.spec(env_id).entry_point), error)) from None
     except (gym.error.Error, ImportError) as error:
@@ -53,13 +57,35 @@ def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
     return env
 
 
+def _from_callable(make: Any, render_mode: str) -> gym.Env[Any, Any]:
+    """What a callable makes, if that renders."""
+    if isinstance(make, gym.Env | VectorEnv):
+        raise UsageError(
+            f"{env_name(make)} was given as an object, and another one is needed to be watched; give an id or a "
+            "callable"
+        )
+    try:
+        env: gym.Env[Any, Any] = make()
+    except Exception as error:
+        raise UsageError(cannot_make_message(env_name(make), {}, error)) from error
+    if env.render_mode != render_mode:
+        env.close()
+        raise UsageError(
+            f"what {env_name(make)} makes has render_mode={env.render_mode!r}, and {render_mode!r} is needed; let it "
+            f"make its environment so, such as lambda: MyEnv(render_mode={render_mode!r})"
+        )
+    return env
+
+
 def play_episode(agent: GRPO, env: gym.Env[Any, Any], seed: int, deterministic: bool = True) -> Iterator[float]:
     """Play one episode and yield the return so far after each step."""
     total = 0.0
     try:
+        env = Checked(env)
+        everything = np.ones(agent.actions.mask_size, bool) if agent.masks_in_info else None
         observation, info = env.reset(seed=seed)
         for _ in range(100_000):
-            mask = info.get("action_mask")
+            mask = info.get("action_mask", everything)
             action, _ = agent.predict(observation, deterministic=deterministic, action_masks=mask)
             observation, reward, terminated, truncated, info = env.step(action)
             total += float(reward)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from grouprl.errors import UsageError
+
+if TYPE_CHECKING:
+    from gymnasium.envs.registration import EnvSpec
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,24 @@ def load(name: str) -> Preset:
         raise UsageError(f"no preset {name!r}; {hint}")
     text = resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return Preset(name=name, **yaml.safe_load(text))
+
+
+def warn_of_another_environment(preset: Preset, spec: EnvSpec | None) -> None:
+    """Warn if a preset is for an environment made with other arguments than the one given.
+
+    Args:
+        preset: its arguments go only to an environment that is made from an id.
+        spec: of the environment given, if it has one.
+    """
+    have = {} if spec is None else {**spec.kwargs, "max_episode_steps": spec.max_episode_steps}
+    missing = {key: value for key, value in preset.env_kwargs.items() if have.get(key) != value}
+    if missing:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in missing.items())
+        warnings.warn(
+            f"the preset {preset.name} is for {preset.env_id} made with {arguments}; the environment given is "
+            "taken as it is",
+            stacklevel=3,
+        )
 
 
 def resolve(env_id: str | None, preset: str | None) -> Preset | None:
