@@ -17,9 +17,10 @@ from gymnasium.vector import VectorEnv
 
 from grouprl.envs import checkpoint, copies, presets
 from grouprl.envs.collect import Collector
-from grouprl.envs.config import GRPOConfig, make_config
+from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
+from grouprl.envs.finite import bad_observation, check_params
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.masks import many_masks
 from grouprl.envs.model_file import fill_policy, model_file
@@ -109,13 +110,15 @@ class GRPO:
             raise
         if chosen is not None and not isinstance(env, str):
             presets.warn_of_another_environment(chosen, venv.spec)
+        for name, why in without_effect(config, settings).items():
+            warnings.warn(f"{name}={settings[name]!r} has no effect: {why}", stacklevel=2)
         if settings.get("n_envs", venv.num_envs) != venv.num_envs:
             warnings.warn(
                 f"n_envs={config.n_envs} has no effect: the environment given holds {venv.num_envs}", stacklevel=2
             )
 
     @torch.inference_mode(False)
-    @torch.enable_grad()  # type: ignore[untyped-decorator]
+    @torch.enable_grad()
     def _assemble(self, description: Description, network: Network | None, functions: UserFunctions) -> None:
         """Make all parts of the agent, with an untrained policy and no environment yet."""
         self._description, config, self._network = description, description.config, network
@@ -370,12 +373,17 @@ class GRPO:
             The action (or ``n`` of them), ready for ``env.step``, and ``state``.
 
         Raises:
-            UsageError: the observation does not fit the observation space; the mask does not fit the action space, or
-                leaves no action; or it is missing, and the environment of training named valid actions in ``info``.
+            UsageError: the observation does not fit the observation space, or is not finite; the mask does not fit the
+                action space, or leaves no action; or it is missing, and the environment of training named valid actions
+                in ``info``.
+            TrainingError: the policy's parameters are not finite.
         """
         batched = self.observations.is_batched(observation)
         encoded = self.observations.encode(observation) if batched else self.observations.encode_single(observation)
+        if (found := bad_observation(self.observations, encoded)) is not None:
+            raise UsageError(f"the observation given holds {found[1]}; observations must be finite")
         params = self.policy.infer(self.policy.prepare(encoded))
+        check_params(params, encoded, self.policy, np.ones(len(params), bool), "this call")
         distribution = self.policy.distribution
         if action_masks is not None and self.actions.mask_size:
             mask: Any = many_masks(action_masks, len(params), self.actions.mask_size)

@@ -66,7 +66,7 @@ class Learner:
         )
 
     @torch.inference_mode(False)
-    @torch.enable_grad()  # type: ignore[untyped-decorator]  # whoever switched gradients off, a script or an environment
+    @torch.enable_grad()  # whoever switched gradients off, a script or an environment
     def learn(self, rollout: Rollout, advantages: Tensor, progress: float) -> UpdateStats:
         """One update of the policy from one batch; ``progress`` in [0, 1] drives the schedules."""
         keep = torch.nonzero(rollout.trainable)[:, 0]

@@ -23,15 +23,15 @@ def check_network(network: object, n_inputs: int, n_outputs: int) -> nn.Module:
     Warns UserWarning of layers that behave otherwise in training, where they will not.
     """
     if not isinstance(network, nn.Module):
-        raise UsageError(f"network({n_inputs}, {n_outputs}) returned {type(network).__name__}; return a torch.nn.Module")
+        raise UsageError(f"network=... returned {type(network).__name__}; it must return a torch.nn.Module")
     network.eval()
     dtype = dtype_of(network)
     x = torch.linspace(-1, 1, ROWS * n_inputs, dtype=dtype).view(n_inputs, ROWS).t().contiguous()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     out, again = (_run(network, rows.to(device), n_inputs, n_outputs) for rows in (x, x))
-    alone = torch.cat([_run(network, row.to(device), n_inputs, n_outputs) for row in x.clone().split(1)])
+    alone = torch.cat([_run(network, row.to(device), n_inputs, n_outputs) for row in torch.split(x, 1)])
     if not bool(torch.isfinite(out).all()):
-        raise UsageError("the network gives numbers that are not finite for inputs from -1 to 1; begin with smaller weights")
+        raise UsageError("the network's outputs are not finite for inputs from -1 to 1; begin with smaller weights")
     if not torch.allclose(out, again, rtol=1e-3, atol=1e-5):
         raise UsageError(
             "the network gives other outputs for the same inputs in evaluation mode; it must draw no random numbers "

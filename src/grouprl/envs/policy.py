@@ -103,12 +103,13 @@ class Policy(nn.Module):
             if network is None
             else check_network(network(n_in, n_out), n_in, n_out)
         )
-        self._dtype = dtype_of(self.network)
-        self.encoders.to(self._dtype)
+        dtype = dtype_of(self.network)
+        self._double = dtype == torch.float64  # what goes in and comes out is float32 all the same
+        self.encoders.to(dtype)
         if self.gaussian:
             # The same length of the noise vector whatever the number of dimensions.
             start = -0.5 - 0.5 * math.log(n_out) if config.log_std_init is None else config.log_std_init
-            self.log_std = nn.Parameter(torch.full((n_out,), start, dtype=self._dtype))
+            self.log_std = nn.Parameter(torch.full((n_out,), start, dtype=dtype))
         self.normalize = config.normalize_observations and bool(observations.normalise.any())
         self._rescale = config.normalize_observations and bool((self.normalize | (observations.scale != 1)).any())
         d = observations.n_flat
@@ -118,6 +119,7 @@ class Policy(nn.Module):
         self.refresh()
 
     # --- normalisation -------------------------------------------------------------------------------------------
+    @np.errstate(all="ignore")
     def refresh(self) -> None:
         """Recompute what :meth:`prepare` uses from the buffers; call after loading them."""
         real = self.observations.normalise
@@ -175,8 +177,8 @@ class Policy(nn.Module):
         parts = [inputs["flat"]] if "flat" in inputs else []
         parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders, strict=True)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        out: Tensor = self.network(x.to(self._dtype))
-        return out.float()
+        out: Tensor = self.network(x.double() if self._double else x)
+        return out.float() if self._double else out
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """:meth:`forward` for acting: numpy in, numpy out, no gradient."""

@@ -163,15 +163,21 @@ def update(
         if epoch == settings.epochs or settings.kl_stop is not None:
             approx_kl, cut_share = _moved(batch, probe, settings.objective)
             if settings.kl_stop is not None and not approx_kl <= settings.kl_stop:  # nor is it nan
+                _check_parameters(parameters, whole, steps)
                 if before is not None and not approx_kl <= UNDO_EPOCH_ABOVE * settings.kl_stop:
                     parameters.load(before)
                     undone = epoch == 1
                 break
-    if not bool(torch.isfinite(parameters.values()).all()):
-        parameters.load(whole)
-        raise TrainingError(f"parameters are not finite after {steps} gradient steps on a batch; {_ADVICE}")
+    _check_parameters(parameters, whole, steps)
     policy_loss_mean, kl = (totals / steps).tolist()
     return UpdateStats(policy_loss_mean, kl, cut_share, norm_total / steps, approx_kl, epoch, steps, undone)
+
+
+def _check_parameters(parameters: TrainedParameters, before: Tensor, steps: int) -> None:
+    """Raise TrainingError if the parameters are not finite after ``steps``; they are set to ``before [P]`` then."""
+    if not bool(torch.isfinite(parameters.values()).all()):
+        parameters.load(before)
+        raise TrainingError(f"parameters are not finite after {steps} gradient steps on a batch; {_ADVICE}")
 
 
 @torch.no_grad()
