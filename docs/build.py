@@ -332,7 +332,7 @@ def python_part() -> str:
         ("Tasks", "grouprl.lm.tasks", ["names", "get"]),
         ("Rows of a task", "grouprl.lm.tasks.task", ["Task", "Example", "dataset"]),
         ("Rows of a file", "grouprl.lm.tasks.jsonl", ["load_jsonl"]),
-        ("Functions by name", "grouprl.lm.tasks.importing", ["load_function"]),
+        ("Functions by name", "grouprl.importing", ["load_function"]),
         ("Rewards", "grouprl.lm.rewards.builtin", _public("grouprl.lm.rewards.builtin")),
         ("Rewards of mathematics", "grouprl.lm.rewards.math", ["math_accuracy"]),
         ("Runs by a recipe", "grouprl.lm.run.training", ["train", "resume", "evaluate", "RunResult"]),

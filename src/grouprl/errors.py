@@ -1,8 +1,16 @@
 """The two kinds of error a user can meet. Every message says what was given, what is allowed and how to fix it."""
 
+from grouprl.redaction import redact
+
 
 class GrouprlError(Exception):
-    """Base of every error grouprl raises on purpose; the command line prints its message without a traceback."""
+    """Base of every error grouprl raises on purpose; the command line prints its message without a traceback.
+
+    Its message holds no secrets, such as a token among the settings that it quotes.
+    """
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class UsageError(GrouprlError, ValueError):
@@ -29,3 +37,12 @@ def shown(value: object, width: int = 80) -> str:
     except Exception:  # of a class of the user's, or an integer of thousands of digits
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def short(value: object, most: int = 80) -> str:
+    """A value for a message: its representation, cut where it has more than ``most`` characters."""
+    try:
+        text = repr(value)
+    except Exception as error:  # of a class of the user's, or of what holds itself
+        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
+    return text if len(text) <= most else text[: most - 3] + "..."

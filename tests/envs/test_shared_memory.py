@@ -196,7 +196,7 @@ def test_a_network_may_change_its_inputs_in_place(normalize: bool) -> None:
     )
     check_same(first, second)
     seen = np.full((3, 2), 0.5, np.float32)
-    second.predict(seen)
+    second.predict(seen, action_masks=np.ones(3, bool))
     assert (seen == 0.5).all()
 
 

@@ -1,10 +1,14 @@
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from grouprl.errors import UsageError
 from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource, prepare_prompts
@@ -24,7 +28,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """One token per word; a text begins with <s>, which the template writes itself."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="</s>"))
@@ -87,6 +91,51 @@ def test_template_arguments_come_from_the_call_and_a_row_overrules_them(tokenize
     assert source[1].ids[:2] == (BOS, USER)
     assert source[2].ids[:3] == (BOS, TOOL, THINK)
     assert source[2].columns == {"tools": rows[2]["tools"]}
+
+
+def test_none_in_the_template_arguments_of_a_row_says_nothing(tokenizer: Any) -> None:
+    from datasets import Dataset
+
+    given = [{"think": True}, {"other": 1}]
+    dataset = Dataset.from_list([{"prompt": [user("one")], "chat_template_kwargs": own} for own in given])
+    assert dataset[1]["chat_template_kwargs"]["think"] is None
+    assert prepare_prompts(dataset, tokenizer, chat_template_kwargs={"think": True})[1].ids[:2] == (BOS, THINK)
+
+
+def test_parts_of_text_are_text_to_the_template_and_to_a_prefill(tokenizer: Any) -> None:
+    def parts(*texts: str) -> list[dict[str, Any]]:
+        return [{"type": "text", "text": text, "image": None} for text in texts]
+
+    messages = [user("one two"), assistant("three plus")]
+    in_parts = [user(parts("one ", "two")), assistant(parts("three ", "plus"))]  # type: ignore[arg-type]
+    plain, made = (prepare_prompts([{"prompt": p}], tokenizer)[0] for p in (messages, in_parts))
+    assert plain.ids == made.ids == (BOS, USER, ONE, TWO, EOS, ASSISTANT, THREE, PLUS)
+    assert made.prompt == in_parts
+    assert made.completion(" is") == [assistant("three plus is")]
+
+
+@pytest.mark.parametrize("trimmed", ["m.content | trim", "m.content"])
+def test_the_completion_begins_with_what_the_model_read_of_the_prefill(tokenizer: Any, trimmed: str) -> None:
+    template = copy.copy(tokenizer)
+    template.chat_template = TEMPLATE.replace("m.content", trimmed)
+    prompt = prepare_prompts([{"prompt": [user("one"), assistant("two\n")]}], template)[0]
+    begun = "two" if "trim" in trimmed else "two\n"
+    assert prompt.completion(" three") == [assistant(begun + " three")]
+
+
+def test_the_end_that_a_tokenizer_puts_behind_every_text_is_left_out_of_prompts(tokenizer: Any) -> None:
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    source = prepare_prompts([{"prompt": "one two"}, {"prompt": "one </s>"}], ending)
+    assert source[0].ids == (BOS, ONE, TWO)
+    assert source[1].ids[:3] == (BOS, ONE, EOS)
+
+
+def test_a_call_of_a_tool_needs_no_content(tokenizer: Any) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    assert prepare_prompts([{"prompt": [user("one"), call, user("two")]}], tokenizer)[0].ids.count(TOOL) == 1
 
 
 def test_keys_that_a_dataset_filled_up_with_none_do_not_reach_the_template(tokenizer: Any) -> None:
@@ -157,13 +206,52 @@ def test_a_stream_is_read_once_per_epoch_and_each_row_once(tokenizer: Any) -> No
     assert read == [0, 1, 2, 0, 1, 2]
 
 
-def test_only_the_first_row_is_tokenised_before_it_is_drawn(tokenizer: Any) -> None:
-    source = prepare_prompts([ROWS[0], {"prompt": None}, ROWS[2]], tokenizer)
+def test_rows_in_memory_are_looked_over_and_the_longest_are_tokenised_before_one_is_drawn(tokenizer: Any) -> None:
+    from datasets import Dataset
+
+    seen: list[str] = []
+
+    class Counting:
+        bos_token_id = eos_token_id = None
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            seen.append(text)
+            return {"input_ids": [1] * len(text.split())}
+
+    rows = [{"prompt": " ".join(["one"] * n), "n": n} for n in (1, 7, 2, 9, 3, 8, 4, 6)]
+    for dataset in (rows, tuple(rows), Dataset.from_list(rows)):
+        seen.clear()
+        prepare_prompts(dataset, Counting())
+        assert sorted(len(text.split()) for text in seen) == [1, 6, 7, 8, 9]  # the first row, and the longest
+    with pytest.raises(UsageError, match="row 3 of train_dataset has a prompt of 9 tokens"):
+        prepare_prompts(rows, Counting(), context_length=10, max_completion_length=2)
+    for bad, said in ((None, "the prompt None"), ("", "an empty prompt ''"), ([], "an empty list")):
+        with pytest.raises(UsageError, match=f"row 8 of train_dataset has {said}"):
+            prepare_prompts([*rows, {"prompt": bad}], Counting())
+
+
+def test_rows_that_others_read_are_checked_when_they_are_drawn(tokenizer: Any) -> None:
+    class Slow:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return [ROWS[0], {"prompt": None}, ROWS[2]][i]
+
+    source = prepare_prompts(Slow(), tokenizer)
     assert source[2].columns["n"] == 2
     with pytest.raises(UsageError, match="row 1 of train_dataset has the prompt None"):
         source[1]
     with pytest.raises(IndexError):
         source[3]
+
+
+def test_rows_that_came_or_went_after_they_were_given_are_missed(tokenizer: Any) -> None:
+    rows = list(ROWS)
+    source = prepare_prompts(rows, tokenizer)
+    rows.append(ROWS[0])
+    with pytest.raises(UsageError, match=f"had {len(ROWS)} rows when it was given and has {len(ROWS) + 1} now"):
+        source[0]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +270,21 @@ def test_only_the_first_row_is_tokenised_before_it_is_drawn(tokenizer: Any) -> N
         ([{"prompt": ["one"]}], "row 0 of eval has the message 'one'"),
         ([{"prompt": [{"from": "user", "value": "one"}]}], "has the message {'from'"),
         ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}], "prompts are text alone"),
+        ([{"prompt": [{"role": "user", "content": [{"type": "text", "text": None}]}]}], "prompts are text alone"),
+        ([{"prompt": [{"role": "user"}]}], r"message {'role': 'user'}, which says nothing; remove the row"),
+        ([{"prompt": [{"role": "user", "content": None}]}], "which says nothing"),
+        ([{"prompt": [{"role": "assistant", "content": None}, user("one")]}], "which says nothing"),
+        ([{"prompt": [{"role": "user", "content": " "}]}], "has the empty message"),
+        ([{"prompt": [{"role": "user", "content": []}]}], "has the empty message"),
+        ([{"prompt": [{"role": "user", "content": 7}]}], "a message with the content 7; give text"),
+        ([{"prompt": [{"role": 7, "content": "one"}]}], "has the message {'role': 7"),
+        ([{"prompt": "one \ud800 two"}], r"row 0 of eval has '\\ud800' at character 4, which is no text in UTF-8"),
+        ([{"prompt": [user("\ud800")]}], "which is no text in UTF-8"),
+        ([{"prompt": torch.tensor(3.0)}], r"row 0 of eval has the prompt tensor\(3\.\); give text"),
+        ([{"prompt": torch.ones(2)}], "row 0 of eval has the prompt tensor"),
+        ([{"prompt": np.array(["one"])}], "row 0 of eval has the prompt array"),
+        ([{"prompt": [user("one")], "chat_template_kwargs": "think"}], "has 'think' in column 'chat_template_kwargs'"),
+        ([{"prompt": [user("one")], "chat_template_kwargs": {"tokenize": 1}}], "cannot render row 0.*tokenize"),
         ([{"prompt": "one", "image": object()}], "has an image in column 'image'"),
         ([{"prompt": [{"role": "system", "content": "one"}]}], "the chat template cannot render row 0.*no system role"),
     ],
@@ -221,12 +324,12 @@ def test_messages_without_a_chat_template_are_a_usage_error() -> None:
 
 def test_a_prompt_may_fill_what_the_completion_leaves_and_no_more(tokenizer: Any) -> None:
     rows = [{"prompt": "one two"}, {"prompt": "one two three"}]
-    source = prepare_prompts(rows, tokenizer, context_length=10, max_completion_length=7)
+    source = prepare_prompts(rows[:1], tokenizer, context_length=10, max_completion_length=7)
     assert len(source[0].ids) == 3
     with pytest.raises(
         UsageError, match=r"row 1 .* 4 tokens, but the model's context of 10 less .*=7 leaves 3; shorten"
     ):
-        source[1]
+        prepare_prompts(rows, tokenizer, context_length=10, max_completion_length=7)
     with pytest.raises(UsageError, match="leaves no room for a prompt"):
         prepare_prompts(rows, tokenizer, context_length=10, max_completion_length=10)
 

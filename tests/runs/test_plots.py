@@ -16,6 +16,7 @@ from grouprl.runs.plots import (
     _load,
     _moving_average,
     _Run,
+    _without_repetitions,
     plot_run,
     plot_runs,
 )
@@ -122,6 +123,41 @@ def test_a_label_says_what_tells_a_configuration_from_the_others() -> None:
     assert _labels([a1, b], "seed") == ["A", "B"]
     assert _labels([a1, a2, b], "seed") == ["A, lr=0.1", "A, lr=0.2", "B"]
     assert _labels([{"seed": 1}], "seed") == ["run"]
+
+
+def test_a_label_leaves_out_what_changes_nothing_of_learning() -> None:
+    def config(total: int, **settings: object) -> dict[str, object]:
+        return {"env_id": "A", "run": {"total_timesteps": total, "eval_every": total // 20}, "config": settings}
+
+    assert _labels([config(100, lr=0.1), config(200, lr=0.2)], "seed") == ["lr=0.1", "lr=0.2"]
+    assert _labels([config(1000), config(2000)], "seed") == [
+        "total_timesteps=1000, eval_every=50",
+        "total_timesteps=2000, eval_every=100",
+    ]
+
+
+def test_a_preset_stands_for_its_settings_unless_two_runs_share_it() -> None:
+    a = {"env_id": "A", "preset": "script", "config": {"lr": 0.1, "n": 8}}
+    b = {"env_id": "A", "preset": "formula", "config": {"lr": 0.2, "n": 4}}
+    c = {"env_id": "A", "preset": "formula", "config": {"lr": 0.3, "n": 4}}
+    assert _labels([a, b], "seed") == ["preset=script", "preset=formula"]
+    assert _labels([a, b, c], "seed")[1:] == ["preset=formula, lr=0.2, n=4", "preset=formula, lr=0.3, n=4"]
+
+
+def test_a_setting_that_a_configuration_holds_twice_is_named_once() -> None:
+    def config(rate: float) -> dict[str, object]:
+        return {"task": "t", "recipe": {"config": {"lr": rate}}, "config": {"lr": rate}}
+
+    assert _labels([config(0.1), config(0.2)], "seed") == ["lr=0.1", "lr=0.2"]
+
+
+def test_one_seed_counts_once(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, seed, rows) for name, seed, rows in (("a", 0, 40), ("b", 0, 50), ("c", 1, 40))]
+    loaded = [_load(run, "step", "return_mean") for run in runs]
+    [kept], notes = _without_repetitions(_group(loaded, "seed"), "seed")
+    assert kept == [loaded[1], loaded[2]]
+    assert notes == ["2 runs have the same configuration and seed 0; the longest is shown"]
+    assert plot_runs([run.path for run in runs], tmp_path / "x.png") == notes
 
 
 def test_the_moving_average_is_centred_and_shorter_at_the_ends() -> None:

@@ -89,3 +89,9 @@ def test_a_resumed_run_starts_where_it_left(capsys: pytest.CaptureFixture[str]) 
     bars = capsys.readouterr().err.split("\r")
     assert "40%" in bars[1]
     assert "60%" in bars[-1]
+
+
+def test_the_bar_stays_when_the_last_batch_goes_over(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(100, enabled=True) as progress:
+        progress.update(120)
+    assert "100%" in capsys.readouterr().err.split("\r")[-1]

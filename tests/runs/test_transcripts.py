@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -140,6 +141,68 @@ def test_a_file_of_something_else_is_named_with_its_line(tmp_path: Path, line: s
         list(read_transcripts(path))
 
 
+WHOLE = {
+    "step": 1, "prompt_index": 7, "group": 0, "prompt": "really?", "completion": "yes", "tokens": 2, "finished": True,
+    "rewards": {"right": 1}, "reward": 1, "advantage": None, "extra": {"a": [1]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    "value",
+    ['"1"', "{}", "[]", "[1]", "true", "null", "-1e999", "1.5", str(10**400), "9" * 5000, '{"a": "b"}', '["a"]'],
+)
+def test_a_column_of_another_kind_is_refused_in_a_line_or_makes_a_page(tmp_path: Path, name: str, value: str) -> None:
+    line = json.dumps({**WHOLE, name: "VALUE"}).replace('"VALUE"', value)
+    path = tmp_path / "t.jsonl"
+    for lines in ([line], [json.dumps(WHOLE), line]):
+        path.write_text("\n".join([*lines, ""]))
+        try:
+            write_html(path, tmp_path / "t.html", "t")
+            read = list(read_transcripts(path))
+        except UsageError as error:
+            refused = str(error)
+            with pytest.raises(UsageError, match="is no transcript"):
+                TranscriptWriter(path).truncate_after(0)
+            assert refused.count("\n") == 0
+            assert len(refused) < 400
+        else:
+            assert Page(tmp_path / "t.html").data["n_samples"] == len(read) == len(lines)
+            TranscriptWriter(path).truncate_after(0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000, b'{"step":' * 100_000, b"\xff\xfe", b"\x00", json.dumps({**WHOLE, "other": 1}).encode(),
+        json.dumps({k: v for k, v in WHOLE.items() if k != "group"}).encode(), b'{"step": 1',
+        json.dumps({**WHOLE, "extra": "VALUE"}).replace('"VALUE"', '{"a":' * 400 + "1" + "}" * 400).encode(),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_transcript_is_refused_whatever_it_is(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(line + b"\n")
+    with pytest.raises(UsageError, match=r"t\.jsonl, line 1, is no transcript"):
+        list(read_transcripts(path))
+
+
+def test_values_that_no_file_could_hold_do_not_end_a_run(tmp_path: Path) -> None:
+    class Unspeakable:
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    himself: list[Any] = []
+    himself.append(himself)
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    extra = {"himself": himself, "deep": deep, "huge": 10**5000, "bad": Unspeakable(), "surrogate": "\ud800", "b": b"x"}
+    made = page(tmp_path, [sample(extra=extra)])
+    assert set(made.data["groups"][0]["extra"]) == set(extra)
+    (read,) = read_transcripts(tmp_path / "t.jsonl")
+    assert read.extra["huge"] is None
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no file of transcripts"):
         list(read_transcripts(tmp_path / "t.jsonl"))
@@ -168,6 +231,83 @@ def test_what_a_model_writes_cannot_become_part_of_the_page(tmp_path: Path) -> N
     assert group["samples"][0]["text"] == NASTY
     assert group["samples"][0]["rewards"] == {NASTY: 1.0}
     assert group["extra"][NASTY] == NASTY
+
+
+PAYLOADS = (
+    "<script>alert(1)</script>", "</script><script>alert(1)</script>", "</SCRIPT ><svg/onload=alert(1)>",
+    "<img src=x onerror=alert(1)>", '"><img src=x onerror=alert(1)>', "'><svg onload=alert(1)>", "<!--",
+    "<!--<script>", "-->", "]]>", "<![CDATA[", "</title><script>alert(1)</script>",
+    "</textarea><script>alert(1)</script>", "</style><script>alert(1)</script>",
+    "</pre><iframe src=javascript:alert(1)>", "javascript:alert(1)", "<a href=javascript:alert(1)>x</a>",
+    "<base href=//evil>", "<meta http-equiv=refresh content=0;url=//evil>", "<link rel=stylesheet href=//evil>",
+    "<form action=//evil><button>", "<object data=//evil>", "<details open ontoggle=alert(1)>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;", "&#60;script&#62;", r"\u003cscript\u003e", r"\x3cscript>",
+    '";alert(1);//', "';alert(1);//", "`${alert(1)}`", r'\";alert(1);//', "{{DATA}}", "{{TITLE}}",
+    "\u2028alert(1)//", "\u2029", "\x00<script>", "\ud800<script>", "__proto__", "constructor",
+    "\uff1cscript\uff1e", "<\x00script>", "\r\n\r\n<script>",
+)  # fmt: skip
+PLACES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "prompt": lambda x: {"prompt": x},
+    "role": lambda x: {"prompt": [{"role": x, "content": "a"}]},
+    "content": lambda x: {"prompt": [{"role": "user", "content": x}]},
+    "call of a tool": lambda x: {"prompt": [{"role": "user", "content": "a", "tool_calls": [{x: x}]}]},
+    "completion": lambda x: {"text": x},
+    "reward function": lambda x: {"rewards": {x: 1.0}},
+    "name of an extra": lambda x: {"extra": {x: "a"}},
+    "extra": lambda x: {"extra": {"a": x}},
+    "nested extra": lambda x: {"extra": {"a": [{x: [x]}]}},
+    "title": lambda x: {},
+}
+
+
+class Loaded(Page):
+    """Refuses what a page of ours does not hold, however it got there."""
+
+    def handle_comment(self, data: str) -> None:
+        self.tags.append("comment")
+
+    def unknown_decl(self, data: str) -> None:
+        self.tags.append("declaration")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_that_a_page_shows_can_run(tmp_path: Path, place: str) -> None:
+    """Whatever is in a sample, the page has the elements, attributes and scripts that it has without it."""
+    page(tmp_path, [sample()])
+    plain = Loaded(tmp_path / "t.html")
+    for payload in PAYLOADS:
+        for title in (payload,) if place == "title" else ("t",):
+            page(tmp_path, [sample(**PLACES[place](payload))], title=title)
+            loaded = Loaded(tmp_path / "t.html")
+            assert loaded.tags == plain.tags, payload
+            assert loaded.attributes == plain.attributes, payload
+            assert (loaded.script, loaded.rest) == (plain.script, plain.rest), payload
+            assert not set("<>&\u2028\u2029") & set(loaded.carried), payload
+            if place == "title":
+                shown = payload.replace("\r\n", "\n").encode("utf-8", "backslashreplace").decode()
+                assert loaded.title == shown * 2, payload
+            else:
+                shown = "".join(_texts(loaded.data))  # nested values as JSON
+                assert payload in shown or json.dumps(payload, ensure_ascii=False)[1:-1] in shown, payload
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text in what a page carries."""
+    if isinstance(value, str):
+        yield value
+        try:  # nested values are shown as JSON
+            nested = json.loads(value)
+        except ValueError:
+            return
+        if not isinstance(nested, str):
+            yield from _texts(nested)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grouprl.errors import GrouprlError, UsageError
+from grouprl.errors import GrouprlError, UsageError, shown
 from grouprl.extras import explain_missing
 from grouprl.printing import lasting_streams
 
@@ -80,6 +80,11 @@ def _status() -> int | str | None:
             raise
         print(f"error: {explained}", file=sys.stderr)
         return 2
+    except OSError as error:  # a name that is too long, a folder without permission, ...
+        if error.filename is None or os.environ.get("GROUPRL_TRACEBACK"):
+            raise
+        print(f"error: cannot use {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -101,7 +106,11 @@ def assigned(pairs: list[str] | None) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number."""
+    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number, also inside a mapping or a list."""
+    if isinstance(value, dict):
+        return {key: _number(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_number(part) for part in value]
     if isinstance(value, str):
         try:
             return float(value)

@@ -166,13 +166,17 @@ def plot(
     from grouprl.runs.plots import plot_runs
 
     if all(_of_language(path) for path in runs):
-        plot_runs(runs, out, x=x, y=y or "reward")
-        print(f"wrote {out}")
+        _report(plot_runs(runs, out, x=x, y=y or "reward"), out)
         return
     from grouprl.envs.vector import reward_threshold
 
     y = y or "return_mean"
     thresholds = {reward_threshold(str(RunFolder.open(path).read_config().get("env_id"))) for path in runs}
     threshold = thresholds.pop() if len(thresholds) == 1 and y in ("return_mean", "eval_return") else None
-    plot_runs(runs, out, x=x, y=y, threshold=threshold)
+    _report(plot_runs(runs, out, x=x, y=y, threshold=threshold), out)
+
+
+def _report(notes: list[str], out: Path) -> None:
+    for note in notes:
+        print(f"note: {note}")
     print(f"wrote {out}")

@@ -27,7 +27,9 @@ EnvAssignments = Annotated[
 
 @app.command()
 def train(
-    env: Annotated[str | None, typer.Argument(help="A Gymnasium id such as CartPole-v1, or package:Env-v0.")] = None,
+    env: Annotated[
+        str | None, typer.Argument(help="A Gymnasium id such as CartPole-v1, or module:Env (a file here will do).")
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="A preset's name; auto = the one named like ENV, if any; default = the robust default.")
     ] = "auto",
@@ -124,7 +126,7 @@ def _from_file(
         )
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):  # the third: no text, or no pairs
         raise UsageError(f"{path} is not the config.yaml of a run; give one that grouprl train left") from None
 
 

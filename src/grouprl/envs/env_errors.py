@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -34,12 +35,16 @@ def shown(value: Any, width: int = 60) -> str:
 def unknown_id_message(env_id: str, error: Exception) -> str:
     """What to say of an id Gymnasium does not know."""
     if isinstance(error, ImportError):
-        return f"cannot import the module named in {env_id!r}: {error}; install the package that registers it"
+        return (
+            f"cannot import the module named in {env_id!r}: {error}; it is looked for in {Path.cwd()} and among the "
+            "installed packages"
+        )
     package, _, name = env_id.rpartition(":")
     if package:
         return (
-            f"{package} was imported, but no environment {name!r} is registered; if {package} registers its "
-            "environments through a function, call that first and use Python: GRPO(lambda: gymnasium.make(...))"
+            f"{package} was imported, but it registers no environment {name!r} and has no class of that name; if "
+            f"{package} registers its environments through a function, call that first and use Python: "
+            "GRPO(lambda: gymnasium.make(...))"
         )
     close = difflib.get_close_matches(name, list(gym.registry), n=3)
     hint = (

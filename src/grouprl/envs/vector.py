@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import gymnasium as gym
@@ -19,6 +18,7 @@ from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, 
 from grouprl.envs.pool import make_envpool
 from grouprl.envs.workers import Workers
 from grouprl.errors import GrouprlError, UsageError
+from grouprl.importing import import_here
 
 EnvLike = str | Callable[[], gym.Env[Any, Any]] | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
@@ -150,15 +150,20 @@ def _check_same_environment(env_id: str, venv: VectorEnv[Any, Any, Any], kwargs:
 
 
 def find_spec(env_id: str) -> EnvSpec:
-    """The registered specification of ``"Env-v0"`` or ``"package:Env-v0"`` (the package is imported first).
+    """The registered specification of ``"Env-v0"`` or ``"module:Env-v0"`` (the module is imported first).
+
+    The module may be installed, or a file in the current directory. A class or function of that name in the module is
+    registered, if nothing else is: ``"my_file:MyEnv"`` needs no registration.
 
     Raises:
-        UsageError: no such package or id, with the closest ids.
+        UsageError: no such module or id, with the closest ids.
     """
     package, _, name = env_id.rpartition(":")
     try:
         if package:
-            import_module(package)
+            module = import_here(package)
+            if name not in gym.registry and callable(getattr(module, name, None)):
+                gym.register(name, entry_point=getattr(module, name))
         return gym.spec(name)
     except (gym.error.Error, ImportError) as error:
         raise UsageError(unknown_id_message(env_id, error)) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from gymnasium.vector import VectorEnv
 from grouprl.envs.checked import Checked
 from grouprl.envs.env_errors import cannot_make_message, environment_error, missing_extra_message, unknown_id_message
 from grouprl.envs.grpo import GRPO
-from grouprl.envs.vector import env_name
+from grouprl.envs.vector import env_name, find_spec
 from grouprl.errors import GrouprlError, UsageError
 from grouprl.machine.threads import single_threaded_kernels
 
@@ -41,8 +42,11 @@ def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
     env_id = given.removeprefix("envpool:")
     if not has_screen():
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame complains about the missing screen
+    find_spec(env_id)  # imports the module that registers it
     try:
-        env = gym.make(env_id, render_mode=render_mode, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*render_mode.*")  # it is said below
+            env = gym.make(env_id, render_mode=render_mode, **kwargs)
     except gym.error.DependencyNotInstalled as error:
         raise UsageError(missing_extra_message(env_id, str(gym.spec(env_id).entry_point), error)) from None
     except (gym.error.Error, ImportError) as error:

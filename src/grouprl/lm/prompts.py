@@ -1,60 +1,28 @@
 """Prompts: a dataset read row by row, tokenised on demand, and the order in which a run visits it.
 
 A row is a mapping with a column ``prompt``: text, or a list of messages. Its other columns go to the reward functions.
-Tokenising waits until a row is drawn, since reading through a large dataset first would cost minutes; a row that cannot
-be used is an error the moment it is met.
+Tokenising waits until a row is drawn, since reading through a large dataset first would cost minutes. The first 20,000
+rows are looked over before, and the longest of them tokenised; any other row that cannot be used is an error when it is
+met.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from grouprl.errors import UsageError
+from grouprl.lm.tokenising import Prompt, Tokenising, characters, check_row, no_prompt, read_row
 
-TEMPLATE_COLUMN = "chat_template_kwargs"
-TOOLS_COLUMN = "tools"
-_IMAGE_COLUMNS = ("image", "images")
+_LOOKED_OVER = 20_000
+"""Rows that are checked before training: a second's worth."""
+_TRIED = 4
+"""The longest of them, which are tokenised."""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One row of the dataset, tokenised."""
-
-    index: int
-    """Its row in the dataset."""
-    prompt: str | list[dict[str, Any]]
-    """As the dataset has it."""
-    columns: dict[str, Any]
-    """The other columns."""
-    ids: tuple[int, ...]
-    """What the model reads."""
-
-    def completion(self, text: str) -> str | list[dict[str, Any]]:
-        """A completion's text as reward functions expect it: as it is, or as the assistant's message.
-
-        A prompt that ends in the assistant's message is continued, so there the message holds both parts.
-        """
-        if isinstance(self.prompt, str):
-            return text
-        last = self.prompt[-1]
-        begun = _text(last.get("content")) if last["role"] == "assistant" else ""
-        return [{"role": "assistant", "content": begun + text}]
-
-
-@dataclass(frozen=True)
-class Tokenising:
-    """How a row becomes token ids."""
-
-    tokenizer: Any
-    chat_template_kwargs: Mapping[str, Any]
-    max_tokens: int | None
-    """Most tokens of a prompt."""
-    max_tokens_is: str
-    """Where that bound comes from, for the message."""
+__all__ = ["Prompt", "PromptOrder", "PromptSource", "prepare_prompts"]
 
 
 class PromptSource:
@@ -85,8 +53,28 @@ class PromptSource:
         """The prompt of row `index`. Raises UsageError if the row cannot be used, naming it and the fix."""
         if index < 0 or (self._size is not None and not self._streamed and index >= self._size):
             raise IndexError(f"row {index} of {self._size}")
+        if not self._streamed and len(self._rows) != self._size:
+            raise UsageError(
+                f"{self._name} had {self._size} rows when it was given and has {len(self._rows)} now; give a copy of it"
+            )
         index, row = self._stream_to(index) if self._streamed else (index, self._rows[int(index)])
-        return _read(row, index, self._how, self._name)
+        return read_row(row, index, self._how, self._name)
+
+    def look_over(self) -> None:
+        """Check the rows of a dataset in memory, and tokenise the longest of them.
+
+        So a row that cannot be used is met before training and not in its middle. Raises UsageError as `read_row`.
+        """
+        rows = self._rows
+        if self._streamed:
+            return
+        if hasattr(rows, "select_columns"):
+            rows = rows.select_columns(["prompt"])
+        elif not isinstance(rows, list | tuple):
+            return  # reading a row may be slow
+        lengths = [characters(check_row(row, i, self._name)) for i, row in zip(range(_LOOKED_OVER), rows, strict=False)]
+        for i in heapq.nlargest(_TRIED, range(len(lengths)), key=lengths.__getitem__):
+            self[i]
 
     def _stream_to(self, index: int) -> tuple[int, Any]:
         if self._size is not None:
@@ -186,14 +174,14 @@ def prepare_prompts(
     ``chat_template_kwargs`` takes precedence; a column ``tools`` is handed to the template too. A last message of the
     assistant is continued, after any other one the assistant's turn is opened. Text gets the tokenizer's own special
     tokens. Prompts are never cut: with `context_length` given, one longer than it less `max_completion_length` is an
-    error. The first row is read at once.
+    error. Rows in memory are looked over at once.
 
     Raises UsageError if the dataset is none, is empty, has no column ``prompt``, or its first row cannot be used.
     """
     rows, streamed = _rows(dataset, name)
     columns = getattr(rows, "column_names", None)
     if columns is not None and "prompt" not in columns:
-        raise UsageError(_no_prompt(name, columns))
+        raise UsageError(no_prompt(name, columns))
     room = None if context_length is None else context_length - max_completion_length
     if room is not None and room < 1:
         raise UsageError(
@@ -203,6 +191,7 @@ def prepare_prompts(
     bound = f"the model's context of {context_length} less max_completion_length={max_completion_length}"
     source = PromptSource(rows, Tokenising(tokenizer, dict(chat_template_kwargs or {}), room, bound), name, streamed)
     source[0]
+    source.look_over()
     return source
 
 
@@ -237,109 +226,3 @@ def _rows(dataset: Any, name: str) -> tuple[Any, bool]:
             "datasets.IterableDataset.from_generator(...)"
         )
     return dataset, True
-
-
-def _no_prompt(name: str, columns: Iterable[str]) -> str:
-    return (
-        f"{name} has no column 'prompt', only {', '.join(map(repr, columns)) or 'none at all'}; rename the right one: "
-        "dataset.rename_column(..., 'prompt')"
-    )
-
-
-def _read(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
-    where = f"row {index} of {name}"
-    if not isinstance(row, Mapping):
-        raise UsageError(f"{where} is {short(row)}; give a mapping such as {{'prompt': '2 + 2 ='}}")
-    if "prompt" not in row:
-        raise UsageError(_no_prompt(f"{where}", row))
-    for column in _IMAGE_COLUMNS:
-        if row.get(column) is not None and not _is_empty_list(row[column]):
-            raise UsageError(f"{where} has an image in column {column!r}; prompts are text alone, remove the column")
-    prompt = row["prompt"]
-    columns = {key: value for key, value in row.items() if key != "prompt"}
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise UsageError(f"{where} has an empty prompt {prompt!r}; remove the row")
-        ids = _text_ids(prompt, how.tokenizer)
-    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-        prompt = list(prompt)
-        _check_messages(prompt, where)
-        ids = _message_ids(prompt, columns, how, where)
-    else:
-        raise UsageError(
-            f"{where} has the prompt {short(prompt)}; give text, or messages such as "
-            "[{'role': 'user', 'content': '2 + 2 ='}]"
-        )
-    if not ids:
-        raise UsageError(f"{where} has no tokens: {short(prompt)} is empty to the tokenizer; remove the row")
-    if how.max_tokens is not None and len(ids) > how.max_tokens:
-        raise UsageError(
-            f"{where} has a prompt of {len(ids)} tokens, but {how.max_tokens_is} leaves {how.max_tokens}; shorten or "
-            "filter the prompts, or lower max_completion_length"
-        )
-    return Prompt(index, prompt, columns, tuple(ids))
-
-
-def _is_empty_list(value: Any) -> bool:
-    return isinstance(value, list) and not value
-
-
-def _check_messages(messages: list[Any], where: str) -> None:
-    if not messages:
-        raise UsageError(f"{where} has an empty list of messages; remove the row")
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise UsageError(
-                f"{where} has the message {short(message)}; give mappings such as "
-                "{'role': 'user', 'content': '2 + 2 ='}"
-            )
-        parts = message.get("content")
-        for part in parts if isinstance(parts, list) else ():
-            if not isinstance(part, Mapping) or part.get("type") != "text":
-                raise UsageError(f"{where} has the message part {short(part)}; prompts are text alone")
-
-
-def _text_ids(text: str, tokenizer: Any) -> list[int]:
-    ids = [int(token) for token in tokenizer(text)["input_ids"]]
-    bos = getattr(tokenizer, "bos_token_id", None)
-    # The text may begin with the token itself, when a chat template was applied beforehand.
-    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-
-
-def _message_ids(messages: list[Any], columns: Mapping[str, Any], how: Tokenising, where: str) -> list[int]:
-    if getattr(how.tokenizer, "chat_template", None) is None:
-        raise UsageError(
-            f"{where} is a list of messages, but the tokenizer has no chat template; set tokenizer.chat_template, or "
-            "give the prompts as text"
-        )
-    # Datasets give every message the keys of all, with None for what was not there; templates ask for the keys.
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    continued = given[-1]["role"] == "assistant"
-    try:
-        ids = how.tokenizer.apply_chat_template(
-            given,
-            tools=columns.get(TOOLS_COLUMN) or None,
-            tokenize=True,
-            return_dict=False,
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            **{**how.chat_template_kwargs, **(columns.get(TEMPLATE_COLUMN) or {})},
-        )
-    except Exception as error:  # templates raise what they like
-        raise UsageError(f"the chat template cannot render {where}, {short(messages)}: {error}") from error
-    return [int(token) for token in ids]
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content)
-    return content or ""
-
-
-def short(value: Any) -> str:
-    """A value for a message: its representation, cut where it is long."""
-    try:
-        text = repr(value)
-    except Exception as error:  # of a class of the user's
-        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -71,8 +71,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` atomically as UTF-8, line ends as they are. Raises as `atomic_path` does."""
-    write_bytes(path, text.encode())
+    """Write `text` to `path` atomically as UTF-8, line ends as they are, lone surrogates escaped.
+
+    Raises as `atomic_path` does.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

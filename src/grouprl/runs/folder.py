@@ -56,16 +56,18 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, so that no other process writes there; one that is empty in the end is deleted.
+        """Hold the folder, so that no other process writes there; folders made for it that stay empty are deleted.
 
         Raises UsageError if another process holds it, which is named, or if the folder cannot be written.
         """
+        made = [folder for folder in self.path.absolute().parents if not folder.exists()]
         try:
             with locked(self.path):
                 yield
         finally:
-            with suppress(OSError):  # it is not empty
-                self.path.rmdir()
+            for folder in (self.path, *made):
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:

@@ -26,10 +26,10 @@ _BOOTSTRAP_SAMPLES = 1000
 _AXIS_NAMES = {
     "step": "Steps",
     "update": "Updates",
-    "return_mean": "Return (mean of recent training episodes)",
+    "return_mean": "Return",
     "train_seconds": "Training time (s)",
     "eval_return": "Return in evaluation",
-    "reward": "Reward (mean of sampled completions)",
+    "reward": "Reward",
     "eval_accuracy": "Greedy accuracy on held-out prompts",
 }
 # Colours that people with colour blindness can tell apart (Okabe and Ito, 2008), the darkest first.
@@ -37,6 +37,15 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 _EVALUATION_OF = {"return_mean": "eval_return", "reward": "eval_reward"}
 """What is shown beside a curve as dots: the same quantity, in evaluations."""
+_MEANING = {
+    "return_mean": ("line: training, sampled actions, mean of recent episodes", "dot: evaluation, greedy actions"),
+    "reward": ("line: training, sampled completions", "dot: evaluation on held-out prompts"),
+}
+"""What the legend says of line and dots."""
+_FEWEST_FOR_AN_INTERVAL = 5
+"""With fewer runs a bootstrap interval is hardly more than their range, so the range is shown."""
+_NOT_LEARNED_FROM = ("grouprl", "run.")
+"""Beginnings of keys that change nothing of what is learned; a label names them only where nothing else differs."""
 _EVALUATION_STYLE: dict[str, Any] = {"markeredgecolor": "white", "markersize": 5.5}
 
 
@@ -61,13 +70,16 @@ def plot_runs(
     y: str = "return_mean",
     threshold: float | None = None,
     group_by: str = "seed",
-) -> None:
+) -> list[str]:
     """Draw the learning curves of runs into the picture `out`, one line per configuration.
 
     Runs whose configurations differ only in `group_by` share a line: their mean, with a 95 % bootstrap interval of the
-    mean, over the steps that all of them reached. A lone run is shown as it is, faintly, under its moving average.
-    Evaluations of the same quantity (columns eval_return, eval_reward), where there are any, are dots. `threshold` is a
-    dashed line.
+    mean (their range where they are fewer than five), over the steps that all of them reached. Of runs that are equal
+    in `group_by` too, such as two of one seed, the longest counts. A lone run is shown as it is, faintly, under its
+    moving average. Evaluations of the same quantity (columns eval_return, eval_reward), where there are any, are dots.
+    `threshold` is a dashed line.
+
+    Returns notes: which runs were left out, and why.
 
     Raises UsageError if a run has no rows, or lacks the columns `x` or `y`.
     """
@@ -77,10 +89,10 @@ def plot_runs(
     if not run_paths:
         raise UsageError("No runs to plot. Give at least one run folder.")
     runs = [_load(RunFolder.open(path), x, y) for path in run_paths]
-    groups = _group(runs, group_by)
+    groups, notes = _without_repetitions(_group(runs, group_by), group_by)
     labels = _labels([group[0].config for group in groups], group_by)
 
-    figure = Figure(figsize=(7.0, 4.3), dpi=150, layout="tight")
+    figure = Figure(figsize=(7.0, 4.3), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
@@ -88,13 +100,17 @@ def plot_runs(
     if threshold is not None:
         axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
     if y in _EVALUATION_OF and any(len(run.evaluation[0]) for run in runs):
-        axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label="evaluation")
+        line, dot = _MEANING[y]
+        axes.plot([], [], color="0.5", linewidth=1.8, label=line)
+        axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label=dot)
     _dress(axes, runs, x, y)
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     with atomic_path(out) as temporary:
         try:
             figure.savefig(temporary)
         except ValueError as error:
             raise UsageError(f"Cannot write the picture {out}: {error}") from error
+    return notes
 
 
 def _load(folder: RunFolder, x: str, y: str) -> _Run:
@@ -139,6 +155,22 @@ def _group(runs: Sequence[_Run], group_by: str) -> list[list[_Run]]:
     return list(groups.values())
 
 
+def _without_repetitions(groups: Sequence[Sequence[_Run]], group_by: str) -> tuple[list[list[_Run]], list[str]]:
+    """Of runs of one configuration and one seed the longest, and a note on each seed that was there several times."""
+    kept, notes = [], []
+    for group in groups:
+        by_seed: dict[str, list[_Run]] = {}
+        for run in group:
+            by_seed.setdefault(str(run.config.get(group_by)), []).append(run)
+        notes += [
+            f"{len(same)} runs have the same configuration and {group_by} {seed}; the longest is shown"
+            for seed, same in by_seed.items()
+            if len(same) > 1
+        ]
+        kept.append([max(same, key=lambda run: run.curve[0][-1]) for same in by_seed.values()])
+    return kept, notes
+
+
 def _labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
     """For each configuration the settings that tell it from others with the same env_id, and the env_id if it must."""
     flat = [_flatten(config, group_by) for config in configs]
@@ -146,7 +178,12 @@ def _labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
     for own in flat:
         rivals = [other for other in flat if _subject(other) == _subject(own)]
         keys = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
-        settings = [f"{key.rsplit('.', 1)[-1]}={own[key]}" for key in keys[:3]] + (["..."] if len(keys) > 3 else [])
+        keys = [key for key in keys if not key.startswith(_NOT_LEARNED_FROM)] or keys
+        if "preset" in keys and all(rival is own or rival.get("preset") != own["preset"] for rival in rivals):
+            keys = ["preset"]  # which says all the rest
+        named = {key.rsplit(".", 1)[-1]: own[key] for key in keys}
+        settings = [f"{name}={value}" for name, value in named.items()]
+        settings = settings[:3] + (["..."] if len(settings) > 3 else [])
         subject = [str(_subject(own))] if _subject(own) and (not settings or len(rivals) < len(flat)) else []
         labels.append(", ".join([*subject, *settings]) or "run")
     return labels
@@ -170,11 +207,11 @@ def _draw(axes: Axes, group: Sequence[_Run], label: str, colour: str, *, show_ev
             axes.plot(xs, ys, color=colour, linewidth=1.8, label=label, marker="o" if len(xs) == 1 else None)
     else:
         xs, values = _common_grid([run.curve for run in group])
-        low, high = _bootstrap(values)
+        few = len(group) < _FEWEST_FOR_AN_INTERVAL
+        low, high = (values.min(0), values.max(0)) if few else _bootstrap(values)
+        band = "range" if few else "95 % interval"
         axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(
-            xs, values.mean(0), color=colour, linewidth=1.8, label=f"{label}: mean of {len(group)}, 95 % interval"
-        )
+        axes.plot(xs, values.mean(0), color=colour, linewidth=1.8, label=f"{label}: mean of {len(group)}, {band}")
     if show_evaluation:
         eval_x = np.concatenate([run.evaluation[0] for run in group])
         eval_y = np.concatenate([run.evaluation[1] for run in group])
@@ -234,8 +271,9 @@ def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
     if x == "step":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(subjects) == 1 and None not in subjects:
-        axes.set_title(str(next(iter(subjects))), fontsize=11)
+        (subject,), presets = subjects, {run.config.get("preset") for run in runs} - {None}
+        preset = f", preset {presets.pop()}" if len(presets) == 1 and subject not in presets else ""
+        axes.set_title(f"{subject}{preset}", fontsize=11)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="best")

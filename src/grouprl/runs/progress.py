@@ -48,6 +48,7 @@ class Progress:
         shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if v is not None}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
+            self._bar.total = max(self._total, done)  # the last batch may go over; tqdm would then drop the bar
             self._bar.update(done - self._bar.n)
         elif self._lines and time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
             seconds = f"{time.monotonic() - self._began:.0f} s"

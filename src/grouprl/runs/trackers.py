@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 
 from grouprl.errors import UsageError
 from grouprl.extras import how_to_install
+from grouprl.redaction import redact, without_secrets
 from grouprl.runs.files import explain_os_error
 from grouprl.runs.metrics import MetricRow
 
@@ -152,7 +153,7 @@ def make_trackers(
     if "tensorboard" in names:
         trackers.append(TensorBoardTracker(tensorboard_folder))
     if "wandb" in names:
-        trackers.append(WandbTracker(wandb_folder, project, name, config))
+        trackers.append(WandbTracker(wandb_folder, project, redact(name), without_secrets(config)))
     return trackers
 
 

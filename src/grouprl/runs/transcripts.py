@@ -6,15 +6,15 @@ import html
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, short
 from grouprl.runs.files import (
     AppendedFile,
     is_marked,
@@ -77,7 +77,7 @@ class TranscriptWriter:
 
         NaN and infinities become null, and what JSON cannot hold becomes text.
         """
-        lines = (json.dumps(_plain(asdict(t)), ensure_ascii=False, allow_nan=False) + "\n" for t in transcripts)
+        lines = (json.dumps(_plain(vars(t)), ensure_ascii=False, allow_nan=False) + "\n" for t in transcripts)
         self._file.append("".join(lines))
 
     def mark(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class TranscriptWriter:
         if not self.path.exists():
             return
         lines = read_bytes(self.path, _WHAT).splitlines(keepends=True)
-        kept = [line for number, line in enumerate(lines, 1) if _parse(self.path, number, line)["step"] <= step]
+        kept = [line for number, line in enumerate(lines, 1) if _parse(self.path, number, line).step <= step]
         if len(kept) < len(lines):
             self._file.replace(b"".join(kept))
 
@@ -133,11 +133,7 @@ def read_transcripts(path: str | os.PathLike[str]) -> Iterator[Transcript]:
     """
     path = Path(path)
     for number, line in enumerate(whole_lines(read_bytes(path, _WHAT)).splitlines(), start=1):
-        values = _parse(path, number, line)
-        try:
-            yield Transcript(**values)
-        except TypeError as error:
-            raise UsageError(f"{path}, line {number}, is no transcript: {error}.") from error
+        yield _parse(path, number, line)
 
 
 def write_html(
@@ -263,27 +259,97 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
+_DEEPEST = 50
+"""Lists within lists that are written as such."""
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
     """What JSON can hold."""
+    if isinstance(value, Mapping | list | tuple) and depth >= _DEEPEST:
+        return short(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, int) and value.bit_length() > _BITS:
+        return None  # as infinities, which it is to all who read it as a float
     if isinstance(value, str | bool | int) or value is None:
         return value
     try:
-        return _plain(plain_number(value))
+        return _plain(plain_number(value), depth)
     except TypeError:
+        return _as_text(value)
+
+
+def _as_text(value: Any) -> str:
+    try:
         return str(value)
+    except Exception:  # of a class of the user's
+        return short(value)
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+_BITS = 1023
+"""Of the largest whole number that is a float too."""
+_NAMES = {item.name for item in fields(Transcript)}
+
+
+def _parse(path: Path, number: int, line: bytes) -> Transcript:
+    """A line of the file. Raises UsageError if it is none."""
+    where = f"{path}, line {number}, is no transcript"
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise UsageError(f"{path}, line {number}, is no transcript: it is not JSON ({error}).") from error
-    if not isinstance(values, dict) or "step" not in values:
-        raise UsageError(f"{path}, line {number}, is no transcript: it names no step.")
-    return values
+        raise UsageError(f"{where}: it is not JSON ({error}).") from error
+    except RecursionError:
+        raise UsageError(f"{where}: it is nested too deeply.") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{where}: it is a JSON {type(values).__name__}.")
+    for name, is_right in _RIGHT.items():
+        if name not in values:
+            raise UsageError(f"{where}: it names no {name}.")
+        if not is_right(values[name]):
+            raise UsageError(f"{where}: its {name} is {short(values[name])}.")
+    if not isinstance(values.get("extra", {}), dict):
+        raise UsageError(f"{where}: its extra is {short(values['extra'])}.")
+    if unknown := values.keys() - _NAMES:
+        raise UsageError(f"{where}: it has {', '.join(map(repr, sorted(unknown)))}.")
+    if _depth(values) > 2 * _DEEPEST:
+        raise UsageError(f"{where}: it is nested too deeply.")
+    return Transcript(**values)
+
+
+def _depth(value: Any) -> int:
+    """Lists and mappings within each other."""
+    depth, level = 0, [value]
+    while level:
+        nested = [item for item in level if isinstance(item, dict | list)]
+        level = [part for item in nested for part in (item.values() if isinstance(item, dict) else item)]
+        depth += bool(nested)
+    return depth
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 64
+
+
+def _number(value: Any) -> bool:
+    if value is None or isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= _BITS
+
+
+_RIGHT: Mapping[str, Callable[[Any], bool]] = {
+    "step": _count,
+    "prompt_index": _count,
+    "group": _count,
+    "prompt": lambda v: isinstance(v, str) or (isinstance(v, list) and all(isinstance(part, dict) for part in v)),
+    "completion": lambda v: isinstance(v, str),
+    "tokens": _count,
+    "finished": lambda v: isinstance(v, bool),
+    "rewards": lambda v: isinstance(v, dict) and all(map(_number, v.values())),
+    "reward": _number,
+    "advantage": _number,
+}
+"""What the columns of a transcript hold."""

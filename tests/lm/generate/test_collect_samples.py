@@ -4,9 +4,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from grouprl.lm.generate.collect import Collector, sample_and_score
+from grouprl.lm.generate.collect import Collector, describe_scored, evaluation_metrics, sample_and_score
 from grouprl.lm.generate.estimate import groups_with_signal
 from grouprl.lm.prompts import Prompt, PromptOrder
 from grouprl.lm.rewards.call import RewardCaller
@@ -44,7 +46,7 @@ class Script:
 
 class Tokenizer:
     def batch_decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens
+        assert not skip_special_tokens
         return [" ".join(str(i) for i in row if i != EOS) for row in ids]
 
 
@@ -290,3 +292,32 @@ def test_completions_can_be_judged_without_being_learned_from() -> None:
     )  # fmt: skip
     assert drawn.texts == ["1", "3 9"]
     assert drawn.rewards.values.tolist() == [[1.0], [3.0]]
+
+
+def test_the_names_of_an_evaluations_numbers_are_known_beforehand():
+    script = Script([[1, EOS], [2, EOS]])
+    drawn = sample_and_score(
+        script, Tokenizer(), RewardCaller([first_token, first_token]), [Source()[0]], 2, torch.Generator()
+    )
+    assert set(describe_scored([drawn])) == set(evaluation_metrics(["first_token", "first_token_2"]))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_rewards_read_special_tokens_but_for_those_that_end_or_fill(cut):
+    """With skip_special_tokens they read what they read in TRL."""
+    words = ["</s>", "<pad>", "<think>", "one", "two"]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", additional_special_tokens=["<think>"]
+    )
+    seen = []
+
+    def reward(completions, completion_ids, **_):
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [0.0] * len(completions)
+
+    script = Script([[2, 3, 0], [2, 1, 4]])
+    sample_and_score(
+        script, tokenizer, RewardCaller(reward), [Source()[0]], 2, torch.Generator(), skip_special_tokens=cut
+    )
+    assert seen == [("one" if cut else "<think> one", [2, 3, 0]), ("two" if cut else "<think> two", [2, 1, 4])]

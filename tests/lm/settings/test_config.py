@@ -2,11 +2,15 @@ import copy
 import inspect
 import math
 import pickle
+from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +91,59 @@ def test_a_setting_under_two_names_is_refused_unless_the_old_one_says_nothing() 
     with pytest.raises(UsageError, match=r"warmup_ratio=0\.1 and warmup_steps=5 are one setting"):
         GRPOConfig(warmup_steps=5, warmup_ratio=0.1)
     assert GRPOConfig(warmup_ratio=0.0, warmup_steps=5).warmup_steps == 5
+    for both in ({"warmup_ratio": 0.1, "warmup_steps": 0}, {"warmup_steps": 0.0, "warmup_ratio": 0.1}):
+        assert GRPOConfig(**both).warmup_steps == 0.1
+
+
+class Incomparable:
+    def __eq__(self, other: object) -> bool:
+        raise ZeroDivisionError
+
+    def __repr__(self) -> str:
+        raise ZeroDivisionError
+
+
+HIMSELF: list[Any] = []
+HIMSELF.append(HIMSELF)
+STRANGE = (
+    torch.ones(2), torch.tensor(1.0), np.ones(3), np.float32(1), Fraction(1, 2), Decimal("1.5"), math.inf, -math.inf,
+    math.nan, 10**400, 1j, b"x", "\ud800", "x" * 1000, {"a": 1}, {1: 2}, set(), object(), Incomparable(), len, type,
+    HIMSELF, range(3), 1, True, False, -1, 0.5, {"a": torch.ones(2)}, {"a": Incomparable()}, {"a": HIMSELF}, [HIMSELF],
+)  # fmt: skip
+"""What nobody means."""
+
+
+@pytest.mark.parametrize("name", [*GRPOConfig.model_fields, *FOREIGN, *RENAMED, "generation_kwargs", "tempature"])
+def test_a_strange_value_is_taken_or_refused_in_a_line(name: str) -> None:
+    said: list[str] = []
+    for value in STRANGE:
+        try:
+            made = GRPOConfig(**{name: value})
+            made.to_dict()
+            setattr(made, name, value)
+        except UsageError as error:
+            said.append(str(error))
+    assert not [message for message in said if "\n" in message or len(message) > 2000]
+
+
+@pytest.mark.parametrize("value", [True, 1, 0.5, {"tensorboard": 1}, ["tensorboard", 3], "mlflow"])
+def test_what_is_no_tracker_is_refused_with_those_there_are(value: Any) -> None:
+    with pytest.raises(UsageError, match=r"report_to=.*choose tensorboard, wandb, both in a list, or none"):
+        GRPOConfig(report_to=value)
+    assert GRPOConfig(report_to=False).report_to == GRPOConfig(report_to=None).report_to == ()
+
+
+@pytest.mark.parametrize("name", ["stop_strings", "stop", "eos_token_id"])
+def test_an_option_that_ends_completions_is_refused_with_what_does(name: str) -> None:
+    with pytest.raises(UsageError, match=r"the sampler does not know it; .*generation_config\.eos_token_id is heard"):
+        GRPOConfig(generation_kwargs={name: "x"})
+
+
+def test_a_setting_that_changes_in_a_run_is_refused_with_what_takes_its_place() -> None:
+    used = GRPOConfig().in_use()
+    for name, advice in (("learning_rate", "lr_scheduler_type"), ("temperature", "in stages"), ("max_steps", "stop")):
+        with pytest.raises(UsageError, match=f"{name}=1.*these settings are a trainer's.*{advice}"):
+            setattr(used, name, 1)
 
 
 @pytest.mark.parametrize(

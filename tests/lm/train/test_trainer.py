@@ -569,7 +569,6 @@ def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureF
     made = GRPOTrainer(
         model, REVERSE.reward, args, ROWS, None, tokenizer, quantization_config=None, peft_config=None, tools=None
     )
-    args.max_steps = 50  # too late
     result = made.train(resume_from_checkpoint=args.resume_from_checkpoint)
     step, loss, numbers = result
     assert (step, loss, numbers["epoch"]) == (2, result.training_loss, 0.1)

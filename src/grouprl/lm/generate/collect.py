@@ -87,8 +87,9 @@ class Collector:
     def _draw(self, n_prompts: int, group_size: int, state: Any) -> ScoredGroups:
         prompts = [self.source[i] for i in self.order.next_rows(n_prompts)]
         drawn = sample_and_score(
-            self.policy, self.tokenizer, self.rewards, prompts, group_size, self.generator, None, state
-        )
+            self.policy, self.tokenizer, self.rewards, prompts, group_size, self.generator, None, state,
+            skip_special_tokens=self.config.skip_special_tokens,
+        )  # fmt: skip
         self.tokens += sum(len(c.ids) for c in drawn.completions) + group_size * sum(len(p.ids) for p in prompts)
         return drawn
 
@@ -189,21 +190,30 @@ def _logged(rounds: list[Rewards]) -> Metrics:
 
 def sample_and_score(
     policy: Policy, tokenizer: Any, rewards: RewardCaller, prompts: list[Prompt], group_size: int,
-    generator: torch.Generator, settings: SamplingSettings | None = None, state: Any = None,
+    generator: torch.Generator, settings: SamplingSettings | None = None, state: Any = None, *,
+    skip_special_tokens: bool = False,
 ) -> ScoredGroups:  # fmt: skip
     """Sample ``group_size`` completions of each prompt and call the reward functions.
 
     Args:
         settings: how to sample; default: as the policy's configuration says.
         state: the trainer's state, handed to reward functions.
+        skip_special_tokens: leave all special tokens out of the texts, and not only those that end or fill.
 
     Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
     """
     completions = policy.sample([p.ids for p in prompts], group_size, generator, settings)
-    texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+    texts = _texts(completions, tokenizer, skip_special_tokens)
     rows = [p for p in prompts for _ in range(group_size)]
     values = rewards(rows, texts, [c.ids for c in completions], state)
     return ScoredGroups(prompts, group_size, completions, texts, values, rewards.weights)
+
+
+def _texts(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
+    """What the model wrote, without the token that ended it and without padding."""
+    padding = getattr(tokenizer, "pad_token_id", None)
+    ids = [[t for t in (c.ids[:-1] if c.finished else c.ids) if t != padding] for c in completions]
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens))
 
 
 def describe_scored(batches: Sequence[ScoredGroups]) -> Metrics:
@@ -213,6 +223,16 @@ def describe_scored(batches: Sequence[ScoredGroups]) -> Metrics:
     finished = torch.tensor([c.finished for c in drawn.completions])
     logged = _logged([batch.rewards for batch in batches])
     return {**_describe(lengths, finished, drawn.returns, drawn.n_prompts, drawn.rewards), **logged}
+
+
+def evaluation_metrics(functions: Sequence[str]) -> list[str]:
+    """The names in what `describe_scored` gives, beside those that the reward ``functions`` log themselves."""
+    lengths = [f"completions/{which}_{what}" for which in ("mean", "min", "max") for what in _LENGTHS]
+    of_each = [f"rewards/{name}/{what}" for name in functions for what in ("mean", "std")]
+    return ["reward", "reward_std", "frac_reward_zero_std", "completions/clipped_ratio", *lengths, *of_each]
+
+
+_LENGTHS = ("length", "terminated_length")
 
 
 def describe(samples: Samples, rewards: Rewards) -> Metrics:

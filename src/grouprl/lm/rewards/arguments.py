@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grouprl.errors import UsageError
-from grouprl.lm.prompts import Prompt, short
+from grouprl.errors import UsageError, short
+from grouprl.lm.prompts import Prompt
 
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 

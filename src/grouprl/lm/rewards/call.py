@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line
-from grouprl.lm.prompts import Prompt, short
+from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, short
+from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.arguments import arguments_for, columns_of
 from grouprl.lm.rewards.event_loop import EventLoop, Late
 from grouprl.lm.rewards.returned import completion, numbers_of, plain_float
@@ -68,7 +68,7 @@ class RewardCaller:
         timeout: seconds that a call of one may take, and asynchronous ones together; default: as long as it takes.
 
     Attributes:
-        names: what each is called in metrics: its ``__name__``, numbered where two are equal.
+        functions: the functions. names: what each is called in metrics: its ``__name__``, numbered where two are equal.
         weights: ``[F]`` float64.
 
     Raises UsageError if there is no function, one is none, or the weights do not fit.
@@ -83,7 +83,7 @@ class RewardCaller:
             raise UsageError("reward_funcs is empty; give at least one reward function")
         for function in given:
             _check_function(function)
-        self._functions: list[RewardFunction] = given
+        self.functions: list[RewardFunction] = given
         self.names = _unique([_name(function) for function in given])
         if weights is not None and len(weights) != len(given):
             raise UsageError(
@@ -135,13 +135,13 @@ class RewardCaller:
 
     def _run(self, offered: Mapping[str, Any]) -> list[Any]:
         arguments = [
-            arguments_for(function, name, offered) for function, name in zip(self._functions, self.names, strict=True)
+            arguments_for(function, name, offered) for function, name in zip(self.functions, self.names, strict=True)
         ]
         outputs: list[Any] = [None] * len(arguments)
         waiting: dict[int, Awaitable[Any]] = {}
         try:
             # The plain ones first: an asynchronous one starts only when it is awaited.
-            for i, function in enumerate(self._functions):
+            for i, function in enumerate(self.functions):
                 outputs[i] = self._call(i, functools.partial(function, **arguments[i]))
                 if inspect.isawaitable(outputs[i]):
                     waiting[i] = outputs[i]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
-from grouprl.errors import TrainingError, first_line
-from grouprl.lm.prompts import Prompt, short
+from grouprl.errors import TrainingError, first_line, short
+from grouprl.lm.prompts import Prompt
 
 LARGEST = 1e30
 """Of a reward, in size: squares of larger ones leave the range of numbers."""

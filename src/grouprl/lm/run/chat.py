@@ -49,8 +49,8 @@ class Chat:
             text = getattr(tokenizer, "chat_template", None) is None
             return cls(model, tokenizer, config, [], text, sampled, f"{source}, as it is")
         folder = RunFolder.open(source)
-        recipe = recipes.load(folder.path)
-        config = GRPOConfig(**folder.read_config()["config"]).replace(beta=0.0, sync_ref_model=False)
+        recipe = recipes.load(folder.path).with_secrets()
+        config = GRPOConfig(**folder.read_config()["config"]).replace(beta=0.0, sync_ref_model=False).with_secrets()
         if max_tokens is not None:
             config = config.replace(max_completion_length=max_tokens)
         data = load_task_data(recipe.changed({} if recipe.task.endswith(".jsonl") else {"n_train": 1, "n_eval": 1}))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.importing import load_function
 from grouprl.lm import tasks
 from grouprl.lm.run.recipe import Recipe
-from grouprl.lm.tasks.importing import load_function
 from grouprl.lm.tasks.jsonl import load_jsonl
 from grouprl.lm.tasks.task import Task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ import yaml
 from grouprl.errors import UsageError
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective_settings import unknown_setting
+from grouprl.redaction import with_secrets, without_secrets
 
 _PRESETS = "grouprl.lm.run.presets"
 
@@ -97,13 +98,22 @@ class Recipe:
         return Recipe(**{**self.__dict__, **values, "config": config})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a recipe file holds them."""
+        """Plain values, as a recipe file holds them, without secrets."""
         defaults = {f.name: f.default for f in fields(self)}
-        return {
+        values = {
             key: value
             for key, value in self.__dict__.items()
             if value not in (None, "") and (value != {} or defaults[key] is None)
         }
+        return dict(without_secrets(values))
+
+    def with_secrets(self) -> Recipe:
+        """With the secrets that config.yaml of its run does not hold. Raises UsageError for one that is nowhere."""
+        try:
+            values = {name: with_secrets(getattr(self, name), name) for name in ("model", "task_options", "lora")}
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return replace(self, **values)
 
 
 _SAID = {str: "text", dict: "a mapping", int: "a number", float: "a number", type(None): "left out"}

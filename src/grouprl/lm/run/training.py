@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.importing import load_function
 from grouprl.lm.generate.collect import ScoredGroups
 from grouprl.lm.models.find import SMOLLM2
 from grouprl.lm.run import recipe as recipes
@@ -22,7 +23,6 @@ from grouprl.lm.run.models import adapter, hide_file_bars, initial_model, load_t
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.report import leave_results
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.tasks.importing import load_function
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
 from grouprl.lm.train.setup import read_prompts
@@ -101,7 +101,7 @@ def _train(
     check_trackers(config.report_to)
     data = load_task_data(recipe)
     trainer = build(recipe, config, data)
-    described = recipe.to_dict() | {"config": {**recipe.config, "seed": config.seed}} | _absolute(recipe)
+    described = recipe.changed({"seed": config.seed}).to_dict() | _absolute(recipe)
     folder = RunFolder.create(
         out,
         {"grouprl": version("grouprl"), "arena": "lm", "task": recipe.task, "seed": config.seed,
@@ -134,8 +134,8 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
 def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> RunResult:
     saved = folder.read_config()
     try:
-        recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]})
-        config = _settings(saved["config"], folder.path, progress_bar)
+        recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]}).with_secrets()
+        config = _settings(saved["config"], folder.path, progress_bar).with_secrets()
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of a language-model run ({error})") from None
     if steps is not None:
@@ -249,12 +249,12 @@ def evaluate(
         raise UsageError(f"{answers} exists; name another file for the answers")
     folder = RunFolder.open(path)
     hide_file_bars()
-    recipe = recipes.load(folder.path)
+    recipe = recipes.load(folder.path).with_secrets()
     if n is not None and n < 1:
         raise UsageError(f"cannot evaluate on {n} held-out prompts; ask for at least 1")
     if n is not None and not recipe.task.endswith(".jsonl"):
         recipe = recipe.changed({"n_eval": n})
-    config = _settings(folder.read_config()["config"], folder.path, False)
+    config = _settings(folder.read_config()["config"], folder.path, False).with_secrets()
     data = load_task_data(recipe)
     model, tokenizer = load_trained(folder, recipe, config, data.task)
     config = config.replace(

@@ -11,11 +11,12 @@ from typing import Any
 
 from pydantic import PrivateAttr, ValidationError
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, short
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.trl import FOREIGN, ONE_PROCESS, RENAMED, translate
 from grouprl.objective_settings import explain
+from grouprl.redaction import with_secrets, without_secrets
 
 
 class GRPOConfig(Fields):
@@ -59,7 +60,10 @@ class GRPOConfig(Fields):
             super().__setattr__(name, value)
             return
         if self._in_use:
-            raise UsageError(f"{name}={value!r}: these settings are a trainer's; change them before it is made")
+            raise UsageError(
+                f"{name}={short(value)}: these settings are a trainer's; change them before it is made"
+                + (f", or {_MEANWHILE[name]}" if name in _MEANWHILE else "")
+            )
         for setting, translated in translate({name: value}, type(self).model_fields).items():
             try:
                 super().__setattr__(setting, translated)
@@ -68,7 +72,7 @@ class GRPOConfig(Fields):
 
     def in_use(self) -> GRPOConfig:
         """A copy for a trainer: completed, checked once more, and not to be changed. Raises UsageError."""
-        made = self.replace()
+        made = self.with_secrets()
         if made.load_best_model_at_end and made.metric_for_best_model is None:
             made.metric_for_best_model = "reward"
         if made.metric_for_best_model is not None and made.greater_is_better is None:
@@ -77,11 +81,30 @@ class GRPOConfig(Fields):
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting as plain types; ``GRPOConfig(**config.to_dict())`` equals it.
+        """Every setting as plain types; ``GRPOConfig(**config.to_dict())`` equals it, but for secrets.
+
+        An access token or a password among the arguments of the model has "(secret)" in its place. A trainer reads it
+        from the environment, or says in which variable it looked.
 
         Raises UsageError if the arguments of the model, chat template or scheduler hold what no file could.
         """
-        return {name: _plain(name, getattr(self, name)) for name in type(self).model_fields}
+        values = {}
+        for name in type(self).model_fields:
+            try:
+                values[name] = without_secrets(_plain(name, getattr(self, name)), name)
+            except RecursionError:
+                raise UsageError(f"{name} is nested too deeply, or holds itself; use plain values") from None
+        return values
+
+    def with_secrets(self) -> GRPOConfig:
+        """A copy with the secrets that `to_dict` leaves out, from the environment.
+
+        Raises UsageError for one that is nowhere.
+        """
+        try:
+            return self.replace(**{name: with_secrets(getattr(self, name), name) for name in _ARGUMENTS})
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def replace(self, **changes: Any) -> GRPOConfig:
         """A copy with some settings changed, validated anew. Raises UsageError as the class does."""
@@ -111,6 +134,10 @@ class GRPOConfig(Fields):
         """A context in which nothing waits: there is one process."""
         return nullcontext()
 
+    def __repr_args__(self) -> Any:
+        """What its representation shows: no secrets."""
+        return [(name, without_secrets(value, str(name))) for name, value in super().__repr_args__()]
+
     def to_json_string(self) -> str:
         """:meth:`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
@@ -118,6 +145,18 @@ class GRPOConfig(Fields):
     def to_sanitized_dict(self) -> dict[str, Any]:
         """:meth:`to_dict` with text for what is no number, as hyperparameters of trackers are."""
         return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in self.to_dict().items()}
+
+
+_ARGUMENTS = ("model_init_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
+"""Settings that are handed on to others, and may hold what only these know."""
+
+_MEANWHILE = {
+    "learning_rate": "let lr_scheduler_type or optimizers=(optimizer, scheduler) change it from step to step",
+    "temperature": "train in stages: a trainer for each temperature, each made of the model of the one before",
+    "max_steps": "set control.should_training_stop in a callback to end earlier",
+    "num_train_epochs": "set control.should_training_stop in a callback to end earlier",
+}
+"""What changes while a run goes on, though the setting does not."""
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -132,6 +171,6 @@ def _plain(name: str, value: Any) -> Any:
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")  # from_pretrained takes the name as well
     raise UsageError(
-        f"{name} holds {value!r} of type {type(value).__name__}, which config.yaml cannot hold; "
+        f"{name} holds {short(value)} of type {type(value).__name__}, which config.yaml cannot hold; "
         "use numbers, text, lists and mappings, or pass a model that is loaded already"
     )

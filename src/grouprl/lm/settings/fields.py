@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
+from grouprl.errors import short
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
@@ -121,6 +122,11 @@ class Fields(ObjectiveSettings):
 
     # --- rewards and advantages ----------------------------------------------------------------------------------
     reward_weights: tuple[float, ...] | None = Field(None, description="of the reward functions; default: 1 each")
+    skip_special_tokens: bool = Field(
+        False,
+        description="leave all special tokens out of the completions that rewards read, as TRL does; false = only "
+        "those that end or fill a completion",
+    )
     reward_timeout: float | None = Field(
         None,
         gt=0,
@@ -239,12 +245,15 @@ class Fields(ObjectiveSettings):
     @field_validator("report_to", mode="before")
     @classmethod
     def _trackers(cls, value: Any) -> Any:
-        names = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+        allowed = "choose tensorboard, wandb, both in a list, or none"
+        if value is not None and value is not False and not isinstance(value, str | list | tuple | set | frozenset):
+            raise ValueError(f"names no tracker; {allowed}")
+        names = (value,) if isinstance(value, str) else tuple(value or ())
         if names == ("all",):
             names = tuple(name for name in ("tensorboard", "wandb") if find_spec(name) is not None)
         for name in names:
-            if name not in ("tensorboard", "wandb", "none"):
-                raise ValueError(f"{name!r} is no tracker here; choose tensorboard, wandb, both in a list, or none")
+            if not isinstance(name, str) or name not in ("tensorboard", "wandb", "none"):
+                raise ValueError(f"{short(name)} is no tracker here; {allowed}")
         return tuple(name for name in names if name != "none")
 
     @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")
@@ -255,7 +264,7 @@ class Fields(ObjectiveSettings):
     @field_validator("top_k", mode="before")
     @classmethod
     def _all_tokens(cls, value: Any) -> Any:
-        return 0 if value is None else value
+        return 0 if value is None or (type(value) is int and value == -1) else value  # vLLM's word for all
 
     @field_validator("transcripts")
     @classmethod

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, short
 from grouprl.objective_settings import unknown_setting
 
 
@@ -29,6 +29,10 @@ GENERATION = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_completion_length",
 )  # fmt: skip
 """What generation_kwargs may hold, beside max_new_tokens."""
+
+_END = "; the model's generation_config.eos_token_id is heard, and may hold several tokens that end a completion"
+_ENDS = dict.fromkeys(("stop_strings", "stop", "stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
+"""What there is in the place of options that end a completion."""
 
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -182,9 +186,10 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
     for an unknown name, with the closest known one, and for a setting that is given under two names.
     """
     settings: dict[str, Any] = {}
-    if values.get("generation_kwargs"):  # what stands there wins, as in TRL
+    if values.get("generation_kwargs") is not None:  # what stands there wins, as in TRL
         values = {**values, **_generation_settings(values["generation_kwargs"])}
-    inert = {name for switch, names in SWITCHED.items() if not values.get(switch) for name in names}
+    off = {switch for switch in SWITCHED if any(same(values.get(switch), nothing) for nothing in (None, False))}
+    inert = {name for switch in off for name in SWITCHED[switch]}
     for given, value in values.items():
         if given in inert:
             continue
@@ -193,19 +198,35 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
         elif given in RENAMED:
             name = RENAMED[given]
             # The old name's "nothing" must not overwrite what the new name says.
-            if value is None or (name == "warmup_steps" and value == 0):
+            if value is None or (name == "warmup_steps" and same(value, 0)):
                 continue
         else:
             _check_foreign(given, value, known)
             continue
-        if name in settings and settings[name] != value:
-            raise UsageError(f"{given}={value!r} and {name}={settings[name]!r} are one setting; give {name} alone")
+        if name == "warmup_steps" and same(settings.get(name), 0):
+            del settings[name]  # a script passes both on, and one of them says nothing
+        elif name == "warmup_steps" and name in settings and same(value, 0):
+            continue
+        if name in settings and not same(settings[name], value):
+            raise UsageError(
+                f"{given}={short(value)} and {name}={short(settings[name])} are one setting; give {name} alone"
+            )
         settings[name] = value.value if isinstance(value, Enum) else value
     return settings
 
 
-def _generation_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal; what cannot say so, such as a tensor of several numbers, is not."""
+    try:
+        return bool(a == b)
+    except Exception:  # comparing calls code of the value's class
+        return a is b
+
+
+def _generation_settings(values: Any) -> dict[str, Any]:
     """Settings of transformers' generate, under our names. Raises UsageError for one the sampler does not know."""
+    if not isinstance(values, Mapping):
+        raise UsageError(f"generation_kwargs={short(values)} must be a mapping of {', '.join(sorted(GENERATION))}")
     settings = {}
     for given, value in values.items():
         name = "max_completion_length" if given == "max_new_tokens" else given
@@ -213,8 +234,8 @@ def _generation_settings(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name not in GENERATION:
             raise UsageError(
-                f"generation_kwargs={{{given!r}: {value!r}}}: the sampler does not know it; it knows "
-                f"{', '.join(sorted(GENERATION))}"
+                f"generation_kwargs={{{given!r}: {short(value)}}}: the sampler does not know it; it knows "
+                f"{', '.join(sorted(GENERATION))}{_ENDS.get(str(given), '')}"
             )
         settings[name] = value
     return settings
@@ -224,8 +245,8 @@ def _check_foreign(name: str, value: Any, known: Collection[str]) -> None:
     if name in FOREIGN:
         option = FOREIGN[name]
         value = value.value if isinstance(value, Enum) else value
-        if option.advice and value is not None and value != option.off and value not in option.also_off:
-            raise UsageError(f"{name}={value!r}: {option.advice}")
+        if option.advice and value is not None and not any(same(value, off) for off in (option.off, *option.also_off)):
+            raise UsageError(f"{name}={short(value)}: {option.advice}")
         return
     if name in TRAINER_ARGUMENTS:
         raise UsageError(f"{name!r} is an argument of GRPOTrainer, not a setting; pass it there")

@@ -21,10 +21,10 @@ import json
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.importing import load_function
 from grouprl.lm.tasks import reasoning_gym
 from grouprl.lm.tasks.arithmetic import Arithmetic
 from grouprl.lm.tasks.countdown import Countdown
-from grouprl.lm.tasks.importing import load_function
 from grouprl.lm.tasks.letter_count import LetterCount
 from grouprl.lm.tasks.nth_word import NthWord
 from grouprl.lm.tasks.strings import Reverse, Sort

@@ -52,8 +52,9 @@ def evaluate(
     for start in range(0, size, groups):
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
         yield sample_and_score(
-            setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, generator, settings, state
-        )
+            setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, generator, settings, state,
+            skip_special_tokens=setup.config.skip_special_tokens,
+        )  # fmt: skip
 
 
 def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = None) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ import torch
 from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.lm.generate.collect import evaluation_metrics
 from grouprl.lm.learn.optimizer import make_optimizer
 from grouprl.lm.models.load import load
 from grouprl.lm.models.restore import load_weights
+from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
@@ -70,6 +73,7 @@ def make_setup(
     Raises UsageError for whatever cannot work.
     """
     config = _configuration(args)
+    tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config)
     rewards = RewardCaller(reward_funcs, config.reward_weights, config.reward_timeout)
     torch.manual_seed(config.seed)
@@ -79,6 +83,7 @@ def make_setup(
     if not eval_prompts and (config.eval_strategy != "no" or config.eval_on_start):
         setting = "eval_on_start=True" if config.eval_strategy == "no" else f"eval_strategy={config.eval_strategy!r}"
         raise UsageError(f"{setting} needs an eval_dataset; give one to GRPOTrainer, or leave the setting out")
+    _check_best_metric(config, eval_prompts, rewards.names)
     parameters = TrainedParameters(model)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
@@ -94,6 +99,27 @@ def make_setup(
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards, functions=functions,
         prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
     )  # fmt: skip
+
+
+def _check_best_metric(config: GRPOConfig, eval_prompts: Mapping[str, Any], functions: Sequence[str]) -> None:
+    """Raises UsageError if no evaluation will have the metric that says which model is best.
+
+    Reward functions may log metrics of any name. So with one dataset only what is nearly a known name is refused.
+    """
+    if config.metric_for_best_model is None or not eval_prompts:
+        return
+    metric, said = config.metric_for_best_model.removeprefix("eval_"), config.metric_for_best_model
+    if "" not in eval_prompts:
+        if not any(metric.startswith(f"{name}_") for name in eval_prompts):
+            raise UsageError(
+                f"metric_for_best_model={said!r}: there are several datasets to evaluate on, whose numbers have their "
+                f"names; give one of these several, such as {next(iter(eval_prompts)) + '_reward'!r}"
+            )
+        return
+    known = evaluation_metrics(functions)
+    close = [] if metric in known else difflib.get_close_matches(metric, known, n=1, cutoff=0.85)
+    if close:
+        raise UsageError(f"metric_for_best_model={said!r} is no number of an evaluation; did you mean {close[0]!r}?")
 
 
 def _output_dir(model: Any, config: GRPOConfig) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from grouprl.lm.rewards.call import RewardFunction
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
 from grouprl.lm.train import checkpoint, evaluation
+from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.loop import Run, TrainOutput
@@ -85,7 +87,9 @@ class GRPOTrainer(ScriptMethods):
         if not isinstance(callbacks, list | tuple | None):
             raise UsageError(f"callbacks={callbacks!r} must be a list of TrainerCallbacks")
         super().__init__(setup, Bookkeeper(setup, list(callbacks or [])))
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        vars(self).update(
+            _train_dataset=train_dataset, _eval_dataset=eval_dataset, _given=(args, _values(args)), _running=False
+        )
         renew_freed_memory()
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -103,8 +107,62 @@ class GRPOTrainer(ScriptMethods):
             TrainingError: a reward function failed or a number stopped being finite; checkpoints stay as they are.
         """
         self.parameters.check()
+        self._check_settings()
         resumed = self._checkpoint_to_resume(resume_from_checkpoint)
-        return Run(self.setup, self.book, self.evaluate, resumed).go()
+        vars(self)["_running"] = True
+        try:
+            return Run(self.setup, self.book, self.evaluate, resumed).go()
+        finally:
+            vars(self)["_running"] = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign what is read afterwards. Raises UsageError for anything else: it would be ignored."""
+        check_assignment(type(self), GRPOTrainer, name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def is_in_train(self) -> bool:
+        """Whether it is training."""
+        return bool(vars(self)["_running"])
+
+    @property
+    def train_dataset(self) -> Any:
+        """What is trained on. A new one holds from the next ``train`` on; raises UsageError if it cannot be used."""
+        return vars(self)["_train_dataset"]
+
+    @train_dataset.setter
+    def train_dataset(self, dataset: Any) -> None:
+        prompts = None if dataset is None else self.prompts(dataset, "train_dataset")
+        self._change("train_dataset", dataset, prompts=prompts)
+
+    @property
+    def eval_dataset(self) -> Any:
+        """What is evaluated on. A new one holds from the next ``train`` or ``evaluate`` on, and raises likewise."""
+        return vars(self)["_eval_dataset"]
+
+    @eval_dataset.setter
+    def eval_dataset(self, dataset: Any) -> None:
+        prompts = read_eval_prompts(self.model, self.processing_class, self.args, dataset)
+        if not prompts and self.args.eval_strategy != "no":
+            raise UsageError(f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, got {dataset!r}")
+        self._change("eval_dataset", dataset, eval_prompts=prompts)
+
+    def _change(self, name: str, value: Any, **parts: Any) -> None:
+        if self.is_in_train:
+            raise UsageError(f"{name} cannot be changed while it is trained on; let the training end first")
+        setup = replace(self.setup, **parts)
+        self.book.setup = setup
+        vars(self).update({"setup": setup, f"_{name}": value})
+
+    def _check_settings(self) -> None:
+        """Raises UsageError if the settings were changed where they were made, which the trainer would not hear of."""
+        args, before = vars(self)["_given"]
+        for name, now in _values(args).items():
+            if now != before.get(name, now):
+                raise UsageError(
+                    f"args.{name} was {before[name]!r} when this trainer was made, which keeps it, and is {now!r} now; "
+                    "make a new GRPOTrainer of the changed settings, or change them back"
+                )
 
     def _checkpoint_to_resume(self, place: bool | str | Path | None) -> Checkpoint | None:
         if place is None or place is False:
@@ -140,6 +198,7 @@ class GRPOTrainer(ScriptMethods):
 
         Raises UsageError if there is no dataset, TrainingError if a reward function fails.
         """
+        self._check_settings()
         setup = self.setup
         sources = setup.eval_prompts
         if eval_dataset is not None:
@@ -188,3 +247,10 @@ class GRPOTrainer(ScriptMethods):
     def prompts(self, dataset: Any, name: str) -> PromptSource:
         """The prompts of a dataset, as this model reads them. Raises UsageError if it cannot be used."""
         return read_prompts(self.model, self.processing_class, self.args, dataset, name)
+
+
+def _values(args: Any) -> dict[str, Any]:
+    """The settings as they are now, of grouprl's configuration or of TRL's."""
+    if args is None:
+        return {}
+    return dict(args) if isinstance(args, GRPOConfig) else dict(args.to_dict())

@@ -10,50 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.policy.policy import Policy
+from grouprl.lm.rewards.call import RewardCaller
+from grouprl.lm.settings.batch_plan import BatchPlan
+from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.train.attributes import ALIASES, FOR_CALLERS, INNER, MISSING, OWN_LOOP, is_setting
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import trainer_state
 from grouprl.lm.train.setup import Setup
+from grouprl.objective.user_functions import UserFunctions
 from grouprl.printing import show
+from grouprl.redaction import redact
 from grouprl.runs.files import write_json, write_text
-
-_HUB = "upload when training is done: trainer.model.push_to_hub(name) and trainer.processing_class.push_to_hub(name)"
-_OWN_LOOP = "the training loop is grouprl.lm.train.loop.Run; a callback is told of every step"
-MISSING = {
-    "push_to_hub": _HUB,
-    "init_hf_repo": _HUB,
-    "predict": "evaluate(dataset) judges its completions, and trainer.policy.sample gives them",
-    "hyperparameter_search": "train once per setting",
-    "get_train_dataloader": _OWN_LOOP,
-    "get_eval_dataloader": _OWN_LOOP,
-    "training_step": _OWN_LOOP,
-    "compute_loss": "the loss is grouprl.objective.policy_loss; loss_type, advantage or surrogate_function choose it",
-    "create_optimizer": "pass optimizers=(optimizer, scheduler)",
-    "create_scheduler": "pass optimizers=(optimizer, scheduler)",
-    "log": "log_metric, which reward functions are given, logs a number",
-}
-"""Methods of transformers' and TRL's trainers that are none here: what to do instead."""
-
-_INNER = {
-    "_compute_loss",
-    "_generate",
-    "_generate_single_turn",
-    "_generate_and_score_completions",
-    "_calculate_rewards",
-    "_prepare_inputs",
-    "_get_train_sampler",
-    "_get_eval_sampler",
-    "_save",
-    "_save_checkpoint",
-    "_inner_training_loop",
-    "_get_per_token_logps_and_entropies",
-    "prediction_step",
-    "create_optimizer_and_scheduler",
-}
-"""What subclasses of TRL's trainer override besides."""
-
-_FOR_CALLERS = {"push_to_hub", "init_hf_repo", "predict", "hyperparameter_search"}
-"""Those that a script calls itself."""
 
 _log = logging.getLogger("grouprl")
 
@@ -69,13 +39,24 @@ class ScriptMethods:
     """
 
     is_deepspeed_enabled = is_fsdp_enabled = False
+    setup: Setup
+    book: Bookkeeper
+    args: GRPOConfig
+    plan: BatchPlan
+    functions: UserFunctions
+    model: Any
+    processing_class: Any
+    policy: Policy
+    parameters: TrainedParameters
+    rewards: RewardCaller
+    optimizer: Any
 
     def __init__(self, setup: Setup, book: Bookkeeper) -> None:
-        self.setup, self.book = setup, book
-        self.args, self.plan, self.functions = setup.config, setup.plan, setup.functions
-        self.model, self.processing_class = setup.model, setup.tokenizer
-        self.policy, self.parameters, self.rewards = setup.policy, setup.parameters, setup.rewards
-        self.optimizer = setup.optimizer
+        vars(self).update(  # what is assigned from outside is looked at
+            setup=setup, book=book, args=setup.config, plan=setup.plan, functions=setup.functions, model=setup.model,
+            processing_class=setup.tokenizer, policy=setup.policy, parameters=setup.parameters, rewards=setup.rewards,
+            optimizer=setup.optimizer,
+        )  # fmt: skip
 
     @property
     def state(self) -> Any:
@@ -170,7 +151,7 @@ class ScriptMethods:
         origin = f" of {base}" if base else ""
         text = f"Trained{origin} with grouprl {version('grouprl')} by GRPO (arXiv 2402.03300)."
         card = f"---\n{about.to_yaml()}\n---\n\n# {model_name or folder.name}\n\n{text}\n"
-        write_text(folder / "README.md", card)
+        write_text(folder / "README.md", redact(card))
 
     def end(self) -> None:
         """Nothing: trackers are closed when training ends."""
@@ -181,10 +162,17 @@ class ScriptMethods:
         kinds = [kind for kind in cls.__mro__ if kind is cls or not issubclass(kind, ScriptMethods)]
         own = {name for kind in kinds for name in vars(kind)}
         for name in sorted(own):
-            if (name in MISSING and name not in _FOR_CALLERS) or name in _INNER:
-                advice = MISSING.get(name, _OWN_LOOP)
+            if (name in MISSING and name not in FOR_CALLERS) or name in INNER:
+                advice = MISSING.get(name, OWN_LOOP)
                 _log.warning("%s.%s overrides a method that nothing calls here: %s", cls.__name__, name, advice)
 
     def __getattr__(self, name: str) -> Any:
         said = f"{type(self).__name__!r} object has no attribute {name!r}"
-        raise AttributeError(f"{said}: {MISSING[name]}" if name in MISSING else said)
+        if name in MISSING:
+            raise AttributeError(f"{said}: {MISSING[name]}")
+        if "setup" in vars(self):  # it is complete
+            if name in ALIASES:
+                return ALIASES[name](self)
+            if is_setting(name):
+                return getattr(self.args, name)
+        raise AttributeError(said)

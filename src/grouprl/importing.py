@@ -1,4 +1,7 @@
-"""Functions and classes of your own by name, `module:function`: rewards, tasks, estimators, surrogates."""
+"""What people write themselves, by name: `module:function` for rewards and estimators, `module:Env` for environments.
+
+Modules in the current directory are found, as they are by a script that lies there.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,27 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from grouprl.errors import UsageError
 
 
+def import_here(name: str, folder: str | os.PathLike[str] | None = None) -> ModuleType:
+    """Import a module that is installed, or lies in the current directory or ``folder``.
+
+    Both folders go to the end of the search path, where they cannot hide an installed package. What the import raises
+    is passed on.
+    """
+    for place in (Path.cwd(), *([Path(folder).resolve()] if folder is not None else [])):
+        if str(place) not in sys.path:
+            sys.path.append(str(place))
+    importlib.invalidate_caches()
+    return importlib.import_module(name)
+
+
 def load_function(name: str, folder: str | os.PathLike[str] | None = None) -> Callable[..., Any]:
     """The function called `module:function`, e.g. a reward. Modules in the current directory and `folder` are found.
-
-    Both folders go to the end of the search path, where they cannot hide an installed package.
 
     Raises UsageError if the name has another form, or there is no such module or function; what the module itself
     raises when it is imported is passed on.
@@ -23,12 +38,8 @@ def load_function(name: str, folder: str | os.PathLike[str] | None = None) -> Ca
     module_name, colon, attribute = name.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise UsageError(f"a function is given as module:function, such as my_rewards:correct; got {name!r}.")
-    for place in (Path.cwd(), *([Path(folder).resolve()] if folder is not None else [])):
-        if str(place) not in sys.path:
-            sys.path.append(str(place))
-    importlib.invalidate_caches()
     try:
-        module = importlib.import_module(module_name)
+        module = import_here(module_name, folder)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; something it imports is not

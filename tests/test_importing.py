@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from grouprl.errors import UsageError
-from grouprl.lm.tasks.importing import load_function
+from grouprl.importing import load_function
 
 
 def test_a_function_is_found_in_the_current_directory_and_in_the_given_folder(tmp_path, monkeypatch):
