@@ -33,6 +33,7 @@ from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
+from grouprl.runs.files import user_path
 from grouprl.runs.progress import Progress
 from grouprl.runs.state import load_state, save_state
 
@@ -413,7 +414,7 @@ class GRPO:
 
         Returns the path written, with the suffix added where it was missing.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if path.suffix != ".safetensors":
             path = path.with_name(path.name + ".safetensors")
         save_state(path, self.policy.state_dict(), self.describe("model"))
@@ -438,7 +439,7 @@ class GRPO:
         Raises:
             UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
         """
-        path = model_file(Path(path).expanduser())
+        path = model_file(user_path(path))
         tensors, meta = load_state(path)
         functions = UserFunctions(advantage_function, surrogate_function)
         agent = cls._from_file(path, tensors, meta, network, functions, settings)
@@ -487,7 +488,7 @@ class GRPO:
             extra: JSON that :meth:`from_checkpoint` gives back as ``agent.extra``.
         """
         self.ready()
-        checkpoint.write(Path(path), self.loop, may_restart, self.describe("checkpoint"), extra or {})
+        checkpoint.write(user_path(path), self.loop, may_restart, self.describe("checkpoint"), extra or {})
 
     @classmethod
     def from_checkpoint(
@@ -500,9 +501,9 @@ class GRPO:
         Raises:
             UsageError: not a checkpoint, or a corrupt one.
         """
-        tensors, meta = checkpoint.read(Path(path))
+        tensors, meta = checkpoint.read(user_path(path))
         functions = UserFunctions(advantage_function, surrogate_function)
-        agent = cls._from_file(Path(path), tensors, meta, network, functions, {})
+        agent = cls._from_file(user_path(path), tensors, meta, network, functions, {})
         if env is None and env_kwargs is None:
             agent.set_env(*agent.where())
         else:

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
+from grouprl.runs.files import user_path
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
 
@@ -198,8 +198,8 @@ def train(
     if seed is not None:
         values["seed"] = seed
     run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
-    RunFolder(Path(out)).check_free(overwrite)
-    with RunFolder(Path(out)).locked():
+    RunFolder(user_path(out)).check_free(overwrite)
+    with RunFolder(user_path(out)).locked():
         agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
         if agent.env_lost:
             agent.close()

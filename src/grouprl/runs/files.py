@@ -28,6 +28,11 @@ _log = logging.getLogger("grouprl")
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gives, with ``~`` as their home folder: the gate of every file and folder that is named."""
+    return Path(os.path.expanduser(path))
+
+
 def explain_os_error(error: OSError, path: Path) -> GrouprlError:
     """The error of ours that says what kept `path` from being written: TrainingError for the disk, else UsageError."""
     reason = error.strerror or str(error)
@@ -46,7 +51,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         UsageError: the path cannot be written (permission, a folder in the way, ...).
         TrainingError: the disk is full or broken.
     """
-    target = Path(path)
+    target = user_path(path)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

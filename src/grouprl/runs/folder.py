@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import GrouprlError, UsageError
-from grouprl.runs.files import explain_os_error, write_json, write_yaml
+from grouprl.runs.files import explain_os_error, user_path, write_json, write_yaml
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.state import read_meta
@@ -37,7 +37,7 @@ class RunFolder:
 
         Raises UsageError if the folder holds anything already, or cannot be made.
         """
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         try:
             if folder._holds_something():
                 folder._check_replaceable(overwrite)
@@ -72,7 +72,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """The run in `path`. Raises UsageError if there is none."""
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         if not folder.path.is_dir():
             raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
         if not folder.config_path.is_file() and folder._replaced.is_dir():
@@ -317,7 +317,7 @@ def _delete(path: Path) -> None:
 def default_run_path(root: str | os.PathLike[str], name: str, seed: int) -> Path:
     """A path that does not exist yet: root/NAME-seedSEED-DATE-TIME, with -2, -3, ... after it if that is taken."""
     safe_name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    return _free(Path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return _free(user_path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _free(wanted: Path) -> Path:

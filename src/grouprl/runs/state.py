@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.runs.files import atomic_path, plain_number
+from grouprl.runs.files import atomic_path, plain_number, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,7 @@ def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the meta data alone and check that the file is whole; cheap, whatever the size. Raises as `load_state`."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = user_path(path)
     if not path.exists():
         raise UsageError(f"There is no file {path}. {_EXPECTED}")
     if path.is_dir():

@@ -108,7 +108,9 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def _name(source: str | os.PathLike[str], path: Path) -> str:
     """What the model is called in its configuration, and in that of an adapter on it: something others can load too."""
-    return SMOLLM2_HUB_ID if source == SMOLLM2 and path.is_dir() else str(source)
+    if source == SMOLLM2 and path.is_dir():
+        return SMOLLM2_HUB_ID
+    return str(path) if str(source).startswith("~") else str(source)
 
 
 def _in_memory(model: Any, model_init_kwargs: Mapping[str, Any] | None) -> PreTrainedModel:

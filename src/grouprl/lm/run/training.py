@@ -31,6 +31,7 @@ from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import RunFolder
+from grouprl.runs.files import user_path
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
 from grouprl.runs.transcripts import TranscriptWriter
@@ -86,10 +87,10 @@ def train(
     if steps is not None:
         changes["max_steps"] = steps
     recipe = (source if isinstance(source, Recipe) else recipes.load(source)).changed(changes)
-    RunFolder(Path(out)).check_free(overwrite)
+    RunFolder(user_path(out)).check_free(overwrite)
     if "output_dir" in recipe.config:
         raise UsageError(f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out")
-    with RunFolder(Path(out)).locked():
+    with RunFolder(user_path(out)).locked():
         return _train(recipe, out, overwrite, progress_bar, announce)
 
 
@@ -181,9 +182,9 @@ def _absolute(recipe: Recipe) -> dict[str, str]:
     """The recipe's files and folders, found from wherever the run is resumed or evaluated."""
     files = {name: file for name in ("task", "eval_data") if (file := getattr(recipe, name) or "").endswith(".jsonl")}
     # tiny and smollm2 are no folders, whatever is there
-    if recipe.model not in ("tiny", SMOLLM2) and Path(recipe.model).exists():
+    if recipe.model not in ("tiny", SMOLLM2) and user_path(recipe.model).exists():
         files["model"] = recipe.model
-    return {name: str(Path(file).absolute()) for name, file in files.items()}
+    return {name: str(user_path(file).absolute()) for name, file in files.items()}
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
 
 def _settings(values: Mapping[str, Any], out: str | os.PathLike[str], progress_bar: bool | None) -> GRPOConfig:
     bar = {} if progress_bar is None else {"disable_tqdm": not progress_bar}
-    return GRPOConfig(**{**values, **bar, "output_dir": os.fspath(out)})
+    return GRPOConfig(**{**values, **bar, "output_dir": str(user_path(out))})
 
 
 _LOGGING = ("logging_strategy", "logging_steps", "logging_first_step")
@@ -245,7 +246,7 @@ def evaluate(
 
     Raises UsageError if there is no such run, it left no model yet, or the file exists.
     """
-    if answers is not None and Path(answers).exists():
+    if answers is not None and user_path(answers).exists():
         raise UsageError(f"{answers} exists; name another file for the answers")
     folder = RunFolder.open(path)
     hide_file_bars()

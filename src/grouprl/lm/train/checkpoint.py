@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import UsageError
+from grouprl.lm.fingerprint import digest
 from grouprl.lm.generate.samples import Samples
-from grouprl.lm.models.save import save_model
+from grouprl.lm.models.save import model_files, save_model
 from grouprl.lm.prompts import Prompt, PromptSource
 from grouprl.runs.files import write_json
 from grouprl.runs.state import load_state, read_meta, save_state
@@ -54,18 +55,21 @@ def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None,
 
 
 def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a model's files into a folder that holds other things too, such as checkpoints.
+    """Write a model's files into a folder that holds other things too, such as checkpoints; an older model's go.
 
     Raises UsageError if the place cannot be written, TrainingError if the disk is full; no file is ever half written.
     """
     inner = folder / ".model"
     save_model(model, tokenizer, inner)
+    written = {folder / file.name for file in inner.iterdir()}
     for file in inner.iterdir():
         place = folder / file.name
         if place.is_dir():
             shutil.rmtree(place)
         os.replace(file, place)
     inner.rmdir()
+    for stale in model_files(folder) - written:
+        (shutil.rmtree if stale.is_dir() else os.remove)(stale)
 
 
 def read(path: Path) -> Checkpoint:
@@ -81,11 +85,41 @@ def read(path: Path) -> Checkpoint:
 
 
 def existing(output_dir: Path) -> list[Path]:
-    """Checkpoint folders in ``output_dir``, oldest first."""
+    """Checkpoint folders in ``output_dir``, oldest first: by the run they are of, and by their step."""
+    return [path for _, _, path in _with_runs(output_dir)]
+
+
+def of_run(output_dir: Path, began: float) -> list[Path]:
+    """The checkpoint folders of the run that began at this time, oldest first."""
+    return [path for run, _, path in _with_runs(output_dir) if run == began]
+
+
+def _with_runs(output_dir: Path) -> list[tuple[float, int, Path]]:
+    """When the run of each checkpoint began, its step and its folder, in order.
+
+    One without a state that says so counts to the last run that had begun when it was written.
+    """
     if not output_dir.is_dir():
         return []
-    numbered = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    began = {path: _began(path) for _, path in found}
+    known = sorted(time for time in began.values() if time is not None)
+    runs = []
+    for step, path in found:
+        time = began[path]
+        if time is None:
+            written = path.stat().st_mtime
+            time = max((known_time for known_time in known if known_time <= written), default=0.0)
+        runs.append((time, step, path))
+    return sorted(runs)
+
+
+def _began(path: Path) -> float | None:
+    """When the run began that wrote a checkpoint; None if it does not say, 0 if it was written before runs said so."""
+    try:
+        return float(read_meta(path / STATE).get("began", 0.0))
+    except UsageError:
+        return None
 
 
 def latest(output_dir: Path) -> Path | None:
@@ -109,13 +143,28 @@ def samples_state(samples: Samples) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {name: getattr(samples, name) for name in (*_PER_TOKEN, *_PER_SAMPLE)}
     tensors["ids"] = torch.tensor([token for c in samples.completions for token in c])
     tensors["lengths"] = samples.lengths
-    return tensors, {"prompts": [prompt.index for prompt in samples.prompts], "texts": samples.texts}
+    tensors["prompt_ids"] = torch.tensor([token for prompt in samples.prompts for token in prompt.ids])
+    tensors["prompt_lengths"] = torch.tensor([len(prompt.ids) for prompt in samples.prompts])
+    return tensors, {
+        "prompts": [prompt.index for prompt in samples.prompts],
+        "contents": [digest(prompt.prompt) for prompt in samples.prompts], "texts": samples.texts,
+    }  # fmt: skip
 
 
 def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: PromptSource) -> Samples:
-    """The inverse of :func:`samples_state`."""
+    """The inverse of :func:`samples_state`. Raises UsageError if a row of the dataset is not the prompt's."""
     completions = [c.tolist() for c in torch.split(tensors["ids"], tensors["lengths"].tolist())]
     prompts: list[Prompt] = [source[index] for index in meta["prompts"]]
+    if "contents" in meta:  # older checkpoints have rows alone
+        for prompt, content in zip(prompts, meta["contents"], strict=True):
+            if digest(prompt.prompt) != content:
+                raise UsageError(
+                    f"the checkpoint holds completions of another prompt than that of row {prompt.index} of the "
+                    "train_dataset here; resume with the same dataset in the same order"
+                )
+        # As the model read them: a chat template may have put the date in.
+        ids = torch.split(tensors["prompt_ids"], tensors["prompt_lengths"].tolist())
+        prompts = [replace(prompt, ids=tuple(read.tolist())) for prompt, read in zip(prompts, ids, strict=True)]
     fields: dict[str, Any] = {name: tensors[name] for name in (*_PER_TOKEN, *_PER_SAMPLE)}
     return Samples(prompts=prompts, completions=completions, texts=list(meta["texts"]), **fields)
 

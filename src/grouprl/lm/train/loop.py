@@ -18,7 +18,7 @@ from grouprl.lm.learn.step import Step, optimizer_step
 from grouprl.lm.prompts import PromptOrder
 from grouprl.lm.settings.batch_plan import steps_per_epoch, total_steps
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.train import best_model, checkpoint
+from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.setup import Setup
@@ -211,6 +211,7 @@ class Run:
             "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
             "update": self.update, "book": self.book.to_dict(), "plan": asdict(self.plan),
             "config": self.config.to_dict(), "scheduler": _plain_state(self.scheduler),
+            "began": self.book.began, "origin": origin.describe(self.setup),
         }  # fmt: skip
         if self.reference_moved and policy.reference is not None:
             tensors |= {f"reference.{name}": value for name, value in policy.reference.state().items()}
@@ -249,6 +250,7 @@ class Run:
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
             self._divide()
+        self.book.began = meta.get("began", self.book.began)
         self.book.load(meta["book"], self.samples)
 
 

@@ -13,7 +13,7 @@ from grouprl.lm.prompts import PromptSource
 from grouprl.lm.rewards.call import RewardFunction
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
-from grouprl.lm.train import checkpoint, evaluation
+from grouprl.lm.train import checkpoint, evaluation, origin
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from grouprl.machine.memory import renew_freed_memory, use_huge_pages
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
+from grouprl.runs.files import user_path
 
 
 class GRPOTrainer(ScriptMethods):
@@ -175,13 +176,16 @@ class GRPOTrainer(ScriptMethods):
                     "or leave the argument out to start anew"
                 )
             place = newest
-        saved = checkpoint.read(Path(place))
-        self.load_weights(Path(place))
+        folder = user_path(place)
+        saved = checkpoint.read(folder)
+        if "origin" in saved.meta:
+            origin.check(saved.meta["origin"], self.setup, folder)
+        self.load_weights(folder)
         return saved
 
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights saved in ``folder``, as :meth:`save_model` and checkpoints write them."""
-        self.setup.load_weights(folder)
+        self.setup.load_weights(user_path(folder))
 
     # --- evaluation, prediction, saving ------------------------------------------------------------------------------
 
@@ -221,7 +225,7 @@ class GRPOTrainer(ScriptMethods):
 
         Raises UsageError if the place cannot be written, TrainingError if the disk is full.
         """
-        place = self.setup.output_dir if output_dir is None else Path(output_dir)
+        place = self.setup.output_dir if output_dir is None else user_path(output_dir)
         if place.absolute() == self.setup.output_dir.absolute():
             checkpoint.write_beside(place, self.model, self.processing_class)
         else:
