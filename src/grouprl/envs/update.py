@@ -183,7 +183,7 @@ def _check_parameters(parameters: TrainedParameters, before: Tensor, steps: int)
 @torch.no_grad()
 def _moved(batch: Batch, probe: Tensor, settings: UpdateSettings) -> tuple[float, float]:
     """KL(old || new) on the steps ``probe [m]``, and the share of them that the loss bounds."""
-    logp = torch.cat([batch.evaluate(part).logp for part in probe.split(settings.micro_batch)])
+    logp = torch.cat([batch.evaluate(part).logp for part in torch.split(probe, settings.micro_batch)])
     old = batch.logp_old[probe]
     terms = policy_loss(settings.objective, logp, Fixed(batch.advantages[probe], 1.0, old))
     cut = 0.0 if terms.cut is None else float((terms.cut[0] | terms.cut[1]).float().mean())

@@ -114,7 +114,7 @@ class Sketch:
         rng = np.random.default_rng([seed, n_observation, n_sums])
         order = np.full(n_sums * -(-n_observation // n_sums), n_observation)
         order[:n_observation] = rng.permutation(n_observation)
-        sign = rng.choice(np.float32([-1, 1]), n_observation)
+        sign = rng.choice(np.array([-1, 1], np.float32), n_observation)
         return cls(torch.from_numpy(order), torch.from_numpy(sign), n_sums)
 
     @torch.no_grad()
