@@ -22,7 +22,6 @@ from grouprl.envs.rollout import Rollout
 from grouprl.envs.spaces import ActionCodec
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
-from grouprl.objective import RandomFeatures
 from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions
 
 Metrics = dict[str, float]
@@ -96,8 +95,7 @@ class Loop:
         self.restart_episodes()
         if self.config.advantage == "baseline" and self.baseline is None:
             width = n_summary(observations.n_flat, dict(observations.images))
-            features = RandomFeatures.create(width, self.config.baseline_features, self.config.seed)
-            self.baseline = Baseline(features, horizon(venv) or DEFAULT_HORIZON)
+            self.baseline = Baseline.create(width, self.config, horizon(venv) or DEFAULT_HORIZON)
             self.baseline.weights = self._weights_of_baseline
 
     def detach(self) -> None:

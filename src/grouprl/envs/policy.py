@@ -23,6 +23,7 @@ Network = Callable[[int, int], nn.Module]
 """Builds a network from (inputs, outputs): takes ``[m, inputs]`` to ``[m, outputs]``."""
 
 CLIP_OBSERVATION = 10.0
+OBSERVED_COLUMNS = 1024
 ACTING_ROWS = 1024
 """Rows that act at once on a CPU. What is made and freed between what a batch keeps would leave holes in the heap."""
 
@@ -135,8 +136,10 @@ class Policy(nn.Module):
             return
         n = float(self.count)
         m = len(flat)
-        mean = torch.from_numpy(flat.mean(0, dtype=np.float64)).to(self.mean)
-        variance = torch.from_numpy(flat.var(0, dtype=np.float64)).to(self.mean)
+        # Some columns at a time: NumPy makes float64 of all that it is given.
+        parts = [flat[:, i : i + OBSERVED_COLUMNS] for i in range(0, flat.shape[1], OBSERVED_COLUMNS)]
+        mean = torch.from_numpy(np.concatenate([x.mean(0, dtype=np.float64) for x in parts])).to(self.mean)
+        variance = torch.from_numpy(np.concatenate([x.var(0, dtype=np.float64) for x in parts])).to(self.mean)
         delta = mean - self.mean
         self.mean += delta * (m / (n + m))
         self.variance.mul_(n / (n + m)).add_(variance * (m / (n + m)) + delta**2 * (n * m / (n + m) ** 2))

@@ -161,7 +161,7 @@ def update(
             )
             steps += 1
         if epoch == settings.epochs or settings.kl_stop is not None:
-            approx_kl, cut_share = _moved(batch, probe, settings.objective)
+            approx_kl, cut_share = _moved(batch, probe, settings)
             if settings.kl_stop is not None and not approx_kl <= settings.kl_stop:  # nor is it nan
                 _check_parameters(parameters, whole, steps)
                 if before is not None and not approx_kl <= UNDO_EPOCH_ABOVE * settings.kl_stop:
@@ -181,10 +181,11 @@ def _check_parameters(parameters: TrainedParameters, before: Tensor, steps: int)
 
 
 @torch.no_grad()
-def _moved(batch: Batch, probe: Tensor, objective: Objective) -> tuple[float, float]:
+def _moved(batch: Batch, probe: Tensor, settings: UpdateSettings) -> tuple[float, float]:
     """KL(old || new) on the steps ``probe [m]``, and the share of them that the loss bounds."""
-    logp, old = batch.evaluate(probe).logp, batch.logp_old[probe]
-    terms = policy_loss(objective, logp, Fixed(batch.advantages[probe], 1.0, old))
+    logp = torch.cat([batch.evaluate(part).logp for part in torch.split(probe, settings.micro_batch)])
+    old = batch.logp_old[probe]
+    terms = policy_loss(settings.objective, logp, Fixed(batch.advantages[probe], 1.0, old))
     cut = 0.0 if terms.cut is None else float((terms.cut[0] | terms.cut[1]).float().mean())
     return float(k3(old, logp).mean()), cut
 
