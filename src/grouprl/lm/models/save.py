@@ -14,6 +14,7 @@ from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.lm.models.adapters import CONFIG, REST, WEIGHTS, adapter_places, has_adapters, save_adapters
 from grouprl.lm.models.generation_config import writable_generation_config
 from grouprl.runs.files import explain_os_error, user_path
+from grouprl.runs.manifest import write_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,9 +31,9 @@ def save_model(
 ) -> None:
     """Write a folder that `from_pretrained` reads: weights (safetensors), configuration, tokenizer.
 
-    A PEFT model leaves the folder of its adapter, in PEFT's format. Parameters may be views into one flat tensor. An
-    older model at `path` is replaced once the new one is on the disk. `also` may write further files into the folder it
-    is given, before that takes its place.
+    A PEFT model leaves the folder of its adapter, in PEFT's format. Checksums of all files are in one beside them.
+    Parameters may be views into one flat tensor. An older model at `path` is replaced once the new one is on the disk.
+    `also` may write further files into the folder it is given, before that takes its place.
 
     Raises:
         UsageError: `path` cannot be written, or something else lies there.
@@ -46,6 +47,7 @@ def save_model(
             tokenizer.save_pretrained(folder)
         if also is not None:
             also(folder)
+        write_manifest(folder)
 
 
 def independent_state(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ def _train(
     if announce is not None:
         announce(folder)
     with folder.kept_in_order():
-        return _run(folder, recipe, trainer, data, progress_bar, resume_from=None)
+        return _run(folder, recipe, trainer, data, progress_bar, resume=False)
 
 
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
@@ -144,7 +143,7 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
     newest = checkpoint.latest(folder.path)
     if newest is None:
         useless = ", ".join(path.name for path in checkpoint.existing(folder.path))
-        content = f"only {useless}, without a state that can be read" if useless else "no checkpoint"
+        content = f"only {useless}, which cannot be resumed from" if useless else "no checkpoint"
         raise UsageError(f"{folder.path} holds {content}, so there is nothing to resume; train anew with another --out")
     done = int(newest.name.rpartition("-")[2])
     if 0 < config.max_steps <= done and folder.is_finished():
@@ -154,7 +153,7 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
     warm = recipe.lora is not None or config.beta > 0
     trainer = build(recipe if warm else recipe.changed({"warm_start": None}), config, data)
     folder.reopen(None if steps is None else _lengthened(saved, steps))
-    return _run(folder, recipe, trainer, data, progress_bar, resume_from=newest)
+    return _run(folder, recipe, trainer, data, progress_bar, resume=True)
 
 
 def _lengthened(saved: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -212,7 +211,7 @@ def _recording(folder: RunFolder, recipe: Recipe, progress_bar: bool | None) -> 
 
 def _run(
     folder: RunFolder, recipe: Recipe, trainer: GRPOTrainer, data: TaskData, progress_bar: bool | None,
-    resume_from: Path | None,
+    resume: bool,
 ) -> RunResult:  # fmt: skip
     book = trainer.book
     book.recording = _recording(folder, recipe, progress_bar)
@@ -225,7 +224,7 @@ def _run(
 
     with stopping_on_signals(stop):
         try:
-            trainer.train(resume_from_checkpoint=resume_from)
+            trainer.train(resume_from_checkpoint=resume)
         except TrainingError as error:
             last = checkpoint.latest(folder.path)
             kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"

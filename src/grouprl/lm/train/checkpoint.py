@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.errors import UsageError
+from grouprl.errors import DamagedFileError, UsageError
 from grouprl.lm.fingerprint import digest
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.models.save import model_files, save_model
 from grouprl.lm.prompts import Prompt, PromptSource
 from grouprl.runs.files import write_json
+from grouprl.runs.folder import newest_good
+from grouprl.runs.manifest import MANIFEST, STATE_FILE, check_manifest
 from grouprl.runs.state import load_state, read_meta, save_state
 
-_log = logging.getLogger("grouprl")
-
-STATE = "grouprl_state.safetensors"
+STATE = STATE_FILE
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds beside the model: named tensors and plain values."""
+    """What a checkpoint holds beside the model: named tensors and plain values, and the state file they come from."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+    file: Path = Path()
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name begins with ``prefix.``, without it."""
@@ -49,7 +50,7 @@ def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None,
     def also(folder: Path) -> None:
         write_json(folder / "trainer_state.json", trainer_state(state))
         if checkpoint is not None:
-            save_state(folder / STATE, checkpoint.tensors, checkpoint.meta)
+            save_state(folder / STATE, checkpoint.tensors, {**checkpoint.meta, "listed": True})
 
     save_model(model, tokenizer, path, also=also)
 
@@ -73,15 +74,39 @@ def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """The state in a checkpoint folder. Raises UsageError if there is none, or it holds the model alone."""
+    """The state in a checkpoint folder, whose files are all verified.
+
+    Raises DamagedFileError if there is none, it holds the model alone, or a file of the folder is damaged.
+    """
     if not path.is_dir():
-        raise UsageError(f"there is no checkpoint folder {path}")
-    if not (path / STATE).is_file():
-        raise UsageError(
+        raise DamagedFileError(f"there is no checkpoint folder {path}")
+    if not os.path.lexists(path / STATE):
+        raise DamagedFileError(
             f"{path} holds a model but no {STATE}, so training cannot resume from it (save_only_model=True writes such "
             "folders); give the folder as the model instead"
         )
-    return Checkpoint(*load_state(path / STATE))
+    tensors, meta = load_state(path / STATE)
+    if not check_manifest(path) and meta.get("listed"):
+        raise DamagedFileError(f"{path} is damaged: it has lost its {MANIFEST}")
+    return Checkpoint(tensors, meta, path / STATE)
+
+
+@contextmanager
+def offering_another(path: Path) -> Iterator[None]:
+    """Around code that takes up ``path``: if that is damaged, the error also names the newest good checkpoint beside.
+
+    Raises DamagedFileError as the code within.
+    """
+    try:
+        yield
+    except DamagedFileError as error:
+        others = [other for other in existing(path.absolute().parent) if other.name != path.name]
+        found = newest_good(others, read)
+        if found is None:
+            raise
+        raise DamagedFileError(
+            f"{error}. The newest good checkpoint beside it is {found[0]}.".replace("..", ".")
+        ) from error
 
 
 def existing(output_dir: Path) -> list[Path]:
@@ -123,15 +148,9 @@ def _began(path: Path) -> float | None:
 
 
 def latest(output_dir: Path) -> Path | None:
-    """The newest checkpoint that can be resumed from, or None."""
-    for path in reversed(existing(output_dir)):
-        try:
-            read_meta(path / STATE)
-        except UsageError as error:
-            _log.warning("%s cannot be resumed from, an older one may do: %s", path, error)
-            continue
-        return path
-    return None
+    """The newest checkpoint that can be resumed from, or None; each newer one that cannot is named in the log."""
+    found = newest_good(existing(output_dir), read)
+    return None if found is None else found[0]
 
 
 _PER_TOKEN = ("logp_sampled", "advantages", "logp_old", "logp_ref", "known_old", "known_ref")
@@ -152,8 +171,20 @@ def samples_state(samples: Samples) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: PromptSource) -> Samples:
-    """The inverse of :func:`samples_state`. Raises UsageError if a row of the dataset is not the prompt's."""
+    """The inverse of :func:`samples_state`.
+
+    Raises UsageError if a row of the dataset is not the prompt's; LookupError, TypeError, ValueError or RuntimeError
+    for what samples_state cannot have given.
+    """
     completions = [c.tolist() for c in torch.split(tensors["ids"], tensors["lengths"].tolist())]
+    sizes = dict.fromkeys(_PER_TOKEN, len(tensors["ids"])) | dict.fromkeys(_PER_SAMPLE, len(completions))
+    for name, size in sizes.items():
+        if len(tensors[name]) != size:
+            raise ValueError(f"{name} of the samples has {len(tensors[name])} entries, not {size}")
+    if len(meta["texts"]) != len(completions) or int(tensors["group"].max()) >= len(meta["prompts"]):
+        raise ValueError("the samples are more than their texts or prompts")
+    if bool(torch.isnan(tensors["advantages"]).any()):
+        raise ValueError("advantages of the samples are NaN")
     prompts: list[Prompt] = [source[index] for index in meta["prompts"]]
     if "contents" in meta:  # older checkpoints have rows alone
         for prompt, content in zip(prompts, meta["contents"], strict=True):

@@ -16,7 +16,6 @@ from grouprl.lm.settings.trl import check_arguments
 from grouprl.lm.train import checkpoint, evaluation, origin
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper
-from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.loop import Run, TrainOutput
 from grouprl.lm.train.setup import make_setup, read_eval_prompts, read_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
@@ -25,6 +24,7 @@ from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
+from grouprl.runs.folder import newest_good
 
 
 class GRPOTrainer(ScriptMethods):
@@ -100,8 +100,8 @@ class GRPOTrainer(ScriptMethods):
         """Train until ``max_steps`` or ``num_train_epochs``.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest in ``output_dir``. Training goes on as
-                if it had never stopped, in the middle of a generation too.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest good one in ``output_dir``. Training
+                goes on as if it had never stopped, in the middle of a generation too.
 
         Raises:
             UsageError: there is no dataset or no checkpoint, or a reward function is at fault.
@@ -109,10 +109,10 @@ class GRPOTrainer(ScriptMethods):
         """
         self.parameters.check()
         self._check_settings()
-        resumed = self._checkpoint_to_resume(resume_from_checkpoint)
+        run = self._begin(resume_from_checkpoint)
         vars(self)["_running"] = True
         try:
-            return Run(self.setup, self.book, self.evaluate, resumed).go()
+            return run.go()
         finally:
             vars(self)["_running"] = False
 
@@ -165,23 +165,29 @@ class GRPOTrainer(ScriptMethods):
                     "make a new GRPOTrainer of the changed settings, or change them back"
                 )
 
-    def _checkpoint_to_resume(self, place: bool | str | Path | None) -> Checkpoint | None:
+    def _begin(self, place: bool | str | Path | None) -> Run:
         if place is None or place is False:
-            return None
-        if place is True:
-            newest = checkpoint.latest(self.setup.output_dir)
-            if newest is None:
-                raise UsageError(
-                    f"resume_from_checkpoint=True, but {self.setup.output_dir} holds no checkpoint; give its folder, "
-                    "or leave the argument out to start anew"
-                )
-            place = newest
-        folder = user_path(place)
+            return Run(self.setup, self.book, self.evaluate, None)
+        if place is not True:
+            folder = user_path(place)
+            with checkpoint.offering_another(folder):
+                return self._resumed(folder)
+        folders = checkpoint.existing(self.setup.output_dir)
+        found = newest_good(folders, self._resumed)
+        if found is None:
+            content = "no checkpoint" + (" that can be used" if folders else "")
+            raise UsageError(
+                f"resume_from_checkpoint=True, but {self.setup.output_dir} holds {content}; give its folder, "
+                "or leave the argument out to start anew"
+            )
+        return found[1]
+
+    def _resumed(self, folder: Path) -> Run:
         saved = checkpoint.read(folder)
         if "origin" in saved.meta:
             origin.check(saved.meta["origin"], self.setup, folder)
         self.load_weights(folder)
-        return saved
+        return Run(self.setup, self.book, self.evaluate, saved)
 
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights saved in ``folder``, as :meth:`save_model` and checkpoints write them."""
