@@ -68,7 +68,8 @@ def policy_loss(
         count_cut: whether to say which steps are bounded.
 
     Sources: GRPO, arXiv 2402.03300 equation 3; the entries of `LOSSES` and `DIVERGENCES`.
-    Raises UsageError on shapes that do not fit, TrainingError if a user's surrogate returns something else than [m].
+    Raises UsageError on shapes that do not fit, TrainingError if a user's surrogate returns something else than
+    [m] finite numbers that depend on `logp`.
     """
     entry, advantages, effective = LOSSES[objective.loss_type], fixed.advantages, logp
     old = logp.detach() if fixed.logp_old is None else fixed.logp_old
