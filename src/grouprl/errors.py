@@ -17,6 +17,10 @@ class UsageError(GrouprlError, ValueError):
     """What was asked for cannot be done: a bad value, an unknown name, a missing extra, a foreign file."""
 
 
+class DamagedFileError(UsageError):
+    """A file of a run cannot be used: it is damaged, foreign, of another kind, or cannot be read."""
+
+
 class TrainingError(GrouprlError, RuntimeError):
     """Something broke while training ran: an environment died, or a number stopped being finite."""
 

@@ -52,6 +52,16 @@ RENAMED_SETTINGS = {
 }  # fmt: skip
 """Settings that had another name, and what they are called now."""
 
+ALIASES = {
+    "lr": "learning_rate", "alpha": "learning_rate", "n_epochs": "epochs", "num_epochs": "epochs",
+    "update_epochs": "epochs", "ent_coef": "entropy_coef", "entropy_weight": "entropy_coef",
+    "batch_size": "minibatch_size", "lambda_": "gae_lambda", "lam": "gae_lambda", "discount": "gamma",
+    "num_envs": "n_envs", "grad_clip": "max_grad_norm", "clip_grad_norm": "max_grad_norm",
+    "random_state": "seed", "random_seed": "seed", "net_arch": "hidden_sizes", "activation_fn": "activation",
+    "clip_eps": "epsilon", "clip_epsilon": "epsilon", "cliprange": "epsilon", "kl_coef": "beta", "kl_coeff": "beta",
+}  # fmt: skip
+"""Names that settings have elsewhere, where the nearest name by letters would be another setting."""
+
 REMOVED_SETTINGS = ("sticky_share", "sticky_until", "sticky_guard")
 """Settings that are constants now."""
 
@@ -147,6 +157,8 @@ def unknown_setting(name: str, known: Collection[str], otherwise: Callable[[], s
     if new in known:
         clip = ": dapo clips, dapo with delta=3.0 is the dual clip, spo is spo" if name == "surrogate" else ""
         return f"{name!r} is called {new!r} now{clip}"
+    if (new := ALIASES.get(name)) in known:
+        return f"{name!r} is called {new!r} here"
     if name in REMOVED_SETTINGS:
         return f"{name!r} is no setting any more; leave it out"
     close = difflib.get_close_matches(name, known, n=1)

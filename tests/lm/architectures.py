@@ -118,7 +118,7 @@ def naive_log_probs(model: Any, prompt: Sequence[int], completion: Sequence[int]
     """``[n]``: one sequence, no padding, no cache, the softmax over everything."""
     ids = torch.tensor([[*prompt, *completion]], device=model.device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    logp = (logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
+    logp = (logits[0, -len(completion) - 1 : -1].float() / temperature).log_softmax(-1)
     return logp.gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 

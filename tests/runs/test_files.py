@@ -150,7 +150,7 @@ def test_only_a_torn_last_line_is_dropped(tmp_path: Path, held: bytes, left: byt
 def test_a_file_that_cannot_be_read_is_named_by_its_kind(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"There is no log .*none\.txt"):
         read_bytes(tmp_path / "none.txt", "log")
-    with pytest.raises(UsageError, match="Cannot read"):
+    with pytest.raises(UsageError, match=r"is a folder, not a log\."):
         read_bytes(tmp_path, "log")
 
 

@@ -1,13 +1,18 @@
 import json
+import os
 import pickle
+import socket
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from grouprl.errors import TrainingError, UsageError
-from grouprl.runs.state import load_state, read_meta, save_state
+from grouprl.errors import DamagedFileError, TrainingError, UsageError
+from grouprl.runs.state import check_like, load_state, read_meta, save_state, taking_up
 
 DTYPES = [
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
@@ -158,4 +163,101 @@ def test_the_header_is_plain_json_that_any_safetensors_reader_sees(tmp_path: Pat
     save_state(tmp_path / "x", {"a": torch.ones(1)}, {"step": 7})
     data = (tmp_path / "x").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    assert header["__metadata__"] == {"grouprl_format": "1", "meta": '{"step": 7}'}
+    assert header["__metadata__"]["meta"] == '{"step": 7}'
+    assert json.loads(header["__metadata__"]["checksums"]).keys() == {"a"}
+
+
+def test_no_bit_of_a_file_can_change_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    save_state(path, {"a": torch.arange(6.0), "b": torch.ones(0), "c": torch.tensor(3)}, {"step": 7})
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        with suppress(DamagedFileError):  # blanks behind the header's end, say, mean nothing
+            tensors, meta = load_state(path)
+            assert (tensors["a"].tolist(), tensors["c"].item(), meta) == (list(range(6)), 3, {"step": 7})
+
+
+@pytest.mark.parametrize("change", ["dropped", "reshaped", "other meta"])
+def test_a_file_that_was_saved_again_by_others_is_damaged(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "x"
+    save_state(path, {"a": torch.arange(6.0), "b": torch.ones(2)}, {"step": 7})
+    with safe_open(path, "pt") as file:
+        header = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in ("a", "b")}
+    if change == "dropped":
+        del tensors["b"]
+    elif change == "reshaped":
+        tensors["a"] = tensors["a"].reshape(2, 3)
+    else:
+        header["meta"] = '{"step": 8}'
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(DamagedFileError, match="its header is not what was saved"):
+        load_state(path)
+
+
+def test_a_file_from_before_checksums_is_read_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "x", metadata={"grouprl_format": "1", "meta": "{}"})
+    assert load_state(tmp_path / "x")[0]["a"].tolist() == [1, 1]
+    assert "written by an older grouprl, without checksums" in caplog.text
+
+
+LIKE = {"a": torch.zeros(3), "n": torch.tensor(0)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "meta", "said"),
+    [
+        ({"a": torch.zeros(3)}, {}, "lacks the tensor 'n'"),
+        ({"a": torch.zeros(4), "n": torch.tensor(1)}, {}, r"'a' is float32 \[4\] there and float32 \[3\] here"),
+        ({"a": torch.zeros(3), "n": torch.tensor(1.0)}, {}, r"'n' is float32 \[\] there and int64 \[\] here"),
+        ({"a": torch.tensor([0, float("nan"), 0]), "n": torch.tensor(1)}, {}, "'a' holds NaN"),
+        ({**LIKE}, {"steps": "3"}, "steps is '3', not of the kind of 5"),
+        ({**LIKE}, {"rng": {"act": None}}, r"rng.act is None, not of the kind of \{\}"),
+        ({**LIKE}, [], "its meta data is"),
+    ],
+)
+def test_what_a_run_cannot_have_saved_is_named(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], meta: object, said: str
+) -> None:
+    like_meta = {"steps": 5, "rng": {"act": {}}, "solved": None}
+    check_like(tmp_path / "x", LIKE, {"steps": 0.5, "solved": 3, "more": 1}, LIKE, like_meta)
+    with pytest.raises(DamagedFileError, match=said):
+        check_like(tmp_path / "x", tensors, meta, LIKE, like_meta)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("rng"), IndexError("no 3"), ZeroDivisionError("by 0"), RuntimeError("size")]
+)
+def test_whatever_goes_wrong_in_taking_up_a_file_names_it(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(DamagedFileError, match=rf"{tmp_path}.* is damaged: .*{error.args[0]}"), taking_up(tmp_path):
+        raise error
+    with pytest.raises(TrainingError, match="mine"), taking_up(tmp_path):
+        raise TrainingError("mine")
+
+
+def special(path: Path, kind: str) -> None:
+    """Something else than a file."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "named pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "link to nothing":
+        path.symlink_to(path.parent / "nothing")
+    else:
+        path.symlink_to(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "named pipe", "socket", "device", "link to nothing", "symbolic link"])
+@pytest.mark.parametrize("read", [load_state, read_meta])
+def test_what_is_no_file_is_named_and_never_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object], kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # addresses of sockets are short
+    special(tmp_path / "x", kind)
+    with pytest.raises(DamagedFileError, match=f"{tmp_path}.*{kind}"):
+        read(tmp_path / "x")

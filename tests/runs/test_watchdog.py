@@ -100,7 +100,7 @@ def test_a_hanging_call_is_named_by_the_thread_with_the_line_it_is_at(
         until = time.monotonic() + 10
         while not caplog.messages and time.monotonic() < until:
             time.sleep(0.001)
-    assert "reward function 'slow' has been running for 0.0" in caplog.messages[0]
+    assert "reward function 'slow' has been running for 0." in caplog.messages[0]
     assert f"of {__file__}" in caplog.messages[0]
 
 

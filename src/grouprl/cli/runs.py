@@ -11,6 +11,7 @@ import typer
 from grouprl.cli import train, train_lm
 from grouprl.cli.common import app, count
 from grouprl.errors import UsageError
+from grouprl.runs.files import user_path
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as train or train-lm leaves it, or a model.safetensors.")]
 Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
@@ -73,7 +74,7 @@ def evaluate(
 
     if answers is not None:
         raise UsageError("--answers is for language models; `grouprl play --video` shows what a policy does")
-    if not any(Path(name).exists() for name in (run, f"{run}.safetensors")):
+    if not any(user_path(name).exists() for name in (run, f"{run}.safetensors")):
         raise UsageError(f"There is no run folder {run}, and no saved agent of that name.")
     agent = GRPO.load(run)
     result = evaluate_agent(

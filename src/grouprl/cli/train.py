@@ -48,6 +48,13 @@ def train(
         Path | None,
         typer.Option(help="A config.yaml that an earlier run left: the same run again, unless told otherwise."),
     ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="End the run when a step of the environments takes longer; setting env_timeout.  [default: never]",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
     video: Annotated[bool, typer.Option(help="Film one episode at the end.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
@@ -75,6 +82,8 @@ def train(
         )
     if env is None:
         raise UsageError("say what to train on: grouprl train ENV, or --config FILE")
+    if timeout is not None:
+        settings["env_timeout"] = timeout
     if track:
         run["track"] = tuple(track)
     if not video:

@@ -77,7 +77,9 @@ class Adam:
         return {"first": self.first, "second": self.second, "steps": torch.tensor(self.steps)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`. Raises ValueError for a number of steps that cannot be."""
+        if int(state["steps"]) < 0:
+            raise ValueError(f"the optimizer took {int(state['steps'])} steps")
         self.first.copy_(state["first"])
         self.second.copy_(state["second"])
         self.steps = int(state["steps"])

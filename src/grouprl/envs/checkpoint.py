@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from grouprl.envs.loop import Loop
-from grouprl.errors import UsageError
-from grouprl.runs.state import load_state, save_state
+from grouprl.errors import DamagedFileError, TrainingError
+from grouprl.runs.state import check_like, load_state, save_state, taking_up
 
 
 def write(path: Path, loop: Loop, may_restart: bool, description: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
@@ -31,9 +31,26 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`write` wrote to ``path``: tensors, and the description with its ``state``.
 
     Raises:
-        UsageError: not a checkpoint, or a corrupt one.
+        DamagedFileError: not a checkpoint, or a damaged one.
     """
     tensors, meta = load_state(path)
     if meta.get("kind") != "checkpoint":
-        raise UsageError(f"{path} is a saved model, not a checkpoint; GRPO.load reads it")
+        raise DamagedFileError(f"{path} is a saved model, not a checkpoint; GRPO.load reads it")
     return tensors, meta
+
+
+def restore(path: Path, loop: Loop, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Put what :func:`read` gave into ``loop``, whose policy and environments are those of the run; returns ``extra``.
+
+    Raises:
+        DamagedFileError: something is missing there, or is not of the kind or shape that a run saves.
+    """
+    like, state = loop.state_without_environments()
+    with taking_up(path):
+        saved = meta["state"]
+        check_like(path, tensors, saved, like, state)
+        try:
+            loop.load(tensors, saved)
+        except TrainingError as error:
+            raise DamagedFileError(f"the actions in {path} cannot be repeated: {error}") from error
+        return dict(saved["extra"])

@@ -19,6 +19,7 @@ from grouprl.envs.finite import check_observations, check_params
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Array, Bools, Stepped, Stepper
 from grouprl.envs.sticky import sticky_envs
 from grouprl.envs.trace import InFlight, Trace, pack
@@ -63,6 +64,7 @@ class Collector:
         self.venv, self.actions, self.config, self.rng = venv, actions, config, rng
         self.stepper = Stepper(venv, observations, actions)
         self.n = self.stepper.n
+        self._watch = StepWatch(venv, lambda: self.stepper.steps, config.env_timeout)
         self.sticky_envs = sticky_envs(self.n)
         self._seed: int | list[int] | None = None
         self._in_flight = InFlight.none(self.n)
@@ -121,12 +123,24 @@ class Collector:
         """The inverse of :meth:`state`: reset from the seed and repeat the actions.
 
         Exact for environments that are deterministic given a seed, as Gymnasium asks of them.
+
+        Raises LookupError, TypeError or ValueError for what :meth:`state` cannot have given, and TrainingError if an
+        environment fails.
         """
-        self.restart(values["seed"])
+        seed = values["seed"]
+        if seed is not None:
+            seed = [int(number) for number in seed] if isinstance(seed, list) else int(seed)
+        self.restart(seed)
         if not values["replay"]:
             return
+        shapes = {name: arrays[name].shape for name in ("elapsed", "episode_return")}
+        if any(shape != (self.n,) for shape in shapes.values()):
+            raise ValueError(f"{shapes} are not of {self.n} environments")
+        steps = arrays.get("actions", np.zeros((0, self.n)))
+        if steps.shape[1:2] != (self.n,):
+            raise ValueError(f"the actions {list(steps.shape)} are not of {self.n} environments")
         self._start()
-        for actions in arrays.get("actions", []):
+        for actions in steps:
             self._advance(actions.copy())
             self._last_action = actions
         self._in_flight = InFlight(arrays["elapsed"].copy(), arrays["episode_return"].copy())
@@ -144,7 +158,7 @@ class Collector:
         if not policy.normalize or n_steps == 0:
             return 0
         with self._restarting_on_failure():
-            return self._warm_up(policy, n_steps)
+            return self._watch.run(lambda: self._warm_up(policy, n_steps))
 
     def _warm_up(self, policy: Policy, n_steps: int) -> int:
         self._start()
@@ -226,10 +240,8 @@ class Collector:
             check_params(params, encoded, policy, valid, f"step {len(trace.rewards)} of this batch")
             return params
 
-        if self.config.whole_episodes:
-            self._collect_episodes(act, trace, sticky)
-        else:
-            self._collect_segments(act, trace, sticky)
+        steps = self._collect_episodes if self.config.whole_episodes else self._collect_segments
+        self._watch.run(lambda: steps(act, trace, sticky))
         rollout, self._in_flight = pack(
             trace, self.stepper.encoded(), self._in_flight, policy.observations, policy.prepare, self.config.group_size
         )

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from grouprl.envs.stable_baselines import ELSEWHERE
 from grouprl.errors import UsageError
 from grouprl.objective import DIVERGENCES, ESTIMATORS
 from grouprl.objective.estimators import names as estimator_names
@@ -116,9 +117,29 @@ class GRPOConfig(ObjectiveSettings):
     native: bool = Field(True, description="compiled network, loss and optimizer on CPUs with a C compiler")
 
     # --- run -----------------------------------------------------------------------------------------------------
+    env_timeout: float | None = Field(
+        None, gt=0, le=1e9, description="seconds that a step of the environments may take, after which the run ends"
+    )
     seed: int = Field(0, ge=0, description="of every random stream")
     device: str = Field("cpu", description="torch device of the learner")
     threads: int = Field(2, ge=1, le=64, description="threads a minibatch's gradient is shared among")
+
+    @field_validator("learning_rate", "epsilon", "epsilon_high", mode="before")
+    @classmethod
+    def _no_schedule(cls, value: Any) -> Any:
+        if callable(value):
+            raise ValueError(
+                "a function is no value here: lr_schedule is 'constant', 'linear' (to lr_final) or 'adaptive', and "
+                "bounds of the ratio stay; give the first value as a number"
+            )
+        return value
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _named_device(cls, value: Any) -> Any:
+        if value == "auto":
+            raise ValueError("there is no choice by itself: 'cpu' is the default, and 'cuda' a GPU")
+        return str(value) if type(value).__name__ == "device" else value
 
     @model_validator(mode="after")
     def _consistent(self) -> GRPOConfig:
@@ -189,6 +210,8 @@ def check_names(values: Mapping[str, Any]) -> None:
     """Raises UsageError for a name that is no setting, with the closest one that is."""
     known = GRPOConfig.model_fields
     for name in values:
+        if name not in known and name in ELSEWHERE:
+            raise UsageError(f"there is no setting {name!r}: {ELSEWHERE[name]}")
         if name not in known:
             raise UsageError(unknown_setting(name, known, lambda: f"known settings: {', '.join(sorted(known))}"))
 

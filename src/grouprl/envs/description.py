@@ -12,7 +12,8 @@ from gymnasium import Space
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.env_kwargs import from_json, to_json
 from grouprl.envs.space_json import space_from_json, space_to_json
-from grouprl.errors import UsageError
+from grouprl.errors import DamagedFileError
+from grouprl.runs.state import taking_up
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,22 @@ class Description:
             settings: override the saved ones.
 
         Raises:
-            UsageError: ``meta`` describes no agent, or a setting is not allowed.
+            UsageError: ``meta`` describes no agent (DamagedFileError), or a setting is not allowed.
         """
         missing = {"config", "observation_space", "action_space", "env_id"} - set(meta)
         if missing:
-            raise UsageError(f"{path} is not a saved environment policy (it lacks {', '.join(sorted(missing))})")
-        return cls(
-            config=make_config({**meta["config"], **settings}),
-            observation_space=space_from_json(meta["observation_space"]),
-            action_space=space_from_json(meta["action_space"]),
-            env_id=meta["env_id"],
-            env_kwargs=from_json(meta["env_kwargs"]),
-            env_lost=str(meta.get("env_lost", "")),
-            custom_network=bool(meta.get("custom_network")),
-            custom_advantage=bool(meta.get("custom_advantage")),
-            custom_surrogate=bool(meta.get("custom_surrogate")),
-            masks_in_info=bool(meta.get("masks_in_info")),
-            num_timesteps=int(meta["num_timesteps"]),
-        )
+            raise DamagedFileError(f"{path} is not a saved environment policy (it lacks {', '.join(sorted(missing))})")
+        with taking_up(path):
+            return cls(
+                config=make_config({**meta["config"], **settings}),
+                observation_space=space_from_json(meta["observation_space"]),
+                action_space=space_from_json(meta["action_space"]),
+                env_id=str(meta["env_id"]),
+                env_kwargs=from_json(meta["env_kwargs"]),
+                env_lost=str(meta.get("env_lost", "")),
+                custom_network=bool(meta.get("custom_network")),
+                custom_advantage=bool(meta.get("custom_advantage")),
+                custom_surrogate=bool(meta.get("custom_surrogate")),
+                masks_in_info=bool(meta.get("masks_in_info")),
+                num_timesteps=int(meta["num_timesteps"]),
+            )

@@ -25,7 +25,7 @@ from grouprl.envs.export import export_module
 from grouprl.envs.finite import bad_observation, check_params
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.masks import many_masks
-from grouprl.envs.model_file import fill_policy, model_file
+from grouprl.envs.model_file import fill_policy, model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.stable_baselines import checked_callbacks, refuse_arguments, refuse_positional, says_stop
@@ -34,7 +34,8 @@ from grouprl.envs.workers import check_settled, close_vector, settled
 from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
-from grouprl.objective.user_functions import TensorFunction, UserFunctions
+from grouprl.objective.user_functions import NO_USER_FUNCTIONS, TensorFunction, UserFunctions
+from grouprl.runs.files import user_path
 from grouprl.runs.progress import Progress
 from grouprl.runs.state import load_state, save_state
 
@@ -313,6 +314,8 @@ class GRPO:
         Warns RuntimeWarning if no batch moved a parameter; the metric ``skipped_batches`` counts those that did not.
         """
         refuse_arguments("learn", list(unknown))
+        if not isinstance(progress_bar, bool | None):
+            raise UsageError(f"progress_bar={progress_bar!r} must be True or False")
         refuse_several_processes()
         if total_timesteps < 1:
             raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
@@ -427,7 +430,7 @@ class GRPO:
 
         Returns the path written, with the suffix added where it was missing.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if path.suffix != ".safetensors":
             path = path.with_name(path.name + ".safetensors")
         save_state(path, self.policy.state_dict(), self.describe("model"))
@@ -450,12 +453,13 @@ class GRPO:
             **settings: override saved settings.
 
         Raises:
-            UsageError: no such file, a foreign or corrupt one, or an environment with other spaces.
+            UsageError: no such file, a foreign or damaged one (DamagedFileError), or an environment with other spaces.
         """
-        path = model_file(Path(path).expanduser())
-        tensors, meta = load_state(path)
+        path = model_file(user_path(path))
         functions = UserFunctions(advantage_function, surrogate_function)
-        agent = cls._from_file(path, tensors, meta, network, functions, settings)
+        with offering_another(path):
+            tensors, meta = load_state(path)
+            agent = cls._from_file(path, tensors, meta, network, functions, settings)
         if env is not None:
             agent.set_env(env, env_kwargs)
         elif env_kwargs is not None:
@@ -501,7 +505,7 @@ class GRPO:
             extra: JSON that :meth:`from_checkpoint` gives back as ``agent.extra``.
         """
         self.ready()
-        checkpoint.write(Path(path), self.loop, may_restart, self.describe("checkpoint"), extra or {})
+        checkpoint.write(user_path(path), self.loop, may_restart, self.describe("checkpoint"), extra or {})
 
     @classmethod
     def from_checkpoint(
@@ -512,17 +516,32 @@ class GRPO:
         """Read what :meth:`checkpoint` wrote, ready for ``learn`` to go on.
 
         Raises:
-            UsageError: not a checkpoint, or a corrupt one.
+            UsageError: not a checkpoint, or a damaged one (DamagedFileError).
         """
-        tensors, meta = checkpoint.read(Path(path))
-        functions = UserFunctions(advantage_function, surrogate_function)
-        agent = cls._from_file(Path(path), tensors, meta, network, functions, {})
+        path, functions = user_path(path), UserFunctions(advantage_function, surrogate_function)
+        with offering_another(path):
+            return cls._from_checkpoint(path, env, env_kwargs, network, functions)
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        path: Path,
+        env: EnvLike | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
+        network: Network | None = None,
+        functions: UserFunctions = NO_USER_FUNCTIONS,
+    ) -> GRPO:
+        tensors, meta = checkpoint.read(path)
+        agent = cls._from_file(path, tensors, meta, network, functions, {})
         if env is None and env_kwargs is None:
             agent.set_env(*agent.where())
         else:
             agent.set_env(agent.env_id if env is None else env, env_kwargs)
-        agent.loop.load(tensors, meta["state"])
-        agent.extra = meta["state"]["extra"]
+        try:
+            agent.extra = checkpoint.restore(path, agent.loop, tensors, meta)
+        except BaseException:
+            agent.close()
+            raise
         return agent
 
     def close(self) -> None:

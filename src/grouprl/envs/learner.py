@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from grouprl.objective import LOSSES, Objective
 from grouprl.objective.losses import mean_over_steps
 from grouprl.objective.packed import segment_sum
 from grouprl.objective.user_functions import TensorFunction
+from grouprl.runs.files import user_path
 
 LR_MIN = 1e-4
 LR_STEP = 1.5
@@ -164,8 +164,8 @@ class Learner:
         ):  # not earlier: a policy loaded to act needs no reference, and warm-up has set the statistics
             if self.config.reference in ("initial", "periodic"):
                 self.refresh_reference()
-            elif model_file(Path(self.config.reference)).exists():
-                load_policy(self.reference, Path(self.config.reference))
+            elif model_file(user_path(self.config.reference)).exists():
+                load_policy(self.reference, user_path(self.config.reference))
             else:
                 raise UsageError(
                     f"reference={self.config.reference!r} is neither old, initial, periodic nor a saved model; "

@@ -262,5 +262,5 @@ class Loop:
         counters = state["counters"]
         self.seconds, self.signal_steps = counters["train_seconds"], counters["signal_steps"]
         self.batches, self.skipped = counters.get("batches", 0), Counter(counters.get("skipped", {}))
-        self.recent_returns.extend(counters["recent_returns"])
-        self.recent_lengths.extend(counters["recent_lengths"])
+        self.recent_returns.extend(map(float, counters["recent_returns"]))
+        self.recent_lengths.extend(map(int, counters["recent_lengths"]))

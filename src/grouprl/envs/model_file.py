@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from grouprl.envs.policy import Policy
-from grouprl.errors import UsageError
+from grouprl.errors import DamagedFileError, UsageError
 from grouprl.runs import RunFolder
-from grouprl.runs.state import load_state
+from grouprl.runs.folder import newest_good
+from grouprl.runs.state import check_like, load_state
 
 POLICY_PREFIX = "policy."
 """What the names of the policy's tensors begin with in a checkpoint. In a saved model they have no prefix."""
@@ -28,7 +31,7 @@ def model_file(path: Path) -> Path:
     if not path.is_dir():
         return path if path.suffix == ".safetensors" or path.exists() else beside
     model = path / "model.safetensors"
-    of_run = model if model.exists() else RunFolder(path).latest_checkpoint()
+    of_run = model if os.path.lexists(model) else RunFolder(path).latest_checkpoint()
     if not beside.exists():
         return of_run or model
     if of_run is not None:
@@ -36,6 +39,24 @@ def model_file(path: Path) -> Path:
             f"{path} is a run folder, and there is a saved model {beside} too; name the file that you mean"
         )
     return beside
+
+
+@contextmanager
+def offering_another(file: Path) -> Iterator[None]:
+    """Around code that reads ``file``: if that is damaged, the error also names the newest good checkpoint of its run.
+
+    Raises:
+        DamagedFileError: as the code within.
+    """
+    try:
+        yield
+    except DamagedFileError as error:
+        run = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+        others = [path for path in RunFolder(run).checkpoints() if path != file]
+        found = newest_good(others, load_state)
+        if found is None:
+            raise
+        raise DamagedFileError(f"{error} The newest good checkpoint of this run is {found[0]}.") from error
 
 
 def load_policy(policy: Policy, path: Path) -> None:
@@ -60,8 +81,10 @@ def fill_policy(policy: Policy, tensors: Mapping[str, Tensor], path: Path) -> No
         UsageError: the tensors are those of a policy for other spaces or with another network.
     """
     own = {key.removeprefix(POLICY_PREFIX): value for key, value in tensors.items() if key.startswith(POLICY_PREFIX)}
+    own = own or dict(tensors)
+    check_like(path, own, None, policy.state_dict())
     try:
-        policy.load_state_dict(own or dict(tensors))
+        policy.load_state_dict(own)
     except RuntimeError as error:
         raise UsageError(f"the policy in {path} does not fit this one: {' '.join(str(error).split())}") from None
     policy.refresh()

@@ -20,8 +20,6 @@ ELSEWHERE = {
     "policy": NO_POLICY_NAME,
     "policy_kwargs": "its entries are settings here: net_arch is hidden_sizes=(64, 64), activation_fn is "
     "activation='tanh', log_std_init is log_std_init; a network of your own is network=...",
-    "net_arch": "it is hidden_sizes=(64, 64) here",
-    "activation_fn": "it is activation='tanh' or 'relu' here",
     "verbose": "learn(progress_bar=True) shows how far it is; a callback gets the metrics of every update",
     "tensorboard_log": "grouprl train ENV writes TensorBoard's files; in Python a callback gets the metrics",
     "stats_window_size": "it is always 100 here (agent.recent_returns)",

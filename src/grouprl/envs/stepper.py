@@ -19,10 +19,10 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array
 
+from grouprl.envs.batch_checks import BatchChecks, autoreset_mode
 from grouprl.envs.env_errors import environment_error
 from grouprl.envs.masks import many_masks, one_mask
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
-from grouprl.envs.vector import autoreset_mode
 from grouprl.errors import GrouprlError, UsageError
 
 Array = npt.NDArray[Any]
@@ -73,8 +73,11 @@ class Stepper:
         self.venv, self.observations, self.actions = venv, observations, actions
         self.n = int(venv.num_envs)
         self.mode = autoreset_mode(venv)
+        self._checks = BatchChecks(observations, self.n, self.mode)
         self._obs: Any = None
         self._info: dict[str, Any] = {}
+        self.steps = 0
+        """Vector steps and resets so far."""
         self.playing: Bools = np.ones(self.n, bool)
         """``[n]``: the coming step is one of an episode. Elsewhere it only resets."""
         self.masks_in_info = False
@@ -109,7 +112,9 @@ class Stepper:
                     "use vectorization=sync"
                 ) from error
             raise environment_error(error, "in reset") from error
+        self._checks.batch(self._obs, self._info)
         self.playing, self.fresh = np.ones(self.n, bool), np.ones(self.n, bool)
+        self.steps += 1
 
     def encoded(self) -> dict[str, Array]:
         """The observations now, each ``[n, ...]``. They may be views of memory that the next step overwrites."""
@@ -176,6 +181,8 @@ class Stepper:
         """
         try:
             obs, rewards, terminated, truncated, info = self.venv.step(env_actions)
+            rewards, terminated, truncated = self._checks.outcome(rewards, terminated, truncated)
+            self._checks.batch(obs, info)
             done = np.logical_or(terminated, truncated)
             ended = np.flatnonzero(done & watched) if watched is not None else np.empty(0, np.intp)
             last = self._last(obs, info, ended) if len(ended) else None
@@ -192,11 +199,12 @@ class Stepper:
         else:
             self.fresh = done
         self._obs, self._info = obs, info
+        self.steps += 1
         return Stepped(rewards, terminated, done, ended, last)
 
     def _last(self, obs: Any, info: Mapping[str, Any], ended: npt.NDArray[np.intp]) -> dict[str, Array]:
         if self.mode is AutoresetMode.SAME_STEP:
-            rows = _rows_of(self.venv.single_observation_space, info["final_obs"], ended)
+            rows = _rows_of(self.venv.single_observation_space, self._checks.final_obs(info), ended)
             return self.observations.encode(rows)
         return {key: value[ended].copy() for key, value in self.observations.encode(obs).items()}
 

@@ -24,7 +24,10 @@ from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
+from grouprl.runs.files import user_path
+from grouprl.runs.folder import newest_good
 from grouprl.runs.signals import stopping_on_signals
+from grouprl.runs.state import taking_up
 from grouprl.runs.trackers import check_trackers
 
 AVG_REWARD_EPISODES = 20
@@ -115,9 +118,8 @@ class Recorder:
         if not agent.extra:
             return
         self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
-        solved = agent.extra["solved_at"]
-        self.solved_at = None if solved is None else (solved[0], solved[1])
-        self.log.resume(agent.num_timesteps, agent.extra.get("metrics"))
+        self.solved_at = agent.extra["solved_at"]
+        self.log.resume(agent.num_timesteps, agent.extra["metrics"])
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
         step = agent.num_timesteps
@@ -198,8 +200,8 @@ def train(
     if seed is not None:
         values["seed"] = seed
     run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
-    RunFolder(Path(out)).check_free(overwrite)
-    with RunFolder(Path(out)).locked():
+    RunFolder(user_path(out)).check_free(overwrite)
+    with RunFolder(user_path(out)).locked():
         agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
         if agent.env_lost:
             agent.close()
@@ -275,16 +277,31 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
         run_settings = RunSettings(**options)
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
-    checkpoint = folder.latest_checkpoint()
-    if checkpoint is None:
-        raise UsageError(f"{folder.path} holds no readable checkpoint; train anew with another --out")
-    agent = GRPO.from_checkpoint(checkpoint)
+    found = newest_good(folder.checkpoints(), _agent_of)
+    if found is None:
+        raise UsageError(f"{folder.path} holds no checkpoint that can be used; train anew with another --out")
+    agent = found[1]
     if agent.num_timesteps >= run_settings.total_timesteps and folder.is_finished():
         raise UsageError(
             f"{folder.path} has done all of its {run_settings.total_timesteps} steps; give a larger total with --steps"
         )
     folder.reopen(None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}})
     return _run(folder, run_settings, agent, progress_bar)
+
+
+def _agent_of(path: Path) -> GRPO:
+    """The agent of a run, as a checkpoint has it. Raises DamagedFileError, or UsageError for its environment."""
+    agent = GRPO._from_checkpoint(path)
+    with taking_up(path):
+        extra = agent.extra
+        solved = extra["solved_at"]
+        agent.extra = {
+            "next_eval": int(extra["next_eval"]),
+            "next_checkpoint": int(extra["next_checkpoint"]),
+            "solved_at": None if solved is None else (int(solved[0]), float(solved[1])),
+            "metrics": extra.get("metrics"),
+        }
+    return agent
 
 
 def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | None) -> RunResult:

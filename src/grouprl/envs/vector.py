@@ -11,8 +11,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 
+from grouprl.envs.batch_checks import check_vector
 from grouprl.envs.checked import Checked
 from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, shown, unknown_id_message
 from grouprl.envs.pool import make_envpool
@@ -43,6 +44,7 @@ def make_vector(
     Raises:
         UsageError: unknown id, missing extra, or arguments that do not go together.
     """
+    _refuse_foreign(env)
     kwargs = dict(env_kwargs or {})
     if isinstance(env, str):
         if vectorization == "envpool" or env.startswith("envpool:"):
@@ -53,6 +55,7 @@ def make_vector(
             f"env_kwargs={shown(kwargs)} only goes with an environment id; pass a callable such as lambda: MyEnv(...)"
         )
     if isinstance(env, VectorEnv):
+        check_vector(env)
         return env
     if isinstance(env, gym.Env):
         return _side_by_side(lambda: env, 1, "sync", env_name(env))
@@ -64,6 +67,15 @@ def make_vector(
         f"cannot make environments from {shown(env)}; "
         "pass a Gymnasium id, a callable returning an Env, an Env, or a VectorEnv"
     )
+
+
+def _refuse_foreign(env: Any) -> None:
+    """Raise UsageError for a vector environment of Stable-Baselines3, which has another interface."""
+    if hasattr(env, "step_async") and not isinstance(env, VectorEnv):
+        raise UsageError(
+            f"{shown(env)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes one "
+            f"environment, and n_envs={getattr(env, 'num_envs', '...')}"
+        )
 
 
 def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
@@ -182,12 +194,6 @@ def is_vectorised(env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> 
         return False
     known = inspect.signature(load_env_creator(str(spec.vector_entry_point))).parameters
     return set(env_kwargs or {}) <= set(known)
-
-
-def autoreset_mode(venv: VectorEnv[Any, Any, Any]) -> AutoresetMode:
-    """The environment's autoreset mode; NEXT_STEP, Gymnasium's default, where its metadata does not say."""
-    mode = (venv.metadata or {}).get("autoreset_mode", AutoresetMode.NEXT_STEP)
-    return mode if isinstance(mode, AutoresetMode) else AutoresetMode(mode)
 
 
 def env_name(env: EnvLike) -> str:

@@ -9,12 +9,14 @@ met.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from grouprl.errors import UsageError
+from grouprl.lm.fingerprint import RowsDigest
 from grouprl.lm.tokenising import Prompt, Tokenising, characters, check_row, no_prompt, read_row
 
 _LOOKED_OVER = 20_000
@@ -38,6 +40,8 @@ class PromptSource:
         self._iterator: Iterator[Any] | None = None
         self._next = 0  # row of the stream that the iterator yields next
         self._last: tuple[int, Any] | None = None
+        self._seen = RowsDigest()  # of a stream: what came by, each row once
+        self._known: dict[str, Any] | None = None  # of anything else
 
     @property
     def size(self) -> int | None:
@@ -76,6 +80,27 @@ class PromptSource:
         for i in heapq.nlargest(_TRIED, range(len(lengths)), key=lengths.__getitem__):
             self[i]
 
+    def fingerprint(self, rows: int | None = None) -> dict[str, Any]:
+        """Fingerprints by which the same data in the same order are known again.
+
+        Of a dataset with a length, all rows count up to 4,096, and 4,096 evenly spread ones of more.
+
+        Args:
+            rows: how many rows of a stream count; default: those that were read so far. A shorter stream counts whole.
+        """
+        if not self._streamed:
+            if self._known is None:
+                n = len(self._rows)
+                compared = (self._rows[i * n // min(n, _COMPARED)] for i in range(min(n, _COMPARED)))
+                self._known = _digest_of(compared) | {"rows": n}
+            return self._known
+        if rows is None or rows == self._seen.rows:
+            return self._seen.state()
+        if rows < self._seen.rows:
+            return _digest_of(itertools.islice(iter(self._rows), rows))
+        self._stream_to(rows - 1)
+        return self._seen.state()
+
     def _stream_to(self, index: int) -> tuple[int, Any]:
         if self._size is not None:
             index %= self._size
@@ -93,9 +118,21 @@ class PromptSource:
                 self._iterator = None
                 return self._stream_to(index)
             self._next += 1
+            if self._next > self._seen.rows:
+                self._seen.add(row)
             if self._next > index:
                 self._last = (index, row)
                 return self._last
+
+
+_COMPARED = 4096
+
+
+def _digest_of(rows: Iterable[Any]) -> dict[str, Any]:
+    seen = RowsDigest()
+    for row in rows:
+        seen.add(row)
+    return seen.state()
 
 
 class PromptOrder:

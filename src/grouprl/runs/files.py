@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,11 +22,16 @@ from typing import Any, TextIO
 
 from xxhash import xxh3_64
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError
 
 _log = logging.getLogger("grouprl")
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path that a user gives, with ``~`` as their home folder: the gate of every file and folder that is named."""
+    return Path(os.path.expanduser(path))
 
 
 def explain_os_error(error: OSError, path: Path) -> GrouprlError:
@@ -46,7 +52,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         UsageError: the path cannot be written (permission, a folder in the way, ...).
         TrainingError: the disk is full or broken.
     """
-    target = Path(path)
+    target = user_path(path)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,8 +97,10 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     write_text(path, text + "\n")
 
 
-def write_yaml(path: str | os.PathLike[str], obj: Any) -> None:
+def write_yaml(path: str | os.PathLike[str], obj: Any, *, seal: bool = False) -> None:
     """Write `obj` to `path` atomically as YAML, keys in their own order, plain types only.
+
+    With `seal`, a comment at the end has the checksum of what is before it, for `is_sealed`.
 
     Raises UsageError if `obj` holds something plain YAML cannot (an object, a Path, ...), else as `atomic_path` does.
     """
@@ -102,7 +110,16 @@ def write_yaml(path: str | os.PathLike[str], obj: Any) -> None:
         text = yaml.safe_dump(obj, sort_keys=False, allow_unicode=True, width=120)
     except yaml.YAMLError as error:
         raise UsageError(f"Cannot write {path} as YAML: {error}. Give numbers, strings, lists and mappings.") from error
-    write_text(path, text)
+    write_text(path, text + (f"{_SEAL.decode()}{xxh3_64(text.encode()).hexdigest()}\n" if seal else ""))
+
+
+_SEAL = b"# xxh3_64 of the lines above: "
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether a YAML file is as `write_yaml` sealed it, or has no seal: older ones have none."""
+    text, seal, checksum = data.rpartition(_SEAL)
+    return not seal or checksum.strip() == xxh3_64(text).hexdigest().encode()
 
 
 class AppendedFile:
@@ -181,14 +198,54 @@ def whole_lines(data: bytes) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def read_bytes(path: Path, kind: str) -> bytes:
-    """What a file holds. Raises UsageError, in which `kind` says what file it should be, if it cannot be read."""
+def check_file(path: Path, kind: str, most_bytes: int | None = None) -> int:
+    """The size of a file that can be read: no folder, and nothing that reading would wait for, such as a pipe.
+
+    Raises DamagedFileError, in which `kind` says what file it should be.
+    """
+    try:
+        about = path.stat()
+        if stat.S_ISREG(about.st_mode):
+            with path.open("rb"):
+                pass
+    except FileNotFoundError as error:
+        what = "a link to nothing" if path.is_symlink() else "not there"
+        raise DamagedFileError(f"There is no {kind} {path}: it is {what}.") from error
+    except OSError as error:
+        raise DamagedFileError(f"Cannot read the {kind} {path}: {error.strerror or error}.") from error
+    if not stat.S_ISREG(about.st_mode):
+        found = _KINDS.get(stat.S_IFMT(about.st_mode), "a special file")
+        raise DamagedFileError(f"{path} is {found}, not a {kind}.")
+    if most_bytes is not None and about.st_size > most_bytes:
+        raise DamagedFileError(f"{path} is too large for a {kind}: it has {about.st_size:,} bytes.")
+    return about.st_size
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def read_bytes(path: Path, kind: str, most_bytes: int = 1 << 34) -> bytes:
+    """What a file holds. Raises DamagedFileError, in which `kind` says what file it should be, if it cannot be read."""
+    check_file(path, kind, most_bytes)
     try:
         return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UsageError(f"There is no {kind} {path}.") from error
     except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise DamagedFileError(f"Cannot read the {kind} {path}: {error.strerror or error}.") from error
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3_64 of what a file holds. Raises OSError."""
+    checksum, buffer = xxh3_64(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            checksum.update(buffer[:count])
+    return str(checksum.hexdigest())
 
 
 def plain_number(value: Any) -> Any:

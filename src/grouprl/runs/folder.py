@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from grouprl.errors import GrouprlError, UsageError
-from grouprl.runs.files import explain_os_error, write_json, write_yaml
+from grouprl.errors import DamagedFileError, GrouprlError, UsageError
+from grouprl.runs.files import explain_os_error, is_sealed, read_bytes, user_path, write_json, write_yaml
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
-from grouprl.runs.state import read_meta
+from grouprl.runs.state import load_state
+
+T = TypeVar("T")
+
+_log = logging.getLogger("grouprl")
+_told: set[bytes] = set()
+"""Configurations that were changed by hand, as this process has said already."""
 
 _CHECKPOINT = re.compile(r"step_(\d+)\.safetensors")
 
@@ -37,12 +43,12 @@ class RunFolder:
 
         Raises UsageError if the folder holds anything already, or cannot be made.
         """
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         try:
             if folder._holds_something():
                 folder._check_replaceable(overwrite)
                 folder._put_aside()
-            write_yaml(folder.config_path, dict(config))
+            write_yaml(folder.config_path, dict(config), seal=True)
         except OSError as error:
             raise explain_os_error(error, folder.path) from error
         return folder
@@ -72,12 +78,12 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """The run in `path`. Raises UsageError if there is none."""
-        folder = cls(Path(path))
+        folder = cls(user_path(path))
         if not folder.path.is_dir():
             raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
         if not folder.config_path.is_file() and folder._replaced.is_dir():
             folder.abandon()  # another was to replace it, and was killed before it began
-        if not folder.config_path.is_file():
+        if not os.path.lexists(folder.config_path):
             raise UsageError(
                 f"{path} is not a run folder: it holds no config.yaml. Give one that `grouprl train` made."
             )
@@ -142,10 +148,14 @@ class RunFolder:
         """The mapping in config.yaml. Raises UsageError if it is missing, not YAML or no mapping."""
         import yaml
 
+        data = read_bytes(self.config_path, "configuration of a run", most_bytes=1 << 24)
         try:
-            config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(f"Cannot read {self.config_path}: {error}") from error
+            config = yaml.safe_load(data.decode())
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise DamagedFileError(f"{self.config_path} is damaged: {' '.join(str(error).split())}.") from error
+        if not is_sealed(data) and data not in _told:
+            _told.add(data)
+            _log.warning("%s was changed or damaged since grouprl wrote it; what is there now holds", self.config_path)
         return _mapping(config, self.config_path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -162,7 +172,7 @@ class RunFolder:
         Raises UsageError if the folder cannot be written, TrainingError if the disk is full.
         """
         if config is not None:
-            write_yaml(self.config_path, dict(config))
+            write_yaml(self.config_path, dict(config), seal=True)
         try:
             self.summary_path.unlink(missing_ok=True)
         except OSError as error:
@@ -180,15 +190,9 @@ class RunFolder:
         return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that can be read, or None; warns by name of each newer one that cannot."""
-        for path in reversed(self.checkpoints()):
-            try:
-                read_meta(path)
-            except UsageError as error:
-                warnings.warn(f"Skipped an unreadable checkpoint: {error}", RuntimeWarning, stacklevel=2)
-            else:
-                return path
-        return None
+        """The newest checkpoint that is whole, or None; each newer one that is not is named in the log."""
+        found = newest_good(self.checkpoints(), load_state)
+        return None if found is None else found[0]
 
     def prune_checkpoints(self, keep: int) -> None:
         """Delete all but the `keep` newest checkpoints. Raises UsageError if `keep` < 1."""
@@ -314,10 +318,23 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
+def newest_good(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[Path, T] | None:
+    """The last of `paths` that `read` can read, and what it gave, or None.
+
+    Each later one, which is damaged or no checkpoint at all, is named in the log.
+    """
+    for path in reversed(paths):
+        try:
+            return path, read(path)
+        except DamagedFileError as error:
+            _log.warning("%s cannot be used, an older checkpoint may do: %s", path, error)
+    return None
+
+
 def default_run_path(root: str | os.PathLike[str], name: str, seed: int) -> Path:
     """A path that does not exist yet: root/NAME-seedSEED-DATE-TIME, with -2, -3, ... after it if that is taken."""
     safe_name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    return _free(Path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return _free(user_path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _free(wanted: Path) -> Path:
@@ -331,5 +348,5 @@ def _free(wanted: Path) -> Path:
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UsageError(f"{path} must hold a mapping, got {type(value).__name__}.")
+        raise DamagedFileError(f"{path} must hold a mapping, got {type(value).__name__}.")
     return value

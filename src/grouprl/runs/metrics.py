@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from grouprl.errors import UsageError
-from grouprl.runs.files import AppendedFile, is_marked, read_bytes, tell_changed, whole_lines
+from grouprl.runs.files import AppendedFile, is_marked, read_bytes, tell_changed, user_path, whole_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open or create `path`. Raises UsageError if it is no CSV file of ours or cannot be written."""
-        self.path = Path(path)
+        self.path = user_path(path)
         self._file = AppendedFile(self.path)
         self._columns: list[str] = []
         self._n_rows = 0
@@ -127,7 +127,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]
     """
     import numpy as np
 
-    path = Path(path)
+    path = user_path(path)
     columns, rows = _parse(path, whole_lines(read_bytes(path, _WHAT)))
     values = np.array([[_to_float(cell, path) for cell in row] for row in rows], dtype=np.float64)
     return {column: values[:, i].copy() if rows else np.empty(0) for i, column in enumerate(columns)}

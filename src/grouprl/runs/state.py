@@ -1,28 +1,38 @@
 """State files: named tensors and a JSON mapping in one safetensors file, without pickle.
 
-The mapping is stored as text in the header of the file, so any safetensors reader can open it too.
+The mapping is stored as text in the header of the file, so any safetensors reader can open it too. The header also
+holds a checksum of each tensor and one of itself, so that a file which is not what was saved is never loaded.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grouprl.errors import TrainingError, UsageError
-from grouprl.runs.files import atomic_path, plain_number
+from xxhash import xxh3_64
+
+from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError, first_line
+from grouprl.runs.files import atomic_path, check_file, plain_number, user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_OLDER = "1"
+"""The format before checksums."""
 _EXPECTED = "Expected a state file saved by grouprl (*.safetensors)."
+_WHAT = "state file"
+
+_log = logging.getLogger("grouprl")
 
 
 def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write `tensors` (any shape, dtype and device) and `meta` to `path` atomically.
+    """Write `tensors` (any shape, dtype and device) and `meta` to `path` atomically, with checksums of all of it.
 
     Tensors that share memory or are not contiguous are stored as independent copies. `meta` is stored as JSON: tuples
     come back as lists and keys as strings; integers of any size, NaN and infinities come back as they were.
@@ -38,80 +48,194 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
         text = json.dumps(dict(meta), default=plain_number)
     except (TypeError, ValueError) as error:
         raise UsageError(f"Cannot store the meta data of {path} as JSON: {error}.") from error
-    header = {"grouprl_format": str(FORMAT_VERSION), "meta": text}
     stored = _independent(tensors)
+    checksums = json.dumps({name: _checksum(tensor) for name, tensor in sorted(stored.items())})
+    header = {"grouprl_format": str(FORMAT_VERSION), "meta": text, "checksums": checksums, "header": "0" * 16}
     with atomic_path(path) as temporary:
         try:
             save_file(stored, str(temporary), metadata=header)
-            _sort_header(temporary)
+            _complete_header(temporary)
         except SafetensorError as error:  # it wraps the operating system's own errors, such as a full disk
             raise TrainingError(f"Cannot write {path}: {str(error).rstrip('.')}.") from error
 
 
 def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read back (tensors on the CPU, meta) from a file that `save_state` wrote.
+    """Read back (tensors on the CPU, meta) from a file that `save_state` wrote, and verify its checksums.
 
-    Raises UsageError if the file is missing, empty, cut short, damaged or not a state file of grouprl.
+    Raises DamagedFileError if the file is missing, empty, cut short, damaged or not a state file of grouprl.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    meta = read_meta(path)
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        # Cloned, because the tensors would otherwise stay mapped to a file that the next save replaces.
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, meta  # noqa: SIM118
+    path = user_path(path)
+    meta, checksums = _read_header(path)
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            # Cloned, because the tensors would otherwise stay mapped to a file that the next save replaces.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged or cannot be read ({error}). {_EXPECTED}") from error
+    if checksums is None:
+        _log.warning("%s was written by an older grouprl, without checksums: damage to it would not be noticed", path)
+        return tensors, meta
+    for name, tensor in tensors.items():
+        if checksums.get(name) != _checksum(tensor):
+            raise DamagedFileError(f"{path} is damaged: {name!r} is not what was saved (its checksum differs).")
+    return tensors, meta
 
 
 def read_meta(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the meta data alone and check that the file is whole; cheap, whatever the size. Raises as `load_state`."""
+    """Read the meta data alone; cheap, whatever the size. Verifies that the header is what was saved.
+
+    Raises as `load_state`.
+    """
+    return _read_header(user_path(path))[0]
+
+
+def check_like(
+    path: Path, tensors: Mapping[str, Tensor], meta: Any, like: Mapping[str, Tensor], like_meta: Any = None
+) -> None:
+    """Raise DamagedFileError unless a file holds what a fresh run of the same kind would save.
+
+    Args:
+        path: named in the error.
+        tensors, meta: what the file holds; it may hold more.
+        like: each tensor must be there, with the shape and dtype of this one, and without NaN.
+        like_meta: a mapping; what has the same key must be of the same kind.
+    """
+    import torch
+
+    for name, expected in like.items():
+        found = tensors.get(name)
+        if found is None:
+            raise DamagedFileError(f"{path} is damaged: it lacks the tensor {name!r}.")
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise DamagedFileError(
+                f"{path} does not fit: {name!r} is {_shown(found)} there and {_shown(expected)} here. It is damaged, "
+                "or of another model."
+            )
+        if found.is_floating_point() and bool(torch.isnan(found).any()):
+            raise DamagedFileError(f"{path} cannot be used: {name!r} holds NaN.")
+    _check_kinds(path, meta, like_meta, "")
+
+
+def _check_kinds(path: Path, found: Any, expected: Any, name: str) -> None:
+    if expected is None:
+        return
+    kinds: tuple[Any, ...] = (bool, (int, float), str, dict, (list, tuple), object)
+    kind = next(kind for kind in kinds if isinstance(expected, kind))
+    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+        raise DamagedFileError(
+            f"{path} is damaged: {name or 'its meta data'} is {found!r:.60}, not of the kind of {expected!r:.60}."
+        )
+    if isinstance(expected, dict):
+        for key in expected.keys() & found.keys():
+            _check_kinds(path, found[key], expected[key], f"{name}.{key}" if name else str(key))
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+@contextmanager
+def taking_up(path: Path) -> Iterator[None]:
+    """Around code that takes up what was read from `path`: whatever goes wrong there is the file's fault.
+
+    Raises DamagedFileError, which names the file, in the place of errors such as KeyError and ValueError.
+    """
+    try:
+        yield
+    except GrouprlError:
+        raise
+    except KeyError as error:
+        raise DamagedFileError(f"{path} is damaged: it lacks {error.args[0] if error.args else '?'!r}.") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"{path} is damaged: {first_line(error)}.") from error
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """Meta data and the checksums of the tensors, or None for a file from before there were any."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(f"There is no file {path}. {_EXPECTED}")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder. {_EXPECTED}")
+    if not os.path.lexists(path):
+        raise DamagedFileError(f"There is no file {path}. {_EXPECTED}")
+    check_file(path, _WHAT)
     try:
         with path.open("rb") as raw:
             start = raw.read(16)
         if not start:
-            raise UsageError(f"{path} is empty (0 bytes). {_EXPECTED}")
+            raise DamagedFileError(f"{path} is empty (0 bytes). {_EXPECTED}")
         with safe_open(str(path), framework="numpy") as file:
             header = file.metadata() or {}
+        whole = _raw_header(path)
     except SafetensorError as error:
-        raise UsageError(f"{path} is {_describe(start)} ({error}). {_EXPECTED}") from error
+        raise DamagedFileError(f"{path} is {_describe(start)} ({first_line(error)}). {_EXPECTED}") from error
     except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror or error}. {_EXPECTED}") from error
-    return _parse_header(path, header)
+        raise DamagedFileError(f"Cannot read {path}: {error.strerror or error}. {_EXPECTED}") from error
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged: its header is not JSON ({error}). {_EXPECTED}") from error
+    return _parse_header(path, header, whole)
 
 
-def _sort_header(path: Path) -> None:
-    """Put the header's own entries in a fixed order; safetensors' is random, and equal states should be equal files."""
+def _raw_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    return header
+
+
+def _complete_header(path: Path) -> None:
+    """Add the header's own checksum, and put its entries in a fixed order: equal states should be equal files."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header["__metadata__"]["header"] = _header_checksum(header)
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # always so: the same text in another order
-            file.seek(8)
-            file.write(text.ljust(size))
+        if len(text) > size:
+            raise AssertionError("the same entries in another order are as long as before")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
-def _parse_header(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+def _header_checksum(header: Mapping[str, Any]) -> str:
+    """Of all entries of a header but the checksum itself."""
+    own = {name: value for name, value in header["__metadata__"].items() if name != "header"}
+    text = json.dumps({**header, "__metadata__": own}, sort_keys=True)
+    return str(xxh3_64(text.encode("utf-8", "surrogatepass")).hexdigest())
+
+
+def _checksum(tensor: Tensor) -> str:
+    """xxh3_64 of the bytes of a contiguous tensor on the CPU."""
+    import torch
+
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    return str(xxh3_64(data).hexdigest())
+
+
+def _parse_header(
+    path: Path, header: Mapping[str, str], whole: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str] | None]:
+    checked = "header" in header
+    if checked and header["header"] != _header_checksum(whole):
+        raise DamagedFileError(f"{path} is damaged: its header is not what was saved (its checksum differs).")
     if "grouprl_format" not in header:
-        raise UsageError(f"{path} is a safetensors file, but holds no state of a run or an agent. {_EXPECTED}")
+        raise DamagedFileError(f"{path} is a safetensors file, but holds no state of a run or an agent. {_EXPECTED}")
     version = header["grouprl_format"]
-    if version != str(FORMAT_VERSION):
+    if version not in (str(FORMAT_VERSION), _OLDER):
         raise UsageError(
             f"{path} has state format {version!r}, but this grouprl reads format {FORMAT_VERSION}. "
             "Load it with the version of grouprl that saved it."
         )
+    if not checked and version != _OLDER:
+        raise DamagedFileError(f"{path} is damaged: its header has lost its checksum.")
     try:
         meta = json.loads(header.get("meta", ""))
+        checksums = json.loads(header.get("checksums", "")) if checked else None
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is damaged: its meta data is not JSON ({error}). {_EXPECTED}") from error
+        raise DamagedFileError(f"{path} is damaged: its meta data is not JSON ({error}). {_EXPECTED}") from error
     if not isinstance(meta, dict):
-        raise UsageError(f"{path} is damaged: its meta data is not a mapping. {_EXPECTED}")
-    return meta
+        raise DamagedFileError(f"{path} is damaged: its meta data is not a mapping. {_EXPECTED}")
+    return meta, checksums
 
 
 def _describe(start: bytes) -> str:

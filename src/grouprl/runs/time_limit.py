@@ -6,6 +6,7 @@ import contextvars
 import ctypes
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
@@ -20,8 +21,10 @@ class Expired(BaseException):
     """Raised within the call; no Exception, so that what handles those does not take it for its own."""
 
 
-def within(seconds: float | None, call: Callable[[], T]) -> T:
+def within(seconds: float | None, call: Callable[[], T], progress: Callable[[], int] | None = None) -> T:
     """What ``call()`` returns, if it does in time; None: whenever it does.
+
+    With ``progress``, a number that grows while the call gets on, the time counts from its last change.
 
     In the main thread the call is interrupted, where it waits as well as where it computes. In another thread, and on
     Windows, it runs in a thread beside, which ends as soon as it is back from what it waits for.
@@ -31,10 +34,30 @@ def within(seconds: float | None, call: Callable[[], T]) -> T:
     if seconds is None:
         return call()
     in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
-    return _interrupted(seconds, call) if in_main else _beside(seconds, call)
+    left = _Left(seconds, progress)
+    return _interrupted(left, call) if in_main else _beside(left, call)
 
 
-def _interrupted(seconds: float, call: Callable[[], T]) -> T:
+class _Left:
+    """The time that is left: asked again and again, by the thread that waits."""
+
+    def __init__(self, seconds: float, progress: Callable[[], int] | None) -> None:
+        self._seconds, self._progress = seconds, progress
+        self._moved, self._done = time.monotonic(), 0 if progress is None else progress()
+
+    def now(self) -> float:
+        """Seconds left, not above 0 once they are over."""
+        if self._progress is not None and (done := self._progress()) != self._done:
+            self._done, self._moved = done, time.monotonic()
+        return self._seconds - (time.monotonic() - self._moved)
+
+    def until_next_look(self) -> float:
+        """Seconds to wait before asking again."""
+        left = max(0.0, self.now())
+        return left if self._progress is None else min(left, self._seconds / 10)
+
+
+def _interrupted(left: _Left, call: Callable[[], T]) -> T:
     """By SIGURG, which nobody else uses, so that the alarms of the call are its own."""
     running, over = True, threading.Event()
     me = threading.get_ident()
@@ -44,10 +67,12 @@ def _interrupted(seconds: float, call: Callable[[], T]) -> T:
             raise Expired
 
     def wait() -> None:
-        left = seconds
-        while not over.wait(left):
+        while not over.wait(left.until_next_look()):
+            if left.now() <= 0:
+                break
+        while not over.is_set():
             signal.pthread_kill(me, signal.SIGURG)
-            left = _AGAIN
+            over.wait(_AGAIN)
 
     before = signal.signal(signal.SIGURG, interrupt)
     timer = threading.Thread(target=wait, name="grouprl-time-limit", daemon=True)
@@ -66,7 +91,7 @@ def _interrupted(seconds: float, call: Callable[[], T]) -> T:
         signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
 
 
-def _beside(seconds: float, call: Callable[[], T]) -> T:
+def _beside(left: _Left, call: Callable[[], T]) -> T:
     context = contextvars.copy_context()
     returned: list[Any] = []
     raised: list[BaseException] = []
@@ -79,7 +104,8 @@ def _beside(seconds: float, call: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=run, name="grouprl-limited", daemon=True)
     thread.start()
-    thread.join(seconds)
+    while thread.is_alive() and left.now() > 0:
+        thread.join(left.until_next_look())
     if thread.is_alive():
         end_thread(thread)
         raise TimeoutError

@@ -21,6 +21,7 @@ from grouprl.runs.files import (
     plain_number,
     read_bytes,
     tell_changed,
+    user_path,
     whole_lines,
     write_text,
 )
@@ -67,7 +68,7 @@ class TranscriptWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open `path`, which need not exist yet. Raises UsageError if it cannot be read or written."""
-        self.path = Path(path)
+        self.path = user_path(path)
         self._file = AppendedFile(self.path)
         if self.path.exists():
             self._file.take_up(read_bytes(self.path, _WHAT))
@@ -131,7 +132,7 @@ def read_transcripts(path: str | os.PathLike[str]) -> Iterator[Transcript]:
 
     Raises UsageError if the file is missing or holds something else.
     """
-    path = Path(path)
+    path = user_path(path)
     for number, line in enumerate(whole_lines(read_bytes(path, _WHAT)).splitlines(), start=1):
         yield _parse(path, number, line)
 

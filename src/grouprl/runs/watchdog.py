@@ -35,12 +35,14 @@ class Watch:
             rewards = function(...)
 
     Args:
-        name: what it is called in messages, such as "reward function 'judge'".
+        name: what it is called in messages, such as "reward function 'judge'"; a function is asked when there is one.
         progress: how many calls are done, where it is entered around many of them; it is asked twice a second.
         advice: what to do, the end of the message.
     """
 
-    def __init__(self, name: str, progress: Callable[[], int] | None = None, advice: str = "") -> None:
+    def __init__(
+        self, name: str | Callable[[], str], progress: Callable[[], int] | None = None, advice: str = ""
+    ) -> None:
         self.name, self._progress, self._advice = name, progress, advice
         self._usual: deque[float] = deque(maxlen=100)  # seconds of a call, a number for each time it was entered
         self._said = 0.0  # the longest time that was named
@@ -77,12 +79,18 @@ class Watch:
         seconds = now - self._moved
         if seconds < _LEAST:
             return
-        usual = statistics.median(list(self._usual)) if self._usual else None
+        usual = statistics.median(list(self._usual)) if self._usual else self._so_far()
         if seconds < max(_long(usual), 2 * self._said):
             return
         self._said = seconds
         before = "" if usual is None else f", and usually takes {_said(usual)}"
-        _log.warning("%s %s %s%s%s%s", self.name, verb, _said(seconds), before, self._place(), self._advice)
+        name = self.name if isinstance(self.name, str) else self.name()
+        _log.warning("%s %s %s%s%s%s", name, verb, _said(seconds), before, self._place(), self._advice)
+
+    def _so_far(self) -> float | None:
+        """Seconds of one of the calls since it was entered, once there are a few."""
+        calls = self._done - self._first
+        return (self._moved - self._began) / calls if calls >= 10 else None
 
     def _place(self) -> str:
         """Where its thread is, if that is in a file of the user's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import PACKED, build
+from architectures import PACKED, build, make
 from torch import nn
 
 from grouprl.lm.llama.block import JoinedProducts, find_llama
@@ -115,8 +115,44 @@ def test_models_with_other_parts_have_none(name: str) -> None:
 def test_a_model_of_the_same_parts_that_does_something_else_has_none() -> None:
     # SmolLM3 leaves the rotary positions out of some layers, which no part of it shows.
     model = build("smollm3")
-    assert find_llama(find_backbone(model)[0]) is not None  # type: ignore[arg-type]
+    assert find_llama(find_backbone(model)[0]) is None  # type: ignore[arg-type]
     assert not sampled(model, blocks=True)[0]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+
+
+def test_a_model_that_differs_at_far_positions_alone_has_none() -> None:
+    from transformers import Ministral3Config
+
+    def found(beta: float):
+        config = Ministral3Config(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+            rope_parameters={**YARN, "llama_4_scaling_beta": beta},
+        )  # fmt: skip
+        backbone, why = find_backbone(make(config))
+        assert why == ""
+        return find_llama(backbone)
+
+    assert found(0.0) is not None
+    assert found(0.1) is None  # its queries grow from position 16 on
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward", "backward"])
+def test_modules_that_do_more_than_their_class_are_called(kind: str) -> None:
+    model = build("llama")
+    mlp = model.model.layers[1].mlp
+    if kind == "hook":
+        mlp.register_forward_hook(lambda _, __, out: 2 * out)
+    elif kind == "backward":
+        mlp.register_full_backward_hook(lambda *_: None)
+    else:
+        own = mlp.forward
+        mlp.forward = lambda x: 2 * own(x)
+    backbone, why = find_backbone(model)
+    assert why == ""
+    assert find_llama(backbone) is None  # type: ignore[arg-type]
 
 
 def test_it_runs_adapters_too() -> None:

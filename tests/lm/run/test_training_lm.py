@@ -368,23 +368,57 @@ def test_a_resumed_run_is_measured_to_the_same_reference(tmp_path: Path) -> None
     assert float(rows(tmp_path / "a")[-2]["kl"]) > 0
 
 
-def test_damage_to_a_run_is_a_usage_error_that_says_what_is_wrong(tmp_path: Path) -> None:
-    run(tmp_path / "run", config={"save_steps": 3})
-    newest = tmp_path / "run" / "checkpoint-6"
-    weights = (newest / "model.safetensors").read_bytes()
-    (newest / "model.safetensors").write_bytes(weights[:1000])
-    with pytest.raises(UsageError, match=r"weights in .*checkpoint-6 are damaged"):
-        training.resume(tmp_path / "run", steps=8, progress_bar=False)
-    (newest / "model.safetensors").write_bytes(weights)
-    rows_before = (tmp_path / "run" / "metrics.csv").read_text()
-    (tmp_path / "run" / "metrics.csv").write_text("some,text\n1,other\n")
+def test_damage_to_a_run_is_named_and_the_newest_good_checkpoint_is_used(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    weights = (out / "checkpoint-6" / "model.safetensors").read_bytes()
+    middle = len(weights) // 2
+    damaged = weights[:middle] + bytes([weights[middle] ^ 1]) + weights[middle + 1 :]
+    (out / "checkpoint-6" / "model.safetensors").write_bytes(damaged)
+    training.resume(out, progress_bar=False)
+    assert "checkpoint-6/model.safetensors is damaged: it is not what was saved" in caplog.text
+    assert rows(out) == rows(finished)
+    assert equal(final_weights(out), final_weights(finished))
+
+    (out / "model" / "model.safetensors").write_bytes(damaged)
+    with pytest.raises(UsageError, match=r"model/model.safetensors is damaged.*newest good checkpoint .*checkpoint-6"):
+        training.evaluate(out)
+    (out / "metrics.csv").write_text("some,text\n1,other\n")
     with pytest.raises(UsageError, match=r"metrics\.csv has no column 'step'"):
-        training.resume(tmp_path / "run", steps=8, progress_bar=False)
-    (tmp_path / "run" / "metrics.csv").write_text(rows_before)
-    for path in (tmp_path / "run").glob("checkpoint-*/grouprl_state.safetensors"):
+        training.resume(out, steps=8, progress_bar=False)
+    for path in out.glob("checkpoint-*/grouprl_state.safetensors"):
         path.unlink()
-    with pytest.raises(UsageError, match=r"only checkpoint-3, checkpoint-6, without a state that can be read"):
-        training.resume(tmp_path / "run", steps=8, progress_bar=False)
+    with pytest.raises(UsageError, match="only checkpoint-3, checkpoint-6, which cannot be resumed from"):
+        training.resume(out, steps=8, progress_bar=False)
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "transcripts.jsonl"])
+def test_a_file_that_grows_and_was_damaged_is_named(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoint-6")
+    text = (out / file).read_text()
+    (out / file).write_text(text.replace("3", "4", 1))
+    training.resume(out, progress_bar=False)
+    assert f"{file} is not what it was at the checkpoint of step 3" in caplog.text
+    assert equal(final_weights(out), final_weights(finished))
+
+
+def test_a_configuration_that_was_changed_is_named(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    training.evaluate(out)
+    assert caplog.messages == []
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("n_eval: 8", "n_eval: 9"))
+    training.evaluate(out)
+    assert f"{config} was changed or damaged since grouprl wrote it" in caplog.text
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -720,7 +720,7 @@ def test_resuming_without_a_checkpoint_says_where_it_looked(tmp_path: Path) -> N
 
 def test_resuming_with_other_data_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, callbacks=[Stop(2)]).train()
-    with pytest.raises(UsageError, match="same dataset"):
+    with pytest.raises(UsageError, match="its train_dataset has 40 rows, here it has 9"):
         trainer(tmp_path, rows=ROWS[:9]).train(resume_from_checkpoint=True)
 
 

@@ -22,6 +22,7 @@ from grouprl.lm.packed import flash
 from grouprl.lm.packed.attention import PackedAttention, flash_works
 from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.packed.trial import Trial
 
 _log = logging.getLogger("grouprl")
 
@@ -66,7 +67,7 @@ def _find(backbone: Backbone, llama: LlamaBlocks, dtype: torch.dtype) -> LlamaLa
 
 def _differs_by(backbone: Backbone, layers: LlamaLayers) -> float:
     """The largest relative error of a fused layer's output, as a multiple of the allowed one: beyond 1 is too much."""
-    pack = Pack.of([Group([1, 2, 3, 4, 2], ([3, 1, 2], [0, 4])), Group([2, 1], ([1, 3, 2],))], backbone.device)
+    pack = Trial(backbone.model).pack
     operations = layers.operations
     tried = torch.float32 if operations is BetweenProductsC else layers.dtype
     differences: list[float] = []

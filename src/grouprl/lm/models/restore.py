@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import DamagedFileError, UsageError, first_line
 from grouprl.lm.models.adapters import has_adapters, load_adapters
 from grouprl.lm.models.weight_files import damaged, difference, open_all
+from grouprl.runs.manifest import check_manifest
 
 _WEIGHTS = "model.safetensors"
 
@@ -28,6 +29,10 @@ def load_weights(model: Any, path: Path) -> None:
 
     Raises UsageError if the weights are missing, damaged, or those of another model.
     """
+    try:
+        check_manifest(path, all_files=False)
+    except DamagedFileError as error:
+        raise damaged(path, error) from error
     if has_adapters(model):
         load_adapters(model, path)
     else:

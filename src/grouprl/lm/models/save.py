@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
-from grouprl.lm.models.adapters import CONFIG, has_adapters, save_adapters
+from grouprl.lm.models.adapters import CONFIG, REST, WEIGHTS, adapter_places, has_adapters, save_adapters
 from grouprl.lm.models.generation_config import writable_generation_config
-from grouprl.runs.files import explain_os_error
+from grouprl.runs.files import explain_os_error, user_path
+from grouprl.runs.manifest import write_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,15 +31,15 @@ def save_model(
 ) -> None:
     """Write a folder that `from_pretrained` reads: weights (safetensors), configuration, tokenizer.
 
-    A PEFT model leaves the folder of its adapter, in PEFT's format. Parameters may be views into one flat tensor. An
-    older model at `path` is replaced once the new one is on the disk. `also` may write further files into the folder it
-    is given, before that takes its place.
+    A PEFT model leaves the folder of its adapter, in PEFT's format. Checksums of all files are in one beside them.
+    Parameters may be views into one flat tensor. An older model at `path` is replaced once the new one is on the disk.
+    `also` may write further files into the folder it is given, before that takes its place.
 
     Raises:
         UsageError: `path` cannot be written, or something else lies there.
         TrainingError: the disk is full or broken.
     """
-    with _atomic_folder(Path(path)) as folder:
+    with _atomic_folder(user_path(path)) as folder:
         save = save_adapters if has_adapters(model) else _save_plain
         with nullcontext() if hasattr(model, "get_base_model") else writable_generation_config(model, folder):
             save(model, folder, independent_state(model))
@@ -46,6 +47,7 @@ def save_model(
             tokenizer.save_pretrained(folder)
         if also is not None:
             also(folder)
+        write_manifest(folder)
 
 
 def independent_state(model: nn.Module) -> dict[str, Tensor]:
@@ -69,6 +71,18 @@ def independent_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _save_plain(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
     model.save_pretrained(folder, state_dict=state)
+
+
+_OF_A_MODEL = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
+    CONFIG, WEIGHTS, REST, "adapter_model.bin",
+)  # fmt: skip
+
+
+def model_files(folder: Path) -> set[Path]:
+    """The files in ``folder``, and the folders in it, that make a model or adapters; not those of a tokenizer."""
+    inner = {place for place in adapter_places(folder, beside_model=True).values() if place != folder}
+    return inner | {file for pattern in _OF_A_MODEL for file in folder.glob(pattern)}
 
 
 @contextmanager

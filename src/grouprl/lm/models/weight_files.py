@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from grouprl.errors import UsageError
+from grouprl.errors import DamagedFileError
 
 
 def read(file: Path) -> dict[str, Tensor]:
@@ -41,9 +41,9 @@ def open_all(shards: Iterable[Path], files: ExitStack) -> dict[str, Any]:
     return stored
 
 
-def damaged(folder: Path, error: Exception) -> UsageError:
+def damaged(folder: Path, error: Exception) -> DamagedFileError:
     """The error to raise for weights that cannot be read."""
-    return UsageError(f"the weights in {folder} are damaged ({error}); give an older checkpoint")
+    return DamagedFileError(f"the weights in {folder} are damaged ({error}); give an older checkpoint")
 
 
 def difference(

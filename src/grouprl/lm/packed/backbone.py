@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from grouprl.lm.packed import attention
 from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec, PackedAttention, UnsupportedError
-from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.packed.low_precision import is_touched
 from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.packed.trial import Trial, own_pass, plain_logits, read_setting
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""The largest allowed difference in nats between log-probabilities of the packed and the plain pass, by dtype."""
-_LOW_PRECISION_TOLERANCE = 0.25
-"""The largest allowed difference in nats for a model that runs in low precision alone."""
+_TOLERANCE = 1e-3
+"""The largest allowed difference in nats between log-probabilities of the packed and the plain pass."""
+
+_LARGE_LOGIT = 100.0
+"""The size of logits in the search for a cap on them. Models cap logits at 15 to 50."""
 
 
 class Backbone:
@@ -35,7 +37,7 @@ class Backbone:
 
     Raises:
         UnsupportedError: the model has no decoder with a linear head, its rotary positions depend on the longest
-            sequence, or it changes its logits after the head.
+            sequence, or its head or a parameter has hooks.
     """
 
     def __init__(self, model: Any) -> None:
@@ -45,15 +47,17 @@ class Backbone:
         self.decoder: Any = self.core.get_decoder() if hasattr(self.core, "get_decoder") else None
         if self.decoder is None or self.decoder is self.core or type(self.head) is not nn.Linear:
             raise UnsupportedError(f"{type(self.core).__name__} has no decoder with a linear head on top")
-        text = self.core.config.get_text_config()
-        rope = getattr(text, "rope_parameters", None) or {}
+        if is_touched(self.head):
+            raise UnsupportedError(f"the head of {type(self.core).__name__} has a hook or a forward of its own")
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.core.parameters()):
+            raise UnsupportedError(
+                f"parameters of {type(self.core).__name__} have hooks, which packed passes do not run"
+            )
+        rope = read_setting(self.core.config.get_text_config(), "rope_parameters") or {}
         if any(rope_type in str(rope) for rope_type in ("'dynamic'", "'longrope'")):
             raise UnsupportedError(
                 f"{type(self.core).__name__} rotates positions by the length of the longest sequence"
             )
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(text, name, None) not in (None, 1.0):
-                raise UnsupportedError(f"{type(self.core).__name__} changes its logits behind the head ({name})")
         attention.register()
 
     @property
@@ -85,11 +89,21 @@ class Backbone:
     @cached_property
     def asked(self) -> dict[nn.Module, AttentionSpec]:
         """The attention settings of each attention layer."""
+        return self._asked_and_kept[0]
+
+    @cached_property
+    def kept(self) -> int:
+        """How many numbers all layers together keep of each token while decoding: its keys and values."""
+        return self._asked_and_kept[1]
+
+    @cached_property
+    def _asked_and_kept(self) -> tuple[dict[nn.Module, AttentionSpec], int]:
+        sizes: list[int] = []
         pack = Pack.of([Group([0], ())], self.device)
-        plan = PackedAttention(pack)
+        plan = PackedAttention(pack, keep=lambda _, k, v: sizes.append(k.numel() + v.numel()))
         with torch.no_grad(), self.following(plan):
             self.hidden(pack.ids, pack.positions)
-        return plan.asked
+        return plan.asked, sum(sizes)
 
     @contextmanager
     def following(self, plan: AttentionPlan) -> Iterator[None]:
@@ -106,72 +120,42 @@ class Backbone:
                 config._attn_implementation = implementation
 
 
-@torch.no_grad()
-def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Compute the logits ``[T, V]`` float32 of one sequence ``ids [T]`` by a plain call of the model."""
-    out = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False)
-    logits: Tensor = out.logits
-    return logits[0].float()
-
-
-def find_backbone(model: nn.Module) -> tuple[Backbone | None, str]:
+def find_backbone(model: nn.Module, trial: Trial | None = None) -> tuple[Backbone | None, str]:
     """Find out whether a packed pass of the model gives the same log-probabilities as plain passes.
 
-    The function runs two short groups of random tokens both ways. The results differ for models that the packed paths
-    do not support:
+    The function runs short groups of random tokens both ways, at the first positions and at far ones. The results
+    differ for models that the packed paths do not support:
 
     - A token depends on its neighbours outside of attention, through convolutions or recurrent layers.
     - The model does not take positions from ``position_ids``, with ALiBi for example.
     - The model scales or caps its logits after the head.
     - Attention does not go through the attention interface of transformers.
 
-    Both passes run in float32 if the layers of the model allow it, because rounding would hide differences.
+    Both passes run in float32, because rounding would hide differences.
 
     Args:
         model: a causal model of transformers, or a PEFT model around one.
+        trial: a trial of this model with its weights as they are, to use it more than once.
 
     Returns:
         The :class:`Backbone` of the model and "", or None and the reason.
     """
-    training = model.training
-    model.eval()
     try:
         backbone = Backbone(model)
-        difference, tolerance = _compared(backbone)
+        difference = _difference(backbone, trial or Trial(model))
     except UnsupportedError as error:
         return None, str(error)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         # A model may raise any of these errors when it does not know the packed form of the call.
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    finally:
-        model.train(training)
-    if not difference < tolerance:
+    if not difference < _TOLERANCE:
         return None, f"log-probabilities of a packed pass differ by {difference:.2g}"
     return backbone, ""
 
 
-def _compared(backbone: Backbone) -> tuple[float, float]:
-    """The largest difference in nats between packed and plain log-probabilities, and the largest allowed one."""
-    dtype = backbone.head.weight.dtype
-    if dtype in _TOLERANCE:
-        return _difference(backbone), _TOLERANCE[dtype]
-    try:
-        with LowPrecision(backbone.model, torch.float32).exactly():
-            return _difference(backbone), _TOLERANCE[torch.float32]
-    except RuntimeError:  # some other layer accepts its own precision alone
-        return _difference(backbone), _LOW_PRECISION_TOLERANCE
-
-
-@torch.no_grad()
-def _difference(backbone: Backbone) -> float:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = backbone.head.weight.shape[0]
-
-    def tokens(n: int) -> list[int]:
-        return torch.randint(vocabulary, (n,), generator=generator).tolist()
-
-    groups = [Group(tokens(5), [tokens(4), tokens(3)]), Group(tokens(3), [tokens(6)])]
-    pack = Pack.of(groups, backbone.device)
+def _difference(backbone: Backbone, trial: Trial) -> float:
+    """The largest difference in nats between packed and plain log-probabilities, by whichever precision is possible."""
+    config, name, pack = backbone.core.config, type(backbone.core).__name__, trial.pack
     seen: set[nn.Module] = set()
 
     def once(module: nn.Module, *_: Tensor) -> None:
@@ -179,16 +163,36 @@ def _difference(backbone: Backbone) -> float:
             raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
         seen.add(module)
 
+    own, far = trial.own().flatten(0, 2), trial.own_far()
+    own = own if far is None else torch.cat([own, far])
     plan = PackedAttention(pack, keep=once)
-    with backbone.following(plan):
-        hidden = backbone.hidden(pack.ids, pack.positions)[pack.predictors]
-    window = getattr(backbone.core.config.get_text_config(), "sliding_window", None)
+    with own_pass(backbone.model):
+        with backbone.following(plan):
+            hidden = backbone.hidden(pack.ids, pack.positions)[pack.predictors]
+        difference = float((backbone.head(hidden).float().log_softmax(-1) - own).abs().max())
+        ends_with_head = _ends_with_its_head(backbone, pack.ids[None, :2])
+    window = read_setting(config.get_text_config(), "sliding_window")
     if window is not None and all(spec.window != window for spec in plan.asked.values()):
-        raise UnsupportedError(f"{type(backbone.core).__name__} does not tell its attention of its sliding window")
-    logp = backbone.head(hidden).float().log_softmax(-1)
-    plain = []
-    for group in groups:
-        for completion in group.completions:
-            ids = torch.tensor([*group.prompt, *completion], device=backbone.device)
-            plain.append(plain_logits(backbone.model, ids)[len(group.prompt) - 1 : -1].log_softmax(-1))
-    return float((logp - torch.cat(plain)).abs().max())
+        raise UnsupportedError(f"{name} does not tell its attention of its sliding window")
+    if not ends_with_head:
+        raise UnsupportedError(f"{name} changes its logits behind the head")
+    return difference
+
+
+def _ends_with_its_head(backbone: Backbone, ids: Tensor) -> bool:
+    """Whether the model returns the outputs of its head as they are.
+
+    The outputs are enlarged for this, because a cap on logits has no effect on small ones.
+    """
+    outputs: list[Tensor] = []
+
+    def enlarge(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        outputs.append(out * (_LARGE_LOGIT / out.abs().max().clamp(min=1e-6)))
+        return outputs[-1]
+
+    hook = backbone.head.register_forward_hook(enlarge)
+    try:
+        logits = plain_logits(backbone.model, ids)
+    finally:
+        hook.remove()
+    return len(outputs) == 1 and bool((outputs[0].float() - logits).abs().max() < 1e-3 * _LARGE_LOGIT)

@@ -91,8 +91,28 @@ def _zero_gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
+def is_touched(module: nn.Module) -> bool:
+    """Whether calling a module does more than the forward of its class, or its weights are not its own parameters.
+
+    It is so for modules with hooks, with a forward that was assigned to them, and with weights that are computed from
+    other ones (pruning, weight normalisation).
+    """
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    return any(hooks) or not _computes_alone(module)
+
+
+def _computes_alone(module: nn.Module) -> bool:
+    """Whether the forward of a module's class computes its output, from parameters of the module."""
+    return not any(name in vars(module) for name in ("forward", "weight", "bias"))
+
+
 class LowPrecision:
     """Replaces how the linear and embedding layers of a model compute, while one of its contexts is open.
+
+    Layers with a forward of their own, and layers whose weights are computed from other ones (by pruning for example),
+    stay as they are.
 
     Args:
         model: any module. Its layers must not change afterwards.
@@ -104,8 +124,9 @@ class LowPrecision:
         from transformers.pytorch_utils import Conv1D
 
         self.dtype, self.native = dtype, native
-        self._layers = [m for m in model.modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
-        self._embeddings = [m for m in model.modules() if type(m) is nn.Embedding]
+        modules = [m for m in model.modules() if _computes_alone(m)]
+        self._layers = [m for m in modules if type(m) is nn.Linear or isinstance(m, Conv1D)]
+        self._embeddings = [m for m in modules if type(m) is nn.Embedding]
         self._last: tuple[Tensor, int, Tensor] | None = None
         self._weights: _Rounded | None = None
 

@@ -152,19 +152,14 @@ class LogProbs:
 
     def _evaluate_plainly(self, groups: Sequence[Group]) -> TokenTerms:
         """Compute the same as :meth:`evaluate` with a plain call of the model for each sample."""
-        logps, entropies = [], []
-        device = next(self.model.parameters()).device
-        low = self.precision.dtype != torch.float32
-        for group in groups:
-            for completion in group.completions:
-                ids = torch.tensor([[*group.prompt, *completion]], device=device)
-                with torch.autocast(device.type, self.precision.dtype, enabled=low):
-                    logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-                logits = logits[0, len(group.prompt) - 1 : -1].float() / self.temperature
-                logp = logits.log_softmax(-1)
-                entropies.append(-(logp.detach().exp() * logp.detach()).sum(-1))
-                logps.append(logp.gather(1, ids[0, len(group.prompt) :, None])[:, 0])
-        return TokenTerms(torch.cat(logps), torch.cat(entropies))
+        device, low = next(self.model.parameters()).device, self.precision.dtype != torch.float32
+        with torch.autocast(device.type, self.precision.dtype, enabled=low):
+            terms = [
+                own_terms(self.model, group.prompt, completion, self.temperature)
+                for group in groups
+                for completion in group.completions
+            ]
+        return TokenTerms(torch.cat([t.logp for t in terms]), torch.cat([t.entropy for t in terms]))
 
     @torch.no_grad()
     def without_gradient(self, micro_batches: Sequence[MicroBatch], lengths: Tensor) -> Tensor:
@@ -184,6 +179,29 @@ class LogProbs:
             for batch in micro_batches:
                 out[steps_of(batch.samples, lengths)] = self.evaluate(batch).logp.to(out.device)
         return out
+
+
+def own_terms(
+    model: nn.Module, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
+) -> TokenTerms:
+    """Compute log-probabilities and entropies of a completion by the model's own forward pass over one sequence.
+
+    Args:
+        model: a causal model.
+        prompt: the token ids of the prompt.
+        completion: the ``n`` token ids of the completion.
+        temperature: a positive number that divides the logits.
+
+    Returns:
+        Log-probabilities and entropies, each ``[n]`` float32 in nats.
+    """
+    ids = torch.tensor([[*prompt, *completion]], device=next(model.parameters()).device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    # From the end, because adapters with virtual tokens may have logits for these in front.
+    logits = logits[0, -len(completion) - 1 : -1].float() / temperature
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    return TokenTerms(logp.gather(1, ids[0, -len(completion) :, None])[:, 0], entropy)
 
 
 def steps_of(samples: Tensor, lengths: Tensor) -> Tensor:

@@ -12,14 +12,16 @@ from torch import nn
 from grouprl.errors import UsageError
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.load import eos_token_ids
+from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
 from grouprl.lm.policy.log_probs import LogProbs
 from grouprl.lm.policy.reference import Reference
+from grouprl.lm.policy.trial import PolicyTrial
 from grouprl.lm.sample.draw import SamplingSettings
-from grouprl.lm.sample.plain import PlainSampler
+from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
-from grouprl.lm.sample.sampler import Sampler
+from grouprl.lm.sample.sampler import Sampler, Steps
 from grouprl.lm.settings.config import GRPOConfig
 
 _CACHE_BYTES = 1 << 30
@@ -52,7 +54,8 @@ class Policy:
         reference: the reference model of the KL divergence, or None if ``beta`` is 0.
 
     Raises:
-        UsageError: ``config`` asks for bfloat16 on a device that does not have it, or ``ref_model`` does not fit.
+        UsageError: ``config`` asks for bfloat16 on a device that does not have it, ``ref_model`` does not fit, or no
+            path gives the log-probabilities of the model's own forward pass.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None) -> None:
@@ -65,23 +68,14 @@ class Policy:
         weight_dtype = next(model.parameters()).dtype
         dtype = torch.bfloat16 if low or weight_dtype == torch.bfloat16 else torch.float32
         self.precision = LowPrecision(model, dtype, config.native)
-        backbone, self.why_plain = (None, "attention='plain' asks for it")
-        if config.attention == "auto":
-            backbone, self.why_plain = find_backbone(model)
-            if backbone is None:
-                _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
-        self.packed = backbone is not None
-        self.log_probs = self._make_log_probs(model, backbone, self.precision)
-        ends = eos_token_ids(model, tokenizer)
-        self.sampler: Sampler | PlainSampler
-        if backbone is None:
-            pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-            self.sampler = PlainSampler(model, self.precision.dtype, ends, pad)
-        else:
-            rows = config.max_rows_per_decode or self._rows_that_fit(backbone)
-            self.sampler = Sampler(backbone, self.precision, ends, rows, "native" if config.native else "blocks")
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing:  # before the trials, as it changes how the model learns
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        trial = PolicyTrial(model, self.precision.dtype)
+        self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
+        self.packed = self.log_probs.backbone is not None
+        if not self.packed and config.attention == "auto":
+            _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
+        self.sampler = self._find_sampler(eos_token_ids(model, tokenizer), tokenizer.pad_token_id, trial)
         self.reference = self._reference(ref_model)
 
     def sample(
@@ -109,13 +103,61 @@ class Policy:
         """
         return self.sampler.sample(prompts, group_size, settings or sampling_settings(self.config), generator, adjust)
 
-    def _make_log_probs(self, model: Any, backbone: Any, precision: LowPrecision) -> LogProbs:
+    def _find_learner(self, model: Any, precision: LowPrecision, trial: PolicyTrial) -> tuple[LogProbs, str]:
+        """The fastest learner that agrees with the model's own forward pass, and why it is not a packed one, or "".
+
+        Raises:
+            UsageError: not even the plain learner agrees with it.
+        """
         config = self.config
-        layers, dropout = None, not config.disable_dropout and has_dropout(model)
-        if backbone is not None and config.native and not dropout and not config.gradient_checkpointing:
-            layers = find_layers(backbone, precision.dtype)
-        budget = config.tokens_per_micro_batch or (_TOKENS if backbone is None else self._tokens_at_once(backbone))
-        return LogProbs(model, backbone, precision, config.temperature, budget, dropout, config.native, layers)
+        dropout = not config.disable_dropout and has_dropout(model)
+        backbone, why = (None, "attention='plain' asks for it")
+        if config.attention == "auto":
+            backbone, why = find_backbone(model, trial.trial)
+        if backbone is not None:
+            budget = config.tokens_per_micro_batch or self._tokens_at_once(backbone)
+            layers = None
+            if config.native and not dropout and not config.gradient_checkpointing:
+                layers = find_layers(backbone, precision.dtype)
+            for fused in (layers, None) if layers is not None else (None,):
+                learner = LogProbs(
+                    model, backbone, precision, config.temperature, budget, dropout, config.native, fused
+                )
+                why = trial.learner(learner)
+                if not why:
+                    return learner, ""
+                if fused is not None:
+                    _log.warning("%s learns more slowly, without fused layers: %s", _class(model), why)
+        budget = config.tokens_per_micro_batch or _TOKENS
+        learner = LogProbs(model, None, precision, config.temperature, budget, dropout, config.native)
+        wrong = trial.learner(learner) or trial.causality()
+        if wrong:
+            raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
+        return learner, why
+
+    def _find_sampler(self, ends: Sequence[int], pad: int | None, trial: PolicyTrial) -> Sampler | PlainSampler:
+        """The fastest sampler that agrees with the model's own forward pass.
+
+        Raises:
+            UsageError: not even the slowest sampler agrees with it.
+        """
+        backbone, config, model, why = self.log_probs.backbone, self.config, self.model, ""
+        if backbone is not None:
+            rows = config.max_rows_per_decode or self._rows_that_fit(backbone)
+            try:
+                fastest: Steps = "native" if config.native else "blocks"
+                return Sampler(backbone, self.precision, ends, rows, fastest, trial.trial)
+            except UnsupportedError as error:
+                _log.warning("%s samples without packed attention, exactly but slowly: %s", _class(model), error)
+        for steps in PLAIN_STEPS:
+            sampler = PlainSampler(model, self.precision.dtype, ends, ends[0] if pad is None else pad, steps)
+            wrong = trial.plain_sampler(sampler)
+            if not wrong:
+                if why:
+                    _log.warning("%s samples by %s, which is slower: otherwise %s", _class(model), steps, why)
+                return sampler
+            why = wrong
+        raise UsageError(f"{_class(model)} cannot be sampled from in {_name(self.precision.dtype)}: {why}")
 
     def _reference(self, ref_model: Any) -> Reference | None:
         """The reference model, or None if ``beta`` is 0. Raises UsageError if ``ref_model`` cannot be the reference."""
@@ -134,9 +176,9 @@ class Policy:
             # The parameters of ref_model keep requires_grad=True, although nothing computes their gradients. torch uses
             # other products for weights without it, and these round differently. The KL divergence between a model and
             # its copy would then not be 0.
-            backbone = find_backbone(ref_model)[0] if self.packed else None
             precision = LowPrecision(ref_model, self.precision.dtype, self.config.native)
-            other = ref_model, self._make_log_probs(ref_model, backbone, precision)
+            trial = PolicyTrial(ref_model, precision.dtype)
+            other = ref_model, self._find_learner(ref_model, precision, trial)[0]
         reference = Reference(self.model, self.log_probs, other)
         if self.config.sync_ref_model:
             reference.check_can_follow()
@@ -165,16 +207,7 @@ class Policy:
         if self.device.type == "cuda":  # of the total memory: a run must not depend on how much is free now
             room = torch.cuda.get_device_properties(self.device).total_memory // 8
             logits = 16 * backbone.head.weight.shape[0]
-        text = self.model.config.get_text_config()
-        heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-        size: Any = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        token = (
-            2
-            * int(text.num_hidden_layers)
-            * int(heads)
-            * int(size)
-            * (4 if self.device.type == "cpu" else self.precision.dtype.itemsize)
-        )
+        token = backbone.kept * (4 if self.device.type == "cpu" else self.precision.dtype.itemsize)
         return max(16, min(1024, room // (token * self.config.max_completion_length + logits)))
 
 
@@ -209,3 +242,7 @@ def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSe
 def _class(model: Any) -> str:
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(core).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

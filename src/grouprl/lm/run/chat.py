@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from grouprl.lm.run.data import load_task_data
 from grouprl.lm.run.models import hide_file_bars, load_trained
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.runs import RunFolder
+from grouprl.runs.files import user_path
 
 
 class Chat:
@@ -43,7 +43,7 @@ class Chat:
         Raises UsageError if there is no such run or model.
         """
         hide_file_bars()
-        if not (Path(source) / "config.yaml").is_file():
+        if not (user_path(source) / "config.yaml").is_file():
             model, tokenizer = load(source)
             config = GRPOConfig(max_completion_length=max_tokens or 256)
             text = getattr(tokenizer, "chat_template", None) is None

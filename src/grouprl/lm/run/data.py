@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError
@@ -12,6 +11,7 @@ from grouprl.lm import tasks
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.tasks.jsonl import load_jsonl
 from grouprl.lm.tasks.task import Task
+from grouprl.runs.files import user_path
 
 Rows = list[dict[str, Any]]
 
@@ -39,7 +39,7 @@ def load_task_data(recipe: Recipe) -> TaskData:
 def _of_file(recipe: Recipe) -> TaskData:
     if recipe.reward is None:
         raise UsageError(f"{recipe.task} is a file, so reward must name a function: --set reward=module:function")
-    rows, reward = load_jsonl(recipe.task), load_function(recipe.reward, Path(recipe.task).parent)
+    rows, reward = load_jsonl(recipe.task), load_function(recipe.reward, user_path(recipe.task).parent)
     if recipe.eval_data is not None:
         return TaskData(rows, load_jsonl(recipe.eval_data), reward, None)
     n = min(recipe.n_eval, len(rows) // 5)

@@ -15,6 +15,7 @@ from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.tasks.task import Task
 from grouprl.lm.train import checkpoint
 from grouprl.runs import RunFolder
+from grouprl.runs.manifest import check_manifest
 
 
 def hide_file_bars() -> None:
@@ -69,6 +70,12 @@ def adapter(settings: Mapping[str, Any] | None) -> Any:
 def load_trained(folder: RunFolder, recipe: Recipe, config: GRPOConfig, task: Task | None) -> tuple[Any, Any]:
     """The model a run left, or its newest checkpoint, and its tokenizer. Raises UsageError if there is neither."""
     place = trained_model(folder)
+    with checkpoint.offering_another(place):
+        check_manifest(place, all_files=False)
+        return _load(place, recipe, config, task)
+
+
+def _load(place: Path, recipe: Recipe, config: GRPOConfig, task: Task | None) -> tuple[Any, Any]:
     lora = adapter(recipe.lora)
     if lora is None or recipe.model != "tiny":
         return load(place, dtype=config.master_dtype)
@@ -85,7 +92,7 @@ def trained_model(folder: RunFolder) -> Path:
     """The model a run left, or its newest checkpoint. Raises UsageError if there is neither."""
     if folder.model_folder.is_dir():
         return folder.model_folder
-    saved = checkpoint.existing(folder.path)
-    if not saved:
+    newest = checkpoint.latest(folder.path)
+    if newest is None:
         raise UsageError(f"{folder.path} holds no model yet; `grouprl resume` goes on with it")
-    return saved[-1]
+    return newest

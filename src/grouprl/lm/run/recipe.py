@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -17,6 +16,7 @@ from grouprl.errors import UsageError
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective_settings import unknown_setting
 from grouprl.redaction import with_secrets, without_secrets
+from grouprl.runs.files import user_path
 
 _PRESETS = "grouprl.lm.run.presets"
 
@@ -165,7 +165,7 @@ def load(source: str | os.PathLike[str]) -> Recipe:
     text = os.fspath(source)
     if text in names():
         return _parse(resources.files(_PRESETS).joinpath(f"{text}.yaml").read_text(encoding="utf-8"), text, text)
-    path = Path(text)
+    path = user_path(text)
     if path.is_dir():
         path = path / "config.yaml"
     if not path.is_file():

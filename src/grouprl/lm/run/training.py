@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import RunFolder
+from grouprl.runs.files import user_path
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
 from grouprl.runs.transcripts import TranscriptWriter
@@ -86,10 +86,10 @@ def train(
     if steps is not None:
         changes["max_steps"] = steps
     recipe = (source if isinstance(source, Recipe) else recipes.load(source)).changed(changes)
-    RunFolder(Path(out)).check_free(overwrite)
+    RunFolder(user_path(out)).check_free(overwrite)
     if "output_dir" in recipe.config:
         raise UsageError(f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out")
-    with RunFolder(Path(out)).locked():
+    with RunFolder(user_path(out)).locked():
         return _train(recipe, out, overwrite, progress_bar, announce)
 
 
@@ -111,7 +111,7 @@ def _train(
     if announce is not None:
         announce(folder)
     with folder.kept_in_order():
-        return _run(folder, recipe, trainer, data, progress_bar, resume_from=None)
+        return _run(folder, recipe, trainer, data, progress_bar, resume=False)
 
 
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
@@ -143,7 +143,7 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
     newest = checkpoint.latest(folder.path)
     if newest is None:
         useless = ", ".join(path.name for path in checkpoint.existing(folder.path))
-        content = f"only {useless}, without a state that can be read" if useless else "no checkpoint"
+        content = f"only {useless}, which cannot be resumed from" if useless else "no checkpoint"
         raise UsageError(f"{folder.path} holds {content}, so there is nothing to resume; train anew with another --out")
     done = int(newest.name.rpartition("-")[2])
     if 0 < config.max_steps <= done and folder.is_finished():
@@ -153,7 +153,7 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
     warm = recipe.lora is not None or config.beta > 0
     trainer = build(recipe if warm else recipe.changed({"warm_start": None}), config, data)
     folder.reopen(None if steps is None else _lengthened(saved, steps))
-    return _run(folder, recipe, trainer, data, progress_bar, resume_from=newest)
+    return _run(folder, recipe, trainer, data, progress_bar, resume=True)
 
 
 def _lengthened(saved: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -181,9 +181,9 @@ def _absolute(recipe: Recipe) -> dict[str, str]:
     """The recipe's files and folders, found from wherever the run is resumed or evaluated."""
     files = {name: file for name in ("task", "eval_data") if (file := getattr(recipe, name) or "").endswith(".jsonl")}
     # tiny and smollm2 are no folders, whatever is there
-    if recipe.model not in ("tiny", SMOLLM2) and Path(recipe.model).exists():
+    if recipe.model not in ("tiny", SMOLLM2) and user_path(recipe.model).exists():
         files["model"] = recipe.model
-    return {name: str(Path(file).absolute()) for name, file in files.items()}
+    return {name: str(user_path(file).absolute()) for name, file in files.items()}
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
 
 def _settings(values: Mapping[str, Any], out: str | os.PathLike[str], progress_bar: bool | None) -> GRPOConfig:
     bar = {} if progress_bar is None else {"disable_tqdm": not progress_bar}
-    return GRPOConfig(**{**values, **bar, "output_dir": os.fspath(out)})
+    return GRPOConfig(**{**values, **bar, "output_dir": str(user_path(out))})
 
 
 _LOGGING = ("logging_strategy", "logging_steps", "logging_first_step")
@@ -211,7 +211,7 @@ def _recording(folder: RunFolder, recipe: Recipe, progress_bar: bool | None) -> 
 
 def _run(
     folder: RunFolder, recipe: Recipe, trainer: GRPOTrainer, data: TaskData, progress_bar: bool | None,
-    resume_from: Path | None,
+    resume: bool,
 ) -> RunResult:  # fmt: skip
     book = trainer.book
     book.recording = _recording(folder, recipe, progress_bar)
@@ -224,7 +224,7 @@ def _run(
 
     with stopping_on_signals(stop):
         try:
-            trainer.train(resume_from_checkpoint=resume_from)
+            trainer.train(resume_from_checkpoint=resume)
         except TrainingError as error:
             last = checkpoint.latest(folder.path)
             kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
@@ -245,7 +245,7 @@ def evaluate(
 
     Raises UsageError if there is no such run, it left no model yet, or the file exists.
     """
-    if answers is not None and Path(answers).exists():
+    if answers is not None and user_path(answers).exists():
         raise UsageError(f"{answers} exists; name another file for the answers")
     folder = RunFolder.open(path)
     hide_file_bars()

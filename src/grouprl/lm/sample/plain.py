@@ -1,32 +1,53 @@
-"""Sampling with the ``generate`` method of transformers, for models that the packed path does not support."""
+"""Sampling with the model's own methods, for models that the packed path does not support."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from grouprl.errors import UsageError
 from grouprl.lm.sample.draw import SamplingSettings
-from grouprl.lm.sample.rows import Adjust, Completion
+from grouprl.lm.sample.rows import Adjust, Completion, Rows
+
+PlainSteps = Literal["generate", "generate by length", "forward passes"]
+PLAIN_STEPS: tuple[PlainSteps, ...] = get_args(PlainSteps)
+"""The ways in which the plain sampler can decode, from the fastest to the slowest."""
+
+PASS_ROWS = 64
+"""The most rows of one forward pass. This limits the memory for activations and logits."""
 
 
 class PlainSampler:
-    """Samples completions from any model with a ``generate`` method.
+    """Samples completions from any causal model.
 
     It replaces :class:`grouprl.lm.sample.sampler.Sampler` for models that cannot be packed, and it is slower. The
     tokens of a completion depend on the random generator and also on which prompts are sampled in the same call.
+
+    There are three ways to decode, from the fastest to the slowest:
+
+    - "generate" calls the ``generate`` method of the model, with all prompts padded on the left to the same length.
+    - "generate by length" calls it for the prompts of each length, without padding. Recurrent models read padding as
+      tokens, and some models count positions from the padding.
+    - "forward passes" runs a forward pass over the whole sequence for each token, without padding and without a cache.
+      The caches of some models give other logits than a forward pass, and PEFT drops some prefixes in ``generate``.
 
     Args:
         model: a causal model of transformers.
         dtype: the dtype of matrix products. Any dtype but float32 turns autocast on.
         end_ids: the ids of the tokens that end a completion.
         pad_id: the id of the token that pads shorter prompts.
+        steps: how to decode.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, end_ids: Sequence[int], pad_id: int) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, end_ids: Sequence[int], pad_id: int, steps: PlainSteps = "generate"
+    ) -> None:
         self.model, self.dtype, self.end_ids, self.pad_id = model, dtype, list(end_ids), pad_id
+        self.steps = steps
 
     @torch.no_grad()
     def sample(
@@ -54,38 +75,61 @@ class PlainSampler:
         """
         if adjust is not None:
             raise UsageError("the plain sampler cannot adjust logits; use attention='auto'")
+        sample_some = self._by_passes if self.steps == "forward passes" else self._by_generate
+        parts = [list(range(len(prompts)))] if self.steps == "generate" else _by_length(prompts)
+        completions: list[list[Completion]] = [[]] * len(prompts)
+        with self._sampling():
+            for part in parts:
+                drawn = sample_some([prompts[i] for i in part], group_size, settings, generator)
+                for place, i in enumerate(part):
+                    completions[i] = drawn[place * group_size : (place + 1) * group_size]
+        return [completion for group in completions for completion in group]
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Put the model into evaluation mode, without generation settings of its own, while the context is open."""
         from transformers import GenerationConfig
 
+        device = next(self.model.parameters()).device
+        training, checkpoints_own = self.model.training, getattr(self.model, "generation_config", None)
+        self.model.eval()
+        # The generation settings of a checkpoint would change the distribution without the user's knowledge.
+        self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        try:
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                yield
+        finally:
+            self.model.train(training)
+            self.model.generation_config = checkpoints_own
+
+    def _by_generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        generator: torch.Generator,
+    ) -> list[Completion]:
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         greedy = settings.temperature == 0.0
         seed = int(torch.randint(2**62, (), generator=generator))
-        training, checkpoints_own = self.model.training, self.model.generation_config
-        self.model.eval()
-        # The generation settings of a checkpoint would change the distribution without the user's knowledge.
-        self.model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-        try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(seed)
-                with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    out = self.model.generate(
-                        input_ids=ids.repeat_interleave(group_size, 0),
-                        attention_mask=mask.repeat_interleave(group_size, 0),
-                        do_sample=not greedy, max_new_tokens=settings.max_new_tokens,
-                        min_new_tokens=settings.min_new_tokens or None, eos_token_id=self.end_ids,
-                        pad_token_id=self.pad_id, repetition_penalty=settings.repetition_penalty,
-                        return_dict_in_generate=True, output_scores=True,
-                        **({} if greedy else {
-                            "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
-                            "min_p": settings.min_p or None,
-                        }),
-                    )  # fmt: skip
-        finally:
-            self.model.train(training)
-            self.model.generation_config = checkpoints_own
-        new = out.sequences[:, width:]
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            out = self.model.generate(
+                input_ids=ids.repeat_interleave(group_size, 0), attention_mask=mask.repeat_interleave(group_size, 0),
+                do_sample=not greedy, max_new_tokens=settings.max_new_tokens,
+                min_new_tokens=settings.min_new_tokens or None, eos_token_id=self.end_ids,
+                pad_token_id=self.pad_id, repetition_penalty=settings.repetition_penalty,
+                return_dict_in_generate=True, output_scores=True,
+                **({} if greedy else {
+                    "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
+                    "min_p": settings.min_p or None,
+                }),
+            )  # fmt: skip
+        # PEFT's adapters with virtual tokens return sequences without the prompt.
+        new = out.sequences[:, out.sequences.shape[1] - len(out.scores) :]
         # out.scores has a tensor [N, V] per step. Only the entries of the drawn tokens are needed.
         logp = torch.stack(
             [s.float().log_softmax(-1).gather(1, new[:, t, None])[:, 0] for t, s in enumerate(out.scores)], 1
@@ -97,3 +141,49 @@ class PlainSampler:
             n = int(end.int().argmax()) + 1 if finished else len(row)
             completions.append(Completion(row[:n], scores[:n], finished))
         return completions
+
+    def _by_passes(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        generator: torch.Generator,
+    ) -> list[Completion]:
+        """Sample from prompts of one length."""
+        device, completions = next(self.model.parameters()).device, []
+        at_once = max(1, PASS_ROWS // group_size)
+        for start in range(0, len(prompts), at_once):
+            some = prompts[start : start + at_once]
+            ids = torch.tensor([list(p) for p in some], device=device).repeat_interleave(group_size, 0)
+            rows: Rows | None = None
+            for t in range(settings.max_new_tokens):
+                logits = self._next_logits(ids)
+                if rows is None:
+                    rows = Rows(some, group_size, settings, self.end_ids, logits.shape[-1], device, generator)
+                rows.prepare(t)
+                rows.draw_tokens(logits)
+                ended = set(rows.ended())
+                if len(ended) == len(rows):
+                    break
+                ids = torch.cat([ids, rows.token[:, None]], 1)
+                if ended:
+                    remaining = [i for i in range(len(rows)) if i not in ended]
+                    rows.keep(remaining)
+                    ids = ids[remaining]
+            assert rows is not None
+            completions += rows.completions()
+        return completions
+
+    def _next_logits(self, ids: Tensor) -> Tensor:
+        """The logits ``[B, V]`` float32 of the token after each row of ``ids [B, T]``."""
+        out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        logits: Tensor = out.logits
+        return logits[:, -1].float()
+
+
+def _by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The indices of the prompts of each length."""
+    members: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        members.setdefault(len(prompt), []).append(i)
+    return list(members.values())

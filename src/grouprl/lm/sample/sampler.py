@@ -15,14 +15,16 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from grouprl.errors import first_line
 from grouprl.lm.kernels.compile import UnavailableError
 from grouprl.lm.llama.block import JoinedProducts, LlamaBlocks, find_llama
 from grouprl.lm.llama.decode_c import NativeDecoder, NativeModel, can_decode_in_c
 from grouprl.lm.llama.decode_triton import TritonBlocks, can_decode_in_triton
-from grouprl.lm.packed.attention import AttentionPlan, PackedAttention
+from grouprl.lm.packed.attention import AttentionPlan, PackedAttention, UnsupportedError
 from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.packed.trial import Trial, is_rounding
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.recordings import CudaGraphRecorder, GraphRecorder, Repeated
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
@@ -45,6 +47,9 @@ and the batch must have more than this number of rows. Each removal costs a new 
 
 STEPS_BETWEEN_LOOKS = 8
 """The number of recorded steps between two questions to the GPU which rows have ended. Each question makes it wait."""
+
+_GROUPS = (Group([1, 2, 3, 4], ([3, 0, 1, 4], [0, 1, 4, 3])), Group([2, 1], ([1, 4, 3, 0], [4, 3, 0, 1])))
+"""Two prompts with two completions each, with which recorded decode steps are tried."""
 
 
 class Decoder(Protocol):
@@ -88,7 +93,7 @@ class Sampler:
     - "modules" runs the modules of the model itself. It supports every packed model.
 
     The sampler starts with the implementation that ``steps`` names. On two short prompts it compares the logits with
-    the logits of the modules. If they differ by more than rounding, it takes the next slower implementation.
+    those of the model's own forward pass. If they differ by more than rounding, it takes the next slower one.
 
     On a GPU the sampler records decode steps and replays them (:mod:`grouprl.lm.sample.recordings`), if replayed steps
     give the same logits.
@@ -99,11 +104,15 @@ class Sampler:
         end_ids: the ids of the tokens that end a completion.
         max_rows: the most rows of one decode step. A group is never split, so a larger group exceeds this number.
         steps: the fastest implementation that the sampler may use.
+        trial: a trial of this model with its weights as they are, to use it more than once.
 
     Attributes:
         steps: the implementation in use.
         recorder: records decode steps, or None if the sampler launches each kernel from Python.
         why: the reason why sampling is slower than it could be, or "" if there is none.
+
+    Raises:
+        UnsupportedError: the modules give other logits in decode steps than in a forward pass.
     """
 
     def __init__(
@@ -113,6 +122,7 @@ class Sampler:
         end_ids: Sequence[int],
         max_rows: int = 256,
         steps: Steps = "native",
+        trial: Trial | None = None,
     ) -> None:
         self.backbone, self.precision = backbone, precision
         self.end_ids = sorted(set(end_ids))
@@ -124,7 +134,7 @@ class Sampler:
         self._native: NativeModel | None = None
         self._joined: JoinedProducts | None = None
         self._kernels: TritonBlocks | None = None
-        self._find_steps()
+        self._find_steps(trial or Trial(backbone.model))
         if backbone.device.type == "cuda":
             try:
                 self.record_with(CudaGraphRecorder(backbone.device))
@@ -138,7 +148,7 @@ class Sampler:
         """
         self.recorder = recorder
         exact = self.precision.dtype == torch.float32
-        if not _difference(self._try(recorder), self._try()) <= (1e-3 if exact else 0.02):
+        if not _difference(self._try(recorder=recorder), self._try()) <= (1e-3 if exact else 0.02):
             self._not_recorded("replayed ones give other logits than the model")
 
     def _not_recorded(self, why: object) -> None:
@@ -219,32 +229,40 @@ class Sampler:
         if lengths:
             yield start, len(lengths)
 
-    def _find_steps(self) -> None:
-        """Choose the fastest allowed implementation that supports the model and gives the logits of its modules."""
+    def _find_steps(self, trial: Trial) -> None:
+        """Choose the fastest allowed implementation that supports the model and agrees with its own forward pass."""
         if self.steps == "modules":
             return
-        llama = find_llama(self.backbone)
-        asked, self.steps = self.steps, "modules"
-        if llama is None:
-            return
-        from_modules = self._try()
-        self.steps, self.llama = "blocks", llama
-        exact = self.precision.dtype == torch.float32
-        # A model with low-precision weights also rounds everything between its products.
-        rounding = 0.02 if self.backbone.head.weight.dtype == torch.float32 else 0.05
-        if not _difference(self._try(), from_modules) <= (1e-3 if exact else rounding):
-            self.steps, self.llama = "modules", None
-        elif asked == "native" and self._compiled(llama):
+        self.llama, asked, low = find_llama(self.backbone), self.steps, self.precision.dtype
+        self.steps = "modules"
+
+        def agrees() -> bool:
+            found, own = self._try(trial.groups).log_softmax(-1), trial.own().flatten(0, 1).transpose(0, 1)
+            return is_rounding(
+                _difference(found, own), low, lambda: _difference(trial.own(low).flatten(0, 1).transpose(0, 1), own)
+            )
+
+        if self.llama is not None and asked == "native" and self._compiled(self.llama):
             try:
                 self.steps = "native"
-                # Compiled code rounds less often than the modules, so the difference may be larger.
-                if not _difference(self._try(), from_modules) <= (1e-3 if exact else 0.1):
-                    raise UnavailableError("compiled decode steps give other logits than the model")
+                if agrees():
+                    return
+                raise UnavailableError("compiled decode steps give other logits than the model")
             except Exception as error:  # Triton raises many types of errors
                 if not isinstance(error, UnavailableError) and self.backbone.device.type == "cpu":
                     raise
-                self.steps = "blocks"
                 self._slower("at half the speed, without compiled code", str(error))
+        if self.llama is not None:
+            self.steps = "blocks"
+            if agrees():
+                return
+        self.steps, self.llama = "modules", None
+        try:
+            agreed = agrees()
+        except (RuntimeError, TypeError) as error:  # some layers do not take the dtype of the others' outputs
+            raise UnsupportedError(f"its layers cannot run in {low}: {first_line(error)}") from error
+        if not agreed:
+            raise UnsupportedError("decode steps give other logits than the model's own forward pass")
 
     def _compiled(self, llama: LlamaBlocks) -> bool:
         """Whether compiled code supports the model: C on a CPU, Triton on a GPU."""
@@ -260,22 +278,29 @@ class Sampler:
         return True
 
     @torch.no_grad()
-    def _try(self, recorder: GraphRecorder | None = None) -> Tensor:
-        """Logits ``[3, 4, V]`` of three decode steps of four rows, which continue two short prompts."""
+    def _try(self, groups: Sequence[Group] = _GROUPS, recorder: GraphRecorder | None = None) -> Tensor:
+        """Logits ``[n, B, V]`` before each of the n tokens of B completions, which take the place of draws.
+
+        Args:
+            groups: two completions of each prompt, all of n tokens.
+            recorder: records the decode steps, or None.
+        """
         device = self.backbone.device
-        out = torch.empty(3, 4, self.backbone.head.weight.shape[0], device=device)
+        tokens = torch.tensor([c for group in groups for c in group.completions]).t()
         with self._sampling():
-            decoder, _ = self._read([[1, 2, 3, 4], [2, 1]], 2, len(out))
-            token, position = torch.empty(4, dtype=torch.int64, device=device), decoder.lengths.repeat_interleave(2)
+            decoder, first = self._read([group.prompt for group in groups], 2, len(tokens))
+            out = [first.repeat_interleave(2, 0)]
+            token = torch.empty_like(tokens[0], device=device)
+            position = decoder.lengths.repeat_interleave(2)
             logits = torch.empty_like(out[0])
             step = Repeated(lambda: logits.copy_(decoder.step(token, position)), recorder, self._not_recorded)
-            for i in range(len(out)):
-                token.copy_(torch.tensor([3, 0, 1, 4]).roll(i))
+            for new in tokens[:-1]:
+                token.copy_(new)
                 decoder.reserve()
                 step()
-                out[i] = logits
+                out.append(logits.clone())
                 position += 1
-        return out
+        return torch.stack(out)
 
     def _read(self, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int) -> tuple[Decoder, Tensor]:
         """Read the prompts. Returns a decoder of their rows and the logits ``[P, V]`` of each prompt's next token."""

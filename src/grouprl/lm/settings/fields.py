@@ -240,7 +240,7 @@ class Fields(ObjectiveSettings):
             raise ValueError(
                 "the name is no text in UTF-8, which saving a tokenizer needs; name another folder, or set PYTHONUTF8=1"
             )
-        return path
+        return os.path.expanduser(path) if isinstance(path, str) else path
 
     @field_validator("report_to", mode="before")
     @classmethod

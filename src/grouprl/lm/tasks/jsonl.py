@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.runs.files import user_path
 
 
 def load_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -18,7 +18,7 @@ def load_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises UsageError, naming the line, if the file cannot be read, holds no row, or a line is not such an object.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:

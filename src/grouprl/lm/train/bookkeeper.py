@@ -7,6 +7,7 @@ records besides, it says in a `Recording`.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from grouprl.errors import UsageError
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.settings.batch_plan import interval
-from grouprl.lm.train import best_model, checkpoint
+from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.sinks import Counters, Metrics, Recording, Sink, Transcripts, open_sinks
@@ -32,6 +33,7 @@ class Bookkeeper:
         state, control: transformers' TrainerState and TrainerControl. handler: its CallbackHandler.
         counters: what the run has done so far. recording: what it records besides; may be replaced before it begins.
         samples: what the last optimizer step learned from (its whole generation).
+        began: when the run began, in seconds since 1970, which also tells it from others in its folder.
     """
 
     def __init__(self, setup: Setup, callbacks: list[Any]) -> None:
@@ -45,6 +47,7 @@ class Bookkeeper:
         self.handler: Any = CallbackHandler(  # type: ignore[no-untyped-call]
             [DefaultFlowCallback, *callbacks], setup.model, setup.tokenizer, setup.optimizer, setup.own_scheduler
         )
+        self.began = 0.0
         self._sinks: list[Sink] = []
         self._stack = ExitStack()
         self._sums: dict[str, tuple[float, int]] = {}
@@ -70,6 +73,7 @@ class Bookkeeper:
         config, folder = self.config, self.setup.output_dir
         self.state, self._sums, self._newest = TrainerState(), {}, {}
         self.counters = Counters()
+        self.began = time.time()
         self.state.max_steps = total
         for name in ("logging_steps", "eval_steps", "save_steps"):
             steps = getattr(config, name)
@@ -83,6 +87,8 @@ class Bookkeeper:
         self.handler.lr_scheduler = scheduler
         self.close()
         self._stack.enter_context(locked(folder))  # and make it: callbacks expect to find it
+        if done == 0:
+            origin.keep_apart(folder)
         for sink in open_sinks(self.setup, self.recording, self.counters, total, done):
             self._stack.callback(sink.close)
             self._sinks.append(sink)
@@ -209,7 +215,8 @@ class Bookkeeper:
         if limit is not None:
             best = best_model.best_checkpoint(self.state) if self.config.load_best_model_at_end else None
             spared = {place.resolve() for place in (path, best) if place is not None}
-            others = [old for old in checkpoint.existing(self.setup.output_dir) if old.resolve() not in spared]
+            own = checkpoint.of_run(self.setup.output_dir, self.began)
+            others = [old for old in own if old.resolve() not in spared]
             for old in others[: max(0, len(others) + len(spared) - limit)]:
                 shutil.rmtree(old)
         self.event("on_save")

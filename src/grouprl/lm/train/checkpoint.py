@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grouprl.errors import UsageError
+from grouprl.errors import DamagedFileError, UsageError
+from grouprl.lm.fingerprint import digest
 from grouprl.lm.generate.samples import Samples
-from grouprl.lm.models.save import save_model
+from grouprl.lm.models.save import model_files, save_model
 from grouprl.lm.prompts import Prompt, PromptSource
 from grouprl.runs.files import write_json
+from grouprl.runs.folder import newest_good
+from grouprl.runs.manifest import MANIFEST, STATE_FILE, check_manifest
 from grouprl.runs.state import load_state, read_meta, save_state
 
-_log = logging.getLogger("grouprl")
-
-STATE = "grouprl_state.safetensors"
+STATE = STATE_FILE
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds beside the model: named tensors and plain values."""
+    """What a checkpoint holds beside the model: named tensors and plain values, and the state file they come from."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+    file: Path = Path()
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name begins with ``prefix.``, without it."""
@@ -48,56 +50,107 @@ def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None,
     def also(folder: Path) -> None:
         write_json(folder / "trainer_state.json", trainer_state(state))
         if checkpoint is not None:
-            save_state(folder / STATE, checkpoint.tensors, checkpoint.meta)
+            save_state(folder / STATE, checkpoint.tensors, {**checkpoint.meta, "listed": True})
 
     save_model(model, tokenizer, path, also=also)
 
 
 def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write a model's files into a folder that holds other things too, such as checkpoints.
+    """Write a model's files into a folder that holds other things too, such as checkpoints; an older model's go.
 
     Raises UsageError if the place cannot be written, TrainingError if the disk is full; no file is ever half written.
     """
     inner = folder / ".model"
     save_model(model, tokenizer, inner)
+    written = {folder / file.name for file in inner.iterdir()}
     for file in inner.iterdir():
         place = folder / file.name
         if place.is_dir():
             shutil.rmtree(place)
         os.replace(file, place)
     inner.rmdir()
+    for stale in model_files(folder) - written:
+        (shutil.rmtree if stale.is_dir() else os.remove)(stale)
 
 
 def read(path: Path) -> Checkpoint:
-    """The state in a checkpoint folder. Raises UsageError if there is none, or it holds the model alone."""
+    """The state in a checkpoint folder, whose files are all verified.
+
+    Raises DamagedFileError if there is none, it holds the model alone, or a file of the folder is damaged.
+    """
     if not path.is_dir():
-        raise UsageError(f"there is no checkpoint folder {path}")
-    if not (path / STATE).is_file():
-        raise UsageError(
+        raise DamagedFileError(f"there is no checkpoint folder {path}")
+    if not os.path.lexists(path / STATE):
+        raise DamagedFileError(
             f"{path} holds a model but no {STATE}, so training cannot resume from it (save_only_model=True writes such "
             "folders); give the folder as the model instead"
         )
-    return Checkpoint(*load_state(path / STATE))
+    tensors, meta = load_state(path / STATE)
+    if not check_manifest(path) and meta.get("listed"):
+        raise DamagedFileError(f"{path} is damaged: it has lost its {MANIFEST}")
+    return Checkpoint(tensors, meta, path / STATE)
+
+
+@contextmanager
+def offering_another(path: Path) -> Iterator[None]:
+    """Around code that takes up ``path``: if that is damaged, the error also names the newest good checkpoint beside.
+
+    Raises DamagedFileError as the code within.
+    """
+    try:
+        yield
+    except DamagedFileError as error:
+        others = [other for other in existing(path.absolute().parent) if other.name != path.name]
+        found = newest_good(others, read)
+        if found is None:
+            raise
+        raise DamagedFileError(
+            f"{error}. The newest good checkpoint beside it is {found[0]}.".replace("..", ".")
+        ) from error
 
 
 def existing(output_dir: Path) -> list[Path]:
-    """Checkpoint folders in ``output_dir``, oldest first."""
+    """Checkpoint folders in ``output_dir``, oldest first: by the run they are of, and by their step."""
+    return [path for _, _, path in _with_runs(output_dir)]
+
+
+def of_run(output_dir: Path, began: float) -> list[Path]:
+    """The checkpoint folders of the run that began at this time, oldest first."""
+    return [path for run, _, path in _with_runs(output_dir) if run == began]
+
+
+def _with_runs(output_dir: Path) -> list[tuple[float, int, Path]]:
+    """When the run of each checkpoint began, its step and its folder, in order.
+
+    One without a state that says so counts to the last run that had begun when it was written.
+    """
     if not output_dir.is_dir():
         return []
-    numbered = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    began = {path: _began(path) for _, path in found}
+    known = sorted(time for time in began.values() if time is not None)
+    runs = []
+    for step, path in found:
+        time = began[path]
+        if time is None:
+            written = path.stat().st_mtime
+            time = max((known_time for known_time in known if known_time <= written), default=0.0)
+        runs.append((time, step, path))
+    return sorted(runs)
+
+
+def _began(path: Path) -> float | None:
+    """When the run began that wrote a checkpoint; None if it does not say, 0 if it was written before runs said so."""
+    try:
+        return float(read_meta(path / STATE).get("began", 0.0))
+    except UsageError:
+        return None
 
 
 def latest(output_dir: Path) -> Path | None:
-    """The newest checkpoint that can be resumed from, or None."""
-    for path in reversed(existing(output_dir)):
-        try:
-            read_meta(path / STATE)
-        except UsageError as error:
-            _log.warning("%s cannot be resumed from, an older one may do: %s", path, error)
-            continue
-        return path
-    return None
+    """The newest checkpoint that can be resumed from, or None; each newer one that cannot is named in the log."""
+    found = newest_good(existing(output_dir), read)
+    return None if found is None else found[0]
 
 
 _PER_TOKEN = ("logp_sampled", "advantages", "logp_old", "logp_ref", "known_old", "known_ref")
@@ -109,13 +162,40 @@ def samples_state(samples: Samples) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {name: getattr(samples, name) for name in (*_PER_TOKEN, *_PER_SAMPLE)}
     tensors["ids"] = torch.tensor([token for c in samples.completions for token in c])
     tensors["lengths"] = samples.lengths
-    return tensors, {"prompts": [prompt.index for prompt in samples.prompts], "texts": samples.texts}
+    tensors["prompt_ids"] = torch.tensor([token for prompt in samples.prompts for token in prompt.ids])
+    tensors["prompt_lengths"] = torch.tensor([len(prompt.ids) for prompt in samples.prompts])
+    return tensors, {
+        "prompts": [prompt.index for prompt in samples.prompts],
+        "contents": [digest(prompt.prompt) for prompt in samples.prompts], "texts": samples.texts,
+    }  # fmt: skip
 
 
 def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: PromptSource) -> Samples:
-    """The inverse of :func:`samples_state`."""
+    """The inverse of :func:`samples_state`.
+
+    Raises UsageError if a row of the dataset is not the prompt's; LookupError, TypeError, ValueError or RuntimeError
+    for what samples_state cannot have given.
+    """
     completions = [c.tolist() for c in torch.split(tensors["ids"], tensors["lengths"].tolist())]
+    sizes = dict.fromkeys(_PER_TOKEN, len(tensors["ids"])) | dict.fromkeys(_PER_SAMPLE, len(completions))
+    for name, size in sizes.items():
+        if len(tensors[name]) != size:
+            raise ValueError(f"{name} of the samples has {len(tensors[name])} entries, not {size}")
+    if len(meta["texts"]) != len(completions) or int(tensors["group"].max()) >= len(meta["prompts"]):
+        raise ValueError("the samples are more than their texts or prompts")
+    if bool(torch.isnan(tensors["advantages"]).any()):
+        raise ValueError("advantages of the samples are NaN")
     prompts: list[Prompt] = [source[index] for index in meta["prompts"]]
+    if "contents" in meta:  # older checkpoints have rows alone
+        for prompt, content in zip(prompts, meta["contents"], strict=True):
+            if digest(prompt.prompt) != content:
+                raise UsageError(
+                    f"the checkpoint holds completions of another prompt than that of row {prompt.index} of the "
+                    "train_dataset here; resume with the same dataset in the same order"
+                )
+        # As the model read them: a chat template may have put the date in.
+        ids = torch.split(tensors["prompt_ids"], tensors["prompt_lengths"].tolist())
+        prompts = [replace(prompt, ids=tuple(read.tolist())) for prompt, read in zip(prompts, ids, strict=True)]
     fields: dict[str, Any] = {name: tensors[name] for name in (*_PER_TOKEN, *_PER_SAMPLE)}
     return Samples(prompts=prompts, completions=completions, texts=list(meta["texts"]), **fields)
 

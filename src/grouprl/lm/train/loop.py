@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from grouprl.errors import UsageError
 from grouprl.lm.generate.collect import Collector, Metrics
@@ -18,11 +19,12 @@ from grouprl.lm.learn.step import Step, optimizer_step
 from grouprl.lm.prompts import PromptOrder
 from grouprl.lm.settings.batch_plan import steps_per_epoch, total_steps
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.train import best_model, checkpoint
+from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.setup import Setup
 from grouprl.objective import Objective
+from grouprl.runs.state import check_like, taking_up
 
 _log = logging.getLogger("grouprl")
 
@@ -81,11 +83,15 @@ class Run:
         self.steps: list[Step] = []
         self.update = 0
         """Optimizer steps taken on the samples at hand."""
-        done = 0 if resumed is None else int(resumed.meta["book"]["state"]["global_step"])
+        done = 0
+        if resumed is not None:
+            with taking_up(resumed.file):
+                done = int(resumed.meta["book"]["state"]["global_step"])
         try:
             book.begin(self.total, self._updates_per_epoch(), done, self.scheduler)
             if resumed is not None:
-                self._restore(resumed)
+                with taking_up(resumed.file):
+                    self._restore(resumed)
         except BaseException:
             book.close()
             raise
@@ -211,6 +217,7 @@ class Run:
             "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
             "update": self.update, "book": self.book.to_dict(), "plan": asdict(self.plan),
             "config": self.config.to_dict(), "scheduler": _plain_state(self.scheduler),
+            "began": self.book.began, "origin": origin.describe(self.setup),
         }  # fmt: skip
         if self.reference_moved and policy.reference is not None:
             tensors |= {f"reference.{name}": value for name, value in policy.reference.state().items()}
@@ -219,6 +226,22 @@ class Run:
             tensors |= {f"samples.{name}": value for name, value in buffered.items()}
         return Checkpoint(tensors, meta)
 
+    def _check(self, saved: Checkpoint) -> None:
+        """Raise DamagedFileError if a checkpoint lacks what each has, or has it in another shape or kind."""
+        own = self._state()
+        kinds = {name: own.meta[name] for name in ("optimizer", "tokens", "update", "book")}
+        kinds["book"] = {**kinds["book"], "state": {"global_step": 0, "log_history": []}}
+        tensors = {name: value for name, value in own.tensors.items() if not name.startswith("optimizer.")}
+        check_like(saved.file, saved.tensors, saved.meta, tensors, kinds)
+
+    def _check_moments(self, saved: Checkpoint) -> None:
+        """Raise DamagedFileError if the state of AdamW is not whole; it has been compared with the parameters."""
+        moments: dict[str, Tensor] = {}
+        parts = (part for group in self.setup.optimizer.param_groups for part in group["params"])
+        for number, part in enumerate(parts):
+            moments |= {f"{number}.exp_avg": part, f"{number}.exp_avg_sq": part, f"{number}.step": torch.tensor(0.0)}
+        check_like(saved.file, saved.part("optimizer"), None, moments)
+
     def _restore(self, saved: Checkpoint) -> None:
         setup, meta = self.setup, saved.meta
         if "samples" in meta and meta["plan"] != asdict(self.plan):
@@ -226,6 +249,7 @@ class Run:
                 f"the checkpoint holds half a generation, sampled as {meta['plan']}, here it is {asdict(self.plan)}; "
                 "resume with the same batch settings, or from a checkpoint between two generations"
             )
+        self._check(saved)
         own = setup.own_scheduler is not None
         rates = [] if own else list(self.scheduler.base_lrs)
         try:
@@ -234,6 +258,8 @@ class Run:
             )
         except ValueError as error:
             raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
+        if setup.default_optimizer:
+            self._check_moments(saved)
         self.scheduler.load_state_dict(meta["scheduler"])
         if not own:
             follow_settings(self.scheduler, rates)
@@ -249,6 +275,7 @@ class Run:
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
             self._divide()
+        self.book.began = meta.get("began", self.book.began)
         self.book.load(meta["book"], self.samples)
 
 

@@ -25,6 +25,7 @@ from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.user_functions import UserFunctions
+from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
 
 
@@ -40,7 +41,7 @@ class Setup:
         own_scheduler: a schedule of the user's own, or None for the configuration's, made anew for each run.
         rewards: the reward functions. functions: an estimator and a surrogate of the user's own.
         prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
-        output_dir: the folder of checkpoints and of what is recorded.
+        output_dir: the folder of checkpoints and of what is recorded, the same wherever the process goes.
     """
 
     config: GRPOConfig
@@ -124,9 +125,9 @@ def _check_best_metric(config: GRPOConfig, eval_prompts: Mapping[str, Any], func
 
 def _output_dir(model: Any, config: GRPOConfig) -> Path:
     if config.output_dir is not None:
-        return Path(config.output_dir)
+        return user_path(config.output_dir).absolute()
     name = str(getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
-    return default_run_path("runs", f"{name}-grpo", config.seed)
+    return default_run_path("runs", f"{name}-grpo", config.seed).absolute()
 
 
 def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, name: str) -> PromptSource:

@@ -13,10 +13,9 @@ from grouprl.lm.prompts import PromptSource
 from grouprl.lm.rewards.call import RewardFunction
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
-from grouprl.lm.train import checkpoint, evaluation
+from grouprl.lm.train import checkpoint, evaluation, origin
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper
-from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.loop import Run, TrainOutput
 from grouprl.lm.train.setup import make_setup, read_eval_prompts, read_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
@@ -24,6 +23,8 @@ from grouprl.machine.memory import renew_freed_memory, use_huge_pages
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
+from grouprl.runs.files import user_path
+from grouprl.runs.folder import newest_good
 
 
 class GRPOTrainer(ScriptMethods):
@@ -99,8 +100,8 @@ class GRPOTrainer(ScriptMethods):
         """Train until ``max_steps`` or ``num_train_epochs``.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the newest in ``output_dir``. Training goes on as
-                if it had never stopped, in the middle of a generation too.
+            resume_from_checkpoint: a checkpoint folder, or True for the newest good one in ``output_dir``. Training
+                goes on as if it had never stopped, in the middle of a generation too.
 
         Raises:
             UsageError: there is no dataset or no checkpoint, or a reward function is at fault.
@@ -108,10 +109,10 @@ class GRPOTrainer(ScriptMethods):
         """
         self.parameters.check()
         self._check_settings()
-        resumed = self._checkpoint_to_resume(resume_from_checkpoint)
+        run = self._begin(resume_from_checkpoint)
         vars(self)["_running"] = True
         try:
-            return Run(self.setup, self.book, self.evaluate, resumed).go()
+            return run.go()
         finally:
             vars(self)["_running"] = False
 
@@ -164,24 +165,33 @@ class GRPOTrainer(ScriptMethods):
                     "make a new GRPOTrainer of the changed settings, or change them back"
                 )
 
-    def _checkpoint_to_resume(self, place: bool | str | Path | None) -> Checkpoint | None:
+    def _begin(self, place: bool | str | Path | None) -> Run:
         if place is None or place is False:
-            return None
-        if place is True:
-            newest = checkpoint.latest(self.setup.output_dir)
-            if newest is None:
-                raise UsageError(
-                    f"resume_from_checkpoint=True, but {self.setup.output_dir} holds no checkpoint; give its folder, "
-                    "or leave the argument out to start anew"
-                )
-            place = newest
-        saved = checkpoint.read(Path(place))
-        self.load_weights(Path(place))
-        return saved
+            return Run(self.setup, self.book, self.evaluate, None)
+        if place is not True:
+            folder = user_path(place)
+            with checkpoint.offering_another(folder):
+                return self._resumed(folder)
+        folders = checkpoint.existing(self.setup.output_dir)
+        found = newest_good(folders, self._resumed)
+        if found is None:
+            content = "no checkpoint" + (" that can be used" if folders else "")
+            raise UsageError(
+                f"resume_from_checkpoint=True, but {self.setup.output_dir} holds {content}; give its folder, "
+                "or leave the argument out to start anew"
+            )
+        return found[1]
+
+    def _resumed(self, folder: Path) -> Run:
+        saved = checkpoint.read(folder)
+        if "origin" in saved.meta:
+            origin.check(saved.meta["origin"], self.setup, folder)
+        self.load_weights(folder)
+        return Run(self.setup, self.book, self.evaluate, saved)
 
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights saved in ``folder``, as :meth:`save_model` and checkpoints write them."""
-        self.setup.load_weights(folder)
+        self.setup.load_weights(user_path(folder))
 
     # --- evaluation, prediction, saving ------------------------------------------------------------------------------
 
@@ -221,7 +231,7 @@ class GRPOTrainer(ScriptMethods):
 
         Raises UsageError if the place cannot be written, TrainingError if the disk is full.
         """
-        place = self.setup.output_dir if output_dir is None else Path(output_dir)
+        place = self.setup.output_dir if output_dir is None else user_path(output_dir)
         if place.absolute() == self.setup.output_dir.absolute():
             checkpoint.write_beside(place, self.model, self.processing_class)
         else:

@@ -1,0 +1,113 @@
+"""What a checkpoint belongs to: the model, tokenizer, rewards and data it was trained with, and the run it is of."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from grouprl.errors import UsageError, short
+from grouprl.lm.fingerprint import digest
+from grouprl.lm.train import checkpoint
+from grouprl.lm.train.setup import Setup
+
+_log = logging.getLogger("grouprl")
+
+_NO_PART_OF_A_MODEL = {
+    "_name_or_path", "architectures", "auto_map", "base_model_name_or_path", "dtype", "inference_mode", "revision",
+    "torch_dtype", "transformers_version", "peft_version", "use_cache", "_attn_implementation",
+    "_attn_implementation_internal", "attn_implementation", "output_attentions", "output_hidden_states", "return_dict",
+}  # fmt: skip
+"""Entries of configurations that do not say what a model computes."""
+
+
+def describe(setup: Setup, rows_read: int | None = None) -> dict[str, Any]:
+    """What a run is made of, as plain values.
+
+    Args:
+        rows_read: of a stream as many rows count as the run has read, or as many as are given here.
+    """
+    tokenizer, adapters = setup.tokenizer, getattr(setup.model, "peft_config", None) or {}
+    return {
+        "model": _entries(setup.model.config),
+        "adapters": {name: _entries(config) for name, config in adapters.items()},
+        "tokenizer": {
+            "vocabulary": digest(tokenizer.get_vocab()),
+            "chat template": digest(getattr(tokenizer, "chat_template", None)),
+        },
+        "rewards": list(setup.rewards.names),
+        "data": None if setup.prompts is None else setup.prompts.fingerprint(rows_read),
+    }
+
+
+def check(saved: Mapping[str, Any], setup: Setup, place: Path) -> None:
+    """Raise UsageError, with what differs, if the checkpoint in ``place`` belongs to something else than ``setup``.
+
+    Args:
+        saved: what :func:`describe` said when it was written.
+    """
+    data = saved["data"] or {}
+    here = describe(setup, data.get("rows"))
+    differences = [*_differences(saved, here)]
+    if differences:
+        raise UsageError(
+            f"{place} belongs to another run: {'; '.join(differences[:3])}. Resume with the same model, tokenizer, "
+            "rewards and dataset; to train its weights on in another way, give the folder as the model"
+        )
+    if here["data"] and data.get("columns") != here["data"]["columns"]:
+        _log.warning(
+            "the prompts are those of the checkpoint, and other columns of the dataset are not: rewards that read them "
+            "change from here on"
+        )
+
+
+def _entries(config: Any) -> dict[str, Any]:
+    values = json.loads(json.dumps(config.to_dict(), default=_named, skipkeys=True))
+    return {name: value for name, value in values.items() if name not in _NO_PART_OF_A_MODEL}
+
+
+def _named(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    yield from _of_entries("the model's", saved["model"], here["model"])
+    for name in saved["adapters"].keys() & here["adapters"].keys():
+        yield from _of_entries(f"the adapter {name}'s", saved["adapters"][name], here["adapters"][name])
+    for what, value in saved["tokenizer"].items():
+        if value != here["tokenizer"][what]:
+            yield f"the tokenizer has another {what}"
+    if saved["rewards"] != here["rewards"]:
+        yield f"its reward functions are {', '.join(saved['rewards'])}, here they are {', '.join(here['rewards'])}"
+    data, rows = saved["data"], here["data"]
+    if data and rows and data["rows"] != rows["rows"]:
+        yield f"its train_dataset has {data['rows']} rows, here it has {rows['rows']}"
+    elif data and rows and data["prompts"] != rows["prompts"]:
+        yield "its train_dataset has other prompts, or the same in another order"
+
+
+def _of_entries(whose: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    for name in saved.keys() & here.keys():  # others come and go with versions
+        if saved[name] != here[name]:
+            yield f"{whose} {name} was {short(saved[name])}, here it is {short(here[name])}"
+
+
+def keep_apart(folder: Path) -> None:
+    """Tell of checkpoints of an earlier run in the folder of a new one, and put its transcripts aside."""
+    earlier = [path.name for path in checkpoint.existing(folder)]
+    if earlier:
+        _log.warning(
+            "%s holds %s of an earlier run. This run begins anew and replaces those whose number it comes to. "
+            "From its first checkpoint on resume_from_checkpoint=True means this run. Give another "
+            "output_dir to keep both apart, or resume_from_checkpoint=True to go on with the earlier one",
+            folder, ", ".join(earlier),
+        )  # fmt: skip
+    transcripts = folder / "transcripts.jsonl"
+    if transcripts.exists():
+        places = (folder / f"transcripts-{n}.jsonl" for n in itertools.count(1))
+        place = next(place for place in places if not place.exists())
+        transcripts.rename(place)
+        _log.warning("%s holds transcripts of an earlier run; they are in %s now", transcripts, place.name)

@@ -1,0 +1,226 @@
+"""Every path is tried against the model's own forward pass, and a slower one takes its place if it differs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from architectures import (
+    EOS,
+    MIXED,
+    PAD,
+    build,
+    learned,
+    make,
+    make_loud,
+    naive,
+    naive_log_probs,
+    random_groups,
+    random_weights,
+    relative_error,
+)
+from small_policies import policy
+from torch import nn
+
+from grouprl.errors import UsageError
+from grouprl.lm.policy.policy import Policy
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.plain import PlainSampler
+
+COMMON: dict[str, Any] = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD}
+GROUPS = random_groups(*MIXED)
+
+
+def of_kind(kind: str, **settings: Any) -> Any:
+    import transformers
+
+    return make(getattr(transformers, f"{kind}Config")(**{**COMMON, **settings}))
+
+
+def rwkv() -> Any:
+    return of_kind("Rwkv", hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, intermediate_size=48)
+
+
+def bart() -> Any:
+    return of_kind("Bart", d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+                   max_position_embeddings=64)  # fmt: skip
+
+
+def camembert() -> Any:
+    return of_kind("Camembert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                   max_position_embeddings=64, is_decoder=True)  # fmt: skip
+
+
+def sampled_rightly(of: Policy) -> bool:
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+    drawn = of.sample(prompts, 3, torch.Generator().manual_seed(0))
+    wanted = [naive_log_probs(of.model, prompts[i // 3], c.ids) for i, c in enumerate(drawn)]
+    with torch.no_grad():
+        return all(bool((c.logp - w).abs().max() < 1e-4) for c, w in zip(drawn, wanted, strict=True))
+
+
+def learns_rightly(of: Policy) -> bool:
+    weights = random_weights(GROUPS)
+    found, wanted = learned(of.log_probs, GROUPS, weights), naive(of.model, GROUPS, weights)
+    return bool((found[0] - wanted[0]).abs().max() < 1e-4) and relative_error(found[1], wanted[1]) < 1e-4
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "steps"), [(rwkv, "forward passes"), (bart, "generate by length"), (camembert, "forward passes")]
+)
+def test_a_model_whose_generate_gives_other_logits_is_sampled_more_slowly(model, steps: str, caplog) -> None:
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        found = policy(model())
+    assert found.sampler.steps == steps
+    assert steps in caplog.text
+    assert sampled_rightly(found)
+    assert learns_rightly(found)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
+def test_adapters_with_virtual_tokens_learn_and_sample_what_the_model_says(kind: str) -> None:
+    import peft
+
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(build("llama"), config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.normal_(generator=torch.Generator().manual_seed(len(name)))
+    found = policy(model)
+    assert not found.packed
+    assert sampled_rightly(found)
+    assert learns_rightly(found)
+
+
+def test_forward_passes_end_and_draw_as_generate_does() -> None:
+    model = build("qwen2", vocab_size=9, pad_token_id=3)
+    sampler = PlainSampler(model, torch.float32, (EOS,), PAD, "forward passes")
+    prompts = [[4, 5, 6], [7], [8, 5, 4]]
+    drawn = sampler.sample(prompts, 40, SamplingSettings(6), torch.Generator().manual_seed(1))
+    assert {c.finished for c in drawn} == {True, False}
+    for i, c in enumerate(drawn):
+        assert c.finished is (EOS in c.ids)
+        assert EOS not in c.ids[:-1]
+        assert len(c.ids) == 6 or c.finished
+        with torch.no_grad():
+            torch.testing.assert_close(c.logp, naive_log_probs(model, prompts[i // 40], c.ids), rtol=0, atol=1e-5)
+    greedy = SamplingSettings(6, temperature=0.0)
+    by = [PlainSampler(model, torch.float32, (EOS,), PAD, s) for s in ("generate", "forward passes")]
+    first, second = ([c.ids for c in s.sample(prompts, 1, greedy, torch.Generator())] for s in by)
+    assert first == second
+
+
+# --- models and modules that no path may serve in silence -------------------------------------------------------------
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused_by_name() -> None:
+    model = of_kind("Bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                    max_position_embeddings=64, is_decoder=False)  # fmt: skip
+    with pytest.raises(UsageError, match=r"BertLMHeadModel cannot be trained.*see the tokens after them"):
+        policy(model)
+
+
+def test_a_hook_on_the_head_is_part_of_the_model() -> None:
+    model = build("llama")
+    bias = torch.linspace(-2.0, 2.0, 97)
+    model.lm_head.register_forward_hook(lambda _, __, out: out + bias)
+    found = policy(model)
+    assert not found.packed
+    assert "head" in found.why_plain
+    assert learns_rightly(found)
+    assert sampled_rightly(found)
+
+
+def test_a_cap_on_logits_is_found_though_the_logits_are_small() -> None:
+    class Capped(type(build("llama"))):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = 30.0 * torch.tanh(out.logits / 30.0)
+            return out
+
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-3)
+    model.__class__ = Capped
+    found = policy(model)
+    assert not found.packed
+    assert "behind the head" in found.why_plain
+
+
+def test_hooks_of_parameters_are_run() -> None:
+    model = build("llama")
+    wanted = model.model.layers[0].mlp.up_proj.weight
+    wanted.register_hook(torch.zeros_like)
+    found = policy(model)
+    assert not found.packed
+    learned_gradient = learned(found.log_probs, GROUPS, random_weights(GROUPS))[1]
+    assert float(learned_gradient["model.layers.0.mlp.up_proj.weight"].abs().max()) == 0.0
+    assert float(learned_gradient["model.layers.0.mlp.down_proj.weight"].abs().max()) > 0.0
+
+
+def test_pruned_layers_learn_their_own_weights() -> None:
+    from torch.nn.utils import prune
+
+    model = build("llama")
+    torch.manual_seed(0)
+    prune.random_unstructured(model.model.layers[0].mlp.up_proj, "weight", amount=0.5)
+    found = policy(model)
+    assert learns_rightly(found)
+    assert sampled_rightly(found)
+
+
+def test_a_forward_of_a_layers_own_is_called() -> None:
+    model = build("llama")
+    layer: nn.Module = model.model.layers[1].mlp.up_proj
+    own = layer.forward
+    layer.forward = lambda x: 2 * own(x)
+    for bf16 in (False, True):
+        found = policy(model, bf16=bf16)
+        with torch.no_grad():
+            wanted = naive(model, GROUPS)[0]
+        difference = float((learned(found.log_probs, GROUPS, random_weights(GROUPS))[0] - wanted).abs().max())
+        assert difference < (0.3 if bf16 else 1e-4)
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+def test_layers_that_need_one_dtype_are_sampled_under_autocast() -> None:
+    model = of_kind("JetMoe", hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8,
+                    intermediate_size=48, num_local_experts=4, num_experts_per_tok=2,
+                    max_position_embeddings=64)  # fmt: skip
+    found = policy(model, bf16=True)
+    weights = random_weights(GROUPS)
+    logp, gradient = learned(found.log_probs, GROUPS, weights)
+    wanted = naive(model, GROUPS, weights)
+    assert float((logp - wanted[0]).square().mean().sqrt()) < 0.1
+    assert relative_error(gradient, wanted[1]) < 0.2
+    assert len(found.sample([[5, 6, 7], [8]], 2, torch.Generator().manual_seed(0))) == 4
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_heads_that_differ_from_layer_to_layer_are_counted() -> None:
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING["gemma4_text"](
+        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, global_head_dim=16, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"], vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=8, num_kv_shared_layers=0, max_position_embeddings=64,
+    )  # fmt: skip
+    model = make(config)
+    make_loud(model)
+    found = policy(model)
+    assert found.log_probs.backbone is not None
+    assert found.log_probs.backbone.kept == 2 * 2 * (8 + 16)
+    assert learns_rightly(found)
+    assert sampled_rightly(found)
