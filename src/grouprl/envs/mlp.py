@@ -72,7 +72,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[m, n_inputs]`` -> ``[m, n_outputs]``."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             parameters = self.in_order
             plain = x.device.type == "cpu" and x.dtype == torch.float32 and not being_recorded()
             if plain and self._compiled(parameters, x.ndim, x.shape[-1]):
@@ -113,7 +113,7 @@ class MLP(nn.Module):
 
 def being_recorded() -> bool:
     """Whether torch is writing down the operations that run, to export or compile them: it would miss compiled code."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def fits(*tensors: Tensor) -> bool:
