@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
+from torch import nn
 
 from grouprl.envs import checkpoint, copies, presets
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
+from grouprl.envs.export import export_module
 from grouprl.envs.finite import bad_observation, check_params
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.masks import many_masks
@@ -405,6 +407,18 @@ class GRPO:
         actions = distribution.mode(params) if deterministic else distribution.sample(params, self._predict_rng)
         env_actions = self.actions.to_env(actions)
         return (env_actions if batched else env_actions[0]), state
+
+    def export_module(self, actions: bool = True) -> nn.Module:
+        """The policy as one module of plain layers on the CPU, to be exported: see :mod:`grouprl.envs.export`.
+
+        It takes observations as the environment gives them, in a batch, and includes their normalisation. Later
+        training does not change it.
+
+        Args:
+            actions: it returns the most likely action of each observation, as ``env.step`` wants it; else the
+                parameters ``[m, K]`` of the distribution of actions.
+        """
+        return export_module(self.policy, self.actions, actions)
 
     # --- saving ------------------------------------------------------------------------------------------------------
     def describe(self, kind: str) -> dict[str, Any]:

@@ -156,6 +156,13 @@ class Policy(nn.Module):
             inputs["flat"] = np.clip(flat, -self._bound, self._bound, out=flat)
         return inputs
 
+    def normalisation(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What :meth:`prepare` subtracts, multiplies by and clips to, each ``[D]`` of float32."""
+        if not self._rescale:
+            ones = np.ones(len(self._shift), np.float32)
+            return 0 * ones, ones, np.inf * ones
+        return self._shift, self._scale, self._bound
+
     def translate(self, inputs: Mapping[str, Tensor], other: Policy) -> dict[str, Tensor]:
         """Inputs prepared by ``other`` as this policy would have prepared them (their statistics may differ)."""
         out = dict(inputs)
