@@ -25,28 +25,23 @@ class TrainingError(GrouprlError, RuntimeError):
     """Something broke while training ran: an environment died, or a number stopped being finite."""
 
 
+_LONGEST_LINE = 500
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop; those of other libraries go on for pages."""
+    """The first line of an error's message, cut, without its full stop; those of other libraries go on for pages."""
     try:
         text = str(error)
     except Exception:  # of a class of the user's
         text = ""
-    return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")
-
-
-def shown(value: object, width: int = 80) -> str:
-    """A value for a message: what ``repr`` says on one line, cut where it is long. Never raises."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # of a class of the user's, or an integer of thousands of digits
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= width else text[: width - 3] + "..."
+    line = (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")
+    return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 3] + "..."
 
 
 def short(value: object, most: int = 80) -> str:
-    """A value for a message: its representation, cut where it has more than ``most`` characters."""
+    """A value for a message: its representation on one line, cut where it has more than ``most`` characters."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except Exception as error:  # of a class of the user's, or of what holds itself
         text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
     return text if len(text) <= most else text[: most - 3] + "..."
