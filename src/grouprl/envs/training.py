@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -301,6 +302,8 @@ def _agent_of(path: Path) -> GRPO:
 
 
 def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | None) -> RunResult:
+    with suppress(Exception):  # a standard error that is no file
+        faulthandler.enable()  # an environment that ends the process by a signal is named, with its line
     with ExitStack() as stack:
         stack.callback(agent.close)
         recorder = Recorder(folder, run, agent, reward_threshold(agent.env_id), stack)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grouprl.errors import UsageError, first_line
 from grouprl.lm.models.find import find_local
-from grouprl.lm.models.gguf import read_gguf
+from grouprl.lm.models.gguf_file import read_gguf
 from grouprl.lm.models.weight_files import difference, read, some
 
 CONFIG = "adapter_config.json"

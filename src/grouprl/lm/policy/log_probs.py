@@ -16,6 +16,7 @@ from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.head import TokenTerms, log_probs
 from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group, Pack, split_into_packs
+from grouprl.lm.sample.finite import all_finite, not_finite
 from grouprl.objective.packed import position
 
 
@@ -172,13 +173,34 @@ class LogProbs:
         Returns:
             Log-probabilities ``[S]`` float32 in nats of all S completion tokens of the N samples, one sample after the
             other. Samples that are in no micro-batch have 0.
+
+        Raises:
+            TrainingError: some are not finite.
         """
         ends = lengths.cumsum(0)
         out = torch.zeros(int(ends[-1]), device=lengths.device)
         with self.learning(dropout=False):
             for batch in micro_batches:
                 out[steps_of(batch.samples, lengths)] = self.evaluate(batch).logp.to(out.device)
+        if not all_finite(out):
+            raise not_finite("log-probabilities of completions", self.model)
         return out
+
+
+@torch.no_grad()
+def check_logits(what: str, model: nn.Module) -> None:
+    """Raise UsageError, about ``what``, if the logits of a model for its first few tokens are not finite."""
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(4, device=next(model.parameters()).device)[None]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError):
+        return  # a model may not know this form of the call, or need the products that the paths make for it
+    finally:
+        model.train(training)
+    if not bool((logits.float().amax(-1).abs() < float("inf")).all()):  # nor NaN; a model may rule tokens out by -inf
+        raise UsageError(str(not_finite(what, model)))
 
 
 def own_terms(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grouprl.errors import UsageError
 from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.finite import NotFiniteError
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
 
 PlainSteps = Literal["generate", "generate by length", "forward passes"]
@@ -19,6 +20,13 @@ PLAIN_STEPS: tuple[PlainSteps, ...] = get_args(PlainSteps)
 
 PASS_ROWS = 64
 """The most rows of one forward pass. This limits the memory for activations and logits."""
+
+
+def _check_finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor of ``generate`` that changes nothing. Raises NotFiniteError for NaN and inf; -inf may be."""
+    if not bool((scores.amax(-1) < float("inf")).all()):  # nor is it NaN
+        raise NotFiniteError("logits are not finite")
+    return scores
 
 
 class PlainSampler:
@@ -122,7 +130,7 @@ class PlainSampler:
                 do_sample=not greedy, max_new_tokens=settings.max_new_tokens,
                 min_new_tokens=settings.min_new_tokens or None, eos_token_id=self.end_ids,
                 pad_token_id=self.pad_id, repetition_penalty=settings.repetition_penalty,
-                return_dict_in_generate=True, output_scores=True,
+                return_dict_in_generate=True, output_scores=True, logits_processor=[_check_finite],
                 **({} if greedy else {
                     "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
                     "min_p": settings.min_p or None,

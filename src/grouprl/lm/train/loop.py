@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.generate.collect import Collector, Metrics
 from grouprl.lm.generate.samples import Samples, split_into_steps
 from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state
@@ -122,14 +123,16 @@ class Run:
             book.before_step()
             began_step = time.perf_counter()
             self.setup.parameters.check()
-            metrics, samples = self._step()
+            with _errors_of_step(book.state.global_step + 1):
+                metrics, samples = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
             book.after_step(metrics, samples)
             self._do_as_asked()
             if book.ends_epoch():
                 self._do_as_asked()
             book.flush()
-        self.setup.parameters.check()
+        with _errors_of_step(book.state.global_step):
+            self.setup.check_weights()
         if self.config.load_best_model_at_end:
             best_model.load_best(self.setup, book.state)
         seconds = time.perf_counter() - began
@@ -145,6 +148,10 @@ class Run:
 
     def _do_as_asked(self) -> None:
         """Log, evaluate and save if callbacks want it."""
+        with _errors_of_step(self.book.state.global_step):
+            self._do()
+
+    def _do(self) -> None:
         book = self.book
         if book.control.should_log:
             book.log_steps()
@@ -199,9 +206,13 @@ class Run:
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit."""
+        """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit.
+
+        Raises TrainingError, and leaves the older ones, if the weights are not finite.
+        """
         setup, book = self.setup, self.book
         book.flush()
+        setup.check_weights()
         path = book.checkpoint_path()
         state = None if self.config.save_only_model else self._state()
         checkpoint.write(path, setup.model, setup.tokenizer, state, book.state)
@@ -277,6 +288,15 @@ class Run:
             self._divide()
         self.book.began = meta.get("began", self.book.began)
         self.book.load(meta["book"], self.samples)
+
+
+@contextmanager
+def _errors_of_step(step: int) -> Iterator[None]:
+    """Say in TrainingErrors in which step they happened."""
+    try:
+        yield
+    except TrainingError as error:
+        raise TrainingError(f"step {step}: {error}") from error
 
 
 def _device_generator(device: torch.device) -> torch.Generator:
