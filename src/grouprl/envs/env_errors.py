@@ -10,7 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from grouprl.errors import TrainingError, first_line
+from grouprl.errors import TrainingError, first_line, short
 from grouprl.extras import how_to_install
 
 EXTRAS = {
@@ -36,13 +36,13 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
     """What to say of an id Gymnasium does not know."""
     if isinstance(error, ImportError):
         return (
-            f"cannot import the module named in {env_id!r}: {error}; it is looked for in {Path.cwd()} and among the "
-            "installed packages"
+            f"cannot import the module named in {short(env_id)}: {first_line(error)}; it is looked for in {Path.cwd()} "
+            "and among the installed packages"
         )
     package, _, name = env_id.rpartition(":")
     if package:
         return (
-            f"{package} was imported, but it registers no environment {name!r} and has no class of that name; if "
+            f"{package} was imported, but it registers no environment {short(name)} and has no class of that name; if "
             f"{package} registers its environments through a function, call that first and use Python: "
             "GRPO(lambda: gymnasium.make(...))"
         )
@@ -51,7 +51,7 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
         f"did you mean {' or '.join(close)}?" if close else "gymnasium.pprint_registry() lists the ids installed here."
     )
     return (
-        f"no environment {env_id!r} is registered; {hint} "
+        f"no environment {short(env_id)} is registered; {hint} "
         "An environment of another package needs that package's name in front: 'package:Env-v0'."
     )
 
