@@ -38,10 +38,14 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 3] + "..."
 
 
-def short(value: object, most: int = 80) -> str:
-    """A value for a message: its representation on one line, cut where it has more than ``most`` characters."""
+def shown(value: object, width: int = 80) -> str:
+    """A value for a message: what ``repr`` says on one line, cut where it is long. Never raises."""
     try:
         text = " ".join(repr(value).split())
-    except Exception as error:  # of a class of the user's, or of what holds itself
-        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
-    return text if len(text) <= most else text[: most - 3] + "..."
+    except Exception:  # of a class of the user's, or an integer of thousands of digits
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+short = shown
+"""Its other name."""

@@ -34,6 +34,9 @@ from grouprl.runs.trackers import check_trackers
 AVG_REWARD_EPISODES = 20
 """Episodes in ``avg_reward``, the name and the number of the chapter's script."""
 
+LEAST_PATIENCE = 5000
+"""Least steps of a greedy episode that is cut for want of an end."""
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -123,6 +126,7 @@ class Recorder:
         step = agent.num_timesteps
         if step >= self._next_eval:
             self._next_eval = step - step % self.run.eval_every + self.run.eval_every
+            self.evaluator.max_steps = _patience(agent) or self.evaluator.max_steps
             mean = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1).summary()[
                 "mean_return"
             ]
@@ -197,8 +201,8 @@ def train(
     if seed is not None:
         values["seed"] = seed
     run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
-    RunFolder(user_path(out)).check_free(overwrite)
-    with RunFolder(user_path(out)).locked():
+    RunFolder(user_path(out).absolute()).check_free(overwrite)
+    with RunFolder(user_path(out).absolute()).locked():
         agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
         if agent.env_lost:
             agent.close()
@@ -325,6 +329,12 @@ def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | 
         return _finish(folder, run, agent, recorder)
 
 
+def _patience(agent: GRPO) -> int | None:
+    """Steps after which a greedy episode is taken for one that never ends, by those of training; None: as usual."""
+    lengths = agent.loop.recent_lengths
+    return max(LEAST_PATIENCE, 10 * max(lengths)) if lengths else None
+
+
 def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> RunResult:
     """Evaluate, and leave summary, curve and video."""
     from grouprl.runs.plots import plot_run
@@ -334,7 +344,13 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         notes.append(skipped)
     with ThreadPoolExecutor(1) as pool:
         curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
-        final = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2).summary()
+        played = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2, max_steps=_patience(agent))
+        final = played.summary()
+        if played.cut:
+            notes.append(
+                f"{played.cut} of the last {len(played.returns)} greedy episodes were cut: they had not ended after "
+                f"{max(played.lengths)} steps"
+            )
         if run.video:
             notes += record_episodes(agent, folder.video_path)
         try:

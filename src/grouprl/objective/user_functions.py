@@ -44,7 +44,8 @@ def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, g
     found = per_token("advantage_function", function(*given), rewards)
     if not bool(torch.isfinite(found).all()):
         raise TrainingError("advantage_function returned a number that is not finite; look for a division by 0")
-    return found.detach()
+    found = found.detach()
+    return found if found.is_floating_point() else found.to(rewards.dtype)
 
 
 def own_surrogate(function: TensorFunction, logp: Tensor, logp_old: Tensor, advantages: Tensor) -> Tensor:
