@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grouprl.errors import GrouprlError, UsageError, short
+from grouprl.errors import GrouprlError, UsageError, shown
 from grouprl.extras import explain_missing
 from grouprl.printing import lasting_streams
 from grouprl.reading import parse_yaml
@@ -94,7 +94,7 @@ def _status() -> int | str | None:
     except OSError as error:  # a name that is too long, a folder without permission, ...
         if error.filename is None or os.environ.get("GROUPRL_TRACEBACK"):
             raise
-        print(f"error: cannot use {short(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        print(f"error: cannot use {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
 
