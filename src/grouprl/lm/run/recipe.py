@@ -182,7 +182,7 @@ def _parse(text: str, where: str, name: str) -> Recipe:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not YAML: {error}") from error
+        raise UsageError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     if isinstance(values, dict) and "recipe" in values:  # the config.yaml of a run
         values = values["recipe"]
     if not isinstance(values, dict):
