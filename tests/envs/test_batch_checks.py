@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
+from test_environment_of_an_agent import Sign, Turns
 
 from grouprl import GRPO, TrainingError, UsageError, evaluate
 
@@ -83,6 +84,28 @@ def test_what_it_must_have_is_looked_at_first(name: str, value: Any, message: st
     setattr(env, name, value)
     with pytest.raises(UsageError, match=message):
         GRPO(env, **QUICK)
+
+
+class Text(Sign):
+    def step(self, action: Any) -> Any:
+        return *super().step(action)[:2], "no", False, {}
+
+
+@pytest.mark.parametrize("wrap", [lambda venv: venv, gym.wrappers.vector.RecordEpisodeStatistics])
+def test_the_environments_of_gymnasiums_own_are_looked_at_one_by_one(wrap: Any) -> None:
+    venv = gym.vector.SyncVectorEnv([Sign, Text])
+    own = list(venv.envs)
+    with pytest.raises(TrainingError, match="environment 1: terminated must be True or False; it returned 'no'"):
+        GRPO(wrap(venv), **QUICK).learn(48)
+    assert venv.envs == own
+
+
+@pytest.mark.parametrize("kind", [gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv])
+def test_masks_that_would_not_be_asked_for_are_refused(kind: Any) -> None:
+    venv = kind([Turns, Turns])
+    with pytest.raises(UsageError, match=r"action_masks\(\), which is not asked"):
+        GRPO(venv, **QUICK)
+    venv.close()
 
 
 def test_a_mode_that_is_not_said_is_warned_of() -> None:

@@ -563,6 +563,7 @@ class TestEvaluation:
         assert result.lengths == [10] * 7
         assert result.summary() == {
             "episodes": 7, "mean_return": 10.0, "std_return": 0.0, "min": 10.0, "max": 10.0, "mean_length": 10.0,
+            "cut": 0,
         }  # fmt: skip
 
     def test_the_same_seed_gives_the_same_episodes(self):

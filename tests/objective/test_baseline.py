@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.objective import RandomFeatures, fit_baseline, gae
+from grouprl.objective import RandomFeatures, Sketch, baseline, fit_baseline, gae
 
 
 def flags(*values):
@@ -199,3 +199,57 @@ def test_dot_is_the_product_with_the_features():
     observations, elapsed = torch.randn(50, 3, generator=generator) * 4, torch.rand(50, generator=generator)
     weights = torch.randn(features.n_outputs, generator=generator)
     assert_close(features.dot(observations, elapsed, weights), features(observations, elapsed) @ weights)
+
+
+@pytest.mark.parametrize("n", [12, 40])
+@pytest.mark.parametrize("ridge", [1e-4, 1e-2])
+def test_the_matrix_of_rows_gives_the_weights_that_the_matrix_of_features_gives(n, ridge):
+    generator = torch.Generator().manual_seed(n)
+    phi = torch.randn(n, 60, dtype=torch.float64, generator=generator)
+    phi[:, 3] *= 1e-3
+    phi[:, 5] = 0.0
+    phi[:, -1] = 1.0
+    targets = 50 + torch.randn(n, dtype=torch.float64, generator=generator)
+    primal, dual = baseline._primal(phi, ridge)(targets), baseline._dual(phi, ridge)(targets)
+    assert_close(dual, primal, rtol=1e-6, atol=1e-8)
+    penalty = torch.full((60,), ridge).double() * (phi.square().sum(0)).clamp(min=n * 1e-3)
+    penalty[-1] = n * 1e-6
+    assert_close(dual, torch.linalg.solve(phi.T @ phi + penalty.diag(), phi.T @ targets), rtol=1e-6, atol=1e-8)
+
+
+def test_a_fit_with_more_features_than_rows_is_the_same_either_way(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    phi, last = torch.randn(30, 80, generator=generator), torch.randn(3, 80, generator=generator)
+    phi[:, -1] = last[:, -1] = 1.0
+    rewards, lengths = torch.randn(30, generator=generator), torch.full((3,), 10)
+    case = (phi, last, rewards, lengths, flags(True, False, False), None, 0.99, 0.95)
+    expected = fit_baseline(*case)
+    monkeypatch.setattr(baseline, "_DUAL_ABOVE", 0)
+    monkeypatch.setattr(baseline, "_primal", None)  # not called
+    found = fit_baseline(*case)
+    assert_close(found.weights, expected.weights, rtol=1e-2, atol=1e-3)
+    assert_close(found.advantages, expected.advantages, rtol=1e-2, atol=1e-3)
+    phi[4, 7] = torch.nan
+    with pytest.raises(TrainingError, match="not finite"):
+        fit_baseline(*case)
+
+
+def test_a_sketch_adds_each_entry_to_one_sum_with_a_sign():
+    sketch = Sketch.create(10, 4, seed=0)
+    of_each = sketch(torch.eye(10)) * 3**0.5  # three entries to a sum
+    assert of_each.shape == (10, 4)
+    assert (of_each != 0).sum(1).tolist() == [1] * 10
+    assert_close(of_each.abs().sum(1), torch.ones(10))
+    assert of_each.abs().sum(0).sort().values.tolist() == pytest.approx([2, 2, 3, 3])
+    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+    assert_close(sketch(x) * 3**0.5, x @ of_each)
+    assert torch.equal(sketch(torch.full((1, 10), 50.0)), sketch(torch.full((1, 10), 10.0)))  # clipped at 10
+    assert torch.equal(sketch(x), Sketch.create(10, 4, seed=0)(x))
+
+
+def test_a_sketch_keeps_scalar_products_in_expectation():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, 2048, generator=generator) for _ in range(2))
+    y += x
+    found = [float((sketch(x) * sketch(y)).sum() * 8) for sketch in (Sketch.create(2048, 256, s) for s in range(50))]
+    assert np.mean(found) == pytest.approx(float((x * y).sum()), rel=0.05)

@@ -9,9 +9,11 @@ import typer
 
 from grouprl.cli.common import app, assigned, command, count
 from grouprl.errors import UsageError
+from grouprl.reading import read_yaml
 
 if TYPE_CHECKING:
     from grouprl.envs.training import RunResult
+    from grouprl.runs import RunFolder
 
 Assignments = Annotated[
     list[str] | None,
@@ -92,9 +94,19 @@ def train(
     result = training.train(
         env, folder, preset=preset, steps=steps, seed=seed, settings=settings, env_kwargs=env_kwargs, run=run,
         overwrite=overwrite, progress_bar=False if quiet else None,
-        announce=lambda run: print(f"training on {env}; the run folder is {run.path}", flush=True),
+        announce=_announce,
     )  # fmt: skip
     report(result)
+
+
+def _announce(folder: RunFolder) -> None:
+    config = folder.read_config()
+    preset = f"preset {config['preset']}" if config["preset"] else "the robust default"
+    print(
+        f"training on {config['env_id']} with {preset} (advantage={config['config']['advantage']}, "
+        f"loss_type={config['config']['loss_type']}); the run folder is {folder.path}",
+        flush=True,
+    )
 
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,12 +127,10 @@ def _from_file(
     run: dict[str, Any],
 ) -> tuple[str, str, int, int | None, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What a config.yaml says, under what the command line says."""
-    import yaml
-
     from grouprl.envs.env_kwargs import from_json
 
+    saved = read_yaml(path)
     try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
         saved_run = dict(saved["run"])
         total = saved_run.pop("total_timesteps")
         saved_run["track"] = tuple(saved_run["track"])
@@ -133,9 +143,7 @@ def _from_file(
             {**from_json(saved["env_kwargs"]), **env_kwargs},
             {**saved_run, **run},
         )
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):  # the third: no text, or no pairs
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UsageError(f"{path} is not the config.yaml of a run; give one that grouprl train left") from None
 
 
@@ -164,3 +172,5 @@ def report(result: RunResult) -> None:
     print(f"next:\n  {grouprl} play {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
     if result.folder.tensorboard_path.exists():
         print(f"  {command('tensorboard')} --logdir {folder.parent}")
+    if result.agent.config.advantage == "baseline" and result.agent.env_id == "CartPole-v1":
+        print(f"  {grouprl} train CartPole-v1 --preset formula   (GRPO as tutorials have it; see docs/tutorial.md)")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from grouprl.envs.checked import Checked
 from grouprl.envs.env_errors import shown
 from grouprl.envs.spaces import ObservationCodec
+from grouprl.envs.workers import check_settled
 from grouprl.errors import TrainingError, UsageError
 
 Array = npt.NDArray[Any]
@@ -29,6 +33,13 @@ def check_vector(venv: VectorEnv[Any, Any, Any]) -> None:
             raise UsageError(f"the vector environment has {name}={space!r}; it must be the space of one environment")
     if getattr(venv, "closed", False):
         raise UsageError("the vector environment is closed; make a new one")
+    check_settled(venv)
+    base = venv.unwrapped
+    if isinstance(base, SyncVectorEnv | AsyncVectorEnv) and any(base.call("has_wrapper_attr", "action_masks")):
+        raise UsageError(
+            "its environments have a method action_masks(), which is not asked in a vector environment of yours; pass "
+            "the callable that makes one environment, and n_envs=..., or let them give info['action_mask']"
+        )
     autoreset_mode(venv)
 
 
@@ -66,6 +77,27 @@ class BatchChecks:
         self._observations, self._n, self._mode = observations, n, mode
         self._shape = (n,)
         self._looks = 2  # at a reset and at a step; afterwards NumPy fails where shapes change
+
+    @contextmanager
+    def each_looked_at(self, venv: VectorEnv[Any, Any, Any]) -> Iterator[None]:
+        """Within, the environments of a ``SyncVectorEnv`` are checked one by one, before its arrays hold their results.
+
+        Only for the first looks, because the environments are not grouprl's own.
+        """
+        base = venv.unwrapped
+        if not self._looks or not isinstance(base, SyncVectorEnv) or isinstance(base.envs[0], Checked):
+            yield
+            return
+        own, base.envs = base.envs, [Checked(env, i) for i, env in enumerate(base.envs)]
+        try:
+            yield
+        finally:
+            base.envs = own
+
+    @property
+    def looking(self) -> bool:
+        """Whether the next batch is one of the first, which are looked at more closely."""
+        return self._looks > 0
 
     def outcome(self, rewards: Any, terminated: Any, truncated: Any) -> tuple[Array, Array, Array]:
         """The three as arrays ``[n]``: numbers, and twice booleans.

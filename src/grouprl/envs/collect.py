@@ -15,23 +15,29 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from grouprl.envs.config import GRPOConfig
+from grouprl.envs.finite import check_observations, check_params
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Array, Bools, Stepped, Stepper
 from grouprl.envs.sticky import sticky_envs
-from grouprl.envs.trace import InFlight, Trace, check_observations, pack
+from grouprl.envs.trace import InFlight, Trace, pack
 from grouprl.errors import TrainingError
 
-Act = Callable[[Mapping[str, Array]], Array]
-"""From an encoded observation, ``[n, ...]``, to parameters ``[n, K]`` of the action distribution."""
+Act = Callable[[Mapping[str, Array], Bools], Array]
+"""From an encoded observation, ``[n, ...]``, and the rows that matter, ``[n]``, to parameters ``[n, K]`` of the action
+distribution.
+"""
 
 CHECK_EVERY = 16
 """Vector steps between two looks at whether an auto-sized batch is complete."""
 
 HISTORY_LIMIT = 1_000_000
 """Vector steps since the last reset whose actions are remembered, so that a run without checkpoints stays small."""
+
+HISTORY_BYTES = 256 * 2**20
+"""Bytes of these actions: of large ones fewer are remembered."""
 
 MAX_EPISODE = 100_000
 """Steps after which an episode that has not ended is taken for one that never will (whole-episode collection)."""
@@ -65,6 +71,7 @@ class Collector:
         self._last_action: Array | None = None
         self._started_from: int | list[int] | None = None
         self._replayable = True
+        self._history_bytes = 0
         self._history: list[Array] = []  # every action since the last reset: repeating them restores the environments
 
     # --- starting ------------------------------------------------------------------------------------------------
@@ -77,7 +84,7 @@ class Collector:
         self.stepper.reset(seed)
         self._in_flight = InFlight.none(self.n)
         self._last_action = None
-        self._started_from, self._history, self._replayable = seed, [], True
+        self._started_from, self._history, self._history_bytes, self._replayable = seed, [], 0, True
 
     def _start(self) -> None:
         if not self.stepper.started:
@@ -95,8 +102,13 @@ class Collector:
 
     @property
     def steps_since_reset(self) -> int:
-        """Vector steps a resumed run would have to repeat; more than ``HISTORY_LIMIT`` if they are no longer known."""
-        return len(self._history) if self._replayable else HISTORY_LIMIT + 1
+        """Vector steps a resumed run would have to repeat, if they are still known."""
+        return len(self._history)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether the actions since the last reset are known, so that repeating them restores the environments."""
+        return self._replayable
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Where the environments are, as something that can be written down: a seed and the actions since."""
@@ -156,7 +168,8 @@ class Collector:
         for _ in range(max(8, -(-n_steps // self.n))):
             playing = self.stepper.playing
             rows.append(self.stepper.encoded()["flat"][playing].copy())
-            check_observations({"flat": rows[-1]}, np.flatnonzero(playing), np.full(len(rows[-1]), len(rows) - 1))
+            time = np.full(len(rows[-1]), len(rows) - 1)
+            check_observations(policy.observations, {"flat": rows[-1]}, np.flatnonzero(playing), time)
             taken += int(playing.sum())
             self._advance(self.actions.to_env(self.stepper.choose(zeros, playing, self.rng).actions))
         policy.observe(np.concatenate(rows))
@@ -166,17 +179,18 @@ class Collector:
     # --- one vector step -----------------------------------------------------------------------------------------
     def _advance(self, env_actions: Any, watched: Bools | None = None) -> Stepped:
         """Step once and remember the actions."""
-        if self._replayable and len(self._history) == HISTORY_LIMIT:
-            self._replayable, self._history = False, []
+        if self._replayable and (len(self._history) == HISTORY_LIMIT or self._history_bytes > HISTORY_BYTES):
+            self._replayable, self._history, self._history_bytes = False, [], 0
         if self._replayable:
             self._history.append(np.array(env_actions))
+            self._history_bytes += self._history[-1].nbytes + 112  # an array's own size
         return self.stepper.step(env_actions, watched)
 
     def _step(self, act: Act, trace: Trace, running: Bools, sticky: float) -> Bools:
         """Let the policy act once where ``running [n]``; returns where an episode ended, ``[n]``."""
         valid = running & self.stepper.playing
         encoded = {key: value.copy() for key, value in self.stepper.encoded().items()}
-        choice = self.stepper.choose(act(encoded), valid, self.rng)
+        choice = self.stepper.choose(act(encoded, valid), valid, self.rng)
         trace.add_choice(encoded, choice, valid)
         env_actions = self.actions.to_env(choice.actions)
         if sticky > 0:
@@ -221,13 +235,15 @@ class Collector:
     def _collect(self, policy: Policy, sticky: float) -> Rollout:
         trace, infer = Trace(), policy.inference()
 
-        def act(encoded: Mapping[str, Array]) -> Array:
-            return infer(policy.prepare(encoded))
+        def act(encoded: Mapping[str, Array], valid: Bools) -> Array:
+            params = infer(policy.prepare(encoded))
+            check_params(params, encoded, policy, valid, f"step {len(trace.rewards)} of this batch")
+            return params
 
         steps = self._collect_episodes if self.config.whole_episodes else self._collect_segments
         self._watch.run(lambda: steps(act, trace, sticky))
         rollout, self._in_flight = pack(
-            trace, self.stepper.encoded(), self._in_flight, policy.prepare, self.config.group_size
+            trace, self.stepper.encoded(), self._in_flight, policy.observations, policy.prepare, self.config.group_size
         )
         return rollout
 

@@ -189,6 +189,23 @@ class GRPOConfig(ObjectiveSettings):
         return "sync" if self.vectorization == "auto" and self.group_size is not None else self.vectorization
 
 
+def without_effect(config: GRPOConfig, given: Mapping[str, Any]) -> dict[str, str]:
+    """Which of the settings ``given``, beside defaults, say how large a batch is, and are not asked: names, and why."""
+    if config.whole_episodes:
+        unused = {
+            "n_steps": "a batch holds whole episodes, at least min_steps in all",
+            "max_steps": "a batch holds whole episodes",
+            "min_signals": "a batch holds whole episodes",
+        }
+    elif config.collect == "segments":
+        why = "collect is 'segments', and a batch holds n_steps per environment"
+        unused = dict.fromkeys(("min_steps", "max_steps", "min_signals"), why)
+    else:
+        unused = {"n_steps": "it counts with collect='segments'; set that, or min_steps, the least steps of a batch"}
+    fields = GRPOConfig.model_fields
+    return {name: why for name, why in unused.items() if name in given and given[name] != fields[name].get_default()}
+
+
 def check_names(values: Mapping[str, Any]) -> None:
     """Raises UsageError for a name that is no setting, with the closest one that is."""
     known = GRPOConfig.model_fields

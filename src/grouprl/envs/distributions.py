@@ -28,6 +28,10 @@ _PADDING_LOGIT = -1e30  # far below MASKED_LOGIT, so that padding stays at proba
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
+_quietly = np.errstate(all="ignore")
+"""What underflows in a probability is 0, also for someone who has asked NumPy to raise."""
+
+
 def _bernoulli_draws(logits: Array, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
     """True with probability sigmoid(logits), any shape."""
     # sigmoid(x) = (1 + tanh(x / 2)) / 2, and tanh saturates at exactly -1 and 1 where exp would overflow: with
@@ -94,6 +98,7 @@ class Categorical:
         """Numbers per parameter row."""
         return self.n
 
+    @_quietly
     def sample(self, params: Array, rng: np.random.Generator) -> Array:
         """Draw actions int64 [n] from logits [n, K]; an action of probability 0 is never drawn."""
         return _categorical_draws(params, rng)
@@ -155,6 +160,7 @@ class MultiCategorical:
         """Numbers per parameter row."""
         return sum(self.nvec)
 
+    @_quietly
     def sample(self, params: Array, rng: np.random.Generator) -> Array:
         """Draw actions int64 [n, A] from logits [n, K]; an action of probability 0 is never drawn."""
         rows = self._rows(params)
@@ -225,6 +231,7 @@ class DiagonalGaussian:
         """Numbers per parameter row."""
         return 2 * self.n
 
+    @_quietly
     def sample(self, params: Array, rng: np.random.Generator) -> Array:
         """Draw actions float32 [n, A]: mean + std * standard normal."""
         draws: Array = rng.standard_normal((len(params), self.n), dtype=np.float32)
@@ -273,6 +280,7 @@ class IndependentBernoulli:
         """Numbers per parameter row."""
         return self.n
 
+    @_quietly
     def sample(self, params: Array, rng: np.random.Generator) -> Array:
         """Draw actions float32 [n, A] of 0 and 1."""
         return _bernoulli_draws(params, rng).astype(np.float32)

@@ -12,7 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from grouprl import objective
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.rollout import Rollout
-from grouprl.objective import ESTIMATORS, RandomFeatures
+from grouprl.errors import TrainingError
+from grouprl.objective import ESTIMATORS, RandomFeatures, Sketch
 from grouprl.objective.estimators import Estimation
 from grouprl.objective.user_functions import TensorFunction, own_advantages
 
@@ -21,6 +22,12 @@ DEFAULT_HORIZON = 1000
 
 MAX_FIT_STEPS = 8192
 CHUNK = 8192
+CHUNK_NUMBERS = 2**23
+"""Numbers of images, or of wide observations, that are summed up at once."""
+
+WIDE, SKETCHED = 1024, 512
+"""Numbers of a summary up to which it enters the regression as it is, and sums that stand for a wider one."""
+
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 SAME_RETURN_BELOW = 1e-6
@@ -34,10 +41,31 @@ class Baseline:
     features: RandomFeatures
     horizon: int
     weights: Tensor | None = None
+    sketch: Sketch | None = None
+    """Of a summary that is too wide for the features."""
+
+    @classmethod
+    def create(cls, width: int, config: GRPOConfig, horizon: int) -> Baseline:
+        """For a :func:`summary` of ``width`` numbers; no weights yet."""
+        sketch = Sketch.create(width, SKETCHED, config.seed) if width > WIDE else None
+        width = width if sketch is None else SKETCHED
+        return cls(RandomFeatures.create(width, config.baseline_features, config.seed), horizon, sketch=sketch)
+
+    def seen(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the features are made of: the summary of ``m`` prepared inputs, or its sketch, ``[m, D]``."""
+        if self.sketch is None and list(inputs) == ["flat"]:
+            return inputs["flat"]
+        rows, width = len(next(iter(inputs.values()))), sum(value[0].numel() for value in inputs.values() if len(value))
+        made = []
+        for start in range(0, rows, max(1, CHUNK_NUMBERS // max(1, width))):
+            stop = start + max(1, CHUNK_NUMBERS // max(1, width))
+            part = summary({key: value[start:stop] for key, value in inputs.items()})
+            made.append(part if self.sketch is None else self.sketch(part))
+        return torch.cat(made) if len(made) != 1 else made[0]
 
     def phi(self, inputs: Mapping[str, Tensor], elapsed: Tensor) -> Tensor:
         """Features ``[m, F]`` of prepared inputs and the steps since the start of the episode ``[m]``."""
-        return self.features(summary(inputs), elapsed.float() / self.horizon)
+        return self.features(self.seen(inputs), elapsed.float() / self.horizon)
 
     def values(self, inputs: Mapping[str, Tensor], elapsed: Tensor) -> Tensor:
         """Values ``[m]`` under the last regression, a chunk of rows at a time."""
@@ -45,7 +73,7 @@ class Baseline:
         values = []
         for start in range(0, elapsed.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            observations = summary({key: value[rows] for key, value in inputs.items()})
+            observations = self.seen({key: value[rows] for key, value in inputs.items()})
             values.append(self.features.dot(observations, elapsed[rows].float() / self.horizon, self.weights))
         return torch.cat(values)
 
@@ -156,4 +184,10 @@ def advantages(
         raw = estimator.function(rewards, lengths, group, Estimation(config.gamma, config.scale_rewards))
     if estimator.compares:
         info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)
-    return (objective.standardise(raw, rollout.trainable) if estimator.standardised else raw), info
+    made = objective.standardise(raw, rollout.trainable) if estimator.standardised else raw
+    if not bool(torch.isfinite(made).all()):
+        raise TrainingError(
+            f"advantage={config.advantage!r} gave an advantage that is not finite, for rewards from "
+            f"{float(rewards.min())} to {float(rewards.max())}; scale the rewards, or choose another estimator"
+        )
+    return made, info

@@ -6,29 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-from gymnasium.vector import SyncVectorEnv, VectorEnv
 
+from grouprl.envs.finite import check_observations, check_params, check_rewards
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.stepper import Stepper
 from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector, share_environments
 from grouprl.errors import UsageError
 from grouprl.machine.threads import single_threaded_kernels
 
-MAX_STEPS = 5000
-"""Where an environment has no time limit, a greedy policy that runs in circles would never end an episode."""
+MAX_STEPS = 100_000
+"""Steps after which an episode is cut where no time limit is known: a greedy policy may run in circles for ever."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Undiscounted returns and lengths of complete episodes."""
+    """Undiscounted returns and lengths of episodes: complete ones, but for the last steps of ``cut`` of them."""
 
     returns: list[float]
     lengths: list[int]
+    cut: int = 0
+    """Episodes that had not ended after ``max_steps`` and count with what they had returned by then."""
 
     def summary(self) -> dict[str, float]:
-        """episodes, mean_return, std_return (over episodes, ddof 0), min, max, mean_length."""
+        """episodes, mean_return, std_return (over episodes, ddof 0), min, max, mean_length, cut."""
         returns = np.asarray(self.returns)
         return {
             "episodes": len(returns),
@@ -37,6 +38,7 @@ class Evaluation:
             "min": float(returns.min()),
             "max": float(returns.max()),
             "mean_length": float(np.mean(self.lengths)),
+            "cut": self.cut,
         }
 
 
@@ -44,33 +46,37 @@ class Evaluator:
     """Holds environments of its own, so that evaluating never disturbs training.
 
     Every environment plays a fixed share of the episodes, so that short ones are not counted more often than long ones.
+
+    Args:
+        env, n_envs, vectorization, env_kwargs: as for :func:`~grouprl.envs.vector.make_vector`.
+        max_steps: where to cut an episode that has not ended; default: nowhere if the environment has a time limit,
+            else after ``MAX_STEPS``.
+
+    Raises:
+        UsageError: there is no such environment, or ``max_steps`` is below 1.
     """
 
     def __init__(
-        self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None, n_envs: int = 16, vectorization: str = "auto"
+        self,
+        env: EnvLike,
+        env_kwargs: Mapping[str, Any] | None = None,
+        n_envs: int = 16,
+        vectorization: str = "auto",
+        max_steps: int | None = None,
     ) -> None:
+        if max_steps is not None and max_steps < 1:
+            raise UsageError(f"max_steps={max_steps} must be at least 1")
         how = "auto" if vectorization == "async" else vectorization
         self.venv = make_vector(env, n_envs, how, env_kwargs, seed=12345)
-        if horizon(self.venv) is None and isinstance(env, str) and isinstance(self.venv, SyncVectorEnv):
-            self.venv.close()
-            self.venv = make_vector(env, n_envs, how, {**(env_kwargs or {}), "max_episode_steps": MAX_STEPS})
-        elif horizon(self.venv) is None and not isinstance(env, gym.Env | VectorEnv | str):
-            from gymnasium.wrappers import TimeLimit
-
-            self.venv.close()
-            self.venv = make_vector(lambda: TimeLimit(env(), MAX_STEPS), n_envs, how)
-
-    @property
-    def step_limit(self) -> int:
-        """Steps after which an episode is cut: the environment's own limit, or ``MAX_STEPS`` if it has none."""
-        return horizon(self.venv) or MAX_STEPS
+        # Where a time limit is known, the environment ends its episodes there by itself, or never had that limit.
+        self.max_steps = max_steps or max(MAX_STEPS, 2 * (horizon(self.venv) or 0))
 
     def run(self, agent: GRPO, episodes: int = 100, deterministic: bool = True, seed: int = 0) -> Evaluation:
         """Play ``episodes`` with the agent's policy, from starts drawn from ``seed``.
 
         Raises:
             UsageError: fewer than one episode.
-            TrainingError: the environment failed.
+            TrainingError: the environment failed, or a number stopped being finite.
         """
         with single_threaded_kernels():
             return self._run(agent, episodes, deterministic, seed)
@@ -88,28 +94,44 @@ class Evaluator:
 
     def _play(self, agent: GRPO, episodes: int, rng: np.random.Generator | None, seed: int) -> Evaluation:
         """Play with actions drawn by ``rng``, or with the most likely ones if that is None."""
-        n, limit = self.venv.num_envs, self.step_limit
+        n = self.venv.num_envs
         stepper = Stepper(self.venv, agent.observations, agent.actions)
         infer = agent.policy.inference()
         left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
         returns: list[float] = []
         lengths: list[int] = []
         total, length = np.zeros(n), np.zeros(n, np.int64)
+        waiting, cut, resets = np.zeros(n, bool), 0, 0
         stepper.reset(seed)
         while left.any():
-            playing = stepper.playing
-            params = infer(agent.policy.prepare(stepper.encoded()))
+            playing = stepper.playing & ~waiting
+            encoded = stepper.encoded()
+            shown = {key: value[playing] for key, value in encoded.items()}
+            check_observations(agent.observations, shown, np.flatnonzero(playing), length[playing])
+            params = infer(agent.policy.prepare(encoded))
+            check_params(params, encoded, agent.policy, playing, "a step of the episode")
             actions = stepper.choose(params, playing, rng).actions
             stepped = stepper.step(agent.actions.to_env(actions))
-            total += np.where(playing, stepped.rewards, 0.0)
+            rewards = np.where(playing, stepped.rewards, 0.0)
+            check_rewards(rewards, np.arange(n), length, "the episode")
+            total += rewards
             length += playing
-            over = stepped.done | (length >= limit)
+            too_long = playing & ~stepped.done & (length >= self.max_steps)
+            over = playing & stepped.done | too_long
             for i in np.flatnonzero(over & (left > 0)):
                 returns.append(float(total[i]))
                 lengths.append(int(length[i]))
                 left[i] -= 1
+                cut += int(too_long[i])
             total[over], length[over] = 0.0, 0
-        return Evaluation(returns, lengths)
+            # An environment alone cannot be made to begin anew. One whose episode was cut waits for the others.
+            waiting |= too_long
+            if left.any() and not left[~waiting].any():
+                resets += 1
+                waiting[:] = False
+                total[:], length[:] = 0.0, 0
+                stepper.reset(seed + resets * n)
+        return Evaluation(returns, lengths, cut)
 
     def close(self) -> None:
         """Close the environments."""
@@ -124,6 +146,7 @@ def evaluate(
     deterministic: bool = True,
     seed: int = 0,
     env_kwargs: Mapping[str, Any] | None = None,
+    max_steps: int | None = None,
 ) -> Evaluation:
     """Play complete episodes with ``agent`` and return what they returned.
 
@@ -133,12 +156,16 @@ def evaluate(
         episodes: how many.
         deterministic: greedy actions; else sampled ones.
         seed: of the starts (and of the sampled actions).
+        max_steps: where to cut an episode that has not ended; default: nowhere if the environment has a time limit,
+            else after ``MAX_STEPS``. The result says how many were cut.
 
     Raises:
         UsageError: no environment to make, fewer than one episode.
+        TrainingError: the environment failed, or an observation, a reward or the policy is not finite.
     """
     target, kwargs = (env, env_kwargs) if env is not None else agent.where()
-    evaluator = Evaluator(target, kwargs, n_envs=max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16)))
+    n_envs = max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16))
+    evaluator = Evaluator(target, kwargs, n_envs=n_envs, max_steps=max_steps)
     try:
         return evaluator.run(agent, episodes, deterministic, seed)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 from gymnasium import Space
 from gymnasium.vector import VectorEnv
+from torch import nn
 
 from grouprl.envs import checkpoint, copies, presets
 from grouprl.envs.collect import Collector
-from grouprl.envs.config import GRPOConfig, make_config
+from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
+from grouprl.envs.export import export_module
+from grouprl.envs.finite import bad_observation, check_params
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.masks import many_masks
 from grouprl.envs.model_file import fill_policy, model_file, offering_another
@@ -37,6 +41,9 @@ from grouprl.runs.state import load_state, save_state
 
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
+
+
+_making_a_policy = threading.Lock()
 
 
 class GRPO:
@@ -106,11 +113,15 @@ class GRPO:
             raise
         if chosen is not None and not isinstance(env, str):
             presets.warn_of_another_environment(chosen, venv.spec)
+        for name, why in without_effect(config, settings).items():
+            warnings.warn(f"{name}={settings[name]!r} has no effect: {why}", stacklevel=2)
         if settings.get("n_envs", venv.num_envs) != venv.num_envs:
             warnings.warn(
                 f"n_envs={config.n_envs} has no effect: the environment given holds {venv.num_envs}", stacklevel=2
             )
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _assemble(self, description: Description, network: Network | None, functions: UserFunctions) -> None:
         """Make all parts of the agent, with an untrained policy and no environment yet."""
         self._description, config, self._network = description, description.config, network
@@ -118,7 +129,8 @@ class GRPO:
         init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
         self.actions = ActionCodec(description.action_space)
         self.observations = ObservationCodec(description.observation_space, mask_size=self.actions.mask_size)
-        with torch.random.fork_rng(devices=[]):
+        # Agents may be made in several threads, which share torch's generator.
+        with _making_a_policy, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(init.generate_state(1)[0]))
             self.policy = Policy(self.observations, self.actions, config, network).to(config.device)
         self.policy.eval()  # dropout in a user's network would make the ratio differ from 1 before any update
@@ -366,12 +378,17 @@ class GRPO:
             The action (or ``n`` of them), ready for ``env.step``, and ``state``.
 
         Raises:
-            UsageError: the observation does not fit the observation space; the mask does not fit the action space, or
-                leaves no action; or it is missing, and the environment of training named valid actions in ``info``.
+            UsageError: the observation does not fit the observation space, or is not finite; the mask does not fit the
+                action space, or leaves no action; or it is missing, and the environment of training named valid actions
+                in ``info``.
+            TrainingError: the policy's parameters are not finite.
         """
         batched = self.observations.is_batched(observation)
         encoded = self.observations.encode(observation) if batched else self.observations.encode_single(observation)
+        if (found := bad_observation(self.observations, encoded)) is not None:
+            raise UsageError(f"the observation given holds {found[1]}; observations must be finite")
         params = self.policy.infer(self.policy.prepare(encoded))
+        check_params(params, encoded, self.policy, np.ones(len(params), bool), "this call")
         distribution = self.policy.distribution
         if action_masks is not None and self.actions.mask_size:
             mask: Any = many_masks(action_masks, len(params), self.actions.mask_size)
@@ -390,6 +407,18 @@ class GRPO:
         actions = distribution.mode(params) if deterministic else distribution.sample(params, self._predict_rng)
         env_actions = self.actions.to_env(actions)
         return (env_actions if batched else env_actions[0]), state
+
+    def export_module(self, actions: bool = True) -> nn.Module:
+        """The policy as one module of plain layers on the CPU, to be exported: see :mod:`grouprl.envs.export`.
+
+        It takes observations as the environment gives them, in a batch, and includes their normalisation. Later
+        training does not change it.
+
+        Args:
+            actions: it returns the most likely action of each observation, as ``env.step`` wants it; else the
+                parameters ``[m, K]`` of the distribution of actions.
+        """
+        return export_module(self.policy, self.actions, actions)
 
     # --- saving ------------------------------------------------------------------------------------------------------
     def describe(self, kind: str) -> dict[str, Any]:

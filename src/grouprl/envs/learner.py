@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,6 +29,16 @@ from grouprl.runs.files import user_path
 LR_MIN = 1e-4
 LR_STEP = 1.5
 IMAGE_MICRO_BATCH = 512
+IMAGE_PIXELS = 4 * 84 * 84
+"""Numbers of an image up to which that many are differentiated at once; of larger ones fewer."""
+
+
+def _micro_batch(policy: Policy) -> int:
+    """Steps that one thread evaluates at once."""
+    pixels = sum(math.prod(shape) for shape in policy.observations.images.values())
+    if not pixels:
+        return UpdateSettings.micro_batch
+    return max(1, IMAGE_MICRO_BATCH * IMAGE_PIXELS // max(IMAGE_PIXELS, pixels))
 
 
 class Learner:
@@ -62,9 +73,11 @@ class Learner:
             objective=Objective.of(c, surrogate_function),
             max_grad_norm=c.max_grad_norm,
             kl_stop=2 * c.kl_target if c.lr_schedule == "adaptive" and c.kl_stop is None else c.kl_stop,
-            micro_batch=IMAGE_MICRO_BATCH if policy.encoders else UpdateSettings.micro_batch,
+            micro_batch=_micro_batch(policy),
         )
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()  # whoever switched gradients off, a script or an environment
     def learn(self, rollout: Rollout, advantages: Tensor, progress: float) -> UpdateStats:
         """One update of the policy from one batch; ``progress`` in [0, 1] drives the schedules."""
         keep = torch.nonzero(rollout.trainable)[:, 0]

@@ -13,7 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from grouprl.envs.collect import HISTORY_LIMIT, Collector
+from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
 from grouprl.envs.learner import Learner
@@ -22,7 +22,6 @@ from grouprl.envs.rollout import Rollout
 from grouprl.envs.spaces import ActionCodec
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
-from grouprl.objective import RandomFeatures
 from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions
 
 Metrics = dict[str, float]
@@ -96,8 +95,7 @@ class Loop:
         self.restart_episodes()
         if self.config.advantage == "baseline" and self.baseline is None:
             width = n_summary(observations.n_flat, dict(observations.images))
-            features = RandomFeatures.create(width, self.config.baseline_features, self.config.seed)
-            self.baseline = Baseline(features, horizon(venv) or DEFAULT_HORIZON)
+            self.baseline = Baseline.create(width, self.config, horizon(venv) or DEFAULT_HORIZON)
             self.baseline.weights = self._weights_of_baseline
 
     def detach(self) -> None:
@@ -118,9 +116,10 @@ class Loop:
         assert self.collector is not None
         since = self.collector.steps_since_reset
         far = since > RESTART_AFTER * (horizon(self.collector.venv) or DEFAULT_HORIZON)
-        if (may_restart and far) or since > HISTORY_LIMIT:
+        if (may_restart and far) or not self.collector.replayable:
             self.restart_episodes()
 
+    @torch.inference_mode(False)  # what is collected is differentiated
     def iterate(self, progress: float) -> Metrics:
         """Collect a batch, learn from it, and say what happened; ``progress`` in [0, 1] drives the schedules.
 

@@ -46,13 +46,15 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (n_inputs, *hidden, n_outputs)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=torch.float32) for a, b in pairwise(sizes))
         self.tanh = activation == "tanh"
         for i, layer in enumerate(self.layers):
             assert isinstance(layer, nn.Linear)
             nn.init.orthogonal_(layer.weight, output_gain if i == len(self.layers) - 1 else hidden_gain)
             nn.init.zeros_(layer.bias)
         self.prefer_native = native
+
+    __jit_unused_properties__ = ["native", "in_order"]  # noqa: RUF012 - read from the class by torch.jit.script
 
     @property
     def native(self) -> bool:
@@ -70,10 +72,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[m, n_inputs]`` -> ``[m, n_outputs]``."""
-        parameters = self.in_order
-        if x.device.type == "cpu" and x.dtype == torch.float32 and self._compiled(parameters, x.ndim, x.shape[-1]):
-            out: Tensor = _Compiled.apply(x, self.tanh, *parameters)  # type: ignore[no-untyped-call]
-            return out
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            parameters = self.in_order
+            plain = x.device.type == "cpu" and x.dtype == torch.float32 and not being_recorded()
+            if plain and self._compiled(parameters, x.ndim, x.shape[-1]):
+                out: Tensor = _Compiled.apply(x, self.tanh, *parameters)  # type: ignore[no-untyped-call]
+                return out
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -105,6 +109,11 @@ class MLP(nn.Module):
             return made
 
         return infer
+
+
+def being_recorded() -> bool:
+    """Whether torch is writing down the operations that run, to export or compile them: it would miss compiled code."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def fits(*tensors: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
 from grouprl.envs.mlp import MLP, kernels
+from grouprl.envs.own_network import check_network, dtype_of
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.errors import UsageError
 
@@ -22,6 +23,7 @@ Network = Callable[[int, int], nn.Module]
 """Builds a network from (inputs, outputs): takes ``[m, inputs]`` to ``[m, outputs]``."""
 
 CLIP_OBSERVATION = 10.0
+OBSERVED_COLUMNS = 1024
 ACTING_ROWS = 1024
 """Rows that act at once on a CPU. What is made and freed between what a batch keeps would leave holes in the heap."""
 
@@ -43,15 +45,15 @@ class ImageEncoder(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 16, 5, stride=2, padding=2),
+            nn.Conv2d(channels, 16, 5, stride=2, padding=2, dtype=torch.float32),
             nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1, dtype=torch.float32),
             nn.ReLU(),
-            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+            nn.Conv2d(32, 32, 3, stride=2, padding=1, dtype=torch.float32),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
-            nn.Linear(32 * 16, self.n_outputs),
+            nn.Linear(32 * 16, self.n_outputs, dtype=torch.float32),
             nn.ReLU(),
         )
         for layer in self.body:
@@ -61,7 +63,9 @@ class ImageEncoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.body(x.float() / 255.0)
+        layer = self.body[0]
+        assert isinstance(layer, nn.Conv2d)
+        out: Tensor = self.body(x.to(layer.weight.dtype) / 255.0)
         return out
 
 
@@ -98,12 +102,15 @@ class Policy(nn.Module):
                 config.native,
             )
             if network is None
-            else network(n_in, n_out)
+            else check_network(network(n_in, n_out), n_in, n_out)
         )
+        dtype = dtype_of(self.network)
+        self._double = dtype == torch.float64  # what goes in and comes out is float32 all the same
+        self.encoders.to(dtype)
         if self.gaussian:
             # The same length of the noise vector whatever the number of dimensions.
             start = -0.5 - 0.5 * math.log(n_out) if config.log_std_init is None else config.log_std_init
-            self.log_std = nn.Parameter(torch.full((n_out,), start))
+            self.log_std = nn.Parameter(torch.full((n_out,), start, dtype=dtype))
         self.normalize = config.normalize_observations and bool(observations.normalise.any())
         self._rescale = config.normalize_observations and bool((self.normalize | (observations.scale != 1)).any())
         d = observations.n_flat
@@ -113,6 +120,7 @@ class Policy(nn.Module):
         self.refresh()
 
     # --- normalisation -------------------------------------------------------------------------------------------
+    @np.errstate(all="ignore")
     def refresh(self) -> None:
         """Recompute what :meth:`prepare` uses from the buffers; call after loading them."""
         real = self.observations.normalise
@@ -121,20 +129,24 @@ class Policy(nn.Module):
         self._bound = np.where(real, np.float32(CLIP_OBSERVATION), np.float32(np.inf))
         self._scale = np.where(real, 1.0 / deviation, self.observations.scale).astype(np.float32)
 
+    @np.errstate(all="ignore")
     def observe(self, flat: np.ndarray) -> None:
         """Merge the rows of ``flat [m, D]`` (raw) into the running mean and variance (Chan et al. 1979)."""
         if not self.normalize or len(flat) == 0:
             return
         n = float(self.count)
         m = len(flat)
-        mean = torch.from_numpy(flat.mean(0, dtype=np.float64)).to(self.mean)
-        variance = torch.from_numpy(flat.var(0, dtype=np.float64)).to(self.mean)
+        # Some columns at a time: NumPy makes float64 of all that it is given.
+        parts = [flat[:, i : i + OBSERVED_COLUMNS] for i in range(0, flat.shape[1], OBSERVED_COLUMNS)]
+        mean = torch.from_numpy(np.concatenate([x.mean(0, dtype=np.float64) for x in parts])).to(self.mean)
+        variance = torch.from_numpy(np.concatenate([x.var(0, dtype=np.float64) for x in parts])).to(self.mean)
         delta = mean - self.mean
         self.mean += delta * (m / (n + m))
         self.variance.mul_(n / (n + m)).add_(variance * (m / (n + m)) + delta**2 * (n * m / (n + m) ** 2))
         self.count += m
         self.refresh()
 
+    @np.errstate(all="ignore")
     def prepare(self, encoded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Normalise the flat part with the current statistics; images pass through."""
         inputs = dict(encoded)
@@ -143,6 +155,13 @@ class Policy(nn.Module):
             flat *= self._scale
             inputs["flat"] = np.clip(flat, -self._bound, self._bound, out=flat)
         return inputs
+
+    def normalisation(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What :meth:`prepare` subtracts, multiplies by and clips to, each ``[D]`` of float32."""
+        if not self._rescale:
+            ones = np.ones(len(self._shift), np.float32)
+            return 0 * ones, ones, np.inf * ones
+        return self._shift, self._scale, self._bound
 
     def translate(self, inputs: Mapping[str, Tensor], other: Policy) -> dict[str, Tensor]:
         """Inputs prepared by ``other`` as this policy would have prepared them (their statistics may differ)."""
@@ -161,15 +180,15 @@ class Policy(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Distribution parameters ``[m, K]`` for ``m`` prepared inputs."""
         out = self.outputs(inputs)
-        return torch.cat([out, self.log_std.expand_as(out)], 1) if self.gaussian else out
+        return torch.cat([out, self.log_std.to(out).expand_as(out)], 1) if self.gaussian else out
 
     def outputs(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the network gives for ``m`` prepared inputs: :meth:`forward` without standard deviations."""
         parts = [inputs["flat"]] if "flat" in inputs else []
         parts += [encoder(inputs[key]) for key, encoder in zip(self.observations.images, self.encoders, strict=True)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        out: Tensor = self.network(x)
-        return out
+        out: Tensor = self.network(x.double() if self._double else x)
+        return out.float() if self._double else out
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """:meth:`forward` for acting: numpy in, numpy out, no gradient."""

@@ -220,6 +220,54 @@ class ObservationCodec:
         """[D], what gives a component unit root mean square: sqrt(n) in a one-hot of n equally likely values."""
         return self._scale
 
+    @property
+    def leaf_names(self) -> list[str]:
+        """Where each array of an observation stands, in the order of the space; one empty name if it is no Dict."""
+        return [_name(path) for path, _ in self._shapes]
+
+    @property
+    def mask_place(self) -> int:
+        """Which of the leaves is the mask of actions; -1 if none is."""
+        return -1 if self._mask_path is None else self._place(self._mask_path)
+
+    @property
+    def flat_leaves(self) -> list[tuple[int, tuple[list[int], list[int]] | None]]:
+        """The leaves that "flat" holds side by side: number of the leaf; lowest values and sizes of its one-hots, or
+        None for numbers.
+        """
+        return [
+            (
+                self._place(leaf.path),
+                None if isinstance(leaf, _Numbers) else (leaf.lowest.tolist(), [int(size) for size in leaf.sizes]),
+            )
+            for leaf in self._flat
+        ]
+
+    @property
+    def image_leaves(self) -> list[tuple[int, str]]:
+        """The leaves that are images, in the order of :attr:`images`: number of the leaf, and its axes in letters."""
+        return [(self._place(image.path), image.layout) for image in self._images.values()]
+
+    def _place(self, path: Path) -> int:
+        return next(i for i, (other, _) in enumerate(self._shapes) if other == path)
+
+    def name_of(self, key: str, component: int) -> str:
+        """Where a number of what :meth:`encode` gives comes from, in words.
+
+        Args:
+            key: of the array. component: place of the number in its row, flattened.
+        """
+        if key != "flat":
+            return f"observation {key.removeprefix('image:')!r}" if key != "image:" else "the image"
+        for leaf in self._flat:
+            width = leaf.stop - leaf.start if isinstance(leaf, _Numbers) else int(leaf.sizes.sum())
+            if component < width:
+                where = f"component {component}"
+                return f"{where} of {_name(leaf.path)!r}" if leaf.path else where
+            component -= width
+        return f"component {component}"
+
+    @np.errstate(all="ignore")  # what is too large becomes infinite, which is looked for
     def encode(self, observations: Any) -> dict[str, Array]:
         """The arrays of n observations in Gymnasium's batched layout (dicts and tuples of arrays [n, ...]).
 
@@ -355,6 +403,10 @@ class ActionCodec:
             self._low, self._high = low, high
             self._middle = np.where(bounded, low / 2 + high / 2, np.clip(0, low, high)).astype(compute)
             self._half_range = np.where(bounded, half_range, 1).astype(compute)
+
+    def affine(self) -> tuple[Array, Array, Array, Array]:
+        """Of a Box, flattened: low, high, middle and half range, as :meth:`to_env` uses them, each ``[A]``."""
+        return self._low, self._high, self._middle, self._half_range
 
     @property
     def mask_size(self) -> int:

@@ -12,6 +12,7 @@ Gymnasium resets the environments of a vector in one of three ways, and the step
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from grouprl.errors import GrouprlError, UsageError
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
+_NOTHING = nullcontext()
 
 
 class Stepped(NamedTuple):
@@ -102,7 +104,8 @@ class Stepper:
             TrainingError: an environment failed.
         """
         try:
-            self._obs, self._info = self.venv.reset(seed=seed)  # type: ignore[arg-type]  # a list is allowed
+            with self._checks.each_looked_at(self.venv):
+                self._obs, self._info = self.venv.reset(seed=seed)  # type: ignore[arg-type]  # a list is allowed
         except GrouprlError:
             raise
         except Exception as error:
@@ -180,7 +183,8 @@ class Stepper:
             TrainingError: an environment failed.
         """
         try:
-            obs, rewards, terminated, truncated, info = self.venv.step(env_actions)
+            with self._checks.each_looked_at(self.venv) if self._checks.looking else _NOTHING:
+                obs, rewards, terminated, truncated, info = self.venv.step(env_actions)
             rewards, terminated, truncated = self._checks.outcome(rewards, terminated, truncated)
             self._checks.batch(obs, info)
             done = np.logical_or(terminated, truncated)

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from grouprl.envs.finite import check_observations, check_rewards
 from grouprl.envs.rollout import Rollout
+from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.stepper import Array, Bools, Choice, Stepped
-from grouprl.errors import TrainingError
 
 Ints = npt.NDArray[np.int64]
 Prepare = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -76,7 +77,8 @@ class Trace:
         if stepped.last is not None:
             self.last_keys.append(len(self.rewards) * len(stepped.done) + stepped.ended)
             self.last.append(stepped.last)
-        self.rewards.append(np.array(stepped.rewards, np.float32))
+        with np.errstate(over="ignore"):  # a reward too large is found in pack
+            self.rewards.append(np.array(stepped.rewards, np.float32))
         self.terminated.append(np.array(stepped.terminated, bool))
         self.done.append(stepped.done)
 
@@ -94,7 +96,12 @@ class Trace:
 
 
 def pack(
-    trace: Trace, now: Mapping[str, Array], before: InFlight, prepare: Prepare, group_size: int | None
+    trace: Trace,
+    now: Mapping[str, Array],
+    before: InFlight,
+    observations: ObservationCodec,
+    prepare: Prepare,
+    group_size: int | None,
 ) -> tuple[Rollout, InFlight]:
     """Pack a trace of ``T`` vector steps of ``n`` environments: environment by environment, each in time.
 
@@ -102,6 +109,7 @@ def pack(
         trace: the steps; rows that are not valid are dropped.
         now: the encoded observation after the last step, each ``[n, ...]``: where a cut episode would go on.
         before: the episodes in flight when the batch began.
+        observations: what encoded them.
         prepare: makes the policy's inputs of encoded observations. Collection did so once to act; keeping its results
             beside the raw observations, which the statistics need, would take more memory and no less time.
         group_size: consecutive environments that share a start, or None if the batch is one group.
@@ -117,9 +125,9 @@ def pack(
     episodes, after = _account(at, rewards, before)
     raw = {key: at.pick([encoded[key] for encoded in trace.encoded]) for key in trace.encoded[0]}
     raw_last = _last_observations(trace, at, now)
-    _check_rewards(rewards, at.env, at.time)
-    check_observations(raw, at.env, at.time)
-    check_observations(raw_last, at.sample_env, at.sample_time + 1)
+    check_rewards(rewards, at.env, at.time)
+    check_observations(observations, raw, at.env, at.time)
+    check_observations(observations, raw_last, at.sample_env, at.sample_time + 1)
     terminated = at.pick(trace.terminated)[at.last]
     repeated = at.pick(trace.repeated) if trace.repeated else np.zeros(len(at.env), bool)
     tensor = torch.from_numpy
@@ -239,24 +247,3 @@ def _every_mask(trace: Trace) -> list[Array]:
     """The mask of each vector step, every action allowed where the environments named none."""
     everything = np.ones_like(next(mask for mask in trace.masks if mask is not None))
     return [everything if mask is None else mask for mask in trace.masks]
-
-
-def _check_rewards(rewards: Array, env: Array, time: Array) -> None:
-    if not np.isfinite(rewards).all():
-        i = int(np.argmin(np.isfinite(rewards)))
-        raise TrainingError(
-            f"environment {env[i]} returned the reward {rewards[i]} on step {time[i]} of this batch; rewards must be "
-            "finite numbers: fix the environment, or wrap it in gymnasium.wrappers.TransformReward"
-        )
-
-
-def check_observations(raw: Mapping[str, Array], env: Array, time: Array) -> None:
-    """Raise TrainingError if ``raw [m, ...]`` is not finite, naming environment ``env [m]`` and step ``time [m]``."""
-    for value in raw.values():
-        if not np.isfinite(value).all():
-            i, component = (int(x[0]) for x in np.nonzero(~np.isfinite(value.reshape(len(value), -1))))
-            raise TrainingError(
-                f"the observation of environment {env[i]} on step {time[i]} of this batch holds "
-                f"{value.reshape(len(value), -1)[i, component]} in component {component}; observations must be finite: "
-                "fix the environment, or wrap it in gymnasium.wrappers.TransformObservation"
-            )

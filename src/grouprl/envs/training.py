@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,9 @@ from grouprl.runs.trackers import check_trackers
 
 AVG_REWARD_EPISODES = 20
 """Episodes in ``avg_reward``, the name and the number of the chapter's script."""
+
+LEAST_PATIENCE = 5000
+"""Least steps of a greedy episode that is cut for want of an end."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ class Recorder:
         step = agent.num_timesteps
         if step >= self._next_eval:
             self._next_eval = step - step % self.run.eval_every + self.run.eval_every
+            self.evaluator.max_steps = _patience(agent) or self.evaluator.max_steps
             mean = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1).summary()[
                 "mean_return"
             ]
@@ -301,6 +306,8 @@ def _agent_of(path: Path) -> GRPO:
 
 
 def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | None) -> RunResult:
+    with suppress(Exception):  # a standard error that is no file
+        faulthandler.enable()  # an environment that ends the process by a signal is named, with its line
     with ExitStack() as stack:
         stack.callback(agent.close)
         recorder = Recorder(folder, run, agent, reward_threshold(agent.env_id), stack)
@@ -322,6 +329,12 @@ def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | 
         return _finish(folder, run, agent, recorder)
 
 
+def _patience(agent: GRPO) -> int | None:
+    """Steps after which a greedy episode is taken for one that never ends, by those of training; None: as usual."""
+    lengths = agent.loop.recent_lengths
+    return max(LEAST_PATIENCE, 10 * max(lengths)) if lengths else None
+
+
 def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> RunResult:
     """Evaluate, and leave summary, curve and video."""
     from grouprl.runs.plots import plot_run
@@ -331,7 +344,13 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         notes.append(skipped)
     with ThreadPoolExecutor(1) as pool:
         curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
-        final = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2).summary()
+        played = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2, max_steps=_patience(agent))
+        final = played.summary()
+        if played.cut:
+            notes.append(
+                f"{played.cut} of the last {len(played.returns)} greedy episodes were cut: they had not ended after "
+                f"{max(played.lengths)} steps"
+            )
         if run.video:
             notes += record_episodes(agent, folder.video_path)
         try:

@@ -7,6 +7,7 @@ parameters, and the numbers that were fixed when it was sampled. What is minimis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -139,13 +140,15 @@ def update(
     policy that is all but deterministic loses in one epoch, no reward may ever show it again.
 
     Raises:
-        TrainingError: there is no step, or the gradient is not finite; the parameters are left as they were before.
+        TrainingError: there is no step, or loss or gradient is not finite, which leaves the parameters as they were
+            after the step before; or the parameters are not, which leaves them as they were before the batch.
     """
     n = batch.logp_old.shape[0]
     if n == 0:
         raise TrainingError("the batch holds no step to learn from; collect more steps, or lower sticky")
     probe = torch.from_numpy(rng.permutation(n)[:2048]).to(batch.logp_old.device)
-    totals = torch.zeros(2, device=batch.logp_old.device)
+    totals = torch.zeros(2, device=batch.logp_old.device, dtype=torch.float32)
+    whole = parameters.values()
     steps, epoch = 0, 0
     norm_total = approx_kl = cut_share = 0.0
     undone = False
@@ -158,21 +161,31 @@ def update(
             )
             steps += 1
         if epoch == settings.epochs or settings.kl_stop is not None:
-            approx_kl, cut_share = _moved(batch, probe, settings.objective)
+            approx_kl, cut_share = _moved(batch, probe, settings)
             if settings.kl_stop is not None and not approx_kl <= settings.kl_stop:  # nor is it nan
+                _check_parameters(parameters, whole, steps)
                 if before is not None and not approx_kl <= UNDO_EPOCH_ABOVE * settings.kl_stop:
                     parameters.load(before)
                     undone = epoch == 1
                 break
+    _check_parameters(parameters, whole, steps)
     policy_loss_mean, kl = (totals / steps).tolist()
     return UpdateStats(policy_loss_mean, kl, cut_share, norm_total / steps, approx_kl, epoch, steps, undone)
 
 
+def _check_parameters(parameters: TrainedParameters, before: Tensor, steps: int) -> None:
+    """Raise TrainingError if the parameters are not finite after ``steps``; they are set to ``before [P]`` then."""
+    if not bool(torch.isfinite(parameters.values()).all()):
+        parameters.load(before)
+        raise TrainingError(f"parameters are not finite after {steps} gradient steps on a batch; {_ADVICE}")
+
+
 @torch.no_grad()
-def _moved(batch: Batch, probe: Tensor, objective: Objective) -> tuple[float, float]:
+def _moved(batch: Batch, probe: Tensor, settings: UpdateSettings) -> tuple[float, float]:
     """KL(old || new) on the steps ``probe [m]``, and the share of them that the loss bounds."""
-    logp, old = batch.evaluate(probe).logp, batch.logp_old[probe]
-    terms = policy_loss(objective, logp, Fixed(batch.advantages[probe], 1.0, old))
+    logp = torch.cat([batch.evaluate(part).logp for part in torch.split(probe, settings.micro_batch)])
+    old = batch.logp_old[probe]
+    terms = policy_loss(settings.objective, logp, Fixed(batch.advantages[probe], 1.0, old))
     cut = 0.0 if terms.cut is None else float((terms.cut[0] | terms.cut[1]).float().mean())
     return float(k3(old, logp).mean()), cut
 
@@ -207,7 +220,7 @@ def _by_autograd(
 ) -> tuple[Tensor, Tensor]:
     """Gradient ``[P]`` and sums [surrogate, KL] of the steps ``rows [m]``, a micro-batch at a time."""
     gradient: Tensor | None = None
-    sums = torch.zeros(2, device=batch.logp_old.device)
+    sums = torch.zeros(2, device=batch.logp_old.device, dtype=torch.float32)
     for i in rows.tensor_split(-(-len(rows) // settings.micro_batch)):
         terms = batch.evaluate(i)
         share: Tensor | float = 1.0 / denominator
@@ -218,6 +231,8 @@ def _by_autograd(
         sums[0] += (share * found.surrogate).sum()
         if found.kl is not None:
             sums[1] += (share * found.kl).sum()
+        if not math.isfinite(float(found.loss.detach())):
+            raise TrainingError(f"the loss is {float(found.loss.detach())}; {_ADVICE}")
         g = parameters.gradient_of(found.loss)
         gradient = g if gradient is None else gradient.add_(g)
     assert gradient is not None

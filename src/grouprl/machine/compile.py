@@ -101,13 +101,12 @@ class Kernels:
     def _load(self) -> ctypes.CDLL:
         if sys.platform != "linux" or not os.path.isdir("/proc/self/fd"):
             raise UnavailableError(f"compiled code is for Linux with /proc, this is {sys.platform}")
-        compiler = Compiler()
+        compiler = Compiler.of_the_system()
         import_module("torch")  # its OpenMP is the one the functions use
         _refuse_one_that_hung(compiler)
         try:
-            version = compiler.version()
             for variant in self.variants:
-                loaded = self._built(compiler, version, (*_FLAGS, *variant))
+                loaded = self._built(compiler, (*_FLAGS, *variant))
                 if self.accept(loaded):
                     return loaded
         except HangingCompilerError as error:
@@ -117,9 +116,9 @@ class Kernels:
             raise CompilationError(str(error)) from error
         raise UnavailableError("the system does not grant what the processor says it has")
 
-    def _built(self, compiler: Compiler, version: bytes, flags: Sequence[str]) -> ctypes.CDLL:
+    def _built(self, compiler: Compiler, flags: Sequence[str]) -> ctypes.CDLL:
         """The functions, kept or compiled now. Raises UnavailableError, or OSError if no folder will do."""
-        name = f"kernels-{self._key(version, flags)}.so"
+        name = f"kernels-{self._key(compiler, flags)}.so"
         problems = []
         for folder in _folders(make=True):
             try:
@@ -136,12 +135,12 @@ class Kernels:
         )
         return loaded
 
-    def _key(self, version: bytes, flags: Sequence[str]) -> str:
+    def _key(self, compiler: Compiler, flags: Sequence[str]) -> str:
         """What the result of compiling depends on."""
         digest = hashlib.sha256()
         for path in (*self.headers, *self.sources):
             digest.update(path.read_bytes())
-        for part in (version, " ".join(flags).encode(errors="surrogateescape"), _processor().encode()):
+        for part in (compiler.version, " ".join(flags).encode(errors="surrogateescape"), _processor().encode()):
             digest.update(part)
         return digest.hexdigest()[:20]
 
@@ -159,12 +158,18 @@ class Kernels:
             if loaded is not None:
                 return loaded
             with folder.scratch() as scratch:
-                scratch.write(name, compiler.library(self.sources, flags, SHARED, scratch))
+                made = Path(scratch / "made.so")
+                self._compile(compiler.command, flags, made)
+                scratch.write(name, made.read_bytes())
                 loaded = self._opened(scratch, name)
                 if loaded is None:
                     raise OSError(f"{folder.path}: what was written is not what is read")
                 folder.take(scratch, name)
                 return loaded
+
+    def _compile(self, command: Sequence[str], flags: Sequence[str], path: Path) -> None:
+        """Compile to `path`, and leave other files beside it. Raises CompilationError, or OSError if it is the disk."""
+        Compiler(command).compile(self.sources, flags, SHARED, path)
 
     def _opened(self, folder: PrivateFolder, name: str) -> ctypes.CDLL | None:
         """The library in `folder`, with every function that the sources export, or None if there is no sound one.

@@ -10,9 +10,8 @@ import signal
 import struct
 import subprocess
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-
-from grouprl.machine.private_folders import PrivateFolder
 
 ANSWER_WITHIN = 10.0
 """Seconds that a compiler has to say its version."""
@@ -34,24 +33,31 @@ class HangingCompilerError(CompilationError):
 
 
 class Compiler:
-    """The system's compiler: what ``$CC`` names, or else ``cc``, ``gcc`` or ``clang``.
+    """A C compiler.
 
-    Raises UnavailableError if there is none.
+    Args:
+        command: the words that start it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
+        first, *rest = command
+        # It will run in another folder.
+        self.command = [os.path.abspath(first) if os.sep in first else first, *rest]
+        self.name = shlex.join(self.command)
+
+    @classmethod
+    def of_the_system(cls) -> Compiler:
+        """What ``$CC`` names, or else ``cc``, ``gcc`` or ``clang``. Raises UnavailableError if there is none."""
         found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if found is None:
             raise UnavailableError("there is no C compiler (cc, gcc or clang; install gcc, or set CC)")
         try:
-            self.command = shlex.split(found)
+            command = shlex.split(found)
         except ValueError as error:
             raise UnavailableError(f"CC={found!r} is no command ({error})") from error
-        if not self.command:
+        if not command:
             raise UnavailableError(f"CC={found!r} is no command")
-        if os.sep in self.command[0]:  # it will run in another folder
-            self.command[0] = os.path.abspath(self.command[0])
-        self.name = shlex.join(self.command)
+        return cls(command)
 
     def identity(self) -> str:
         """A name for the program that ``$CC`` means now, found without running it."""
@@ -63,6 +69,7 @@ class Compiler:
                 parts.append(f"{os.path.realpath(path)} {info.st_size} {info.st_mtime_ns}")
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:20]
 
+    @cached_property
     def version(self) -> bytes:
         """What it says about itself. Raises UnavailableError."""
         done = self._run(["--version"], None, ANSWER_WITHIN)
@@ -70,8 +77,8 @@ class Compiler:
             raise UnavailableError(f"{self.name} --version failed")
         return done.stdout
 
-    def library(self, sources: Sequence[Path], flags: Sequence[str], headers: Path, scratch: PrivateFolder) -> bytes:
-        """A shared library of `sources`, which may include `headers`, made in the empty folder `scratch`.
+    def compile(self, sources: Sequence[Path], flags: Sequence[str], headers: Path, path: Path) -> None:
+        """Make a shared library of `sources`, which may include `headers`, at `path`; other files are left beside it.
 
         OpenMP's library is not linked: torch has loaded one, two would fight for the cores.
 
@@ -82,25 +89,20 @@ class Compiler:
         objects = [f"{source.stem}.o" for source in sources]
         for arguments in (
             [*flags, f"-I{headers}", "-c", *map(str, sources)],
-            ["-shared", *objects, "-o", "made.so", "-lm"],
+            ["-shared", *objects, "-o", path.name, "-lm"],
         ):
-            done = self._run(arguments, scratch, COMPILE_WITHIN)
+            done = self._run(arguments, path.parent, COMPILE_WITHIN)
             if done.returncode != 0:
                 said = done.stderr.decode(errors="replace").strip()
-                if any(reason in said for reason in _DISK_IS_FULL):
-                    raise OSError(
-                        f"{scratch.path.parent}: {next(reason for reason in _DISK_IS_FULL if reason in said)}"
-                    )
+                full = next((reason for reason in _DISK_IS_FULL if reason in said), None)
+                if full is not None:
+                    raise OSError(f"{self.name}: {full}")
                 raise CompilationError(f"{self.name} failed: {(said.splitlines() or ['no message'])[0]}")
-        made = Path(scratch / "made.so")
-        content = made.read_bytes() if made.is_file() else b""
+        content = path.read_bytes() if path.is_file() else b""
         if not _is_whole(content):
             raise CompilationError(f"{self.name} wrote no whole library ({len(content)} bytes)")
-        return content
 
-    def _run(
-        self, arguments: Sequence[str], folder: PrivateFolder | None, within: float
-    ) -> subprocess.CompletedProcess[bytes]:
+    def _run(self, arguments: Sequence[str], folder: Path | None, within: float) -> subprocess.CompletedProcess[bytes]:
         """Run it in `folder`, temporary files included, with all that it starts in a group that can be ended."""
         environment = {**os.environ, "LC_ALL": "C"}
         if folder is not None:
@@ -108,7 +110,7 @@ class Compiler:
         try:
             process = subprocess.Popen(
                 [*self.command, *arguments],
-                cwd=None if folder is None else folder / ".",
+                cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

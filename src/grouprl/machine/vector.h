@@ -30,6 +30,11 @@ INLINE vec larger(vec a, vec b) {
     return (vec)(((ivec)a & m) | ((ivec)b & ~m));
 }
 
+INLINE vec smaller(vec a, vec b) {
+    ivec m = a < b;
+    return (vec)(((ivec)a & m) | ((ivec)b & ~m));
+}
+
 INLINE float sum(vec v) {
     float s = 0;
     for (int i = 0; i < W; i++) s += v[i];
@@ -42,11 +47,12 @@ INLINE float largest(vec v) {
     return s;
 }
 
-/* exp(x) within 2 units in the last place for x <= 88; 0 below -87. */
+/* exp(x) within 2 units in the last place; 0 below -87, exp(88) above 88. What is no number stays so: the bounds come
+   first in the comparisons. */
 INLINE vec exponential(vec x) {
     const vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     ivec tiny = x < -87.0f;
-    x = larger(x, all(-87.0f));
+    x = smaller(all(88.0f), larger(all(-87.0f), x));
     vec n = x * 1.44269504f + magic - magic;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;

@@ -23,7 +23,7 @@ from grouprl.objective.advantages import (
     standardise,
     timestep,
 )
-from grouprl.objective.baseline import BaselineFit, RandomFeatures, fit_baseline
+from grouprl.objective.baseline import BaselineFit, RandomFeatures, Sketch, fit_baseline
 from grouprl.objective.divergences import (
     DIVERGENCES,
     bernoulli_kl,
@@ -61,6 +61,7 @@ __all__ = [
     "LossTerms",
     "Objective",
     "RandomFeatures",
+    "Sketch",
     "batch_returns",
     "bernoulli_kl",
     "beyond",

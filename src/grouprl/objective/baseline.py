@@ -7,6 +7,7 @@ generalised advantages, Schulman et al. 2016, arXiv 1506.02438.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ _OBSERVATION_LIMIT = 10.0
 _TIME_SCALE = 4.0  # elapsed lies in [0, 1]: stretched to the spread of a normalised observation
 _SMALLEST_POWER = 1e-3  # of a feature, where the ridge is scaled by it: a feature that is all but 0 stays tame
 _CONSTANT_RIDGE = 1e-6  # the mean return must not be shrunk; this only keeps the matrix regular
+_DUAL_ABOVE = 1024  # features up to which their own matrix costs little
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,40 @@ class RandomFeatures:
 
 
 @dataclass(frozen=True)
+class Sketch:
+    """Wide observations [S, D] as few sums [S, d]: each entry is added to one sum, with a random sign.
+
+    A regression costs the square of its width, and reading a batch costs the width: beyond some hundred entries the
+    first must not grow with the second. Scalar products stay the same in expectation. Source: feature hashing,
+    Weinberger et al. 2009, arXiv 0902.2206.
+
+    order [d * ceil(D / d)] holds the entries in the order in which they are dealt out to the sums, D for none;
+    sign [D].
+    """
+
+    order: Tensor
+    sign: Tensor
+    n_sums: int
+
+    @classmethod
+    def create(cls, n_observation: int, n_sums: int, seed: int) -> "Sketch":
+        """Draw order and signs; the same seed gives the same."""
+        rng = np.random.default_rng([seed, n_observation, n_sums])
+        order = np.full(n_sums * -(-n_observation // n_sums), n_observation)
+        order[:n_observation] = rng.permutation(n_observation)
+        sign = rng.choice(np.array([-1, 1], np.float32), n_observation)
+        return cls(torch.from_numpy(order), torch.from_numpy(sign), n_sums)
+
+    @torch.no_grad()
+    def __call__(self, observations: Tensor) -> Tensor:
+        """[S, d] float32 from observations [S, D], clipped to +-10 first."""
+        s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT) * self.sign.to(observations.device)
+        s = torch.nn.functional.pad(s, (0, 1))
+        dealt = s.index_select(1, self.order.to(s.device)).view(len(s), -1, self.n_sums)
+        return dealt.sum(1) / math.sqrt(dealt.shape[1])
+
+
+@dataclass(frozen=True)
 class BaselineFit:
     """What one fit leaves: weights [F] for the next one, and the batch's values and advantages under the fit."""
 
@@ -122,13 +158,13 @@ def fit_baseline(
 
     Each sweep regresses y = V + GAE(V), V from the weights so far, over n rows:
         w = (Phi'Phi + n ridge diag(max(diag(Phi'Phi) / n, 1e-3)))^-1 Phi'y        (constant feature: n 1e-6 instead)
-    The matrix is the same in every sweep and factored once, in float64. Without previous weights V starts at 0 and two
-    sweeps are added.
+    The matrix is the same in every sweep and factored once, in float64: [F, F] or, where there are more features than
+    rows, [n, n], which gives the same w. Without previous weights V starts at 0 and two sweeps are added.
 
     Raises UsageError on shapes or settings that do not fit, TrainingError if the fit is not finite.
     """
     _check(phi, phi_last, rewards, lengths, terminated, weights, ridge, sweeps)
-    factor = _factor(phi, ridge)
+    solve = _dual(phi, ridge) if phi.shape[1] > max(phi.shape[0], _DUAL_ABOVE) else _primal(phi, ridge)
 
     def evaluate(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values = phi @ w
@@ -139,8 +175,7 @@ def fit_baseline(
     w = phi.new_zeros(phi.shape[1]) if weights is None else weights.to(phi)
     for _ in range(sweeps if weights is not None else sweeps + 2):
         values, _, advantages = evaluate(w)
-        moment = phi.T @ (values + advantages)
-        w = torch.cholesky_solve(moment.to(factor).unsqueeze(1), factor).squeeze(1).to(phi)
+        w = solve(values + advantages)
     values, last_values, advantages = evaluate(w)
     if not bool(torch.isfinite(advantages).all()):
         raise TrainingError(
@@ -152,6 +187,44 @@ def fit_baseline(
     return BaselineFit(w, values, last_values, advantages, explained)
 
 
+_Solve = Callable[[Tensor], Tensor]
+"""From targets [n] to the weights [F] of their regression."""
+
+
+def _primal(phi: Tensor, ridge: float) -> _Solve:
+    factor = _factor(phi, ridge)
+
+    def solve(targets: Tensor) -> Tensor:
+        moment = phi.T @ targets
+        return torch.cholesky_solve(moment.to(factor).unsqueeze(1), factor).squeeze(1).to(phi)
+
+    return solve
+
+
+def _dual(phi: Tensor, ridge: float) -> _Solve:
+    """By the matrix [n, n]: (Phi'Phi + P)^-1 Phi' = P^-1 Phi' (Phi P^-1 Phi' + 1)^-1 for the diagonal penalty P."""
+    rows = phi.to("cpu", torch.float64)
+    penalty = _penalty(rows.square().sum(0), len(rows), ridge)
+    gram = _gram((rows / penalty.sqrt()).T)
+    if not bool(torch.isfinite(gram).all()):
+        raise TrainingError("the baseline's features are not finite; check the environment's observations.")
+    gram.diagonal().add_(1.0)
+    factor = torch.linalg.cholesky(gram)
+
+    def solve(targets: Tensor) -> Tensor:
+        weighed = torch.cholesky_solve(targets.to(factor).unsqueeze(1), factor).squeeze(1)
+        return (rows.T @ weighed / penalty).to(phi)
+
+    return solve
+
+
+def _penalty(power: Tensor, n: int, ridge: float) -> Tensor:
+    """[F]: what the ridge adds to the diagonal ``power`` [F] of Phi'Phi, n rows."""
+    penalty = ridge * power.clamp(min=n * _SMALLEST_POWER)
+    penalty[-1] = n * _CONSTANT_RIDGE
+    return penalty
+
+
 def _factor(phi: Tensor, ridge: float) -> Tensor:
     """Cholesky factor [F, F], float64 on the CPU, of the regularised Gram matrix of phi [n, F]."""
     info = torch.ones(())
@@ -161,10 +234,7 @@ def _factor(phi: Tensor, ridge: float) -> Tensor:
         gram = _gram(rows).to("cpu", torch.float64)
         if not bool(torch.isfinite(gram).all()):
             raise TrainingError("the baseline's features are not finite; check the environment's observations.")
-        n = rows.shape[0]
-        penalty = ridge * gram.diagonal().clamp(min=n * _SMALLEST_POWER)
-        penalty[-1] = n * _CONSTANT_RIDGE
-        gram.diagonal().add_(penalty)
+        gram.diagonal().add_(_penalty(gram.diagonal(), rows.shape[0], ridge))
         factor, info = torch.linalg.cholesky_ex(gram)
         if int(info) == 0:
             return torch.as_tensor(factor)
@@ -176,7 +246,8 @@ def _gram(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64):
         return rows.T @ rows
     array = rows.numpy()
-    return torch.from_numpy(array.T @ array)
+    with np.errstate(all="ignore"):  # what overflows is looked for
+        return torch.from_numpy(array.T @ array)
 
 
 def _check(

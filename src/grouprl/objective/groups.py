@@ -47,6 +47,10 @@ def check_ddof(ddof: int) -> None:
         raise UsageError(f"ddof must be 0 (divide by G) or 1 (divide by G - 1), got {ddof}.")
 
 
+LARGEST_RETURN = 1e18
+"""Of what is larger, float32 cannot hold the square; no estimator has use for it."""
+
+
 def group_returns(rewards: Tensor, lengths: Tensor, group: Tensor) -> Groups:
     """Sum the rewards [S] of each sample and describe its group.
 
@@ -58,9 +62,13 @@ def group_returns(rewards: Tensor, lengths: Tensor, group: Tensor) -> Groups:
         raise UsageError(f"rewards must be a floating-point tensor, got {rewards.dtype}; convert with .float().")
     wide = rewards.to(accumulator_dtype(rewards))
     returns = segment_sum(wide, lengths)
-    if not bool(torch.isfinite(returns).all()):
-        sample = int((~torch.isfinite(returns)).nonzero()[0])
-        raise TrainingError(f"sample {sample} has return {float(returns[sample])}; rewards must be finite numbers.")
+    fine = returns.abs() <= LARGEST_RETURN  # nor is NaN
+    if not bool(fine.all()):
+        sample = int((~fine).nonzero()[0])
+        raise TrainingError(
+            f"sample {sample} has return {float(returns[sample])}; rewards must be finite numbers, returns at most "
+            f"{LARGEST_RETURN:g}."
+        )
     _, ids, count = torch.unique(group, return_inverse=True, return_counts=True)
     zero = torch.zeros(count.shape[0], dtype=wide.dtype, device=wide.device)
     size = count[ids]

@@ -10,7 +10,7 @@ from torch import Tensor
 from grouprl.objective.divergences import sampled_kl_loss
 from grouprl.objective.losses import LOSSES, Objective
 from grouprl.objective.sequence import importance_logp, off_policy_mask
-from grouprl.objective.user_functions import per_token
+from grouprl.objective.user_functions import own_surrogate
 
 
 class Fixed(NamedTuple):
@@ -68,7 +68,8 @@ def policy_loss(
         count_cut: whether to say which steps are bounded.
 
     Sources: GRPO, arXiv 2402.03300 equation 3; the entries of `LOSSES` and `DIVERGENCES`.
-    Raises UsageError on shapes that do not fit, TrainingError if a user's surrogate returns something else than [m].
+    Raises UsageError on shapes that do not fit, TrainingError if a user's surrogate returns something else than
+    [m] finite numbers that depend on `logp`.
     """
     entry, advantages, effective = LOSSES[objective.loss_type], fixed.advantages, logp
     old = logp.detach() if fixed.logp_old is None else fixed.logp_old
@@ -81,7 +82,7 @@ def policy_loss(
     if own is None:
         surrogate = entry.surrogate(objective, effective, old, advantages, fixed.lengths)
     else:
-        surrogate = per_token("surrogate_function", own(effective, old, advantages), effective)
+        surrogate = own_surrogate(own, effective, old, advantages)
     if objective.off_policy_mask_threshold is not None:
         assert fixed.lengths is not None
         surrogate = surrogate * off_policy_mask(

@@ -23,11 +23,16 @@ def check_function(name: str, value: object, setting: str) -> None:
 
 
 def per_token(name: str, found: object, like: Tensor) -> Tensor:
-    """What the function ``name`` returned. Raises TrainingError unless it is a tensor of the shape of ``like``."""
+    """What the function ``name`` returned, on the device of ``like``.
+
+    Raises TrainingError unless it is a tensor of real numbers in the shape of ``like``.
+    """
     if not isinstance(found, Tensor) or found.shape != like.shape:
         what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise TrainingError(f"{name} returned {what}; it must be a tensor of shape {list(like.shape)}")
-    return found
+    if found.dtype == torch.bool or found.is_complex():
+        raise TrainingError(f"{name} returned a tensor of {found.dtype}; it must hold real numbers")
+    return found.to(like.device)
 
 
 def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
@@ -39,6 +44,26 @@ def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, g
     found = per_token("advantage_function", function(*given), rewards)
     if not bool(torch.isfinite(found).all()):
         raise TrainingError("advantage_function returned a number that is not finite; look for a division by 0")
+    found = found.detach()
+    return found if found.is_floating_point() else found.to(rewards.dtype)
+
+
+def own_surrogate(function: TensorFunction, logp: Tensor, logp_old: Tensor, advantages: Tensor) -> Tensor:
+    """The surrogate ``[S]`` by a user's function, each argument ``[S]``.
+
+    Raises TrainingError if it returns anything but one finite number per token or step, differentiable in ``logp``.
+    """
+    found = per_token("surrogate_function", function(logp, logp_old, advantages), logp)
+    if logp.requires_grad and not found.requires_grad:
+        raise TrainingError(
+            "surrogate_function returned a tensor that is not differentiable in logp, so nothing would be learned; "
+            "compute it of its first argument, without .detach(), .item(), numpy or torch.no_grad"
+        )
+    if not bool(torch.isfinite(found.detach()).all()) and bool(torch.isfinite(logp.detach()).all()):
+        raise TrainingError(
+            "surrogate_function returned a number that is not finite; look for a division by 0, or an exp of a large "
+            "difference of log-probabilities"
+        )
     return found
 
 

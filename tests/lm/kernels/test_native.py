@@ -31,6 +31,7 @@ from grouprl.lm.kernels import head as native_head
 from grouprl.lm.kernels.attention import attend
 from grouprl.lm.kernels.gradient import weight_gradient
 from grouprl.lm.kernels.linear import Linear
+from grouprl.lm.llama.between_products_c import BetweenProductsC
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.packed.attention import AttentionSpec, PackedAttention
 from grouprl.lm.packed.backbone import find_backbone
@@ -223,3 +224,26 @@ def test_a_matrix_unit_that_is_not_granted_is_done_without(monkeypatch: pytest.M
     low = learned(fused(model, torch.bfloat16), groups, weights)
     assert relative_error(low[1], naive(model, groups, weights)[1]) < 0.05
     assert "-mno-amx-tile" in asked[1]
+
+
+# --- values far out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_far_below_zero_is_shut(dtype: torch.dtype) -> None:
+    layer = BetweenProductsC.__new__(BetweenProductsC)
+    gates = torch.tensor([[-89.0, -90.0, -200.0, -1e4, -1e30, -88.0, 0.0, 1.0, 200.0, 1e4] + [0.0] * 6]).to(dtype)
+    found = layer.gate(torch.cat([gates, torch.ones_like(gates)], 1))
+    torch.testing.assert_close(found, nn.functional.silu(gates), rtol=1e-2, atol=1e-6)
+
+
+def test_what_is_no_number_stays_so() -> None:
+    logits = torch.zeros(3, 40)
+    logits[1, 7] = float("nan")
+    logp, entropy, _ = native_head.softmax(logits, torch.tensor([0, 0, 7]), 1.0, learning=False)
+    assert logp.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
+    q, k, v = torch.randn(3, 12, 1, 16).unbind(0)
+    k[3, 0, 2] = float("nan")
+    pack = Pack.of([Group([0] * 8, [[0] * 5])])
+    out = attend(q, k, v, pack.stretches, 0.25, None, torch.float32)
+    assert out.isnan().all((1, 2)).tolist() == [False] * 3 + [True] * 9

@@ -13,9 +13,10 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from grouprl.errors import UsageError
+from grouprl.lm.models.adapters import _rows_by_name
 from grouprl.lm.models.load import load
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.save import save_model
@@ -146,6 +147,10 @@ def test_embeddings_that_were_resized_are_saved_with_the_adapter(base: Path, tmp
 
 def test_embeddings_of_the_base_are_not_written_again(base: Path, tmp_path: Path) -> None:
     save_model(adapted(LORA, "default", base=base), None, tmp_path / "m")
+    assert _rows_by_name(str(base)) == 32
+    default = LlamaConfig()
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # which leaves out what is the default
+    assert _rows_by_name(str(tmp_path)) == default.vocab_size
     assert (tmp_path / "m" / "adapter_model.safetensors").stat().st_size < 8_000
     assert sorted(path.name for path in (tmp_path / "m").glob("*.safetensors")) == ["adapter_model.safetensors"]
 

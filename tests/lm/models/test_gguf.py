@@ -1,3 +1,5 @@
+import re
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from grouprl.errors import UsageError
 from grouprl.lm.models import gguf as ours
-from grouprl.lm.models.gguf import Stored, dequantize, load_gguf_model, load_gguf_tokenizer, read_gguf
+from grouprl.lm.models.gguf import load_gguf_model, load_gguf_tokenizer
+from grouprl.lm.models.gguf_file import Stored, dequantize, read_gguf
 from grouprl.lm.models.save import save_model
 
 theirs = pytest.importorskip("gguf", reason="pip install gguf accelerate")
@@ -175,6 +178,101 @@ def test_a_file_that_is_cut_short_is_named(file: Path, tmp_path: Path, share: fl
     (tmp_path / "cut.gguf").write_bytes(raw[: int(len(raw) * share)])
     with pytest.raises(UsageError, match=r"cut\.gguf"):
         load_gguf_model(tmp_path / "cut.gguf", torch.float32)
+
+
+def crafted(path: Path, metadata: dict[str, Any], tensors: dict[str, Stored]) -> Path:
+    """A file of these values, which may contradict one another."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value.encode())) + value.encode()
+
+    def typed(value: Any) -> tuple[int, bytes]:
+        match value:
+            case int():
+                return (4, struct.pack("<I", value)) if 0 <= value < 2**32 else (11, struct.pack("<q", value))
+            case float():
+                return 6, struct.pack("<f", value)
+            case str():
+                return 8, text(value)
+            case _:
+                kind = typed(value[0])[0] if value else 4
+                return 9, struct.pack("<IQ", kind, len(value)) + b"".join(typed(inner)[1] for inner in value)
+
+    head, body = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)), b""
+    for key, value in metadata.items():
+        kind, raw = typed(value)
+        head += text(key) + struct.pack("<I", kind) + raw
+    for name, stored in tensors.items():
+        shape = stored.shape[::-1]
+        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, stored.kind, len(body))
+        body += stored.raw.tobytes() + bytes(-len(stored.raw) % 32)
+    path.write_bytes(head + bytes(-len(head) % 32) + body)
+    return path
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("general.alignment", 0, "an alignment of 0"),
+    ("general.alignment", "x", "an alignment of 'x'"),
+    ("llama.block_count", 2**31, r"block_count is 2147483648|it has 2147483648 layers"),
+    ("llama.block_count", "x", "."),
+    ("llama.embedding_length", 10**12, "."),
+    ("llama.feed_forward_length", 10**12, "."),
+    ("llama.attention.head_count", 3, "."),
+    ("llama.attention.head_count_kv", [1, 1, 1], "."),
+    ("llama.attention.head_count", 0, "."),
+    ("llama.context_length", "x", "."),
+    ("llama.rope.freq_base", float("nan"), "."),
+    ("tokenizer.ggml.tokens", ["a"] * 264, "."),
+    ("tokenizer.ggml.tokens", 5, "."),
+    ("tokenizer.ggml.merges", ["nobody knows"], "."),
+    ("tokenizer.ggml.merges", 65536, "."),
+    ("tokenizer.ggml.eos_token_id", 10**6, "."),
+    ("tokenizer.ggml.token_type", [3], "."),
+]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "default"])
+@pytest.mark.parametrize(("key", "value", "said"), WRONG)
+def test_a_crafted_file_is_one_line_and_costs_no_more_than_its_size(
+    tmp_path: Path, pre: str, key: str, value: Any, said: str
+) -> None:
+    write(tmp_path / "good.gguf", pre=pre)
+    good = read_gguf(tmp_path / "good.gguf")
+    path = crafted(tmp_path / "bad.gguf", {**good.metadata, key: value}, dict(good.tensors))
+    lines = []
+    for load in (lambda: load_gguf_model(path, torch.float32), lambda: load_gguf_tokenizer(path)):
+        try:
+            load()
+        except UsageError as error:
+            lines.append(str(error))
+    assert lines or (pre == "default" and not key.startswith("llama"))  # Transformers is more lenient
+    assert all(len(line) < 500 and "\n" not in line and str(path) in line for line in lines)
+    assert not lines or any(re.search(said, line) for line in lines)
+
+
+def test_a_file_that_is_what_it_says_is_read(tmp_path: Path, file: Path) -> None:
+    good = read_gguf(file)
+    again = load_gguf_model(crafted(tmp_path / "same.gguf", dict(good.metadata), dict(good.tensors)), torch.float32)
+    expected = load_gguf_model(file, torch.float32).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(2**40, 64), (64,), (2**63, 2**63, 64), (0, 64), (1, 1, 1, 1, 64)])
+def test_a_tensor_that_is_not_there_is_named(tmp_path: Path, file: Path, shape: tuple[int, ...]) -> None:
+    good = read_gguf(file)
+    stored = good.tensors["token_embd.weight"]
+    tensors = {**good.tensors, "token_embd.weight": Stored(shape, stored.kind, stored.raw)}
+    with pytest.raises(UsageError, match=r"token_embd.weight"):
+        load_gguf_model(crafted(tmp_path / "bad.gguf", dict(good.metadata), tensors), torch.float32)
+
+
+@pytest.mark.parametrize("kind", [4, 8, 9])
+def test_a_list_longer_than_the_file_is_refused_before_it_is_made(tmp_path: Path, kind: int) -> None:
+    name = struct.pack("<Q", 1) + b"x"
+    head = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + name + struct.pack("<IIQ", 9, kind, 2**60)
+    (tmp_path / "bad.gguf").write_bytes(head + bytes(100))
+    with pytest.raises(UsageError, match="run past the end of the file"):
+        read_gguf(tmp_path / "bad.gguf")
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:

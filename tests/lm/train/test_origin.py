@@ -225,3 +225,16 @@ def test_of_a_large_dataset_rows_all_over_it_are_compared() -> None:
 
     assert source(None).fingerprint() == source(None).fingerprint()
     assert all(source(i).fingerprint() != source(None).fingerprint() for i in (0, 5_000, 9_997))
+
+
+def test_the_best_model_is_found_in_a_folder_that_was_moved(tmp_path: Path) -> None:
+    judged: dict[str, Any] = {
+        **SAVED, "eval_dataset": ROWS[:2], "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True,
+        "metric_for_best_model": "reward",
+    }  # fmt: skip
+    trainer(tmp_path / "a", reward=other, **judged).train()  # equal rewards: the first is the best
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = trainer(tmp_path / "b", reward=other, **{**judged, "max_steps": 3, "save_total_limit": 1})
+    again.train(resume_from_checkpoint=True)
+    assert Path(again.state.best_model_checkpoint) == tmp_path / "b" / "checkpoint-1"
+    assert sorted(path.name for path in (tmp_path / "b").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]

@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from grouprl import objective
+from grouprl.errors import TrainingError
 from grouprl.lm.rewards.call import total
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.estimators import ESTIMATORS, Estimation
 from grouprl.objective.packed import last_index
 from grouprl.objective.user_functions import TensorFunction, own_advantages
+
+_LARGEST = 1e30
+"""Of a return, in size: float32 holds 1e38, and sums of advantages and log-probabilities need some room."""
 
 
 def estimate_advantages(
@@ -24,7 +28,32 @@ def estimate_advantages(
         returns: ``[N]`` their weighted sum. lengths, group: ``[N]``.
         penalties: ``[S]`` what is taken from the reward at each token (KL in the reward), or None.
         own: a user's estimator, in the place of the settings'.
+
+    Raises TrainingError if rewards, penalties or advantages are too large to compute with.
     """
+    largest = float(returns.abs().max()) if len(returns) else 0.0
+    if not largest <= _LARGEST:
+        raise TrainingError(
+            f"the weighted sum of the rewards of a completion is {largest:g} in size, and at most {_LARGEST:g} can be "
+            "computed with; lower reward_weights, or scale the rewards"
+        )
+    if penalties is not None and not bool(penalties.isfinite().all()):
+        raise TrainingError(
+            "the divergence to the reference is not finite: the policy has moved too far from it; lower learning_rate, "
+            "raise beta, or set kl_estimator='k1'"
+        )
+    advantages = _advantages(config, rewards, weights, returns, lengths, group, penalties, own)
+    if not bool(advantages.isfinite().all()):
+        raise TrainingError(
+            f"advantages are not finite in float32, from rewards of up to {largest:g} in size; scale the rewards"
+        )
+    return advantages
+
+
+def _advantages(
+    config: GRPOConfig, rewards: Tensor, weights: Tensor, returns: Tensor, lengths: Tensor, group: Tensor,
+    penalties: Tensor | None, own: TensorFunction | None,
+) -> Tensor:  # fmt: skip
     if own is None and config.multi_objective_aggregation == "normalize_then_sum":
         return objective.gdpo(rewards, weights, lengths, group).float()
     steps = torch.zeros(int(lengths.sum()), dtype=torch.float64)

@@ -28,7 +28,8 @@ class Linear:
     The constructor copies the weights, so later changes of the weights have no effect.
 
     Args:
-        weights: tensors ``[out_i, k]``. k must be a multiple of 32. ``out`` is the sum of all out_i.
+        weights: tensors ``[out_i, k]``. k must be a multiple of 32, and every out_i but the last one of 16. ``out`` is
+            the sum of all out_i.
         biases: for each weight its bias ``[out_i]`` or None. An empty sequence means no biases.
         low: whether products run in bfloat16. Otherwise they run in float32.
         turns: whether the blocks of the weights alternate: the first block of each weight, then the second of each, and
@@ -42,6 +43,8 @@ class Linear:
         self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (), *, low: bool, turns: bool = False
     ) -> None:
         outs, k = [len(w) for w in weights], weights[0].shape[1]
+        assert not k % (2 * BLOCK)
+        assert not any(out % BLOCK for out in outs[:-1])
         blocks = [-(-out // BLOCK) for out in outs]
         packed = self._room(sum(blocks) * BLOCK * k, low)
         first = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.settings.config import GRPOConfig
+
+_log = logging.getLogger("grouprl")
 
 
 def make_optimizer(parameters: TrainedParameters, config: GRPOConfig) -> torch.optim.Optimizer:
@@ -24,6 +27,34 @@ def make_optimizer(parameters: TrainedParameters, config: GRPOConfig) -> torch.o
         groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
         fused=parameters.tensors[0].device.type in ("cpu", "cuda"),
     )  # fmt: skip
+
+
+_ASKED = 1 << 14
+"""Entries of a parameter that are looked at."""
+
+
+@torch.no_grad()
+def warn_if_steps_vanish(parameters: TrainedParameters, learning_rate: float) -> None:
+    """Warn if most bfloat16 weights are too large for a step of AdamW to move them.
+
+    A step moves an entry by about the learning rate. It rounds to nothing if that is less than half the distance to the
+    next number of bfloat16, which is 2^-7 for numbers from 1 to 2 and in proportion for others.
+    """
+    low = [p.flatten() for p in parameters.tensors if p.dtype == torch.bfloat16]
+    if not low:
+        return
+    entries = torch.cat([x[:: max(1, len(x) // _ASKED)].float().abs() for x in low])
+    half = torch.ldexp(torch.ones_like(entries), entries.frexp().exponent - 9) * (entries > 0)
+    stuck = float((half > learning_rate).float().mean())
+    if stuck > 0.5:
+        weight, needed = float(entries.median()), float(half.median())
+        _log.warning(
+            "learning_rate=%g moves only %.0f %% of the weights that are trained in bfloat16: a step of that size "
+            "rounds to nothing where numbers lie further apart, such as %.2g around the weight %.2g. Load the model "
+            "with dtype=torch.float32 (products run in bfloat16 even so, where the processor has it), or set "
+            "learning_rate above %.1g, which moves half of them",
+            learning_rate, 100 * (1 - stuck), 2 * needed, weight, needed,
+        )  # fmt: skip
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: GRPOConfig, total_steps: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grouprl.errors import TrainingError
 from grouprl.learning.gradient_step import gradient_step
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.learn.metrics import StepSums, cut_metrics, sums_of
 from grouprl.lm.policy.log_probs import MicroBatch, steps_of
 from grouprl.lm.policy.policy import Policy
+from grouprl.lm.sample.finite import all_finite, not_finite
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective import LOSSES, Fixed, Objective, policy_loss
 from grouprl.objective.packed import segment_ids, segment_sum
@@ -100,13 +103,34 @@ class Step:
                 terms = policy_loss(self.objective, tokens.logp, fixed)
                 terms.loss.backward()  # type: ignore[no-untyped-call]
                 assert fixed.lengths is not None
-                sums.add(sums_of(self.objective, terms, tokens.entropy, fixed.lengths))
+                here = sums_of(self.objective, terms, tokens.entropy, fixed.lengths)
                 logp = tokens.logp.detach().cpu()
+                self._check_finite(here, logp)
+                sums.add(here)
                 if not old_known:
                     mismatch.add(logp - samples.logp_sampled[index])
                 if remember and not old_known:
                     samples.remember_old(index, logp)
                 yield None
+
+    def _check_finite(self, sums: StepSums, logp: Tensor) -> None:
+        """Raise TrainingError if a number of a micro-batch is not finite: about the first that is not, in their order.
+
+        Args:
+            sums: those of the micro-batch. logp: ``[m]``.
+        """
+        if not all_finite(logp) or not math.isfinite(sums.entropy):
+            raise not_finite("log-probabilities of completions", self.policy.model)
+        if not math.isfinite(sums.kl):
+            raise TrainingError(
+                "the divergence to the reference is not finite: the policy has moved too far from it; lower "
+                "learning_rate, raise beta, or set kl_estimator='k1'"
+            )
+        if not math.isfinite(sums.loss):
+            raise TrainingError(
+                f"the loss is not finite ({sums.loss}), although log-probabilities are; the advantages or the ratios "
+                "to the old policy are too large: scale the rewards, or lower learning_rate"
+            )
 
 
 @dataclass
@@ -143,7 +167,8 @@ def optimizer_step(
     Args:
         on_gradient: called between clipping and stepping.
 
-    Raises TrainingError if the gradient is not finite; the parameters are left as they were.
+    Raises TrainingError if log-probabilities, divergence, loss or gradient are not finite; the parameters are left as
+    they were.
     """
     sums, mismatch = StepSums(), Mismatch()
     norm = gradient_step(

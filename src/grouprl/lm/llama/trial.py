@@ -82,7 +82,7 @@ def _differs_by(backbone: Backbone, layers: LlamaLayers) -> float:
     backbone.model.eval()
     hooks = [layer.register_forward_hook(compare) for layer in backbone.decoder.layers]
     try:
-        with nonzero_adapters(backbone.decoder), backbone.following(PackedAttention(pack)):
+        with nonzero_adapters(backbone.decoder), backbone.following(PackedAttention(pack)), backbone.one_dtype():
             backbone.hidden(pack.ids, pack.positions)
     finally:
         backbone.model.train(training)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grouprl.errors import UsageError, first_line
 from grouprl.lm.models.find import find_local
-from grouprl.lm.models.gguf import read_gguf
+from grouprl.lm.models.gguf_file import read_gguf
 from grouprl.lm.models.weight_files import difference, read, some
 
 CONFIG = "adapter_config.json"
@@ -146,9 +146,10 @@ def _rows_by_name(name: str | None) -> int | None:
     try:
         if place.suffix == ".gguf":
             return read_gguf(place).tensors["token_embd.weight"].shape[0]
-        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        return int(config.get("text_config", config)["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        from transformers import AutoConfig  # a file leaves out what is the architecture's default
+
+        return int(AutoConfig.from_pretrained(place, local_files_only=True).get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError):
         return None
 
 

@@ -30,5 +30,5 @@ def explained(
         ) from error
     except ImportError as error:
         raise UsageError(f"Cannot load {what}: {missing_package or first_line(error)}.") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # foreign files make foreign code raise anything
         raise UsageError(f"Cannot load {what}: {describe(error)}.") from error

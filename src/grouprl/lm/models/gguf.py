@@ -1,4 +1,4 @@
-"""Models in GGUF files, the format of llama.cpp: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""Models in GGUF files, the format of llama.cpp.
 
 Two ways lead to the same plain model. Transformers reads every architecture it knows, but parses the vocabulary over
 and over in Python: 13 s for SmolLM2-135M. The SmolLM family, to which grouprl falls back without a network, is read
@@ -8,45 +8,22 @@ here directly, in about 2 s; a test holds one against the other.
 from __future__ import annotations
 
 import copy
-import mmap
-import struct
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import UsageError, first_line, shown
 from grouprl.lm.models.explain import explained
+from grouprl.lm.models.gguf_file import DEQUANTIZE, GGUF, damaged_gguf, dequantize, is_number, read_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 _CONTROL = 3  # the type of a token that text never spells, such as <|im_end|>
-_ALIGNMENT = 32
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor as it lies in the file: its shape in PyTorch's order, its ggml type and its bytes."""
-
-    shape: tuple[int, ...]
-    kind: int
-    raw: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class GGUF:
-    """What a GGUF file holds; the tensors are mapped, not read."""
-
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
 
 
 def load_gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -55,7 +32,7 @@ def load_gguf_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises UsageError if the file is missing, damaged, or of an architecture that nobody reads.
     """
     gguf = read_gguf(path)
-    if _is_smollm(gguf) and all(tensor.kind in _DEQUANTIZE for tensor in gguf.tensors.values()):
+    if _is_smollm(gguf) and all(tensor.kind in DEQUANTIZE for tensor in gguf.tensors.values()):
         return _smollm(gguf, path, dtype)
     return _model_through_transformers(gguf, path, dtype)
 
@@ -64,115 +41,6 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file, with its special tokens and chat template. Raises as `load_gguf_model`."""
     gguf = read_gguf(path)
     return _byte_level_tokenizer(gguf, path) if _is_smollm(gguf) else _tokenizer_through_transformers(gguf, path)
-
-
-def read_gguf(path: Path) -> GGUF:
-    """The metadata and the mapped tensors of a GGUF file. Raises UsageError if it is none or is cut short."""
-    try:
-        if not path.is_file():
-            raise UsageError(f"There is no file {path}. Give the path of a .gguf file, a folder or a hub id.")
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        if bytes(data[:4]) != b"GGUF":
-            raise UsageError(f"{path} is no GGUF file: it does not begin with the letters GGUF.")
-        return _parse(data)
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path} is an empty, cut short or damaged GGUF file ({error}). Download it again.") from error
-    except OSError as error:
-        raise UsageError(f"Cannot read {path}: {error.strerror or error}.") from error
-
-
-class _Reader:
-    """Little-endian values one after another."""
-
-    def __init__(self, data: memoryview) -> None:
-        self.data, self.position = data, 0
-
-    def scalars(self, codes: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + codes, self.data, self.position)
-        self.position += struct.calcsize("<" + codes)
-        return values
-
-    def string(self) -> str:
-        (length,) = self.scalars("Q")
-        start, self.position = self.position, self.position + length
-        if self.position > len(self.data):
-            raise ValueError("a text runs past the end of the file")
-        return str(self.data[start : self.position], "utf-8")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            element, count = self.scalars("IQ")
-            if element in _SCALARS:
-                return list(self.scalars(f"{count}{_SCALARS[element]}"))
-            return [self.value(element) for _ in range(count)]
-        return self.scalars(_SCALARS[kind])[0]
-
-
-def _parse(data: memoryview) -> GGUF:
-    reader = _Reader(data)
-    _, version, n_tensors, n_metadata = reader.scalars("4sIQQ")
-    if version not in (2, 3):
-        raise ValueError(f"version {version}, not 2 or 3")
-    metadata = {}
-    for _ in range(n_metadata):
-        key = reader.string()
-        metadata[key] = reader.value(*reader.scalars("I"))
-    table = []
-    for _ in range(n_tensors):
-        name = reader.string()
-        shape = reader.scalars(f"{reader.scalars('I')[0]}Q")[::-1]  # ggml counts the fastest dimension first
-        table.append((name, shape, *reader.scalars("IQ")))
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
-    start = -(-reader.position // alignment) * alignment
-    raw = np.frombuffer(data, np.uint8)
-    tensors = {}
-    for name, shape, kind, offset in table:
-        numel = int(np.prod(shape))
-        block, size = _BLOCKS.get(kind, (1, 0))  # the bytes of an unknown type are nobody's here
-        begin, end = start + offset, start + offset + numel // block * size
-        if end > len(raw):
-            raise ValueError(f"tensor {name} runs past the end of the file")
-        tensors[name] = Stored(shape, kind, raw[begin:end])
-    return GGUF(metadata, tensors)
-
-
-# --- de-quantisation: bytes of whole blocks [blocks, bytes] -> float32 [blocks, values], ggml-quants.c ----------------
-
-
-def _half(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(raw).view(np.float16).astype(np.float32)
-
-
-def _q4_1(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """32 values of 4 bits: scale, minimum, the first sixteen in the low halves of the bytes, the others in the high."""
-    scale, least, packed = _half(raw[:, :2]), _half(raw[:, 2:4]), raw[:, 4:]
-    return scale * np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32) + least
-
-
-def _q8_0(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """32 values of 8 bits: scale, then the signed values."""
-    return _half(raw[:, :2]) * np.ascontiguousarray(raw[:, 2:]).view(np.int8).astype(np.float32)
-
-
-_F32, _F16, _Q4_1, _Q8_0 = 0, 1, 3, 8
-_BLOCKS = {_F32: (1, 4), _F16: (1, 2), _Q4_1: (32, 20), _Q8_0: (32, 34)}  # values and bytes of a block
-_DEQUANTIZE: Mapping[int, Callable[[NDArray[np.uint8]], NDArray[np.float32]]] = {
-    _F32: lambda raw: np.ascontiguousarray(raw).view(np.float32),
-    _F16: _half,
-    _Q4_1: _q4_1,
-    _Q8_0: _q8_0,
-}
-
-
-def dequantize(stored: Stored) -> torch.Tensor:
-    """The tensor in float32, a copy."""
-    values = _DEQUANTIZE[stored.kind](stored.raw.reshape(-1, _BLOCKS[stored.kind][1]))
-    return torch.tensor(values.reshape(stored.shape), dtype=torch.float32)
 
 
 # --- the SmolLM family -----------------------------------------------------------------------------------------------
@@ -188,6 +56,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_NORMS = ("attn_norm", "ffn_norm")
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -218,26 +87,28 @@ def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def _smollm(gguf: GGUF, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    meta = gguf.metadata
-    try:
-        heads, kv_heads = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
+    with _held_against_the_file(path):
+        meta = gguf.metadata
+        layers = _number(meta, "llama.block_count")
+        heads, kv_heads = _number(meta, "llama.attention.head_count"), _number(meta, "llama.attention.head_count_kv")
+        width, inner = _number(meta, "llama.embedding_length"), _number(meta, "llama.feed_forward_length")
+        vocabulary, ids = len(_tokens(meta)), _special_ids(meta)
+        _check_shapes(gguf, layers, heads, kv_heads, width, inner, vocabulary)
         config = LlamaConfig(
-            vocab_size=len(meta["tokenizer.ggml.tokens"]),
-            hidden_size=meta["llama.embedding_length"],
-            intermediate_size=meta["llama.feed_forward_length"],
-            num_hidden_layers=meta["llama.block_count"],
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            max_position_embeddings=meta["llama.context_length"],
-            rms_norm_eps=float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # a float32: 9.99999974e-06
-            rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
+            max_position_embeddings=_number(meta, "llama.context_length"),
+            rms_norm_eps=float(f"{_number(meta, 'llama.attention.layer_norm_rms_epsilon', float):.6g}"),  # a float32
+            rope_parameters={"rope_type": "default", "rope_theta": _number(meta, "llama.rope.freq_base", float)},
             tie_word_embeddings="output.weight" not in gguf.tensors,
-            bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
-            eos_token_id=meta.get("tokenizer.ggml.eos_token_id"),
-            pad_token_id=meta.get("tokenizer.ggml.padding_token_id"),
+            bos_token_id=ids.get("bos"),
+            eos_token_id=ids.get("eos"),
+            pad_token_id=ids.get("padding"),
         )
-    except KeyError as error:
-        raise UsageError(f"{path} is a damaged GGUF file: it lacks {error}. Download it again.") from error
     weights: dict[str, torch.Tensor] = {}
     for name, stored in gguf.tensors.items():
         weight = dequantize(stored)
@@ -247,35 +118,108 @@ def _smollm(gguf: GGUF, path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return _with_weights(LlamaForCausalLM, config, weights, path, dtype)
 
 
-def _byte_level_tokenizer(gguf: GGUF, path: Path) -> PreTrainedTokenizerBase:
+@contextmanager
+def _held_against_the_file(path: Path) -> Iterator[None]:
     try:
-        return _build_tokenizer(gguf.metadata)
-    except (KeyError, ValueError, IndexError) as error:
-        raise UsageError(f"{path} is a damaged GGUF file: its vocabulary, {error!r}. Download it again.") from error
+        yield
+    except UsageError:
+        raise
+    except (ValueError, KeyError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise damaged_gguf(path, reason) from error
 
 
-def _build_tokenizer(meta: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def _number(meta: Mapping[str, Any], key: str, kind: type = int) -> Any:
+    """A number above 0 of the metadata. Raises ValueError if it is none, KeyError if it is not there."""
+    value = meta[key]
+    if not is_number(value, kind) or value <= 0:
+        raise ValueError(f"{key} is {shown(value)}, not a number above 0")
+    return value
+
+
+def _tokens(meta: Mapping[str, Any]) -> list[str]:
+    tokens = meta["tokenizer.ggml.tokens"]
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError("its vocabulary is no list of texts")
+    if len(set(tokens)) != len(tokens):
+        raise ValueError("its vocabulary holds a token twice")
+    return tokens
+
+
+def _special_ids(meta: Mapping[str, Any]) -> dict[str, int]:
+    """The special tokens that are named, by llama.cpp's name for them."""
+    n, ids = len(_tokens(meta)), {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        value = meta.get(f"tokenizer.ggml.{name}_token_id")
+        if value is None:
+            continue
+        if not is_number(value, int) or not 0 <= value < n:
+            raise ValueError(f"its {name} token is {shown(value)} of {n} tokens")
+        ids[name] = value
+    return ids
+
+
+def _check_shapes(gguf: GGUF, layers: int, heads: int, kv_heads: int, width: int, inner: int, vocabulary: int) -> None:
+    """Raise ValueError unless the tensors are those of a Llama of these sizes."""
+    if layers * len(_NAMES) > len(gguf.tensors):
+        raise ValueError(f"it says it has {layers} layers, and holds {len(gguf.tensors)} tensors")
+    if width % heads or heads % kv_heads or width // heads % 2:
+        raise ValueError(f"{heads} heads, {kv_heads} of keys and values, do not divide a width of {width}")
+    keys = width // heads * kv_heads
+    shapes: dict[str, tuple[int, ...]] = {"attn_k": (keys, width), "attn_v": (keys, width), "ffn_down": (width, inner)}
+    shapes |= dict.fromkeys(("ffn_gate", "ffn_up"), (inner, width)) | dict.fromkeys(_NORMS, (width,))
+    expected: dict[str, tuple[int, ...]] = {
+        f"blk.{layer}.{part}.weight": shapes.get(part, (width, width)) for layer in range(layers) for part in _NAMES
+    }
+    expected |= {"token_embd.weight": (vocabulary, width), "output_norm.weight": (width,)}
+    if "output.weight" in gguf.tensors:
+        expected["output.weight"] = (vocabulary, width)
+    for name in sorted(expected.keys() | gguf.tensors.keys()):
+        shape = gguf.tensors[name].shape if name in gguf.tensors else None
+        if shape != expected.get(name):
+            raise ValueError(f"tensor {name} has the shape {shape} and not {expected.get(name)}")
+
+
+def _byte_level_tokenizer(gguf: GGUF, path: Path) -> PreTrainedTokenizerBase:
+    with _held_against_the_file(path):
+        tokens, ids = _tokens(gguf.metadata), _special_ids(gguf.metadata)
+        return _build_tokenizer(gguf.metadata, tokens, ids, _merges(gguf.metadata, tokens))
+
+
+def _merges(meta: Mapping[str, Any], tokens: list[str]) -> list[tuple[str, str]]:
+    known, merges, stored = set(tokens), [], meta["tokenizer.ggml.merges"]
+    for merge in stored if isinstance(stored, list) else [stored]:
+        parts = merge.split(" ") if isinstance(merge, str) else []
+        if len(parts) != 2 or not known.issuperset((*parts, "".join(parts))):
+            raise ValueError(f"its vocabulary does not have the merge {shown(merge)}")
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _build_tokenizer(
+    meta: Mapping[str, Any], tokens: list[str], ids: Mapping[str, int], merges: list[tuple[str, str]]
+) -> PreTrainedTokenizerBase:
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    tokens: list[str] = meta["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    template, types = meta.get("tokenizer.chat_template"), meta["tokenizer.ggml.token_type"]
+    if not isinstance(template, str | None) or not isinstance(types, list):
+        raise ValueError("its chat template is no text, or its types of tokens are no list")
     backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     backend.pre_tokenizer = _smollm_pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
-    control = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
+    control = zip(tokens, types, strict=True)
     backend.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) for t, kind in control if kind == _CONTROL]
     )
     keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
     tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
-        model_max_length=meta["llama.context_length"],
+        model_max_length=_number(meta, "llama.context_length"),
         clean_up_tokenization_spaces=False,
-        **{name: tokens[i] for name, i in ids.items() if i is not None},
+        **{name: tokens[ids[key]] for name, key in keys.items() if key in ids},
     )
-    tokenizer.chat_template = meta.get("tokenizer.chat_template")
+    tokenizer.chat_template = template
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
@@ -305,6 +249,11 @@ def _with_weights(
     return model
 
 
+_NO_SIZES = ("context_length", ".sliding_window", "temperature_length", "chunk_size", "scaling.factor")
+_SMALL = 256
+"""Numbers that cost nothing, however large they are."""
+
+
 # --- everything else -------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +265,7 @@ def _model_through_transformers(gguf: GGUF, path: Path, dtype: torch.dtype) -> P
     if unpacked is not None:
         options["quantization_config"] = unpacked(dequantize=True)
     with _explained(gguf, path):
+        _check_size(gguf, path)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
     # The loaded model counts as quantised and refuses to be saved; a plain one takes over its weights.
     config = copy.deepcopy(loaded.config)
@@ -334,9 +284,43 @@ def _tokenizer_through_transformers(gguf: GGUF, path: Path) -> PreTrainedTokeniz
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def _explained(gguf: GGUF, path: Path) -> AbstractContextManager[None]:
-    return explained(
-        f"{path} of the architecture {gguf.metadata.get('general.architecture')!r}",
+def _check_size(gguf: GGUF, path: Path) -> None:
+    """Raise ValueError if the metadata describe a larger model than the file holds weights for.
+
+    Transformers would make what is missing: layer after layer, or terabytes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored = sum(math.prod(tensor.shape) for tensor in gguf.tensors.values())
+    architecture = gguf.metadata.get("general.architecture")
+    given: Any = gguf.metadata.get(f"{architecture}.embedding_length")
+    width = int(given) if is_number(given, int) and given > 0 else 1
+    for key, value in gguf.metadata.items():
+        if not key.startswith(f"{architecture}."):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}")
+        if key.endswith(_NO_SIZES):
+            continue
+        layers, is_width = key.endswith(".block_count"), key.endswith(".embedding_length")
+        most = len(gguf.tensors) if layers else 2 * stored // (1 if is_width else width)  # a matrix at the least
+        numbers = [one for one in (value if isinstance(value, list) else [value]) if is_number(one, int)]
+        if any(abs(number) > max(most, _SMALL) for number in numbers):
+            raise ValueError(f"{key} is {shown(value)}, more than the {len(gguf.tensors)} tensors in it can hold")
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    with torch.device("meta"):
+        model: Any = cast(Any, AutoModelForCausalLM).from_config(config)
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if needed > 1.1 * stored + 1_000_000:
+        raise ValueError(f"it describes a model of {needed} weights and holds {stored}")
+
+
+@contextmanager
+def _explained(gguf: GGUF, path: Path) -> Iterator[None]:
+    what = f"{path} of the architecture {shown(gguf.metadata.get('general.architecture'))}"
+    with explained(
+        what,
         lambda error: f"{first_line(error)}. Give the folder or hub id of the original model instead",
         "it needs two more packages: pip install gguf accelerate",
-    )
+    ):
+        yield

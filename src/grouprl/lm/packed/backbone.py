@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grouprl.lm.models.context import read_setting, rotates_by_length
 from grouprl.lm.packed import attention
 from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec, PackedAttention, UnsupportedError
-from grouprl.lm.packed.low_precision import is_touched
+from grouprl.lm.packed.low_precision import LowPrecision, is_touched
 from grouprl.lm.packed.packing import Group, Pack
-from grouprl.lm.packed.trial import Trial, own_pass, plain_logits, read_setting
+from grouprl.lm.packed.trial import Trial, own_pass, plain_logits
 
 _TOLERANCE = 1e-3
 """The largest allowed difference in nats between log-probabilities of the packed and the plain pass."""
@@ -53,8 +54,7 @@ class Backbone:
             raise UnsupportedError(
                 f"parameters of {type(self.core).__name__} have hooks, which packed passes do not run"
             )
-        rope = read_setting(self.core.config.get_text_config(), "rope_parameters") or {}
-        if any(rope_type in str(rope) for rope_type in ("'dynamic'", "'longrope'")):
+        if rotates_by_length(self.core.config):
             raise UnsupportedError(
                 f"{type(self.core).__name__} rotates positions by the length of the longest sequence"
             )
@@ -86,6 +86,14 @@ class Backbone:
         hidden: Tensor = out.last_hidden_state
         return hidden[0]
 
+    def one_dtype(self) -> AbstractContextManager[Any]:
+        """Run the layers of a model with weights of several dtypes in float32, while the context is open.
+
+        Such a model may not run by itself, such as one whose norms were kept in float32.
+        """
+        mixed = len({p.dtype for p in self.model.parameters()}) > 1
+        return LowPrecision(self.model, torch.float32).exactly() if mixed else nullcontext()
+
     @cached_property
     def asked(self) -> dict[nn.Module, AttentionSpec]:
         """The attention settings of each attention layer."""
@@ -101,7 +109,7 @@ class Backbone:
         sizes: list[int] = []
         pack = Pack.of([Group([0], ())], self.device)
         plan = PackedAttention(pack, keep=lambda _, k, v: sizes.append(k.numel() + v.numel()))
-        with torch.no_grad(), self.following(plan):
+        with torch.no_grad(), self.following(plan), self.one_dtype():
             self.hidden(pack.ids, pack.positions)
         return plan.asked, sum(sizes)
 

@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from grouprl.errors import UsageError
+from grouprl.lm.llama.adapters import nonzero_adapters
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
-from grouprl.lm.policy.log_probs import LogProbs
+from grouprl.lm.policy.log_probs import LogProbs, check_logits
 from grouprl.lm.policy.reference import Reference
 from grouprl.lm.policy.trial import PolicyTrial
 from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.finite import NotFiniteError, not_finite
 from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
 from grouprl.lm.sample.sampler import Sampler, Steps
@@ -54,8 +56,8 @@ class Policy:
         reference: the reference model of the KL divergence, or None if ``beta`` is 0.
 
     Raises:
-        UsageError: ``config`` asks for bfloat16 on a device that does not have it, ``ref_model`` does not fit, or no
-            path gives the log-probabilities of the model's own forward pass.
+        UsageError: ``config`` asks for bfloat16 on a device that does not have it, ``ref_model`` does not fit, the
+            logits of a model are not finite, or no path gives the log-probabilities of the model's own forward pass.
     """
 
     def __init__(self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None) -> None:
@@ -67,15 +69,18 @@ class Policy:
         low = fast if config.bf16 is None else config.bf16
         weight_dtype = next(model.parameters()).dtype
         dtype = torch.bfloat16 if low or weight_dtype == torch.bfloat16 else torch.float32
+        check_logits("the model's logits", model)
         self.precision = LowPrecision(model, dtype, config.native)
         if config.gradient_checkpointing:  # before the trials, as it changes how the model learns
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
         trial = PolicyTrial(model, self.precision.dtype)
-        self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
-        self.packed = self.log_probs.backbone is not None
+        ends = eos_token_ids(model, tokenizer)
+        with nonzero_adapters(model):
+            self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
+            self.packed = self.log_probs.backbone is not None
+            self.sampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
         if not self.packed and config.attention == "auto":
             _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
-        self.sampler = self._find_sampler(eos_token_ids(model, tokenizer), tokenizer.pad_token_id, trial)
         self.reference = self._reference(ref_model)
 
     def sample(
@@ -100,8 +105,13 @@ class Policy:
 
         Raises:
             UsageError: ``adjust`` is given, but the packed paths do not run the model.
+            TrainingError: the logits of the model are not finite.
         """
-        return self.sampler.sample(prompts, group_size, settings or sampling_settings(self.config), generator, adjust)
+        settings = settings or sampling_settings(self.config)
+        try:
+            return self.sampler.sample(prompts, group_size, settings, generator, adjust)
+        except NotFiniteError:
+            raise not_finite("the model's logits", self.model) from None
 
     def _find_learner(self, model: Any, precision: LowPrecision, trial: PolicyTrial) -> tuple[LogProbs, str]:
         """The fastest learner that agrees with the model's own forward pass, and why it is not a packed one, or "".
@@ -130,7 +140,7 @@ class Policy:
                     _log.warning("%s learns more slowly, without fused layers: %s", _class(model), why)
         budget = config.tokens_per_micro_batch or _TOKENS
         learner = LogProbs(model, None, precision, config.temperature, budget, dropout, config.native)
-        wrong = trial.learner(learner) or trial.causality()
+        wrong = trial.learner(learner) or trial.causality() or trial.gradient(learner)
         if wrong:
             raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
         return learner, why
@@ -173,12 +183,14 @@ class Policy:
                     "is then the model as it is now), or pass a copy"
                 )
             ref_model = ref_model.to(self.device)
+            check_logits("the logits of ref_model", ref_model)
             # The parameters of ref_model keep requires_grad=True, although nothing computes their gradients. torch uses
             # other products for weights without it, and these round differently. The KL divergence between a model and
             # its copy would then not be 0.
             precision = LowPrecision(ref_model, self.precision.dtype, self.config.native)
             trial = PolicyTrial(ref_model, precision.dtype)
-            other = ref_model, self._find_learner(ref_model, precision, trial)[0]
+            with nonzero_adapters(ref_model):
+                other = ref_model, self._find_learner(ref_model, precision, trial)[0]
         reference = Reference(self.model, self.log_probs, other)
         if self.config.sync_ref_model:
             reference.check_can_follow()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.policy.log_probs import LogProbs, MicroBatch
+from grouprl.lm.sample.finite import NotFiniteError
 
 
 class Reference:
@@ -45,11 +46,15 @@ class Reference:
         Returns:
             Log-probabilities ``[S]`` float32 in nats of all S completion tokens of the N samples, one sample after the
             other. Samples that are in no micro-batch have 0.
+
+        Raises:
+            TrainingError: some are not finite.
         """
-        if not self._stands_in:
-            return self._log_probs.without_gradient(micro_batches, lengths)
-        with self._in_place():
-            return self._log_probs.without_gradient(micro_batches, lengths)
+        try:
+            with self._in_place() if self._stands_in else nullcontext():
+                return self._log_probs.without_gradient(micro_batches, lengths)
+        except NotFiniteError as error:
+            raise TrainingError(f"of the reference of the KL divergence, {error}") from None
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

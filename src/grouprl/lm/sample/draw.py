@@ -54,7 +54,8 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         uniform: ``[B]`` random numbers in [0, 1).
 
     Returns:
-        The token ids ``[B]`` int64 and their log-probabilities ``[B]`` float32 in nats.
+        The token ids ``[B]`` int64 and their log-probabilities ``[B]`` float32 in nats. Where a logit of a row is NaN
+        or inf, or all are -inf, its log-probability is NaN and its token is any.
     """
     rows, vocabulary = logits.shape
     logits.sub_(logits.amax(-1, keepdim=True))
@@ -74,7 +75,7 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     token = torch.searchsorted(inner, (at - before).clamp_(min=0.0), right=True)
     # Rounding may point past the last token with a positive probability: take this token then.
     last = _BLOCK - 1 - (within.flip(-1) > 0).int().argmax(-1, keepdim=True)
-    token = torch.minimum(token, last) + block * _BLOCK
+    token = (torch.minimum(token, last) + block * _BLOCK).clamp_(max=vocabulary - 1)
     logp = logits.gather(1, token)[:, 0] - total[:, 0].log().float()
     return token[:, 0], logp
 

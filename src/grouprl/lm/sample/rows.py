@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grouprl.lm.sample.draw import SamplingSettings, draw, greedy, keep_likely, penalise_repetition
+from grouprl.lm.sample.finite import NotFiniteError, all_finite
 
 Adjust = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function that changes logits before each draw.
@@ -140,8 +141,13 @@ class Rows:
         self._which, self.token, self.position = self._which[index], self.token[index], self.position[index]
 
     def completions(self) -> list[Completion]:
-        """The completions of all rows, the removed rows too, in the order of the constructor."""
+        """The completions of all rows, the removed rows too, in the order of the constructor.
+
+        Raises NotFiniteError if logits were not finite. A log-probability shows this, so that no step needs to ask.
+        """
         tokens, logps, ended = self._tokens.cpu(), self._logps.cpu(), self._ended.tolist()
+        if not all_finite(logps.masked_fill(torch.arange(logps.shape[1]) >= self._lengths.cpu()[:, None], 0.0)):
+            raise NotFiniteError("logits are not finite")
         return [
             Completion(tokens[i, :n].tolist(), logps[i, :n], ended[i]) for i, n in enumerate(self._lengths.tolist())
         ]

@@ -40,6 +40,14 @@ def best_checkpoint(state: Any) -> Path | None:
     return place if place is not None and place.name == f"checkpoint-{step}" and place.is_dir() else None
 
 
+def find_moved(state: Any, output_dir: Path) -> None:
+    """Look for the best model's checkpoint in ``output_dir`` if it is not where it was: a run's folder may be moved."""
+    if state.best_model_checkpoint is not None and best_checkpoint(state) is None:
+        here = output_dir / Path(state.best_model_checkpoint).name
+        if here.is_dir():
+            state.best_model_checkpoint = str(here)
+
+
 def load_best(setup: Setup, state: Any) -> None:
     """Go back to the best model, or warn that it is in no checkpoint any more."""
     place = best_checkpoint(state)

@@ -242,6 +242,7 @@ class Bookkeeper:
                 if not hasattr(self.state, name):
                     raise UsageError(f"the checkpoint has {name!r} in its state, which this transformers does not know")
                 setattr(self.state, name, value)
+        best_model.find_moved(self.state, self.setup.output_dir)
         self._sums = {key: (total, n) for key, (total, n) in saved["sums"].items()}
         vars(self.counters).update(vars(Counters.from_dict(saved["counters"])))  # the sinks hold this very object
         if samples is not None:

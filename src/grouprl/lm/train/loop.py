@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.generate.collect import Collector, Metrics
 from grouprl.lm.generate.samples import Samples, split_into_steps
 from grouprl.lm.kernels import compile as kernels
@@ -125,14 +126,16 @@ class Run:
             book.before_step()
             began_step = time.perf_counter()
             self.setup.parameters.check()
-            metrics, samples = self._step()
+            with _errors_of_step(book.state.global_step + 1):
+                metrics, samples = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
             book.after_step(metrics, samples)
             self._do_as_asked()
             if book.ends_epoch():
                 self._do_as_asked()
             book.flush()
-        self.setup.parameters.check()
+        with _errors_of_step(book.state.global_step):
+            self.setup.check_weights()
         if self.config.load_best_model_at_end:
             best_model.load_best(self.setup, book.state)
         seconds = time.perf_counter() - began
@@ -148,6 +151,10 @@ class Run:
 
     def _do_as_asked(self) -> None:
         """Log, evaluate and save if callbacks want it."""
+        with _errors_of_step(self.book.state.global_step):
+            self._do()
+
+    def _do(self) -> None:
         book = self.book
         if book.control.should_log:
             book.log_steps()
@@ -202,9 +209,13 @@ class Run:
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit."""
+        """Write ``checkpoint-STEP`` and drop the oldest ones beyond save_total_limit.
+
+        Raises TrainingError, and leaves the older ones, if the weights are not finite.
+        """
         setup, book = self.setup, self.book
         book.flush()
+        setup.check_weights()
         path = book.checkpoint_path()
         state = None if self.config.save_only_model else self._state()
         checkpoint.write(path, setup.model, setup.tokenizer, state, book.state)
@@ -291,6 +302,15 @@ class Run:
             self._divide()
         self.book.began = meta.get("began", self.book.began)
         self.book.load(meta["book"], self.samples)
+
+
+@contextmanager
+def _errors_of_step(step: int) -> Iterator[None]:
+    """Say in TrainingErrors in which step they happened."""
+    try:
+        yield
+    except TrainingError as error:
+        raise TrainingError(f"step {step}: {error}") from error
 
 
 def _device_generator(device: torch.device) -> torch.Generator:

@@ -15,15 +15,18 @@ from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.collect import evaluation_metrics
-from grouprl.lm.learn.optimizer import make_optimizer
+from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
+from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
+from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.train.wrappers import unwrapped
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
@@ -59,6 +62,15 @@ class Setup:
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
 
+    def check_weights(self) -> None:
+        """Check that the model has the parameters it had at first, and finite weights.
+
+        Raises UsageError about the first, TrainingError about the second.
+        """
+        self.parameters.check()
+        if self.parameters.not_finite():
+            raise not_finite("the model's weights", self.model)
+
     def load_weights(self, folder: Path) -> None:
         """Go on with the weights in ``folder``. Raises UsageError if they are damaged or those of another model."""
         load_weights(self.model, folder)
@@ -88,12 +100,14 @@ def make_setup(
     parameters = TrainedParameters(model)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
-    policy = Policy(model, tokenizer, config, ref_model)
+    policy = Policy(model, tokenizer, config, unwrapped(ref_model))
     optimizer, scheduler = optimizers or (None, None)
     if optimizer is None and scheduler is not None:
         raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
     if optimizer is not None:
         _check_optimizer(optimizer, parameters)
+    else:
+        warn_if_steps_vanish(parameters, config.learning_rate)
     return Setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
@@ -132,7 +146,7 @@ def _output_dir(model: Any, config: GRPOConfig) -> Path:
 
 def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, name: str) -> PromptSource:
     """The prompts of a dataset, as this model reads them. Raises UsageError if it cannot be used."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     return prepare_prompts(
         dataset, tokenizer, chat_template_kwargs=config.chat_template_kwargs, context_length=context,
         max_completion_length=config.max_completion_length, name=name,
@@ -197,6 +211,7 @@ def _check_optimizer(optimizer: Any, parameters: TrainedParameters) -> None:
 
 def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:
     """The model on its device, with adapter and frozen embeddings as asked for, and the tokenizer."""
+    model = unwrapped(model)
     options: dict[str, Any] = {} if not isinstance(model, str | Path) else {"dtype": config.master_dtype}
     loaded: Any
     loaded, tokenizer = load(model, tokenizer=tokenizer, model_init_kwargs=config.model_init_kwargs, **options)

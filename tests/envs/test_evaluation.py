@@ -1,0 +1,90 @@
+"""Evaluation counts whole episodes, and says where it could not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import TimeLimit
+
+from grouprl import GRPO, UsageError, evaluate
+from grouprl.envs import evaluation
+
+
+class Long(gym.Env[Any, Any]):
+    """Ends by itself after as many steps as ``lengths`` says, in turn; reward 1 a step. 0 is never."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+    lengths: tuple[int, ...] = (8000,)
+
+    def __init__(self) -> None:
+        self.episode = -1
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.episode += 1
+        self.time = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.time += 1
+        over = self.time == self.lengths[self.episode % len(self.lengths)]
+        return np.zeros(1, np.float32), 1.0, over, False, {}
+
+
+class Some(Long):
+    lengths = (3, 0, 5)
+
+
+class Endless(Long):
+    lengths = (0,)
+
+
+@pytest.fixture(scope="module")
+def agent() -> GRPO:
+    return GRPO(Long, preset=None, n_envs=2, min_steps=64, warmup_steps=0)
+
+
+def venv(env: Any, mode: AutoresetMode, n: int = 2) -> SyncVectorEnv:
+    return SyncVectorEnv([env] * n, autoreset_mode=mode)
+
+
+def test_an_episode_that_ends_by_itself_is_not_cut(agent: GRPO) -> None:
+    for env in (Long, Long()):
+        result = evaluate(agent, env, episodes=2)
+        assert result.lengths == [8000, 8000]
+        assert result.cut == 0
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_what_remains_of_a_cut_episode_is_no_episode(agent: GRPO, mode: AutoresetMode) -> None:
+    for env in (Some, Some(), venv(Some, mode), venv(Some, mode, 1)):
+        result = evaluate(agent, env, episodes=6, max_steps=10)
+        n = getattr(env, "num_envs", 6 if isinstance(env, type) else 1)
+        expected = {6: [3] * 6, 2: [3, 3, 5, 5, 10, 10], 1: [3, 3, 5, 5, 10, 10]}[n]
+        assert sorted(result.lengths) == expected
+        assert result.returns == [float(n) for n in result.lengths]
+        assert result.summary()["cut"] == result.lengths.count(10)
+
+
+def test_an_environment_that_never_ends_is_cut_everywhere(agent: GRPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MAX_STEPS", 20)
+    result = evaluate(agent, Endless, episodes=40)
+    assert (result.lengths, result.cut) == ([20] * 40, 40)
+
+
+def test_a_time_limit_ends_episodes_and_is_no_cut(agent: GRPO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "MAX_STEPS", 20)
+    for limited in (lambda: TimeLimit(Endless(), 7), lambda: TimeLimit(TimeLimit(Endless(), 7), 9)):
+        result = evaluate(agent, limited, episodes=3)
+        assert (result.lengths, result.cut) == ([7] * 3, 0)
+
+
+def test_the_steps_of_an_episode_can_be_bounded_but_not_by_nothing(agent: GRPO) -> None:
+    with pytest.raises(UsageError, match="max_steps=0"):
+        evaluate(agent, episodes=1, max_steps=0)
