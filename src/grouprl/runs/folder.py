@@ -44,7 +44,7 @@ class RunFolder:
 
         Raises UsageError if the folder holds anything already, or cannot be made.
         """
-        folder = cls(user_path(path))
+        folder = cls(user_path(path).absolute())
         try:
             if folder._holds_something():
                 folder._check_replaceable(overwrite)
@@ -79,7 +79,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """The run in `path`. Raises UsageError if there is none."""
-        folder = cls(user_path(path))
+        folder = cls(user_path(path).absolute())
         try:
             if not folder.path.is_dir():
                 raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
