@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_environment_of_an_agent import Sign
 
-from grouprl import GRPO, TrainingError
+from grouprl import GRPO, TrainingError, evaluate
 from grouprl.runs import watchdog
 from grouprl.runs.time_limit import within
 
@@ -68,6 +68,12 @@ def test_a_time_limit_ends_a_run_that_waits_for_an_environment(in_thread: bool) 
     assert f"a step of {number}" in str(raised[0]).replace("the vector environment", "environment")
     assert "0.3 s, which env_timeout (--timeout) allows" in str(raised[0])
     agent.learn(64)  # the hanging step is past
+
+
+def test_an_evaluation_ends_too() -> None:
+    agent = GRPO(Sign, env_timeout=0.3, **QUICK)
+    with pytest.raises(TrainingError, match=r"a step of environment 1 had not ended after 0\.3 s"):
+        evaluate(agent, SecondHangs, episodes=3)
 
 
 def test_a_worker_that_hangs_is_ended_with_its_number() -> None:
