@@ -24,7 +24,7 @@ from architectures import (
 from small_policies import policy
 from torch import nn
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.plain import PlainSampler
@@ -82,6 +82,37 @@ def test_a_model_whose_generate_gives_other_logits_is_sampled_more_slowly(model,
     assert learns_rightly(found)
 
 
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "parameters": ("Lora", {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}),
+    "DoRA": ("Lora", {"r": 4, "target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "embeddings": ("Lora", {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}),
+    "head": ("Lora", {"r": 4, "target_modules": ["q_proj", "lm_head"]}),
+    "biases": ("Lora", {"r": 4, "target_modules": ["q_proj", "v_proj"], "bias": "all"}),
+    "AdaLoRA": ("AdaLora", {"init_r": 4, "target_r": 2, "total_step": 9, "target_modules": ["q_proj", "up_proj"]}),
+    "IA3": ("IA3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_many_kinds_learn_and_sample_what_the_model_says(kind: str) -> None:
+    import peft
+
+    name, settings = ADAPTERS[kind]
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        build("qwen2"), getattr(peft, f"{name}Config")(task_type="CAUSAL_LM", **settings)
+    ).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = policy(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    assert learns_rightly(found)
+    assert sampled_rightly(found)
+
+
 @pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
 def test_adapters_with_virtual_tokens_learn_and_sample_what_the_model_says(kind: str) -> None:
     import peft
@@ -117,6 +148,39 @@ def test_forward_passes_end_and_draw_as_generate_does() -> None:
     assert first == second
 
 
+def test_a_cache_that_is_wrong_at_some_length_is_found_when_it_is_used(monkeypatch, caplog) -> None:
+    model = build("mamba")
+    sampler = policy(model).sampler
+    assert sampler.steps == "generate"
+    prompts, how = [[5, 6, 7, 8, 9, 10], [11]], SamplingSettings(5)
+    wanted = PlainSampler(model, torch.float32, (EOS,), PAD, "forward passes")
+    expected = wanted.sample(prompts, 2, how, torch.Generator().manual_seed(3))
+    own = model.generate
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        out.scores = tuple(score * 1.5 for score in out.scores)
+        return out
+
+    monkeypatch.setattr(model, "generate", wrong)
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        found = sampler.sample(prompts, 2, how, torch.Generator().manual_seed(3))
+    assert "samples some prompts again" in caplog.text
+    assert [c.ids for c in found] == [c.ids for c in expected]
+
+
+def test_log_probabilities_that_no_way_of_decoding_has_are_an_error() -> None:
+    # Rotary positions that depend on the length of the sequence: those of early tokens change with later ones.
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "factor": 4.0,
+        "short_factor": [1.0] * 4, "long_factor": [8.0] * 4,
+    }  # fmt: skip
+    found = policy(build("phi3", rope_parameters=rope, original_max_position_embeddings=16))
+    assert sampled_rightly(found)
+    with pytest.raises(TrainingError, match="cannot be sampled from at this length"):
+        found.sample([list(range(5, 18))], 16, torch.Generator().manual_seed(0))
+
+
 # --- models and modules that no path may serve in silence -------------------------------------------------------------
 
 
@@ -124,6 +188,14 @@ def test_a_model_whose_tokens_see_later_ones_is_refused_by_name() -> None:
     model = of_kind("Bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
                     max_position_embeddings=64, is_decoder=False)  # fmt: skip
     with pytest.raises(UsageError, match=r"BertLMHeadModel cannot be trained.*see the tokens after them"):
+        policy(model)
+
+
+def test_a_model_that_cannot_be_differentiated_as_it_learns_is_refused_by_name() -> None:
+    model = of_kind("Reformer", hidden_size=32, num_attention_heads=2, attention_head_size=16, feed_forward_size=48,
+                    attn_layers=["local"], axial_pos_shape=(8, 8), axial_pos_embds_dim=(16, 16), is_decoder=True,
+                    local_attn_chunk_length=8, max_position_embeddings=64)  # fmt: skip
+    with pytest.raises(UsageError, match=r"ReformerModelWithLMHead cannot be trained"):
         policy(model)
 
 
@@ -187,6 +259,24 @@ def test_a_forward_of_a_layers_own_is_called() -> None:
             wanted = naive(model, GROUPS)[0]
         difference = float((learned(found.log_probs, GROUPS, random_weights(GROUPS))[0] - wanted).abs().max())
         assert difference < (0.3 if bf16 else 1e-4)
+
+
+def test_hooks_that_are_added_later_are_run_too() -> None:
+    found = policy(build("llama"))
+    hook = found.model.model.layers[0].mlp.register_forward_hook(lambda _, __, out: 3 * out)
+    assert learns_rightly(found)
+    assert sampled_rightly(found)
+    hook.remove()
+    assert learns_rightly(found)
+    found.model.lm_head.register_forward_hook(lambda _, __, out: 3 * out)
+    with pytest.raises(UsageError, match="head of the model has a hook"):
+        learns_rightly(found)
+
+
+def test_gradient_checkpointing_leaves_the_dropout_of_a_layer_at_rest() -> None:
+    found = policy(build("opt", dropout=0.5), gradient_checkpointing=True)
+    assert found.packed
+    assert learns_rightly(found)
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

@@ -55,19 +55,23 @@ def merged_weight(module: Any) -> Tensor:
 
 @contextmanager
 def nonzero_adapters(model: nn.Module) -> Iterator[None]:
-    """The context of a trial: fills each B that is 0, as in new adapters, with random numbers, and empties it again.
+    """The context of a trial: fills each trainable parameter that is 0 with random numbers, and empties it again.
 
-    Otherwise a computation that leaves adapters out would pass the trial.
+    A part of each new adapter is 0. Otherwise a computation that leaves adapters out would pass the trial.
     """
-    adapted: list[Any] = [m for m in model.modules() if is_lora(m)]
-    empty = [b.weight for m in adapted for b in m.lora_B.values() if not bool(b.weight.any())]
+    empty = [p for p in model.parameters() if p.requires_grad and _is_zero(p.detach())]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for b in empty:
-            b.copy_(0.02 * torch.randn(b.shape, generator=generator))
+        for p in empty:
+            p.copy_(0.02 * torch.randn(p.shape, generator=generator))
     try:
         yield
     finally:
         with torch.no_grad():
-            for b in empty:
-                b.zero_()
+            for p in empty:
+                p.zero_()
+
+
+def _is_zero(x: Tensor) -> bool:
+    """Whether all entries are 0. Most tensors that are not show it in their first entry."""
+    return x.numel() > 0 and x.is_floating_point() and not bool(x[(0,) * x.dim()]) and not bool(x.any())

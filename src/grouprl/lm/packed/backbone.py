@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grouprl.lm.models.context import read_setting, rotates_by_length
 from grouprl.lm.packed import attention
 from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec, PackedAttention, UnsupportedError
 from grouprl.lm.packed.low_precision import LowPrecision, is_touched
 from grouprl.lm.packed.packing import Group, Pack
-from grouprl.lm.packed.trial import Trial, own_pass, plain_logits, read_setting
+from grouprl.lm.packed.trial import Trial, own_pass, plain_logits
 
 _TOLERANCE = 1e-3
 """The largest allowed difference in nats between log-probabilities of the packed and the plain pass."""
@@ -53,8 +54,7 @@ class Backbone:
             raise UnsupportedError(
                 f"parameters of {type(self.core).__name__} have hooks, which packed passes do not run"
             )
-        rope = read_setting(self.core.config.get_text_config(), "rope_parameters") or {}
-        if any(rope_type in str(rope) for rope_type in ("'dynamic'", "'longrope'")):
+        if rotates_by_length(self.core.config):
             raise UnsupportedError(
                 f"{type(self.core).__name__} rotates positions by the length of the longest sequence"
             )

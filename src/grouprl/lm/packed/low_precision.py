@@ -185,7 +185,16 @@ class LowPrecision:
             if forward is None:
                 return
             before.append((module, vars(module).get("forward")))
-            module.forward = forward
+            kind: Any = type(module)
+
+            def unless_changed(*inputs: Any) -> Tensor:
+                # Some adapters of PEFT put another weight into a layer for the time of a call, and change its class.
+                if type(module) is kind:
+                    return forward(*inputs)
+                out: Tensor = type(module).forward(module, *inputs)
+                return out
+
+            module.forward = unless_changed
 
         try:
             for layer in self._layers:
@@ -291,7 +300,12 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(low, w)
         ctx.weight, ctx.bias, ctx.transposed, ctx.dtype = weight, bias, transposed, x.dtype
         ctx.native = precision.native
-        return F.linear(low, w.t() if transposed else w, b)
+        if b is None or low.dim() < 3:
+            return F.linear(low, w.t() if transposed else w, b)
+        # F.linear would return a view of a matrix, which autograd does not let adapters add to in place.
+        out = low.new_empty(*low.shape[:-1], len(b))
+        torch.addmm(b, low.flatten(0, -2), w if transposed else w.t(), out=out.view(-1, len(b)))
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

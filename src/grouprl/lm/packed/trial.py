@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grouprl.lm.models.context import read_setting, ropes
+from grouprl.lm.packed.head import TokenTerms
 from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.packed.packing import Group, Pack
 
@@ -27,14 +29,6 @@ _LOW_TOLERANCE = 0.2
 
 _TIMES_ITS_OWN = 4.0
 """How many times the error of the model's own forward pass in low precision a path may have."""
-
-
-def read_setting(config: Any, name: str) -> Any:
-    """A setting of a configuration of transformers, or None if it is missing or varies from layer to layer."""
-    try:
-        return getattr(config, name, None)
-    except (RuntimeError, AttributeError, KeyError):  # settings of single layers have errors of their own
-        return None
 
 
 def random_tokens(config: Any, n: int, generator: torch.Generator) -> list[int]:
@@ -69,20 +63,17 @@ def far_positions(config: Any) -> list[int]:
     context = read_setting(text, "max_position_embeddings")
     if not isinstance(context, int) or context <= 0:
         return []
-    borders = {n for n in _original_lengths(text) if 0 < n < context} | {context}
+    borders = {n for n in _original_lengths(config) if 0 < n < context} | {context}
     around = {p for border in borders for p in range(border - _FAR_TOKENS, border + _FAR_TOKENS)}
     return sorted(p for p in around if 0 <= p < context)
 
 
-def _original_lengths(text: Any) -> Iterator[int]:
+def _original_lengths(config: Any) -> Iterator[int]:
     """All lengths of pre-training and floors of scaling that a configuration names, for any kind of layer."""
-    rope = read_setting(text, "rope_parameters") or {}
-    kinds = [text.__dict__, rope, *(kind for kind in rope.values() if isinstance(kind, Mapping))]
-    for settings in kinds:
+    for settings in (vars(config.get_text_config()), *ropes(config)):
         for name, value in settings.items():
-            if isinstance(value, int | float) and (
-                "original_max_position" in name or name.endswith("_floor") or name == "floor_scale"
-            ):
+            border = "original_max_position" in name or name.endswith("_floor") or name == "floor_scale"
+            if border and isinstance(value, int | float):
                 yield int(value)
 
 
@@ -96,7 +87,7 @@ def own_pass(model: nn.Module, low: torch.dtype | None = None) -> Iterator[None]
     context: AbstractContextManager[Any] = nullcontext()
     if low is not None:
         context = torch.autocast(weight.device.type, low)
-    elif weight.dtype not in (torch.float32, torch.float64):
+    elif any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
         context = LowPrecision(model, torch.float32).exactly()
     model.eval()
     try:
@@ -133,6 +124,29 @@ def plain_logits(model: nn.Module, ids: Tensor, positions: Tensor | None = None)
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **given)
     logits: Tensor = out.logits
     return logits.float()
+
+
+def own_terms(
+    model: nn.Module, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
+) -> TokenTerms:
+    """Compute log-probabilities and entropies of a completion by the model's own forward pass over one sequence.
+
+    Args:
+        model: a causal model.
+        prompt: the token ids of the prompt.
+        completion: the ``n`` token ids of the completion.
+        temperature: a positive number that divides the logits.
+
+    Returns:
+        Log-probabilities and entropies, each ``[n]`` float32 in nats.
+    """
+    ids = torch.tensor([[*prompt, *completion]], device=next(model.parameters()).device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    # From the end, because adapters with virtual tokens may have logits for these in front.
+    logits = logits[0, -len(completion) - 1 : -1].float() / temperature
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    return TokenTerms(logp.gather(1, ids[0, -len(completion) :, None])[:, 0], entropy)
 
 
 class Trial:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from grouprl.lm.llama.layers import LlamaLayers
 from grouprl.lm.packed.attention import PackedAttention
 from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.head import TokenTerms, log_probs
-from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.packed.low_precision import LowPrecision, is_touched
 from grouprl.lm.packed.packing import Group, Pack, split_into_packs
+from grouprl.lm.packed.trial import own_terms
 from grouprl.lm.sample.finite import all_finite, not_finite
 from grouprl.objective.packed import position
 
@@ -62,7 +64,7 @@ class LogProbs:
         self.model, self.backbone, self.precision = model, backbone, precision
         self.temperature, self.budget, self.dropout = temperature, budget, dropout
         self._plan = PackedAttention(None, precision.dtype, native=native)
-        self._learning = False
+        self._learning = self._fused = False
 
     def micro_batches(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], group: Sequence[int]
@@ -95,26 +97,35 @@ class LogProbs:
     def learning(self, *, dropout: bool = True) -> Iterator[None]:
         """Prepare the model for :meth:`evaluate` and its backward pass while the context is open.
 
-        The context rounds each weight once, so weights must not change in it.
+        The context rounds each weight once, so weights must not change in it. Fused layers stand aside while modules
+        of the model have hooks, since these would not be called.
 
         Args:
             dropout: False turns dropout off, even if the constructor turned it on.
+
+        Raises:
+            UsageError: the head of the model was given a hook since construction.
         """
         modes = [(module, module.training) for module in self.model.modules()]
+        checkpointing: list[tuple[Any, Any]] = []
+        if self.backbone is not None and is_touched(self.backbone.head):
+            raise UsageError("the head of the model has a hook that it had not at construction; make the trainer anew")
         if self.dropout and dropout:
             self.model.train()
         else:
-            # Modules with gradient checkpointing work in training mode alone. All others are in evaluation mode, which
+            # Layers with gradient checkpointing work in training mode alone. All others are in evaluation mode, which
             # turns off every form of dropout.
             self.model.eval()
             for module, _ in modes:
-                if getattr(module, "gradient_checkpointing", False):
+                if torch.is_grad_enabled() and _has_checkpointing(module):
                     module.training = True
+                    checkpointing.append((module, _stay_at_rest(module)))
         self._learning = True
+        self._fused = self.layers is not None and not any(map(is_touched, self.layers.decoder.modules()))
         try:
             if self.backbone is None:
                 yield
-            elif self.layers is not None:
+            elif self.layers is not None and self._fused:
                 with self.precision.learning(self.layers.linears), self.layers.learning(), self.backbone.on_device():
                     yield
             else:
@@ -122,6 +133,8 @@ class LogProbs:
                     yield
         finally:
             self._learning = False
+            for module, function in checkpointing:
+                module._gradient_checkpointing_func = function
             for module, training in modes:
                 module.training = training
             self._plan.forget()
@@ -144,7 +157,8 @@ class LogProbs:
         if self.backbone is None:
             return self._evaluate_plainly(batch.groups)
         pack = self._plan.pack = Pack.of(batch.groups, self.backbone.device)
-        hidden = self.backbone.hidden(pack.ids, pack.positions) if self.layers is None else self.layers.hidden(pack)
+        fused = self.layers if self._fused else None
+        hidden = self.backbone.hidden(pack.ids, pack.positions) if fused is None else fused.hidden(pack)
         # On a GPU the gradient of index_select adds rows in the order in which threads arrive. The gradient of indexing
         # adds them in a fixed order.
         hidden = hidden[pack.predictors] if hidden.is_cuda else hidden.index_select(0, pack.predictors)
@@ -203,27 +217,28 @@ def check_logits(what: str, model: nn.Module) -> None:
         raise UsageError(str(not_finite(what, model)))
 
 
-def own_terms(
-    model: nn.Module, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
-) -> TokenTerms:
-    """Compute log-probabilities and entropies of a completion by the model's own forward pass over one sequence.
+def _has_checkpointing(module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    Args:
-        model: a causal model.
-        prompt: the token ids of the prompt.
-        completion: the ``n`` token ids of the completion.
-        temperature: a positive number that divides the logits.
+    return isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
 
-    Returns:
-        Log-probabilities and entropies, each ``[n]`` float32 in nats.
-    """
-    ids = torch.tensor([[*prompt, *completion]], device=next(model.parameters()).device)
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    # From the end, because adapters with virtual tokens may have logits for these in front.
-    logits = logits[0, -len(completion) - 1 : -1].float() / temperature
-    logp = logits.log_softmax(-1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return TokenTerms(logp.gather(1, ids[0, -len(completion) :, None])[:, 0], entropy)
+
+def _stay_at_rest(module: Any) -> Any:
+    """Let a layer with gradient checkpointing run its dropout in evaluation mode. Returns what to restore later."""
+    function = module._gradient_checkpointing_func
+
+    def checkpointed(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def at_rest(*inputs: Any, **options: Any) -> Any:
+            module.training = False
+            try:
+                return run(*inputs, **options)
+            finally:
+                module.training = True
+
+        return function(at_rest, *args, **kwargs)
+
+    module._gradient_checkpointing_func = checkpointed
+    return function
 
 
 def steps_of(samples: Tensor, lengths: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from grouprl.errors import UsageError
+from grouprl.lm.llama.adapters import nonzero_adapters
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.packed.attention import UnsupportedError
@@ -73,11 +74,13 @@ class Policy:
         if config.gradient_checkpointing:  # before the trials, as it changes how the model learns
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
         trial = PolicyTrial(model, self.precision.dtype)
-        self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
-        self.packed = self.log_probs.backbone is not None
+        ends = eos_token_ids(model, tokenizer)
+        with nonzero_adapters(model):
+            self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
+            self.packed = self.log_probs.backbone is not None
+            self.sampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
         if not self.packed and config.attention == "auto":
             _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
-        self.sampler = self._find_sampler(eos_token_ids(model, tokenizer), tokenizer.pad_token_id, trial)
         self.reference = self._reference(ref_model)
 
     def sample(
@@ -137,7 +140,7 @@ class Policy:
                     _log.warning("%s learns more slowly, without fused layers: %s", _class(model), why)
         budget = config.tokens_per_micro_batch or _TOKENS
         learner = LogProbs(model, None, precision, config.temperature, budget, dropout, config.native)
-        wrong = trial.learner(learner) or trial.causality()
+        wrong = trial.learner(learner) or trial.causality() or trial.gradient(learner)
         if wrong:
             raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
         return learner, why
@@ -186,7 +189,8 @@ class Policy:
             # its copy would then not be 0.
             precision = LowPrecision(ref_model, self.precision.dtype, self.config.native)
             trial = PolicyTrial(ref_model, precision.dtype)
-            other = ref_model, self._find_learner(ref_model, precision, trial)[0]
+            with nonzero_adapters(ref_model):
+                other = ref_model, self._find_learner(ref_model, precision, trial)[0]
         reference = Reference(self.model, self.log_probs, other)
         if self.config.sync_ref_model:
             reference.check_can_follow()

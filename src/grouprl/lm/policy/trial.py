@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError, first_line
-from grouprl.lm.packed.trial import Trial, is_rounding, own_pass
-from grouprl.lm.policy.log_probs import LogProbs, own_terms
+from grouprl.lm.packed.trial import Trial, is_rounding, own_pass, own_terms
+from grouprl.lm.policy.log_probs import LogProbs
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.plain import PlainSampler
 
@@ -58,6 +58,20 @@ class PolicyTrial:
 
         return self._verdict(path, self.dtype)
 
+    def gradient(self, log_probs: LogProbs) -> str:
+        """Try whether the model can be differentiated as it learns. Returns "", or what is wrong."""
+        groups, completions = self.trial.groups[:1], self.trial.groups[0].completions[:1]
+        weight = next((p for p in self.model.parameters() if p.requires_grad), None)
+        try:
+            with torch.enable_grad(), log_probs.learning():
+                (part,) = log_probs.micro_batches([groups[0].prompt], completions, [0])
+                total = log_probs.evaluate(part).logp.sum()
+                if weight is not None:
+                    torch.autograd.grad(total, weight, allow_unused=True)
+        except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+            return f"{type(error).__name__}: {first_line(error)[:200]}"
+        return ""
+
     def plain_sampler(self, sampler: PlainSampler) -> str:
         """Try a sampler: two completions of each of two prompts. Returns "", or what is wrong with it.
 
@@ -72,7 +86,7 @@ class PolicyTrial:
         prompts = [group.prompt for group in self.trial.groups]
 
         def path() -> tuple[Tensor, Own]:
-            drawn = sampler.sample(prompts, 2, SamplingSettings(4), torch.Generator().manual_seed(0))
+            drawn = sampler.draw(prompts, 2, SamplingSettings(4), torch.Generator().manual_seed(0))
             own = partial(self._own, [(prompts[i // 2], c.ids) for i, c in enumerate(drawn)])
             return torch.cat([c.logp for c in drawn]), own
 

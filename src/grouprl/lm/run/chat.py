@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import UsageError
+from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
 from grouprl.lm.policy.policy import Policy, sampling_settings
 from grouprl.lm.prompts import prepare_prompts
@@ -68,7 +69,7 @@ class Chat:
             name="the question",
         )  # fmt: skip
         ids = source[0].ids
-        context = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.policy.model)
         settings = self.settings
         if context is not None:
             if len(ids) >= context:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -9,10 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.packed.trial import is_rounding, own_pass, own_terms
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.finite import NotFiniteError
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
+
+_log = logging.getLogger("grouprl")
 
 PlainSteps = Literal["generate", "generate by length", "forward passes"]
 PLAIN_STEPS: tuple[PlainSteps, ...] = get_args(PlainSteps)
@@ -43,6 +47,9 @@ class PlainSampler:
     - "forward passes" runs a forward pass over the whole sequence for each token, without padding and without a cache.
       The caches of some models give other logits than a forward pass, and PEFT drops some prefixes in ``generate``.
 
+    At each call, the sampler compares the longest and the shortest sequence with the model's own forward pass. If they
+    differ by more than rounding, it samples again in the next slower way.
+
     Args:
         model: a causal model of transformers.
         dtype: the dtype of matrix products. Any dtype but float32 turns autocast on.
@@ -56,8 +63,8 @@ class PlainSampler:
     ) -> None:
         self.model, self.dtype, self.end_ids, self.pad_id = model, dtype, list(end_ids), pad_id
         self.steps = steps
+        self._warned = False
 
-    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -80,11 +87,44 @@ class PlainSampler:
 
         Raises:
             UsageError: ``adjust`` is given. ``generate`` has no place for it.
+            TrainingError: the log-probabilities of what was drawn are not those of the model's own forward pass,
+                however the sampler decodes.
         """
         if adjust is not None:
             raise UsageError("the plain sampler cannot adjust logits; use attention='auto'")
-        sample_some = self._by_passes if self.steps == "forward passes" else self._by_generate
-        parts = [list(range(len(prompts)))] if self.steps == "generate" else _by_length(prompts)
+        state, why = generator.get_state(), ""
+        for steps in PLAIN_STEPS[PLAIN_STEPS.index(self.steps) :]:
+            generator.set_state(state)
+            completions = self.draw(prompts, group_size, settings, generator, steps)
+            why = self._differs(prompts, completions, settings)
+            if not why:
+                return completions
+            if not self._warned:
+                self._warned = True
+                _log.warning("%s samples some prompts again, because %s gave other %s", self._name(), steps, why)
+        raise TrainingError(f"{self._name()} cannot be sampled from at this length: {why}")
+
+    @torch.no_grad()
+    def draw(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        generator: torch.Generator,
+        steps: PlainSteps | None = None,
+    ) -> list[Completion]:
+        """Sample as :meth:`sample` does, without a comparison with the model's own forward pass.
+
+        Args:
+            prompts: the token ids of each of the P prompts.
+            group_size: the number of completions of each prompt.
+            settings: how to draw tokens.
+            generator: a random generator on the CPU.
+            steps: how to decode, by default as the constructor was told.
+        """
+        steps = steps or self.steps
+        sample_some = self._by_passes if steps == "forward passes" else self._by_generate
+        parts = [list(range(len(prompts)))] if steps == "generate" else _by_length(prompts)
         completions: list[list[Completion]] = [[]] * len(prompts)
         with self._sampling():
             for part in parts:
@@ -92,6 +132,39 @@ class PlainSampler:
                 for place, i in enumerate(part):
                     completions[i] = drawn[place * group_size : (place + 1) * group_size]
         return [completion for group in completions for completion in group]
+
+    def _differs(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Completion], settings: SamplingSettings
+    ) -> str:
+        """Compare a completion of the longest and one of the shortest prompt with the model's own forward pass.
+
+        Some caches and masks are right up to a length alone. Returns "", or what is wrong. With filters or penalties
+        the distribution is not the model's, so nothing is compared.
+        """
+        if settings.filtered or settings.repetition_penalty != 1.0 or settings.min_new_tokens > 0:
+            return ""
+        n = len(completions) // max(1, len(prompts))
+        by_length = sorted(range(len(completions)), key=lambda i: len(prompts[i // n]) + len(completions[i].ids))
+        chosen = sorted({by_length[0], by_length[-1]})
+        found = torch.cat([completions[i].logp for i in chosen])
+
+        def own(low: torch.dtype | None = None) -> Tensor:
+            with own_pass(self.model, low):
+                terms = [
+                    own_terms(self.model, prompts[i // n], completions[i].ids, settings.temperature or 1.0).logp
+                    for i in chosen
+                ]
+                return torch.cat(terms).cpu()
+
+        wanted = own()
+        difference = float((found - wanted).abs().max())
+        if is_rounding(difference, self.dtype, lambda: float((own(self.dtype) - wanted).abs().max())):
+            return ""
+        return f"log-probabilities than its own forward pass, by {difference:.2g} nats"
+
+    def _name(self) -> str:
+        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return type(core).__name__
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:

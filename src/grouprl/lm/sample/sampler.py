@@ -22,7 +22,7 @@ from grouprl.lm.llama.decode_c import NativeDecoder, NativeModel, can_decode_in_
 from grouprl.lm.llama.decode_triton import TritonBlocks, can_decode_in_triton
 from grouprl.lm.packed.attention import AttentionPlan, PackedAttention, UnsupportedError
 from grouprl.lm.packed.backbone import Backbone
-from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.packed.low_precision import LowPrecision, is_touched
 from grouprl.lm.packed.packing import Group, Pack
 from grouprl.lm.packed.trial import Trial, is_rounding
 from grouprl.lm.sample.draw import SamplingSettings
@@ -196,6 +196,9 @@ class Sampler:
         """Put the model into evaluation mode and lay its weights out for decode steps, while the context is open."""
         training, on_cpu = self.backbone.model.training, self.backbone.device.type == "cpu"
         self.backbone.model.eval()
+        found = self.steps, self.llama
+        if self.llama is not None and any(map(is_touched, (*self.backbone.decoder.modules(), self.backbone.head))):
+            self.steps, self.llama = "modules", None  # hooks that were added since construction would not be called
         try:
             if self.steps == "native" and self.llama is not None and on_cpu:
                 low = self.precision.dtype == torch.bfloat16
@@ -213,6 +216,7 @@ class Sampler:
                     yield
         finally:
             self._native = self._joined = self._kernels = None
+            self.steps, self.llama = found
             self.backbone.model.train(training)
 
     def _batches(self, lengths: Sequence[int], group_size: int) -> Iterator[tuple[int, int]]:

@@ -16,6 +16,7 @@ from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.collect import evaluation_metrics
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
+from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
@@ -145,7 +146,7 @@ def _output_dir(model: Any, config: GRPOConfig) -> Path:
 
 def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, name: str) -> PromptSource:
     """The prompts of a dataset, as this model reads them. Raises UsageError if it cannot be used."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     return prepare_prompts(
         dataset, tokenizer, chat_template_kwargs=config.chat_template_kwargs, context_length=context,
         max_completion_length=config.max_completion_length, name=name,
