@@ -39,7 +39,7 @@ class SecondHangs(Sign):
 
 
 class Briefly(SecondHangs):
-    seconds, at = 0.5, 14  # a few steps before say how long one usually takes
+    seconds, at = 1.5, 14  # a few steps before say how long one usually takes
 
 
 @pytest.fixture(autouse=True)
