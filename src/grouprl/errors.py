@@ -43,10 +43,5 @@ def shown(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def short(value: object, most: int = 80) -> str:
-    """A value for a message: its representation, cut where it has more than ``most`` characters."""
-    try:
-        text = repr(value)
-    except Exception as error:  # of a class of the user's, or of what holds itself
-        text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
-    return text if len(text) <= most else text[: most - 3] + "..."
+short = shown
+"""Its other name."""

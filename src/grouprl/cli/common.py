@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ import typer
 from grouprl.errors import GrouprlError, UsageError, shown
 from grouprl.extras import explain_missing
 from grouprl.printing import lasting_streams
+from grouprl.reading import parse_yaml
 
 app = typer.Typer(
     name="grouprl",
@@ -60,7 +62,16 @@ def main() -> None:
         if reason := problem():
             print(f"error: standard output could not be written: {reason}", file=sys.stderr)
             status = status or 1
+    if status and _is_held_up():
+        os._exit(status if isinstance(status, int) else 1)
     sys.exit(status)
+
+
+def _is_held_up() -> bool:
+    """Whether threads of a call that was given up go on, for which the process would wait when it ends."""
+    limits = sys.modules.get("grouprl.runs.time_limit")
+    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    return bool(others) and limits is not None and limits.gave_up
 
 
 def _status() -> int | str | None:
@@ -90,17 +101,16 @@ def _status() -> int | str | None:
 
 def assigned(pairs: list[str] | None) -> dict[str, Any]:
     """``["a=1", "b=[2, 3]"]`` as a mapping; values are read as YAML."""
-    import yaml
-
     values: dict[str, Any] = {}
     for pair in pairs or []:
         key, sign, text = pair.partition("=")
         if not sign or not key.strip():
             raise UsageError(f"cannot read {pair!r}; write KEY=VALUE, such as learning_rate=1e-3")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UsageError(f"cannot read the value of {pair!r}; quote it as YAML, such as \"{key}='text'\"") from None
+            value = parse_yaml(text, "the value")
+        except UsageError as error:
+            said = f"cannot read {shown(pair)}: {error}; quote it as YAML, such as \"{shown(key)[1:-1]}='text'\""
+            raise UsageError(said) from None
         values[key.strip()] = _number(value)
     return values
 

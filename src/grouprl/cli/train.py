@@ -9,6 +9,7 @@ import typer
 
 from grouprl.cli.common import app, assigned, command, count
 from grouprl.errors import UsageError
+from grouprl.reading import read_yaml
 
 if TYPE_CHECKING:
     from grouprl.envs.training import RunResult
@@ -126,12 +127,10 @@ def _from_file(
     run: dict[str, Any],
 ) -> tuple[str, str, int, int | None, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """What a config.yaml says, under what the command line says."""
-    import yaml
-
     from grouprl.envs.env_kwargs import from_json
 
+    saved = read_yaml(path)
     try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
         saved_run = dict(saved["run"])
         total = saved_run.pop("total_timesteps")
         saved_run["track"] = tuple(saved_run["track"])
@@ -144,9 +143,7 @@ def _from_file(
             {**from_json(saved["env_kwargs"]), **env_kwargs},
             {**saved_run, **run},
         )
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):  # the third: no text, or no pairs
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UsageError(f"{path} is not the config.yaml of a run; give one that grouprl train left") from None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from grouprl.envs.env_errors import shown
 from grouprl.errors import UsageError
+from grouprl.redaction import with_secrets, without_secrets
 
 _TAG = "!"
 _LARGEST_ARRAY = 100_000
@@ -19,21 +20,25 @@ def to_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """``kwargs`` as JSON values, from which :func:`from_json` makes equal ones of the same types.
 
     What JSON has no type for becomes a dict with the key "!": tuples, sets, dicts whose keys are no strings, paths, and
-    arrays and numbers of NumPy.
+    arrays and numbers of NumPy. A secret, such as the key of a service, has a note in its place.
 
     Raises:
         TypeError: an argument cannot be written so: a data frame, a function, a class, an object.
     """
-    return {name: _encode(value, name) for name, value in kwargs.items()}
+    return dict(without_secrets({name: _encode(value, name) for name, value in kwargs.items()}))
 
 
 def from_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`to_json`.
+    """The inverse of :func:`to_json`, with secrets from the environment variables of the process.
 
     Raises:
-        UsageError: an argument has a type of another version.
+        UsageError: an argument has a type of another version, or a secret is nowhere.
     """
-    return {name: _decode(value) for name, value in kwargs.items()}
+    try:
+        values = with_secrets(kwargs, "env_kwargs")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return {name: _decode(value) for name, value in values.items()}
 
 
 def _encode(value: Any, where: str) -> Any:

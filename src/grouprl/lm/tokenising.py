@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grouprl.errors import UsageError, first_line, short
+from grouprl.errors import UsageError, first_line, shown
 
 TEMPLATE_COLUMN = "chat_template_kwargs"
 TOOLS_COLUMN = "tools"
@@ -73,7 +73,7 @@ def read_row(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
     else:
         ids, begun = _message_ids(prompt, columns, how, where)
     if not ids:
-        raise UsageError(f"{where} has no tokens: {short(prompt)} is empty to the tokenizer; remove the row")
+        raise UsageError(f"{where} has no tokens: {shown(prompt)} is empty to the tokenizer; remove the row")
     if how.max_tokens is not None and len(ids) > how.max_tokens:
         raise UsageError(
             f"{where} has a prompt of {len(ids)} tokens, but {how.max_tokens_is} leaves {how.max_tokens}; shorten or "
@@ -86,7 +86,7 @@ def check_row(row: Any, index: int, name: str) -> str | list[dict[str, Any]]:
     """The prompt of a row, before it is tokenised. Raises UsageError as `read_row`."""
     where = f"row {index} of {name}"
     if not isinstance(row, Mapping):
-        raise UsageError(f"{where} is {short(row)}; give a mapping such as {{'prompt': '2 + 2 ='}}")
+        raise UsageError(f"{where} is {shown(row)}; give a mapping such as {{'prompt': '2 + 2 ='}}")
     if "prompt" not in row:
         raise UsageError(no_prompt(f"{where}", row))
     for column in _IMAGE_COLUMNS:
@@ -103,7 +103,7 @@ def check_row(row: Any, index: int, name: str) -> str | list[dict[str, Any]]:
         _check_messages(prompt, where)
         return prompt
     raise UsageError(
-        f"{where} has the prompt {short(prompt)}; give text, or messages such as "
+        f"{where} has the prompt {shown(prompt)}; give text, or messages such as "
         "[{'role': 'user', 'content': '2 + 2 ='}]"
     )
 
@@ -123,20 +123,20 @@ def _check_messages(messages: list[Any], where: str) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UsageError(
-                f"{where} has the message {short(message)}; give mappings such as "
+                f"{where} has the message {shown(message)}; give mappings such as "
                 "{'role': 'user', 'content': '2 + 2 ='}"
             )
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise UsageError(f"{where} has the message part {short(part)}; prompts are text alone")
+                raise UsageError(f"{where} has the message part {shown(part)}; prompts are text alone")
         if not isinstance(content, str | list | None):
-            raise UsageError(f"{where} has a message with the content {short(content)}; give text")
+            raise UsageError(f"{where} has a message with the content {shown(content)}; give text")
         says = any(value is not None for key, value in message.items() if key not in ("role", "content", "name"))
         if content is None and not says:
-            raise UsageError(f"{where} has the message {short(message)}, which says nothing; remove the row")
+            raise UsageError(f"{where} has the message {shown(message)}, which says nothing; remove the row")
         if message["role"] == "user" and not _text(content).strip():
-            raise UsageError(f"{where} has the empty message {short(message)}; remove the row")
+            raise UsageError(f"{where} has the empty message {shown(message)}; remove the row")
         _check_text(_text(content), where)
 
 
@@ -145,7 +145,7 @@ def _check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"{where} has {short(text[error.start : error.end])} at character {error.start}, which is no text in "
+            f"{where} has {shown(text[error.start : error.end])} at character {error.start}, which is no text in "
             "UTF-8; replace it: prompt.encode('utf-8', 'replace').decode()"
         ) from None
 
@@ -154,7 +154,7 @@ def _text_ids(text: str, tokenizer: Any, where: str) -> list[int]:
     try:
         ids = [int(token) for token in tokenizer(text)["input_ids"]]
     except Exception as error:  # of a tokenizer of the user's
-        raise UsageError(f"the tokenizer cannot read {where}, {short(text)}: {first_line(error)}") from error
+        raise UsageError(f"the tokenizer cannot read {where}, {shown(text)}: {first_line(error)}") from error
     bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
     # The text may begin with the token itself, when a chat template was applied beforehand.
     if bos is not None and ids[:2] == [bos, bos]:
@@ -178,7 +178,7 @@ def _message_ids(
     continued = given[-1]["role"] == "assistant"
     own = columns.get(TEMPLATE_COLUMN) or {}
     if not isinstance(own, Mapping):
-        raise UsageError(f"{where} has {short(own)} in column {TEMPLATE_COLUMN!r}; give a mapping of arguments")
+        raise UsageError(f"{where} has {shown(own)} in column {TEMPLATE_COLUMN!r}; give a mapping of arguments")
     options = {
         "tools": columns.get(TOOLS_COLUMN) or None, "add_generation_prompt": not continued,
         "continue_final_message": continued,
@@ -192,7 +192,7 @@ def _message_ids(
             rendered = how.tokenizer.apply_chat_template(given, tokenize=False, **options, **arguments)
             begun = _begun(rendered, given[-1]["content"])
     except Exception as error:  # templates raise what they like
-        said = f"{short(messages)}: {first_line(error)}"
+        said = f"{shown(messages)}: {first_line(error)}"
         raise UsageError(f"the chat template cannot render {where}, {said}") from error
     return [int(token) for token in ids], begun
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grouprl.errors import DamagedFileError, GrouprlError, UsageError
+from grouprl.reading import parse_yaml
 from grouprl.runs.files import explain_os_error, is_sealed, read_bytes, user_path, write_json, write_yaml
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
@@ -43,7 +44,7 @@ class RunFolder:
 
         Raises UsageError if the folder holds anything already, or cannot be made.
         """
-        folder = cls(user_path(path))
+        folder = cls(user_path(path).absolute())
         try:
             if folder._holds_something():
                 folder._check_replaceable(overwrite)
@@ -78,7 +79,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """The run in `path`. Raises UsageError if there is none."""
-        folder = cls(user_path(path))
+        folder = cls(user_path(path).absolute())
         if not folder.path.is_dir():
             raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
         if not folder.config_path.is_file() and folder._replaced.is_dir():
@@ -146,12 +147,10 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """The mapping in config.yaml. Raises UsageError if it is missing, not YAML or no mapping."""
-        import yaml
-
         data = read_bytes(self.config_path, "configuration of a run", most_bytes=1 << 24)
         try:
-            config = yaml.safe_load(data.decode())
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            config = parse_yaml(data.decode(), "it", longest=1 << 24)
+        except ValueError as error:  # a UsageError too
             raise DamagedFileError(f"{self.config_path} is damaged: {' '.join(str(error).split())}.") from error
         if not is_sealed(data) and data not in _told:
             _told.add(data)

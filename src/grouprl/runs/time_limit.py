@@ -16,6 +16,9 @@ T = TypeVar("T")
 _AGAIN = 1.0
 """Seconds between two attempts to end a call that goes on in spite of the first."""
 
+gave_up = False
+"""Whether the time of some call was over: threads that it started may go on."""
+
 
 class Expired(BaseException):
     """Raised within the call; no Exception, so that what handles those does not take it for its own."""
@@ -35,7 +38,12 @@ def within(seconds: float | None, call: Callable[[], T], progress: Callable[[], 
         return call()
     in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
     left = _Left(seconds, progress)
-    return _interrupted(left, call) if in_main else _beside(left, call)
+    try:
+        return _interrupted(left, call) if in_main else _beside(left, call)
+    except TimeoutError:
+        global gave_up
+        gave_up = True
+        raise
 
 
 class _Left:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 from grouprl.runs.files import (
     AppendedFile,
     is_marked,
@@ -267,7 +267,7 @@ _DEEPEST = 50
 def _plain(value: Any, depth: int = 0) -> Any:
     """What JSON can hold."""
     if isinstance(value, Mapping | list | tuple) and depth >= _DEEPEST:
-        return short(value)
+        return shown(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -288,7 +288,7 @@ def _as_text(value: Any) -> str:
     try:
         return str(value)
     except Exception:  # of a class of the user's
-        return short(value)
+        return shown(value)
 
 
 _BITS = 1023
@@ -311,9 +311,9 @@ def _parse(path: Path, number: int, line: bytes) -> Transcript:
         if name not in values:
             raise UsageError(f"{where}: it names no {name}.")
         if not is_right(values[name]):
-            raise UsageError(f"{where}: its {name} is {short(values[name])}.")
+            raise UsageError(f"{where}: its {name} is {shown(values[name])}.")
     if not isinstance(values.get("extra", {}), dict):
-        raise UsageError(f"{where}: its extra is {short(values['extra'])}.")
+        raise UsageError(f"{where}: its extra is {shown(values['extra'])}.")
     if unknown := values.keys() - _NAMES:
         raise UsageError(f"{where}: it has {', '.join(map(repr, sorted(unknown)))}.")
     if _depth(values) > 2 * _DEEPEST:

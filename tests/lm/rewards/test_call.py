@@ -209,7 +209,7 @@ class Unspeakable:
         ([b"1", 1.0], "of bytes"),
         ([torch.ones(1), 1.0], r"returned tensor\(\[1\.\]\) of Tensor for completion 0"),
         (torch.ones(2, device="meta"), "whose entries cannot be read"),
-        ([Unspeakable(), 1.0], "returned <Unspeakable whose repr raises ZeroDivisionError> of Unspeakable"),
+        ([Unspeakable(), 1.0], "returned a value of type Unspeakable of Unspeakable"),
     ],
 )
 def test_anything_else_is_an_error_that_names_function_and_completion(returned: Any, message: str) -> None:
@@ -577,3 +577,15 @@ def test_a_metric_must_not_be_infinite_and_a_reward_of_moderate_size() -> None:
         RewardCaller(lambda completions: [1e200])(rows, ["b"], [[1]])
     with pytest.raises(TrainingError, match="raised SystemExit"):
         RewardCaller(lambda completions: sys.exit(3))(rows, ["b"], [[1]])
+
+
+@pytest.mark.parametrize("name", ["\ud800", "", " ", "a\nb", "a\x00"])
+def test_a_metric_has_a_name_that_files_and_trackers_can_hold(name: str) -> None:
+    def judge(completions: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_metric(name, 1.0)
+        return [1.0] * len(completions)
+
+    with pytest.raises(TrainingError, match="give a name of printable text"):
+        call(judge)
+    judge.__name__ = f"judge\ud800{name}"
+    assert RewardCaller(judge).names[0].isprintable()

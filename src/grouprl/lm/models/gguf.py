@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from grouprl.errors import UsageError, first_line, short
+from grouprl.errors import UsageError, first_line, shown
 from grouprl.lm.models.explain import explained
 from grouprl.lm.models.gguf_file import DEQUANTIZE, GGUF, damaged_gguf, dequantize, is_number, read_gguf
 
@@ -133,7 +133,7 @@ def _number(meta: Mapping[str, Any], key: str, kind: type = int) -> Any:
     """A number above 0 of the metadata. Raises ValueError if it is none, KeyError if it is not there."""
     value = meta[key]
     if not is_number(value, kind) or value <= 0:
-        raise ValueError(f"{key} is {short(value)}, not a number above 0")
+        raise ValueError(f"{key} is {shown(value)}, not a number above 0")
     return value
 
 
@@ -154,7 +154,7 @@ def _special_ids(meta: Mapping[str, Any]) -> dict[str, int]:
         if value is None:
             continue
         if not is_number(value, int) or not 0 <= value < n:
-            raise ValueError(f"its {name} token is {short(value)} of {n} tokens")
+            raise ValueError(f"its {name} token is {shown(value)} of {n} tokens")
         ids[name] = value
     return ids
 
@@ -191,7 +191,7 @@ def _merges(meta: Mapping[str, Any], tokens: list[str]) -> list[tuple[str, str]]
     for merge in stored if isinstance(stored, list) else [stored]:
         parts = merge.split(" ") if isinstance(merge, str) else []
         if len(parts) != 2 or not known.issuperset((*parts, "".join(parts))):
-            raise ValueError(f"its vocabulary does not have the merge {short(merge)}")
+            raise ValueError(f"its vocabulary does not have the merge {shown(merge)}")
         merges.append((parts[0], parts[1]))
     return merges
 
@@ -306,7 +306,7 @@ def _check_size(gguf: GGUF, path: Path) -> None:
         most = len(gguf.tensors) if layers else 2 * stored // (1 if is_width else width)  # a matrix at the least
         numbers = [one for one in (value if isinstance(value, list) else [value]) if is_number(one, int)]
         if any(abs(number) > max(most, _SMALL) for number in numbers):
-            raise ValueError(f"{key} is {short(value)}, more than the {len(gguf.tensors)} tensors in it can hold")
+            raise ValueError(f"{key} is {shown(value)}, more than the {len(gguf.tensors)} tensors in it can hold")
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     with torch.device("meta"):
         model: Any = cast(Any, AutoModelForCausalLM).from_config(config)
@@ -317,7 +317,7 @@ def _check_size(gguf: GGUF, path: Path) -> None:
 
 @contextmanager
 def _explained(gguf: GGUF, path: Path) -> Iterator[None]:
-    what = f"{path} of the architecture {short(gguf.metadata.get('general.architecture'))}"
+    what = f"{path} of the architecture {shown(gguf.metadata.get('general.architecture'))}"
     with explained(
         what,
         lambda error: f"{first_line(error)}. Give the folder or hub id of the original model instead",

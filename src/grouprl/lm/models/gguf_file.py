@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -127,7 +127,7 @@ def _parse(data: memoryview) -> GGUF:
         table.append((name, shape, *reader.scalars("IQ")))
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not is_number(alignment, int) or not 1 <= alignment <= 1 << 20:
-        raise ValueError(f"an alignment of {short(alignment)}")
+        raise ValueError(f"an alignment of {shown(alignment)}")
     start = -(-reader.position // alignment) * alignment
     raw = np.frombuffer(data, np.uint8)
     sizes = _block_sizes()

@@ -6,7 +6,7 @@ import copy
 import os
 from typing import Any
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 
 _NEEDED = ("eos_token_id", "batch_decode", "__call__")
 
@@ -32,7 +32,7 @@ def tokenizer_of(given: Any) -> Any:
         )
     inner: Any = getattr(given, "tokenizer", None)
     if not all(hasattr(inner, name) for name in _NEEDED):
-        raise UsageError(f"processing_class={short(given)} is no tokenizer; give one of transformers'")
+        raise UsageError(f"processing_class={shown(given)} is no tokenizer; give one of transformers'")
     template = getattr(given, "chat_template", None)
     if isinstance(template, str) and getattr(inner, "chat_template", None) is None:
         inner = copy.copy(inner)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 from grouprl.lm.prompts import Prompt
 
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -68,7 +68,7 @@ def _check_partial(function: Any, name: str, offered: Mapping[str, Any]) -> None
         for key, value in function.keywords.items():
             if key in offered:
                 raise UsageError(
-                    f"the dataset has a column {key!r}, which would take the place of {key}={short(value)} that "
+                    f"the dataset has a column {key!r}, which would take the place of {key}={shown(value)} that "
                     f"functools.partial gave to reward function {name!r}; rename the column: "
                     f"dataset.rename_column({key!r}, ...)"
                 )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, short
+from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, shown
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.arguments import arguments_for, columns_of
 from grouprl.lm.rewards.event_loop import EventLoop, Late
@@ -199,9 +199,11 @@ class _Log:
         """Log `value`; several of one name are averaged, NaN left out."""
         if _OWN_METRICS.fullmatch(str(name)):
             raise UsageError(f"log_metric({name!r}, ...): grouprl logs a number of that name itself; choose another")
+        if not str(name).isprintable() or not str(name).strip():
+            raise TrainingError(f"log_metric({shown(name)}, ...): give a name of printable text")
         number = plain_float(value)
         if number is None or math.isinf(number):
-            raise TrainingError(f"log_metric({name!r}, {short(value)}): give a finite number")
+            raise TrainingError(f"log_metric({name!r}, {shown(value)}): give a finite number")
         values = self._metrics.setdefault(str(name), [])
         if not math.isnan(number):
             values.append(number)
@@ -237,7 +239,8 @@ def _name(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     # The brackets of <lambda> would be trouble in the names of files and metrics.
-    return str(getattr(function, "__name__", type(function).__name__)).strip("<>")
+    name = str(getattr(function, "__name__", type(function).__name__)).strip("<>")
+    return "".join(c if c.isprintable() else "_" for c in name) or "reward"
 
 
 def _unique(names: list[str]) -> tuple[str, ...]:

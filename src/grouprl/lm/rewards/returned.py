@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, SupportsFloat
 
-from grouprl.errors import TrainingError, first_line, short
+from grouprl.errors import TrainingError, first_line, shown
 from grouprl.lm.prompts import Prompt
 
 LARGEST = 1e30
@@ -26,11 +26,11 @@ def numbers_of(output: Any, name: str, rows: Sequence[Prompt]) -> list[float]:
         entries = output.tolist() if hasattr(output, "tolist") else output
     except Exception as error:  # a tensor without values, or of another layout
         raise TrainingError(
-            f"reward function {name!r} returned {short(output)}, whose entries cannot be read "
+            f"reward function {name!r} returned {shown(output)}, whose entries cannot be read "
             f"({first_line(error)}); {wanted}"
         ) from error
     if not isinstance(entries, list | tuple):
-        raise TrainingError(f"reward function {name!r} returned {short(output)} of {type(output).__name__}; {wanted}")
+        raise TrainingError(f"reward function {name!r} returned {shown(output)} of {type(output).__name__}; {wanted}")
     if len(entries) != len(rows):
         raise TrainingError(
             f"reward function {name!r} returned {len(entries)} rewards for {len(rows)} completions; {wanted}"
@@ -63,7 +63,7 @@ def _number(entry: Any, name: str, i: int, rows: Sequence[Prompt]) -> float:
     value = plain_float(entry)
     if value is None:
         raise TrainingError(
-            f"reward function {name!r} returned {short(entry)} of {type(entry).__name__} for {completion(i, rows)}; "
+            f"reward function {name!r} returned {shown(entry)} of {type(entry).__name__} for {completion(i, rows)}; "
             "return a number or None for each completion"
         )
     if not abs(value) <= LARGEST:
@@ -77,4 +77,4 @@ def _number(entry: Any, name: str, i: int, rows: Sequence[Prompt]) -> float:
 def completion(i: int, rows: Sequence[Prompt]) -> str:
     """Completion ``i`` of ``rows``, for a message."""
     prompt = rows[i].prompt
-    return f"completion {i} of {len(rows)}, of the prompt {short(prompt if isinstance(prompt, str) else prompt[-1])}"
+    return f"completion {i} of {len(rows)}, of the prompt {shown(prompt if isinstance(prompt, str) else prompt[-1])}"

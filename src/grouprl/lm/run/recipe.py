@@ -10,11 +10,10 @@ from functools import cache
 from importlib import resources
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, shown
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective_settings import unknown_setting
+from grouprl.reading import parse_yaml, read_yaml
 from grouprl.redaction import with_secrets, without_secrets
 from grouprl.runs.files import user_path
 
@@ -70,10 +69,12 @@ class Recipe:
                 )
             if not isinstance(value, kinds) or isinstance(value, bool):
                 allowed = " or ".join(dict.fromkeys(_SAID[kind] for kind in kinds))
-                raise UsageError(f"{name}={value!r} of recipe {self.name} must be {allowed}")
+                raise UsageError(f"{name}={shown(value)} of recipe {self.name} must be {allowed}")
+            if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
+                raise UsageError(f"{name} of recipe {self.name} has the key {shown(wrong[0])}; names are text")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value < least or value != int(value):
+            if value < least or (isinstance(value, float) and not value.is_integer()):
                 raise UsageError(f"{name}={value!r} of recipe {self.name} must be a whole number, at least {least}")
             object.__setattr__(self, name, int(value))  # 1e3 is read as a float
 
@@ -164,7 +165,8 @@ def load(source: str | os.PathLike[str]) -> Recipe:
     """
     text = os.fspath(source)
     if text in names():
-        return _parse(resources.files(_PRESETS).joinpath(f"{text}.yaml").read_text(encoding="utf-8"), text, text)
+        shipped = resources.files(_PRESETS).joinpath(f"{text}.yaml").read_text(encoding="utf-8")
+        return _recipe(parse_yaml(shipped, text), text, text)
     path = user_path(text)
     if path.is_dir():
         path = path / "config.yaml"
@@ -172,17 +174,10 @@ def load(source: str | os.PathLike[str]) -> Recipe:
         close = difflib.get_close_matches(text, names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UsageError(f"no preset and no file {text!r}; {hint}There are: {', '.join(names())}")
-    try:
-        return _parse(path.read_text(encoding="utf-8"), str(path), path.stem)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+    return _recipe(read_yaml(path), str(path), path.stem)
 
 
-def _parse(text: str, where: str, name: str) -> Recipe:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not YAML: {error}") from error
+def _recipe(values: Any, where: str, name: str) -> Recipe:
     if isinstance(values, dict) and "recipe" in values:  # the config.yaml of a run
         values = values["recipe"]
     if not isinstance(values, dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import PrivateAttr, ValidationError
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.trl import FOREIGN, ONE_PROCESS, RENAMED, translate
@@ -61,7 +61,7 @@ class GRPOConfig(Fields):
             return
         if self._in_use:
             raise UsageError(
-                f"{name}={short(value)}: these settings are a trainer's; change them before it is made"
+                f"{name}={shown(value)}: these settings are a trainer's; change them before it is made"
                 + (f", or {_MEANWHILE[name]}" if name in _MEANWHILE else "")
             )
         for setting, translated in translate({name: value}, type(self).model_fields).items():
@@ -171,6 +171,6 @@ def _plain(name: str, value: Any) -> Any:
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")  # from_pretrained takes the name as well
     raise UsageError(
-        f"{name} holds {short(value)} of type {type(value).__name__}, which config.yaml cannot hold; "
+        f"{name} holds {shown(value)} of type {type(value).__name__}, which config.yaml cannot hold; "
         "use numbers, text, lists and mappings, or pass a model that is loaded already"
     )

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from grouprl.errors import short
+from grouprl.errors import shown
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
@@ -253,7 +253,7 @@ class Fields(ObjectiveSettings):
             names = tuple(name for name in ("tensorboard", "wandb") if find_spec(name) is not None)
         for name in names:
             if not isinstance(name, str) or name not in ("tensorboard", "wandb", "none"):
-                raise ValueError(f"{short(name)} is no tracker here; {allowed}")
+                raise ValueError(f"{shown(name)} is no tracker here; {allowed}")
         return tuple(name for name in names if name != "none")
 
     @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 from grouprl.objective_settings import unknown_setting
 
 
@@ -209,7 +209,7 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
             continue
         if name in settings and not same(settings[name], value):
             raise UsageError(
-                f"{given}={short(value)} and {name}={short(settings[name])} are one setting; give {name} alone"
+                f"{given}={shown(value)} and {name}={shown(settings[name])} are one setting; give {name} alone"
             )
         settings[name] = value.value if isinstance(value, Enum) else value
     return settings
@@ -226,7 +226,7 @@ def same(a: Any, b: Any) -> bool:
 def _generation_settings(values: Any) -> dict[str, Any]:
     """Settings of transformers' generate, under our names. Raises UsageError for one the sampler does not know."""
     if not isinstance(values, Mapping):
-        raise UsageError(f"generation_kwargs={short(values)} must be a mapping of {', '.join(sorted(GENERATION))}")
+        raise UsageError(f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}")
     settings = {}
     for given, value in values.items():
         name = "max_completion_length" if given == "max_new_tokens" else given
@@ -234,7 +234,7 @@ def _generation_settings(values: Any) -> dict[str, Any]:
             continue
         if name not in GENERATION:
             raise UsageError(
-                f"generation_kwargs={{{given!r}: {short(value)}}}: the sampler does not know it; it knows "
+                f"generation_kwargs={{{given!r}: {shown(value)}}}: the sampler does not know it; it knows "
                 f"{', '.join(sorted(GENERATION))}{_ENDS.get(str(given), '')}"
             )
         settings[name] = value
@@ -246,7 +246,7 @@ def _check_foreign(name: str, value: Any, known: Collection[str]) -> None:
         option = FOREIGN[name]
         value = value.value if isinstance(value, Enum) else value
         if option.advice and value is not None and not any(same(value, off) for off in (option.off, *option.also_off)):
-            raise UsageError(f"{name}={short(value)}: {option.advice}")
+            raise UsageError(f"{name}={shown(value)}: {option.advice}")
         return
     if name in TRAINER_ARGUMENTS:
         raise UsageError(f"{name!r} is an argument of GRPOTrainer, not a setting; pass it there")

@@ -6,7 +6,8 @@ import json
 import os
 from typing import Any
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, first_line
+from grouprl.reading import check_size
 from grouprl.runs.files import user_path
 
 
@@ -35,8 +36,9 @@ def load_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
+        raise UsageError(f"{where} is not JSON: {first_line(error)}.") from error
+    check_size(row, where)
     if not isinstance(row, dict):
         raise UsageError(f"{where} is a JSON {type(row).__name__}; it must be an object with a prompt.")
     if "prompt" not in row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import FOREIGN, FOREIGN_ARGUMENTS, RENAMED, TRAINER_ARGUMENTS
 
@@ -131,6 +131,6 @@ def check_assignment(kind: type, base: type, name: str, value: Any) -> None:
     if advice is None and is_setting(name):
         advice = f"settings are fixed when a trainer is made; give a new one GRPOConfig({name}=...)"
     raise UsageError(
-        f"trainer.{name} = {short(value)} would change nothing: "
+        f"trainer.{name} = {shown(value)} would change nothing: "
         + (advice or "nothing reads it; make a new GRPOTrainer of what is to change, or a subclass for what is yours")
     )

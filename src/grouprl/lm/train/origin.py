@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 from grouprl.lm.fingerprint import digest
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.setup import Setup
@@ -92,7 +92,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 def _of_entries(whose: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     for name in saved.keys() & here.keys():  # others come and go with versions
         if saved[name] != here[name]:
-            yield f"{whose} {name} was {short(saved[name])}, here it is {short(here[name])}"
+            yield f"{whose} {name} was {shown(saved[name])}, here it is {shown(here[name])}"
 
 
 def keep_apart(folder: Path) -> None:

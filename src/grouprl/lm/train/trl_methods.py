@@ -117,8 +117,8 @@ class ScriptMethods:
         if combined:
             path = folder / "all_results.json"
             try:
-                before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            except ValueError as error:
+                before = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UsageError(f"{path} is no JSON ({error}); remove it, or give combined=False") from None
             write_json(path, {**before, **metrics})
 
