@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from test_environment_of_an_agent import Sign
 
-from grouprl import GRPO, TrainingError
+from grouprl import GRPO, TrainingError, evaluate
 from grouprl.runs import watchdog
 from grouprl.runs.time_limit import within
 
@@ -39,7 +39,7 @@ class SecondHangs(Sign):
 
 
 class Briefly(SecondHangs):
-    seconds, at = 0.5, 14  # a few steps before say how long one usually takes
+    seconds, at = 1.5, 14  # a few steps before say how long one usually takes
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +70,12 @@ def test_a_time_limit_ends_a_run_that_waits_for_an_environment(in_thread: bool) 
     agent.learn(64)  # the hanging step is past
 
 
+def test_an_evaluation_ends_too() -> None:
+    agent = GRPO(Sign, env_timeout=0.3, **QUICK)
+    with pytest.raises(TrainingError, match=r"a step of environment 1 had not ended after 0\.3 s"):
+        evaluate(agent, SecondHangs, episodes=3)
+
+
 def test_a_worker_that_hangs_is_ended_with_its_number() -> None:
     agent = GRPO(SecondHangs, env_timeout=0.5, vectorization="async", **QUICK)
     with pytest.raises(TrainingError, match=r"a step of environment 0 had not ended after 0\.5 s"):
@@ -85,6 +91,7 @@ def test_an_environment_that_takes_long_is_named_while_it_does(
     vectorization: str, monkeypatch: Any, caplog: Any
 ) -> None:
     monkeypatch.setattr(watchdog, "_LEAST", 0.2)
+    monkeypatch.setattr(watchdog, "_long", lambda usual: 0.2)  # what is long on a busy machine is not asked here
     monkeypatch.setattr(watchdog, "_TICK", 0.05)
     agent = GRPO(Briefly, vectorization=vectorization, **QUICK)
     with caplog.at_level(logging.WARNING, "grouprl"):
