@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from grouprl.envs.env_errors import environment_error, shown
 from grouprl.envs.masks import one_mask
 from grouprl.errors import GrouprlError, TrainingError, UsageError
 
-_NUMBERS = (float, np.float64, np.float32, int, np.int64)
+_NUMBERS = (float, np.float64, np.float32, np.int64)
 _NO_INFO: dict[str, Any] = {}
 
 
@@ -30,15 +31,19 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
     Args:
         env: one environment.
         number: its place among those stepped side by side; named in errors.
+        keep_info: leave the rest of ``info`` as it is, because somebody reads it.
+        copy_last: the last observation of an episode is a copy, because the environment may be reset before it is seen.
 
     Raises:
         TypeError: ``env`` is no ``gymnasium.Env``, or its spaces are no spaces of Gymnasium.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], number: int = 0) -> None:
+    def __init__(
+        self, env: gym.Env[Any, Any], number: int = 0, *, keep_info: bool = False, copy_last: bool = False
+    ) -> None:
         _check_kind(env)
         super().__init__(env)
-        self.number = number
+        self.number, self._keep_info, self._copy_last = number, keep_info, copy_last
         space = env.observation_space
         self._box = (space.dtype, space.shape) if type(space) is spaces.Box else (None, None)
         self._mask_method = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
@@ -90,7 +95,10 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
             observation = self._observation(observation, "step")
         if type(info) is not dict and not isinstance(info, Mapping):
             raise self._broken("the info that step returns must be a dict", info)
-        return observation, reward, terminated, truncated, self._mask(info, terminated or truncated)
+        over = terminated or truncated
+        if over and self._copy_last:
+            observation = copy.deepcopy(observation)
+        return observation, reward, terminated, truncated, self._mask(info, over)
 
     def close(self) -> None:
         """Close it, once."""
@@ -107,20 +115,23 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
             except Exception as error:
                 raise environment_error(error, "in action_masks", self.number) from error
         else:
-            return _NO_INFO
+            given = None
+        rest = {key: value for key, value in info.items() if key != "action_mask"} if self._keep_info else _NO_INFO
         if given is None:
-            return _NO_INFO
+            return rest
         if not self._mask_size:
             raise UsageError(
                 f"info has an action_mask, and the action space {self.action_space} takes no masks; those of Discrete "
                 "and MultiDiscrete do"
             )
         try:
-            return {"action_mask": one_mask(given, self._mask_size)}
+            return {**rest, "action_mask": one_mask(given, self._mask_size)}
         except UsageError as error:
             raise UsageError(f"environment {self.number}: {error}") from None
 
     def _reward(self, reward: Any) -> float:
+        if type(reward) is int and abs(reward) < 2**63:
+            return float(reward)
         values = _as_array(reward)
         if values is None or values.size != 1 or values.dtype.kind not in "biuf":
             raise self._broken(
@@ -193,7 +204,9 @@ def mask_size(space: spaces.Space[Any]) -> int:
 
 
 def _as_array(value: Any) -> np.ndarray[Any, Any] | None:
-    """As an array of numbers, or None for what is no number and no array."""
+    """As an array of numbers, or None for what is no number and no array, or where entries are masked out."""
+    if np.ma.is_masked(value):
+        return None
     try:
         values = np.asarray(value)
     except Exception:  # parts of different lengths, a tensor on a GPU

@@ -20,6 +20,9 @@ EXTRAS = {
     "atari": ("ale", "atari"),
 }
 
+LONGEST = 400
+"""Characters of another's message that are shown."""
+
 DIED = "its worker process died; what it printed before says why"
 
 
@@ -30,6 +33,15 @@ def shown(value: Any, width: int = 60) -> str:
     except Exception:  # a repr of the user's may fail
         text = "a value"
     return f"{text if len(text) <= width else text[: width - 3] + '...'} ({type(value).__name__})"
+
+
+def said(error: BaseException) -> str:
+    """What an exception says, on one line and without its full stop, cut where it is long."""
+    try:
+        text = " ".join(str(error).split()).rstrip(".")
+    except Exception:  # of a class of the user's
+        return ""
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 def unknown_id_message(env_id: str, error: Exception) -> str:
@@ -69,7 +81,7 @@ def cannot_make_message(name: str, given: Mapping[str, Any], error: Exception) -
     """What to say of an environment whose constructor failed."""
     arguments = f" with {shown(dict(given), 200).rpartition(' (')[0]}" if given else ""
     return (
-        f"{name} cannot be made{arguments}: {type(error).__name__}: {str(error).strip() or 'no message'}. "
+        f"{name} cannot be made{arguments}: {type(error).__name__}: {said(error) or 'no message'}. "
         "It must be a gymnasium.Env with an observation_space and an action_space; constructor arguments go in "
         "env_kwargs (--env KEY=VALUE) for an id, or into a callable such as lambda: MyEnv(size=3)"
     )
@@ -84,7 +96,7 @@ def environment_error(error: BaseException, when: str, number: int | None = None
         number: the environment's, if the exception surely is one of its own code; None where a vector environment
             raised, which may mean that a worker process died.
     """
-    text = str(error).strip().rstrip(".")
+    text = said(error)
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
     inside = number is not None
     if "unexpected keyword argument 'seed'" in text or "unexpected keyword argument 'options'" in text:
@@ -111,4 +123,6 @@ def environment_error(error: BaseException, when: str, number: int | None = None
 def _place(error: BaseException) -> str:
     """Where the exception was raised."""
     frames = traceback.extract_tb(error.__traceback__)
+    if frames and "gymnasium/vector" in Path(frames[-1].filename).as_posix():  # it came from a worker process
+        return ""
     return f", at line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""

@@ -17,10 +17,12 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 
 from grouprl.envs import checkpoint, copies, presets
+from grouprl.envs.arguments import whole_number
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
-from grouprl.envs.env_kwargs import why_not_again
+from grouprl.envs.env_errors import shown
+from grouprl.envs.env_kwargs import was_an_id, why_not_again
 from grouprl.envs.export import export_module
 from grouprl.envs.finite import bad_observation, check_params
 from grouprl.envs.loop import Loop, Metrics, Seeds
@@ -253,6 +255,15 @@ class GRPO:
         )
         self._attach(env, venv)
 
+    def _set_again(self, env: EnvLike | None, env_kwargs: Mapping[str, Any] | None) -> None:
+        """As :meth:`set_env`, for an agent from a file; arguments alone are those of the id that the file names."""
+        if env is None and not was_an_id(self.env_lost):
+            raise UsageError(
+                f"env_kwargs={shown(env_kwargs)} only goes with an environment id, and this agent was trained on none: "
+                f"{self.env_lost}; give env, such as lambda: MyEnv(...)"
+            )
+        self.set_env(self.env_id if env is None else env, env_kwargs)
+
     def get_env(self) -> VectorEnv[Any, Any, Any] | None:
         """The vector environment batches are collected from, or None after :meth:`load` without one."""
         return self._venv
@@ -307,7 +318,8 @@ class GRPO:
             progress_bar: show return, steps per second and time left.
 
         Raises:
-            UsageError: ``total_timesteps`` is not positive; a callback cannot be called with (agent, metrics).
+            UsageError: ``total_timesteps`` is no whole number of at least 1; a callback cannot be called with (agent,
+                metrics), or would not run when it is.
             TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
                 after the last good gradient step.
 
@@ -317,10 +329,9 @@ class GRPO:
         if not isinstance(progress_bar, bool | None):
             raise UsageError(f"progress_bar={progress_bar!r} must be True or False")
         refuse_several_processes()
-        if total_timesteps < 1:
-            raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
+        total_timesteps = whole_number("total_timesteps", total_timesteps, least=1)
         start, skipped, batches = self.num_timesteps, self.loop.skipped.copy(), self.loop.batches
-        self._learn(start, start + int(total_timesteps), callback, progress_bar)
+        self._learn(start, start + total_timesteps, callback, progress_bar)
         if self.loop.batches > batches and self.loop.skipped.total() - skipped.total() == self.loop.batches - batches:
             warnings.warn(str(self.loop.say_skipped(skipped, batches)), RuntimeWarning, stacklevel=2)
         return self
@@ -431,6 +442,8 @@ class GRPO:
         Returns the path written, with the suffix added where it was missing.
         """
         path = user_path(path)
+        if path.name in ("", ".."):
+            raise UsageError(f"{path} is a folder; name the file in it that the model goes to")
         if path.suffix != ".safetensors":
             path = path.with_name(path.name + ".safetensors")
         save_state(path, self.policy.state_dict(), self.describe("model"))
@@ -460,10 +473,8 @@ class GRPO:
         with offering_another(path):
             tensors, meta = load_state(path)
             agent = cls._from_file(path, tensors, meta, network, functions, settings)
-        if env is not None:
-            agent.set_env(env, env_kwargs)
-        elif env_kwargs is not None:
-            agent.set_env(agent.env_id, env_kwargs)
+        if env is not None or env_kwargs is not None:
+            agent._set_again(env, env_kwargs)
         return agent
 
     @classmethod
@@ -536,7 +547,7 @@ class GRPO:
         if env is None and env_kwargs is None:
             agent.set_env(*agent.where())
         else:
-            agent.set_env(agent.env_id if env is None else env, env_kwargs)
+            agent._set_again(env, env_kwargs)
         try:
             agent.extra = checkpoint.restore(path, agent.loop, tensors, meta)
         except BaseException:

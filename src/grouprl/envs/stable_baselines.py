@@ -77,6 +77,8 @@ def checked_callbacks(callback: Any) -> list[Callable[..., Any]]:
             raise UsageError(f"{shown(one)} is a callback of another library; {SIGNATURE}")
         if not callable(one):
             raise UsageError(f"callback={shown(one)}; {SIGNATURE}")
+        if inspect.iscoroutinefunction(one) or inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one):
+            raise UsageError(f"the callback {shown(one)} would not run when it is called (async or yield); {SIGNATURE}")
         try:
             parameters = inspect.signature(one)
         except (TypeError, ValueError):  # some built-in functions have none

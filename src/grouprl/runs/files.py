@@ -30,7 +30,13 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """A path that a user gives, with ``~`` as their home folder: the gate of every file and folder that is named."""
+    """A path that a user gives, with ``~`` as their home folder: the gate of every file and folder that is named.
+
+    Raises:
+        UsageError: it is no text and no path, or an empty one.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
+        raise UsageError(f"{path!r} is no path; give the name of a file or folder, as text or as a pathlib.Path")
     return Path(os.path.expanduser(path))
 
 
