@@ -25,13 +25,17 @@ class TrainingError(GrouprlError, RuntimeError):
     """Something broke while training ran: an environment died, or a number stopped being finite."""
 
 
+_LONGEST_LINE = 500
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without its full stop; those of other libraries go on for pages."""
+    """The first line of an error's message, cut, without its full stop; those of other libraries go on for pages."""
     try:
         text = str(error)
     except Exception:  # of a class of the user's
         text = ""
-    return (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")
+    line = (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")
+    return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 3] + "..."
 
 
 def shown(value: object, width: int = 80) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_environment_of_an_agent import Sign
 
-from grouprl import GRPO, TrainingError
+from grouprl import GRPO, TrainingError, evaluate
 from grouprl.runs import watchdog
 from grouprl.runs.time_limit import within
 
@@ -78,6 +78,12 @@ def test_a_time_limit_ends_a_run_that_waits_for_an_environment(in_thread: bool) 
     agent.learn(64)  # the hanging step is past
 
 
+def test_an_evaluation_ends_too() -> None:
+    agent = GRPO(Sign, env_timeout=0.3, **QUICK)
+    with pytest.raises(TrainingError, match=r"a step of environment 1 had not ended after 0\.3 s"):
+        evaluate(agent, SecondHangs, episodes=3)
+
+
 def test_a_worker_that_hangs_is_ended_with_its_number() -> None:
     agent = GRPO(SecondHangs, env_timeout=0.5, vectorization="async", **QUICK)
     with pytest.raises(TrainingError, match=r"a step of environment 0 had not ended after 0\.5 s"):
@@ -98,7 +104,9 @@ def test_an_environment_that_takes_long_is_named_while_it_does(
     monkeypatch.setattr(UntilNamed, "named", multiprocessing.Event())
     monkeypatch.setattr(UntilNamed, "seconds", 60.0)
     logger, seen = logging.getLogger("grouprl"), logging.Handler()
-    monkeypatch.setattr(seen, "emit", lambda record: UntilNamed.named.set())
+    number = 1 if vectorization == "sync" else 0  # each worker has made its second: the first one showed the spaces
+    text = f"a step of environment {number} has been running for"
+    monkeypatch.setattr(seen, "emit", lambda record: UntilNamed.named.set() if text in record.getMessage() else None)
     agent = GRPO(UntilNamed, vectorization=vectorization, **QUICK)
     logger.addHandler(seen)
     try:
@@ -107,8 +115,6 @@ def test_an_environment_that_takes_long_is_named_while_it_does(
     finally:
         logger.removeHandler(seen)
         agent.close()
-    number = 1 if vectorization == "sync" else 0  # each worker has made its second: the first one showed the spaces
-    text = f"a step of environment {number} has been running for"
     assert [message for message in caplog.messages if text in message], caplog.messages
 
 

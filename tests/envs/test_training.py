@@ -121,6 +121,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     tmp_path: Path, env: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("grouprl.envs.sticky.FADED_AT", 1.0)  # actions are repeated until the end
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings to a file in the current folder
     steps = 1200 if env == "HalfCheetah-v5" else 3000
     run = {"checkpoint_every": 400 if env == "HalfCheetah-v5" else 700, "eval_every": 600}
     small_run(tmp_path / "whole", env, steps, settings=settings, run=run)

@@ -124,7 +124,7 @@ def test_options_of_train(option: str, value: str) -> None:
 LANGUAGE_NAMES = [*Fields.model_fields, *recipe.settable(), "nothing"]
 
 
-@given(st.lists(named([n for n in LANGUAGE_NAMES if n not in ("model", "report_to")]), max_size=2))
+@given(st.lists(named([n for n in LANGUAGE_NAMES if n != "model"]), max_size=2))
 @pytest.mark.usefixtures("no_training")
 def test_settings_of_train_lm(assignments: list[str]) -> None:
     arguments = [word for pair in assignments for word in ("--set", pair)]

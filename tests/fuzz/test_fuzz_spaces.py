@@ -29,10 +29,10 @@ def boxes(draw: st.DrawFn) -> spaces.Box:
         return spaces.Box(0, 1, shape, dtype)
     whole = np.issubdtype(dtype, np.integer)
     least, most = (np.iinfo(dtype).min, np.iinfo(dtype).max) if whole else (-np.inf, np.inf)
-    limit = None if whole else float(np.finfo(dtype).max)
+    limit = None if whole else float(np.finfo(dtype).max) / 2  # Gymnasium cannot sample from all of them
     ends = [-1, 0, 1, 5, least, most, *([-limit, limit, 1e-3] if limit is not None else [])]
     if whole:
-        least, most = int(least) // 2, int(most) // 2  # Gymnasium cannot sample from all integers of 64 bits
+        least, most = int(least) // 4, int(most) // 4  # Gymnasium cannot sample from all integers of 64 bits
         ends = [min(max(end, least), most) for end in ends]
     low, high = sorted((draw(st.sampled_from(ends)), draw(st.sampled_from(ends))))
     return spaces.Box(0 if low == np.inf else low, 0 if high == -np.inf else high, shape, dtype)

@@ -238,3 +238,13 @@ def test_default_paths_are_readable_unique_and_one_folder_deep(tmp_path: Path, m
     second.mkdir()
     assert default_run_path(tmp_path, "ALE/Pong-v5", 1).name == "ALE-Pong-v5-seed1-20260101-120000-3"
     assert default_run_path(tmp_path, "../..", 1).parent == tmp_path
+
+
+def test_a_folder_given_relative_to_another_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder.create("runs/a", {"seed": 1})
+    opened = RunFolder.open("runs/a")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert folder.read_config() == opened.read_config() == {"seed": 1}
+    assert folder.path == tmp_path / "runs" / "a"

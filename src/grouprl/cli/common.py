@@ -16,6 +16,7 @@ from grouprl.errors import GrouprlError, UsageError, shown
 from grouprl.extras import explain_missing
 from grouprl.printing import lasting_streams
 from grouprl.reading import parse_yaml
+from grouprl.runs.signals import leaving_on_signals
 
 app = typer.Typer(
     name="grouprl",
@@ -57,7 +58,7 @@ def count(text: str) -> int:
 
 def main() -> None:
     """Entry point: one clear line for an error of the user's or the environment's, a traceback only for ours."""
-    with lasting_streams() as problem:
+    with lasting_streams() as problem, leaving_on_signals():
         status = _status()
         if reason := problem():
             print(f"error: standard output could not be written: {reason}", file=sys.stderr)
@@ -80,6 +81,8 @@ def _status() -> int | str | None:
         app()
     except SystemExit as stop:
         return stop.code
+    except KeyboardInterrupt:
+        return 130
     except GrouprlError as error:
         if os.environ.get("GROUPRL_TRACEBACK"):
             raise

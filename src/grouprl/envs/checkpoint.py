@@ -8,15 +8,20 @@ then both continue from the same new seed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 from torch import Tensor
 
 from grouprl.envs.loop import Loop
 from grouprl.errors import DamagedFileError, TrainingError
+from grouprl.machine.record import describe_machine, other_machine
 from grouprl.runs.state import check_like, load_state, save_state, taking_up
+
+_log = logging.getLogger("grouprl")
 
 
 def write(path: Path, loop: Loop, may_restart: bool, description: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
@@ -24,7 +29,12 @@ def write(path: Path, loop: Loop, may_restart: bool, description: Mapping[str, A
     loop.bound_replay(may_restart)
     tensors, state = loop.state()
     tensors |= {f"policy.{key}": value for key, value in loop.policy.state_dict().items()}
-    save_state(path, tensors, {**description, "state": {**state, "extra": dict(extra)}})
+    save_state(path, tensors, {**description, "machine": _machine(loop), "state": {**state, "extra": dict(extra)}})
+
+
+def _machine(loop: Loop) -> dict[str, Any]:
+    compiled = loop.learner.optimizer.native
+    return describe_machine(compiled=compiled, device=loop.config.device, gymnasium=gymnasium.__version__)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,4 +63,7 @@ def restore(path: Path, loop: Loop, tensors: Mapping[str, Tensor], meta: Mapping
             loop.load(tensors, saved)
         except TrainingError as error:
             raise DamagedFileError(f"the actions in {path} cannot be repeated: {error}") from error
+        others = other_machine(dict(meta.get("machine", {})), _machine(loop))
+        if others is not None:
+            _log.warning("numbers will differ from those of a run that never stopped: %s", others)
         return dict(saved["extra"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from grouprl.errors import TrainingError
+from grouprl.errors import TrainingError, first_line, short
 from grouprl.extras import how_to_install
 
 EXTRAS = {
@@ -48,13 +48,13 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
     """What to say of an id Gymnasium does not know."""
     if isinstance(error, ImportError):
         return (
-            f"cannot import the module named in {env_id!r}: {error}; it is looked for in {Path.cwd()} and among the "
-            "installed packages"
+            f"cannot import the module named in {short(env_id)}: {first_line(error)}; it is looked for in {Path.cwd()} "
+            "and among the installed packages"
         )
     package, _, name = env_id.rpartition(":")
     if package:
         return (
-            f"{package} was imported, but it registers no environment {name!r} and has no class of that name; if "
+            f"{package} was imported, but it registers no environment {short(name)} and has no class of that name; if "
             f"{package} registers its environments through a function, call that first and use Python: "
             "GRPO(lambda: gymnasium.make(...))"
         )
@@ -63,7 +63,7 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
         f"did you mean {' or '.join(close)}?" if close else "gymnasium.pprint_registry() lists the ids installed here."
     )
     return (
-        f"no environment {env_id!r} is registered; {hint} "
+        f"no environment {short(env_id)} is registered; {hint} "
         "An environment of another package needs that package's name in front: 'package:Env-v0'."
     )
 
@@ -81,10 +81,19 @@ def cannot_make_message(name: str, given: Mapping[str, Any], error: Exception) -
     """What to say of an environment whose constructor failed."""
     arguments = f" with {shown(dict(given), 200).rpartition(' (')[0]}" if given else ""
     return (
+<<<<<<< HEAD
         f"{name} cannot be made{arguments}: {type(error).__name__}: {said(error) or 'no message'}. "
+=======
+        f"{name} cannot be made{arguments}: {_said(error)}. "
+>>>>>>> main
         "It must be a gymnasium.Env with an observation_space and an action_space; constructor arguments go in "
         "env_kwargs (--env KEY=VALUE) for an id, or into a callable such as lambda: MyEnv(size=3)"
     )
+
+
+def _said(error: BaseException) -> str:
+    kind, text = type(error).__name__, first_line(error)
+    return kind if text == kind else f"{kind}: {text}"
 
 
 def environment_error(error: BaseException, when: str, number: int | None = None) -> TrainingError:
@@ -96,8 +105,12 @@ def environment_error(error: BaseException, when: str, number: int | None = None
         number: the environment's, if the exception surely is one of its own code; None where a vector environment
             raised, which may mean that a worker process died.
     """
+<<<<<<< HEAD
     text = said(error)
     cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
+=======
+    text, cause = first_line(error), _said(error)
+>>>>>>> main
     inside = number is not None
     if "unexpected keyword argument 'seed'" in text or "unexpected keyword argument 'options'" in text:
         hint = "reset must take both: def reset(self, *, seed=None, options=None)"

@@ -14,6 +14,7 @@ from grouprl.envs.arguments import whole_number
 from grouprl.envs.env_errors import shown
 from grouprl.envs.finite import check_observations, check_params, check_rewards
 from grouprl.envs.grpo import GRPO
+from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Stepper
 from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector, share_environments
 from grouprl.errors import UsageError
@@ -92,12 +93,16 @@ class Evaluator:
                 f"the environment has the spaces {venv.single_observation_space} and {venv.single_action_space}, the "
                 f"policy {agent.observation_space} and {agent.action_space}; evaluate it where they are the same"
             )
-        return self._play(agent, episodes, np.random.default_rng(seed) if not deterministic else None, seed)
+        stepper = Stepper(venv, agent.observations, agent.actions)
+        watch = StepWatch(venv, lambda: stepper.steps, agent.config.env_timeout)
+        rng = np.random.default_rng(seed) if not deterministic else None
+        return watch.run(lambda: self._play(stepper, agent, episodes, rng, seed))
 
-    def _play(self, agent: GRPO, episodes: int, rng: np.random.Generator | None, seed: int) -> Evaluation:
+    def _play(
+        self, stepper: Stepper, agent: GRPO, episodes: int, rng: np.random.Generator | None, seed: int
+    ) -> Evaluation:
         """Play with actions drawn by ``rng``, or with the most likely ones if that is None."""
         n = self.venv.num_envs
-        stepper = Stepper(self.venv, agent.observations, agent.actions)
         infer = agent.policy.inference()
         left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
         returns: list[float] = []

@@ -201,8 +201,8 @@ def train(
     if seed is not None:
         values["seed"] = seed
     run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
-    RunFolder(user_path(out)).check_free(overwrite)
-    with RunFolder(user_path(out)).locked():
+    RunFolder(user_path(out).absolute()).check_free(overwrite)
+    with RunFolder(user_path(out).absolute()).locked():
         agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
         if agent.env_lost:
             agent.close()

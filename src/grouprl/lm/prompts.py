@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, short
 from grouprl.lm.fingerprint import RowsDigest
 from grouprl.lm.tokenising import Prompt, Tokenising, characters, check_row, no_prompt, read_row
 
@@ -232,6 +232,22 @@ def prepare_prompts(
     return source
 
 
+def _size(dataset: Any) -> int | None:
+    """The number of rows, if there is one and a row can be asked for."""
+    try:
+        return len(dataset) if hasattr(dataset, "__getitem__") else None
+    except TypeError:  # a class, a tensor without dimensions
+        return None
+
+
+def _is_iterable(dataset: Any) -> bool:
+    try:
+        iter(dataset)
+    except TypeError:
+        return False
+    return True
+
+
 def _rows(dataset: Any, name: str) -> tuple[Any, bool]:
     """The rows and whether they can only be streamed."""
     if isinstance(dataset, Mapping):
@@ -246,15 +262,15 @@ def _rows(dataset: Any, name: str) -> tuple[Any, bool]:
         )
     if hasattr(dataset, "iterrows"):
         raise UsageError(f"{name} is a data frame; give datasets.Dataset.from_pandas(...)")
-    sequence = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if isinstance(dataset, str | bytes) or not (sequence or isinstance(dataset, Iterable)):
+    size = _size(dataset)
+    if isinstance(dataset, str | bytes | type) or not (size is not None or _is_iterable(dataset)):
         raise UsageError(
             f"{name} must be a Hugging Face dataset or a list of rows such as [{{'prompt': '2 + 2 ='}}], got "
             f"{type(dataset).__name__}"
-            + (f"; give datasets.load_dataset({dataset!r})['train']" if isinstance(dataset, str) else "")
+            + (f"; give datasets.load_dataset({short(dataset)})['train']" if isinstance(dataset, str) else "")
         )
-    if sequence:
-        if len(dataset) == 0:
+    if size is not None:
+        if size == 0:
             raise UsageError(f"{name} is empty; give it at least one row")
         return dataset, False
     if isinstance(dataset, Iterator):

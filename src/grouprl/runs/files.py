@@ -227,6 +227,16 @@ def check_file(path: Path, kind: str, most_bytes: int | None = None) -> int:
     return about.st_size
 
 
+def list_folder(path: Path) -> list[Path]:
+    """What a folder holds, nothing if there is none. Raises DamagedFileError if it cannot be read."""
+    try:
+        return [path / name for name in os.listdir(path)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DamagedFileError(f"Cannot read the folder {path}: {error.strerror or error}.") from error
+
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",

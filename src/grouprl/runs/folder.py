@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from grouprl.errors import DamagedFileError, GrouprlError, UsageError
 from grouprl.reading import parse_yaml
-from grouprl.runs.files import explain_os_error, is_sealed, read_bytes, user_path, write_json, write_yaml
+from grouprl.runs.files import explain_os_error, is_sealed, list_folder, read_bytes, user_path, write_json, write_yaml
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.state import load_state
@@ -44,7 +44,7 @@ class RunFolder:
 
         Raises UsageError if the folder holds anything already, or cannot be made.
         """
-        folder = cls(user_path(path))
+        folder = cls(user_path(path).absolute())
         try:
             if folder._holds_something():
                 folder._check_replaceable(overwrite)
@@ -79,11 +79,15 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """The run in `path`. Raises UsageError if there is none."""
-        folder = cls(user_path(path))
-        if not folder.path.is_dir():
-            raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
-        if not folder.config_path.is_file() and folder._replaced.is_dir():
-            folder.abandon()  # another was to replace it, and was killed before it began
+        folder = cls(user_path(path).absolute())
+        try:
+            if not folder.path.is_dir():
+                raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
+            if not folder.config_path.is_file() and folder._replaced.is_dir():
+                folder.abandon()  # another was to replace it, and was killed before it began
+            os.listdir(folder.path)
+        except OSError as error:
+            raise DamagedFileError(f"Cannot read {path}: {error.strerror or error}.") from error
         if not os.path.lexists(folder.config_path):
             raise UsageError(
                 f"{path} is not a run folder: it holds no config.yaml. Give one that `grouprl train` made."
@@ -183,9 +187,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
-        if not self.checkpoints_path.is_dir():
-            return []
-        matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in self.checkpoints_path.iterdir()]
+        matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in list_folder(self.checkpoints_path)]
         return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
     def latest_checkpoint(self) -> Path | None:

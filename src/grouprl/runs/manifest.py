@@ -15,6 +15,8 @@ STATE_FILE = "grouprl_state.safetensors"
 """A state file beside a model; it has checksums of its own."""
 _log = logging.getLogger("grouprl")
 _WHAT = "list of checksums"
+_MOST_BYTES = 1 << 28
+"""More than a configuration or a tokenizer has."""
 _ADVICE = f"If you changed the folder on purpose, delete its {MANIFEST}."
 
 
@@ -57,7 +59,7 @@ def check_manifest(folder: Path, *, all_files: bool = True) -> bool:
         fault = _fault(path, size, checksum)
         if fault is None:
             continue
-        if all_files or path.suffix == ".safetensors":
+        if all_files or path.suffix == ".safetensors" or path.stat().st_size > _MOST_BYTES:
             raise DamagedFileError(f"{path} is {fault}. {_ADVICE}")
         _log.warning("%s was changed or damaged since it was saved; what is there now holds", path)
     return True

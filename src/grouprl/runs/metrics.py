@@ -36,7 +36,7 @@ class MetricsLog:
         self._file = AppendedFile(self.path)
         self._columns: list[str] = []
         self._n_rows = 0
-        if self.path.exists():
+        if os.path.lexists(self.path):
             data = read_bytes(self.path, _WHAT)
             self._columns, rows = _parse(self.path, whole_lines(data))
             self._n_rows = len(rows)

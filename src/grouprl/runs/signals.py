@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the update, save, leave."""
+"""Ctrl-C, SIGTERM and SIGHUP: finish the update, save, leave."""
 
 from __future__ import annotations
 
@@ -10,28 +10,59 @@ from types import FrameType
 
 from grouprl.printing import show
 
+Handler = Callable[[int, FrameType | None], object]
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @contextmanager
 def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C or SIGTERM calls ``stop`` and lets the current update end; a second one acts at once."""
+    """Within, the first signal calls ``stop`` and lets the current update end; a second one acts at once.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop()
         show("stopping after this update; once more to stop at once", sys.stderr)
-        for n in previous:
+        for n in heard:
             signal.signal(n, at_once)
 
     def at_once(number: int, frame: FrameType | None) -> None:
         show("stopped at once; grouprl resume goes on from the last checkpoint", sys.stderr)
         raise KeyboardInterrupt
 
-    try:
-        previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: whoever owns it handles signals
+    with _handling(handle) as heard:
         yield
+
+
+@contextmanager
+def leaving_on_signals() -> Iterator[None]:
+    """Within, a signal is said in one line and raises KeyboardInterrupt; a second one ends the process."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for n in heard:
+            signal.signal(n, signal.SIG_DFL)
+        show("stopped; grouprl resume goes on with a run that had begun", sys.stderr)
+        raise KeyboardInterrupt
+
+    with _handling(leave) as heard:
+        yield
+
+
+@contextmanager
+def _handling(handler: Handler) -> Iterator[list[int]]:
+    """Within, ``handler`` hears the signals that are not ignored, which are yielded."""
+    previous = {n: signal.getsignal(n) for n in _SIGNALS}
+    heard = [n for n, old in previous.items() if old is not signal.SIG_IGN]
+    try:
+        for n in heard:
+            signal.signal(n, handler)
+    except ValueError:  # not in the main thread: whoever owns it handles signals
+        yield []
         return
     try:
-        yield
+        yield heard
     finally:
-        for n, old in previous.items():
-            signal.signal(n, old)
+        for n in heard:
+            signal.signal(n, previous[n])

@@ -70,7 +70,7 @@ class TranscriptWriter:
         """Open `path`, which need not exist yet. Raises UsageError if it cannot be read or written."""
         self.path = user_path(path)
         self._file = AppendedFile(self.path)
-        if self.path.exists():
+        if os.path.lexists(self.path):
             self._file.take_up(read_bytes(self.path, _WHAT))
 
     def append(self, transcripts: Iterable[Transcript]) -> None:

@@ -86,10 +86,10 @@ def train(
     if steps is not None:
         changes["max_steps"] = steps
     recipe = (source if isinstance(source, Recipe) else recipes.load(source)).changed(changes)
-    RunFolder(user_path(out)).check_free(overwrite)
+    RunFolder(user_path(out).absolute()).check_free(overwrite)
     if "output_dir" in recipe.config:
         raise UsageError(f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out")
-    with RunFolder(user_path(out)).locked():
+    with RunFolder(user_path(out).absolute()).locked():
         return _train(recipe, out, overwrite, progress_bar, announce)
 
 
@@ -194,7 +194,7 @@ def _defaults(recipe: Recipe) -> dict[str, Any]:
 
 def _settings(values: Mapping[str, Any], out: str | os.PathLike[str], progress_bar: bool | None) -> GRPOConfig:
     bar = {} if progress_bar is None else {"disable_tqdm": not progress_bar}
-    return GRPOConfig(**{**values, **bar, "output_dir": str(user_path(out))})
+    return GRPOConfig(**{**values, **bar, "output_dir": str(user_path(out).absolute())})
 
 
 _LOGGING = ("logging_strategy", "logging_steps", "logging_first_step")

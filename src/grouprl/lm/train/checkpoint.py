@@ -19,7 +19,7 @@ from grouprl.lm.fingerprint import digest
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.models.save import model_files, save_model
 from grouprl.lm.prompts import Prompt, PromptSource
-from grouprl.runs.files import write_json
+from grouprl.runs.files import list_folder, write_json
 from grouprl.runs.folder import newest_good
 from grouprl.runs.manifest import MANIFEST, STATE_FILE, check_manifest
 from grouprl.runs.state import load_state, read_meta, save_state
@@ -124,9 +124,7 @@ def _with_runs(output_dir: Path) -> list[tuple[float, int, Path]]:
 
     One without a state that says so counts to the last run that had begun when it was written.
     """
-    if not output_dir.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in list_folder(output_dir) if (match := _NAME.fullmatch(path.name))]
     began = {path: _began(path) for _, path in found}
     known = sorted(time for time in began.values() if time is not None)
     runs = []

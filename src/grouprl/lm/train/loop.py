@@ -10,11 +10,13 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.generate.collect import Collector, Metrics
 from grouprl.lm.generate.samples import Samples, split_into_steps
+from grouprl.lm.kernels import compile as kernels
 from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state
 from grouprl.lm.learn.step import Step, optimizer_step
 from grouprl.lm.prompts import PromptOrder
@@ -24,6 +26,7 @@ from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.setup import Setup
+from grouprl.machine.record import describe_machine, other_machine
 from grouprl.objective import Objective
 from grouprl.runs.state import check_like, taking_up
 
@@ -237,6 +240,14 @@ class Run:
             tensors |= {f"samples.{name}": value for name, value in buffered.items()}
         return Checkpoint(tensors, meta)
 
+    def _machine(self) -> dict[str, Any]:
+        policy = self.setup.policy
+        return describe_machine(
+            compiled=self.config.native and kernels.available(), device=policy.device,
+            transformers=transformers.__version__, learner="packed" if policy.packed else "plain",
+            sampler=type(policy.sampler).__name__, precision=str(policy.precision.dtype),
+        )  # fmt: skip
+
     def _check(self, saved: Checkpoint) -> None:
         """Raise DamagedFileError if a checkpoint lacks what each has, or has it in another shape or kind."""
         own = self._state()
@@ -274,6 +285,9 @@ class Run:
         self.scheduler.load_state_dict(meta["scheduler"])
         if not own:
             follow_settings(self.scheduler, rates)
+        others = other_machine(dict(meta.get("machine", {})), self._machine())
+        if others is not None:
+            _log.warning("numbers will differ from those of a run that never stopped: %s", others)
         _tell_changes(meta["config"], self.config)
         self.generator.set_state(saved.tensors["generator"])
         _device_generator(setup.policy.device).set_state(saved.tensors["dropout"])
