@@ -303,13 +303,3 @@ def test_an_observation_with_entries_masked_out_is_refused() -> None:
 def test_predict_refuses_a_mask_that_is_one_number() -> None:
     with pytest.raises(UsageError, match="action_mask has shape"):
         GRPO(Returns, **QUICK).predict(ZEROS, action_masks=1)
-
-
-def test_what_an_environment_says_is_told_on_one_line() -> None:
-    def makes() -> Any:
-        raise ValueError("first line\n  second line" + 1000 * " and more")
-
-    with pytest.raises(UsageError, match=r"ValueError: first line second line .*\.\.\.") as error:
-        GRPO(makes, **QUICK)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 1000

@@ -20,9 +20,6 @@ EXTRAS = {
     "atari": ("ale", "atari"),
 }
 
-LONGEST = 400
-"""Characters of another's message that are shown."""
-
 DIED = "its worker process died; what it printed before says why"
 
 
@@ -33,15 +30,6 @@ def shown(value: Any, width: int = 60) -> str:
     except Exception:  # a repr of the user's may fail
         text = "a value"
     return f"{text if len(text) <= width else text[: width - 3] + '...'} ({type(value).__name__})"
-
-
-def said(error: BaseException) -> str:
-    """What an exception says, on one line and without its full stop, cut where it is long."""
-    try:
-        text = " ".join(str(error).split()).rstrip(".")
-    except Exception:  # of a class of the user's
-        return ""
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 def unknown_id_message(env_id: str, error: Exception) -> str:
@@ -81,11 +69,7 @@ def cannot_make_message(name: str, given: Mapping[str, Any], error: Exception) -
     """What to say of an environment whose constructor failed."""
     arguments = f" with {shown(dict(given), 200).rpartition(' (')[0]}" if given else ""
     return (
-<<<<<<< HEAD
-        f"{name} cannot be made{arguments}: {type(error).__name__}: {said(error) or 'no message'}. "
-=======
         f"{name} cannot be made{arguments}: {_said(error)}. "
->>>>>>> main
         "It must be a gymnasium.Env with an observation_space and an action_space; constructor arguments go in "
         "env_kwargs (--env KEY=VALUE) for an id, or into a callable such as lambda: MyEnv(size=3)"
     )
@@ -105,12 +89,7 @@ def environment_error(error: BaseException, when: str, number: int | None = None
         number: the environment's, if the exception surely is one of its own code; None where a vector environment
             raised, which may mean that a worker process died.
     """
-<<<<<<< HEAD
-    text = said(error)
-    cause = f"{type(error).__name__}: {text}" if text else type(error).__name__
-=======
     text, cause = first_line(error), _said(error)
->>>>>>> main
     inside = number is not None
     if "unexpected keyword argument 'seed'" in text or "unexpected keyword argument 'options'" in text:
         hint = "reset must take both: def reset(self, *, seed=None, options=None)"
