@@ -331,7 +331,7 @@ def test_a_callback_that_would_not_run_is_refused() -> None:
         yield False
 
     for callback in (later, generates):
-        with pytest.raises(UsageError, match="would not run when it is called"):
+        with pytest.raises(UsageError, match="would not run when called"):
             GRPO(Sign, **QUICK).learn(32, callback=callback)  # type: ignore[arg-type]
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.envs.env_errors import shown
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, with_type
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
@@ -23,5 +22,5 @@ def whole_number(name: str, value: Any, least: int) -> int:
     except TypeError:
         number = None
     if number is None or number < least or isinstance(value, bool):
-        raise UsageError(f"{name}={shown(value)} must be a whole number, at least {least}")
+        raise UsageError(f"{name}={with_type(value)} must be a whole number, at least {least}")
     return number

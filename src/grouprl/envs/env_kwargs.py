@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.envs.env_errors import shown
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, with_type
 from grouprl.redaction import with_secrets, without_secrets
 
 _TAG = "!"
@@ -46,7 +45,7 @@ def _encoded(value: Any, where: str) -> Any:
     try:
         return _encode(value, where)
     except RecursionError:  # it contains itself
-        raise TypeError(f"{where}={shown(value, 40)}") from None
+        raise TypeError(f"{where}={with_type(value, 40)}") from None
 
 
 def _encode(value: Any, where: str) -> Any:
@@ -68,7 +67,7 @@ def _encode(value: Any, where: str) -> Any:
     if numbers and value.size <= _LARGEST_ARRAY:
         shape = list(value.shape)
         return {_TAG: kind.__name__, "dtype": str(value.dtype), "values": value.tolist(), "shape": shape}
-    raise TypeError(f"{where}={shown(value, 40)}")
+    raise TypeError(f"{where}={with_type(value, 40)}")
 
 
 def _decode(value: Any) -> Any:
@@ -114,4 +113,4 @@ def was_an_id(reason: str) -> bool:
 def _what(env: Any) -> str:
     if isinstance(env, type) or not hasattr(env, "reset"):
         return f"the callable {getattr(env, '__name__', type(env).__name__)}"
-    return f"the object {shown(env)}"
+    return f"the object {with_type(env)}"

@@ -11,13 +11,12 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from grouprl.envs.arguments import whole_number
-from grouprl.envs.env_errors import shown
 from grouprl.envs.finite import check_observations, check_params, check_rewards
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Stepper
 from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector, share_environments
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, with_type
 from grouprl.machine.threads import single_threaded_kernels
 
 MAX_STEPS = 100_000
@@ -171,7 +170,7 @@ def evaluate(
         TrainingError: the environment failed, or an observation, a reward or the policy is not finite.
     """
     if not isinstance(agent, GRPO):
-        raise UsageError(f"evaluate takes an agent, such as GRPO.load(path), and was given {shown(agent)}")
+        raise UsageError(f"evaluate takes an agent, such as GRPO.load(path), and was given {with_type(agent)}")
     episodes, seed = whole_number("episodes", episodes, least=1), whole_number("seed", seed, least=0)
     target, kwargs = (env, env_kwargs) if env is not None else agent.where()
     n_envs = max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16))
