@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -303,3 +304,13 @@ def test_an_observation_with_entries_masked_out_is_refused() -> None:
 def test_predict_refuses_a_mask_that_is_one_number() -> None:
     with pytest.raises(UsageError, match="action_mask has shape"):
         GRPO(Returns, **QUICK).predict(ZEROS, action_masks=1)
+
+
+@pytest.mark.parametrize("code", [0, 3, None, "the window was closed"])
+def test_an_environment_that_exits_does_not_end_the_program_without_a_word(code: Any) -> None:
+    class Exits(Returns):
+        def step(self, action: Any) -> Any:
+            sys.exit(code)
+
+    with pytest.raises(TrainingError, match=r"environment 0 failed in step: SystemExit.* at line"):
+        GRPO(Exits, **QUICK).learn(64)

@@ -17,6 +17,7 @@ from grouprl.errors import GrouprlError, TrainingError, UsageError, with_type
 
 _NUMBERS = (float, np.float64, np.float32, np.int64)
 _NO_INFO: dict[str, Any] = {}
+_RAISED = (Exception, SystemExit)  # an environment that exits, as when its window is closed, is no end of training
 
 
 class Checked(gym.Wrapper[Any, Any, Any, Any]):
@@ -61,7 +62,7 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
             result: Any = self.env.reset(seed=seed, options=options)
         except GrouprlError:
             raise
-        except Exception as error:
+        except _RAISED as error:
             raise environment_error(error, "in reset", self.number) from error
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise self._broken("reset must return (observation, info), info being a dict", result)
@@ -79,7 +80,7 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
             result: Any = self.env.step(action)
         except GrouprlError:
             raise
-        except Exception as error:
+        except _RAISED as error:
             raise environment_error(error, "in step", self.number) from error
         if type(result) is not tuple or len(result) != 5:
             raise self._broken("step must return (observation, reward, terminated, truncated, info)", result)
@@ -112,7 +113,7 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
         elif self._mask_method is not None and not over:  # where an episode is over there may be no valid action
             try:
                 given = self._mask_method()
-            except Exception as error:
+            except _RAISED as error:
                 raise environment_error(error, "in action_masks", self.number) from error
         else:
             given = None
