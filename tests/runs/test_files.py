@@ -158,3 +158,11 @@ def test_a_file_that_cannot_grow_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="Cannot write"):
         AppendedFile(tmp_path / "file" / "log.txt").append("one\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_what_a_full_disk_did_not_take_is_one_error_and_closing_is_none() -> None:
+    file = AppendedFile(Path("/dev/full"))
+    with pytest.raises(TrainingError, match="No space left"):
+        file.append("a line\n")
+    file.close()
