@@ -14,7 +14,7 @@ from grouprl.objective.packed import last_index
 from grouprl.objective.user_functions import TensorFunction, own_advantages
 
 _LARGEST = 1e30
-"""Of a return, in size: float32 holds 1e38, and sums of advantages and log-probabilities need some room."""
+"""The largest size of a return: float32 holds 1e38, and sums of advantages and log-probabilities need some room."""
 
 
 def estimate_advantages(

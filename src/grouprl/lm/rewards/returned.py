@@ -10,7 +10,7 @@ from grouprl.errors import TrainingError, first_line, shown
 from grouprl.lm.prompts import Prompt
 
 LARGEST = 1e30
-"""Of a reward, in size: squares of larger ones leave the range of numbers."""
+"""The largest size of a reward: squares of larger ones leave the range of numbers."""
 
 
 def numbers_of(output: Any, name: str, rows: Sequence[Prompt]) -> list[float]:
