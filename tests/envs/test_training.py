@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,30 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path: Path) -> None:
     result = training.resume(tmp_path / "run", steps=2500)
     assert result.agent.num_timesteps >= 2500
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["total_timesteps"] == 2500
+
+
+@pytest.mark.parametrize("other", ["nothing", "compiled code", "torch threads"])
+def test_a_run_that_goes_on_where_numbers_are_computed_in_another_way_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    small_run(tmp_path / "run", steps=1000)
+    threads = torch.get_num_threads()
+    try:
+        if other == "torch threads":
+            torch.set_num_threads(threads + 1)
+        elif other == "compiled code":
+            monkeypatch.setattr("grouprl.envs.adam.kernels", SimpleNamespace(available=False))
+        training.resume(tmp_path / "run", steps=1500)
+    finally:
+        torch.set_num_threads(threads)
+    said = {
+        "compiled code": "compiled code is not in use (was in use)",
+        "torch threads": f"torch threads is {threads + 1} (was {threads})",
+    }
+    if other == "nothing":
+        assert "numbers will differ" not in caplog.text
+    else:
+        assert f"numbers will differ from those of a run that never stopped: {said[other]}" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["evaluate", "plot_run", "write_summary"])

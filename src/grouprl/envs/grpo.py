@@ -22,7 +22,7 @@ from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
 from grouprl.envs.export import export_module
-from grouprl.envs.finite import bad_observation, check_params
+from grouprl.envs.finite import bad_observation, check_params, check_policy
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.masks import many_masks
 from grouprl.envs.model_file import fill_policy, model_file, offering_another
@@ -429,7 +429,10 @@ class GRPO:
         """Write the policy, its normalisation statistics, spaces and configuration to ``path`` (``.safetensors``).
 
         Returns the path written, with the suffix added where it was missing.
+
+        Raises TrainingError, and leaves an older file as it is, if a number of the policy is not finite.
         """
+        check_policy(self.policy)
         path = user_path(path)
         if path.suffix != ".safetensors":
             path = path.with_name(path.name + ".safetensors")

@@ -216,6 +216,16 @@ def test_a_run_killed_after_its_last_step_is_finished_by_resume(
         training.resume(out)
 
 
+def test_a_finished_run_of_epochs_says_that_it_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out, n_train=4, config={"max_steps": -1, "num_train_epochs": 1, "save_steps": 1, "steps_per_generation": 1})
+    with pytest.raises(UsageError, match="has done all of its 2 steps; give a larger total with --steps"):
+        training.resume(out, progress_bar=False)
+    assert (out / "summary.json").exists()
+    result = training.resume(out, steps=3, progress_bar=False)
+    assert result.steps == 3
+
+
 def test_a_longer_run_that_is_killed_keeps_its_new_length(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

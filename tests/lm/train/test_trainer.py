@@ -711,6 +711,29 @@ def test_a_checkpoint_is_resumed_from_by_its_folder_too_and_twice_the_same(tmp_p
     assert same(end, weights(made))
 
 
+@pytest.mark.parametrize("other", ["nothing", "compiled code", "torch threads"])
+def test_resuming_where_numbers_are_computed_in_another_way_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
+    threads = torch.get_num_threads()
+    try:
+        if other == "torch threads":
+            torch.set_num_threads(threads + 1)
+        trainer(tmp_path, max_steps=4, native=other != "compiled code").train(resume_from_checkpoint=True)
+    finally:
+        torch.set_num_threads(threads)
+    said = {
+        "compiled code": "compiled code is not in use (was in use)",
+        "torch threads": f"torch threads is {threads + 1} (was {threads})",
+    }
+    if other == "nothing":
+        assert "numbers will differ" not in caplog.text
+    else:
+        assert "numbers will differ from those of a run that never stopped: " in caplog.text
+        assert said[other] in caplog.text
+
+
 def test_resuming_without_a_checkpoint_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"resume_from_checkpoint=True, but .* holds no checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=True)

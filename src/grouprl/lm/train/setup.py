@@ -68,6 +68,10 @@ class Setup:
         Raises UsageError about the first, TrainingError about the second.
         """
         self.parameters.check()
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raises TrainingError if a weight that is trained is not finite."""
         if self.parameters.not_finite():
             raise not_finite("the model's weights", self.model)
 

@@ -229,8 +229,10 @@ class GRPOTrainer(ScriptMethods):
         Args:
             output_dir: default: ``args.output_dir``, beside the checkpoints, as transformers does.
 
-        Raises UsageError if the place cannot be written, TrainingError if the disk is full.
+        Raises UsageError if the place cannot be written, TrainingError if the disk is full or a weight is not finite:
+        then an older model stays as it is.
         """
+        self.setup.check_finite()
         place = self.setup.output_dir if output_dir is None else user_path(output_dir)
         if place.absolute() == self.setup.output_dir.absolute():
             checkpoint.write_beside(place, self.model, self.processing_class)
