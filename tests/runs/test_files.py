@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.runs.files import AppendedFile, atomic_path, read_bytes, write_bytes, write_json, write_text, write_yaml
+from grouprl.runs.appended import AppendedFile
+from grouprl.runs.files import atomic_path, read_bytes, write_bytes, write_json, write_text, write_yaml
 
 
 def names(folder: Path) -> list[str]:

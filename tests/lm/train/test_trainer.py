@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import re
 import resource
 import runpy
@@ -560,6 +561,37 @@ def test_the_model_is_saved_where_a_trl_script_saves_it(tmp_path: Path) -> None:
     assert same(dict(loaded.named_parameters()), weights(made))
     assert {"checkpoint-1", "checkpoint-2", "config.json", "tokenizer.json"} <= {p.name for p in tmp_path.iterdir()}
     assert not (tmp_path / ".model").exists()
+
+
+@pytest.mark.parametrize("by", ["save_model", "train"])
+def test_a_model_on_its_way_into_the_output_folder_when_its_process_was_killed_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    one = trainer(tmp_path, max_steps=1)
+    one.save_model()
+    one.train()
+    replace, moves = os.replace, []
+
+    def killed(a: Path, b: Path) -> None:
+        if Path(a).parent.name == ".model" and moves:
+            raise KeyboardInterrupt
+        if Path(a).parent.name == ".model":
+            moves.append(a)
+        replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grouprl.lm.train.checkpoint.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            one.save_model()
+    trained = weights(one)
+    other = trainer(tmp_path, max_steps=2)
+    if by == "save_model":
+        other.save_model()
+    else:
+        other.train()
+    assert not (tmp_path / ".model").exists()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same(trained if by == "train" else weights(other), dict(saved.named_parameters()))
 
 
 def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,7 @@ def _run(
             trainer.train(resume_from_checkpoint=resume)
         except TrainingError as error:
             last = checkpoint.latest(folder.path)
-            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
             raise TrainingError(f"{error} (after {trainer.state.global_step} steps; {kept}).") from error
     if held_out.after is None:
         return RunResult(folder, trainer.state.global_step, None, [])
