@@ -47,5 +47,6 @@ def shown(value: object, width: int = 80) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-short = shown
-"""Its other name."""
+def with_type(value: object, width: int = 60) -> str:
+    """As `shown`, with the name of the value's type behind it."""
+    return f"{shown(value, width)} ({type(value).__name__})"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, GetCoreSchemaHandler, ValidationError, fi
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
-from grouprl.errors import short
+from grouprl.errors import shown
 from grouprl.objective import LOSSES, Objective
 
 
@@ -129,7 +129,7 @@ def explain(error: ValidationError, settings: Mapping[str, FieldInfo]) -> str:
             name = str(problem["loc"][0])
             info = settings[name]
             message = (
-                f"{name}={short(problem['input'])}: {message} ({info.description}; default {info.get_default()!r})"
+                f"{name}={shown(problem['input'])}: {message} ({info.description}; default {info.get_default()!r})"
             )
         if message not in lines:
             lines.append(message)

@@ -13,10 +13,9 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from grouprl.envs.checked import Checked
-from grouprl.envs.env_errors import shown
 from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.workers import check_settled
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import TrainingError, UsageError, with_type
 
 Array = npt.NDArray[Any]
 _BOOL = np.dtype(bool)
@@ -124,7 +123,7 @@ class BatchChecks:
             TrainingError: they are not ``n`` observations of the space, or the info is no dict or contradicts the mode.
         """
         if not isinstance(info, dict):
-            raise TrainingError(f"the vector environment returned the info {shown(info)}; it must be a dict")
+            raise TrainingError(f"the vector environment returned the info {with_type(info)}; it must be a dict")
         if self._mode is not AutoresetMode.SAME_STEP and ("final_obs" in info or "final_observation" in info):
             raise TrainingError(
                 "the vector environment gives the last observations of episodes (final_obs), as one that resets in the "
@@ -159,13 +158,15 @@ class BatchChecks:
             values = np.empty(0, object)
         if values.shape != self._shape or values.dtype.kind not in "biuf":
             raise TrainingError(
-                f"the vector environment returned {name} {shown(given)}, of shape {np.shape(values)}; it must return "
-                f"an array ({self._n},), one number for each environment"
+                f"the vector environment returned {name} {with_type(given)}, of shape {np.shape(values)}; it must "
+                f"return an array ({self._n},), one number for each environment"
             )
         return values
 
     def _booleans(self, name: str, given: Any) -> Array:
         values = self._numbers(name, given)
         if values.dtype.kind == "f" or ((values != 0) & (values != 1)).any():
-            raise TrainingError(f"the vector environment returned {name} {shown(given)}; it must hold True or False")
+            raise TrainingError(
+                f"the vector environment returned {name} {with_type(given)}; it must hold True or False"
+            )
         return values.astype(bool)

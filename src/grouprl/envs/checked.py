@@ -10,9 +10,9 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 
-from grouprl.envs.env_errors import environment_error, shown
+from grouprl.envs.env_errors import environment_error
 from grouprl.envs.masks import one_mask
-from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.errors import GrouprlError, TrainingError, UsageError, with_type
 
 _NUMBERS = (float, np.float64, np.float32, int, np.int64)
 _NO_INFO: dict[str, Any] = {}
@@ -141,7 +141,7 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
             raise TrainingError(f"environment {self.number}: the observation that {moment} returned {error}") from None
 
     def _broken(self, rule: str, given: Any) -> TrainingError:
-        return TrainingError(f"environment {self.number}: {rule}; it returned {shown(given)}")
+        return TrainingError(f"environment {self.number}: {rule}; it returned {with_type(given)}")
 
 
 class _DoesNotFitError(ValueError):
@@ -159,11 +159,13 @@ def fitting(space: spaces.Space[Any], observation: Any, where: str = "") -> Any:
     if isinstance(space, spaces.Dict):
         if not isinstance(observation, Mapping) or set(space.spaces) - set(observation):
             wanted = ", ".join(map(repr, space.spaces))
-            raise _DoesNotFitError(f"{where}is {shown(observation)}; its space wants a dict with the keys {wanted}")
+            raise _DoesNotFitError(f"{where}is {with_type(observation)}; its space wants a dict with the keys {wanted}")
         return {key: fitting(part, observation[key], f"{where}at {key!r} ") for key, part in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
         if not isinstance(observation, tuple | list | np.ndarray) or len(observation) != len(space.spaces):
-            raise _DoesNotFitError(f"{where}is {shown(observation)}; its space wants a tuple of {len(space.spaces)}")
+            raise _DoesNotFitError(
+                f"{where}is {with_type(observation)}; its space wants a tuple of {len(space.spaces)}"
+            )
         return tuple(fitting(part, observation[i], f"{where}at {i} ") for i, part in enumerate(space.spaces))
     if space.dtype is None or space.shape is None:  # a space of someone else's, which is refused elsewhere
         return observation
@@ -171,7 +173,7 @@ def fitting(space: spaces.Space[Any], observation: Any, where: str = "") -> Any:
     values = _as_array(observation)
     if values is None or (space.shape and not hasattr(observation, "__array__")):
         raise _DoesNotFitError(
-            f"{where}is {shown(observation)}; its space {space} wants an array: return "
+            f"{where}is {with_type(observation)}; its space {space} wants an array: return "
             f"numpy.asarray(observation, numpy.{space.dtype})"
         )
     if values.shape != space.shape:
@@ -207,8 +209,8 @@ def _check_kind(env: Any) -> None:
     if not isinstance(env, gym.Env):
         old = [kind for kind in type(env).__mro__ if kind.__module__.partition(".")[0] == "gym"]
         how = "an environment of the old gym, which shimmy converts (shimmy.GymV26CompatibilityV0)" if old else "none"
-        raise TypeError(f"a gymnasium.Env is wanted, and {shown(env)} is {how}")
+        raise TypeError(f"a gymnasium.Env is wanted, and {with_type(env)} is {how}")
     for name in ("observation_space", "action_space"):
         space = getattr(env, name)
         if not isinstance(space, spaces.Space):
-            raise TypeError(f"its {name} is {shown(space)}, and no space of gymnasium.spaces")
+            raise TypeError(f"its {name} is {with_type(space)}, and no space of gymnasium.spaces")

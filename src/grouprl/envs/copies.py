@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 def state_of(agent: GRPO) -> dict[str, Any]:
     """Everything but the environments; of these an id or a function that makes them is kept, and an object is not.
 
-    The parameters of an agent are views of one vector, and the vector is what the optimizer steps. A copy of each by
-    itself would train nothing, so a copy is assembled anew, and takes the values.
+    The optimizer and compiled functions hold the very parameters of an agent. So a copy is assembled anew, and then
+    takes the values.
     """
     tensors, state = agent.loop.state_without_environments()
     return {
-        "description": replace(agent._description, num_timesteps=agent.num_timesteps),
+        "description": replace(agent._held.description, num_timesteps=agent.num_timesteps),
         "network": agent._network,
         "functions": agent.loop.functions,
         "policy": _own(agent.policy.state_dict()),
         "tensors": _own(tensors),
         "loop": copy.deepcopy(state),
         "predict": agent._predict_rng.bit_generator.state,
-        "env": agent._env if agent._made_here else None,
+        "env": agent._held.given if agent._held.made_here else None,
         "extra": copy.deepcopy(agent.extra),
     }
 
@@ -40,7 +40,7 @@ def restore(agent: GRPO, state: dict[str, Any]) -> None:
     agent.policy.refresh()
     agent.loop.load_without_environments(state["tensors"], state["loop"])
     agent._predict_rng.bit_generator.state = state["predict"]
-    agent._env, agent.extra = state["env"], state["extra"]
+    agent._held.given, agent.extra = state["env"], state["extra"]
 
 
 def picklable(state: dict[str, Any]) -> dict[str, Any]:

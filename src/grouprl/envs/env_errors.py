@@ -10,7 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from grouprl.errors import TrainingError, first_line, short
+from grouprl.errors import TrainingError, first_line, shown
 from grouprl.extras import how_to_install
 
 EXTRAS = {
@@ -23,26 +23,17 @@ EXTRAS = {
 DIED = "its worker process died; what it printed before says why"
 
 
-def shown(value: Any, width: int = 60) -> str:
-    """``value`` and its type in few characters, for messages."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # a repr of the user's may fail
-        text = "a value"
-    return f"{text if len(text) <= width else text[: width - 3] + '...'} ({type(value).__name__})"
-
-
 def unknown_id_message(env_id: str, error: Exception) -> str:
     """What to say of an id Gymnasium does not know."""
     if isinstance(error, ImportError):
         return (
-            f"cannot import the module named in {short(env_id)}: {first_line(error)}; it is looked for in {Path.cwd()} "
+            f"cannot import the module named in {shown(env_id)}: {first_line(error)}; it is looked for in {Path.cwd()} "
             "and among the installed packages"
         )
     package, _, name = env_id.rpartition(":")
     if package:
         return (
-            f"{package} was imported, but it registers no environment {short(name)} and has no class of that name; if "
+            f"{package} was imported, but it registers no environment {shown(name)} and has no class of that name; if "
             f"{package} registers its environments through a function, call that first and use Python: "
             "GRPO(lambda: gymnasium.make(...))"
         )
@@ -51,7 +42,7 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
         f"did you mean {' or '.join(close)}?" if close else "gymnasium.pprint_registry() lists the ids installed here."
     )
     return (
-        f"no environment {short(env_id)} is registered; {hint} "
+        f"no environment {shown(env_id)} is registered; {hint} "
         "An environment of another package needs that package's name in front: 'package:Env-v0'."
     )
 
@@ -67,7 +58,7 @@ def missing_extra_message(env_id: str, entry_point: str, error: Exception) -> st
 
 def cannot_make_message(name: str, given: Mapping[str, Any], error: Exception) -> str:
     """What to say of an environment whose constructor failed."""
-    arguments = f" with {shown(dict(given), 200).rpartition(' (')[0]}" if given else ""
+    arguments = f" with {shown(dict(given), 200)}" if given else ""
     return (
         f"{name} cannot be made{arguments}: {_said(error)}. "
         "It must be a gymnasium.Env with an observation_space and an action_space; constructor arguments go in "

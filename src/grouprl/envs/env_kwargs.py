@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.envs.env_errors import shown
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, with_type
 from grouprl.redaction import with_secrets, without_secrets
 
 _TAG = "!"
@@ -60,7 +59,7 @@ def _encode(value: Any, where: str) -> Any:
     if numbers and value.size <= _LARGEST_ARRAY:
         shape = list(value.shape)
         return {_TAG: kind.__name__, "dtype": str(value.dtype), "values": value.tolist(), "shape": shape}
-    raise TypeError(f"{where}={shown(value, 40)}")
+    raise TypeError(f"{where}={with_type(value, 40)}")
 
 
 def _decode(value: Any) -> Any:
@@ -101,4 +100,4 @@ def why_not_again(env: Any, kwargs: Mapping[str, Any]) -> str:
 def _what(env: Any) -> str:
     if isinstance(env, type) or not hasattr(env, "reset"):
         return f"the callable {getattr(env, '__name__', type(env).__name__)}"
-    return f"the object {shown(env)}"
+    return f"the object {with_type(env)}"

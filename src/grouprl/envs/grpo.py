@@ -16,25 +16,25 @@ from gymnasium import Space
 from gymnasium.vector import VectorEnv
 from torch import nn
 
-from grouprl.envs import checkpoint, copies, presets
+from grouprl.envs import checkpoint, copies, loading, presets
+from grouprl.envs.acting import chosen_action
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
 from grouprl.envs.export import export_module
-from grouprl.envs.finite import bad_observation, check_params
+from grouprl.envs.held_environment import HeldEnvironment
 from grouprl.envs.loop import Loop, Metrics, Seeds
-from grouprl.envs.masks import many_masks
-from grouprl.envs.model_file import fill_policy, model_file, offering_another
+from grouprl.envs.model_file import model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ActionCodec, ObservationCodec
 from grouprl.envs.stable_baselines import checked_callbacks, refuse_arguments, refuse_positional, says_stop
 from grouprl.envs.vector import EnvLike, env_name, make_vector
-from grouprl.envs.workers import check_settled, close_vector, settled
+from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
-from grouprl.objective.user_functions import NO_USER_FUNCTIONS, TensorFunction, UserFunctions
+from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.progress import Progress
 from grouprl.runs.state import load_state, save_state
@@ -105,8 +105,7 @@ class GRPO:
         )
         try:
             self._assemble(description, network, functions)
-            self._check_groups(venv)
-            self._attach(env, venv)
+            self._held.hold(env, venv)
         except BaseException:
             if not isinstance(env, gym.Env | VectorEnv):
                 close_vector(venv)
@@ -124,7 +123,7 @@ class GRPO:
     @torch.enable_grad()
     def _assemble(self, description: Description, network: Network | None, functions: UserFunctions) -> None:
         """Make all parts of the agent, with an untrained policy and no environment yet."""
-        self._description, config, self._network = description, description.config, network
+        config, self._network = description.config, network
         check_device(config.device)
         init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
         self.actions = ActionCodec(description.action_space)
@@ -138,46 +137,44 @@ class GRPO:
             self.policy, self.actions, config, Seeds(act, shuffle, starts), functions,
             n_steps=description.num_timesteps,
         )  # fmt: skip
+        self._held = HeldEnvironment(description, self.loop)
         self._predict_rng = np.random.default_rng(predict)
-        self._env: EnvLike | None = None
-        self._interrupted = self._left = False
-        self._venv: VectorEnv[Any, Any, Any] | None = None
         self.extra: dict[str, Any] = {}
 
     @property
     def config(self) -> GRPOConfig:
         """Every setting; fixed from the start."""
-        return self._description.config
+        return self._held.description.config
 
     @property
     def observation_space(self) -> Space[Any]:
         """The observation space of one environment."""
-        return self._description.observation_space
+        return self._held.description.observation_space
 
     @property
     def action_space(self) -> Space[Any]:
         """The action space of one environment."""
-        return self._description.action_space
+        return self._held.description.action_space
 
     @property
     def env_id(self) -> str:
         """What the environment is called in files and messages."""
-        return self._description.env_id
+        return self._held.description.env_id
 
     @property
     def env_kwargs(self) -> dict[str, Any]:
         """The arguments of the environment's constructor."""
-        return dict(self._description.env_kwargs)
+        return dict(self._held.description.env_kwargs)
 
     @property
     def env_lost(self) -> str:
         """Why the environment cannot be made again from a file of this agent, or "" if it can."""
-        return self._description.env_lost
+        return self._held.description.env_lost
 
     @property
     def masks_in_info(self) -> bool:
         """Whether the environment of training named the valid actions, and not in the observation."""
-        return self._description.masks_in_info
+        return self._held.description.masks_in_info
 
     @property
     def num_timesteps(self) -> int:
@@ -195,37 +192,13 @@ class GRPO:
         return list(self.loop.recent_returns)
 
     # --- environment -------------------------------------------------------------------------------------------------
-    def _attach(self, env: EnvLike, venv: VectorEnv[Any, Any, Any]) -> None:
-        self._env, self._venv, self._interrupted = env, venv, False
-        self.loop.attach(venv)
-
-    def _check_groups(self, venv: VectorEnv[Any, Any, Any]) -> None:
-        size = self.config.group_size
-        if size is not None and venv.num_envs % size:
-            raise UsageError(
-                f"group_size={size} needs a multiple of {size} environments, and {venv.num_envs} were given; pass a "
-                "callable, such as GRPO(lambda: MyEnv(), n_envs=16)"
-            )
-
-    @property
-    def _made_here(self) -> bool:
-        """Whether the environments were made here, from an id or a callable, so that nobody else holds them."""
-        return not isinstance(self._env, gym.Env | VectorEnv)
-
     def where(self) -> tuple[EnvLike, dict[str, Any]]:
         """The environment as it was given, or as a loaded agent's file says, and the arguments of its constructor.
 
         Raises:
             UsageError: there is none: the agent was loaded, and no file can hold the environment it was trained on.
         """
-        if self._env is not None:
-            return self._env, self.env_kwargs
-        if self._description.env_lost or not self.env_id:
-            raise UsageError(
-                f"this agent has no environment: {self._description.env_lost or 'its file names none'}; call "
-                "agent.set_env(env), or give env to GRPO.load, to evaluate or to from_checkpoint"
-            )
-        return self.env_id, self.env_kwargs
+        return self._held.where()
 
     def set_env(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
         """Train on another environment with the same spaces from now on; its next batch starts with fresh episodes.
@@ -233,29 +206,11 @@ class GRPO:
         Raises:
             UsageError: its spaces differ from those the policy was built for.
         """
-        kwargs = dict(env_kwargs or {})
-        venv = make_vector(env, self.config.n_envs, self.config.how_to_vectorize, kwargs, self.config.seed)
-        theirs_to_close = not isinstance(env, gym.Env | VectorEnv)
-        for name, ours, theirs in (
-            ("observation", self.observation_space, venv.single_observation_space),
-            ("action", self.action_space, venv.single_action_space),
-        ):
-            if ours != theirs:
-                if theirs_to_close:
-                    close_vector(venv)
-                raise UsageError(f"the new environment's {name} space {theirs} differs from the policy's {ours}; "
-                                 "build a new GRPO(env) for it")  # fmt: skip
-        self._check_groups(venv)
-        if self._venv is not None and self._made_here:
-            close_vector(self._venv)
-        self._description = replace(
-            self._description, env_id=env_name(env), env_kwargs=kwargs, env_lost=why_not_again(env, kwargs)
-        )
-        self._attach(env, venv)
+        self._held.set(env, env_kwargs)
 
     def get_env(self) -> VectorEnv[Any, Any, Any] | None:
         """The vector environment batches are collected from, or None after :meth:`load` without one."""
-        return self._venv
+        return self._held.venv
 
     def restart_episodes(self) -> None:
         """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
@@ -264,28 +219,11 @@ class GRPO:
     @property
     def env(self) -> EnvLike | None:
         """The environment as it was given."""
-        return self._env
+        return self._held.given
 
     def ready(self) -> Collector:
         """The collector; makes the environments first where there are none yet, or workers of theirs have ended."""
-        if self._interrupted and self._venv is not None:
-            if self._made_here and not settled(self._venv):
-                close_vector(self._venv, patience=0.0)
-                self._venv = None
-                self.loop.detach()
-            elif self._venv is not None:
-                check_settled(self._venv)
-        if self.loop.collector is None:
-            env, kwargs = self.where()
-            try:
-                self.set_env(env, kwargs)
-            except UsageError as error:
-                raise UsageError(
-                    f"call agent.set_env(env) first: {self.env_id!r} cannot be made again ({error})"
-                ) from None
-        self._interrupted = False
-        assert self.loop.collector is not None
-        return self.loop.collector
+        return self._held.ready()
 
     # --- training ----------------------------------------------------------------------------------------------------
     def learn(
@@ -329,7 +267,7 @@ class GRPO:
         self, start: int, end: int, callback: Callback | Sequence[Callback] | None, progress_bar: bool | None
     ) -> GRPO:
         """Train until ``end`` total steps on schedules that run from ``start`` to ``end``."""
-        own, now = self._description, self.loop.functions
+        own, now = self._held.description, self.loop.functions
         for name, had, has in (
             ("advantage_function", own.custom_advantage, now.advantage),
             ("surrogate_function", own.custom_surrogate, now.surrogate),
@@ -337,19 +275,12 @@ class GRPO:
             if had and has is None:
                 raise UsageError(f"this agent was trained with its own {name}; pass {name}=... to load to train on")
         callbacks = checked_callbacks(callback)
-        if self._left and not self._made_here:
-            self.restart_episodes()
-        self._left = True
+        self._held.begin()
         with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
             while self.num_timesteps < end:
-                collector = self.ready()
-                try:
+                self.ready()
+                with self._held.stepping():
                     metrics = self.loop.iterate((self.num_timesteps - start) / (end - start))
-                except BaseException:
-                    self._interrupted = True
-                    raise
-                if collector.stepper.masks_in_info and not self.masks_in_info:
-                    self._description = replace(self._description, masks_in_info=True)
                 bar.update(self.num_timesteps - start, episode_return=metrics["return_mean"])
                 verdicts = [call(self, metrics) for call in callbacks]
                 if any(map(says_stop, verdicts)):
@@ -383,30 +314,10 @@ class GRPO:
                 in ``info``.
             TrainingError: the policy's parameters are not finite.
         """
-        batched = self.observations.is_batched(observation)
-        encoded = self.observations.encode(observation) if batched else self.observations.encode_single(observation)
-        if (found := bad_observation(self.observations, encoded)) is not None:
-            raise UsageError(f"the observation given holds {found[1]}; observations must be finite")
-        params = self.policy.infer(self.policy.prepare(encoded))
-        check_params(params, encoded, self.policy, np.ones(len(params), bool), "this call")
-        distribution = self.policy.distribution
-        if action_masks is not None and self.actions.mask_size:
-            mask: Any = many_masks(action_masks, len(params), self.actions.mask_size)
-        elif action_masks is not None:
-            mask = action_masks  # refused below
-        else:
-            mask = self.observations.mask(observation if batched else self.observations.batch_of_one(observation))
-        if mask is not None:
-            distribution.check_mask(mask)
-            params = distribution.apply_mask(params, mask)
-        elif self.masks_in_info:
-            raise UsageError(
-                "the environment of training named the valid actions; give them: agent.predict(observation, "
-                "action_masks=info['action_mask']), or what its action_masks() returns (ones allow every action)"
-            )
-        actions = distribution.mode(params) if deterministic else distribution.sample(params, self._predict_rng)
-        env_actions = self.actions.to_env(actions)
-        return (env_actions if batched else env_actions[0]), state
+        action = chosen_action(
+            self.policy, self.actions, observation, self._predict_rng, deterministic, action_masks, self.masks_in_info
+        )
+        return action, state
 
     def export_module(self, actions: bool = True) -> nn.Module:
         """The policy as one module of plain layers on the CPU, to be exported: see :mod:`grouprl.envs.export`.
@@ -423,7 +334,7 @@ class GRPO:
     # --- saving ------------------------------------------------------------------------------------------------------
     def describe(self, kind: str) -> dict[str, Any]:
         """What a saved file of ``kind`` "model" or "checkpoint" says of itself, as JSON."""
-        return replace(self._description, num_timesteps=self.num_timesteps).to_json(kind)
+        return replace(self._held.description, num_timesteps=self.num_timesteps).to_json(kind)
 
     def save(self, path: str | Path) -> Path:
         """Write the policy, its normalisation statistics, spaces and configuration to ``path`` (``.safetensors``).
@@ -459,39 +370,11 @@ class GRPO:
         functions = UserFunctions(advantage_function, surrogate_function)
         with offering_another(path):
             tensors, meta = load_state(path)
-            agent = cls._from_file(path, tensors, meta, network, functions, settings)
+            agent = loading.from_model(cls, path, tensors, meta, network, functions, settings)
         if env is not None:
             agent.set_env(env, env_kwargs)
         elif env_kwargs is not None:
             agent.set_env(agent.env_id, env_kwargs)
-        return agent
-
-    @classmethod
-    def _from_file(
-        cls,
-        path: Path,
-        tensors: Mapping[str, torch.Tensor],
-        meta: Mapping[str, Any],
-        network: Network | None,
-        functions: UserFunctions,
-        settings: Mapping[str, Any],
-    ) -> GRPO:
-        """An agent with the policy among ``tensors``, described by ``meta``, both read from ``path``."""
-        saved = Description.from_json(path, meta, settings)
-        if saved.custom_network and network is None:
-            raise UsageError(f"{path} was trained with a custom network; pass the same builder as network=...")
-        agent = cls.__new__(cls)
-        agent._assemble(
-            replace(
-                saved,
-                custom_network=network is not None,
-                custom_advantage=saved.custom_advantage or functions.advantage is not None,
-                custom_surrogate=saved.custom_surrogate or functions.surrogate is not None,
-            ),
-            network,
-            functions,
-        )
-        fill_policy(agent.policy, tensors, path)
         return agent
 
     def checkpoint(
@@ -520,38 +403,11 @@ class GRPO:
         """
         path, functions = user_path(path), UserFunctions(advantage_function, surrogate_function)
         with offering_another(path):
-            return cls._from_checkpoint(path, env, env_kwargs, network, functions)
-
-    @classmethod
-    def _from_checkpoint(
-        cls,
-        path: Path,
-        env: EnvLike | None = None,
-        env_kwargs: Mapping[str, Any] | None = None,
-        network: Network | None = None,
-        functions: UserFunctions = NO_USER_FUNCTIONS,
-    ) -> GRPO:
-        tensors, meta = checkpoint.read(path)
-        agent = cls._from_file(path, tensors, meta, network, functions, {})
-        if env is None and env_kwargs is None:
-            agent.set_env(*agent.where())
-        else:
-            agent.set_env(agent.env_id if env is None else env, env_kwargs)
-        try:
-            agent.extra = checkpoint.restore(path, agent.loop, tensors, meta)
-        except BaseException:
-            agent.close()
-            raise
-        return agent
+            return loading.from_checkpoint(cls, path, env, env_kwargs, network, functions)
 
     def close(self) -> None:
         """Close the environments. Those made here are made again when they are needed; others must be set again."""
-        if self._venv is not None:
-            close_vector(self._venv)
-            self._venv = None
-            self.loop.detach()
-            if not self._made_here:
-                self._env = None
+        self._held.close()
 
     # --- copies ------------------------------------------------------------------------------------------------------
     def __getstate__(self) -> dict[str, Any]:

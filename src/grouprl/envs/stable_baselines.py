@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.envs.env_errors import shown
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, with_type
 
 NO_POLICY_NAME = (
     "there are no names of policies: the network follows the observation space; GRPO(env, hidden_sizes=(64, 64), "
@@ -61,7 +60,7 @@ def refuse_positional(first: Any, others: Sequence[Any]) -> None:
         return
     if isinstance(first, str) and (first.endswith("Policy") or not isinstance(others[0], str)):
         raise UsageError(f"GRPO({first!r}, env): {NO_POLICY_NAME}")
-    raise UsageError(f"GRPO(env, {shown(others[0])}): only the environment is given by position; name the others")
+    raise UsageError(f"GRPO(env, {with_type(others[0])}): only the environment is given by position; name the others")
 
 
 def checked_callbacks(callback: Any) -> list[Callable[..., Any]]:
@@ -74,9 +73,9 @@ def checked_callbacks(callback: Any) -> list[Callable[..., Any]]:
     for one in given:
         names = dir(one)
         if "init_callback" in names or "on_training_start" in names:
-            raise UsageError(f"{shown(one)} is a callback of another library; {SIGNATURE}")
+            raise UsageError(f"{with_type(one)} is a callback of another library; {SIGNATURE}")
         if not callable(one):
-            raise UsageError(f"callback={shown(one)}; {SIGNATURE}")
+            raise UsageError(f"callback={with_type(one)}; {SIGNATURE}")
         try:
             parameters = inspect.signature(one)
         except (TypeError, ValueError):  # some built-in functions have none
@@ -84,7 +83,7 @@ def checked_callbacks(callback: Any) -> list[Callable[..., Any]]:
         try:
             parameters.bind(None, None)
         except TypeError:
-            raise UsageError(f"the callback {shown(one)} takes {parameters}; {SIGNATURE}") from None
+            raise UsageError(f"the callback {with_type(one)} takes {parameters}; {SIGNATURE}") from None
         if list(parameters.parameters)[:2] in (["_locals", "_globals"], ["locals_", "globals_"], ["lcl", "glb"]):
             raise UsageError(f"the callback takes {parameters}, as Stable-Baselines3 calls it; {SIGNATURE}")
     return given

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.envs import presets
+from grouprl.envs import loading, presets
 from grouprl.envs.config import check_names
 from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.evaluation import Evaluator, evaluate
@@ -292,7 +292,7 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
 
 def _agent_of(path: Path) -> GRPO:
     """The agent of a run, as a checkpoint has it. Raises DamagedFileError, or UsageError for its environment."""
-    agent = GRPO._from_checkpoint(path)
+    agent = loading.from_checkpoint(GRPO, path)
     with taking_up(path):
         extra = agent.extra
         solved = extra["solved_at"]

@@ -15,10 +15,10 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from grouprl.envs.batch_checks import check_vector
 from grouprl.envs.checked import Checked
-from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, shown, unknown_id_message
+from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, unknown_id_message
 from grouprl.envs.pool import make_envpool
 from grouprl.envs.workers import Workers
-from grouprl.errors import GrouprlError, UsageError
+from grouprl.errors import GrouprlError, UsageError, with_type
 from grouprl.importing import import_here
 
 EnvLike = str | Callable[[], gym.Env[Any, Any]] | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
@@ -52,7 +52,8 @@ def make_vector(
         return _make_from_id(env, n_envs, vectorization, kwargs)
     if kwargs:
         raise UsageError(
-            f"env_kwargs={shown(kwargs)} only goes with an environment id; pass a callable such as lambda: MyEnv(...)"
+            f"env_kwargs={with_type(kwargs)} only goes with an environment id; pass a callable such as "
+            "lambda: MyEnv(...)"
         )
     if isinstance(env, VectorEnv):
         check_vector(env)
@@ -64,7 +65,7 @@ def make_vector(
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
         return _side_by_side(env, n_envs, vectorization, env_name(env))
     raise UsageError(
-        f"cannot make environments from {shown(env)}; "
+        f"cannot make environments from {with_type(env)}; "
         "pass a Gymnasium id, a callable returning an Env, an Env, or a VectorEnv"
     )
 
@@ -73,8 +74,8 @@ def _refuse_foreign(env: Any) -> None:
     """Raise UsageError for a vector environment of Stable-Baselines3, which has another interface."""
     if hasattr(env, "step_async") and not isinstance(env, VectorEnv):
         raise UsageError(
-            f"{shown(env)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes one "
-            f"environment, and n_envs={getattr(env, 'num_envs', '...')}"
+            f"{with_type(env)} is a vector environment of Stable-Baselines3; pass the id or the callable that makes "
+            f"one environment, and n_envs={getattr(env, 'num_envs', '...')}"
         )
 
 

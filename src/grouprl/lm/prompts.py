@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.errors import UsageError, short
+from grouprl.errors import UsageError, shown
 from grouprl.lm.fingerprint import RowsDigest
 from grouprl.lm.tokenising import Prompt, Tokenising, characters, check_row, no_prompt, read_row
 
@@ -267,7 +267,7 @@ def _rows(dataset: Any, name: str) -> tuple[Any, bool]:
         raise UsageError(
             f"{name} must be a Hugging Face dataset or a list of rows such as [{{'prompt': '2 + 2 ='}}], got "
             f"{type(dataset).__name__}"
-            + (f"; give datasets.load_dataset({short(dataset)})['train']" if isinstance(dataset, str) else "")
+            + (f"; give datasets.load_dataset({shown(dataset)})['train']" if isinstance(dataset, str) else "")
         )
     if size is not None:
         if size == 0:

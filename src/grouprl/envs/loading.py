@@ -1,0 +1,92 @@
+"""Agents made from files: from a saved model, or from a checkpoint to go on training from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from grouprl.envs import checkpoint
+from grouprl.envs.description import Description
+from grouprl.envs.model_file import fill_policy
+from grouprl.envs.policy import Network
+from grouprl.envs.vector import EnvLike
+from grouprl.errors import UsageError
+from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions
+
+if TYPE_CHECKING:
+    from grouprl.envs.grpo import GRPO
+
+AnyGRPO = TypeVar("AnyGRPO", bound="GRPO")
+
+
+def from_model(
+    cls: type[AnyGRPO],
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    network: Network | None,
+    functions: UserFunctions,
+    settings: Mapping[str, Any],
+) -> AnyGRPO:
+    """An agent of class ``cls`` with the policy among ``tensors``, described by ``meta``, both read from ``path``.
+
+    It has no environment yet.
+
+    Args:
+        cls: the class of the agent.
+        path: named in errors.
+        tensors, meta: what the file holds.
+        network, functions: what the user gives of their own.
+        settings: override the saved ones.
+
+    Raises:
+        UsageError: ``meta`` describes no agent (DamagedFileError), a setting is not allowed, or the policy was trained
+            with a network of the user's and ``network`` is None.
+    """
+    saved = Description.from_json(path, meta, settings)
+    if saved.custom_network and network is None:
+        raise UsageError(f"{path} was trained with a custom network; pass the same builder as network=...")
+    agent = cls.__new__(cls)
+    agent._assemble(
+        replace(
+            saved,
+            custom_network=network is not None,
+            custom_advantage=saved.custom_advantage or functions.advantage is not None,
+            custom_surrogate=saved.custom_surrogate or functions.surrogate is not None,
+        ),
+        network,
+        functions,
+    )
+    fill_policy(agent.policy, tensors, path)
+    return agent
+
+
+def from_checkpoint(
+    cls: type[AnyGRPO],
+    path: Path,
+    env: EnvLike | None = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    network: Network | None = None,
+    functions: UserFunctions = NO_USER_FUNCTIONS,
+) -> AnyGRPO:
+    """An agent of class ``cls`` that goes on from the checkpoint at ``path``, on ``env`` or on the one it names.
+
+    Raises:
+        UsageError: not a checkpoint, or a damaged one (DamagedFileError); its environment cannot be made.
+    """
+    tensors, meta = checkpoint.read(path)
+    agent = from_model(cls, path, tensors, meta, network, functions, {})
+    if env is None and env_kwargs is None:
+        agent.set_env(*agent.where())
+    else:
+        agent.set_env(agent.env_id if env is None else env, env_kwargs)
+    try:
+        agent.extra = checkpoint.restore(path, agent.loop, tensors, meta)
+    except BaseException:
+        agent.close()
+        raise
+    return agent
