@@ -41,7 +41,7 @@ def _call(name: str, function: TensorFunction, *given: Tensor) -> object:
     """What the function returns for copies of what it is given, as it may change them in place."""
     copies: list[Tensor] = [x.clone() for x in given]
     try:
-        return function(*copies)  # type: ignore[call-arg]
+        return function(*copies)
     except GrouprlError:
         raise
     except Exception as error:
