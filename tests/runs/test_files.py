@@ -182,3 +182,11 @@ def test_whatever_a_file_system_holds_is_a_path(tmp_path: Path) -> None:
         place = user_path(tmp_path / name)
         place.touch()
         assert place.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_what_a_full_disk_did_not_take_is_one_error_and_closing_is_none() -> None:
+    file = AppendedFile(Path("/dev/full"))
+    with pytest.raises(TrainingError, match="No space left"):
+        file.append("a line\n")
+    file.close()

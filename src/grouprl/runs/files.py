@@ -160,6 +160,8 @@ class AppendedFile:
             self._file.write(lines)
             self._file.flush()
         except OSError as error:
+            with suppress(OSError):  # what could not be written is still waiting, and is tried once more
+                self.close()
             raise explain_os_error(error, self.path) from error
         self._count(lines.encode("utf-8", "backslashreplace"))
 
@@ -186,8 +188,8 @@ class AppendedFile:
     def close(self) -> None:
         """Close the file; `append` opens it again."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            file.close()
 
     def _count(self, data: bytes) -> None:
         self._bytes += len(data)
