@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -152,4 +153,46 @@ def test_help_is_quick_and_names_every_command() -> None:
     assert (
         subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.strip()
         == "False"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ImportError("libtorch_cpu.so: failed to map segment\nmore"),
+            "cannot be loaded: libtorch_cpu.so: failed to map",
+        ),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_a_machine_without_memory_gets_one_line(
+    error: BaseException, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("grouprl.envs.presets.names", fail)
+    assert call("presets") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_an_import_of_ours_that_fails_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("cannot import name 'x'", name="grouprl.envs")
+
+    monkeypatch.setattr("grouprl.envs.presets.names", fail)
+    with pytest.raises(ImportError, match="cannot import name"):
+        call("presets")
+
+
+def test_a_run_without_compiled_code_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("grouprl.envs.training.kernels", SimpleNamespace(why_not="there is no C compiler"))
+    assert call("train", "CartPole-v1", "--steps", "500", "--out", tmp_path / "r", "--no-video", *FAST) == 0
+    assert "note: trained without compiled code, more slowly and with other digits: there is no C compiler" in (
+        capsys.readouterr().out
     )

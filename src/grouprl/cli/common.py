@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grouprl.errors import GrouprlError, UsageError, shown
+from grouprl.errors import GrouprlError, UsageError, first_line, shown
 from grouprl.extras import explain_missing
 from grouprl.printing import lasting_streams
 from grouprl.reading import parse_yaml
@@ -94,6 +94,16 @@ def _status() -> int | str | None:
             raise
         print(f"error: {explained}", file=sys.stderr)
         return 2
+    except ImportError as error:  # a library that cannot be loaded, such as where memory is limited
+        if (error.name or "").startswith("grouprl") or os.environ.get("GROUPRL_TRACEBACK"):
+            raise
+        print(f"error: a package cannot be loaded: {first_line(error)}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        if os.environ.get("GROUPRL_TRACEBACK"):
+            raise
+        print("error: there is not enough memory; train on fewer or shorter samples at once", file=sys.stderr)
+        return 1
     except OSError as error:  # a name that is too long, a folder without permission, ...
         if error.filename is None or os.environ.get("GROUPRL_TRACEBACK"):
             raise

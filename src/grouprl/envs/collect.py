@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.finite import check_observations, check_params
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
-from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Array, Bools, Stepped, Stepper
 from grouprl.envs.sticky import sticky_envs

@@ -22,7 +22,7 @@ def check_rewards(rewards: Array, env: Array, time: Array, where: str = "this ba
     """Raise TrainingError if ``rewards [m]`` are not finite or too large, naming environment ``env [m]`` and step
     ``time [m]`` of ``where``.
     """
-    fine = np.abs(rewards) <= LARGEST_RETURN  # nor is NaN
+    fine = np.abs(rewards) <= LARGEST_RETURN  # False for NaN too
     if not fine.all():
         i = int(np.argmin(fine))
         raise TrainingError(

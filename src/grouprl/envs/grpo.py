@@ -18,6 +18,7 @@ from torch import nn
 
 from grouprl.envs import checkpoint, copies, loading, presets
 from grouprl.envs.acting import chosen_action
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
@@ -28,7 +29,7 @@ from grouprl.envs.held_environment import HeldEnvironment
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
-from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.stable_baselines import checked_callbacks, refuse_arguments, refuse_positional, says_stop
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector

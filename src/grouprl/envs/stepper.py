@@ -20,10 +20,11 @@ import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array
 
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.batch_checks import BatchChecks, autoreset_mode
 from grouprl.envs.env_errors import environment_error
 from grouprl.envs.masks import many_masks, one_mask
-from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.spaces import ObservationCodec
 from grouprl.errors import GrouprlError, UsageError
 
 Array = npt.NDArray[Any]
@@ -55,7 +56,7 @@ class Choice(NamedTuple):
     Attributes:
         params: parameters ``[n, K]`` of the distribution they were drawn from, the mask applied.
         mask: the valid actions ``[n, M]``, or None where the environment names none.
-        actions: as drawn, ``[n, ...]``; :meth:`grouprl.envs.spaces.ActionCodec.to_env` makes them ready for a step.
+        actions: as drawn, ``[n, ...]``; :meth:`grouprl.envs.action_codec.ActionCodec.to_env` makes them ready.
     """
 
     params: Array

@@ -21,6 +21,7 @@ from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
+from grouprl.envs.mlp import kernels
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
@@ -348,6 +349,8 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
     from grouprl.runs.plots import plot_run
 
     notes: list[str] = []
+    if agent.config.native and kernels.why_not:
+        notes.append(f"trained without compiled code, more slowly and with other digits: {kernels.why_not}")
     if (skipped := agent.loop.say_skipped()) is not None:
         notes.append(skipped)
     with ThreadPoolExecutor(1) as pool:

@@ -87,6 +87,11 @@ class Kernels:
         """Whether :meth:`functions` gives one."""
         return not isinstance(self._found, str)
 
+    @property
+    def why_not(self) -> str:
+        """Why :meth:`functions` gives none, or ""."""
+        return self._found if isinstance(self._found, str) else ""
+
     @cached_property
     def _found(self) -> ctypes.CDLL | str:
         """The compiled functions, or why there are none, as text: an exception would keep what its frames hold."""

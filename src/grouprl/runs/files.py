@@ -19,7 +19,7 @@ from typing import Any
 
 from xxhash import xxh3_64
 
-from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError
+from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError, shown
 from grouprl.runs.in_place import check_in_place
 from grouprl.runs.temporaries import beside, remove_left_over
 
@@ -29,8 +29,22 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """A path that a user gives, with ``~`` as their home folder: the gate of every file and folder that is named."""
-    return Path(os.path.expanduser(path))
+    """A path that a user gives, with ``~`` as their home folder: the gate of every file and folder that is named.
+
+    Raises UsageError for what is no path, or one that no file system holds.
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(text, str):
+        raise UsageError(f"{shown(path)} is no path; give text or a pathlib.Path")
+    try:
+        parts = os.fsencode(text).split(os.fsencode(os.sep))
+    except UnicodeEncodeError:
+        parts = [b"\0"]
+    if any(b"\0" in part or len(part) > 255 for part in parts):
+        raise UsageError(
+            f"{shown(text)} cannot be a path: it holds a character that no path has, or a name of more than 255 bytes"
+        )
+    return Path(os.path.expanduser(text))
 
 
 def explain_os_error(error: OSError, path: Path) -> GrouprlError:
