@@ -25,6 +25,7 @@ from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
 from grouprl.envs.export import export_module
+from grouprl.envs.finite import check_policy
 from grouprl.envs.held_environment import HeldEnvironment
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import model_file, offering_another
@@ -342,7 +343,10 @@ class GRPO:
         """Write the policy, its normalisation statistics, spaces and configuration to ``path`` (``.safetensors``).
 
         Returns the path written, with the suffix added where it was missing.
+
+        Raises TrainingError, and leaves an older file as it is, if a number of the policy is not finite.
         """
+        check_policy(self.policy)
         path = user_path(path)
         if path.name in ("", ".."):
             raise UsageError(f"{path} is a folder; name the file in it that the model goes to")
