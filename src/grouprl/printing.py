@@ -25,7 +25,7 @@ class LastingStream:
     """A text stream that takes any text and lasts: after an error of the system it swallows what is written.
 
     Attributes:
-        error: what it was, or None.
+        error: the first error of the system, or None.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -13,11 +13,12 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from grouprl import GRPO, TrainingError, UsageError
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import make_config
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
-from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.spaces import ObservationCodec
 
 LENGTHS = (3, 2, 4)
 """Episode k of a counter has LENGTHS[k % 3] steps and ends by truncation where k is odd."""

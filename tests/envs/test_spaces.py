@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.distributions import Categorical, DiagonalGaussian, IndependentBernoulli, MultiCategorical
 from grouprl.envs.space_json import space_from_json, space_to_json
-from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.spaces import ObservationCodec
 from grouprl.errors import UsageError
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from odd import result_or_clear_error
 
 from grouprl import GRPO
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.space_json import space_from_json, space_to_json
-from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.spaces import ObservationCodec
 
 DTYPES = [np.float32, np.float64, np.float16, np.int8, np.uint8, np.int32, np.int64, np.uint32, np.uint64, np.bool_]
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple) | st.sampled_from([(16, 16), (16, 16, 3), (4, 16, 16)])

@@ -26,3 +26,19 @@ def test_new_tensors_are_float32_on_the_cpu_and_what_was_set_comes_back(dtype: t
         assert torch.ones(2).dtype == dtype
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_nothing_is_cast_while_it_is_open_and_afterwards_as_before() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch_defaults():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def test_what_is_set_while_it_is_open_ends_with_it() -> None:
+    with torch_defaults():
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_grad_enabled(False)
+    assert (torch.ones(2).dtype, torch.ones(2).device.type) == (torch.float32, "cpu")
+    assert torch.is_grad_enabled()

@@ -2,13 +2,23 @@ import errno
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.runs.files import AppendedFile, atomic_path, read_bytes, write_bytes, write_json, write_text, write_yaml
+from grouprl.runs.appended import AppendedFile
+from grouprl.runs.files import (
+    atomic_path,
+    read_bytes,
+    user_path,
+    write_bytes,
+    write_json,
+    write_text,
+    write_yaml,
+)  # fmt: skip
 
 
 def names(folder: Path) -> list[str]:
@@ -158,6 +168,20 @@ def test_a_file_that_cannot_grow_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="Cannot write"):
         AppendedFile(tmp_path / "file" / "log.txt").append("one\n")
+
+
+@pytest.mark.parametrize("path", [5, [], b"x", None, "a\0b", "\ud800", "x" * 256, "é" * 128])
+def test_what_is_no_path_is_refused_in_a_line(path: Any) -> None:
+    with pytest.raises(UsageError, match=r"is no path|cannot be a path") as raised:
+        user_path(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_whatever_a_file_system_holds_is_a_path(tmp_path: Path) -> None:
+    for name in ("x" * 255, "h-ä", "\udcff", "a b", "line\nline"):
+        place = user_path(tmp_path / name)
+        place.touch()
+        assert place.exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

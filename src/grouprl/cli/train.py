@@ -1,4 +1,4 @@
-"""The commands of the environment arena, and the lists of presets and settings."""
+"""The command that trains on an environment."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.finite import bad_observation, check_params
 from grouprl.envs.masks import many_masks
 from grouprl.envs.policy import Policy
-from grouprl.envs.spaces import ActionCodec
 from grouprl.errors import UsageError
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.finite import check_observations, check_params
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
-from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Array, Bools, Stepped, Stepper
 from grouprl.envs.sticky import sticky_envs
@@ -190,7 +191,7 @@ class Collector:
         """Let the policy act once where ``running [n]``; returns where an episode ended, ``[n]``."""
         valid = running & self.stepper.playing
         encoded = {key: value.copy() for key, value in self.stepper.encoded().items()}
-        choice = self.stepper.choose(act(encoded, valid), valid, self.rng)
+        choice = self.stepper.choose(act(encoded, valid), self.stepper.playing, self.rng)
         trace.add_choice(encoded, choice, valid)
         env_actions = self.actions.to_env(choice.actions)
         if sticky > 0:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.distributions import (
     MASKED_LOGIT,
     Categorical,
@@ -22,7 +23,6 @@ from grouprl.envs.distributions import (
 )
 from grouprl.envs.mlp import MLP
 from grouprl.envs.policy import Policy
-from grouprl.envs.spaces import ActionCodec
 
 
 class _Numbers(nn.Module):

@@ -13,13 +13,13 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
 from grouprl.envs.learner import Learner
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
-from grouprl.envs.spaces import ActionCodec
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
 from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
 from grouprl.envs.mlp import MLP, kernels
 from grouprl.envs.own_network import check_network, dtype_of
-from grouprl.envs.spaces import ActionCodec, ObservationCodec
+from grouprl.envs.spaces import ObservationCodec
 from grouprl.errors import UsageError
 
 Network = Callable[[int, int], nn.Module]

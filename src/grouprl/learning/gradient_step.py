@@ -36,13 +36,14 @@ def gradient_step(
             gradient ``[P]``, or None once a backward pass has written its own.
         max_norm: bound on the norm of the sum; 0: none.
         where, advice: what the error says besides: where it happened, and what to try.
-        before_step: called once the gradient stands, clipped.
+        before_step: called once the gradient stands, clipped; it may change the gradient and the weights.
 
     Returns:
         The norm before it was clipped.
 
     Raises:
         TrainingError: the gradient is not finite; the parameters are left as they were.
+        UsageError: ``before_step`` replaced, froze or converted parameters.
     """
     parameters.start()
     for gradient in parts:
@@ -54,5 +55,6 @@ def gradient_step(
         raise TrainingError(f"the gradient is not finite (norm {norm}){where}; {advice}")
     if before_step is not None:
         before_step()
+        parameters.check()
     optimizer.step()
     return norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,12 +62,12 @@ class TrainedParameters:
             raise UsageError(
                 f"trainable parameters must be on one device, got {', '.join(devices)}; load the model on one"
             )
-        _check_apart(self._forms)
         self.size = sum(p.numel() for p in self.tensors)
         self._whole: list[Tensor] = []
         self._places: list[Tensor] = []
         self._added = False
         self.check()
+        _check_apart(self._forms)
 
     def check(self) -> None:
         """Check that the module holds the very parameters that were found in it, of the same kind.
@@ -103,13 +104,14 @@ class TrainedParameters:
         return [part.view(p.shape) for part, p in zip(parts, self.tensors, strict=True)]
 
     def not_finite(self) -> str:
-        """The name of a trainable parameter that holds a number that is not finite, or ""."""
+        """The name of a trained parameter, as the module has it now, that is not finite, or ""."""
+        trained = {name for name, form in self._forms.items() if form.trained}
+        found = {name: p.detach() for name, p in self.module.named_parameters() if name in trained or p.requires_grad}
         # A sum is finite wherever its terms are, unless they are huge, and takes a tenth of the time of asking each.
-        sums = torch.stack([p.detach().sum(dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors])
-        if bool(sums.isfinite().all()):
+        sums = [p.sum(dtype=torch.promote_types(p.dtype, torch.float32)) for p in found.values()]
+        if not sums or bool(torch.stack(sums).isfinite().all()):
             return ""
-        trained = (name for name, form in self._forms.items() if form.trained)
-        return next((n for n, p in zip(trained, self.tensors, strict=True) if not bool(p.isfinite().all())), "")
+        return next((name for name, p in found.items() if not bool(p.isfinite().all())), "")
 
     # --- the gradient ------------------------------------------------------------------------------------------------
 
@@ -211,15 +213,17 @@ def _check_trainable(name: str, form: _Form) -> None:
 
 
 def _check_apart(forms: Mapping[str, _Form]) -> None:
-    at: dict[int, str] = {}
-    for name, form in forms.items():
-        if form.trained and form.parameter.numel():
-            other = at.setdefault(form.parameter.data_ptr(), name)
-            if other != name:
-                raise UsageError(
-                    f"the trainable parameters {other} and {name} are two, but share their memory, which would be "
-                    "stepped twice; tie them as one parameter, or give one of them a copy: p.data = p.data.clone()"
-                )
+    places = sorted(
+        (form.parameter.data_ptr(), form.parameter.nbytes, name)
+        for name, form in forms.items()
+        if form.trained and form.parameter.numel()
+    )
+    for (start, size, one), (next_start, _, other) in itertools.pairwise(places):
+        if next_start < start + size:
+            raise UsageError(
+                f"the trainable parameters {one} and {other} are two, but share their memory, which would be "
+                "stepped twice; tie them as one parameter, or give one of them a copy: p.data = p.data.clone()"
+            )
 
 
 _TINY = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8") or name.startswith("float4"))

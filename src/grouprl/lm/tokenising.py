@@ -26,7 +26,7 @@ class Prompt:
     ids: tuple[int, ...]
     """What the model reads."""
     begun: str | None = None
-    """How the completion begins, where the prompt ends in the assistant's message; None: as that says."""
+    """What the assistant's message began with, if the prompt ends in one that is to be continued, else None."""
 
     def completion(self, text: str) -> str | list[dict[str, Any]]:
         """A completion's text as reward functions expect it: as it is, or as the assistant's message.
@@ -183,7 +183,7 @@ def _message_ids(
         "tools": columns.get(TOOLS_COLUMN) or None, "add_generation_prompt": not continued,
         "continue_final_message": continued,
     }  # fmt: skip
-    # Here too None is what was not there.
+    # Here too None stands for a key that the row does not have.
     arguments = {**how.chat_template_kwargs, **{key: value for key, value in own.items() if value is not None}}
     try:
         ids = how.tokenizer.apply_chat_template(given, tokenize=True, return_dict=False, **options, **arguments)

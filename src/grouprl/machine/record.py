@@ -1,4 +1,4 @@
-"""On what numbers were computed: what a checkpoint says of it, and what is another one where a run goes on."""
+"""The machine and the versions that computed a run: a checkpoint names them, and a resumed run compares them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe_machine(*, compiled: bool, device: torch.device | str = "cpu", **ot
 
 
 def other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What is another one now, for a note; None if nothing is, or nothing was recorded."""
+    """What differs from what was recorded ``before``, in words; None if nothing does, or nothing was recorded."""
     differences = [
         f"{name} is {_said(now[name])} (was {_said(before[name])})"
         for name in now

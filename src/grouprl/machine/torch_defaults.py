@@ -10,17 +10,37 @@ import torch
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Torch as it is when it is imported: new tensors are float32 on the CPU, and gradients are computed.
+    """Torch as it is when it is imported: new tensors are float32 on the CPU, gradients are computed, nothing is cast.
 
-    While the context is open nothing depends on ``set_default_dtype``, ``set_default_device``, ``no_grad`` and
-    ``inference_mode`` of the caller. Functions of the user that are called within it see the same. The context is also
-    a decorator.
+    While the context is open nothing depends on ``set_default_dtype``, ``set_default_device``, ``no_grad``,
+    ``inference_mode`` and ``autocast`` of the caller. Functions of the user that are called within it see the same.
+    What is set while it is open ends with it, so a function of the user that is called within one of its own leaves
+    nothing behind. The context is also a decorator.
     """
-    dtype = torch.get_default_dtype()
-    elsewhere = torch.get_default_device().type != "cpu"
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu") if elsewhere else nullcontext():
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _without_autocast(),
+        torch.device("cpu") if device.type != "cpu" else nullcontext(),
+    ):
         torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
             torch.set_default_dtype(dtype)
+            if torch.get_default_device().type != "cpu":
+                torch.set_default_device(None if device.type == "cpu" else device)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    kinds = ("cpu", "cuda")
+    before = [torch.is_autocast_enabled(kind) for kind in kinds]
+    for kind in kinds:
+        torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        for kind, enabled in zip(kinds, before, strict=True):
+            torch.set_autocast_enabled(kind, enabled)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line
 
 TensorFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -30,9 +30,22 @@ def per_token(name: str, found: object, like: Tensor) -> Tensor:
     if not isinstance(found, Tensor) or found.shape != like.shape:
         what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
         raise TrainingError(f"{name} returned {what}; it must be a tensor of shape {list(like.shape)}")
+    if found.layout != torch.strided or found.device.type == "meta":
+        raise TrainingError(f"{name} returned a tensor without plain values ({found.layout}, on {found.device})")
     if found.dtype == torch.bool or found.is_complex():
         raise TrainingError(f"{name} returned a tensor of {found.dtype}; it must hold real numbers")
     return found.to(like.device)
+
+
+def _call(name: str, function: TensorFunction, *given: Tensor) -> object:
+    """What the function returns for copies of what it is given, as it may change them in place."""
+    copies: list[Tensor] = [x.clone() for x in given]
+    try:
+        return function(*copies)
+    except GrouprlError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"{name} raised {type(error).__name__}: {first_line(error)}") from error
 
 
 def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
@@ -40,8 +53,7 @@ def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, g
 
     Raises TrainingError if it returns anything but one finite number per token or step.
     """
-    given = rewards.clone(), lengths.clone(), group.clone()  # the function may change them in place
-    found = per_token("advantage_function", function(*given), rewards)
+    found = per_token("advantage_function", _call("advantage_function", function, rewards, lengths, group), rewards)
     if not bool(torch.isfinite(found).all()):
         raise TrainingError("advantage_function returned a number that is not finite; look for a division by 0")
     found = found.detach()
@@ -53,7 +65,7 @@ def own_surrogate(function: TensorFunction, logp: Tensor, logp_old: Tensor, adva
 
     Raises TrainingError if it returns anything but one finite number per token or step, differentiable in ``logp``.
     """
-    found = per_token("surrogate_function", function(logp, logp_old, advantages), logp)
+    found = per_token("surrogate_function", _call("surrogate_function", function, logp, logp_old, advantages), logp)
     if logp.requires_grad and not found.requires_grad:
         raise TrainingError(
             "surrogate_function returned a tensor that is not differentiable in logp, so nothing would be learned; "

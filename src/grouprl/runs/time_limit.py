@@ -17,11 +17,11 @@ _AGAIN = 1.0
 """Seconds between two attempts to end a call that goes on in spite of the first."""
 
 gave_up = False
-"""Whether the time of some call was over: threads that it started may go on."""
+"""Whether some call was given up because its time was over: threads that it started may go on."""
 
 
 class Expired(BaseException):
-    """Raised within the call; no Exception, so that what handles those does not take it for its own."""
+    """Raised within the call. It is no ``Exception``, so that code which handles those does not take it for its own."""
 
 
 def within(seconds: float | None, call: Callable[[], T], progress: Callable[[], int] | None = None) -> T:

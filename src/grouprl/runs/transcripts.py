@@ -15,16 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from grouprl.errors import UsageError, shown
-from grouprl.runs.files import (
-    AppendedFile,
-    is_marked,
-    plain_number,
-    read_bytes,
-    tell_changed,
-    user_path,
-    whole_lines,
-    write_text,
-)
+from grouprl.runs.appended import AppendedFile, is_marked, tell_changed, whole_lines
+from grouprl.runs.files import plain_number, read_bytes, user_path, write_text
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -261,7 +253,7 @@ def _text(value: Any) -> str:
 
 
 _DEEPEST = 50
-"""Lists within lists that are written as such."""
+"""The depth to which lists within lists are written; what lies deeper is written as text."""
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -275,7 +267,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, int) and value.bit_length() > _BITS:
-        return None  # as infinities, which it is to all who read it as a float
+        return None  # as for infinities: programs that read it as a float would get one
     if isinstance(value, str | bool | int) or value is None:
         return value
     try:
@@ -292,7 +284,7 @@ def _as_text(value: Any) -> str:
 
 
 _BITS = 1023
-"""Of the largest whole number that is a float too."""
+"""The most bits of a whole number that a float can hold, and so a reader of JSON."""
 _NAMES = {item.name for item in fields(Transcript)}
 
 

@@ -1,7 +1,7 @@
 """Names what has been running for unusually long, such as a reward function or an environment that hangs.
 
-A thread of its own looks once a second at what is being called. The calls themselves cost nothing: a `Watch` is entered
-around one call, or around thousands of short ones that something counts anyway.
+A thread of its own looks twice a second at what is being called. The calls themselves cost nothing: a `Watch` is
+entered around one call, or around thousands of short ones that something counts anyway.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 
 _TICK = 0.5
 _LEAST = 2.0
-"""Seconds that are never long."""
+"""Seconds up to which no call is long."""
 _log = logging.getLogger("grouprl")
 
 

@@ -573,7 +573,7 @@ def test_a_metric_must_not_be_infinite_and_a_reward_of_moderate_size() -> None:
     rows = [Prompt(0, "a", {}, (1,))]
     with pytest.raises(TrainingError, match=r"log_metric\('pace', inf\)"):
         RewardCaller(lambda completions, log_metric: log_metric("pace", float("inf")))(rows, ["b"], [[1]])
-    with pytest.raises(TrainingError, match="at most 1e\\+30 in size"):
+    with pytest.raises(TrainingError, match="at most 1e\\+18 in size"):
         RewardCaller(lambda completions: [1e200])(rows, ["b"], [[1]])
     with pytest.raises(TrainingError, match="raised SystemExit"):
         RewardCaller(lambda completions: sys.exit(3))(rows, ["b"], [[1]])
@@ -589,3 +589,8 @@ def test_a_metric_has_a_name_that_files_and_trackers_can_hold(name: str) -> None
         call(judge)
     judge.__name__ = f"judge\ud800{name}"
     assert RewardCaller(judge).names[0].isprintable()
+
+
+def test_a_masked_entry_is_no_reward_of_0() -> None:
+    with pytest.raises(TrainingError, match="returned masked"):
+        call(lambda completions: [np.ma.masked, 1.0])

@@ -212,3 +212,19 @@ def test_a_metric_that_no_evaluation_will_have_is_refused_before_training(
 )  # fmt: skip
 def test_a_metric_that_an_evaluation_may_have_is_accepted(tmp_path: Path, metric: str, datasets: Any) -> None:
     trainer(tmp_path, eval_dataset=datasets, eval_strategy="steps", metric_for_best_model=metric)
+
+
+@pytest.mark.parametrize("callback", [None, object, "early stopping", lambda: None])
+def test_what_is_no_callback_is_refused(tmp_path: Path, callback: Any) -> None:
+    with pytest.raises(UsageError, match=r"the callback .* is none"):
+        trainer(tmp_path, callbacks=[callback])
+    with pytest.raises(UsageError, match=r"the callback .* is none"):
+        trainer(tmp_path).add_callback(callback)
+
+
+def test_other_tokens_that_end_a_completion_than_at_first_are_refused(tmp_path: Path) -> None:
+    one = trainer(tmp_path)
+    one.model.generation_config.eos_token_id = [1, 5]
+    for go in (one.train, lambda: one.evaluate(ROWS)):
+        with pytest.raises(UsageError, match=r"end a completion were \[1\] .* name \[1, 5\] now"):
+            go()

@@ -238,3 +238,25 @@ def test_the_best_model_is_found_in_a_folder_that_was_moved(tmp_path: Path) -> N
     again.train(resume_from_checkpoint=True)
     assert Path(again.state.best_model_checkpoint) == tmp_path / "b" / "checkpoint-1"
     assert sorted(path.name for path in (tmp_path / "b").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_a_checkpoint_of_other_functions_ends_or_another_optimizer_is_refused(tmp_path: Path) -> None:
+    def resumed(said: str, **changed: Any) -> None:
+        with pytest.raises(UsageError, match=said):
+            trainer(tmp_path, **SAVED, **changed).train(resume_from_checkpoint=True)
+
+    def signed(rewards: torch.Tensor, lengths: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        return rewards.sign()
+
+    def sgd(model: Any, step: int) -> tuple[Any, None]:
+        return torch.optim.SGD(list(model.parameters())[::step], lr=0.1, momentum=0.9), None
+
+    trainer(tmp_path, **SAVED).train()
+    resumed("its advantage_function was None, here it is signed", advantage_function=signed)
+    model, tokenizer = warm()
+    model.generation_config.eos_token_id = [1, 5]
+    resumed(r"end with one of the tokens \[1\], here with one of \[1, 5\]", model=(model, tokenizer))
+    model, tokenizer = warm()
+    resumed("its optimizer is AdamW, here it is SGD", model=(model, tokenizer), optimizers=sgd(model, 1))
+    trainer(tmp_path, **SAVED, model=(model, tokenizer), optimizers=sgd(model, 1)).train()
+    resumed("steps other parameters, or the same in another", model=(model, tokenizer), optimizers=sgd(model, -1))

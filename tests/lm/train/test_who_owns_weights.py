@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 def made(path: Path, model: Any = None, **settings: Any) -> GRPOTrainer:
     model = build_tiny(0)[0] if model is None else model
-    others = {name: settings.pop(name) for name in ("peft_config", "callbacks") if name in settings}
+    others = {name: settings.pop(name) for name in ("peft_config", "callbacks", "optimizers") if name in settings}
     return GRPOTrainer(
         model, reward, config(path, **{"max_steps": 2, "learning_rate": 1e-2, **settings}), ROWS,
         processing_class=tiny_tokenizer(), **others,
@@ -129,7 +130,7 @@ def test_a_model_that_cannot_be_trained_as_it_was_is_refused_between_two_trainin
     assert not moved(one.model, before)
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_optimizer_step"])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_optimizer_step"])
 def test_a_callback_that_changes_the_parameters_ends_the_training_with_one_error(tmp_path: Path, event: str) -> None:
     class Halves(TrainerCallback):
         def act(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -212,3 +213,78 @@ def test_a_model_made_in_inference_mode_is_refused(tmp_path: Path) -> None:
         model, _ = build_tiny(0)
     with pytest.raises(UsageError, match=r"made in torch\.inference_mode"):
         made(tmp_path, model)
+
+
+def test_parameters_that_share_a_part_of_their_memory_are_refused(tmp_path: Path) -> None:
+    model, _ = build_tiny(0)
+    first, second = (layer.self_attn.q_proj.weight for layer in model.model.layers[:2])
+    n = first.numel()
+    both = torch.randn(n + n // 2)
+    first.data, second.data = both[:n].view_as(first), both[-n:].view_as(second)
+    with pytest.raises(UsageError, match="share their memory"):
+        made(tmp_path, model)
+
+
+def test_a_model_without_values_is_refused(tmp_path: Path) -> None:
+    model, _ = build_tiny(0)
+    with pytest.raises(UsageError, match="meta device"):
+        made(tmp_path, model.to("meta"))
+
+
+def test_a_trainer_does_not_train_within_its_own_training(tmp_path: Path) -> None:
+    class Again(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            one.train()
+
+    one = made(tmp_path, callbacks=[Again()])
+    with pytest.raises(UsageError, match="is training already"):
+        one.train()
+    one.pop_callback(Again)
+    assert one.train().global_step == 2
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_trainer_is_not_copied(tmp_path: Path, copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(UsageError, match="cannot be copied or pickled"):
+        copied(made(tmp_path))
+
+
+def test_an_optimizer_that_needs_the_loss_and_a_schedule_of_another_one_are_refused(tmp_path: Path) -> None:
+    model, _ = build_tiny(0)
+    sgd, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with pytest.raises(UsageError, match="LBFGS evaluates the loss several times"):
+        made(tmp_path, model, optimizers=(torch.optim.LBFGS(model.parameters()), None))
+    with pytest.raises(UsageError, match="a scheduler of another optimizer"):
+        made(tmp_path, model, optimizers=(sgd, torch.optim.lr_scheduler.ConstantLR(other)))
+
+
+def test_what_user_functions_set_torch_to_ends_with_their_call(tmp_path: Path) -> None:
+    def careless(*_: Any, **__: Any) -> None:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_grad_enabled(False)
+
+    class Careless(TrainerCallback):
+        on_step_begin = careless
+
+    def careless_reward(completions: list[str], **_: Any) -> list[float]:
+        careless()
+        return reward(completions)
+
+    plain = made(tmp_path / "plain")
+    one = GRPOTrainer(
+        build_tiny(0)[0], careless_reward, config(tmp_path / "one", max_steps=2, learning_rate=1e-2), ROWS,
+        processing_class=tiny_tokenizer(), callbacks=[Careless()],
+    )  # fmt: skip
+    plain.train()
+    one.train()
+    assert same(weights(plain), weights(one))
+
+
+def test_a_callback_that_returns_something_is_told_what_to_return(tmp_path: Path) -> None:
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> bool:
+            return False
+
+    with pytest.raises(UsageError, match="on_step_end of a callback returned False; set fields of the control"):
+        made(tmp_path, callbacks=[Stops()]).train()

@@ -10,11 +10,9 @@ from grouprl.errors import TrainingError
 from grouprl.lm.rewards.call import total
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.estimators import ESTIMATORS, Estimation
+from grouprl.objective.groups import LARGEST_RETURN
 from grouprl.objective.packed import last_index
 from grouprl.objective.user_functions import TensorFunction, own_advantages
-
-_LARGEST = 1e30
-"""Of a return, in size: float32 holds 1e38, and sums of advantages and log-probabilities need some room."""
 
 
 def estimate_advantages(
@@ -32,10 +30,10 @@ def estimate_advantages(
     Raises TrainingError if rewards, penalties or advantages are too large to compute with.
     """
     largest = float(returns.abs().max()) if len(returns) else 0.0
-    if not largest <= _LARGEST:
+    if not largest <= LARGEST_RETURN:
         raise TrainingError(
-            f"the weighted sum of the rewards of a completion is {largest:g} in size, and at most {_LARGEST:g} can be "
-            "computed with; lower reward_weights, or scale the rewards"
+            f"the weighted sum of the rewards of a completion is {largest:g} in size, and at most {LARGEST_RETURN:g} "
+            "can be computed with; lower reward_weights, or scale the rewards"
         )
     if penalties is not None and not bool(penalties.isfinite().all()):
         raise TrainingError(

@@ -250,8 +250,9 @@ def _with_weights(
 
 
 _NO_SIZES = ("context_length", ".sliding_window", "temperature_length", "chunk_size", "scaling.factor")
+"""Ends of keys whose numbers cost nothing, however large they are."""
 _SMALL = 256
-"""Numbers that cost nothing, however large they are."""
+"""Numbers up to this one are allowed, whatever the file holds."""
 
 
 # --- everything else -------------------------------------------------------------------------------------------------

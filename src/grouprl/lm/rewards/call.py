@@ -28,6 +28,7 @@ from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.arguments import arguments_for, columns_of
 from grouprl.lm.rewards.event_loop import EventLoop, Late
 from grouprl.lm.rewards.returned import completion, numbers_of, plain_float
+from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.runs.time_limit import Expired, within
 from grouprl.runs.watchdog import Watch
 
@@ -122,7 +123,8 @@ class RewardCaller:
             "log_extra": log.extra,
             "log_metric": log.metric,
         }
-        returned = self._run(offered)
+        with torch_defaults():
+            returned = self._run(offered)
         columns = [numbers_of(output, name, rows) for name, output in zip(self.names, returned, strict=True)]
         values = torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(rows)).T.contiguous()
         unscored = torch.isnan(values).all(dim=1).nonzero()

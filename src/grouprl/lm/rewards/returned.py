@@ -8,9 +8,7 @@ from typing import Any, SupportsFloat
 
 from grouprl.errors import TrainingError, first_line, shown
 from grouprl.lm.prompts import Prompt
-
-LARGEST = 1e30
-"""Of a reward, in size: squares of larger ones leave the range of numbers."""
+from grouprl.objective.groups import LARGEST_RETURN
 
 
 def numbers_of(output: Any, name: str, rows: Sequence[Prompt]) -> list[float]:
@@ -43,8 +41,8 @@ def plain_float(value: Any) -> float | None:
 
     None if it is none. One beyond the range of floats is infinite.
     """
-    if getattr(value, "shape", ()) == () and hasattr(value, "item"):  # numpy scalars, tensors of no dimension
-        value = value.item()
+    if getattr(value, "shape", ()) == () and hasattr(value, "tolist"):  # numpy scalars, tensors of no dimension
+        value = value.tolist()  # a masked one is None, which .item() makes 0
     if isinstance(value, str | bytes | complex) or getattr(value, "shape", ()) != ():
         return None
     if not isinstance(value, SupportsFloat):
@@ -66,10 +64,10 @@ def _number(entry: Any, name: str, i: int, rows: Sequence[Prompt]) -> float:
             f"reward function {name!r} returned {shown(entry)} of {type(entry).__name__} for {completion(i, rows)}; "
             "return a number or None for each completion"
         )
-    if not abs(value) <= LARGEST:
+    if not abs(value) <= LARGEST_RETURN:
         raise TrainingError(
             f"reward function {name!r} returned {value} for {completion(i, rows)}; return a finite number, "
-            f"at most {LARGEST:g} in size, or None where the function does not apply"
+            f"at most {LARGEST_RETURN:g} in size, or None where the function does not apply"
         )
     return value
 

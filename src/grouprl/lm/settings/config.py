@@ -148,7 +148,7 @@ class GRPOConfig(Fields):
 
 
 _ARGUMENTS = ("model_init_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
-"""Settings that are handed on to others, and may hold what only these know."""
+"""Settings that are handed on to other libraries, and may hold objects that only these know."""
 
 _MEANWHILE = {
     "learning_rate": "let lr_scheduler_type or optimizers=(optimizer, scheduler) change it from step to step",
@@ -156,7 +156,7 @@ _MEANWHILE = {
     "max_steps": "set control.should_training_stop in a callback to end earlier",
     "num_train_epochs": "set control.should_training_stop in a callback to end earlier",
 }
-"""What changes while a run goes on, though the setting does not."""
+"""Settings that scripts change in the middle of a run, and what to do instead."""
 
 
 def _plain(name: str, value: Any) -> Any:

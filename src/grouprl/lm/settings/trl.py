@@ -32,7 +32,7 @@ GENERATION = (
 
 _END = "; the model's generation_config.eos_token_id is heard, and may hold several tokens that end a completion"
 _ENDS = dict.fromkeys(("stop_strings", "stop", "stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
-"""What there is in the place of options that end a completion."""
+"""What to use in the place of options that end a completion."""
 
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",

@@ -30,7 +30,7 @@ MISSING = {
     "_textual_logs": _LOGS,
     "generation_config": "trainer.args holds the settings of sampling",
 }
-"""Methods and attributes of transformers' and TRL's trainers that are none here: what to do instead."""
+"""Methods and attributes of transformers' and TRL's trainers that do not exist here, and what to do instead."""
 
 INNER = {
     "_compute_loss",
@@ -51,7 +51,7 @@ INNER = {
 """What subclasses of TRL's trainer override besides."""
 
 FOR_CALLERS = {"push_to_hub", "init_hf_repo", "predict", "hyperparameter_search"}
-"""Those that a script calls itself."""
+"""Those of them that a script calls itself, and no subclass overrides."""
 
 
 def _nothing(trainer: Any) -> None:

@@ -13,14 +13,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, shown
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.settings.batch_plan import interval
 from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.sinks import Counters, Metrics, Recording, Sink, Transcripts, open_sinks
+from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.runs.lock import locked
+
+
+def checked_callback(callback: Any) -> Any:
+    """A TrainerCallback, object or class, as it is. Raises UsageError for anything else."""
+    from transformers import TrainerCallback
+
+    if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
+        raise UsageError(f"the callback {shown(callback)} is none; extend transformers.TrainerCallback")
+    return callback
 
 
 class Bookkeeper:
@@ -45,7 +55,11 @@ class Bookkeeper:
         self.state: Any = TrainerState()
         self.control: Any = TrainerControl()
         self.handler: Any = CallbackHandler(  # type: ignore[no-untyped-call]
-            [DefaultFlowCallback, *callbacks], setup.model, setup.tokenizer, setup.optimizer, setup.own_scheduler
+            [DefaultFlowCallback, *map(checked_callback, callbacks)],
+            setup.model,
+            setup.tokenizer,
+            setup.optimizer,
+            setup.own_scheduler,
         )
         self.began = 0.0
         self._sinks: list[Sink] = []
@@ -55,10 +69,19 @@ class Bookkeeper:
         self.event("on_init_end")
 
     def event(self, name: str, **values: Any) -> None:
-        """Tell the callbacks."""
-        call = getattr(self.handler, name)
-        # log and evaluate events carry their numbers as a positional argument
-        self.control = call(self.config, self.state, self.control, *values.values())
+        """Tell the callbacks. Raises UsageError if one returns anything but a TrainerControl or None."""
+        from transformers.trainer_callback import TrainerControl
+
+        call, control = getattr(self.handler, name), self.control
+        with torch_defaults():
+            # log and evaluate events carry their numbers as a positional argument
+            told = call(self.config, self.state, control, *values.values())
+        if not isinstance(told, TrainerControl):
+            raise UsageError(
+                f"{name} of a callback returned {shown(told)}; set fields of the control that it is given, and return "
+                "that control or nothing"
+            )
+        self.control = told
 
     # --- a run --------------------------------------------------------------------------------------------------------
 
@@ -87,6 +110,7 @@ class Bookkeeper:
         self.handler.lr_scheduler = scheduler
         self.close()
         self._stack.enter_context(locked(folder))  # and make it: callbacks expect to find it
+        checkpoint.finish_beside(folder)
         if done == 0:
             origin.keep_apart(folder)
         for sink in open_sinks(self.setup, self.recording, self.counters, total, done):

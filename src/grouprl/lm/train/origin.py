@@ -38,7 +38,10 @@ def describe(setup: Setup, rows_read: int | None = None) -> dict[str, Any]:
             "vocabulary": digest(tokenizer.get_vocab()),
             "chat template": digest(getattr(tokenizer, "chat_template", None)),
         },
+        "ends": sorted(setup.policy.sampler.end_ids),
         "rewards": list(setup.rewards.names),
+        "functions": {"advantage": _name(setup.functions.advantage), "surrogate": _name(setup.functions.surrogate)},
+        "optimizer": {"class": type(setup.optimizer).__name__, "parameters": _order(setup)},
         "data": None if setup.prompts is None else setup.prompts.fingerprint(rows_read),
     }
 
@@ -55,7 +58,7 @@ def check(saved: Mapping[str, Any], setup: Setup, place: Path) -> None:
     if differences:
         raise UsageError(
             f"{place} belongs to another run: {'; '.join(differences[:3])}. Resume with the same model, tokenizer, "
-            "rewards and dataset; to train its weights on in another way, give the folder as the model"
+            "rewards, optimizer and dataset; to train its weights on in another way, give the folder as the model"
         )
     if here["data"] and data.get("columns") != here["data"]["columns"]:
         _log.warning(
@@ -73,6 +76,16 @@ def _named(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
+def _name(function: Any) -> str | None:
+    return None if function is None else str(getattr(function, "__name__", type(function).__name__))
+
+
+def _order(setup: Setup) -> str:
+    """Which parameters the optimizer steps, in its order, in which it keeps their state."""
+    names = {id(p): name for name, p in setup.model.named_parameters()}
+    return digest([[names.get(id(p)) for p in group["params"]] for group in setup.optimizer.param_groups])
+
+
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     yield from _of_entries("the model's", saved["model"], here["model"])
     for name in saved["adapters"].keys() & here["adapters"].keys():
@@ -80,6 +93,16 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
     for what, value in saved["tokenizer"].items():
         if value != here["tokenizer"][what]:
             yield f"the tokenizer has another {what}"
+    if saved.get("ends", here["ends"]) != here["ends"]:
+        yield f"its completions end with one of the tokens {saved['ends']}, here with one of {here['ends']}"
+    for what, name in saved.get("functions", {}).items():
+        if name != here["functions"][what]:
+            yield f"its {what}_function was {name}, here it is {here['functions'][what]}"
+    optimizer = saved.get("optimizer", here["optimizer"])
+    if optimizer["class"] != here["optimizer"]["class"]:
+        yield f"its optimizer is {optimizer['class']}, here it is {here['optimizer']['class']}"
+    elif optimizer != here["optimizer"]:
+        yield "its optimizer steps other parameters, or the same in another order"
     if saved["rewards"] != here["rewards"]:
         yield f"its reward functions are {', '.join(saved['rewards'])}, here they are {', '.join(here['rewards'])}"
     data, rows = saved["data"], here["data"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ class Setup:
         Raises UsageError about the first, TrainingError about the second.
         """
         self.parameters.check()
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raises TrainingError if a trained weight is not finite."""
         if self.parameters.not_finite():
             raise not_finite("the model's weights", self.model)
 
@@ -106,6 +111,8 @@ def make_setup(
         raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
     if optimizer is not None:
         _check_optimizer(optimizer, parameters)
+        if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+            raise UsageError("optimizers holds a scheduler of another optimizer; make it of the optimizer beside it")
     else:
         warn_if_steps_vanish(parameters, config.learning_rate)
     return Setup(
@@ -196,10 +203,18 @@ def _configuration(args: Any) -> GRPOConfig:
     return args.in_use()
 
 
+_OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+
 def _check_optimizer(optimizer: Any, parameters: TrainedParameters) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UsageError(
             f"optimizers holds {optimizer!r}, which is no optimizer; give torch.optim.SGD(...) or the like"
+        )
+    if inspect.signature(optimizer.step).parameters.get("closure", _OPTIONAL).default is inspect.Parameter.empty:
+        raise UsageError(
+            f"{type(optimizer).__name__} evaluates the loss several times in a step, which is not done here; give "
+            "another optimizer"
         )
     own = {id(parameter) for parameter in parameters.tensors}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
@@ -231,6 +246,11 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
             loaded = get_peft_model(loaded, peft_config)
         except (ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"peft_config does not fit the model: {first_line(error)}") from error
+    if any(x.is_meta for x in itertools.chain(loaded.parameters(), loaded.buffers())):
+        raise UsageError(
+            "the model is on the meta device, or a part of it is: it has no values; load it without device_map and "
+            "torch.device('meta')"
+        )
     loaded = loaded.to(config.device)
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)

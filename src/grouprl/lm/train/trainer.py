@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.models.save import save_model
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.rewards.call import RewardFunction
@@ -15,7 +16,7 @@ from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
 from grouprl.lm.train import checkpoint, evaluation, origin
 from grouprl.lm.train.attributes import check_assignment
-from grouprl.lm.train.bookkeeper import Bookkeeper
+from grouprl.lm.train.bookkeeper import Bookkeeper, checked_callback
 from grouprl.lm.train.loop import Run, TrainOutput
 from grouprl.lm.train.setup import make_setup, read_eval_prompts, read_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
@@ -107,6 +108,8 @@ class GRPOTrainer(ScriptMethods):
             UsageError: there is no dataset or no checkpoint, or a reward function is at fault.
             TrainingError: a reward function failed or a number stopped being finite; checkpoints stay as they are.
         """
+        if self.is_in_train:
+            raise UsageError("this trainer is training already; a callback or reward function cannot call train again")
         self.parameters.check()
         self._check_settings()
         run = self._begin(resume_from_checkpoint)
@@ -120,6 +123,13 @@ class GRPOTrainer(ScriptMethods):
         """Assign what is read afterwards. Raises UsageError for anything else: it would be ignored."""
         check_assignment(type(self), GRPOTrainer, name, value)
         super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises UsageError: a trainer belongs to its process."""
+        raise UsageError(
+            "a trainer cannot be copied or pickled; copy its model (copy.deepcopy(trainer.model)) or save it "
+            "(trainer.save_model(folder)), and make a new GRPOTrainer of that"
+        )
 
     @property
     def is_in_train(self) -> bool:
@@ -156,7 +166,13 @@ class GRPOTrainer(ScriptMethods):
         vars(self).update({"setup": setup, f"_{name}": value})
 
     def _check_settings(self) -> None:
-        """Raises UsageError if the settings were changed where they were made, which the trainer would not hear of."""
+        """Raises UsageError if settings were changed where they were made, which the trainer would not hear of."""
+        ends, now = self.policy.sampler.end_ids, eos_token_ids(self.model, self.processing_class)
+        if set(ends) != set(now):
+            raise UsageError(
+                f"the tokens that end a completion were {sorted(ends)} when this trainer was made, which keeps them, "
+                f"and the tokenizer and model.generation_config name {sorted(now)} now; make a new GRPOTrainer"
+            )
         args, before = vars(self)["_given"]
         for name, now in _values(args).items():
             if now != before.get(name, now):
@@ -229,8 +245,11 @@ class GRPOTrainer(ScriptMethods):
         Args:
             output_dir: default: ``args.output_dir``, beside the checkpoints, as transformers does.
 
-        Raises UsageError if the place cannot be written, TrainingError if the disk is full.
+        Raises:
+            UsageError: the place cannot be written.
+            TrainingError: the disk is full, or trained weights are not finite: an older model stays as it is.
         """
+        self.setup.check_finite()
         place = self.setup.output_dir if output_dir is None else user_path(output_dir)
         if place.absolute() == self.setup.output_dir.absolute():
             checkpoint.write_beside(place, self.model, self.processing_class)
@@ -239,7 +258,7 @@ class GRPOTrainer(ScriptMethods):
 
     def add_callback(self, callback: Any) -> None:
         """Tell one more TrainerCallback (object or class) of what happens."""
-        self.callback_handler.add_callback(callback)
+        self.callback_handler.add_callback(checked_callback(callback))
 
     def remove_callback(self, callback: Any) -> None:
         """Tell a TrainerCallback (object, or class: the first of it) nothing more; nothing happens if there is none."""
