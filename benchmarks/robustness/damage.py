@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_runs import ARENAS, cut, differing, lines, results
+from short_runs import ARENAS, cut, differing, lines, results
 
 SECONDS = 60
 """After which something hangs."""

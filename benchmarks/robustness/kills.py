@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small_runs import ARENAS, RECIPE, Arena, differing, results
+from short_runs import ARENAS, RECIPE, Arena, differing, results
 
 SECONDS = 120
 """After which something hangs."""
