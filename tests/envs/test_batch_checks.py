@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from test_environment_of_an_agent import Sign, Turns
 
 from grouprl import GRPO, TrainingError, UsageError, evaluate
@@ -121,3 +121,68 @@ def test_a_reset_in_the_same_step_needs_the_last_observations() -> None:
     with pytest.raises(TrainingError, match=r"gives no info\['final_obs'\]"):
         GRPO(env, **QUICK).learn(48)
     GRPO(gym.make_vec("CartPole-v1", num_envs=2), **QUICK).learn(48)
+
+
+class Turned(Sign):
+    """Returns ``later`` for ``terminated`` long after the first looks."""
+
+    def __init__(self, later: Any) -> None:
+        super().__init__()
+        self.later, self.steps = later, 0
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        observation, reward, _, truncated, info = super().step(action)
+        return observation, reward, self.later if self.steps == 25 else False, truncated or self.t >= 10, info
+
+
+@pytest.mark.parametrize("later", ["False", None, float("nan"), 0.5, np.array([True])])
+def test_environments_in_a_sync_vector_of_the_users_are_checked_at_every_step(later: Any) -> None:
+    venv = SyncVectorEnv([Sign, lambda: Turned(later)])
+    own = list(venv.envs)
+    with pytest.raises(TrainingError, match="environment 1: terminated must be True or False"):
+        GRPO(venv, **QUICK).learn(500)
+    assert venv.envs == own  # they are the user's, and as they were
+
+
+def test_wrappers_of_a_vector_see_the_infos_of_its_environments() -> None:
+    class Lives(Sign):
+        def step(self, action: Any) -> Any:
+            return *super().step(action)[:4], {"lives": 3}
+
+    class Reads(VectorWrapper):
+        seen: Any = []  # noqa: RUF012
+
+        def step(self, actions: Any) -> Any:
+            result = self.env.step(actions)
+            self.seen.extend(result[4].get("lives", [3]))  # none where all only reset
+            return result
+
+    GRPO(Reads(SyncVectorEnv([Lives, Lives])), **QUICK).learn(64)
+    assert set(Reads.seen) == {3}
+
+
+def test_nobody_reads_infos_of_a_plain_vector_so_they_may_hold_anything() -> None:
+    class Winner(Sign):
+        def step(self, action: Any) -> Any:
+            return *super().step(action)[:4], {"winner": None if self.t % 3 else 1}
+
+    GRPO(SyncVectorEnv([Winner, Winner]), **QUICK).learn(64)
+
+
+def test_the_last_observation_is_seen_where_one_array_serves_all_of_an_environments() -> None:
+    class OneArray(Sign):
+        def __init__(self) -> None:
+            super().__init__()
+            self.array = np.zeros(2, np.float32)
+
+        def look(self) -> Any:
+            self.array[:] = super().look()
+            return self.array
+
+    def trained(kind: Any) -> Any:
+        venv = SyncVectorEnv([kind, kind], autoreset_mode=AutoresetMode.SAME_STEP)
+        return GRPO(venv, seed=1, **QUICK).learn(200).policy.state_dict()
+
+    for name, tensor in trained(Sign).items():
+        assert torch.equal(tensor, trained(OneArray)[name])

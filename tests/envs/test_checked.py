@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -261,3 +262,55 @@ def test_a_mask_is_read_from_any_nesting() -> None:
     for wrong in (np.ones((3, 2)), [[1, 0, 1], [1]], np.ones(3)):
         with pytest.raises(UsageError, match="2 actions to mask"):
             many_masks(wrong, 2, 2)
+
+
+class Strict(gym.Env[Any, Any]):
+    """Episodes of unequal lengths, and an error for an action that its mask forbids."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(4)
+
+    def info(self) -> dict[str, Any]:
+        self.mask = self.np_random.permutation([True, False, False, False])
+        return {"action_mask": self.mask}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return ZEROS, self.info()
+
+    def step(self, action: Any) -> Any:
+        assert self.mask[action], "a forbidden action"
+        return ZEROS, float(self.np_random.random()), bool(self.np_random.random() < 0.2), False, self.info()
+
+
+@pytest.mark.parametrize("how", [{"collect": "episodes"}, {"group_size": 2}, {"advantage": "timestep"}])
+def test_environments_that_wait_for_the_others_get_valid_actions_too(how: Any) -> None:
+    agent = GRPO(Strict, preset=None, n_envs=4, min_steps=64, epochs=1, warmup_steps=16, **how).learn(200)
+    assert evaluate(agent, episodes=20, max_steps=4).cut > 0
+
+
+@pytest.mark.parametrize("reward", [10**400, -(10**400), np.ma.masked])
+def test_a_reward_that_is_no_number_for_a_float_is_named(reward: Any) -> None:
+    with pytest.raises(TrainingError, match="environment 0: a reward must be one number"):
+        GRPO(lambda: Returns(reward=reward), **QUICK).learn(64)
+
+
+def test_an_observation_with_entries_masked_out_is_refused() -> None:
+    masked = np.ma.masked_array(ZEROS, [True, False])
+    with pytest.raises(TrainingError, match="environment 0: the observation that step returned"):
+        GRPO(lambda: Returns(observation=masked), **QUICK).learn(64)
+
+
+def test_predict_refuses_a_mask_that_is_one_number() -> None:
+    with pytest.raises(UsageError, match="action_mask has shape"):
+        GRPO(Returns, **QUICK).predict(ZEROS, action_masks=1)
+
+
+@pytest.mark.parametrize("code", [0, 3, None, "the window was closed"])
+def test_an_environment_that_exits_does_not_end_the_program_without_a_word(code: Any) -> None:
+    class Exits(Returns):
+        def step(self, action: Any) -> Any:
+            sys.exit(code)
+
+    with pytest.raises(TrainingError, match=r"environment 0 failed in step: SystemExit.* at line"):
+        GRPO(Exits, **QUICK).learn(64)

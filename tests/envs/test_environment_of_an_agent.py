@@ -315,3 +315,47 @@ def test_a_callback_goes_on_otherwise(verdict: Any) -> None:
     seen: list[int] = []
     GRPO(Sign, **QUICK).learn(100, callback=[lambda agent, metrics: (seen.append(1), verdict)[1]])
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "5", None, True, float("nan"), float("inf")])
+def test_a_number_of_steps_that_is_none_is_refused(steps: Any) -> None:
+    with pytest.raises(UsageError, match=r"total_timesteps=.* must be a whole number, at least 1"):
+        GRPO(Sign, **QUICK).learn(steps)
+
+
+def test_a_callback_that_would_not_run_is_refused() -> None:
+    async def later(agent: Any, metrics: Any) -> bool:
+        return False
+
+    def generates(agent: Any, metrics: Any) -> Any:
+        yield False
+
+    for callback in (later, generates):
+        with pytest.raises(UsageError, match="would not run when called"):
+            GRPO(Sign, **QUICK).learn(32, callback=callback)  # type: ignore[arg-type]
+
+
+def test_arguments_alone_do_not_bring_back_an_environment_that_was_no_id(tmp_path: Path) -> None:
+    path = GRPO(TransformReward(gym.make("Sign-v0"), lambda reward: 100 * reward), **QUICK).save(tmp_path / "policy")
+    with pytest.raises(UsageError, match="this agent was trained on none"):
+        GRPO.load(path, env_kwargs={"pay": 2})
+
+
+def test_arguments_that_contain_themselves_lose_no_weights(tmp_path: Path) -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    path = GRPO("Sign-v0", env_kwargs={"other": cycle}, **QUICK).save(tmp_path / "policy")
+    assert "no file can hold the argument other" in GRPO.load(path).env_lost
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", None, 3, "a\0b"])
+def test_a_path_that_is_none_is_refused(path: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"is no path|cannot be a path|is a folder"):
+        GRPO(Sign, **QUICK).save(path)
+
+
+def test_a_run_is_loaded_from_within_its_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    GRPO(Sign, **QUICK).save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert GRPO.load(".").env_id == "Sign"

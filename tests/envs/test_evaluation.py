@@ -88,3 +88,33 @@ def test_a_time_limit_ends_episodes_and_is_no_cut(agent: GRPO, monkeypatch: pyte
 def test_the_steps_of_an_episode_can_be_bounded_but_not_by_nothing(agent: GRPO) -> None:
     with pytest.raises(UsageError, match="max_steps=0"):
         evaluate(agent, episodes=1, max_steps=0)
+
+
+@pytest.mark.parametrize("episodes", [0, 2.5, "3", None, True, float("nan"), float("inf")])
+def test_a_number_of_episodes_that_is_none_is_refused(agent: GRPO, episodes: Any) -> None:
+    with pytest.raises(UsageError, match=r"episodes=.* must be a whole number, at least 1"):
+        evaluate(agent, Some, episodes=episodes)
+
+
+def test_other_numbers_are_checked_too(agent: GRPO) -> None:
+    for wrong in ({"max_steps": 2.5}, {"max_steps": float("nan")}, {"seed": -1}, {"seed": "3"}):
+        with pytest.raises(UsageError, match="must be a whole number"):
+            evaluate(agent, Endless, episodes=1, **{"max_steps": 3, **wrong})
+    numbers = {"episodes": np.int64(2), "max_steps": 3.0, "seed": np.int64(3)}
+    assert evaluate(agent, Endless, **numbers).lengths == [3, 3]  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="evaluate takes an agent"):
+        evaluate("policy.safetensors", Some)  # type: ignore[arg-type]
+
+
+def test_an_environment_that_can_be_called_stays_open(agent: GRPO) -> None:
+    class Called(Some):
+        closed = False
+
+        def __call__(self) -> None: ...
+
+        def close(self) -> None:
+            self.closed = True
+
+    env = Called()
+    evaluate(agent, env, episodes=1)
+    assert not env.closed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -120,6 +121,19 @@ def test_statistics_that_stop_being_finite_are_named() -> None:
 
     with pytest.raises(TrainingError, match="the observations' mean is not finite"):
         GRPO(Nested, **QUICK).learn(500, callback=spoil_statistics)
+
+
+@pytest.mark.parametrize("by", ["save", "checkpoint"])
+def test_a_policy_that_is_not_finite_does_not_replace_one_that_was_saved(tmp_path: Path, by: str) -> None:
+    agent = GRPO(Nested, **QUICK)
+    agent.learn(300)
+    path = tmp_path / "agent.safetensors"
+    getattr(agent, by)(path)
+    good = path.read_bytes()
+    spoil(agent)
+    with pytest.raises(TrainingError, match=r"cannot be saved: its parameter network.layers.0.weight is not finite"):
+        getattr(agent, by)(path)
+    assert path.read_bytes() == good
 
 
 def test_a_network_that_overflows_is_named() -> None:

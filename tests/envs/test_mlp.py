@@ -167,9 +167,9 @@ def test_calls_leave_nothing_behind() -> None:
     gc.collect()
     gc.disable()
     try:
-        for _ in range(100):
+        for _ in range(2000):
             net.inference()(x)
-        assert gc.collect() < 50
+        assert gc.collect() < 1000  # one object a call would be more; threads of other tests may leave some
     finally:
         gc.enable()
 

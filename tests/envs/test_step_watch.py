@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import threading
 import time
 from typing import Any
@@ -34,12 +35,19 @@ class SecondHangs(Sign):
     def step(self, action: Any) -> Any:
         self.steps += 1
         if self.hangs and self.steps == self.at:
-            time.sleep(self.seconds)
+            self.hang()
         return super().step(action)
 
+    def hang(self) -> None:
+        time.sleep(self.seconds)
 
-class Briefly(SecondHangs):
-    seconds, at = 1.5, 14  # a few steps before say how long one usually takes
+
+class UntilNamed(SecondHangs):
+    at = 14  # a few steps before say how long one usually takes
+    named: Any = None
+
+    def hang(self) -> None:
+        self.named.wait(self.seconds)
 
 
 @pytest.fixture(autouse=True)
@@ -91,14 +99,22 @@ def test_an_environment_that_takes_long_is_named_while_it_does(
     vectorization: str, monkeypatch: Any, caplog: Any
 ) -> None:
     monkeypatch.setattr(watchdog, "_LEAST", 0.2)
-    monkeypatch.setattr(watchdog, "_long", lambda usual: 0.2)  # what is long on a busy machine is not asked here
     monkeypatch.setattr(watchdog, "_TICK", 0.05)
-    agent = GRPO(Briefly, vectorization=vectorization, **QUICK)
-    with caplog.at_level(logging.WARNING, "grouprl"):
-        agent.learn(48)
-    agent.close()
+    # It goes on once it is named: how long that takes depends on how busy the machine is.
+    monkeypatch.setattr(UntilNamed, "named", multiprocessing.Event())
+    monkeypatch.setattr(UntilNamed, "seconds", 60.0)
+    logger, seen = logging.getLogger("grouprl"), logging.Handler()
     number = 1 if vectorization == "sync" else 0  # each worker has made its second: the first one showed the spaces
     text = f"a step of environment {number} has been running for"
+    monkeypatch.setattr(seen, "emit", lambda record: UntilNamed.named.set() if text in record.getMessage() else None)
+    agent = GRPO(UntilNamed, vectorization=vectorization, **QUICK)
+    logger.addHandler(seen)
+    try:
+        with caplog.at_level(logging.WARNING, "grouprl"):
+            agent.learn(48)
+    finally:
+        logger.removeHandler(seen)
+        agent.close()
     assert [message for message in caplog.messages if text in message], caplog.messages
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -205,6 +208,30 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["total_timesteps"] == 2500
 
 
+@pytest.mark.parametrize("other", ["nothing", "compiled code", "torch threads"])
+def test_a_run_that_goes_on_where_numbers_are_computed_in_another_way_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    small_run(tmp_path / "run", steps=1000)
+    threads = torch.get_num_threads()
+    try:
+        if other == "torch threads":
+            torch.set_num_threads(threads + 1)
+        elif other == "compiled code":
+            monkeypatch.setattr("grouprl.envs.adam.kernels", SimpleNamespace(available=False))
+        training.resume(tmp_path / "run", steps=1500)
+    finally:
+        torch.set_num_threads(threads)
+    said = {
+        "compiled code": "compiled code is not in use (was in use)",
+        "torch threads": f"torch threads is {threads + 1} (was {threads})",
+    }
+    if other == "nothing":
+        assert "numbers will differ" not in caplog.text
+    else:
+        assert f"numbers will differ from those of a run that never stopped: {said[other]}" in caplog.text
+
+
 @pytest.mark.parametrize("where", ["evaluate", "plot_run", "write_summary"])
 def test_a_run_killed_after_its_last_update_is_finished_by_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -270,6 +297,58 @@ def test_a_run_that_goes_on_in_another_thread_is_left_alone(tmp_path: Path) -> N
     assert [str(error).split(". ")[0] for error in refused] == [
         f"{tmp_path / 'run'} is in use by another thread of this process"
     ] * 2
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Once an update has come so far, `act`, before anything of it is written."""
+    original, done = training.Recorder.__call__, []
+
+    def heard(self: training.Recorder, agent: GRPO, metrics: Any) -> bool:
+        if agent.num_timesteps >= step and not done:
+            done.append(act())
+        return original(self, agent, metrics)
+
+    monkeypatch.setattr(training.Recorder, "__call__", heard)
+
+
+def test_metrics_that_are_deleted_under_a_run_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_run(tmp_path / "whole", steps=1500)
+    at_step(monkeypatch, 1000, lambda: (tmp_path / "run" / "metrics.csv").unlink())
+    small_run(tmp_path / "run", steps=1500)
+    same_metrics(tmp_path / "whole", tmp_path / "run")
+    assert "metrics.csv was deleted, moved or replaced while this run is writing it" in caplog.text
+
+
+@pytest.mark.parametrize("moment", ["training", "finishing"])
+def test_a_run_folder_that_is_deleted_or_moved_under_a_run_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    out = tmp_path / "run"
+    if moment == "training":
+        at_step(monkeypatch, 1000, lambda: out.rename(tmp_path / "moved"))
+    else:
+        evaluate = training.evaluate
+
+        def moved(*args: Any, **kwargs: Any) -> Any:
+            shutil.rmtree(out)
+            return evaluate(*args, **kwargs)
+
+        monkeypatch.setattr(training, "evaluate", moved)
+    with pytest.raises(TrainingError, match="was deleted, moved or replaced by another since this run began"):
+        small_run(out, steps=1500)
+    assert not out.exists()
+
+
+def test_checkpoints_that_are_deleted_under_a_run_are_missed_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    at_step(monkeypatch, 1000, lambda: shutil.rmtree(checkpoints))
+    small_run(tmp_path / "run", steps=1500)
+    assert "was deleted or moved since this run wrote it" in caplog.text
+    assert list(checkpoints.iterdir())
 
 
 def test_a_run_folder_that_exists_is_refused_and_left_alone(tmp_path: Path) -> None:

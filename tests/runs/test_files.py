@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.runs.appended import AppendedFile
 from grouprl.runs.files import (
-    AppendedFile,
     atomic_path,
     read_bytes,
     user_path,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
@@ -65,6 +65,41 @@ def autoreset_mode(venv: VectorEnv[Any, Any, Any]) -> AutoresetMode:
         ) from None
 
 
+class EachChecked:
+    """Within, the environments of a ``SyncVectorEnv`` are :class:`Checked`, before its arrays hold their results.
+
+    Outside they are as they were, because they are the user's own.
+
+    Args:
+        venv: a ``SyncVectorEnv``, maybe wrapped.
+    """
+
+    def __init__(self, venv: VectorEnv[Any, Any, Any]) -> None:
+        self._base = cast(SyncVectorEnv, venv.unwrapped)
+        # Wrappers and subclasses may read infos.
+        self._keep_info = venv is not self._base or type(venv) is not SyncVectorEnv
+        self._own: Any = None
+        self._checked: list[gym.Env[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        self._own = self._base.envs
+        if not self._checked:
+            how = {"keep_info": self._keep_info, "copy_last": True}
+            self._checked = [Checked(env, i, **how) for i, env in enumerate(self._own)]
+        self._base.envs = self._checked
+
+    def __exit__(self, *error: object) -> None:
+        self._base.envs = self._own
+
+
+def checking_each(venv: VectorEnv[Any, Any, Any]) -> AbstractContextManager[None]:
+    """What to reset and to step ``venv`` within, again and again: :class:`EachChecked` where it can be."""
+    base = venv.unwrapped
+    if isinstance(base, SyncVectorEnv) and not all(isinstance(env, Checked) for env in base.envs):
+        return EachChecked(venv)
+    return nullcontext()
+
+
 class BatchChecks:
     """Compares each batch with the number of environments; what is right costs three comparisons.
 
@@ -76,27 +111,6 @@ class BatchChecks:
         self._observations, self._n, self._mode = observations, n, mode
         self._shape = (n,)
         self._looks = 2  # at a reset and at a step; afterwards NumPy fails where shapes change
-
-    @contextmanager
-    def each_looked_at(self, venv: VectorEnv[Any, Any, Any]) -> Iterator[None]:
-        """Within, the environments of a ``SyncVectorEnv`` are checked one by one, before its arrays hold their results.
-
-        Only for the first looks, because the environments are not grouprl's own.
-        """
-        base = venv.unwrapped
-        if not self._looks or not isinstance(base, SyncVectorEnv) or isinstance(base.envs[0], Checked):
-            yield
-            return
-        own, base.envs = base.envs, [Checked(env, i) for i, env in enumerate(base.envs)]
-        try:
-            yield
-        finally:
-            base.envs = own
-
-    @property
-    def looking(self) -> bool:
-        """Whether the next batch is one of the first, which are looked at more closely."""
-        return self._looks > 0
 
     def outcome(self, rewards: Any, terminated: Any, truncated: Any) -> tuple[Array, Array, Array]:
         """The three as arrays ``[n]``: numbers, and twice booleans.

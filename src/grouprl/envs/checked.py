@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,9 @@ from grouprl.envs.env_errors import environment_error
 from grouprl.envs.masks import one_mask
 from grouprl.errors import GrouprlError, TrainingError, UsageError, with_type
 
-_NUMBERS = (float, np.float64, np.float32, int, np.int64)
+_NUMBERS = (float, np.float64, np.float32, np.int64)
 _NO_INFO: dict[str, Any] = {}
+_RAISED = (Exception, SystemExit)  # an environment that exits, as when its window is closed, is no end of training
 
 
 class Checked(gym.Wrapper[Any, Any, Any, Any]):
@@ -30,15 +32,19 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
     Args:
         env: one environment.
         number: its place among those stepped side by side; named in errors.
+        keep_info: leave the rest of ``info`` as it is, because somebody reads it.
+        copy_last: the last observation of an episode is a copy, because the environment may be reset before it is seen.
 
     Raises:
         TypeError: ``env`` is no ``gymnasium.Env``, or its spaces are no spaces of Gymnasium.
     """
 
-    def __init__(self, env: gym.Env[Any, Any], number: int = 0) -> None:
+    def __init__(
+        self, env: gym.Env[Any, Any], number: int = 0, *, keep_info: bool = False, copy_last: bool = False
+    ) -> None:
         _check_kind(env)
         super().__init__(env)
-        self.number = number
+        self.number, self._keep_info, self._copy_last = number, keep_info, copy_last
         space = env.observation_space
         self._box = (space.dtype, space.shape) if type(space) is spaces.Box else (None, None)
         self._mask_method = env.get_wrapper_attr("action_masks") if env.has_wrapper_attr("action_masks") else None
@@ -56,7 +62,7 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
             result: Any = self.env.reset(seed=seed, options=options)
         except GrouprlError:
             raise
-        except Exception as error:
+        except _RAISED as error:
             raise environment_error(error, "in reset", self.number) from error
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise self._broken("reset must return (observation, info), info being a dict", result)
@@ -74,7 +80,7 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
             result: Any = self.env.step(action)
         except GrouprlError:
             raise
-        except Exception as error:
+        except _RAISED as error:
             raise environment_error(error, "in step", self.number) from error
         if type(result) is not tuple or len(result) != 5:
             raise self._broken("step must return (observation, reward, terminated, truncated, info)", result)
@@ -90,7 +96,10 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
             observation = self._observation(observation, "step")
         if type(info) is not dict and not isinstance(info, Mapping):
             raise self._broken("the info that step returns must be a dict", info)
-        return observation, reward, terminated, truncated, self._mask(info, terminated or truncated)
+        over = terminated or truncated
+        if over and self._copy_last:
+            observation = copy.deepcopy(observation)
+        return observation, reward, terminated, truncated, self._mask(info, over)
 
     def close(self) -> None:
         """Close it, once."""
@@ -104,23 +113,26 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
         elif self._mask_method is not None and not over:  # where an episode is over there may be no valid action
             try:
                 given = self._mask_method()
-            except Exception as error:
+            except _RAISED as error:
                 raise environment_error(error, "in action_masks", self.number) from error
         else:
-            return _NO_INFO
+            given = None
+        rest = {key: value for key, value in info.items() if key != "action_mask"} if self._keep_info else _NO_INFO
         if given is None:
-            return _NO_INFO
+            return rest
         if not self._mask_size:
             raise UsageError(
                 f"info has an action_mask, and the action space {self.action_space} takes no masks; those of Discrete "
                 "and MultiDiscrete do"
             )
         try:
-            return {"action_mask": one_mask(given, self._mask_size)}
+            return {**rest, "action_mask": one_mask(given, self._mask_size)}
         except UsageError as error:
             raise UsageError(f"environment {self.number}: {error}") from None
 
     def _reward(self, reward: Any) -> float:
+        if type(reward) is int and abs(reward) < 2**63:
+            return float(reward)
         values = _as_array(reward)
         if values is None or values.size != 1 or values.dtype.kind not in "biuf":
             raise self._broken(
@@ -195,7 +207,9 @@ def mask_size(space: spaces.Space[Any]) -> int:
 
 
 def _as_array(value: Any) -> np.ndarray[Any, Any] | None:
-    """As an array of numbers, or None for what is no number and no array."""
+    """As an array of numbers, or None for what is no number and no array, or where entries are masked out."""
+    if np.ma.is_masked(value):
+        return None
     try:
         values = np.asarray(value)
     except Exception:  # parts of different lengths, a tensor on a GPU

@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium
 from torch import Tensor
 
+from grouprl.envs.finite import check_policy
 from grouprl.envs.loop import Loop
 from grouprl.errors import DamagedFileError, TrainingError
 from grouprl.machine.record import describe_machine, other_machine
@@ -25,7 +26,11 @@ _log = logging.getLogger("grouprl")
 
 
 def write(path: Path, loop: Loop, may_restart: bool, description: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-    """Write ``loop`` and its environments to ``path``; ``may_restart`` if the checkpoint is on schedule."""
+    """Write ``loop`` and its environments to ``path``; ``may_restart`` if the checkpoint is on schedule.
+
+    Raises TrainingError, and leaves an older file as it is, if a number of the policy is not finite.
+    """
+    check_policy(loop.policy)
     loop.bound_replay(may_restart)
     tensors, state = loop.state()
     tensors |= {f"policy.{key}": value for key, value in loop.policy.state_dict().items()}

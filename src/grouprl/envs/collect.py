@@ -191,7 +191,7 @@ class Collector:
         """Let the policy act once where ``running [n]``; returns where an episode ended, ``[n]``."""
         valid = running & self.stepper.playing
         encoded = {key: value.copy() for key, value in self.stepper.encoded().items()}
-        choice = self.stepper.choose(act(encoded, valid), valid, self.rng)
+        choice = self.stepper.choose(act(encoded, valid), self.stepper.playing, self.rng)
         trace.add_choice(encoded, choice, valid)
         env_actions = self.actions.to_env(choice.actions)
         if sticky > 0:

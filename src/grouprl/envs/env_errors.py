@@ -106,4 +106,6 @@ def environment_error(error: BaseException, when: str, number: int | None = None
 def _place(error: BaseException) -> str:
     """Where the exception was raised."""
     frames = traceback.extract_tb(error.__traceback__)
+    if frames and "gymnasium/vector" in Path(frames[-1].filename).as_posix():  # it came from a worker process
+        return ""
     return f", at line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""

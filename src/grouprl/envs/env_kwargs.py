@@ -13,6 +13,7 @@ from grouprl.redaction import with_secrets, without_secrets
 
 _TAG = "!"
 _LARGEST_ARRAY = 100_000
+_GIVEN_AS = "it was given as "
 
 
 def to_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def to_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: an argument cannot be written so: a data frame, a function, a class, an object.
     """
-    return dict(without_secrets({name: _encode(value, name) for name, value in kwargs.items()}))
+    return dict(without_secrets({name: _encoded(value, name) for name, value in kwargs.items()}))
 
 
 def from_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,6 +39,13 @@ def from_json(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return {name: _decode(value) for name, value in values.items()}
+
+
+def _encoded(value: Any, where: str) -> Any:
+    try:
+        return _encode(value, where)
+    except RecursionError:  # it contains itself
+        raise TypeError(f"{where}={with_type(value, 40)}") from None
 
 
 def _encode(value: Any, where: str) -> Any:
@@ -89,12 +97,17 @@ def _decode(value: Any) -> Any:
 def why_not_again(env: Any, kwargs: Mapping[str, Any]) -> str:
     """Why a file cannot say how to make this environment again, or "" if it can: as an id with such arguments."""
     if not isinstance(env, str):
-        return f"it was given as {_what(env)}, which no file can hold"
+        return f"{_GIVEN_AS}{_what(env)}, which no file can hold"
     try:
         to_json(kwargs)
     except TypeError as error:
         return f"no file can hold the argument {error} of its constructor"
     return ""
+
+
+def was_an_id(reason: str) -> bool:
+    """Whether the environment was an id, for which arguments can be given anew, by what :func:`why_not_again` said."""
+    return not reason.startswith(_GIVEN_AS)
 
 
 def _what(env: Any) -> str:

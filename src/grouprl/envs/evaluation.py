@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.vector import VectorEnv
 
+from grouprl.envs.arguments import whole_number
 from grouprl.envs.finite import check_observations, check_params, check_rewards
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Stepper
 from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector, share_environments
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, with_type
 from grouprl.machine.threads import single_threaded_kernels
 
 MAX_STEPS = 100_000
@@ -65,8 +68,8 @@ class Evaluator:
         vectorization: str = "auto",
         max_steps: int | None = None,
     ) -> None:
-        if max_steps is not None and max_steps < 1:
-            raise UsageError(f"max_steps={max_steps} must be at least 1")
+        if max_steps is not None:
+            max_steps = whole_number("max_steps", max_steps, least=1)
         how = "auto" if vectorization == "async" else vectorization
         self.venv = make_vector(env, n_envs, how, env_kwargs, seed=12345)
         # Where a time limit is known, the environment ends its episodes there by itself, or never had that limit.
@@ -76,15 +79,13 @@ class Evaluator:
         """Play ``episodes`` with the agent's policy, from starts drawn from ``seed``.
 
         Raises:
-            UsageError: fewer than one episode.
+            UsageError: the environment has other spaces than the policy.
             TrainingError: the environment failed, or a number stopped being finite.
         """
         with single_threaded_kernels():
             return self._run(agent, episodes, deterministic, seed)
 
     def _run(self, agent: GRPO, episodes: int, deterministic: bool, seed: int) -> Evaluation:
-        if episodes < 1:
-            raise UsageError(f"episodes={episodes} must be at least 1")
         venv = self.venv
         if (venv.single_observation_space, venv.single_action_space) != (agent.observation_space, agent.action_space):
             raise UsageError(
@@ -115,7 +116,7 @@ class Evaluator:
             check_observations(agent.observations, shown, np.flatnonzero(playing), length[playing])
             params = infer(agent.policy.prepare(encoded))
             check_params(params, encoded, agent.policy, playing, "a step of the episode")
-            actions = stepper.choose(params, playing, rng).actions
+            actions = stepper.choose(params, stepper.playing, rng).actions
             stepped = stepper.step(agent.actions.to_env(actions))
             rewards = np.where(playing, stepped.rewards, 0.0)
             check_rewards(rewards, np.arange(n), length, "the episode")
@@ -165,16 +166,19 @@ def evaluate(
             else after ``MAX_STEPS``. The result says how many were cut.
 
     Raises:
-        UsageError: no environment to make, fewer than one episode.
+        UsageError: no environment to make, no agent, or a number that is not whole or too small.
         TrainingError: the environment failed, or an observation, a reward or the policy is not finite.
     """
+    if not isinstance(agent, GRPO):
+        raise UsageError(f"evaluate takes an agent, such as GRPO.load(path), and was given {with_type(agent)}")
+    episodes, seed = whole_number("episodes", episodes, least=1), whole_number("seed", seed, least=0)
     target, kwargs = (env, env_kwargs) if env is not None else agent.where()
     n_envs = max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16))
     evaluator = Evaluator(target, kwargs, n_envs=n_envs, max_steps=max_steps)
     try:
         return evaluator.run(agent, episodes, deterministic, seed)
     finally:
-        if isinstance(target, str) or callable(target):
+        if not isinstance(target, gym.Env | VectorEnv):
             evaluator.close()
         elif (venv := agent.get_env()) is not None and share_environments(target, venv):
             agent.restart_episodes()

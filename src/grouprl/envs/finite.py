@@ -75,16 +75,28 @@ def check_params(params: Array, encoded: Mapping[str, Array], policy: Policy, pl
     raise TrainingError(f"the policy gives {params[env]} for environment {env} on {step}; {_why(policy)}")
 
 
-def _why(policy: Policy) -> str:
-    for name, tensor in policy.state_dict().items():
+def check_policy(policy: Policy) -> None:
+    """Raise TrainingError if a parameter or a statistic of the policy is not finite: it is not worth saving."""
+    fault = _not_finite(policy)
+    if fault is not None:
+        raise TrainingError(f"the policy cannot be saved: {fault}")
+
+
+def _not_finite(policy: Policy) -> str | None:
+    statistics = {name: getattr(policy, name) for name in ("mean", "variance", "count")}
+    for name, tensor in {**statistics, **dict(policy.named_parameters())}.items():  # a mask of a network's may be inf
         if not bool(torch.isfinite(tensor).all()):
-            if name in ("mean", "variance", "count"):
+            if name in statistics:
                 return f"the observations' {name} is not finite: something has changed the policy's statistics"
             return (
                 f"its parameter {name} is not finite: something has changed it, or learning_rate is too high; go on "
                 "from the last checkpoint"
             )
-    return (
+    return None
+
+
+def _why(policy: Policy) -> str:
+    return _not_finite(policy) or (
         "parameters and observation are finite, so it is the network that overflows or divides by 0: use smaller "
         "weights, or look into a network of your own"
     )

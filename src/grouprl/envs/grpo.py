@@ -19,11 +19,13 @@ from torch import nn
 from grouprl.envs import checkpoint, copies, loading, presets
 from grouprl.envs.acting import chosen_action
 from grouprl.envs.action_codec import ActionCodec
+from grouprl.envs.arguments import whole_number
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig, make_config, without_effect
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
 from grouprl.envs.export import export_module
+from grouprl.envs.finite import check_policy
 from grouprl.envs.held_environment import HeldEnvironment
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import model_file, offering_another
@@ -246,7 +248,8 @@ class GRPO:
             progress_bar: show return, steps per second and time left.
 
         Raises:
-            UsageError: ``total_timesteps`` is not positive; a callback cannot be called with (agent, metrics).
+            UsageError: ``total_timesteps`` is no whole number of at least 1; a callback cannot be called with (agent,
+                metrics), or would not run when it is.
             TrainingError: the environment failed or a number stopped being finite; the parameters stay as they were
                 after the last good gradient step.
 
@@ -256,10 +259,9 @@ class GRPO:
         if not isinstance(progress_bar, bool | None):
             raise UsageError(f"progress_bar={progress_bar!r} must be True or False")
         refuse_several_processes()
-        if total_timesteps < 1:
-            raise UsageError(f"total_timesteps={total_timesteps} must be at least 1")
+        total_timesteps = whole_number("total_timesteps", total_timesteps, least=1)
         start, skipped, batches = self.num_timesteps, self.loop.skipped.copy(), self.loop.batches
-        self._learn(start, start + int(total_timesteps), callback, progress_bar)
+        self._learn(start, start + total_timesteps, callback, progress_bar)
         if self.loop.batches > batches and self.loop.skipped.total() - skipped.total() == self.loop.batches - batches:
             warnings.warn(str(self.loop.say_skipped(skipped, batches)), RuntimeWarning, stacklevel=2)
         return self
@@ -341,8 +343,13 @@ class GRPO:
         """Write the policy, its normalisation statistics, spaces and configuration to ``path`` (``.safetensors``).
 
         Returns the path written, with the suffix added where it was missing.
+
+        Raises TrainingError, and leaves an older file as it is, if a number of the policy is not finite.
         """
+        check_policy(self.policy)
         path = user_path(path)
+        if path.name in ("", ".."):
+            raise UsageError(f"{path} is a folder; name the file in it that the model goes to")
         if path.suffix != ".safetensors":
             path = path.with_name(path.name + ".safetensors")
         save_state(path, self.policy.state_dict(), self.describe("model"))
@@ -372,10 +379,8 @@ class GRPO:
         with offering_another(path):
             tensors, meta = load_state(path)
             agent = loading.from_model(cls, path, tensors, meta, network, functions, settings)
-        if env is not None:
-            agent.set_env(env, env_kwargs)
-        elif env_kwargs is not None:
-            agent.set_env(agent.env_id, env_kwargs)
+        if env is not None or env_kwargs is not None:
+            loading.set_environment(agent, env, env_kwargs)
         return agent
 
     def checkpoint(

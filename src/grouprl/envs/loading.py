@@ -11,10 +11,11 @@ from torch import Tensor
 
 from grouprl.envs import checkpoint
 from grouprl.envs.description import Description
+from grouprl.envs.env_kwargs import was_an_id
 from grouprl.envs.model_file import fill_policy
 from grouprl.envs.policy import Network
 from grouprl.envs.vector import EnvLike
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, shown
 from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions
 
 if TYPE_CHECKING:
@@ -83,10 +84,24 @@ def from_checkpoint(
     if env is None and env_kwargs is None:
         agent.set_env(*agent.where())
     else:
-        agent.set_env(agent.env_id if env is None else env, env_kwargs)
+        set_environment(agent, env, env_kwargs)
     try:
         agent.extra = checkpoint.restore(path, agent.loop, tensors, meta)
     except BaseException:
         agent.close()
         raise
     return agent
+
+
+def set_environment(agent: GRPO, env: EnvLike | None, env_kwargs: Mapping[str, Any] | None) -> None:
+    """Set ``env`` or, where there are arguments alone, the id that the file of ``agent`` names, made with them.
+
+    Raises:
+        UsageError: the agent was trained on no id; the environment cannot be made, or has other spaces.
+    """
+    if env is None and not was_an_id(agent.env_lost):
+        raise UsageError(
+            f"env_kwargs={shown(env_kwargs)} only goes with an environment id, and this agent was trained on none: "
+            f"{agent.env_lost}; give env, such as lambda: MyEnv(...)"
+        )
+    agent.set_env(agent.env_id if env is None else env, env_kwargs)

@@ -43,7 +43,8 @@ def many_masks(given: Any, n: int, size: int) -> Bools:
     if isinstance(given, np.ndarray) and given.dtype != object:
         rows, values = given, _flat(given)
     else:
-        rows, values = list(_plain(given)), _flat(given)
+        values = _flat(given)
+        rows = list(_plain(given)) if np.iterable(given) else [given]
     if values.size == n * size and (n == 1 or len(rows) == n):
         if isinstance(rows, list) and n > 1:
             return np.stack([one_mask(row, size) for row in rows])

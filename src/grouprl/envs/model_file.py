@@ -27,6 +27,7 @@ def model_file(path: Path) -> Path:
     A run that was killed before its end has no model; its newest readable checkpoint is taken instead. The file that is
     returned need not exist.
     """
+    path = path if path.name else path.absolute()  # "." has no name of its own
     beside = path.with_name(path.name + ".safetensors")
     if not path.is_dir():
         return path if path.suffix == ".safetensors" or path.exists() else beside

@@ -76,6 +76,8 @@ def checked_callbacks(callback: Any) -> list[Callable[..., Any]]:
             raise UsageError(f"{with_type(one)} is a callback of another library; {SIGNATURE}")
         if not callable(one):
             raise UsageError(f"callback={with_type(one)}; {SIGNATURE}")
+        if inspect.iscoroutinefunction(one) or inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one):
+            raise UsageError(f"the callback {with_type(one)} would not run when called (async, or yield); {SIGNATURE}")
         try:
             parameters = inspect.signature(one)
         except (TypeError, ValueError):  # some built-in functions have none

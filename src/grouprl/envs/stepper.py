@@ -12,7 +12,6 @@ Gymnasium resets the environments of a vector in one of three ways, and the step
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import concatenate, create_empty_array
 
 from grouprl.envs.action_codec import ActionCodec
-from grouprl.envs.batch_checks import BatchChecks, autoreset_mode
+from grouprl.envs.batch_checks import BatchChecks, autoreset_mode, checking_each
 from grouprl.envs.env_errors import environment_error
 from grouprl.envs.masks import many_masks, one_mask
 from grouprl.envs.spaces import ObservationCodec
@@ -29,7 +28,6 @@ from grouprl.errors import GrouprlError, UsageError
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
-_NOTHING = nullcontext()
 
 
 class Stepped(NamedTuple):
@@ -77,6 +75,7 @@ class Stepper:
         self.n = int(venv.num_envs)
         self.mode = autoreset_mode(venv)
         self._checks = BatchChecks(observations, self.n, self.mode)
+        self._each_checked = checking_each(venv)
         self._obs: Any = None
         self._info: dict[str, Any] = {}
         self.steps = 0
@@ -105,7 +104,7 @@ class Stepper:
             TrainingError: an environment failed.
         """
         try:
-            with self._checks.each_looked_at(self.venv):
+            with self._each_checked:
                 self._obs, self._info = self.venv.reset(seed=seed)  # type: ignore[arg-type]  # a list is allowed
         except GrouprlError:
             raise
@@ -184,7 +183,7 @@ class Stepper:
             TrainingError: an environment failed.
         """
         try:
-            with self._checks.each_looked_at(self.venv) if self._checks.looking else _NOTHING:
+            with self._each_checked:
                 obs, rewards, terminated, truncated, info = self.venv.step(env_actions)
             rewards, terminated, truncated = self._checks.outcome(rewards, terminated, truncated)
             self._checks.batch(obs, info)
@@ -193,7 +192,8 @@ class Stepper:
             last = self._last(obs, info, ended) if len(ended) else None
             if self.mode is AutoresetMode.DISABLED and done.any():
                 rewards, terminated = np.array(rewards), np.array(terminated)  # the reset may clear the environment's
-                obs, fresh_info = self.venv.reset(options={"reset_mask": done.copy()})
+                with self._each_checked:
+                    obs, fresh_info = self.venv.reset(options={"reset_mask": done.copy()})
                 info = merge_masks(info, fresh_info, done)
         except GrouprlError:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ from grouprl.runs.folder import newest_good
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.state import taking_up
 from grouprl.runs.trackers import check_trackers
+
+_log = logging.getLogger("grouprl")
 
 AVG_REWARD_EPISODES = 20
 """Episodes in ``avg_reward``, the name and the number of the chapter's script."""
@@ -101,6 +104,7 @@ class Recorder:
         self.solved_at: tuple[int, float] | None = None
         self._next_eval = run.eval_every
         self._next_checkpoint = run.checkpoint_every
+        self._checkpoint: Path | None = None
         self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
         stack.callback(self.evaluator.close)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
@@ -157,7 +161,11 @@ class Recorder:
             "solved_at": self.solved_at,
             "metrics": self.log.mark(),
         }
-        agent.checkpoint(self.folder.checkpoint_path(agent.num_timesteps), may_restart=may_restart, extra=extra)
+        path = self.folder.checkpoint_path(agent.num_timesteps)
+        if self._checkpoint is not None and not self._checkpoint.exists():
+            _log.warning("%s was deleted or moved since this run wrote it; %s follows", self._checkpoint, path.name)
+        agent.checkpoint(path, may_restart=may_restart, extra=extra)
+        self._checkpoint = path
         self.folder.prune_checkpoints(self.run.keep_checkpoints)
         self.folder.settle()
 
@@ -321,7 +329,7 @@ def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | 
                 agent._learn(0, run.total_timesteps, recorder, progress_bar)
             except TrainingError as error:
                 last = folder.latest_checkpoint()
-                kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+                kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
                 raise TrainingError(f"{error} (after {agent.num_timesteps} steps; {kept})") from error
         agent.save(folder.model_path)
         recorder.checkpoint(agent)

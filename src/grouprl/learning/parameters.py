@@ -104,13 +104,14 @@ class TrainedParameters:
         return [part.view(p.shape) for part, p in zip(parts, self.tensors, strict=True)]
 
     def not_finite(self) -> str:
-        """The name of a trainable parameter that holds a number that is not finite, or ""."""
+        """The name of a trained parameter, as the module has it now, that is not finite, or ""."""
+        trained = {name for name, form in self._forms.items() if form.trained}
+        found = {name: p.detach() for name, p in self.module.named_parameters() if name in trained or p.requires_grad}
         # A sum is finite wherever its terms are, unless they are huge, and takes a tenth of the time of asking each.
-        sums = torch.stack([p.detach().sum(dtype=torch.promote_types(p.dtype, torch.float32)) for p in self.tensors])
-        if bool(sums.isfinite().all()):
+        sums = [p.sum(dtype=torch.promote_types(p.dtype, torch.float32)) for p in found.values()]
+        if not sums or bool(torch.stack(sums).isfinite().all()):
             return ""
-        trained = (name for name, form in self._forms.items() if form.trained)
-        return next((n for n, p in zip(trained, self.tensors, strict=True) if not bool(p.isfinite().all())), "")
+        return next((name for name, p in found.items() if not bool(p.isfinite().all())), "")
 
     # --- the gradient ------------------------------------------------------------------------------------------------
 

@@ -179,8 +179,9 @@ def fit_baseline(
     values, last_values, advantages = evaluate(w)
     if not bool(torch.isfinite(advantages).all()):
         raise TrainingError(
-            "the baseline fit is not finite: a reward, an observation or the previous weights are nan or too large; "
-            "check the environment's rewards and observations."
+            f"the baseline fit is not finite ({phi.shape[1]} features, {len(phi)} steps): a reward or an observation "
+            "is nan or too large, or batches of so few steps lead each fit further astray; check the environment, or "
+            "raise n_steps (min_steps) or baseline_ridge."
         )
     spread = float((values + advantages).var(correction=0))
     explained = 1.0 - float(advantages.var(correction=0)) / spread if spread > 0.0 else 0.0

@@ -67,7 +67,7 @@ def group_returns(rewards: Tensor, lengths: Tensor, group: Tensor) -> Groups:
         sample = int((~fine).nonzero()[0])
         raise TrainingError(
             f"sample {sample} has return {float(returns[sample])}; rewards must be finite numbers, returns at most "
-            f"{LARGEST_RETURN:g}."
+            f"{LARGEST_RETURN:g}; scale the rewards."
         )
     _, ids, count = torch.unique(group, return_inverse=True, return_counts=True)
     zero = torch.zeros(count.shape[0], dtype=wide.dtype, device=wide.device)

@@ -17,8 +17,8 @@ A run folder::
     episode.mp4                                   transcripts.jsonl     the model at work
                                                   transcripts.html      the same, as a page
 
-Each file is written whole or not at all, or grows by whole lines (`files`). No file holds pickled objects (`state`).
-The learning curve, the video and the page are made by `plots.plot_run`, `video.write_video` and
+Each file is written whole or not at all (`files`), or grows by whole lines (`appended`). No file holds pickled objects
+(`state`). The learning curve, the video and the page are made by `plots.plot_run`, `video.write_video` and
 `transcripts.write_html`; import those modules where they are used.
 """
 

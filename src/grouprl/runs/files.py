@@ -1,9 +1,7 @@
 """Files that are either whole or absent.
 
 Everything a run leaves behind is written to a temporary file in the same folder, flushed to the disk and then moved
-over its destination in one step: a crash, a full disk or Ctrl-C leaves the previous version untouched. A file that
-grows while a run goes on (`AppendedFile`) grows by whole lines; a line that a crash tore is dropped when the file is
-opened again.
+over its destination in one step: a crash, a full disk or Ctrl-C leaves the previous version untouched.
 """
 
 from __future__ import annotations
@@ -13,16 +11,17 @@ import json
 import logging
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from xxhash import xxh3_64
 
 from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError, shown
+from grouprl.runs.in_place import check_in_place
+from grouprl.runs.temporaries import beside, remove_left_over
 
 _log = logging.getLogger("grouprl")
 
@@ -61,15 +60,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of an empty temporary file beside `path`, with its suffix; move it over `path` on success.
 
     The folder is made if it is missing. If the block raises, the temporary file is removed and `path` is as it was.
+    What a process that was killed left of `path` is removed too.
 
     Raises:
         UsageError: the path cannot be written (permission, a folder in the way, ...).
-        TrainingError: the disk is full or broken.
+        TrainingError: the disk is full or broken, or the folder of the run is not there any more.
     """
     target = user_path(path)
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
+    check_in_place(target)
+    temporary = beside(target, suffix=target.suffix)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_over(target.parent, target.name)
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         yield temporary
@@ -134,84 +136,6 @@ def is_sealed(data: bytes) -> bool:
     """Whether a YAML file is as `write_yaml` sealed it, or has no seal: older ones have none."""
     text, seal, checksum = data.rpartition(_SEAL)
     return not seal or checksum.strip() == xxh3_64(text).hexdigest().encode()
-
-
-class AppendedFile:
-    """A text file that grows by whole lines, each handed to the operating system at once: a crash loses none.
-
-    It knows how long it is and its checksum, so that a checkpoint can say what it held (`mark`).
-    """
-
-    def __init__(self, path: Path) -> None:
-        """The file at `path`, which is opened when something is appended; if there is one already, `take_up` it."""
-        self.path = path
-        self._file: TextIO | None = None
-        self._bytes, self._checksum = 0, xxh3_64()
-
-    def append(self, lines: str) -> None:
-        """Write `lines`, each with its end, as UTF-8; the folder is made if it is missing.
-
-        Raises UsageError if the path cannot be written, TrainingError if the disk is full or broken.
-        """
-        try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="")
-            self._file.write(lines)
-            self._file.flush()
-        except OSError as error:
-            with suppress(OSError):  # what could not be written is still waiting, and is tried once more
-                self.close()
-            raise explain_os_error(error, self.path) from error
-        self._count(lines.encode("utf-8", "backslashreplace"))
-
-    def replace(self, data: bytes) -> None:
-        """Write the file anew, atomically; `append` goes on after it. Raises as `atomic_path` does."""
-        self.close()
-        write_bytes(self.path, data)
-        self._bytes, self._checksum = 0, xxh3_64()
-        self._count(data)
-
-    def take_up(self, data: bytes) -> None:
-        """Go on after `data`, which the file holds, without its last line if a crash tore that line."""
-        whole = whole_lines(data)
-        if whole != data:
-            self.replace(whole)
-            return
-        self._bytes, self._checksum = 0, xxh3_64()
-        self._count(data)
-
-    def mark(self) -> dict[str, Any]:
-        """What the file holds now, for a checkpoint."""
-        return {"bytes": self._bytes, "xxh3_64": self._checksum.hexdigest()}
-
-    def close(self) -> None:
-        """Close the file; `append` opens it again."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
-
-    def _count(self, data: bytes) -> None:
-        self._bytes += len(data)
-        self._checksum.update(data)
-
-
-def tell_changed(path: Path, step: int) -> None:
-    """Say that a file which grows with a run is not what it was when the checkpoint of `step` was written."""
-    _log.warning(
-        "%s is not what it was at the checkpoint of step %d: it was changed, damaged or deleted since. The run goes on "
-        "as it would have, and what the file lost stays lost.", path, step,
-    )  # fmt: skip
-
-
-def is_marked(data: bytes, mark: Mapping[str, Any]) -> bool:
-    """Whether `data` is what a file held when `AppendedFile.mark` gave `mark`."""
-    return len(data) == mark["bytes"] and bool(xxh3_64(data).hexdigest() == mark["xxh3_64"])
-
-
-def whole_lines(data: bytes) -> bytes:
-    """`data` without what stands after the last line end: a crash tore that line."""
-    return data[: data.rfind(b"\n") + 1]
 
 
 def check_file(path: Path, kind: str, most_bytes: int | None = None) -> int:

@@ -19,6 +19,7 @@ from grouprl.runs.files import explain_os_error, is_sealed, list_folder, read_by
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.state import load_state
+from grouprl.runs.temporaries import is_left_over
 
 T = TypeVar("T")
 
@@ -309,7 +310,7 @@ class RunFolder:
                 self.path.rmdir()
 
     def _holds_something(self) -> bool:
-        return self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir())
+        return self.path.is_dir() and any(path.name != LOCK and not is_left_over(path) for path in self.path.iterdir())
 
 
 def _delete(path: Path) -> None:

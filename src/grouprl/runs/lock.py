@@ -1,7 +1,8 @@
 """One process at a time writes a run folder.
 
 The lock is the operating system's (`flock`) on a file in the folder: it frees itself when the process ends, however it
-ends, and holds between machines on network disks that pass it on. Reading a run needs no lock.
+ends, and holds between machines on network disks that pass it on. Reading a run needs no lock. Whoever takes the lock
+removes what others that were killed have left half written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from grouprl.errors import UsageError
 from grouprl.runs.files import explain_os_error
+from grouprl.runs.in_place import kept_in_place
+from grouprl.runs.temporaries import remove_left_over
 
 with suppress(ImportError):  # without Unix, nothing keeps two processes from one folder
     import fcntl
@@ -52,11 +55,15 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise explain_os_error(error, place / LOCK if place.is_dir() else folder) from error
     if descriptor is None:
-        yield
+        with kept_in_place(folder):
+            yield
         return
     _held[place] = (descriptor, threading.get_ident())
     try:
-        yield
+        for inner in (place, place / "checkpoints"):
+            remove_left_over(inner)
+        with kept_in_place(folder):
+            yield
     finally:
         with suppress(OSError):  # removed while it is held: whoever opened it meanwhile sees that it is gone
             (place / LOCK).unlink()

@@ -17,7 +17,6 @@ _log = logging.getLogger("grouprl")
 _WHAT = "list of checksums"
 _MOST_BYTES = 1 << 28
 """More than a configuration or a tokenizer has."""
-_ADVICE = f"If you changed the folder on purpose, delete its {MANIFEST}."
 
 
 def write_manifest(folder: Path) -> None:
@@ -51,7 +50,7 @@ def check_manifest(folder: Path, *, all_files: bool = True) -> bool:
     except DamagedFileError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"{place} is damaged: {error}. {_ADVICE}") from error
+        raise DamagedFileError(f"{place} is damaged: {error}. {_advice(place)}") from error
     for name, (size, checksum) in listed.items():
         path = folder / name
         if not all_files and not os.path.lexists(path):
@@ -60,9 +59,13 @@ def check_manifest(folder: Path, *, all_files: bool = True) -> bool:
         if fault is None:
             continue
         if all_files or path.suffix == ".safetensors" or path.stat().st_size > _MOST_BYTES:
-            raise DamagedFileError(f"{path} is {fault}. {_ADVICE}")
+            raise DamagedFileError(f"{path} is {fault}. {_advice(place)}")
         _log.warning("%s was changed or damaged since it was saved; what is there now holds", path)
     return True
+
+
+def _advice(place: Path) -> str:
+    return f"If another program saved a model there on purpose, delete {place}."
 
 
 def _fault(path: Path, size: int, checksum: str) -> str | None:

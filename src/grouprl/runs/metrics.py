@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from grouprl.errors import UsageError
-from grouprl.runs.files import AppendedFile, is_marked, read_bytes, tell_changed, user_path, whole_lines
+from grouprl.runs.appended import AppendedFile, is_marked, tell_changed, whole_lines
+from grouprl.runs.files import read_bytes, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,7 @@ class MetricsLog:
         """Write one row. None and missing keys are blank; floats are written so that they read back exactly."""
         new = [key for key in row if key not in self._columns]
         if new:
+            self._file.put_right()
             self._rewrite([*self._columns, *new], self._rows())
         self._file.append(_to_csv([[_format(row.get(column)) for column in self._columns]]))
         self._n_rows += 1

@@ -15,16 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from grouprl.errors import UsageError, shown
-from grouprl.runs.files import (
-    AppendedFile,
-    is_marked,
-    plain_number,
-    read_bytes,
-    tell_changed,
-    user_path,
-    whole_lines,
-    write_text,
-)
+from grouprl.runs.appended import AppendedFile, is_marked, tell_changed, whole_lines
+from grouprl.runs.files import plain_number, read_bytes, user_path, write_text
 
 Messages = Sequence[Mapping[str, Any]]
 

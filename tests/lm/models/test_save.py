@@ -1,5 +1,7 @@
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.models import save
 from grouprl.lm.models.load import load
 from grouprl.lm.models.save import independent_state, save_model
 from grouprl.lm.models.tiny import build_tiny
@@ -211,3 +214,48 @@ def test_an_adapter_of_an_unnamed_base_is_refused(tmp_path: Path) -> None:
     save_model(with_adapter(model), tokenizer, tmp_path / "adapter")
     with pytest.raises(UsageError, match="does not say which model"):
         load(tmp_path / "adapter")
+
+
+DIE = """
+import os, sys
+from pathlib import Path
+from grouprl.lm.models import save
+with save._atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "model.safetensors").write_bytes(b"half")
+    os._exit(9)
+"""
+
+
+def test_what_a_killed_process_left_of_a_model_is_removed_by_the_next_save(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    save_model(*build_tiny(0), path)
+    assert subprocess.run([sys.executable, "-c", DIE, str(path)], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    save_model(*build_tiny(1), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_that_was_moved_away_when_its_process_was_killed_is_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    save_model(*build_tiny(0), path)
+    path.rename(tmp_path / f".m.{2**22 + 1}-0123abcd-0.old")
+    with pytest.raises(RuntimeError, match="broken"), save._atomic_folder(path):
+        raise RuntimeError("broken")
+    assert load(str(path))[0] is not None
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_that_another_library_wrote_over_is_used_once_its_checksums_are_deleted(tmp_path: Path) -> None:
+    """A person trains a folder on in place; nothing tells that from damage, so the error says what to do."""
+    path = tmp_path / "m"
+    save_model(*build_tiny(0), path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.save_pretrained(path)
+    with pytest.raises(
+        UsageError, match=r"If another program saved a model there on purpose, delete (\S+)\.$"
+    ) as error:
+        load(str(path))
+    Path(str(error.value).split()[-1].rstrip(".")).unlink()
+    assert torch.equal(next(load(str(path))[0].parameters()), next(model.parameters()))

@@ -216,6 +216,48 @@ def test_a_run_killed_after_its_last_step_is_finished_by_resume(
         training.resume(out)
 
 
+def test_a_finished_run_of_epochs_says_that_it_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(out, n_train=4, config={"max_steps": -1, "num_train_epochs": 1, "save_steps": 1, "steps_per_generation": 1})
+    with pytest.raises(UsageError, match="has done all of its 2 steps; give a larger total with --steps"):
+        training.resume(out, progress_bar=False)
+    assert (out / "summary.json").exists()
+    result = training.resume(out, steps=3, progress_bar=False)
+    assert result.steps == 3
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "transcripts.jsonl"])
+def test_files_that_are_deleted_under_a_run_are_not_lost(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    out, original = tmp_path / "run", HeldOutEvaluation.on_step_end
+
+    def heard(self: HeldOutEvaluation, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            (out / name).unlink()
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(HeldOutEvaluation, "on_step_end", heard)
+    run(out)
+    assert rows(out) == rows(finished)
+    assert (out / "transcripts.jsonl").read_text() == (finished / "transcripts.jsonl").read_text()
+    assert f"{name} was deleted, moved or replaced while this run is writing it" in caplog.text
+
+
+def test_a_run_folder_that_is_deleted_under_a_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, original = tmp_path / "run", HeldOutEvaluation.on_step_end
+
+    def heard(self: HeldOutEvaluation, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            shutil.rmtree(out)
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(HeldOutEvaluation, "on_step_end", heard)
+    with pytest.raises(TrainingError, match="was deleted, moved or replaced by another since this run began"):
+        run(out)
+    assert not out.exists()
+
+
 def test_a_longer_run_that_is_killed_keeps_its_new_length(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

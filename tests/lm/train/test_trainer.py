@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import re
 import resource
 import runpy
@@ -562,6 +563,37 @@ def test_the_model_is_saved_where_a_trl_script_saves_it(tmp_path: Path) -> None:
     assert not (tmp_path / ".model").exists()
 
 
+@pytest.mark.parametrize("by", ["save_model", "train"])
+def test_a_model_on_its_way_into_the_output_folder_when_its_process_was_killed_arrives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    one = trainer(tmp_path, max_steps=1)
+    one.save_model()
+    one.train()
+    replace, moves = os.replace, []
+
+    def killed(a: Path, b: Path) -> None:
+        if Path(a).parent.name == ".model" and moves:
+            raise KeyboardInterrupt
+        if Path(a).parent.name == ".model":
+            moves.append(a)
+        replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grouprl.lm.train.checkpoint.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            one.save_model()
+    trained = weights(one)
+    other = trainer(tmp_path, max_steps=2)
+    if by == "save_model":
+        other.save_model()
+    else:
+        other.train()
+    assert not (tmp_path / ".model").exists()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same(trained if by == "train" else weights(other), dict(saved.named_parameters()))
+
+
 def test_what_scripts_do_around_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = warm()
     args = config(tmp_path)
@@ -709,6 +741,29 @@ def test_a_checkpoint_is_resumed_from_by_its_folder_too_and_twice_the_same(tmp_p
     end = weights(made)
     made.train(resume_from_checkpoint=tmp_path / "checkpoint-2")  # the same trainer goes back in time
     assert same(end, weights(made))
+
+
+@pytest.mark.parametrize("other", ["nothing", "compiled code", "torch threads"])
+def test_resuming_where_numbers_are_computed_in_another_way_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str
+) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
+    threads = torch.get_num_threads()
+    try:
+        if other == "torch threads":
+            torch.set_num_threads(threads + 1)
+        trainer(tmp_path, max_steps=4, native=other != "compiled code").train(resume_from_checkpoint=True)
+    finally:
+        torch.set_num_threads(threads)
+    said = {
+        "compiled code": "compiled code is not in use (was in use)",
+        "torch threads": f"torch threads is {threads + 1} (was {threads})",
+    }
+    if other == "nothing":
+        assert "numbers will differ" not in caplog.text
+    else:
+        assert "numbers will differ from those of a run that never stopped: " in caplog.text
+        assert said[other] in caplog.text
 
 
 def test_resuming_without_a_checkpoint_says_where_it_looked(tmp_path: Path) -> None:

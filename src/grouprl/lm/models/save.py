@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -14,7 +13,9 @@ from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.lm.models.adapters import CONFIG, REST, WEIGHTS, adapter_places, has_adapters, save_adapters
 from grouprl.lm.models.generation_config import writable_generation_config
 from grouprl.runs.files import explain_os_error, user_path
+from grouprl.runs.in_place import check_in_place
 from grouprl.runs.manifest import write_manifest
+from grouprl.runs.temporaries import beside, remove_left_over
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,10 +89,11 @@ def model_files(folder: Path) -> set[Path]:
 @contextmanager
 def _atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; move it to `path` on success, remove it on failure."""
-    _check_replaceable(path)
     target = path.absolute()
-    mark = secrets.token_hex(4)
-    temporary, old = (target.with_name(f".{target.name}.{mark}.{kind}") for kind in ("tmp", "old"))
+    check_in_place(target)
+    remove_left_over(target.parent, target.name)
+    _check_replaceable(path)
+    temporary, old = beside(target), beside(target, "old")
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from grouprl.machine.processes import refuse_several_processes
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.signals import stopping_on_signals
+from grouprl.runs.state import read_meta, taking_up
 from grouprl.runs.trackers import check_trackers
 from grouprl.runs.transcripts import TranscriptWriter
 
@@ -146,7 +148,7 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
         content = f"only {useless}, which cannot be resumed from" if useless else "no checkpoint"
         raise UsageError(f"{folder.path} holds {content}, so there is nothing to resume; train anew with another --out")
     done = int(newest.name.rpartition("-")[2])
-    if 0 < config.max_steps <= done and folder.is_finished():
+    if folder.is_finished() and (total := _total(config, newest)) is not None and total <= done:
         raise UsageError(f"{folder.path} has done all of its {done} steps; give a larger total with --steps")
     data = load_task_data(recipe)
     # The checkpoint has the warm weights, unless it holds an adapter alone; a reference begins with them too.
@@ -154,6 +156,16 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
     trainer = build(recipe if warm else recipe.changed({"warm_start": None}), config, data)
     folder.reopen(None if steps is None else _lengthened(saved, steps))
     return _run(folder, recipe, trainer, data, progress_bar, resume=True)
+
+
+def _total(config: GRPOConfig, newest: Path) -> int | None:
+    """The steps of a run: a checkpoint knows how many its epochs are. None if they are others now."""
+    if config.max_steps > 0:
+        return config.max_steps
+    with taking_up(newest / checkpoint.STATE):
+        meta = read_meta(newest / checkpoint.STATE)
+        same = meta["config"]["num_train_epochs"] == config.num_train_epochs and meta["config"]["max_steps"] <= 0
+        return int(meta["book"]["state"]["max_steps"]) if same else None
 
 
 def _lengthened(saved: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -227,7 +239,7 @@ def _run(
             trainer.train(resume_from_checkpoint=resume)
         except TrainingError as error:
             last = checkpoint.latest(folder.path)
-            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+            kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
             raise TrainingError(f"{error} (after {trainer.state.global_step} steps; {kept}).") from error
     if held_out.after is None:
         return RunResult(folder, trainer.state.global_step, None, [])

@@ -110,6 +110,7 @@ class Bookkeeper:
         self.handler.lr_scheduler = scheduler
         self.close()
         self._stack.enter_context(locked(folder))  # and make it: callbacks expect to find it
+        checkpoint.finish_beside(folder)
         if done == 0:
             origin.keep_apart(folder)
         for sink in open_sinks(self.setup, self.recording, self.counters, total, done):

@@ -19,12 +19,14 @@ from grouprl.lm.fingerprint import digest
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.models.save import model_files, save_model
 from grouprl.lm.prompts import Prompt, PromptSource
-from grouprl.runs.files import list_folder, write_json
+from grouprl.runs.files import explain_os_error, list_folder, write_json
 from grouprl.runs.folder import newest_good
 from grouprl.runs.manifest import MANIFEST, STATE_FILE, check_manifest
 from grouprl.runs.state import load_state, read_meta, save_state
 
 STATE = STATE_FILE
+_INNER = ".model"
+"""A model on its way into a folder that holds other things too."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -60,17 +62,31 @@ def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
 
     Raises UsageError if the place cannot be written, TrainingError if the disk is full; no file is ever half written.
     """
-    inner = folder / ".model"
-    save_model(model, tokenizer, inner)
-    written = {folder / file.name for file in inner.iterdir()}
-    for file in inner.iterdir():
-        place = folder / file.name
-        if place.is_dir():
-            shutil.rmtree(place)
-        os.replace(file, place)
-    inner.rmdir()
+    finish_beside(folder)
+    save_model(model, tokenizer, folder / _INNER)
+    written = finish_beside(folder)
     for stale in model_files(folder) - written:
         (shutil.rmtree if stale.is_dir() else os.remove)(stale)
+
+
+def finish_beside(folder: Path) -> set[Path]:
+    """Move the files of a model that is whole to their places in `folder`, and give these; nothing if there is none.
+
+    A process that was killed between the first and the last of them left it to the next.
+    """
+    inner = folder / _INNER
+    files = list_folder(inner)
+    try:
+        for file in files:
+            place = folder / file.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            os.replace(file, place)
+        if inner.is_dir():
+            inner.rmdir()
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+    return {folder / file.name for file in files}
 
 
 def read(path: Path) -> Checkpoint:

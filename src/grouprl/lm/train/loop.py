@@ -231,7 +231,7 @@ class Run:
             "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
             "update": self.update, "book": self.book.to_dict(), "plan": asdict(self.plan),
             "config": self.config.to_dict(), "scheduler": _plain_state(self.scheduler),
-            "began": self.book.began, "origin": origin.describe(self.setup),
+            "began": self.book.began, "origin": origin.describe(self.setup), "machine": self._machine(),
         }  # fmt: skip
         if self.reference_moved and policy.reference is not None:
             tensors |= {f"reference.{name}": value for name, value in policy.reference.state().items()}

@@ -252,7 +252,7 @@ class GRPOTrainer(ScriptMethods):
 
         Raises:
             UsageError: the place cannot be written.
-            TrainingError: the disk is full, or trained weights are not finite.
+            TrainingError: the disk is full, or trained weights are not finite: an older model stays as it is.
         """
         self.setup.check_finite()
         place = self.setup.output_dir if output_dir is None else user_path(output_dir)

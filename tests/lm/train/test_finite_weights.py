@@ -144,6 +144,23 @@ def test_a_step_of_the_optimizer_to_weights_that_are_not_finite_ends_the_trainin
     assert one.state.global_step == 2
 
 
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_model_that_is_not_finite_does_not_replace_one_that_was_saved(
+    tmp_path: Path, beside: bool, bad: float
+) -> None:
+    one = made(tmp_path, max_steps=1)
+    one.train()
+    place = tmp_path if beside else tmp_path / "model"
+    one.save_model(place)
+    good = (place / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        next(one.model.parameters())[0, 0] = bad
+    with pytest.raises(TrainingError, match="the model's weights are not finite: look at the weights"):
+        one.save_model(place)
+    assert (place / "model.safetensors").read_bytes() == good
+
+
 def test_adapters_that_become_nan_are_named(tmp_path: Path) -> None:
     class Adapter(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
