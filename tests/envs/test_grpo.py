@@ -136,7 +136,7 @@ class TestLearn:
         assert last["step"] == trained_agent.num_timesteps
 
     def test_a_budget_below_one_step_is_refused(self):
-        with pytest.raises(UsageError, match="total_timesteps=0 must be at least 1"):
+        with pytest.raises(UsageError, match=r"total_timesteps=0 .*at least 1"):
             GRPO("CartPole-v1", **QUICK).learn(0)
 
     def test_a_linear_learning_rate_falls_to_its_last_value(self):

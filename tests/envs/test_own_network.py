@@ -37,6 +37,8 @@ class Applied(nn.Module):
         (lambda y: y.long(), r"of torch.int64"),
         (lambda y: y.mean(0, keepdim=True), r"returns \[1, 2\]"),
         (lambda y: y * float("nan"), "not finite"),
+        (lambda y: y.detach(), "would never learn"),
+        (lambda y: torch.from_numpy(y.detach().numpy()), "would never learn"),
         (lambda y: y - y.mean(0), "alone than beside others"),
         (lambda y: y + torch.rand_like(y), "draw no random numbers"),
         (lambda y: y.no_such_method(), "cannot take observations of shape .*no_such_method"),

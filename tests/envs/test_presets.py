@@ -68,3 +68,9 @@ def test_settings_win_over_the_preset() -> None:
 def test_an_unknown_preset_names_the_closest() -> None:
     with pytest.raises(UsageError, match="CartPole-v1"):
         GRPO("CartPole-v1", preset="CartPole-v2")
+
+
+@pytest.mark.parametrize("preset", [3, True, ["CartPole-v1"]])
+def test_a_preset_is_a_name(preset: Any) -> None:
+    with pytest.raises(UsageError, match="must be a name, 'auto' or None"):
+        GRPO("CartPole-v1", preset=preset)

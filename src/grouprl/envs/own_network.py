@@ -18,7 +18,8 @@ def check_network(network: object, n_inputs: int, n_outputs: int) -> nn.Module:
     """``network``, in evaluation mode, if it maps ``[m, n_inputs]`` to ``[m, n_outputs]``, each row by itself.
 
     Raises:
-        UsageError: it does not, or not to finite numbers, or its parameters are not all float32 or all float64.
+        UsageError: it does not, or not to finite numbers, its parameters are not all float32 or all float64, or its
+            outputs give them no gradient.
 
     Warns UserWarning of layers that behave otherwise in training, where they will not.
     """
@@ -28,8 +29,14 @@ def check_network(network: object, n_inputs: int, n_outputs: int) -> nn.Module:
     dtype = dtype_of(network)
     x = torch.linspace(-1, 1, ROWS * n_inputs, dtype=dtype).view(n_inputs, ROWS).t().contiguous()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    out, again = (_run(network, rows.to(device), n_inputs, n_outputs) for rows in (x, x))
-    alone = torch.cat([_run(network, row.to(device), n_inputs, n_outputs) for row in torch.split(x, 1)])
+    first = _run(network, x.to(device), n_inputs, n_outputs)
+    if any(p.requires_grad for p in network.parameters()) and not first.requires_grad:
+        raise UsageError(
+            "no gradient comes from the network's outputs to its parameters, so it would never learn: take no_grad, "
+            "detach, .data or NumPy out of its forward"
+        )
+    out, again = first.detach().cpu(), _run(network, x.to(device), n_inputs, n_outputs).detach().cpu()
+    alone = torch.cat([_run(network, row.to(device), n_inputs, n_outputs).detach().cpu() for row in torch.split(x, 1)])
     if not bool(torch.isfinite(out).all()):
         raise UsageError("the network's outputs are not finite for inputs from -1 to 1; begin with smaller weights")
     if not torch.allclose(out, again, rtol=1e-3, atol=1e-5):
@@ -61,7 +68,7 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return next(iter(dtypes))
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def _run(network: nn.Module, x: Tensor, n_inputs: int, n_outputs: int) -> Tensor:
     shape = [len(x), n_inputs]
     try:
@@ -78,7 +85,7 @@ def _run(network: nn.Module, x: Tensor, n_inputs: int, n_outputs: int) -> Tensor
             f"the network returns {given} for observations of shape {shape}; it must return {wanted} numbers: "
             "network=... is called with (inputs, outputs), and outputs is the width of its last layer"
         )
-    return out.detach().cpu()
+    return out
 
 
 def _warn_of_modes(network: nn.Module) -> None:

@@ -362,7 +362,7 @@ def test_a_run_that_fails_before_any_checkpoint_leaves_no_folder(own: Path) -> N
 
 
 def test_a_run_that_fails_later_keeps_what_it_recorded_and_says_where(own: Path) -> None:
-    with pytest.raises(TrainingError, match=r"after 4 steps; no checkpoint.*What it recorded is in .*run"):
+    with pytest.raises(TrainingError, match=r"after 4 steps; there is no checkpoint.*What it recorded is in .*run"):
         run(own / "run", **of_own(own, "late", eval_every=0, config={"save_steps": 50}))
     assert [row["step"] for row in rows(own / "run")] == list("01234")
     assert (own / "run" / "transcripts.jsonl").exists()

@@ -50,6 +50,8 @@ def load(name: str) -> Preset:
     Raises:
         UsageError: there is none of that name.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"preset={name!r} must be a name, 'auto' or None; there are: {', '.join(names())}")
     if name in _RENAMED:
         raise UsageError(f"the preset {name!r} is called {_RENAMED[name]!r} now")
     if name not in names():
