@@ -288,3 +288,57 @@ def test_a_callback_that_returns_something_is_told_what_to_return(tmp_path: Path
 
     with pytest.raises(UsageError, match="on_step_end of a callback returned False; set fields of the control"):
         made(tmp_path, callbacks=[Stops()]).train()
+
+
+class Louder(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+def louder_head(model: Any) -> None:
+    head = Louder(64, 32, bias=False)
+    head.weight, model.lm_head = model.lm_head.weight, head
+
+
+def louder(module: Any, given: Any, out: Any) -> Any:
+    out.logits = 3 * out.logits
+    return out
+
+
+UNHEARD: dict[str, Callable[[Any], Any]] = {
+    "a hook on the model": lambda m: m.register_forward_hook(louder),
+    "another head of the same weight": louder_head,
+    "another class": lambda m: setattr(m.lm_head, "__class__", Louder),
+    "another activation": lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.ReLU()),
+    "a forward of its own": lambda m: setattr(m.model.embed_tokens, "forward", lambda ids: torch.ones(*ids.shape, 64)),
+}
+
+
+@pytest.mark.parametrize("change", UNHEARD)
+def test_modules_that_compute_otherwise_than_at_first_are_heard_or_refused(tmp_path: Path, change: str) -> None:
+    one = made(tmp_path, bf16=False)
+    UNHEARD[change](one.model)
+    before = weights_of(one.model)
+    for go in (one.train, lambda: one.evaluate(ROWS)):
+        with pytest.raises(UsageError, match="modules of the model were replaced or changed since training was set up"):
+            go()
+    assert not moved(one.model, before)
+
+
+def test_an_adapter_that_is_merged_is_not_trained(tmp_path: Path) -> None:
+    one = made(tmp_path, peft_config=LORA)
+    one.model.merge_adapter()
+    with pytest.raises(UsageError, match="an adapter is merged into the model"):
+        one.train()
+    one.model.unmerge_adapter()
+    assert one.train().global_step == 2
+
+
+def test_an_adapter_that_is_merged_by_a_callback_is_not_trained(tmp_path: Path) -> None:
+    class Merges(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            model.merge_adapter()
+
+    one = made(tmp_path, peft_config=LORA, callbacks=[Merges()], attention="plain")
+    with pytest.raises(UsageError, match="the loss depends on no trained weight"):
+        one.train()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.errors import TrainingError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.learning.gradient_step import gradient_step
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.samples import Samples
@@ -101,6 +101,11 @@ class Step:
                 )
                 tokens = self.policy.log_probs.evaluate(batch)
                 terms = policy_loss(self.objective, tokens.logp, fixed)
+                if not terms.loss.requires_grad:
+                    raise UsageError(
+                        "the loss depends on no trained weight: the adapter is merged into the model or switched off; "
+                        "undo that (model.unmerge_adapter()), or begin anew with the model as it is now"
+                    )
                 terms.loss.backward()  # type: ignore[no-untyped-call]
                 assert fixed.lengths is not None
                 here = sums_of(self.objective, terms, tokens.entropy, fixed.lengths)

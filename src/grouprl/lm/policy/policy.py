@@ -18,6 +18,7 @@ from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
 from grouprl.lm.policy.log_probs import LogProbs, check_logits
 from grouprl.lm.policy.reference import Reference
+from grouprl.lm.policy.structure import structure
 from grouprl.lm.policy.trial import PolicyTrial
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.finite import NotFiniteError, not_finite
@@ -82,6 +83,30 @@ class Policy:
         if not self.packed and config.attention == "auto":
             _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
         self.reference = self._reference(ref_model)
+        self._structure = structure(model)
+
+    def check(self) -> None:
+        """Check that learner and sampler still compute what the model does, if a module of it was changed.
+
+        Raises:
+            UsageError: they do not.
+        """
+        now = structure(self.model)
+        if now == self._structure:
+            return
+        trial = PolicyTrial(self.model, self.precision.dtype)
+        with nonzero_adapters(self.model):
+            wrong = trial.learner(self.log_probs) or (
+                trial.plain_sampler(self.sampler)
+                if isinstance(self.sampler, PlainSampler)
+                else self.sampler.disagreement(trial.trial)
+            )
+        if wrong:
+            raise UsageError(
+                f"modules of the model were replaced or changed since training was set up, and are not heard: {wrong}; "
+                "undo that, or begin anew with the model as it is now"
+            )
+        self._structure = now
 
     def sample(
         self,

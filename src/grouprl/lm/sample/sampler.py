@@ -241,10 +241,7 @@ class Sampler:
         self.steps = "modules"
 
         def agrees() -> bool:
-            found, own = self._try(trial.groups).log_softmax(-1), trial.own().flatten(0, 1).transpose(0, 1)
-            return is_rounding(
-                _difference(found, own), low, lambda: _difference(trial.own(low).flatten(0, 1).transpose(0, 1), own)
-            )
+            return not self.disagreement(trial)
 
         if self.llama is not None and asked == "native" and self._compiled(self.llama):
             try:
@@ -267,6 +264,14 @@ class Sampler:
             raise UnsupportedError(f"its layers cannot run in {low}: {first_line(error)}") from error
         if not agreed:
             raise UnsupportedError("decode steps give other logits than the model's own forward pass")
+
+    def disagreement(self, trial: Trial) -> str:
+        """Compare decode steps with the model's own forward pass. Returns "", or what is wrong."""
+        low, own = self.precision.dtype, trial.own().flatten(0, 1).transpose(0, 1)
+        difference = _difference(self._try(trial.groups).log_softmax(-1), own)
+        if is_rounding(difference, low, lambda: _difference(trial.own(low).flatten(0, 1).transpose(0, 1), own)):
+            return ""
+        return f"log-probabilities of decode steps differ by {difference:.2g} from those of the model's forward pass"
 
     def _compiled(self, llama: LlamaBlocks) -> bool:
         """Whether compiled code supports the model: C on a CPU, Triton on a GPU."""

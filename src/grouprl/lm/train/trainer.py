@@ -111,6 +111,10 @@ class GRPOTrainer(ScriptMethods):
         if self.is_in_train:
             raise UsageError("this trainer is training already; a callback or reward function cannot call train again")
         self.parameters.check()
+        if any(getattr(module, "merged_adapters", None) for module in self.model.modules()):
+            raise UsageError(
+                "an adapter is merged into the model, so it cannot be trained; model.unmerge_adapter() first"
+            )
         self._check_settings()
         run = self._begin(resume_from_checkpoint)
         vars(self)["_running"] = True
@@ -167,6 +171,7 @@ class GRPOTrainer(ScriptMethods):
 
     def _check_settings(self) -> None:
         """Raises UsageError if settings were changed where they were made, which the trainer would not hear of."""
+        self.policy.check()
         ends, now = self.policy.sampler.end_ids, eos_token_ids(self.model, self.processing_class)
         if set(ends) != set(now):
             raise UsageError(
