@@ -17,7 +17,7 @@ from grouprl.doctor.signs import (
 from grouprl.doctor.table import Diagnosis, Rule, Table
 
 GOOD = 0.9
-"""Greedy accuracy, or mean reward, from which a task counts as solved; the tasks that ship give 1 for a right answer."""
+"""Greedy accuracy, or mean reward, from which a task counts as solved; a right answer is worth 1 in the tasks here."""
 
 
 def solved(table: Table) -> bool:
