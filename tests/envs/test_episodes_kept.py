@@ -8,10 +8,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from grouprl import GRPO
 from grouprl.envs import training
-from grouprl.envs.episodes import batch_of
+from grouprl.envs.episodes import _numbers, batch_of
 from grouprl.envs.rollout import Rollout
 from grouprl.runs.episodes import Batch, read_episodes
 
@@ -125,3 +126,9 @@ def test_a_run_keeps_some_batches_and_shows_them_on_a_page(tmp_path: Path) -> No
     assert [one.step for one in kept] == sorted({one.step for one in kept})
     assert result.folder.episodes_page.stat().st_size < 1_000_000
     assert "episodes.html" in result.folder.report_page.read_text()
+
+
+def test_numbers_keep_four_digits_and_no_stray_ones() -> None:
+    given = [0.0, 1.23456, -98765.4, 0.000123456, 1e-30, 3e30, float("nan"), float("inf"), 0.1]
+    made = _numbers(torch.tensor(given, dtype=torch.float64))
+    assert made == [0.0, 1.235, -98770.0, 0.0001235, 1e-30, pytest.approx(3e30), None, None, 0.1]
