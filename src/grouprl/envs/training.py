@@ -21,6 +21,7 @@ from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
+from grouprl.envs.metric_names import tracked
 from grouprl.envs.mlp import kernels
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
@@ -147,7 +148,7 @@ class Recorder:
             script_names["kl_divergence"] = metrics["kl"] if agent.config.beta > 0 else metrics["approx_kl"]
         shown = {key: value for key, value in (metrics | script_names).items() if np.isfinite(value)}
         for tracker in self.trackers:
-            tracker.log(shown, step)
+            tracker.log(tracked(shown), step)
         if step >= self._next_checkpoint and step < self.run.total_timesteps:
             self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
             self.checkpoint(agent, may_restart=True)
