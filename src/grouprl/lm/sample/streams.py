@@ -111,8 +111,7 @@ def draws_of(source: torch.Generator | Stream | Draws, n: int) -> Draws:
     return draws
 
 
-def seed_for(seed: int, *numbers: int) -> int:
-    """A seed of 63 bits for the random numbers of dropout, from the seed of a run and up to three numbers."""
-    counter = (*numbers, 0, 0, 0)[:3]
-    low, high, _, _ = philox((*counter, DROPOUT), (seed & _WORD, (seed >> 32) & _WORD))
+def seed_for(seed: int, step: int, sample: int) -> int:
+    """A seed of 63 bits for the dropout of one pass: from the seed of a run, its step, and the first sample."""
+    low, high, _, _ = philox((step, sample, 0, DROPOUT), (seed & _WORD, (seed >> 32) & _WORD))
     return int(low) | (int(high) >> 1) << 32
