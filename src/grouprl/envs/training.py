@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from grouprl.doctor import Watch
 from grouprl.envs import loading, presets
 from grouprl.envs.config import check_names
 from grouprl.envs.env_kwargs import to_json
@@ -27,6 +28,7 @@ from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.usage import Usage
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
@@ -106,6 +108,8 @@ class Recorder:
         self._next_eval = run.eval_every
         self._next_checkpoint = run.checkpoint_every
         self._checkpoint: Path | None = None
+        self._usage = Usage()
+        self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
         self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
         stack.callback(self.evaluator.close)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
@@ -141,7 +145,9 @@ class Recorder:
                 self.solved_at = (step, agent.train_seconds)
         else:
             metrics["eval_return"] = float("nan")
+        metrics |= self._usage.read()
         self.log.append(metrics)
+        self._watch.note(metrics, step / self.run.total_timesteps)
         recent = agent.recent_returns[-AVG_REWARD_EPISODES:]
         script_names = {"avg_reward": float(np.mean(recent))} if recent else {}
         if "kl" in metrics:
