@@ -58,10 +58,13 @@ class Interaction(Protocol):
     Attributes:
         tools: JSON schemas of the functions that the model may call in the episode that has begun.
         gives_rewards: whether the rewards of its answers mean anything.
+        keeps_time: whether it limits the time of what it calls itself. If not, an answer that takes too long ends the
+            episode, and another object takes its place.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
     gives_rewards: bool = True
+    keeps_time: bool = False
 
     def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
         """Start an episode. Returns the first prompt, messages or text.
