@@ -19,17 +19,19 @@ from grouprl.lm.learn.metrics import StepSums, cut_metrics, sums_of
 from grouprl.lm.policy.log_probs import MicroBatch, steps_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.sample.finite import all_finite, not_finite
+from grouprl.lm.sample.streams import seed_for
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective import LOSSES, Fixed, Objective, policy_loss
-from grouprl.objective.packed import segment_ids, segment_sum
+from grouprl.objective.packed import last_index, segment_ids, segment_sum
 
 
 def step_weights(objective: Objective, lengths: Tensor, counted: Tensor) -> Tensor:
     """Weight ``[S]`` of each token in the loss of an optimizer step: fixed before any of it is evaluated.
 
     Args:
-        lengths: ``[N]`` of all samples of the step. counted: ``[N]`` bool; others weigh 0 (cut-off completions with
-            mask_truncated_completions), and no longer count as tokens, but still as samples.
+        lengths: ``[E]`` tokens of the model in all episodes of the step: a completion is an episode of one sample.
+        counted: ``[E]`` bool; others weigh 0 (cut-off completions with mask_truncated_completions), and no longer count
+            as tokens, but still as samples.
     """
     weights = torch.zeros(int(lengths.sum()))
     if bool(counted.any()):
@@ -45,7 +47,8 @@ class Step:
         chosen: ``[n]`` the samples, by index. objective: what is minimised.
 
     Samples that cannot move the model get no forward pass: cut-off ones with mask_truncated_completions, and those of
-    advantage 0 if no KL term moves them. They still count in the denominators.
+    advantage 0 if no KL term moves them. They still count in the denominators. An episode of several samples weighs as
+    one sample that holds the tokens of all of them.
     """
 
     def __init__(
@@ -54,18 +57,26 @@ class Step:
         self.policy, self.samples, self.config, self.objective = policy, samples, config, objective
         lengths = samples.lengths
         counted = samples.finished[chosen] if config.mask_truncated_completions else torch.ones(len(chosen)) > 0
+        _, parts = torch.unique_consecutive(samples.episode[chosen], return_counts=True)
         self.weights = torch.zeros(int(lengths.sum()))
-        self.weights[steps_of(chosen, lengths)] = step_weights(objective, lengths[chosen], counted)
+        self.weights[steps_of(chosen, lengths)] = step_weights(
+            objective, segment_sum(lengths[chosen], parts), counted[last_index(parts)]
+        )
         active = counted.clone()
         kl_loss = config.beta > 0 and config.kl_in == "loss"
         if config.skip_zero_advantage and not kl_loss:
             active &= segment_sum(samples.advantages.abs(), lengths)[chosen] > 0
         self.active = chosen[active]
-        self.n_tokens, self.n_samples = int(lengths[chosen][counted].sum()), int(counted.sum())
+        self.all_active = len(self.active) == int(counted.sum())
+        level = objective.importance_sampling_level
+        of_each = lengths if level == "token" else samples.n_turns if level == "turn" else torch.ones_like(lengths)
+        self.n_ratios = int(of_each[chosen][counted].sum())
         index = self.active.tolist()
+        prompts, group = samples.contexts
         batches = policy.log_probs.micro_batches(
-            [p.ids for p in samples.prompts], [samples.completions[i] for i in index], samples.group[index].tolist()
-        )
+            prompts, [samples.completions[i] for i in index], group[index].tolist(),
+            None if samples.turns is None else [samples.turns.spans[i] for i in index],
+        )  # fmt: skip
         self.micro_batches = [MicroBatch(batch.groups, self.active[batch.samples]) for batch in batches]
 
     def remember_old(self) -> None:
@@ -75,12 +86,13 @@ class Step:
             logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
             self.samples.remember_old(index, logp[index])
 
-    def gradients(self, sums: StepSums, mismatch: Mismatch, *, remember: bool) -> Iterator[None]:
+    def gradients(self, sums: StepSums, mismatch: Mismatch, *, remember: bool, number: int = 0) -> Iterator[None]:
         """Write the gradient of the loss over one micro-batch after another, by a backward pass each.
 
         Args:
             sums, mismatch: what is met on the way is added to them.
             remember: store the log-probabilities met on the way as those of the old policy, for later passes.
+            number: of this pass in the run, on which dropout depends.
         """
         samples, lengths = self.samples, self.samples.lengths
         reference = self.policy.reference if self.config.kl_in == "loss" else None
@@ -89,7 +101,9 @@ class Step:
             samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
         old_known = samples.knows_old(active)
         device = self.policy.device
-        with self.policy.log_probs.learning() if self.micro_batches else nullcontext():
+        dropout = self.policy.log_probs.dropout
+        apart = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=dropout)
+        with apart, self.policy.log_probs.learning() if self.micro_batches else nullcontext():
             for batch in self.micro_batches:
                 index = steps_of(batch.samples, lengths)
                 fixed = Fixed(
@@ -98,7 +112,10 @@ class Step:
                     logp_old=samples.logp_old[index].to(device) if old_known else None,
                     logp_ref=None if reference is None else samples.logp_ref[index].to(device),
                     lengths=lengths[batch.samples].to(device),
+                    turns=samples.turn_lengths[steps_of(batch.samples, samples.n_turns)].to(device),
                 )
+                if dropout:  # depends on the seed, on the pass and on the group alone
+                    torch.manual_seed(seed_for(self.config.seed, number, int(batch.samples[0])))
                 tokens = self.policy.log_probs.evaluate(batch)
                 terms = policy_loss(self.objective, tokens.logp, fixed)
                 if not terms.loss.requires_grad:
@@ -107,8 +124,7 @@ class Step:
                         "undo that (model.unmerge_adapter()), or begin anew with the model as it is now"
                     )
                 terms.loss.backward()  # type: ignore[no-untyped-call]
-                assert fixed.lengths is not None
-                here = sums_of(self.objective, terms, tokens.entropy, fixed.lengths)
+                here = sums_of(self.objective, terms, tokens.entropy, fixed)
                 logp = tokens.logp.detach().cpu()
                 self._check_finite(here, logp)
                 sums.add(here)
@@ -163,28 +179,29 @@ class Mismatch:
 
 
 def optimizer_step(
-    step: Step, parameters: TrainedParameters, optimizer: Any, *, remember: bool, on_gradient: Callable[[], None]
-) -> dict[str, float]:
+    step: Step, parameters: TrainedParameters, optimizer: Any, *, remember: bool, on_gradient: Callable[[], None],
+    number: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """Do the optimizer step and return its metrics, in TRL's names.
 
     A gradient of 0 is stepped as well: momentum goes on as it would if nothing had been skipped.
 
     Args:
         on_gradient: called between clipping and stepping.
+        number: of the step in the run, on which dropout depends.
 
     Raises TrainingError if log-probabilities, divergence, loss or gradient are not finite; the parameters are left as
     they were.
     """
     sums, mismatch = StepSums(), Mismatch()
     norm = gradient_step(
-        parameters, optimizer, step.gradients(sums, mismatch, remember=remember), step.config.max_grad_norm,
+        parameters, optimizer, step.gradients(sums, mismatch, remember=remember, number=number),
+        step.config.max_grad_norm,
         advice="the rewards or the learning rate are probably too large: scale the rewards, lower learning_rate, or "
         "set bf16=False", before_step=on_gradient,
     )  # fmt: skip
     metrics = {"loss": sums.loss, "grad_norm": norm, **mismatch.metrics()}
-    metrics |= cut_metrics(
-        step.objective, sums, step.n_tokens, step.n_samples, all_active=len(step.active) == step.n_samples
-    )
+    metrics |= cut_metrics(step.objective, sums, step.n_ratios, all_active=step.all_active)
     if sums.tokens:
         metrics["entropy"] = sums.entropy / sums.tokens
         if step.config.beta > 0 and step.config.kl_in == "loss":
