@@ -110,7 +110,7 @@ def _sample(
         group=int(rollout.group[i]), begins=int(rollout.elapsed[start]), length=length, ended=ended,
         total=_number(float(sums[-1])), advantage=_number(float(advantages[whole].mean())), at=at.tolist(),
         observation=[] if shown is None else [_numbers(column) for column in shown.T],
-        rewards=_numbers(torch.diff(sums[at + 1], prepend=torch.zeros(1, dtype=torch.float64))),
+        rewards=_numbers(torch.diff(sums[at + 1], prepend=sums[:1]) / torch.diff(at, prepend=torch.tensor([-1]))),
         to_go=_numbers(to_go), advantages=_numbers(advantages[rows]),
         values=None if values is None else _numbers(values),
         actions=_numbers(actions if actions.dim() == 1 else actions[:, 0]),

@@ -41,7 +41,7 @@ class Sample(_Plain):
         length: steps of the piece. ended: how it ended; ``batch`` where the batch cut it.
         total: sum of its rewards. advantage: mean over its steps, as the loss saw it.
         at: the P steps, counted from the beginning of the piece.
-        observation: some numbers of the observation, P of each. rewards: summed since the point before.
+        observation: some numbers of the observation, P of each. rewards: means since the point before.
         to_go: discounted return from each point on, with the baseline's value where the batch cut the piece.
         advantages, values: of the points; no values without a baseline.
         actions: what was done; the first number of a vector. frames: small pictures, evenly spaced over the piece.
