@@ -7,7 +7,7 @@ reply that has come. So reading a reply costs no step of its own, and nothing is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,23 +18,14 @@ from grouprl.lm.sample.appending import AppendingDecoder
 from grouprl.lm.sample.draw import SamplingSettings, penalise_repetition, token_and_log_prob
 from grouprl.lm.sample.finite import NotFiniteError
 from grouprl.lm.sample.replies import Replies, replies_of
+from grouprl.lm.sample.streams import Draws
 from grouprl.lm.sample.turns import Partner, Reply, Sampled, Turn
 
 STEP_TOKENS = 2048
 """The most tokens that a step reads, a longer reply aside. This limits the memory for the activations of a step."""
 
-Uniforms = Callable[[int, int, int], Tensor]
-"""Random numbers ``[n]`` in [0, 1): of an episode, for the tokens that the model draws in it from the i-th on."""
-
-
-def uniforms_of(generator: torch.Generator) -> Uniforms:
-    """Random numbers by episode, from a random generator on the CPU."""
-    seed = int(torch.randint(2**40, (), generator=generator))
-
-    def uniforms(episode: int, first: int, n: int) -> Tensor:
-        return torch.rand(n, generator=torch.Generator().manual_seed(hash((seed, episode, first))))
-
-    return uniforms
+_NUMBERS = 64
+"""How many random numbers of a row are drawn at once: a call costs more than the numbers."""
 
 
 def play(
@@ -45,7 +36,7 @@ def play(
     settings: SamplingSettings,
     end_ids: Sequence[int],
     partner: Partner,
-    uniforms: Uniforms,
+    draws: Draws,
     context: int | None,
     prompt_tokens: int,
 ) -> list[list[Sampled]]:
@@ -53,6 +44,7 @@ def play(
 
     Args:
         decoder: holds ``slots`` rows.
+        draws: the random numbers of the episodes.
         prompt_tokens: the most prompt tokens that one pass reads, a longer prompt aside.
 
     Raises:
@@ -67,7 +59,7 @@ def play(
                 "turn; leave out such prompts"
             )
     with replies_of(partner, min(episodes, slots)) as replies:
-        game = _Game(decoder, slots, settings, end_ids, replies, uniforms, context, prompt_tokens)
+        game = _Game(decoder, slots, settings, end_ids, replies, draws, context, prompt_tokens)
         return game.play([prompts[i // group_size] for i in range(episodes)], group_size)
 
 
@@ -80,7 +72,7 @@ class _Row:
         new: the tokens that the decoder has not read yet.
         ids, turns, logp, finished: of its newest sample, as in :class:`Sampled`.
         start: where the turn began in ``ids``. drawn: the tokens that the model drew in the episode.
-        samples: those that are complete.
+        numbers: random numbers for the next tokens. samples: those that are complete.
     """
 
     slot: int
@@ -118,11 +110,11 @@ class _Game:
         settings: SamplingSettings,
         end_ids: Sequence[int],
         replies: Replies,
-        uniforms: Uniforms,
+        draws: Draws,
         context: int | None,
         prompt_tokens: int,
     ) -> None:
-        self._decoder, self._settings, self._replies, self._uniforms = decoder, settings, replies, uniforms
+        self._decoder, self._settings, self._replies, self._draws = decoder, settings, replies, draws
         self._context, self._prompt_tokens = context, prompt_tokens
         self._ends, self._end_ids, self._slots = set(end_ids), list(end_ids), slots
         self._free = list(range(slots))[::-1]
@@ -262,7 +254,7 @@ class _Game:
         if early:
             ends = torch.tensor([i for i in self._end_ids if i < logits.shape[-1]], device=logits.device)
             logits[torch.tensor(early, device=logits.device)[:, None], ends] = -math.inf
-        uniform = torch.tensor([self._next_number(row) for row in rows], device=logits.device)
+        uniform = torch.tensor(self._numbers(rows), device=logits.device)
         tokens, logps = token_and_log_prob(logits, settings, uniform)
         for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
             if not math.isfinite(logp):
@@ -280,12 +272,11 @@ class _Game:
             else:
                 self._running.append(row)
 
-    def _next_number(self, row: _Row) -> float:
-        i = row.drawn % _NUMBERS
-        if not i:
-            row.numbers = self._uniforms(row.episode, row.drawn, _NUMBERS).tolist()
-        return row.numbers[i]
-
-
-_NUMBERS = 64
-"""How many random numbers of a row are drawn at once: a call costs more than the numbers."""
+    def _numbers(self, rows: Sequence[_Row]) -> list[float]:
+        """The random number of each row for its next token. A row counts the tokens that it drew in all its samples."""
+        new = [row for row in rows if row.drawn % _NUMBERS == 0]
+        if new:
+            numbers = self._draws.of([row.episode for row in new]).uniform([row.drawn for row in new], _NUMBERS)
+            for row, column in zip(new, numbers.t().tolist(), strict=True):
+                row.numbers = column
+        return [row.numbers[row.drawn % _NUMBERS] for row in rows]
