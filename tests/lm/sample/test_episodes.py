@@ -87,18 +87,17 @@ def test_a_prompt_without_room_for_a_turn_is_refused() -> None:
 
 
 class Raises(Scripted):
-    """Raises in one turn, and never comes back from another."""
+    """Never comes back from one episode, and raises in the others."""
 
     def __init__(self, held: threading.Event) -> None:
         super().__init__()
         self.held = held
 
     def reply(self, episode: int, turn: Turn) -> Reply:
-        if episode == 2:
+        if episode != 3:
             raise KeyboardInterrupt("stop")
-        if episode == 3:
-            self.held.wait()
-        return super().reply(episode, turn)
+        self.held.wait()
+        return Reply(over=True)
 
 
 def test_what_a_partner_raises_ends_sampling_though_another_call_hangs() -> None:
