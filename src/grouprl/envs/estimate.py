@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
@@ -148,6 +150,21 @@ def n_summary(n_flat: int, images: dict[str, tuple[int, int, int]]) -> int:
     return n_flat + sum(64 * channels for channels, _, _ in images.values())
 
 
+def states(rollout: Rollout) -> Tensor:
+    """``[S]`` int64, equal where the observations acted on are, number for number and before normalisation."""
+    raw = {} if rollout.observed is None else {"flat": rollout.observed}
+    parts = [raw.get(key, value.numpy()) for key, value in rollout.inputs.items()]
+    parts = [np.ascontiguousarray(part + 0.0 if part.dtype.kind == "f" else part) for part in parts]  # -0 is 0
+    numbers: dict[bytes, int] = {}
+    found = []
+    for row in zip(*parts, strict=True):
+        seen = blake2b(digest_size=16)  # of images, many rows would not fit into memory
+        for part in row:
+            seen.update(part)
+        found.append(numbers.setdefault(seen.digest(), len(numbers)))
+    return torch.tensor(found, dtype=torch.int64)
+
+
 def has_signal(rollout: Rollout) -> bool:
     """Whether the rewards could tell one policy from another: they differ, or a non-zero one came less often.
 
@@ -165,7 +182,7 @@ def has_signal(rollout: Rollout) -> bool:
     return bool(len(cut)) and bool(cut.min() < rollout.last_elapsed.max())
 
 
-OFFERED = ("observations", "values", "terminated", "truncated", "elapsed", "trainable")
+OFFERED = ("observations", "values", "states", "gamma", "terminated", "truncated", "elapsed", "trainable")
 """What a user's estimator may ask for by name."""
 
 
@@ -174,6 +191,7 @@ def offers(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) -> d
 
     ``observations``: the flat observations as the environment gave them, ``[S, D]`` float32, or a mapping of prepared
     inputs where there are images. ``values``: ``[S]`` under the closed-form baseline, fitted to the rollout.
+    ``states``: ``[S]``, see :func:`states`. ``gamma``: the setting.
     ``terminated``, ``truncated``: ``[N]`` bool. ``elapsed``: ``[S]`` steps since the start of the episode.
     ``trainable``: ``[S]`` bool, False for repeated actions, from which nothing is learned.
     """
@@ -186,8 +204,10 @@ def offers(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) -> d
         assert baseline is not None
         return baseline.fit(rollout, config)[0]
 
-    made: dict[str, Callable[[], Any]] = {"observations": observations, "values": values}
-    return made | {name: functools.partial(getattr, rollout, name) for name in OFFERED[2:]}
+    made: dict[str, Callable[[], Any]] = {
+        "observations": observations, "values": values, "states": lambda: states(rollout), "gamma": lambda: config.gamma,
+    }  # fmt: skip
+    return made | {name: functools.partial(getattr, rollout, name) for name in OFFERED if name not in made}
 
 
 def advantages(
@@ -207,7 +227,10 @@ def advantages(
         assert baseline is not None
         _, raw, info["explained_variance"] = baseline.fit(rollout, config)
     else:
-        raw = estimator.function(rewards, lengths, group, Estimation(config.gamma, config.scale_rewards))
+        told = Estimation(config.gamma, config.scale_rewards, gigpo_weight=config.gigpo_weight)
+        if estimator.states:
+            told = replace(told, states=states(rollout))
+        raw = estimator.function(rewards, lengths, group, told)
     if estimator.compares:
         info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)
     made = objective.standardise(raw, rollout.trainable) if estimator.standardised else raw
