@@ -205,8 +205,11 @@ def offers(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) -> d
         return baseline.fit(rollout, config)[0]
 
     made: dict[str, Callable[[], Any]] = {
-        "observations": observations, "values": values, "states": lambda: states(rollout), "gamma": lambda: config.gamma,
-    }  # fmt: skip
+        "observations": observations,
+        "values": values,
+        "states": lambda: states(rollout),
+        "gamma": lambda: config.gamma,
+    }
     return made | {name: functools.partial(getattr, rollout, name) for name in OFFERED if name not in made}
 
 

@@ -64,8 +64,8 @@ def estimate_turns(
         per_function: ``[E, F]`` what each reward function gave an episode, NaN where it does not apply; used if each is
             normalised on its own. weights: ``[F]``.
         states: ``[T]`` int64, equal where turns were taken in equal states.
-        own: a user's estimator, in the place of the settings'; it gets ``rewards``, ``lengths`` and ``group``, and if it asks
-            by these names ``states`` and ``gamma``.
+        own: a user's estimator, in the place of the settings'; it gets ``rewards``, ``lengths`` and ``group``, and
+            what it asks for by the names ``states`` and ``gamma``.
 
     Raises TrainingError if rewards or advantages are too large to compute with.
     """
