@@ -671,7 +671,7 @@ class TestAnEstimatorOfOnesOwn:
         assert float(seen["values"].std()) > 0
 
     def test_what_it_cannot_be_given_is_named_before_training(self):
-        with pytest.raises(UsageError, match=r"asks for 'returns'; .* can ask for observations, values, terminated"):
+        with pytest.raises(UsageError, match=r"asks for 'returns'; .* can ask for observations, values, states, gamma"):
             GRPO("CartPole-v1", preset=None, advantage_function=lambda r, n, g, returns: r, n_envs=2)
 
     def test_it_is_needed_to_train_on_and_not_to_act(self, tmp_path):
