@@ -40,7 +40,12 @@ def kl_values(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
 class Player(Protocol):
     """Plays out prompts: samples from the model and has the result judged. There is one for completions and one for
     episodes of several turns; collecting and evaluating do not know which they have.
+
+    Attributes:
+        names: what rewards are called: the reward functions, and what else gives rewards.
     """
+
+    names: tuple[str, ...]
 
     def draw(
         self, prompts: list[Prompt], group_size: int, generator: torch.Generator, numbers: Sequence[int],
@@ -130,6 +135,7 @@ class CompletionPlayer:
 
     def __init__(self, policy: Policy, tokenizer: Any, rewards: RewardCaller, config: GRPOConfig) -> None:
         self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
+        self.names = rewards.names
 
     def draw(
         self, prompts: list[Prompt], group_size: int, generator: torch.Generator, numbers: Sequence[int],
@@ -219,8 +225,12 @@ class ScoredGroups:
 
     def split_by_signal(self, config: GRPOConfig, own: TensorFunction | None) -> tuple[ScoredGroups, ScoredGroups]:
         """The groups with an advantage other than 0, and the groups without one."""
-        signal = groups_with_signal(config, self.rewards.values, self.weights, self.group_size, own).tolist()
+        signal = self.signal(config, own)
         return tuple(self._select([i for i, has in enumerate(signal) if has is wanted]) for wanted in (True, False))  # type: ignore[return-value]
+
+    def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:
+        """For each group whether it has an advantage other than 0."""
+        return groups_with_signal(config, self.rewards.values, self.weights, self.group_size, own).tolist()  # type: ignore[no-any-return]
 
     def first(self, n: int) -> ScoredGroups:
         """The first n groups."""
