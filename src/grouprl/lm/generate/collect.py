@@ -17,12 +17,13 @@ from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
+from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.user_functions import TensorFunction
 
 Metrics = dict[str, float]
 
-EVALUATION = 1 << 48
+EVALUATION_STARTS = 1 << 48
 """The number of the first group of an evaluation: no group of a training has it."""
 
 
@@ -48,12 +49,13 @@ class Player(Protocol):
     names: tuple[str, ...]
 
     def draw(
-        self, prompts: list[Prompt], group_size: int, generator: torch.Generator, numbers: Sequence[int],
+        self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
         settings: SamplingSettings | None = None, state: Any = None,
     ) -> ScoredGroups:  # fmt: skip
         """Sample ``group_size`` times from each prompt, and call the reward functions.
 
         Args:
+            stream: where the random numbers of sampling come from.
             numbers: a number for each group, from which its start is drawn where it is random.
             settings: how to sample; default: as the policy's configuration says.
             state: the trainer's state, handed to reward functions.
@@ -74,16 +76,16 @@ class Collector:
     Args:
         player: samples from the model, and scores what it samples.
         source, order: the prompts, and the order in which to draw them.
-        generator: the random stream of the sampler. own: a user's advantage function, in the place of the settings'.
+        stream: the random stream of the sampler. own: a user's advantage function, in the place of the settings'.
     """
 
     def __init__(
-        self, player: Player, source: PromptSource, order: PromptOrder, config: GRPOConfig, generator: torch.Generator,
+        self, player: Player, source: PromptSource, order: PromptOrder, config: GRPOConfig, stream: Stream,
         own: TensorFunction | None = None,
     ) -> None:  # fmt: skip
         self.own = own
         self.player, self.config = player, config
-        self.source, self.order, self.generator = source, order, generator
+        self.source, self.order, self.stream = source, order, stream
         self.tokens = 0
         """Prompt and completion tokens so far, prompts counted once per completion."""
 
@@ -121,7 +123,7 @@ class Collector:
     def _draw(self, n_prompts: int, group_size: int, state: Any) -> ScoredGroups:
         numbers = range(self.order.drawn, self.order.drawn + n_prompts)
         prompts = [self.source[i] for i in self.order.next_rows(n_prompts)]
-        drawn = self.player.draw(prompts, group_size, self.generator, numbers, state=state)
+        drawn = self.player.draw(prompts, group_size, self.stream, numbers, state=state)
         self.tokens += drawn.n_tokens
         return drawn
 
@@ -138,12 +140,12 @@ class CompletionPlayer:
         self.names = rewards.names
 
     def draw(
-        self, prompts: list[Prompt], group_size: int, generator: torch.Generator, numbers: Sequence[int],
+        self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
         settings: SamplingSettings | None = None, state: Any = None,
     ) -> ScoredGroups:  # fmt: skip
         """As `Player.draw`."""
         return sample_and_score(
-            self.policy, self.tokenizer, self.rewards, prompts, group_size, generator, settings, state,
+            self.policy, self.tokenizer, self.rewards, prompts, group_size, stream, settings, state,
             skip_special_tokens=self.config.skip_special_tokens,
         )  # fmt: skip
 
@@ -270,19 +272,20 @@ def _logged(rounds: list[Rewards]) -> Metrics:
 
 def sample_and_score(
     policy: Policy, tokenizer: Any, rewards: RewardCaller, prompts: list[Prompt], group_size: int,
-    generator: torch.Generator, settings: SamplingSettings | None = None, state: Any = None, *,
+    stream: Stream | Draws, settings: SamplingSettings | None = None, state: Any = None, *,
     skip_special_tokens: bool = False,
 ) -> ScoredGroups:  # fmt: skip
     """Sample ``group_size`` completions of each prompt and call the reward functions.
 
     Args:
+        stream: where the random numbers come from.
         settings: how to sample; default: as the policy's configuration says.
         state: the trainer's state, handed to reward functions.
         skip_special_tokens: leave all special tokens out of the texts, and not only those that end or fill.
 
     Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
     """
-    completions = policy.sample([p.ids for p in prompts], group_size, generator, settings)
+    completions = policy.sample([p.ids for p in prompts], group_size, stream, settings)
     texts = _texts(completions, tokenizer, skip_special_tokens)
     rows = [p for p in prompts for _ in range(group_size)]
     values = rewards(rows, texts, [c.ids for c in completions], state)

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from grouprl.lm.generate.collect import EVALUATION, Metrics, ScoredGroups, describe_scored
+from grouprl.lm.generate.collect import EVALUATION_STARTS, Metrics, ScoredGroups, describe_scored
 from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.prompts import PromptSource
+from grouprl.lm.sample.streams import EVALUATION, Stream
 from grouprl.lm.train.setup import Setup
 
 GREEDY_AT_ONCE = 256
@@ -47,12 +48,12 @@ def evaluate(
     assert prompts.size is not None
     size = prompts.size if n is None else min(n, prompts.size)
     groups = max(1, (at_once or size * group_size) // group_size)
-    generator = torch.Generator().manual_seed(setup.config.seed)
+    stream = Stream(setup.config.seed, EVALUATION)
     settings = sampling_settings(setup.config, greedy=greedy)
     for start in range(0, size, groups):
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
-        numbers = range(EVALUATION + start, EVALUATION + start + len(chunk))
-        yield setup.player.draw(chunk, group_size, generator, numbers, settings, state)
+        numbers = range(EVALUATION_STARTS + start, EVALUATION_STARTS + start + len(chunk))
+        yield setup.player.draw(chunk, group_size, stream, numbers, settings, state)
 
 
 def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = None) -> Metrics:
