@@ -83,7 +83,7 @@ def read_row(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
 
 
 def read_start(row: Any, index: int, name: str, *, needs_prompt: bool) -> Prompt:
-    """Row ``index`` of the dataset ``name`` as the start of an episode, without tokens; its prompt is "" if it has none.
+    """Row ``index`` of the dataset ``name`` as the start of an episode, without tokens; "" stands for no prompt.
 
     Raises UsageError, naming it, if it cannot be used.
     """

@@ -138,8 +138,8 @@ class Interactions:
         name = row.columns.get(ENVIRONMENT_COLUMN)
         if name not in self._factories:
             raise UsageError(
-                f"{where} names the environment {shown(name)} in column {ENVIRONMENT_COLUMN!r}; environment_factory has "
-                f"{', '.join(map(repr, self._factories))}"
+                f"{where} names the environment {shown(name)} in column {ENVIRONMENT_COLUMN!r}; environment_factory "
+                f"has {', '.join(map(repr, self._factories))}"
             )
         return str(name)
 
@@ -189,7 +189,9 @@ def _checked_tools(tools: Any) -> list[Function]:
     if tools is None:
         return []
     if callable(tools):
-        raise UsageError(f"tools is {shown(tools)}; give a list of functions: tools=[{getattr(tools, '__name__', 'f')}]")
+        raise UsageError(
+            f"tools is {shown(tools)}; give a list of functions: tools=[{getattr(tools, '__name__', 'f')}]"
+        )
     if not isinstance(tools, list | tuple):
         raise UsageError(f"tools is {shown(tools)}; give a list of functions")
     return list(tools)

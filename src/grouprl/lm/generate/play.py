@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,17 +20,18 @@ from grouprl.lm.agents.conversation import Conversation, Conversations, Rules
 from grouprl.lm.agents.interaction import Message
 from grouprl.lm.agents.interactions import Interactions, name_of
 from grouprl.lm.generate.collect import Metrics, ScoredGroups
-from grouprl.lm.generate.credit import samples_of_episodes, turn_advantages
-from grouprl.lm.generate.episodes import Episode
+from grouprl.lm.generate.episodes import Episode, samples_of_episodes, turn_advantages
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.call import RewardCaller, total
 from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Sampled
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.user_functions import TensorFunction
 
+_log = logging.getLogger("grouprl")
 TURN_REWARDS = "environment"
 """The name of the sum of the rewards that an environment gave in the turns of an episode."""
 
@@ -76,7 +78,9 @@ class EpisodeGroups(ScoredGroups):
 
     def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:
         """For each group whether one of its turns has an advantage."""
-        advantages = turn_advantages(self.completions, config, own)
+        advantages = turn_advantages(
+            self.completions, config, rewards=self.rewards.values, weights=self.weights, own=own
+        )
         per_episode = torch.split(advantages, [len(e.rewards) for e in self.completions])
         found = [bool((part != 0).any()) for part in per_episode]
         return [any(found[g * self.group_size : (g + 1) * self.group_size]) for g in range(self.n_prompts)]
@@ -99,12 +103,22 @@ class EpisodePlayer:
             config.max_turns, config.history == "turn", config.tool_timeout, config.max_tool_output,
             counted=("tools/calls", "tools/failures", "tools/parse_failures") if interactions.has_tools else (),
         )  # fmt: skip
+        if interactions.has_tools and form.unread:
+            _log.warning(
+                "the chat template shows tools, but the tokenizer does not say how calls are read, so tools and calls "
+                "are text of grouprl's; set tokenizer.response_template for those of the template"
+            )
+        if form.rewrites is not None and not self._rules.anew:
+            _log.warning(
+                "the chat template %s, and here they stay: what was sampled is what is learned from. Serve the model "
+                "with a template that keeps them, or set history='turn'", form.rewrites,
+            )  # fmt: skip
         given = [TURN_REWARDS] if interactions.gives_rewards else []
         self.names = (*rewards.names, *given)
         self.weights = torch.cat([rewards.weights, torch.ones(len(given), dtype=torch.float64)])
 
     def draw(
-        self, prompts: list[Prompt], group_size: int, generator: torch.Generator, numbers: Sequence[int],
+        self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
         settings: SamplingSettings | None = None, state: Any = None,
     ) -> EpisodeGroups:  # fmt: skip
         """As `Player.draw`; members of a group start equal."""
@@ -115,7 +129,7 @@ class EpisodePlayer:
             starts = [conversation.start for conversation in running[::group_size]]
             partner = Conversations(running)
             sampled = self.policy.sample_episodes(
-                [start.ids for start in starts], group_size, generator=generator, partner=partner, settings=settings
+                [start.ids for start in starts], group_size, stream, partner, settings
             )
             partner.check()
             for conversation in running:
@@ -140,15 +154,16 @@ class EpisodePlayer:
             for e, penalty in zip(groups.completions, penalties, strict=True)
         ]
         return samples_of_episodes(
-            episodes, self.config, policy=self.policy, rewards=groups.rewards, texts=groups.texts, own=own
-        )
+            episodes, self.config, policy=self.policy, rewards=groups.rewards.values, weights=self.weights,
+            texts=groups.texts, extras=groups.rewards.extras, own=own,
+        )  # fmt: skip
 
     def check_format(self) -> None:
         """Raises UsageError if conversations cannot be appended to, and would have to be."""
         if self.form.fault is not None and not self._rules.anew and self.config.max_turns != 1:
             raise UsageError(
-                f"{self.form.fault}; give the tokenizer another chat_template, or set history='turn', which renders each "
-                "turn anew"
+                f"{self.form.fault}; give the tokenizer another chat_template, or set history='turn', which renders "
+                "each turn anew"
             )
 
     def _begin(self, row: Prompt, seed: int, group_size: int, running: list[Conversation]) -> None:
@@ -181,9 +196,7 @@ class EpisodePlayer:
         judged = self.rewards(rows, said, ids, state, environments=environments)
         totals = total(judged.values, self.rewards.weights).tolist()
         if self.interactions.gives_rewards:
-            given = [
-                sum(c.rewards) if c.interaction.gives_rewards else math.nan for c in running
-            ]
+            given = [sum(c.rewards) if c.interaction.gives_rewards else math.nan for c in running]
             values = torch.cat([judged.values, torch.tensor(given, dtype=torch.float64)[:, None]], 1)
             judged = replace(judged, values=values, names=self.names)
         episodes = [

@@ -37,7 +37,6 @@ from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
 
-
 Read = Callable[[Any, str], PromptSource]
 
 
@@ -165,14 +164,14 @@ def _rewards(functions: Any, config: GRPOConfig, interactions: Interactions | No
     if interactions is None:
         if functions is None:
             raise UsageError(
-                "reward_funcs is missing; give a function of the completions, or environment_factory with an environment "
-                "that has get_reward"
+                "reward_funcs is missing; give a function of the completions, or environment_factory with an "
+                "environment that has get_reward"
             )
         return RewardCaller(functions, config.reward_weights, config.reward_timeout)
     own = [] if functions is None else [*functions] if isinstance(functions, list | tuple) else [functions]
     if not own and not interactions.rewards and not interactions.gives_rewards:
         raise UsageError(
-            "nothing gives rewards; give reward_funcs, or an environment with a method get_reward, which returns a number"
+            "nothing gives rewards; give reward_funcs, or an environment with get_reward, which returns a number"
         )
     weights = config.reward_weights
     if weights is not None and len(weights) == len(own):
@@ -262,10 +261,7 @@ def read_eval_prompts(read: Read, dataset: Any) -> dict[str, PromptSource]:
         return {}
     several = isinstance(dataset, dict) and "prompt" not in dataset
     parts = {f"eval_dataset[{name!r}]": name for name in dataset} if several else {"eval_dataset": ""}
-    return {
-        name: read(_whole(dataset[name] if several else dataset), said)
-        for said, name in parts.items()
-    }
+    return {name: read(_whole(dataset[name] if several else dataset), said) for said, name in parts.items()}
 
 
 _MOST_ROWS = 1_000_000
