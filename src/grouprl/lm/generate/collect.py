@@ -286,13 +286,13 @@ def sample_and_score(
     Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
     """
     completions = policy.sample([p.ids for p in prompts], group_size, stream, settings)
-    texts = _texts(completions, tokenizer, skip_special_tokens)
+    texts = texts_of(completions, tokenizer, skip_special_tokens)
     rows = [p for p in prompts for _ in range(group_size)]
     values = rewards(rows, texts, [c.ids for c in completions], state)
     return ScoredGroups(prompts, group_size, completions, texts, values, rewards.weights)
 
 
-def _texts(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
+def texts_of(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
     """What the model wrote, without the token that ended it and without padding."""
     padding = getattr(tokenizer, "pad_token_id", None)
     ids = [[t for t in (c.ids[:-1] if c.finished else c.ids) if t != padding] for c in completions]

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grouprl import objective
 from grouprl.errors import UsageError, shown
 from grouprl.lm.agents import tool_calls
 from grouprl.lm.agents.chat_format import ChatFormat
@@ -141,22 +140,11 @@ class EpisodePlayer:
 
     def returns(self, groups: EpisodeGroups) -> Tensor:
         """As `Player.returns`."""
-        most, cache = self.config.max_completion_length, self.config.soft_overlong_cache
-        if cache is None:
-            return groups.returns
-        return groups.returns + objective.soft_overlong(groups.lengths, most, cache).to(groups.returns)
+        return groups.returns
 
     def samples(self, groups: EpisodeGroups, own: TensorFunction | None) -> Samples:
         """As `Player.samples`."""
-        penalties = (self.returns(groups) - groups.returns).tolist()
-        episodes = [
-            replace(e, rewards=[*e.rewards[:-1], e.rewards[-1] + penalty])
-            for e, penalty in zip(groups.completions, penalties, strict=True)
-        ]
-        return samples_of_episodes(
-            episodes, self.config, policy=self.policy, rewards=groups.rewards.values, weights=self.weights,
-            texts=groups.texts, extras=groups.rewards.extras, own=own,
-        )  # fmt: skip
+        return samples_of_groups(groups, self.policy, self.config, own)
 
     def check_format(self) -> None:
         """Raises UsageError if conversations cannot be appended to, and would have to be."""
@@ -209,6 +197,17 @@ class EpisodePlayer:
         ]  # fmt: skip
         texts = [said if isinstance(said, str) else written(said) for said in said]
         return EpisodeGroups(starts, group_size, episodes, texts, judged, self.weights)
+
+
+def samples_of_groups(
+    groups: EpisodeGroups, policy: Policy, config: GRPOConfig, own: TensorFunction | None
+) -> Samples:  # fmt: skip
+    """What is learned from groups of episodes; some may have come from other draws, so they are numbered anew."""
+    episodes = [replace(e, group=i // groups.group_size) for i, e in enumerate(groups.completions)]
+    return samples_of_episodes(
+        episodes, config, policy=policy, rewards=groups.rewards.values, weights=groups.weights, texts=groups.texts,
+        extras=groups.rewards.extras, own=own,
+    )  # fmt: skip
 
 
 def group_seed(seed: int, number: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import UsageError, first_line, shown
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.agents.chat_format import ChatFormat
@@ -21,6 +21,7 @@ from grouprl.lm.agents.interactions import Interactions
 from grouprl.lm.agents.tool_use import Limits
 from grouprl.lm.generate.collect import CompletionPlayer, Player, evaluation_metrics
 from grouprl.lm.generate.play import TURN_REWARDS, EpisodePlayer
+from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids, load
@@ -147,12 +148,21 @@ def make_setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
-        player=_player(policy, tokenizer, rewards, config, interactions, prompts), read=read, functions=functions,
+        player=_player(policy, tokenizer, rewards, config, interactions, acting, prompts), read=read, functions=functions,
         prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
     )  # fmt: skip
 
 
 def _interactions(config: GRPOConfig, acting: Acting) -> Interactions | None:
+    if acting.rollout_func is not None:
+        if not callable(acting.rollout_func):
+            raise UsageError(f"rollout_func is {shown(acting.rollout_func)}; give a function (prompts, trainer)")
+        if acting.tools or acting.environment_factory is not None:
+            raise UsageError(
+                "rollout_func samples in the place of the trainer, so nothing would call the tools or the environments "
+                "that are given beside it; leave them out, or leave rollout_func out"
+            )
+        return None
     if not acting.tools and acting.environment_factory is None:
         return None
     limits = Limits(config.tool_timeout, config.max_tool_output, config.max_tool_calling_iterations)
@@ -202,8 +212,10 @@ def _starts_without_rows(config: GRPOConfig, plan: BatchPlan, interactions: Inte
 
 def _player(
     policy: Policy, tokenizer: Any, rewards: RewardCaller, config: GRPOConfig, interactions: Interactions | None,
-    prompts: PromptSource | None,
+    acting: Acting, prompts: PromptSource | None,
 ) -> Player:  # fmt: skip
+    if acting.rollout_func is not None:
+        return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
     if interactions is None:
         return CompletionPlayer(policy, tokenizer, rewards, config)
     context = context_length(policy.model)
