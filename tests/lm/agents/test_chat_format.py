@@ -1,5 +1,7 @@
 """Conversations in tokens: only what is new is rendered, and it is what rendering everything would give."""
 
+import re
+
 import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +18,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 KNOWS_TOOLS = (
-    "{% if tools %}{{ '<|start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|end|>\n' }}{% endif %}"
+    "{% if tools %}{{ '<|start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|end|>\n' }}"
+    "{% endif %}"
     "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + (m.content or '') }}"
     "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}"
     "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
@@ -110,8 +113,6 @@ def test_a_turn_that_was_cut_off_is_ended_first() -> None:
     ],
 )
 def test_a_template_that_cannot_be_appended_to_is_found_at_once(template: str | None, fault: str) -> None:
-    import re
-
     assert re.search(fault, str(form(template).fault))
 
 
@@ -186,7 +187,7 @@ def test_text_is_tokenised_alone_behind_the_token_that_begins_a_text() -> None:
 def test_a_prompt_that_is_too_long_names_the_row_and_the_bound() -> None:
     f = form(CHATML, room=10, room_is="the context of 20 less max_completion_length=10")
     for prompt in ("x" * 11, [{"role": "user", "content": "x"}]):
-        with pytest.raises(UsageError, match="a row has a prompt of .* tokens, but the context of 20 .*leaves 10"):
+        with pytest.raises(UsageError, match=r"a row has a prompt of .* tokens, but the context of 20 .*leaves 10"):
             f.first(prompt, [], ROW, "a row")
         assert len(f.first(prompt, [], ROW, "a row", limited=False).ids) > 10
     with pytest.raises(UsageError, match="a row has the empty prompt"):

@@ -148,8 +148,8 @@ def make_setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
-        player=_player(policy, tokenizer, rewards, config, interactions, acting, prompts), read=read, functions=functions,
-        prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
+        player=_player(policy, tokenizer, rewards, config, interactions, acting, prompts), read=read,
+        functions=functions, prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
     )  # fmt: skip
 
 
