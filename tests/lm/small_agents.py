@@ -56,6 +56,8 @@ class Buttons:
         Args:
             key: Which one.
         """
+        if self.is_done():
+            raise ValueError("both buttons have been pressed")
         self.pressed.append(key)
         return "yes" if key == self.right else "no"
 
@@ -74,7 +76,7 @@ def config(folder: Path, **settings: Any) -> GRPOConfig:
         **{
             "output_dir": folder, "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 60,
             "max_turn_length": 3, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1, "report_to": [],
-            "save_strategy": "no", "disable_tqdm": True, "seed": 3,
+            "save_strategy": "no", "disable_tqdm": True, "seed": 3, "bf16": False,
         }
         | settings
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import string
 import threading
 import time
 
@@ -28,19 +29,8 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
-class Framework:
-    """Stands for a base class of another package."""
-
-    def render(self) -> str:
-        """Not a tool."""
-        return ""
-
-
-Framework.__module__ = "some_framework.core"
-
-
-class Counter(Framework):
-    """Counts to a number."""
+class Counter(string.Formatter):
+    """Counts to a number. Its base stands for a framework's, whose public methods are no tools."""
 
     def reset(self, start: int = 0, seed: int = 0, **row):
         self.count, self.seed, self.row = start, seed, row

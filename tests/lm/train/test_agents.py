@@ -116,7 +116,7 @@ def test_each_turn_can_be_a_sample_of_its_own(tmp_path: Path, advantage: str) ->
     assert len(samples) == n_turns > len(samples.turns.messages) == 8
     longest = max(len(ids) for ids in samples.turns.contexts)
     shortest = min(len(ids) for ids in samples.turns.contexts)
-    assert shortest < longest <= shortest + 3 + 8  # the turn before and what was said to it
+    assert shortest < longest < 2 * shortest  # the turn before and what was said to it, whichever turn it is
 
 
 def test_groups_without_signal_are_drawn_anew(tmp_path: Path) -> None:
@@ -184,7 +184,9 @@ def test_a_run_that_was_killed_in_the_middle_of_an_episode_resumes_exactly(tmp_p
     resumed = trainer(tmp_path / "cut", settings, environment_factory=Random)
     resumed.train(resume_from_checkpoint=True)
     assert same(weights(whole), weights(resumed))
-    numbers = [[{k: v for k, v in e.items() if not any(t in k for t in TIMES)} for e in logged(t)] for t in (whole, resumed)]
+    numbers = [
+        [{k: v for k, v in e.items() if not any(t in k for t in TIMES)} for e in logged(t)] for t in (whole, resumed)
+    ]
     assert numbers[0] == numbers[1]
 
 

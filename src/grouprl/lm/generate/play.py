@@ -47,8 +47,8 @@ class EpisodeGroups(ScoredGroups):
 
     @property
     def finished(self) -> Tensor:
-        """``[N]`` bool: whether the model ended its last turn by itself."""
-        return torch.tensor([e.samples[-1].finished[-1] for e in self.completions])
+        """``[N]`` bool: whether nothing cut the episode off."""
+        return torch.tensor([not e.truncated for e in self.completions])
 
     @property
     def n_tokens(self) -> int:
