@@ -163,6 +163,9 @@ class Fields(ObjectiveSettings):
     advantage: Annotated[str, OneOf(estimator_names(environments=False), RENAMED_ADVANTAGES)] = Field(
         "outcome", description="estimator; the table of estimators says what each computes"
     )
+    gamma: float = Field(
+        1.0, ge=0, le=1, description="discount per turn; a completion is one turn, in which nothing is discounted"
+    )
     pass_k: int | None = Field(None, ge=2, description="k of advantage=pass_at_k; default: num_generations")
     mask_truncated_completions: bool = Field(False, description="no loss from completions that were cut off")
     soft_overlong_cache: int | None = Field(
