@@ -54,7 +54,7 @@ class Interactions:
         self._loop = EventLoop()
         self.several = isinstance(factory, Mapping)
         self._factories: dict[str | None, Factory | None] = (
-            dict(factory) if isinstance(factory, Mapping) else {None: factory}  # type: ignore[dict-item]
+            {str(name): make for name, make in factory.items()} if isinstance(factory, Mapping) else {None: factory}
         )
         self._kinds: dict[type, Kind] = {}
         self._idle: dict[str | None, list[Interaction]] = {}
@@ -63,7 +63,7 @@ class Interactions:
             raise UsageError("environment_factory is an empty mapping; give {'name': factory}")
         first = {name: self._make(name) for name in self._factories}
         self._idle = {name: [made] for name, made in first.items()}
-        environments = [getattr(made, "environment", None) for made in first.values()]
+        environments: list[Any] = [getattr(made, "environment", None) for made in first.values()]
         self.rewards = reward_functions(
             {
                 type(e): (type(e).__name__, inspect.iscoroutinefunction(e.get_reward))

@@ -190,7 +190,7 @@ class ScoredGroups:
     """P groups of completions with their rewards, prompt after prompt: N = P * group_size completions in all."""
 
     def __init__(
-        self, prompts: list[Prompt], group_size: int, completions: list[Completion], texts: list[str], rewards: Rewards,
+        self, prompts: list[Prompt], group_size: int, completions: list[Any], texts: list[str], rewards: Rewards,
         weights: Tensor,
     ) -> None:  # fmt: skip
         self.prompts, self.group_size, self.completions = prompts, group_size, completions
@@ -232,7 +232,7 @@ class ScoredGroups:
 
     def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:
         """For each group whether it has an advantage other than 0."""
-        return groups_with_signal(config, self.rewards.values, self.weights, self.group_size, own).tolist()  # type: ignore[no-any-return]
+        return groups_with_signal(config, self.rewards.values, self.weights, self.group_size, own).tolist()
 
     def first(self, n: int) -> ScoredGroups:
         """The first n groups."""

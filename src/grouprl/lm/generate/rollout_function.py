@@ -156,7 +156,7 @@ class RolloutPlayer:
         log_probs, spans = self.policy.log_probs, [s.turns for s in of]
         batches = log_probs.micro_batches([s.prompt for s in of], [s.ids for s in of], list(range(len(of))), spans)
         lengths = torch.tensor([len(s.logp) for s in of])
-        computed = log_probs.without_gradient(batches, lengths).cpu().split(lengths.tolist())
+        computed = torch.split(log_probs.without_gradient(batches, lengths).cpu(), lengths.tolist())
         for i, s, logp in zip(missing, of, computed, strict=True):
             sampled[i] = replace(s, logp=torch.where(torch.isnan(s.logp), logp.float(), s.logp))
 

@@ -103,7 +103,7 @@ class Acting:
 
 
 def make_setup(
-    model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction], args: Any, train_dataset: Any,
+    model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction] | None, args: Any, train_dataset: Any,
     eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any, ref_model: Any,
     functions: UserFunctions, acting: Acting,
 ) -> Setup:  # fmt: skip
