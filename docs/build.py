@@ -3,8 +3,9 @@
     python docs/build.py           # write
     python docs/build.py --check   # name the pages that are out of date, write nothing
 
-docs/reference.md is made from the code: settings, presets, recipes, commands, signatures and docstrings. In the other
-pages the text between `<!-- generated: NAME -->` and `<!-- /generated -->` is replaced. NAME is one of
+docs/reference.md is made from the code: settings, presets, recipes, commands, signatures and docstrings. The notebooks
+of docs/course are made from its pages (docs/units.py). In the other pages the text between `<!-- generated: NAME -->`
+and `<!-- /generated -->` is replaced. NAME is one of
 
     results FILE                     benchmarks/results/FILE.md
     results FILE / SECTION / ...     only these sections of it; "intro" is what stands before the first one
@@ -20,6 +21,7 @@ import ast
 import inspect
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Collection
 from importlib import import_module
@@ -32,6 +34,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import units  # noqa: E402 - docs/units.py, beside this file
+
 RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = ROOT / "docs" / "reference.md"
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.S)
@@ -451,6 +457,8 @@ def pages() -> dict[Path, str]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         if page != REFERENCE:
             made[page] = refreshed(page, page.read_text(encoding="utf-8"))
+    for page in units.units():
+        made[page.with_suffix(".ipynb")] = units.notebook(page.read_text(encoding="utf-8"))
     return made
 
 

@@ -32,7 +32,7 @@ from grouprl.objective_settings import OneOf
 from grouprl.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST = 2_000
 """Steps that `learn` is cut to here: that code runs is tested, not what it learns."""
 
