@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,8 +14,10 @@ from grouprl.envs.config import check_names
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.recorder import RunResult, RunSettings, as_written, plan, recording
 from grouprl.envs.vector import EnvLike
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, shown
+from grouprl.importing import load_function
 from grouprl.machine.processes import refuse_several_processes
+from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
@@ -43,7 +46,8 @@ def train(
         preset: as for :class:`~grouprl.envs.grpo.GRPO`.
         steps: environment steps; default: the preset's, or 500,000.
         seed: overrides the configuration's.
-        settings: fields of :class:`~grouprl.envs.config.GRPOConfig`.
+        settings: fields of :class:`~grouprl.envs.config.GRPOConfig`; ``advantage_function`` and ``surrogate_function``
+            too, as ``module:function``.
         env_kwargs: for the environment's constructor.
         run: fields of :class:`RunSettings`.
         progress_bar: True, False, or None for "if standard error is a terminal".
@@ -56,7 +60,7 @@ def train(
     """
     refuse_several_processes()
     chosen = presets.resolve(env_id, preset)
-    values = dict(settings or {})
+    values, functions = _split_functions(settings or {})
     check_names(values)
     if seed is not None:
         values["seed"] = seed
@@ -64,7 +68,7 @@ def train(
     planned = plan(total, run or {}, chosen.eval_every if chosen else None)
     RunFolder(user_path(out).absolute()).check_free(overwrite)
     with RunFolder(user_path(out).absolute()).locked():
-        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
+        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **_loaded(functions), **values)
         if agent.env_lost:
             agent.close()
             raise UsageError(
@@ -72,11 +76,33 @@ def train(
                 "makes that argument itself, or train from Python: GRPO(...).learn(n, callback=Run(folder))"
             )
         about = as_written(agent, planned, env_id, chosen.name if chosen else None)
+        about |= {"functions": functions} if functions else {}
         folder = RunFolder.create(out, about, overwrite=overwrite)
         if announce is not None:
             announce(folder)
         with folder.kept_in_order():
             return _run(folder, planned, agent, progress_bar)
+
+
+FUNCTIONS = ("advantage_function", "surrogate_function")
+"""What a run takes as ``module:function``, in the place of settings."""
+
+
+def _split_functions(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings of the configuration, and the functions of a user's own by name. Raises UsageError for no name."""
+    functions = {name: settings[name] for name in FUNCTIONS if settings.get(name) is not None}
+    for name, function in functions.items():
+        if not isinstance(function, str):
+            raise UsageError(
+                f"{name}={shown(function)}: a run must find it again, so give its name as text, module:function; "
+                f"GRPO(env, {name}=...) takes the function itself"
+            )
+    return {name: value for name, value in settings.items() if name not in FUNCTIONS}, functions
+
+
+def _loaded(functions: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+    """The functions themselves. Raises UsageError if there is no such module or function."""
+    return {name: load_function(function) for name, function in functions.items()}
 
 
 def resume(
@@ -112,9 +138,10 @@ def _resume(folder: RunFolder, steps: int | None, env: EnvLike | None, progress_
             | ({} if steps is None else {"total_timesteps": steps})
         )
         planned = RunSettings(**options)
+        functions = _loaded(_split_functions({**config.get("functions", {})})[1])
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
-    found = newest_good(folder.checkpoints(), lambda path: _agent_of(path, env))
+    found = newest_good(folder.checkpoints(), functools.partial(_agent_of, env=env, functions=functions))
     if found is None:
         raise UsageError(f"{folder.path} holds no checkpoint that can be used; train anew with another --out")
     agent = found[1]
@@ -126,9 +153,9 @@ def _resume(folder: RunFolder, steps: int | None, env: EnvLike | None, progress_
     return _run(folder, planned, agent, progress_bar)
 
 
-def _agent_of(path: Path, env: EnvLike | None) -> GRPO:
+def _agent_of(path: Path, env: EnvLike | None, functions: Mapping[str, Callable[..., Any]]) -> GRPO:
     """The agent of a run, as a checkpoint has it. Raises DamagedFileError, or UsageError for its environment."""
-    agent = loading.from_checkpoint(GRPO, path, env)
+    agent = loading.from_checkpoint(GRPO, path, env, functions=UserFunctions(*map(functions.get, FUNCTIONS)))
     with taking_up(path):
         extra = agent.extra
         solved = extra["solved_at"]
