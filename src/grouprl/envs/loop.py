@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ from torch import Tensor
 from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig
-from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
+from grouprl.envs.estimate import DEFAULT_HORIZON, OFFERED, Baseline, advantages, has_signal, n_summary
 from grouprl.envs.learner import Learner
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
-from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions
+from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions, asked_for, check_asked
 
 Metrics = dict[str, float]
 
@@ -76,6 +76,8 @@ class Loop:
         self._weights_of_baseline: Tensor | None = None  # loaded before there were environments
         self.functions = functions
         self.collector: Collector | None = None
+        self.on_batch: Callable[[Rollout, Tensor], None] | None = None
+        """Told of each batch that is learned from and its advantages ``[S]``, before the update; changes neither."""
         self.n_steps = n_steps
         """Environment steps so far, those of the warm-up included."""
         self.seconds = 0.0
@@ -93,7 +95,10 @@ class Loop:
         observations = self.policy.observations
         self.collector = Collector(venv, observations, self.actions, self.config, self.act_rng)
         self.restart_episodes()
-        if self.config.advantage == "baseline" and self.baseline is None:
+        own = self.functions.advantage
+        check_asked(own, OFFERED)
+        fits = "values" in asked_for(own) if own is not None else self.config.advantage == "baseline"
+        if fits and self.baseline is None:
             width = n_summary(observations.n_flat, dict(observations.images))
             self.baseline = Baseline.create(width, self.config, horizon(venv) or DEFAULT_HORIZON)
             self.baseline.weights = self._weights_of_baseline
@@ -172,6 +177,9 @@ class Loop:
         advantage, metrics = advantages(rollout, config, self.baseline, self.functions.advantage)
         estimated = perf_counter()
         metrics = metrics | {"time_advantages": estimated - began}
+        if self.on_batch is not None:
+            self.on_batch(rollout, advantage)
+            estimated = perf_counter()
         if config.skip_without_signal and not bool(advantage.any()):
             return "equal_advantages", metrics
         self.signal_steps += rollout.n_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -14,22 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from grouprl.doctor import Watch
+from grouprl.doctor.report import write_report
 from grouprl.envs import loading, presets
-from grouprl.envs.config import check_names
+from grouprl.envs.config import GRPOConfig, check_names
 from grouprl.envs.env_kwargs import to_json
+from grouprl.envs.episodes import batch_of
 from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import tracked
 from grouprl.envs.mlp import kernels
+from grouprl.envs.rollout import Rollout
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import TrainingError, UsageError, shown
+from grouprl.importing import load_function
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.usage import Usage
-from grouprl.runs import MetricsLog, RunFolder, make_trackers
+from grouprl.objective.user_functions import UserFunctions
+from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
+from grouprl.runs.episodes import EpisodeLog, Strip, write_html
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
 from grouprl.runs.signals import stopping_on_signals
@@ -40,6 +48,9 @@ _log = logging.getLogger("grouprl")
 
 AVG_REWARD_EPISODES = 20
 """Episodes in ``avg_reward``, the name and the number of the chapter's script."""
+
+EPISODES_KEPT = 12
+"""Batches of a run of which some episodes are kept to be looked at."""
 
 LEAST_PATIENCE = 5000
 """Least steps of a greedy episode that is cut for want of an end."""
@@ -112,6 +123,10 @@ class Recorder:
         self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
         self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
         stack.callback(self.evaluator.close)
+        self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
+        self._next_episodes = 0
+        agent.loop.on_batch = lambda rollout, advantages: self._keep_episodes(agent, rollout, advantages)
+        stack.callback(setattr, agent.loop, "on_batch", None)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
         self.trackers = make_trackers(
             run.track,
@@ -131,6 +146,22 @@ class Recorder:
         self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
         self.solved_at = agent.extra["solved_at"]
         self.log.resume(agent.num_timesteps, agent.extra["metrics"])
+        self._next_episodes = agent.extra["next_episodes"]
+        self.episodes.resume(agent.num_timesteps, agent.extra["episodes"])
+
+    def _keep_episodes(self, agent: GRPO, rollout: Rollout, advantages: Tensor) -> None:
+        """Keep some episodes of a batch that is learned from, where they are due."""
+        step, config = agent.num_timesteps, agent.config
+        if step < self._next_episodes:
+            return
+        every = max(1, self.run.total_timesteps // EPISODES_KEPT)
+        self._next_episodes = step - step % every + every
+        baseline, estimator = agent.loop.baseline, config.advantage
+        if agent.loop.functions.advantage is not None:
+            baseline, estimator = None, "a function of your own"
+        self.episodes.append(
+            batch_of(rollout, advantages, baseline, agent.policy, step=step, gamma=config.gamma, estimator=estimator)
+        )
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
         step = agent.num_timesteps
@@ -167,6 +198,8 @@ class Recorder:
             "next_checkpoint": self._next_checkpoint,
             "solved_at": self.solved_at,
             "metrics": self.log.mark(),
+            "next_episodes": self._next_episodes,
+            "episodes": self.episodes.mark(),
         }
         path = self.folder.checkpoint_path(agent.num_timesteps)
         if self._checkpoint is not None and not self._checkpoint.exists():
@@ -199,7 +232,8 @@ def train(
         preset: as for :class:`~grouprl.envs.grpo.GRPO`.
         steps: environment steps; default: the preset's, or 500,000.
         seed: overrides the configuration's.
-        settings: fields of :class:`~grouprl.envs.config.GRPOConfig`.
+        settings: fields of :class:`~grouprl.envs.config.GRPOConfig`; ``advantage_function`` and ``surrogate_function``
+            too, as ``module:function``.
         env_kwargs: for the environment's constructor.
         run: fields of :class:`RunSettings`.
         progress_bar: True, False, or None for "if standard error is a terminal".
@@ -212,21 +246,21 @@ def train(
     """
     refuse_several_processes()
     chosen = presets.resolve(env_id, preset)
-    values = dict(settings or {})
+    values, functions = _split_functions(settings or {})
     check_names(values)
     if seed is not None:
         values["seed"] = seed
     run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
     RunFolder(user_path(out).absolute()).check_free(overwrite)
     with RunFolder(user_path(out).absolute()).locked():
-        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
+        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **_loaded(functions), **values)
         if agent.env_lost:
             agent.close()
             raise UsageError(
                 f"a run must be able to make its environment again: {agent.env_lost}; register an id whose entry point "
                 "makes that argument itself, or train from Python with GRPO(...).learn"
             )
-        folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings), overwrite=overwrite)
+        folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings, functions), overwrite=overwrite)
         if announce is not None:
             announce(folder)
         with folder.kept_in_order():
@@ -250,7 +284,30 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
         raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
 
 
-def _as_written(env_id: str, preset: presets.Preset | None, agent: GRPO, run: RunSettings) -> dict[str, Any]:
+FUNCTIONS = ("advantage_function", "surrogate_function")
+"""What a run takes as ``module:function``, in the place of settings."""
+
+
+def _split_functions(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings of the configuration, and the functions of a user's own by name. Raises UsageError for no name."""
+    functions = {name: settings[name] for name in FUNCTIONS if settings.get(name) is not None}
+    for name, function in functions.items():
+        if not isinstance(function, str):
+            raise UsageError(
+                f"{name}={shown(function)}: a run must find it again, so give its name as text, module:function; "
+                f"GRPO(env, {name}=...) takes the function itself"
+            )
+    return {name: value for name, value in settings.items() if name not in FUNCTIONS}, functions
+
+
+def _loaded(functions: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+    """The functions themselves. Raises UsageError if there is no such module or function."""
+    return {name: load_function(function) for name, function in functions.items()}
+
+
+def _as_written(
+    env_id: str, preset: presets.Preset | None, agent: GRPO, run: RunSettings, functions: Mapping[str, str]
+) -> dict[str, Any]:
     """What config.yaml says of a run: enough to do it again."""
     return {
         "grouprl": version("grouprl"),
@@ -260,6 +317,7 @@ def _as_written(env_id: str, preset: presets.Preset | None, agent: GRPO, run: Ru
         "env_kwargs": to_json(agent.env_kwargs),
         "run": {**run.__dict__, "track": list(run.track)},
         "config": agent.config.model_dump(mode="json"),
+        **({"functions": dict(functions)} if functions else {}),
     }
 
 
@@ -292,9 +350,10 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
             | ({} if steps is None else {"total_timesteps": steps})
         )
         run_settings = RunSettings(**options)
+        functions = _loaded(_split_functions({**config.get("functions", {})})[1])
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
-    found = newest_good(folder.checkpoints(), _agent_of)
+    found = newest_good(folder.checkpoints(), functools.partial(_agent_of, functions=functions))
     if found is None:
         raise UsageError(f"{folder.path} holds no checkpoint that can be used; train anew with another --out")
     agent = found[1]
@@ -306,9 +365,9 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
     return _run(folder, run_settings, agent, progress_bar)
 
 
-def _agent_of(path: Path) -> GRPO:
+def _agent_of(path: Path, functions: Mapping[str, Callable[..., Any]]) -> GRPO:
     """The agent of a run, as a checkpoint has it. Raises DamagedFileError, or UsageError for its environment."""
-    agent = loading.from_checkpoint(GRPO, path)
+    agent = loading.from_checkpoint(GRPO, path, functions=UserFunctions(*map(functions.get, FUNCTIONS)))
     with taking_up(path):
         extra = agent.extra
         solved = extra["solved_at"]
@@ -317,6 +376,8 @@ def _agent_of(path: Path) -> GRPO:
             "next_checkpoint": int(extra["next_checkpoint"]),
             "solved_at": None if solved is None else (int(solved[0]), float(solved[1])),
             "metrics": extra.get("metrics"),
+            "next_episodes": int(extra.get("next_episodes", 0)),
+            "episodes": extra.get("episodes"),
         }
     return agent
 
@@ -356,6 +417,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
     from grouprl.runs.plots import plot_run
 
     notes: list[str] = []
+    strip = Strip()
     if agent.config.native and kernels.why_not:
         notes.append(f"trained without compiled code, more slowly and with other digits: {kernels.why_not}")
     if (skipped := agent.loop.say_skipped()) is not None:
@@ -370,7 +432,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
                 f"{max(played.lengths)} steps"
             )
         if run.video:
-            notes += record_episodes(agent, folder.video_path)
+            notes += record_episodes(agent, folder.video_path, strip=strip)
         try:
             curve.result()
         except UsageError as error:  # a run too short for one complete episode
@@ -388,4 +450,24 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         "eval": final,
     }
     folder.write_summary(summary)
+    notes += _leave_pages(folder, strip)
     return RunResult(folder, agent, summary, notes)
+
+
+def _leave_pages(folder: RunFolder, strip: Strip) -> list[str]:
+    """Write episodes.html and report.html; returns notes on what could not be made."""
+    notes = []
+    metrics = read_metrics(folder.metrics_path)
+    curve = dict(zip(metrics["step"].astype(int).tolist(), metrics["return_mean"].tolist(), strict=True))
+    try:
+        title = f"{folder.read_config()['env_id']}: {folder.path.name}"
+        write_html(folder.episodes_path, folder.episodes_page, title, curve=curve, film=strip.pictures)
+    except UsageError as error:  # a run that has learned from no batch
+        notes.append(f"no page of episodes: {error}")
+    write_report(folder.path, default_settings())
+    return notes
+
+
+def default_settings() -> dict[str, Any]:
+    """Every setting of learning and its default, as config.yaml holds them."""
+    return GRPOConfig().model_dump(mode="json")

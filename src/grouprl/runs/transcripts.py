@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from grouprl.errors import UsageError, shown
-from grouprl.runs.appended import AppendedFile, is_marked, tell_changed, whole_lines
+from grouprl.runs.appended import whole_lines
 from grouprl.runs.files import plain_number, read_bytes, user_path, write_text
+from grouprl.runs.pages import embed, fill
+from grouprl.runs.records import RecordLog
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -37,6 +36,8 @@ class Transcript:
         reward: their weighted sum, None if there is none.
         advantage: what the update used; None for samples of an evaluation.
         extra: further columns, such as the answer in the dataset.
+        turns: of an episode of several turns what followed the prompt, message after message: ``role`` and ``text``,
+            and of the model's also ``reward`` and ``advantage``. Empty for a completion.
     """
 
     step: int
@@ -50,73 +51,26 @@ class Transcript:
     reward: float | None
     advantage: float | None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    turns: Sequence[Mapping[str, Any]] = ()
 
 
 _WHAT = "file of transcripts"
 
 
-class TranscriptWriter:
+class TranscriptWriter(RecordLog):
     """Appends to a file of transcripts (JSON lines); opens one that exists and goes on after its last whole line."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open `path`, which need not exist yet. Raises UsageError if it cannot be read or written."""
-        self.path = user_path(path)
-        self._file = AppendedFile(self.path)
-        if os.path.lexists(self.path):
-            self._file.take_up(read_bytes(self.path, _WHAT))
+        super().__init__(path, _WHAT, lambda path, number, line: _parse(path, number, line).step)
 
     def append(self, transcripts: Iterable[Transcript]) -> None:
         """Write the samples of a step and hand them to the operating system, so that a crash loses none.
 
         NaN and infinities become null, and what JSON cannot hold becomes text.
         """
-        lines = (json.dumps(_plain(vars(t)), ensure_ascii=False, allow_nan=False) + "\n" for t in transcripts)
-        self._file.append("".join(lines))
-
-    def mark(self) -> dict[str, Any]:
-        """What the file holds now, for a checkpoint: `resume` goes back to it."""
-        return self._file.mark()
-
-    def resume(self, step: int, mark: Mapping[str, Any] | None) -> None:
-        """Go back to what the file was at the checkpoint of `step`, which holds `mark`; older ones hold none.
-
-        If the file does not begin with that any more, this is said and the samples of later steps are dropped.
-        """
-        if mark is not None and self._cut_back(mark):
-            return
-        if mark is not None:
-            tell_changed(self.path, step)
-        self.truncate_after(step)
-
-    def _cut_back(self, mark: Mapping[str, Any]) -> bool:
-        data = read_bytes(self.path, _WHAT) if self.path.exists() else b""
-        begin = data[: mark["bytes"]]
-        if not is_marked(begin, mark):
-            return False
-        if len(begin) < len(data):
-            self._file.replace(begin)
-        return True
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the samples of later steps: those of a run that resumes from a checkpoint of `step`."""
-        if not self.path.exists():
-            return
-        lines = read_bytes(self.path, _WHAT).splitlines(keepends=True)
-        kept = [line for number, line in enumerate(lines, 1) if _parse(self.path, number, line).step <= step]
-        if len(kept) < len(lines):
-            self._file.replace(b"".join(kept))
-
-    def close(self) -> None:
-        """Close the file; `append` opens it again."""
-        self._file.close()
-
-    def __enter__(self) -> TranscriptWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        columns = ({name: value for name, value in vars(t).items() if name != "turns" or value} for t in transcripts)
+        self.append_lines(json.dumps(_plain(one), ensure_ascii=False, allow_nan=False) for one in columns)
 
 
 def read_transcripts(path: str | os.PathLike[str]) -> Iterator[Transcript]:
@@ -165,11 +119,9 @@ def write_html(
         "n_samples": len(samples),
         "file": Path(jsonl_path).name,
     }
-    page = files("grouprl.runs").joinpath("transcripts.html").read_text(encoding="utf-8")
-    kept = _thin(steps, max_bytes - len(page) - len(json.dumps(data)))
+    kept = _thin(steps, max_bytes - len(fill("transcripts.html", title, {"DATA": embed(data)})))
     data["groups"] = [group for groups in kept.values() for group in groups]
-    before, after = page.split("{{DATA}}")
-    write_text(html_path, before.replace("{{TITLE}}", html.escape(title)) + _embed(data) + after)
+    write_text(html_path, fill("transcripts.html", title, {"DATA": embed(data)}))
 
 
 def _compact(group: Sequence[Transcript]) -> dict[str, Any]:
@@ -190,10 +142,16 @@ def _compact(group: Sequence[Transcript]) -> dict[str, Any]:
                 "advantage": _short(sample.advantage),
                 "rewards": {name: _short(value) for name, value in sample.rewards.items()},
                 "extra": {key: _text(value) for key, value in sample.extra.items() if key not in shared},
+                **({"turns": [_turn(turn) for turn in sample.turns]} if sample.turns else {}),
             }
             for sample in sorted(group, key=lambda s: -math.inf if s.reward is None else s.reward, reverse=True)
         ],
     }
+
+
+def _turn(turn: Mapping[str, Any]) -> list[Any]:
+    """Role, text, reward and advantage, the last two None where the model did not say it."""
+    return [turn["role"], turn["text"], _short(turn.get("reward")), _short(turn.get("advantage"))]
 
 
 def _message(message: Mapping[str, Any]) -> list[str]:
@@ -227,15 +185,7 @@ def _fitting(groups: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
 
 
 def _size(group: Mapping[str, Any]) -> int:
-    return len(_embed(group).encode()) + 1
-
-
-def _embed(data: Any) -> str:
-    """JSON that no text in it can break out of the script element it stands in, or be taken for markup."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "backslashreplace").decode()
+    return len(embed(group).encode()) + 1
 
 
 def _short(value: float | None) -> float | None:
@@ -306,11 +256,20 @@ def _parse(path: Path, number: int, line: bytes) -> Transcript:
             raise UsageError(f"{where}: its {name} is {shown(values[name])}.")
     if not isinstance(values.get("extra", {}), dict):
         raise UsageError(f"{where}: its extra is {shown(values['extra'])}.")
+    turns = values.get("turns", [])
+    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
+        raise UsageError(f"{where}: its turns are {shown(turns)}.")
     if unknown := values.keys() - _NAMES:
         raise UsageError(f"{where}: it has {', '.join(map(repr, sorted(unknown)))}.")
     if _depth(values) > 2 * _DEEPEST:
         raise UsageError(f"{where}: it is nested too deeply.")
     return Transcript(**values)
+
+
+def _is_turn(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), str) for name in ("role", "text")):
+        return False
+    return all(_number(value.get(name)) for name in ("reward", "advantage"))
 
 
 def _depth(value: Any) -> int:
