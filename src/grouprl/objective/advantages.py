@@ -107,9 +107,9 @@ def timestep(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float = 1.0
 
     G is the discounted return-to-go without bootstrap. The baseline of a step is made of other samples alone, so the
     policy gradient stays unbiased; left out instead of counted as 0, those that have ended would bias it where a policy
-    decides when to end, unless a step that no other sample has keeps its whole return. leave_one_out=False takes the mean over all samples, i included,
-    which shrinks the advantage by (G-1)/G. Groups of one, and steps where the whole group has the same return-to-go,
-    give exactly 0. Sources: GR2PO, arXiv 2609.19850; GPG, 2510.03679.
+    decides when to end, unless a step that no other sample has keeps its whole return. leave_one_out=False takes the
+    mean over all samples, i included, which shrinks the advantage by (G-1)/G. Groups of one, and steps where the whole
+    group has the same return-to-go, give exactly 0. Sources: GR2PO, arXiv 2609.19850; GPG, 2510.03679.
     Raises UsageError on shapes that do not fit, TrainingError on non-finite returns.
     """
     g = group_returns(rewards, lengths, group)
