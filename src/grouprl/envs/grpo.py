@@ -94,7 +94,7 @@ class GRPO:
         config = make_config({**(chosen.config if chosen else {}), **settings})
         kwargs = {**(chosen.env_kwargs if chosen and isinstance(env, str) else {}), **(env_kwargs or {})}
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
-        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
+        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed, config.env_timeout)
         description = Description(
             config=config,
             observation_space=venv.single_observation_space,

@@ -105,7 +105,7 @@ class Recorder:
         self._next_eval = run.eval_every
         self._next_checkpoint = run.checkpoint_every
         self._checkpoint: Path | None = None
-        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
+        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20), timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
         self.trackers = make_trackers(
