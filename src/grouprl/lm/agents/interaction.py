@@ -1,0 +1,62 @@
+"""The one interface behind tools, environments of TRL's shape and text environments: the other side of an episode."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Message = Mapping[str, Any]
+"""A message of a conversation: ``role``, ``content``, and what else the chat template knows (``tool_calls``, ...)."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the model said in a turn.
+
+    Attributes:
+        text: the decoded turn, without the token that ended it.
+        finished: False if a budget of tokens cut the turn off.
+    """
+
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the other side does with a turn.
+
+    Attributes:
+        messages: what it says: text, which becomes one message of ``role``; messages; or None for nothing.
+        reward: the reward of the turn. terminated: the episode is over by its own rules. truncated: it was cut.
+        anew: ``messages`` are a whole new prompt, in the place of the conversation so far.
+        state: identifies the state in which the turn was taken, for estimators that compare turns in equal states.
+        metrics: numbers of this turn by name, such as ``tools/calls``; they are summed over the episode.
+    """
+
+    messages: str | Sequence[Message] | None = None
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    anew: bool = False
+    state: Hashable | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Interaction(Protocol):
+    """The other side of one episode. One object plays one episode after the other, each begun by :meth:`begin`."""
+
+    def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
+        """Start an episode. Returns the first prompt, messages or text.
+
+        Args:
+            row: the row of the dataset, its ``prompt`` among it; empty if there is no dataset.
+            seed: equal for all members of a group, so that they start equal.
+        """
+
+    def answer(self, said: Said) -> Answer:
+        """React to a turn of the model. Called from any thread, never twice at once for one object."""
+
+    def close(self) -> None:
+        """Release what the object holds."""
