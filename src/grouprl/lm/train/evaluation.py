@@ -17,6 +17,7 @@ from grouprl.lm.generate.collect import Metrics, ScoredGroups, describe_scored, 
 from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.train.setup import Setup
+from grouprl.machine.busy import sleeping_when_busy
 
 GREEDY_AT_ONCE = 256
 """Completions of a greedy evaluation that are sampled side by side, unless per_device_eval_batch_size says."""
@@ -51,10 +52,12 @@ def evaluate(
     settings = sampling_settings(setup.config, greedy=greedy)
     for start in range(0, size, groups):
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
-        yield sample_and_score(
-            setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, generator, settings, state,
-            skip_special_tokens=setup.config.skip_special_tokens,
-        )  # fmt: skip
+        with sleeping_when_busy():
+            scored = sample_and_score(
+                setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, generator, settings, state,
+                skip_special_tokens=setup.config.skip_special_tokens,
+            )  # fmt: skip
+        yield scored
 
 
 def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = None) -> Metrics:

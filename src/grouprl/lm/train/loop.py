@@ -26,6 +26,7 @@ from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.setup import Setup
+from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.record import describe_machine, other_machine
 from grouprl.objective import Objective
 from grouprl.runs.state import check_like, taking_up
@@ -108,7 +109,7 @@ class Run:
     def go(self) -> TrainOutput:
         """Step until the end, or until a callback stops it."""
         try:
-            with self.setup.parameters.written_in_place():
+            with self.setup.parameters.written_in_place(), sleeping_when_busy():
                 return self._go()
         finally:
             self.book.close()

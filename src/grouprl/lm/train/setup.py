@@ -19,6 +19,7 @@ from grouprl.lm.generate.collect import evaluation_metrics
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
+from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
@@ -254,4 +255,5 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
     loaded = loaded.to(config.device)
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)
+    check_read_back(loaded)
     return loaded, tokenizer
