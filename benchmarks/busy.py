@@ -10,9 +10,9 @@ Works: ``nth-word`` is the recipe of that name, full fine-tuning of SmolLM2-135M
 Conditions: quiet; beside one process that keeps a core busy; two of the training side by side; beside fifteen busy
 processes (a load of 15). The training is loaded and warm before the others start.
 
-How threads wait for each other: ``ours`` as grouprl has it; ``spinning`` as OpenMP has it by itself (10 ms here before a
-thread sleeps); ``sleeping`` at once. Each measurement is a new process; waits take turns within a round.
-The figure is the median step of each process, and of these the median over rounds.
+How threads wait for each other: ``ours`` as grouprl has it; ``spinning`` as OpenMP has it by itself (10 ms here
+before a thread sleeps); ``sleeping`` at once. Each measurement is a new process, and waits take turns within
+a round. The figure is the median step of each process, and of these the median over rounds.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class Clock:
 
 
 def train_language_model(clock: Clock) -> None:
-    from grouprl.lm import GRPOConfig, GRPOTrainer, tasks  # before torch, as a command of grouprl's has it
     from transformers import TrainerCallback
+
+    from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
 
     task = tasks.get("nth-word")
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
-from grouprl.envs.mlp import MLP, kernels
+from grouprl.envs.mlp import MLP
+from grouprl.envs.native import kernels
 from grouprl.envs.own_network import check_network, dtype_of
 from grouprl.envs.spaces import ObservationCodec
 from grouprl.errors import UsageError
