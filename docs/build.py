@@ -10,6 +10,7 @@ pages the text between `<!-- generated: NAME -->` and `<!-- /generated -->` is r
     results FILE / SECTION / ...     only these sections of it; "intro" is what stands before the first one
     presets NAME NAME ...            a table of the settings in which presets differ from each other
     table NAME                       a table of grouprl.objective: ESTIMATORS, LOSSES or DIVERGENCES
+    stable_baselines3 PART           what its names are called here: arguments or attributes
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def refreshed(page: Path, text: str, results: Path = RESULTS) -> str:
             body = preset_differences(arguments.split())
         elif kind == "table":
             body = objective_table(arguments)
+        elif kind == "stable_baselines3":
+            body = names_of_stable_baselines(arguments)
         else:
             raise SystemExit(f"{page}: do not know how to generate {block[2]!r}; docs/build.py lists the kinds")
         return f"{block[1]}\n{body.strip()}\n\n{block[3]}"
@@ -126,6 +129,18 @@ def objective_table(name: str) -> str:
         rows = [[f"`{n}`", sentence(e.about), *columns(n)] for n, e in objective.DIVERGENCES.items()]
         return table(["`kl_estimator`", "what is penalised", *ARENAS], rows)
     raise SystemExit(f"grouprl.objective has no table {name!r}; ESTIMATORS, LOSSES and DIVERGENCES are there")
+
+
+def names_of_stable_baselines(part: str) -> str:
+    """A table of the names of Stable-Baselines3 that are others here, of arguments or of attributes."""
+    from grouprl.envs.config import GRPOConfig
+    from grouprl.envs.stable_baselines import ATTRIBUTES, ELSEWHERE, SAME_THING
+    from grouprl.objective_settings import ALIASES
+
+    if part == "attributes":
+        return table(["of a model", "here"], [[f"`{name}`", text] for name, text in ATTRIBUTES.items()])
+    same = [[f"`{name}`", f"`{ALIASES[name]}`"] for name in SAME_THING if ALIASES[name] in GRPOConfig.model_fields]
+    return table(["argument", "here"], [*same, *([f"`{name}`", text] for name, text in ELSEWHERE.items())])
 
 
 ARENAS = ["environments", "language models"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from grouprl import GRPO, UsageError
-from grouprl.envs.config import make_config
+from grouprl.envs.config import GRPOConfig, make_config
+from grouprl.envs.metric_names import tracked
+from grouprl.envs.stable_baselines import ATTRIBUTES, ELSEWHERE
 
 QUICK: dict[str, Any] = {"preset": None, "n_envs": 2, "collect": "segments", "n_steps": 16, "warmup_steps": 0}
 
@@ -99,3 +102,37 @@ def test_its_vector_environments_and_its_order_of_arguments_are_told_apart() -> 
         GRPO(DummyVecEnv())  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="progress_bar=4 must be True or False"):
         GRPO("CartPole-v1", **QUICK).learn(10, None, 4)  # type: ignore[arg-type]
+
+
+def test_what_is_read_from_a_model_is_there_or_named() -> None:
+    agent = GRPO("CartPole-v1", **QUICK)
+    assert (agent.n_envs, agent.device) == (2, torch.device("cpu"))
+    parameters = agent.get_parameters()["policy"]
+    assert parameters
+    assert all(torch.equal(parameters[k], v) for k, v in agent.policy.state_dict().items())
+    for name, message in {
+        "gamma": "it is agent.config.gamma", "n_epochs": "it is agent.config.epochs", "logger": "metrics.csv",
+        "ep_info_buffer": "agent.recent_returns", "clip_range": "epsilon", "no_such_thing": "'no_such_thing'$",
+    }.items():  # fmt: skip
+        with pytest.raises(AttributeError, match=message):
+            getattr(agent, name)
+    assert not hasattr(agent, "rollout_buffer")
+    with pytest.raises(UsageError, match=r"agent\.predict"):
+        agent.policy.predict(agent.observation_space.sample())
+
+
+@pytest.mark.parametrize("text", [*ATTRIBUTES.values(), *ELSEWHERE.values()])
+def test_what_is_advised_exists(text: str) -> None:
+    agent = GRPO("CartPole-v1", **QUICK)
+    for name in re.findall(r"\bagent\.(\w+)", text):
+        assert hasattr(agent, name)
+    for setting in re.findall(r"\b(\w+)=", text):
+        assert setting in GRPOConfig.model_fields or setting in ("network", "progress_bar", "seed")
+
+
+def test_trackers_show_its_groups() -> None:
+    names = {
+        "return_mean": "rollout/return_mean", "approx_kl": "train/approx_kl", "eval_return": "eval/return",
+        "time_update": "time/update", "steps_per_second": "time/steps_per_second", "loss": "train/loss",
+    }  # fmt: skip
+    assert list(tracked(dict.fromkeys(names, 0.0))) == list(names.values())

@@ -25,7 +25,15 @@ from grouprl.errors import TrainingError
 from grouprl.runs import read_metrics
 from grouprl.runs.state import load_state
 
-TIMING = {"train_seconds", "steps_per_second", "time_collect", "time_advantages", "time_update"}
+TIMING = {
+    "train_seconds",
+    "steps_per_second",
+    "time_collect",
+    "time_advantages",
+    "time_update",
+    "memory_gb",
+    "cpu_wait",
+}
 SMALL: dict[str, Any] = {
     "n_envs": 4,
     "collect": "segments",

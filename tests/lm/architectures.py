@@ -6,6 +6,7 @@ influence on its log-probabilities.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.low_precision import LowPrecision
-from grouprl.lm.packed.packing import Group
+from grouprl.lm.packed.packing import Group, Spans
 from grouprl.lm.policy.log_probs import LogProbs, steps_of
 
 VOCABULARY = 97
@@ -114,6 +115,26 @@ MIXED = ((5, (4, 1, 7)), (1, (3,)), (9, (1, 2, 6, 2)), (2, (1, 1)))
 """Groups of unequal sizes, completions of one token, a prompt of one token."""
 
 
+EPISODES = ((5, ((2, 3, 1), (4,), (1, 1, 2, 4, 1))), (1, ((3, 1, 1),)), (9, ((1, 2, 1), (6,))))
+"""Of each group the length of the prompt, and of each completion the lengths of turns of the model and its partner."""
+
+
+def random_episodes(*shapes: tuple[int, Sequence[Sequence[int]]], seed: int = 0) -> list[Group]:
+    """For each (prompt length, lengths of turns of each completion) a group. The first turn is the model's."""
+    whole = random_groups(*((length, [sum(ns) for ns in turns]) for length, turns in shapes), seed=seed)
+    groups = []
+    for group, (_, turns) in zip(whole, shapes, strict=True):
+        ends = [[0, *itertools.accumulate(ns)] for ns in turns]
+        spans = [[(e[k], e[k + 1]) for k in range(0, len(e) - 1, 2)] for e in ends]
+        groups.append(Group(group.prompt, group.completions, spans))
+    return groups
+
+
+def of_turns(x: Tensor, spans: Spans) -> Tensor:
+    """Of ``x [n, ...]``, one entry for each token of a completion, those of the model's turns."""
+    return torch.cat([x[start:stop] for start, stop in spans])
+
+
 def naive_log_probs(model: Any, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0) -> Tensor:
     """``[n]``: one sequence, no padding, no cache, the softmax over everything."""
     ids = torch.tensor([[*prompt, *completion]], device=model.device)
@@ -125,12 +146,16 @@ def naive_log_probs(model: Any, prompt: Sequence[int], completion: Sequence[int]
 def naive(
     model: Any, groups: Sequence[Group], weights: Tensor | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probabilities ``[m]`` of all completions, and the gradient of ``(weights * logp).sum()`` by autograd.
+    """Log-probabilities ``[m]`` of the model's turns, and the gradient of ``(weights * logp).sum()`` by autograd.
 
     Log-probabilities come on the CPU, gradients where the model is.
     """
     model.zero_grad(set_to_none=True)
-    parts = [naive_log_probs(model, g.prompt, c, temperature) for g in groups for c in g.completions]
+    parts = [
+        of_turns(naive_log_probs(model, g.prompt, c, temperature), g.spans(j))
+        for g in groups
+        for j, c in enumerate(g.completions)
+    ]
     logp = torch.cat(parts)
     if weights is None:
         return logp.detach().cpu(), {}
@@ -158,20 +183,21 @@ def relative_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def n_tokens(groups: Sequence[Group]) -> int:
-    """Completion tokens of ``groups``."""
-    return sum(len(c) for g in groups for c in g.completions)
+    """The model's tokens in ``groups``."""
+    return sum(stop - start for g in groups for j in range(len(g.completions)) for start, stop in g.spans(j))
 
 
 def random_weights(groups: Sequence[Group], seed: int = 1) -> Tensor:
-    """One normal number per completion token."""
+    """One normal number per token of the model."""
     return torch.randn(n_tokens(groups), generator=torch.Generator().manual_seed(seed))
 
 
 def as_samples(groups: Sequence[Group]) -> tuple[list[Any], list[Any], list[int], Tensor]:
-    """Prompts, completions, group of each completion, lengths."""
+    """Prompts, completions, group of each completion, numbers of the model's tokens."""
     completions = [c for g in groups for c in g.completions]
     group = [i for i, g in enumerate(groups) for _ in g.completions]
-    return [g.prompt for g in groups], completions, group, torch.tensor([len(c) for c in completions])
+    lengths = [sum(stop - start for start, stop in g.spans(j)) for g in groups for j in range(len(g.completions))]
+    return [g.prompt for g in groups], completions, group, torch.tensor(lengths)
 
 
 def learned(log_probs: Any, groups: Sequence[Group], weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -179,8 +205,10 @@ def learned(log_probs: Any, groups: Sequence[Group], weights: Tensor) -> tuple[T
     prompts, completions, group, lengths = as_samples(groups)
     log_probs.model.zero_grad(set_to_none=True)
     logp = torch.full((len(weights),), torch.nan)
+    whole = all(g.turns is None for g in groups)
+    turns = None if whole else [g.spans(j) for g in groups for j in range(len(g.completions))]
     with log_probs.learning():
-        for part in log_probs.micro_batches(prompts, completions, group):
+        for part in log_probs.micro_batches(prompts, completions, group, turns):
             index = steps_of(part.samples, lengths)
             terms = log_probs.evaluate(part)
             logp[index] = terms.logp.detach().cpu()

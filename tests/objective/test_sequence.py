@@ -59,6 +59,15 @@ def test_each_level_gives_a_surrogate_the_ratio_it_names():
         assert_close(ratio(importance_logp(logp, old, LENGTHS, level), old).detach(), expected[level])
 
 
+def test_at_the_level_of_turns_a_turn_is_what_a_sample_is_at_that_of_sequences():
+    logp, old, _ = packed()
+    turns = torch.tensor([1, 1, 1, 2, 1])
+    found = importance_logp(logp, old, turns, "turn")
+    assert torch.equal(found, importance_logp(logp, old, turns, "sequence"))
+    of_turn = (logp - old).detach()[3:5].mean()  # the first two steps of the last sample
+    assert_close((found - old).detach()[3:5], torch.stack([of_turn, of_turn]))
+
+
 def test_at_token_level_nothing_changes():
     logp, old, _ = packed()
     assert importance_logp(logp, old, LENGTHS, "token") is logp

@@ -35,7 +35,7 @@ def presets_command(
     print(f"\n{'grouprl train-lm':28s} {'task, model':28s} {'steps':>10s}  expect (greedy held-out accuracy)")
     for known in recipe.names():
         made = recipe.load(known)
-        what = f"{made.task}, {made.model}"
+        what = f"{made.subject}, {made.model}"
         print(f"{known:28s} {what:28s} {made.config['max_steps']:>10,d}  {made.expect.get('accuracy_after', '-')}")
 
 

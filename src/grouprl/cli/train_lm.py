@@ -68,7 +68,7 @@ def train_lm(
     loaded = recipes.load(recipe)
     changed = loaded.changed(settings)
     place = out or default_run_path("runs", changed.name, changed.config.get("seed", 42))
-    said = f"training {changed.model} on {changed.task}; the run folder is"
+    said = f"training {changed.model} on {changed.subject}; the run folder is"
     result = training.train(
         loaded, place, settings=settings, steps=steps, track=tuple(track) if track else None, overwrite=overwrite,
         progress_bar=False if quiet else None, announce=lambda run: print(said, run.path, flush=True),

@@ -31,7 +31,13 @@ from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.spaces import ObservationCodec
-from grouprl.envs.stable_baselines import checked_callbacks, refuse_arguments, refuse_positional, says_stop
+from grouprl.envs.stable_baselines import (
+    checked_callbacks,
+    missing_attribute,
+    refuse_arguments,
+    refuse_positional,
+    says_stop,
+)
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
@@ -193,6 +199,24 @@ class GRPO:
     def recent_returns(self) -> list[float]:
         """Returns of the last training episodes, at most 100, the newest last."""
         return list(self.loop.recent_returns)
+
+    @property
+    def n_envs(self) -> int:
+        """Environments stepped side by side."""
+        return self.config.n_envs if self._held.venv is None else self._held.venv.num_envs
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the policy."""
+        return torch.device(self.config.device)
+
+    def get_parameters(self) -> dict[str, dict[str, torch.Tensor]]:
+        """``{"policy": tensors}`` by name, those of the normalisation among them; they are the policy's own."""
+        return {"policy": self.policy.state_dict()}
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises AttributeError with what to use instead, for a name of Stable-Baselines3 or of a setting."""
+        raise AttributeError(missing_attribute(name, GRPOConfig.model_fields))
 
     # --- environment -------------------------------------------------------------------------------------------------
     def where(self) -> tuple[EnvLike, dict[str, Any]]:

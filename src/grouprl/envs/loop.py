@@ -199,6 +199,7 @@ class Loop:
     def _describe(self, rollout: Rollout) -> Metrics:
         distribution = self.policy.distribution
         recent = np.asarray(self.recent_returns, float)
+        spread = {"policy_std": float(self.policy.log_std.detach().exp().mean())} if self.policy.gaussian else {}
         return {
             "update": self.learner.updates + 1,
             "step": self.n_steps,
@@ -208,6 +209,7 @@ class Loop:
             "episodes": len(rollout.episode_returns),
             "batch_steps": rollout.n_steps,
             "policy_entropy": float(distribution.entropy(rollout.behaviour).mean()),
+            **spread,
             "reward_mean": float(rollout.rewards.mean()),
         }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -123,6 +124,10 @@ class Policy(nn.Module):
 
     # --- normalisation -------------------------------------------------------------------------------------------
     @np.errstate(all="ignore")
+    def predict(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises UsageError: the agent predicts, because it knows the random stream and the masks."""
+        raise UsageError("the policy has no predict of its own; call agent.predict(observation)")
+
     def refresh(self) -> None:
         """Recompute what :meth:`prepare` uses from the buffers; call after loading them."""
         real = self.observations.normalise

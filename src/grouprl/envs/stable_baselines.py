@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from grouprl.errors import UsageError, with_type
+from grouprl.objective_settings import ALIASES
 
 NO_POLICY_NAME = (
     "there are no names of policies: the network follows the observation space; GRPO(env, hidden_sizes=(64, 64), "
     "activation='tanh'), or network=your own function (inputs, outputs) -> torch.nn.Module"
 )
+
+SAME_THING = ("n_epochs", "ent_coef", "batch_size", "net_arch", "activation_fn")
+"""Arguments of Stable-Baselines3 that are settings of another name here."""
 
 ELSEWHERE = {
     "policy": NO_POLICY_NAME,
@@ -40,6 +44,39 @@ ELSEWHERE = {
     "reset_num_timesteps": "num_timesteps always counts on, and schedules run over one call of learn; leave it out",
 }
 """Arguments of Stable-Baselines3 that are no settings here: for each, one sentence with what to do instead."""
+
+
+ATTRIBUTES = {
+    "logger": "a callback gets the metrics of every update, and grouprl train ENV writes metrics.csv and TensorBoard's "
+    "files",
+    "set_logger": "a callback gets the metrics of every update, and can log them where you like",
+    "ep_info_buffer": "agent.recent_returns has the returns of the last 100 training episodes",
+    "ep_success_buffer": "agent.recent_returns has the returns of the last 100 training episodes",
+    "set_parameters": "agent.policy.load_state_dict(tensors) is it; GRPO.load(path) reads a saved agent",
+    "get_vec_normalize_env": "observations are normalised inside the policy, and saved with it",
+    "rollout_buffer": "a batch is gone when it was learned from; a callback gets its metrics",
+    "collect_rollouts": "agent.learn(total_timesteps) collects and learns, one batch after the other",
+    "train": "agent.learn(total_timesteps) trains",
+    "set_random_seed": "the seed is given at construction: GRPO(env, seed=0)",
+    "lr_schedule": "agent.config.lr_schedule names it; metrics hold the learning_rate of every update",
+    "verbose": "learn(progress_bar=True) shows how far it is",
+    "action_noise": "the policy itself draws; entropy_coef, log_std_init and sticky say how much it explores",
+}
+"""Attributes and methods of Stable-Baselines3's models that a GRPO has not: for each, what to use instead."""
+
+
+def missing_attribute(name: str, settings: Collection[str]) -> str:
+    """What to say where an agent has no attribute ``name``. ``settings`` are the names of its configuration."""
+    said = f"GRPO has no attribute {name!r}"
+    setting = ALIASES.get(name, name)
+    if name in ATTRIBUTES:
+        return f"{said}: {ATTRIBUTES[name]}"
+    if setting in settings:
+        return f"{said}: it is agent.config.{setting}"
+    if name in ELSEWHERE:
+        return f"{said}: {ELSEWHERE[name]}"
+    return said
+
 
 SIGNATURE = "a callback is a function callback(agent, metrics) that returns False to stop, else True or None"
 

@@ -15,17 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from grouprl.doctor import Watch
 from grouprl.envs import loading, presets
 from grouprl.envs.config import check_names
 from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
+from grouprl.envs.metric_names import tracked
 from grouprl.envs.native import kernels
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.usage import Usage
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
@@ -105,6 +108,8 @@ class Recorder:
         self._next_eval = run.eval_every
         self._next_checkpoint = run.checkpoint_every
         self._checkpoint: Path | None = None
+        self._usage = Usage()
+        self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
         self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20), timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
@@ -140,14 +145,16 @@ class Recorder:
                 self.solved_at = (step, agent.train_seconds)
         else:
             metrics["eval_return"] = float("nan")
+        metrics |= self._usage.read()
         self.log.append(metrics)
+        self._watch.note(metrics, step / self.run.total_timesteps)
         recent = agent.recent_returns[-AVG_REWARD_EPISODES:]
         script_names = {"avg_reward": float(np.mean(recent))} if recent else {}
         if "kl" in metrics:
             script_names["kl_divergence"] = metrics["kl"] if agent.config.beta > 0 else metrics["approx_kl"]
         shown = {key: value for key, value in (metrics | script_names).items() if np.isfinite(value)}
         for tracker in self.trackers:
-            tracker.log(shown, step)
+            tracker.log(tracked(shown), step)
         if step >= self._next_checkpoint and step < self.run.total_timesteps:
             self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
             self.checkpoint(agent, may_restart=True)

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 from grouprl.extras import require
 
 if TYPE_CHECKING:
+    from grouprl.lm.agents.environments.text import text_environment
     from grouprl.lm.settings.config import GRPOConfig
     from grouprl.lm.train.trainer import GRPOTrainer
 
 _HOMES = {
     "GRPOConfig": "grouprl.lm.settings.config",
     "GRPOTrainer": "grouprl.lm.train.trainer",
+    "text_environment": "grouprl.lm.agents.environments.text",
 }
-__all__ = ["GRPOConfig", "GRPOTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "text_environment"]
 
 
 def __getattr__(name: str) -> Any:

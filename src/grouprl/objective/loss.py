@@ -21,6 +21,7 @@ class Fixed(NamedTuple):
         logp_old: ``[m]`` under the policy that sampled; None: the policy itself, as in the first step on a batch.
         logp_ref: ``[m]`` under the reference; None: no sampled divergence.
         lengths: ``[n]`` steps of each sample, if the m steps are those of n whole samples, end to end.
+        turns: ``[k]`` steps of each turn of these samples, end to end.
     """
 
     advantages: Tensor
@@ -28,6 +29,7 @@ class Fixed(NamedTuple):
     logp_old: Tensor | None = None
     logp_ref: Tensor | None = None
     lengths: Tensor | None = None
+    turns: Tensor | None = None
 
 
 class LossTerms(NamedTuple):
@@ -73,9 +75,11 @@ def policy_loss(
     """
     entry, advantages, effective = LOSSES[objective.loss_type], fixed.advantages, logp
     old = logp.detach() if fixed.logp_old is None else fixed.logp_old
-    if objective.importance_sampling_level != "token":
-        assert fixed.lengths is not None
-        effective = importance_logp(logp, old, fixed.lengths, objective.importance_sampling_level)
+    level = objective.importance_sampling_level
+    if level != "token":
+        pieces = fixed.turns if level == "turn" else fixed.lengths
+        assert pieces is not None
+        effective = importance_logp(logp, old, pieces, level)
         advantages, old = advantages.to(effective.dtype), old.to(effective.dtype)
 
     own = objective.surrogate_function

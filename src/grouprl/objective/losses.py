@@ -17,7 +17,7 @@ from grouprl.objective import surrogates
 from grouprl.objective.user_functions import TensorFunction
 from grouprl.objective.weights import constant_length, sample_mean, sample_sum, token_mean
 
-Level = Literal["token", "sequence", "sequence_token"]
+Level = Literal["token", "turn", "sequence", "sequence_token"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Loss:
     cut: Cut | None = None
     parameters: tuple[str, ...] = ()
     cap: bool = False
-    levels: tuple[Level, ...] = ("token", "sequence", "sequence_token")
+    levels: tuple[Level, ...] = ("token", "turn", "sequence", "sequence_token")
     whole_samples: bool = False
     probabilities: bool = False
     environments: bool = True
@@ -167,7 +167,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "luspo": Loss(
         "clipped ratio; sum over the steps of a sample, mean over samples", "LUSPO, 2602.05261",
-        weights=lambda o, lengths, n: sample_sum(lengths, n), **_CLIP, levels=("sequence", "sequence_token"),
+        weights=lambda o, lengths, n: sample_sum(lengths, n), **_CLIP, levels=("sequence", "sequence_token", "turn"),
         whole_samples=True,
     ),
     "cispo": Loss(

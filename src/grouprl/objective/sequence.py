@@ -1,8 +1,9 @@
-"""Importance ratios of whole samples, and a mask of samples gone too far off policy.
+"""Importance ratios of whole samples or turns, and a mask of samples gone too far off policy.
 
 The likelihood of a sample is compared with its likelihood under the policy that drew it, per step:
 s_i = exp(mean_t(logp - logp_old)), the geometric mean of its steps' ratios. `importance_logp` gives log-probabilities
-whose ratio to logp_old is s_i at every step, so that every surrogate works at every level.
+whose ratio to logp_old is s_i at every step, so that every surrogate works at every level. The ratio of a turn is the
+same with the turn in the place of the sample.
 
 A sample must be whole: unlike the ratio of a step, s_i of half a sample is another number.
 """
@@ -47,12 +48,12 @@ def gspo_token_log_ratio(logp: Tensor, logp_old: Tensor, lengths: Tensor) -> Ten
 
 
 def importance_logp(
-    logp: Tensor, logp_old: Tensor, lengths: Tensor, level: Literal["token", "sequence", "sequence_token"]
+    logp: Tensor, logp_old: Tensor, lengths: Tensor, level: Literal["token", "turn", "sequence", "sequence_token"]
 ) -> Tensor:
     """[S]: log-probabilities to hand to a surrogate in place of logp, so that its ratio is the one of `level`.
 
     "token": logp itself. "sequence": logp_old + `gspo_log_ratio`. "sequence_token": logp_old + `gspo_token_log_ratio`.
-    The last two are float64 (float32 on Apple's GPU).
+    "turn": as "sequence", with the lengths of the turns. The last three are float64 (float32 on Apple's GPU).
 
     At level "sequence" every step of a sample has the same loss, so `sample_mean` weights give GSPO's objective: the
     mean over samples of the surrogate of s_i. Weights that are equal for all steps multiply it by the sample's length.
@@ -61,12 +62,12 @@ def importance_logp(
     if level == "token":
         check_packed(lengths, logp=logp)
         return logp
-    if level == "sequence":
+    if level in ("sequence", "turn"):
         log_ratio = gspo_log_ratio(logp, logp_old, lengths)
     elif level == "sequence_token":
         log_ratio = gspo_token_log_ratio(logp, logp_old, lengths)
     else:
-        raise UsageError(f'level must be "token", "sequence" or "sequence_token", got {level!r}.')
+        raise UsageError(f'level must be "token", "turn", "sequence" or "sequence_token", got {level!r}.')
     return logp_old.detach().to(log_ratio.dtype) + log_ratio
 
 

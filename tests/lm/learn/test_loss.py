@@ -33,8 +33,7 @@ def step_weights(c: GRPOConfig, lengths: Tensor, counted: Tensor) -> Tensor:
 def token_loss(c: GRPOConfig, logp: Tensor, entropy: Tensor, fixed: Fixed) -> tuple[Tensor, StepSums]:
     objective = Objective.of(c)
     terms = policy_loss(objective, logp, fixed)
-    assert fixed.lengths is not None
-    return terms.loss, sums_of(objective, terms, entropy, fixed.lengths)
+    return terms.loss, sums_of(objective, terms, entropy, fixed)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -169,6 +168,8 @@ def test_what_gdpo_would_leave_out_of_the_advantage_is_refused(settings: dict) -
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 N = [3, 1, 4, 2, 5]
+TURNS = [[3], [1], [1, 3], [2], [2, 1, 2]]
+OF_TURNS = torch.tensor([n for turns in TURNS for n in turns])
 
 
 def data(seed: int = 0, spread: float = 0.4) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -182,21 +183,26 @@ def data(seed: int = 0, spread: float = 0.4) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def by_formula(
-    c: GRPOConfig, logp: Tensor, old: Tensor, ref: Tensor | None, a: Tensor, weights: Tensor, lengths: list[int] = N
-) -> Tensor:
+    c: GRPOConfig, logp: Tensor, old: Tensor, ref: Tensor | None, a: Tensor, weights: Tensor, lengths: list[int] = N,
+    turns: list[list[int]] | None = None,
+) -> Tensor:  # fmt: skip
     """The loss, written out sample by sample and token by token in the precision given."""
     high = c.epsilon if c.epsilon_high is None else c.epsilon_high
     total = torch.zeros((), dtype=torch.float64)
     refs = itertools.repeat(None) if ref is None else ref.split(lengths)
-    for new, o, A, w, r in zip(
-        logp.split(lengths), old.split(lengths), a.split(lengths), weights.split(lengths), refs, strict=False
-    ):
+    for new, o, A, w, r, of_turns in zip(
+        logp.split(lengths), old.split(lengths), a.split(lengths), weights.split(lengths), refs,
+        turns or [[n] for n in lengths], strict=False,
+    ):  # fmt: skip
+        per_turn = [part.mean().exp().expand(len(part)) for part in (new - o).split(of_turns)]
         s = ((new - o).sum() / len(new)).exp()
         for t in range(len(new)):
             live = (new[t] - new[t].detach()).exp()  # 1 in value
             rho = (new[t] - o[t]).exp()
             if c.importance_sampling_level == "sequence":
                 rho = s
+            elif c.importance_sampling_level == "turn":
+                rho = torch.cat(per_turn)[t]
             elif c.importance_sampling_level == "sequence_token":
                 rho = s.detach() * live
             clipped = rho.clamp(1 - c.epsilon, 1 + high)
@@ -236,7 +242,7 @@ def by_formula(
 
 def found(c: GRPOConfig, logp, old, ref, a, weights) -> tuple[Tensor, Tensor, StepSums]:
     logp = logp.clone().requires_grad_()
-    loss, sums = token_loss(c, logp, torch.ones_like(logp), Fixed(a, weights, old, ref, torch.tensor(N)))
+    loss, sums = token_loss(c, logp, torch.ones_like(logp), Fixed(a, weights, old, ref, torch.tensor(N), OF_TURNS))
     (gradient,) = torch.autograd.grad(loss, logp)
     return loss.detach(), gradient, sums
 
@@ -244,7 +250,7 @@ def found(c: GRPOConfig, logp, old, ref, a, weights) -> tuple[Tensor, Tensor, St
 def compare(c: GRPOConfig, logp, old, ref, a, weights) -> None:
     wide = logp.double().requires_grad_()
     base = wide.detach() if old is None else old.double()
-    expected = by_formula(c, wide, base, None if ref is None else ref.double(), a.double(), weights.double())
+    expected = by_formula(c, wide, base, None if ref is None else ref.double(), a.double(), weights.double(), N, TURNS)
     (wanted,) = torch.autograd.grad(expected, wide)
     loss, gradient, sums = found(c, logp, old, ref, a, weights)
     assert sums.loss == pytest.approx(float(loss), rel=1e-6)
@@ -344,6 +350,14 @@ def test_where_a_completion_has_one_ratio_completions_are_counted() -> None:
     for level in ("sequence", "sequence_token"):
         _, sums = token_loss(config(importance_sampling_level=level), logp, torch.zeros(6), fixed)
         assert (sums.low, sums.high, sums.least_low, sums.most_high) == (1.0, 1.0, 0.0, 1.0)
+
+
+def test_where_a_turn_has_one_ratio_turns_are_counted() -> None:
+    old, logp = torch.zeros(6), torch.tensor([1.3, 1.3, 0.7, 0.7, 0.7, 1.0]).log()
+    a = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, -1.0])
+    fixed = Fixed(a, torch.ones(6), old, None, torch.tensor([2, 4]), torch.tensor([1, 1, 2, 1, 1]))
+    _, sums = token_loss(config(importance_sampling_level="turn"), logp, torch.zeros(6), fixed)
+    assert (sums.low, sums.high, sums.least_low, sums.most_high) == (2.0, 2.0, 0.0, 1.0)
 
 
 def test_no_two_names_stand_for_the_same_estimator_or_loss() -> None:

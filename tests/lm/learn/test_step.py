@@ -9,17 +9,19 @@ from architectures import (
     MIXED,
     build,
     naive_log_probs,
+    of_turns,
     random_groups,
     relative_error,
     take_gradient,
 )
+from played import CONTEXTS, PLAYED, SPANS, episodes
 from small_policies import adapted, policy
 from test_loss import by_formula
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
 from grouprl.learning.parameters import TrainedParameters
-from grouprl.lm.generate.samples import Samples, split_into_steps
+from grouprl.lm.generate.samples import Samples
 from grouprl.lm.learn.metrics import StepSums
 from grouprl.lm.learn.optimizer import make_optimizer
 from grouprl.lm.learn.step import Mismatch, Step, optimizer_step, step_weights
@@ -203,12 +205,81 @@ def test_a_step_with_nothing_to_learn_from_has_a_gradient_of_0(of: Samples) -> N
     assert torch.equal(run.parameters.values(), before)
 
 
+# --- episodes of several turns ----------------------------------------------------------------------------------------
+
+
+def of_episodes(model: nn.Module, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of the model's tokens: one masked pass over each sample."""
+    completions = [c for g in PLAYED for c in g.completions]
+    parts = zip(CONTEXTS, completions, SPANS, strict=True)
+    return torch.cat([of_turns(naive_log_probs(model, p, c, temperature), spans) for p, c, spans in parts])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"loss_type": "grpo", "epsilon": 0.05, "beta": 0.2},
+        {"importance_sampling_level": "turn", "epsilon": 0.02, "temperature": 0.7},
+        {"importance_sampling_level": "turn", "loss_type": "grpo", "epsilon": 0.02},
+        {"importance_sampling_level": "sequence", "loss_type": "luspo", "epsilon": 0.02},
+    ],
+)
+def test_a_step_on_episodes_has_the_gradient_of_the_objective(settings: dict, plain: bool) -> None:
+    reference = build("llama", seed=1) if settings.get("beta") else None
+    run = Run(build("llama"), reference, attention="plain" if plain else "auto", **settings)
+    of, temperature = episodes(), run.config.temperature
+    with torch.no_grad():
+        old = of_episodes(run.model, temperature)
+        ref = None if reference is None else of_episodes(reference, temperature)
+    of_turn = [[stop - start for start, stop in spans] for spans in SPANS]
+    lengths = [sum(ns) for ns in of_turn]
+    step = run.step(of, torch.arange(6))
+    assert run.gradient(step, remember=True)
+    run.perturb()
+    copied = copy.deepcopy(run.model).eval()
+    if run.config.loss_type == "dapo":
+        weights = torch.full((sum(lengths),), 1 / sum(lengths))
+    else:  # the first two samples are one episode
+        of_episode = torch.tensor([lengths[0] + lengths[1]] * 2 + lengths[2:])
+        weights = torch.repeat_interleave(1 / (5 * of_episode), torch.tensor(lengths))
+        if run.config.loss_type == "luspo":
+            weights = torch.full((sum(lengths),), 1 / 5)
+    logp = of_episodes(copied, temperature)
+    by_formula(run.config, logp, old, ref, of.advantages, weights, lengths, of_turn).backward()
+    assert relative_error(run.gradient(step), take_gradient(copied)) < 1e-5
+
+
+def test_an_episode_that_was_cut_weighs_nothing_with_all_of_its_samples() -> None:
+    run = Run(build("llama"), mask_truncated_completions=True, loss_type="grpo")
+    step = run.step(episodes(torch.tensor([True, False, False, True, False])), torch.arange(6))
+    lengths = episodes().lengths.tolist()
+    wanted = [[0.0] * lengths[0], [0.0] * lengths[1], *([1 / (5 * n)] * n for n in lengths[2:])]
+    wanted[4] = [0.0] * lengths[4]
+    torch.testing.assert_close(step.weights, torch.tensor([w for part in wanted for w in part]))
+    assert step.active.tolist() == [2, 3, 5]
+
+
+def test_ratios_of_turns_are_counted_by_turns_and_those_of_tokens_by_the_tokens_of_the_model() -> None:
+    counts = {}
+    for level in ("token", "turn", "sequence"):
+        run = Run(build("llama"), importance_sampling_level=level)
+        counts[level] = run.step(episodes(), torch.arange(6)).n_ratios
+    assert counts == {"token": int(episodes().lengths.sum()), "turn": sum(map(len, SPANS)), "sequence": 6}
+
+
+def test_the_steps_of_a_generation_share_out_whole_episodes() -> None:
+    assert [part.tolist() for part in episodes().steps(1)] == [[0, 1, 2, 3, 4, 5]]
+    assert [part.tolist() for part in episodes().steps(5)] == [[0, 1], [2], [3], [4], [5]]
+
+
 # --- several steps on one generation ----------------------------------------------------------------------------------
 
 
 def test_the_steps_of_a_generation_share_out_its_samples_in_order() -> None:
-    parts = split_into_steps(12, 3)
-    assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [part.tolist() for part in samples().steps(2)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert [part.tolist() for part in samples().steps(5)] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 
 def test_a_step_on_some_samples_has_the_weights_of_these_alone() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import (
+    EPISODES,
     MIXED,
     as_samples,
     build,
     learned,
     naive,
+    random_episodes,
     random_groups,
     random_weights,
     relative_error,
@@ -43,6 +45,16 @@ def test_fused_layers_give_the_naive_log_probabilities_and_gradients(name: str, 
     assert relative_error(found[1], wanted[1]) < 2e-5
     for parameter, gradient in wanted[1].items():  # of every parameter, the small ones too
         assert relative_error({"": found[1][parameter]}, {"": gradient}) < 2e-4, parameter
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_fused_layers_give_the_naive_numbers_of_the_turns_of_episodes(name: str) -> None:
+    model, groups = wide(name), random_episodes(*EPISODES, (21, ((17, 5, 18), (3, 30, 2, 4, 1))))
+    weights = random_weights(groups)
+    wanted = naive(model, groups, weights, 0.7)
+    found = learned(fused(model, temperature=0.7), groups, weights)
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-4)
+    assert relative_error(found[1], wanted[1]) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

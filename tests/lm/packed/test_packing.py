@@ -36,6 +36,21 @@ def test_a_pack_holds_all_prompts_then_all_completions_end_to_end() -> None:
     assert groups.tolist() == [0, 4, 6]
 
 
+def test_tokens_of_the_partner_are_inputs_and_not_targets() -> None:
+    completions = [[20, 21, 22, 23, 24, 25], [30, 31]]
+    whole = Pack.of([Group([10, 11], completions), Group([50], [[60, 61]])])
+    group = Group([10, 11], completions, [[(0, 2), (5, 6)], [(1, 2)]])
+    pack = Pack.of([group, Group([50], [[60, 61]])])
+    assert torch.equal(pack.ids, whole.ids)
+    assert torch.equal(pack.positions, whole.positions)
+    assert pack.places == whole.places
+    assert pack.targets.tolist() == [20, 21, 25, 31, 60, 61]
+    assert pack.ids[pack.predictors].tolist() == [11, 20, 24, 30, 50, 60]
+    assert pack.lengths.tolist() == [3, 1, 2]
+    assert group.n_inputs == 8
+    assert group.only([1]) == Group([10, 11], [[30, 31]], [[(1, 2)]])
+
+
 def test_the_block_of_two_groups_is_padded_with_places_behind_the_row() -> None:
     (block,) = Pack.of([Group([10, 11, 12], [[20, 21], [30]]), Group([50], [[60, 61, 62]])]).rectangles[0]
     assert block.prompt.tolist() == [[0, 1, 2], [3, 7, 7]]

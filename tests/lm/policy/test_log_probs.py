@@ -6,6 +6,7 @@ The bounds are 20 times what rounding to float32 makes of these models; both com
 import pytest
 import torch
 from architectures import (
+    EPISODES,
     MIXED,
     PACKED,
     PLAIN,
@@ -16,6 +17,7 @@ from architectures import (
     make_log_probs,
     naive,
     naive_log_probs,
+    random_episodes,
     random_groups,
     random_weights,
     relative_error,
@@ -50,6 +52,59 @@ def test_plain_log_probabilities_and_gradients_are_the_naive_ones(name: str) -> 
     weights = random_weights(groups)
     wanted = naive(model, groups, weights, 0.7)
     assert_same(learned(make_log_probs(model, temperature=0.7, plain=True), groups, weights), wanted)
+
+
+@pytest.mark.parametrize("name", PACKED + PLAIN)
+def test_of_an_episode_the_turns_of_the_model_have_the_naive_numbers(name: str) -> None:
+    model, groups = build(name), random_episodes(*EPISODES)
+    weights = random_weights(groups)
+    wanted = naive(model, groups, weights, 0.7)
+    if name in PACKED:
+        assert_same(learned(make_log_probs(model, temperature=0.7), groups, weights), wanted)
+    assert_same(learned(make_log_probs(model, temperature=0.7, plain=True), groups, weights), wanted)
+
+
+def test_a_turn_that_is_the_whole_completion_changes_no_bit() -> None:
+    model, groups = build("llama"), random_groups(*MIXED)
+    weights = random_weights(groups)
+    as_turns = [Group(g.prompt, g.completions, [[(0, len(c))] for c in g.completions]) for g in groups]
+    for plain in (False, True):
+        found, wanted = (learned(make_log_probs(model, plain=plain), g, weights) for g in (as_turns, groups))
+        assert torch.equal(found[0], wanted[0])
+        assert all(torch.equal(found[1][name], wanted[1][name]) for name in wanted[1])
+
+
+@pytest.mark.parametrize("budget", [1, 9, 14, 10**9])
+def test_how_episodes_are_divided_into_parts_does_not_matter(budget: int) -> None:
+    """A budget counts the tokens of the partner too, which take as much memory in every layer."""
+    model, groups = build("gemma3"), random_episodes(*EPISODES)
+    weights = random_weights(groups)
+    log_probs = make_log_probs(model, budget=budget)
+    parts = log_probs.micro_batches(*as_samples(groups)[:3], [g.spans(j) for g in groups for j in range(len(g.turns))])
+    assert sorted(torch.cat([part.samples for part in parts]).tolist()) == list(range(6))
+    assert all(sum(g.n_inputs for g in part.groups) <= max(budget, 14) for part in parts)
+    found = learned(log_probs, groups, weights)
+    assert_same(found, learned(make_log_probs(model), groups, weights), logp=2e-5, gradient=5e-6)
+
+
+def test_the_entropy_of_an_episode_is_that_of_the_turns_of_the_model() -> None:
+    model, groups = build("llama"), random_episodes(*EPISODES[:1])
+    (group,) = groups
+    n = len(random_weights(groups))
+    for plain in (False, True):
+        log_probs = make_log_probs(model, plain=plain)
+        with log_probs.learning():
+            entropy = log_probs.evaluate(MicroBatch(groups, torch.arange(3))).entropy
+        wanted = []
+        for spans, completion in zip(group.turns, group.completions, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*group.prompt, *completion]])).logits[
+                    0, len(group.prompt) - 1 :
+                ]
+            every = torch.distributions.Categorical(logits=logits).entropy()
+            wanted += [every[start:stop] for start, stop in spans]
+        assert len(entropy) == n
+        torch.testing.assert_close(entropy, torch.cat(wanted), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3"])

@@ -10,6 +10,7 @@ import yaml
 
 from grouprl.errors import UsageError
 from grouprl.lm.run import recipe
+from grouprl.lm.run.data import load_task_data
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.settings.config import GRPOConfig
 
@@ -84,3 +85,39 @@ def test_an_unknown_preset_is_told_the_closest_one() -> None:
 def test_an_unknown_setting_is_told_the_closest_one(setting: str, close: str) -> None:
     with pytest.raises(UsageError, match=f"unknown setting '{setting}'; did you mean '{close}'"):
         recipe.load("tiny").changed({setting: 1})
+
+
+def test_a_recipe_names_a_task_or_an_environment(tmp_path: Path) -> None:
+    given = recipe.load(written(tmp_path, {"model": "tiny", "environment": "guess-number", "tools": ["a:b"]}))
+    assert (given.subject, given.tools) == ("guess-number", ["a:b"])
+    assert Recipe(**{"name": "mine", **given.to_dict()}) == given
+    for both in ({}, {"task": "sort", "environment": "guess-number"}):
+        with pytest.raises(UsageError, match=r"lacks task|a task or an environment, one of the two"):
+            recipe.load(written(tmp_path, {"model": "tiny", **both}))
+
+
+def test_the_starts_of_an_environment_are_even_seeds_to_train_on_and_odd_ones_held_out() -> None:
+    options = {"env_kwargs": "grouprl.lm.agents.environments.of_gymnasium:random_lake", "form": "text"}
+    given = Recipe("mine", "tiny", environment="FrozenLake-v1", environment_options=options, n_train=3, n_eval=2)
+    data = load_task_data(given)
+    assert [row["seed"] for row in data.train] == [0, 2, 4]
+    assert [row["seed"] for row in data.held_out] == [1, 3]
+    assert (data.reward, data.task) == (None, None)
+    assert "Goal: down 3, right 3." in data.environment().begin({}, 0)
+
+
+def test_an_environment_whose_class_is_no_text_environment_is_played_as_it_is() -> None:
+    name = "grouprl.lm.agents.environments.text:Episodes"
+    assert load_task_data(Recipe("mine", "tiny", environment=name)).environment.__name__ == "Episodes"
+    with pytest.raises(UsageError, match="is no text environment and takes none"):
+        load_task_data(Recipe("mine", "tiny", environment=name, environment_options={"cue": "x"}))
+
+
+def test_an_option_that_text_environments_do_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"unexpected keyword argument 'colour'; known: env, env_kwargs"):
+        load_task_data(Recipe("mine", "tiny", environment="guess-number", environment_options={"colour": 1}))
+
+
+def test_tools_of_a_recipe_are_functions_by_name() -> None:
+    given = Recipe("mine", "tiny", "sort", tools=["grouprl.lm.agents.calculator:calculate"], n_train=2, n_eval=2)
+    assert [tool.__name__ for tool in load_task_data(given).tools] == ["calculate"]

@@ -19,7 +19,9 @@ from grouprl.lm.run import training
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.training import RunResult
 
-TIMES = ("train_seconds", "step_time", "eval_sampled_runtime", "eval_sampled_samples_per_second")
+TIMES = (
+    "train_seconds", "step_time", "memory_gb", "cpu_wait", "eval_sampled_runtime", "eval_sampled_samples_per_second",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from grouprl.lm.run.held_out import HeldOutEvaluation
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.training import RunResult
 
-TIMES = ("train_seconds", "step_time")
+TIMES = ("train_seconds", "step_time", "memory_gb", "cpu_wait")
 
 
 def short(**changes: Any) -> Recipe:

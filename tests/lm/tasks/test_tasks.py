@@ -15,6 +15,7 @@ from grouprl.lm import tasks
 from grouprl.lm.tasks.arithmetic import Arithmetic
 from grouprl.lm.tasks.countdown import Countdown
 from grouprl.lm.tasks.letter_count import LetterCount
+from grouprl.lm.tasks.multi_digit import MultiDigit
 from grouprl.lm.tasks.nth_word import NthWord
 from grouprl.lm.tasks.strings import Reverse, Sort
 from grouprl.lm.tasks.task import held_out
@@ -55,6 +56,16 @@ def test_arithmetic_gives_the_result_and_keeps_to_its_ranges():
         assert b_low <= b <= b_high
         by_counting = {"+": len([*range(a), *range(b)]), "-": len(range(b, a)), "x": len([*range(a)] * b)}
         assert int(row["answer"]) == by_counting[sign]
+    assert seen == {"+", "-", "x"}
+
+
+def test_multi_digit_gives_the_result_of_numbers_of_that_many_digits():
+    seen = set()
+    for row in tasks.dataset(MultiDigit(digits=4), "train", 300):
+        a, sign, b = re.fullmatch(r"What is (\d{4}) ([-+x]) (\d{4})\?", row["question"]).groups()
+        seen.add(sign)
+        assert int(a) >= int(b)
+        assert int(row["answer"]) == {"+": int(a) + int(b), "-": int(a) - int(b), "x": int(a) * int(b)}[sign]
     assert seen == {"+", "-", "x"}
 
 
@@ -300,7 +311,7 @@ def test_countdown_pays_for_a_solution_and_a_little_for_the_right_numbers(reply,
 
 
 def test_an_unknown_task_is_answered_with_the_closest_and_with_all():
-    assert tasks.names() == ["arithmetic", "countdown", "letter-count", "nth-word", "reverse", "sort"]
+    assert tasks.names() == ["arithmetic", "countdown", "letter-count", "multi-digit", "nth-word", "reverse", "sort"]
     with pytest.raises(UsageError, match=r"no task 'nth_word'; did you mean 'nth-word'\? There are: arithmetic, count"):
         tasks.get("nth_word")
     with pytest.raises(UsageError, match="no task 'xyz'; There are"):
@@ -320,6 +331,7 @@ def test_options_reach_the_task_and_wrong_ones_are_refused():
         ("nth-word", "n_words", True),
         ("countdown", "n_numbers", 7),
         ("letter-count", "n_words", 0),
+        ("multi-digit", "digits", 1),
         ("arithmetic", "operations", "/"),
         ("arithmetic", "operations", ""),
     ]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grouprl.objective import LOSSES, LossTerms, Objective
+from grouprl.objective import LOSSES, Fixed, LossTerms, Objective
 from grouprl.objective.packed import segment_sum
 
 
@@ -21,12 +21,12 @@ class StepSums:
     kl: float = 0.0
     entropy: float = 0.0
     low: float = 0.0
-    """Ratios cut off below: of tokens, or of completions where each has one ratio."""
+    """Ratios cut off below: of tokens, or of turns or completions where each has one ratio."""
     high: float = 0.0
     """Above."""
     tokens: int = 0
     least_low: float = math.inf
-    """Share of a completion's ratios cut off below, in the completion with the smallest."""
+    """Share of a completion's ratios cut off below, in the completion with the smallest; of a turn's if it has one."""
     most_high: float = 0.0
     """Above, in the one with the largest."""
 
@@ -39,13 +39,15 @@ class StepSums:
 
 
 @torch.no_grad()
-def sums_of(objective: Objective, terms: LossTerms, entropy: Tensor, lengths: Tensor) -> StepSums:
+def sums_of(objective: Objective, terms: LossTerms, entropy: Tensor, fixed: Fixed) -> StepSums:
     """The sums of one part.
 
     Args:
-        terms: what :func:`grouprl.objective.policy_loss` gave for its m tokens. entropy: ``[m]``.
-        lengths: ``[n]`` of its completions.
+        terms: what :func:`grouprl.objective.policy_loss` gave for its m tokens, from what is ``fixed`` of them.
+        entropy: ``[m]``.
     """
+    lengths = fixed.turns if objective.importance_sampling_level == "turn" else fixed.lengths
+    assert lengths is not None
     zero = torch.zeros((), device=terms.loss.device)
     found = {"loss": terms.loss, "kl": zero if terms.kl is None else terms.kl.sum(), "entropy": entropy.sum()}
     if terms.cut is None:
@@ -59,16 +61,13 @@ def sums_of(objective: Objective, terms: LossTerms, entropy: Tensor, lengths: Te
     return StepSums(**dict(zip(found, numbers, strict=True)), tokens=len(entropy))
 
 
-def cut_metrics(
-    objective: Objective, sums: StepSums, n_tokens: int, n_samples: int, *, all_active: bool
-) -> dict[str, float]:
-    """Shares of ratios that the loss bounds, of all that count: samples without advantage are not bounded.
+def cut_metrics(objective: Objective, sums: StepSums, n: int, *, all_active: bool) -> dict[str, float]:
+    """Shares of ratios that the loss bounds, of all ``n`` that count: samples without advantage are not bounded.
 
     Args:
-        n_tokens, n_samples: those that count. all_active: whether none of them was left out of the sums.
+        all_active: whether no sample that counts was left out of the sums.
     """
     loss = LOSSES[objective.loss_type]
-    n = n_tokens if objective.importance_sampling_level == "token" else n_samples
     if not n or loss.cut is None or objective.surrogate_function is not None:
         return {}
     low, high = sums.low / n, sums.high / n

@@ -21,15 +21,16 @@ from grouprl.lm.policy.policy import Policy
 from grouprl.lm.sample.finite import all_finite, not_finite
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective import LOSSES, Fixed, Objective, policy_loss
-from grouprl.objective.packed import segment_ids, segment_sum
+from grouprl.objective.packed import last_index, segment_ids, segment_sum
 
 
 def step_weights(objective: Objective, lengths: Tensor, counted: Tensor) -> Tensor:
     """Weight ``[S]`` of each token in the loss of an optimizer step: fixed before any of it is evaluated.
 
     Args:
-        lengths: ``[N]`` of all samples of the step. counted: ``[N]`` bool; others weigh 0 (cut-off completions with
-            mask_truncated_completions), and no longer count as tokens, but still as samples.
+        lengths: ``[E]`` tokens of the model in all episodes of the step: a completion is an episode of one sample.
+        counted: ``[E]`` bool; others weigh 0 (cut-off completions with mask_truncated_completions), and no longer count
+            as tokens, but still as samples.
     """
     weights = torch.zeros(int(lengths.sum()))
     if bool(counted.any()):
@@ -45,7 +46,8 @@ class Step:
         chosen: ``[n]`` the samples, by index. objective: what is minimised.
 
     Samples that cannot move the model get no forward pass: cut-off ones with mask_truncated_completions, and those of
-    advantage 0 if no KL term moves them. They still count in the denominators.
+    advantage 0 if no KL term moves them. They still count in the denominators. An episode of several samples weighs as
+    one sample that holds the tokens of all of them.
     """
 
     def __init__(
@@ -54,18 +56,26 @@ class Step:
         self.policy, self.samples, self.config, self.objective = policy, samples, config, objective
         lengths = samples.lengths
         counted = samples.finished[chosen] if config.mask_truncated_completions else torch.ones(len(chosen)) > 0
+        _, parts = torch.unique_consecutive(samples.episode[chosen], return_counts=True)
         self.weights = torch.zeros(int(lengths.sum()))
-        self.weights[steps_of(chosen, lengths)] = step_weights(objective, lengths[chosen], counted)
+        self.weights[steps_of(chosen, lengths)] = step_weights(
+            objective, segment_sum(lengths[chosen], parts), counted[last_index(parts)]
+        )
         active = counted.clone()
         kl_loss = config.beta > 0 and config.kl_in == "loss"
         if config.skip_zero_advantage and not kl_loss:
             active &= segment_sum(samples.advantages.abs(), lengths)[chosen] > 0
         self.active = chosen[active]
-        self.n_tokens, self.n_samples = int(lengths[chosen][counted].sum()), int(counted.sum())
+        self.all_active = len(self.active) == int(counted.sum())
+        level = objective.importance_sampling_level
+        of_each = lengths if level == "token" else samples.n_turns if level == "turn" else torch.ones_like(lengths)
+        self.n_ratios = int(of_each[chosen][counted].sum())
         index = self.active.tolist()
+        prompts, group = samples.contexts
         batches = policy.log_probs.micro_batches(
-            [p.ids for p in samples.prompts], [samples.completions[i] for i in index], samples.group[index].tolist()
-        )
+            prompts, [samples.completions[i] for i in index], group[index].tolist(),
+            None if samples.turns is None else [samples.turns.spans[i] for i in index],
+        )  # fmt: skip
         self.micro_batches = [MicroBatch(batch.groups, self.active[batch.samples]) for batch in batches]
 
     def remember_old(self) -> None:
@@ -98,6 +108,7 @@ class Step:
                     logp_old=samples.logp_old[index].to(device) if old_known else None,
                     logp_ref=None if reference is None else samples.logp_ref[index].to(device),
                     lengths=lengths[batch.samples].to(device),
+                    turns=samples.turn_lengths[steps_of(batch.samples, samples.n_turns)].to(device),
                 )
                 tokens = self.policy.log_probs.evaluate(batch)
                 terms = policy_loss(self.objective, tokens.logp, fixed)
@@ -107,8 +118,7 @@ class Step:
                         "undo that (model.unmerge_adapter()), or begin anew with the model as it is now"
                     )
                 terms.loss.backward()  # type: ignore[no-untyped-call]
-                assert fixed.lengths is not None
-                here = sums_of(self.objective, terms, tokens.entropy, fixed.lengths)
+                here = sums_of(self.objective, terms, tokens.entropy, fixed)
                 logp = tokens.logp.detach().cpu()
                 self._check_finite(here, logp)
                 sums.add(here)
@@ -182,9 +192,7 @@ def optimizer_step(
         "set bf16=False", before_step=on_gradient,
     )  # fmt: skip
     metrics = {"loss": sums.loss, "grad_norm": norm, **mismatch.metrics()}
-    metrics |= cut_metrics(
-        step.objective, sums, step.n_tokens, step.n_samples, all_active=len(step.active) == step.n_samples
-    )
+    metrics |= cut_metrics(step.objective, sums, step.n_ratios, all_active=step.all_active)
     if sums.tokens:
         metrics["entropy"] = sums.entropy / sums.tokens
         if step.config.beta > 0 and step.config.kl_in == "loss":

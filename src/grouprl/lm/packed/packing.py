@@ -25,6 +25,9 @@ ACCELERATOR_SCORES = 1 << 22
 CPU."""
 
 
+Spans = Sequence[tuple[int, int]]
+"""``(start, stop)`` of each turn of the model in a completion, in order. The model predicts these tokens alone."""
+
 Places = tuple[range, list[range]]
 """The indices of a prompt's tokens in the row, and the indices of each of its completions' tokens."""
 
@@ -36,10 +39,22 @@ class Group:
     Attributes:
         prompt: the token ids of the prompt, at least one.
         completions: the token ids of each completion, at least one each.
+        turns: the turns of the model in each completion, if tokens of its partner lie between them. The last token of a
+            completion belongs to a turn. None: each completion is one turn.
     """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    turns: Sequence[Spans] | None = None
+
+    def spans(self, j: int) -> Spans:
+        """The turns of the model in completion ``j``."""
+        return ((0, len(self.completions[j])),) if self.turns is None else self.turns[j]
+
+    def only(self, which: Sequence[int]) -> Group:
+        """The group with some of its completions."""
+        turns = None if self.turns is None else [self.turns[j] for j in which]
+        return Group(self.prompt, [self.completions[j] for j in which], turns)
 
     @property
     def n_inputs(self) -> int:
@@ -106,7 +121,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Pack:
-    """One row of S_in input tokens, and the m completion tokens that the model predicts from it.
+    """One row of S_in input tokens, and the m tokens of the model's turns that it predicts from it.
 
     The row holds P groups with N completions in total. All tensors are int64.
 
@@ -116,8 +131,8 @@ class Pack:
         positions: ``[S_in]``, the position of each token in its sequence. A sequence is a prompt and one completion.
         predictors: ``[m]``, for each target the index in the row of the token before it, from which the model predicts
             the target.
-        targets: ``[m]`` token ids of the completions, one completion after the other, in the order of the groups.
-        lengths: ``[N]`` lengths of the completions. Their sum is m.
+        targets: ``[m]`` token ids of the model's turns, one completion after the other, in the order of the groups.
+        lengths: ``[N]`` the number of targets in each completion. Their sum is m.
         prompt_lengths: ``[P]`` lengths of the prompts.
     """
 
@@ -144,15 +159,20 @@ class Pack:
             positions += range(len(group.prompt))
         for group, prompt in zip(groups, prompts, strict=True):
             completions = []
-            for completion in group.completions:
+            for j, completion in enumerate(group.completions):
                 completions.append(range(len(ids), len(ids) + len(completion) - 1))
                 ids += completion[:-1]
                 positions += range(len(prompt), len(prompt) + len(completions[-1]))
-                predictors.append(prompt[-1])
-                predictors += completions[-1]
-                targets += completion
+                before = [prompt[-1], *completions[-1]]
+                for start, stop in group.spans(j):
+                    predictors += before[start:stop]
+                    targets += completion[start:stop]
             places.append((prompt, completions))
-        lengths = [len(completion) for group in groups for completion in group.completions]
+        lengths = [
+            sum(stop - start for start, stop in group.spans(j))
+            for group in groups
+            for j in range(len(group.completions))
+        ]
         lists = (ids, positions, predictors, targets, lengths, [len(prompt) for prompt in prompts])
         # One copy for all tensors, because each copy to a GPU makes the CPU wait.
         whole = torch.tensor([i for values in lists for i in values], dtype=torch.int64).to(device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from grouprl.lm.models.context import read_setting, ropes
 from grouprl.lm.packed.head import TokenTerms
 from grouprl.lm.packed.low_precision import LowPrecision
-from grouprl.lm.packed.packing import Group, Pack
+from grouprl.lm.packed.packing import Group, Pack, Spans
 
 _COMPLETION = 4
 """The number of tokens of each completion in a trial."""
@@ -127,7 +127,11 @@ def plain_logits(model: nn.Module, ids: Tensor, positions: Tensor | None = None)
 
 
 def own_terms(
-    model: nn.Module, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
+    model: nn.Module,
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    temperature: float = 1.0,
+    turns: Spans | None = None,
 ) -> TokenTerms:
     """Compute log-probabilities and entropies of a completion by the model's own forward pass over one sequence.
 
@@ -136,17 +140,20 @@ def own_terms(
         prompt: the token ids of the prompt.
         completion: the ``n`` token ids of the completion.
         temperature: a positive number that divides the logits.
+        turns: the turns of the model in the completion, or None if all of it is the model's.
 
     Returns:
-        Log-probabilities and entropies, each ``[n]`` float32 in nats.
+        Log-probabilities and entropies of the ``m`` tokens of the model, each ``[m]`` float32 in nats.
     """
     ids = torch.tensor([[*prompt, *completion]], device=next(model.parameters()).device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     # From the end, because adapters with virtual tokens may have logits for these in front.
-    logits = logits[0, -len(completion) - 1 : -1].float() / temperature
-    logp = logits.log_softmax(-1)
+    logits, targets = logits[0, -len(completion) - 1 : -1], ids[0, -len(completion) :]
+    if turns is not None:
+        logits, targets = (torch.cat([x[start:stop] for start, stop in turns]) for x in (logits, targets))
+    logp = (logits.float() / temperature).log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return TokenTerms(logp.gather(1, ids[0, -len(completion) :, None])[:, 0], entropy)
+    return TokenTerms(logp.gather(1, targets[:, None])[:, 0], entropy)
 
 
 class Trial:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from grouprl.lm.packed.attention import PackedAttention
 from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.head import TokenTerms, log_probs
 from grouprl.lm.packed.low_precision import LowPrecision, is_touched
-from grouprl.lm.packed.packing import Group, Pack, split_into_packs
+from grouprl.lm.packed.packing import Group, Pack, Spans, split_into_packs
 from grouprl.lm.packed.trial import own_terms
 from grouprl.lm.sample.finite import all_finite, not_finite
 from grouprl.objective.packed import position
@@ -67,7 +68,11 @@ class LogProbs:
         self._learning = self._fused = False
 
     def micro_batches(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], group: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        group: Sequence[int],
+        turns: Sequence[Spans] | None = None,
     ) -> list[MicroBatch]:
         """Split N samples of P prompts into micro-batches within the token budget.
 
@@ -77,18 +82,25 @@ class LogProbs:
             prompts: the token ids of each of the P prompts.
             completions: the token ids of each of the N samples.
             group: for each sample the index of its prompt.
+            turns: for each sample the turns of the model in it, or None if each is one turn.
         """
         members: dict[int, list[int]] = {}
         for sample, prompt in enumerate(group):
-            members.setdefault(prompt, []).append(sample)
-        if self.backbone is None:
-            alone = (Group(prompts[p], [completions[i]]) for i, p in enumerate(group))
-            return [MicroBatch([one], torch.tensor([i])) for i, one in enumerate(alone)]
-        groups = [Group(prompts[p], [completions[i] for i in samples]) for p, samples in members.items()]
+            members.setdefault(sample if self.backbone is None else prompt, []).append(sample)
         members_of_group = list(members.values())
+        groups = [
+            Group(
+                prompts[group[samples[0]]],
+                [completions[i] for i in samples],
+                None if turns is None else [turns[i] for i in samples],
+            )
+            for samples in members_of_group
+        ]
+        if self.backbone is None:
+            return [MicroBatch([one], torch.tensor([i])) for i, one in enumerate(groups)]
         batches = []
         for pack in split_into_packs(groups, self.budget, None if self.layers is None else self.layers.pack_tokens):
-            pieces = [Group(groups[g].prompt, [groups[g].completions[j] for j in which]) for g, which in pack]
+            pieces = [groups[g].only(which) for g, which in pack]
             samples = [members_of_group[g][j] for g, which in pack for j in which]
             batches.append(MicroBatch(pieces, torch.tensor(samples)))
         return batches
@@ -140,10 +152,10 @@ class LogProbs:
             self._plan.forget()
 
     def evaluate(self, batch: MicroBatch) -> TokenTerms:
-        """Compute log-probabilities and entropies of the completion tokens of a micro-batch.
+        """Compute log-probabilities and entropies of the tokens that the model predicts in a micro-batch.
 
         Args:
-            batch: a micro-batch with m completion tokens in total.
+            batch: a micro-batch with m tokens of the model in total. Tokens of its partner are read and not predicted.
 
         Returns:
             Log-probabilities and entropies, each ``[m]`` float32 in nats, one sample after the other.
@@ -170,9 +182,9 @@ class LogProbs:
         device, low = next(self.model.parameters()).device, self.precision.dtype != torch.float32
         with torch.autocast(device.type, self.precision.dtype, enabled=low):
             terms = [
-                own_terms(self.model, group.prompt, completion, self.temperature)
+                own_terms(self.model, group.prompt, completion, self.temperature, turns)
                 for group in groups
-                for completion in group.completions
+                for completion, turns in zip(group.completions, group.turns or repeat(None), strict=False)
             ]
         return TokenTerms(torch.cat([t.logp for t in terms]), torch.cat([t.entropy for t in terms]))
 
@@ -182,11 +194,11 @@ class LogProbs:
 
         Args:
             micro_batches: the samples to evaluate.
-            lengths: ``[N]`` int64, the completion lengths of all N samples.
+            lengths: ``[N]`` int64, the numbers of the model's tokens in all N samples.
 
         Returns:
-            Log-probabilities ``[S]`` float32 in nats of all S completion tokens of the N samples, one sample after the
-            other. Samples that are in no micro-batch have 0.
+            Log-probabilities ``[S]`` float32 in nats of all S tokens of the model in the N samples, sample after
+            sample. Samples that are in no micro-batch have 0.
 
         Raises:
             TrainingError: some are not finite.
@@ -242,11 +254,12 @@ def _stay_at_rest(module: Any) -> Any:
 
 
 def steps_of(samples: Tensor, lengths: Tensor) -> Tensor:
-    """Find the completion tokens of some samples in a tensor ``[S]`` that holds the tokens of all samples end to end.
+    """Find the tokens of some samples in a tensor ``[S]`` that holds those of all samples end to end.
 
     Args:
         samples: ``[n]`` int64, the indices of the samples.
-        lengths: ``[N]`` int64, the completion lengths of all N samples.
+        lengths: ``[N]`` int64, the numbers of the model's tokens in all N samples. With the number of turns of each
+            sample, the function finds their turns.
 
     Returns:
         The indices ``[m]`` int64 of the m tokens of the samples, in the order of ``samples``.

@@ -41,11 +41,11 @@ class Reference:
 
         Args:
             micro_batches: the samples to evaluate.
-            lengths: ``[N]`` int64, the completion lengths of all N samples.
+            lengths: ``[N]`` int64, the numbers of the model's tokens in all N samples.
 
         Returns:
-            Log-probabilities ``[S]`` float32 in nats of all S completion tokens of the N samples, one sample after the
-            other. Samples that are in no micro-batch have 0.
+            Log-probabilities ``[S]`` float32 in nats of all S tokens of the model in the N samples, sample after
+            sample. Samples that are in no micro-batch have 0.
 
         Raises:
             TrainingError: some are not finite.

@@ -1,13 +1,16 @@
-"""What a recipe trains on: rows of a task or of a file, and the function that rewards completions."""
+"""What a recipe trains on: rows of a task, of a file or of an environment's starts, and what rewards them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, first_line, shown
 from grouprl.importing import load_function
 from grouprl.lm import tasks
+from grouprl.lm.agents.environments import text_environment
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.tasks.jsonl import load_jsonl
 from grouprl.lm.tasks.task import Task
@@ -18,12 +21,21 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class TaskData:
-    """Rows for training and for evaluation, the reward, and the task they are of; None if they come from a file."""
+    """What a recipe trains on.
+
+    Attributes:
+        train, held_out: rows for training and for evaluation.
+        reward: the reward function, or None where the environment alone rewards.
+        task: the task they are of, or None if they come from a file or an environment.
+        environment: what makes the environment that is played, or None. tools: functions that the model may call.
+    """
 
     train: Rows
     held_out: Rows
     reward: Any
     task: Task | None
+    environment: Any = None
+    tools: tuple[Callable[..., Any], ...] = ()
 
 
 def load_task_data(recipe: Recipe) -> TaskData:
@@ -33,7 +45,11 @@ def load_task_data(recipe: Recipe) -> TaskData:
     """
     if recipe.form not in ("messages", "text"):
         raise UsageError(f"form={recipe.form!r} is neither 'messages' nor 'text'")
-    return _of_file(recipe) if recipe.task.endswith(".jsonl") else _of_task(recipe)
+    if recipe.environment is not None:
+        data = _of_environment(recipe, recipe.environment)
+    else:
+        data = _of_file(recipe) if recipe.task.endswith(".jsonl") else _of_task(recipe)
+    return replace(data, tools=tuple(load_function(tool) for tool in recipe.tools))
 
 
 def _of_file(recipe: Recipe) -> TaskData:
@@ -56,3 +72,34 @@ def _of_task(recipe: Recipe) -> TaskData:
         tasks.dataset(task, "train", recipe.n_train, form=form),
         tasks.dataset(task, "eval", recipe.n_eval, form=form), reward, task,
     )  # fmt: skip
+
+
+_FUNCTIONS = ("obs_to_text", "action_parser", "state", "env_kwargs")
+"""Options of an environment that are functions, or may be: a recipe names them."""
+
+
+def _of_environment(recipe: Recipe, name: str) -> TaskData:
+    """Its starts: even seeds to train on, odd ones held out."""
+    reward = None if recipe.reward is None else load_function(recipe.reward)
+    train = [{"seed": 2 * i} for i in range(recipe.n_train)]
+    held_out = [{"seed": 2 * i + 1} for i in range(recipe.n_eval)]
+    return TaskData(train, held_out, reward, None, _environment(name, recipe.environment_options))
+
+
+def _environment(name: str, options: dict[str, Any]) -> Any:
+    """What makes the environment. A class with ``begin`` or with tools in the place of ``step`` is that itself."""
+    if ":" in name and name.rpartition(":")[2].isidentifier():
+        made = load_function(name)
+        if isinstance(made, type) and not hasattr(made, "step"):
+            if options:
+                raise UsageError(f"environment_options={shown(options)}: {name} is no text environment and takes none")
+            return made
+    loaded: dict[str, Any] = {
+        key: load_function(value) if key in _FUNCTIONS and isinstance(value, str) else value
+        for key, value in options.items()
+    }
+    try:
+        return text_environment(name, **loaded)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(text_environment).parameters)
+        raise UsageError(f"environment_options: {first_line(error)}; known: {known}") from error

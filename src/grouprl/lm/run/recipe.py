@@ -28,6 +28,10 @@ class Recipe:
         model: hub id, folder, GGUF file, ``smollm2``, or ``tiny`` for a small model with random weights.
         task: a task's name, ``reasoning-gym:NAME``, or a file of JSON lines, which needs ``reward``.
         task_options: options of the task. reward: ``module:function``, instead of the task's own.
+        environment: in the place of a task, an environment that is played in text: an id of Gymnasium, a game that
+            ships, or ``module:Class``. Its starts are seeds: even ones to train on, odd ones held out.
+        environment_options: arguments of :func:`~grouprl.lm.text_environment`; functions as ``module:function``.
+        tools: functions that the model may call, each ``module:function``.
         advantage_function, surrogate_function: ``module:function``, in the place of the configuration's ``advantage``
             and of the surrogate of its ``loss_type``; see :mod:`grouprl.objective.user_functions`.
         eval_data: a file of JSON lines to evaluate on, where ``task`` is one; default: its last rows.
@@ -42,10 +46,13 @@ class Recipe:
 
     name: str
     model: str
-    task: str
+    task: str = ""
     about: str = ""
     task_options: dict[str, Any] = field(default_factory=dict)
     reward: str | None = None
+    environment: str | None = None
+    environment_options: dict[str, Any] = field(default_factory=dict)
+    tools: list[str] = field(default_factory=list)
     advantage_function: str | None = None
     surrogate_function: str | None = None
     eval_data: str | None = None
@@ -72,11 +79,18 @@ class Recipe:
                 raise UsageError(f"{name}={shown(value)} of recipe {self.name} must be {allowed}")
             if isinstance(value, dict) and (wrong := [key for key in value if not isinstance(key, str)]):
                 raise UsageError(f"{name} of recipe {self.name} has the key {shown(wrong[0])}; names are text")
+        if bool(self.task) == (self.environment is not None):
+            raise UsageError(f"recipe {self.name} must name a task or an environment, one of the two")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value < least or (isinstance(value, float) and not value.is_integer()):
                 raise UsageError(f"{name}={value!r} of recipe {self.name} must be a whole number, at least {least}")
             object.__setattr__(self, name, int(value))  # 1e3 is read as a float
+
+    @property
+    def subject(self) -> str:
+        """What is trained on, for people: the task, or the environment."""
+        return self.task or str(self.environment)
 
     def changed(self, assignments: Mapping[str, Any]) -> Recipe:
         """With some fields, or settings of the configuration, replaced.
@@ -104,7 +118,7 @@ class Recipe:
         values = {
             key: value
             for key, value in self.__dict__.items()
-            if value not in (None, "") and (value != {} or defaults[key] is None)
+            if value not in (None, "", []) and (value != {} or defaults[key] is None)
         }
         return dict(without_secrets(values))
 
@@ -117,7 +131,7 @@ class Recipe:
         return replace(self, **values)
 
 
-_SAID = {str: "text", dict: "a mapping", int: "a number", float: "a number", type(None): "left out"}
+_SAID = {str: "text", dict: "a mapping", list: "a list", int: "a number", float: "a number", type(None): "left out"}
 _LEAST = {"n_train": 1, "n_eval": 1, "eval_every": 0}
 _DESCRIBING = ("name", "about", "needs", "expect", "config")
 
@@ -128,7 +142,7 @@ def _kinds() -> dict[str, tuple[type, ...]]:
     kinds: dict[str, tuple[type, ...]] = {}
     for name, annotation in get_type_hints(Recipe).items():
         origin = get_origin(annotation)
-        options = (annotation,) if origin in (None, dict) else get_args(annotation)
+        options = (annotation,) if origin in (None, dict, list) else get_args(annotation)
         plain = tuple(get_origin(option) or option for option in options)
         kinds[name] = (int, float) if plain == (int,) else plain
     return kinds
@@ -188,7 +202,8 @@ def _recipe(values: Any, where: str, name: str) -> Recipe:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}."
             raise UsageError(f"{where}: unknown key {key!r}; {hint} Settings of GRPOConfig belong under config.")
-    missing = {"model", "task"} - set(values)
-    if missing:
-        raise UsageError(f"{where} lacks {' and '.join(sorted(missing))}")
+    if "model" not in values or not {"task", "environment"} & set(values):
+        lacking = [] if "model" in values else ["model"]
+        lacking += [] if {"task", "environment"} & set(values) else ["task"]
+        raise UsageError(f"{where} lacks {' and '.join(lacking)}")
     return Recipe(**{"name": name, **values})

@@ -28,7 +28,7 @@ def leave_results(
     counters, notes = trainer.book.counters, []
     trainer.save_model(folder.model_folder)
     try:
-        title = f"{recipe.task}: {folder.path.name}"
+        title = f"{recipe.subject}: {folder.path.name}"
         write_html(folder.transcripts_path, folder.transcripts_page, title, curve=counters.curve)
     except UsageError as error:
         notes.append(f"no page of transcripts: {error}")
@@ -38,7 +38,7 @@ def leave_results(
         notes.append(f"no curve: {error}")
     before = counters.before or HeldOut(float("nan"), float("nan"))
     summary = {
-        "task": recipe.task, "model": recipe.model, "seed": trainer.args.seed,
+        "task": recipe.subject, "model": recipe.model, "seed": trainer.args.seed,
         "total_steps": trainer.state.global_step, "train_seconds": counters.train_seconds,
         "tokens_per_second": counters.sampled_tokens / counters.train_seconds,
         "peak_memory_gb": peak_memory_gb(trainer.policy.device), "packed": trainer.policy.packed,

@@ -106,7 +106,7 @@ def _train(
     described = recipe.changed({"seed": config.seed}).to_dict() | _absolute(recipe)
     folder = RunFolder.create(
         out,
-        {"grouprl": version("grouprl"), "arena": "lm", "task": recipe.task, "seed": config.seed,
+        {"grouprl": version("grouprl"), "arena": "lm", "task": recipe.subject, "seed": config.seed,
          "recipe": described, "config": config.replace(output_dir=None).to_dict()},
         overwrite=overwrite,
     )  # fmt: skip
@@ -180,7 +180,8 @@ def build(recipe: Recipe, config: GRPOConfig, data: TaskData) -> GRPOTrainer:
     sampled = config.eval_strategy != "no" or config.eval_on_start
     return GRPOTrainer(
         model, data.reward, config, data.train, data.held_out if sampled else None, processing_class=tokenizer,
-        peft_config=adapter(recipe.lora), advantage_function=_function(recipe.advantage_function),
+        environment_factory=data.environment, tools=list(data.tools) or None, peft_config=adapter(recipe.lora),
+        advantage_function=_function(recipe.advantage_function),
         surrogate_function=_function(recipe.surrogate_function),
     )  # fmt: skip
 
@@ -273,7 +274,10 @@ def evaluate(
         beta=0.0, sync_ref_model=False, eval_strategy="no", eval_on_start=False, load_best_model_at_end=False,
         metric_for_best_model=None,
     )  # fmt: skip
-    setup = GRPOTrainer(model, data.reward, config, data.train, processing_class=tokenizer).setup
+    setup = GRPOTrainer(
+        model, data.reward, config, data.train, processing_class=tokenizer, environment_factory=data.environment,
+        tools=list(data.tools) or None,
+    ).setup  # fmt: skip
     prompts = read_prompts(model, tokenizer, config, data.held_out, "the held-out rows")
     torch.manual_seed(config.seed)
     assert prompts.size is not None

@@ -154,8 +154,10 @@ class Fields(ObjectiveSettings):
         "dapo",
         description="surrogate and how tokens are averaged, as in TRL; the table of losses says which is which",
     )
-    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = Field(
-        "token", description="ratio per token, one per completion (GSPO), or one with token gradients (GSPO-token)"
+    importance_sampling_level: Literal["token", "turn", "sequence", "sequence_token"] = Field(
+        "token",
+        description="ratio per token, one per turn, one per completion (GSPO), or one with token gradients "
+        "(GSPO-token)",
     )
     vespo_k_pos: float = Field(2.0, gt=0, description="of vespo's weight: how fast it falls below a ratio of 1, A >= 0")
     vespo_lambda_pos: float = Field(3.0, gt=0, description="how fast above, A >= 0")

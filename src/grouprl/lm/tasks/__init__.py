@@ -3,6 +3,7 @@
     name               options          asks for                                reward                tokens
     nth-word           n_words=4        the third of four words                 1 if right            6
     arithmetic         operations=+-*   17 + 25, 40 - 7, 6 x 9                  1 if right            16
+    multi-digit        digits=3, operations=+-*   482 x 731, 900 - 417       1 if right            24
     letter-count       n_words=2        how often a letter occurs, 0 to 3       1 if right            8
     countdown          n_numbers=3      an expression that reaches a target     1; 0.1 for its form   8 a number
     reverse            length=6         letters from a to p, backwards          share of places       length + 2
@@ -26,6 +27,7 @@ from grouprl.lm.tasks import reasoning_gym
 from grouprl.lm.tasks.arithmetic import Arithmetic
 from grouprl.lm.tasks.countdown import Countdown
 from grouprl.lm.tasks.letter_count import LetterCount
+from grouprl.lm.tasks.multi_digit import MultiDigit
 from grouprl.lm.tasks.nth_word import NthWord
 from grouprl.lm.tasks.strings import Reverse, Sort
 from grouprl.lm.tasks.task import Example, Message, Split, Task, dataset
@@ -36,6 +38,7 @@ _TASKS: dict[str, type[Task]] = {
     "arithmetic": Arithmetic,
     "countdown": Countdown,
     "letter-count": LetterCount,
+    "multi-digit": MultiDigit,
     "nth-word": NthWord,
     "reverse": Reverse,
     "sort": Sort,

@@ -18,9 +18,11 @@ from grouprl.lm.generate.samples import Samples
 from grouprl.lm.settings.batch_plan import interval
 from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.evaluation import HeldOut
+from grouprl.lm.train.groups import describe_groups
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.sinks import Counters, Metrics, Recording, Sink, Transcripts, open_sinks
 from grouprl.machine.torch_defaults import torch_defaults
+from grouprl.machine.usage import Usage
 from grouprl.runs.lock import locked
 
 
@@ -66,6 +68,7 @@ class Bookkeeper:
         self._stack = ExitStack()
         self._sums: dict[str, tuple[float, int]] = {}
         self._newest: Metrics = {}
+        self._usage = Usage()
         self.event("on_init_end")
 
     def event(self, name: str, **values: Any) -> None:
@@ -145,15 +148,18 @@ class Bookkeeper:
         self.state.epoch = step / self._updates_per_epoch
         self.counters.train_seconds += metrics["step_time"]
         self.counters.losses += metrics["loss"]
+        beside = self._usage.read()
         if samples is not self.samples:
             self.samples = samples
             self.counters.sampled_tokens += int(samples.lengths.sum())
             self.counters.curve[step] = float(samples.returns.mean())
+            beside |= describe_groups(samples)
         for key, value in metrics.items():
             total, n = self._sums.get(key, (0.0, 0))
             self._sums[key] = (total + value, n + 1)
         self._newest = metrics
-        self._tell(lambda sink: sink.after_step(step, metrics, samples))
+        recorded = {**metrics, **beside}
+        self._tell(lambda sink: sink.after_step(step, recorded, samples))
         self.event("on_step_end")
 
     def ends_epoch(self) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from grouprl.errors import DamagedFileError, UsageError
 from grouprl.lm.fingerprint import digest
-from grouprl.lm.generate.samples import Samples
+from grouprl.lm.generate.samples import Samples, Turns
 from grouprl.lm.models.save import model_files, save_model
+from grouprl.lm.packed.packing import Spans
 from grouprl.lm.prompts import Prompt, PromptSource
 from grouprl.runs.files import explain_os_error, list_folder, write_json
 from grouprl.runs.folder import newest_good
@@ -175,13 +176,53 @@ def samples_state(samples: Samples) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Buffered samples as tensors and plain values; prompts by their row in the dataset."""
     tensors = {name: getattr(samples, name) for name in (*_PER_TOKEN, *_PER_SAMPLE)}
     tensors["ids"] = torch.tensor([token for c in samples.completions for token in c])
-    tensors["lengths"] = samples.lengths
+    tensors["lengths"] = torch.tensor([len(c) for c in samples.completions])
     tensors["prompt_ids"] = torch.tensor([token for prompt in samples.prompts for token in prompt.ids])
     tensors["prompt_lengths"] = torch.tensor([len(prompt.ids) for prompt in samples.prompts])
-    return tensors, {
+    meta: dict[str, Any] = {
         "prompts": [prompt.index for prompt in samples.prompts],
         "contents": [digest(prompt.prompt) for prompt in samples.prompts], "texts": samples.texts,
     }  # fmt: skip
+    if samples.turns is not None:
+        of_turns, meta["turns"] = _turns_state(samples, samples.turns)
+        tensors |= of_turns
+    return tensors, meta
+
+
+_PER_TURN = {"turn_rewards": "rewards", "turn_advantages": "advantages", "turn_finished": "finished"}
+_PER_EPISODE = {"episode_terminated": "terminated", "episode_truncated": "truncated"}
+
+
+def _turns_state(samples: Samples, turns: Turns) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    contexts, context = samples.contexts
+    tensors = {name: getattr(turns, field) for name, field in (_PER_TURN | _PER_EPISODE).items()}
+    tensors |= {"n_turns": samples.n_turns, "episode": turns.episode, "context": context}
+    tensors["spans"] = torch.tensor([span for spans in turns.spans for span in spans])
+    tensors["context_ids"] = torch.tensor([token for ids in contexts for token in ids])
+    tensors["context_lengths"] = torch.tensor([len(ids) for ids in contexts])
+    return tensors, {
+        "messages": turns.messages, "metrics": turns.metrics, "prompts": [prompt.prompt for prompt in samples.prompts]
+    }  # fmt: skip
+
+
+def _load_turns(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Turns:
+    """The inverse of :func:`_turns_state`. Raises ValueError and the like for what it cannot have given."""
+    n_turns, episode = tensors["n_turns"], tensors["episode"]
+    sizes = dict.fromkeys(_PER_TURN, int(n_turns.sum())) | dict.fromkeys(_PER_EPISODE, len(meta["messages"]))
+    for name, size in sizes.items():
+        if len(tensors[name]) != size:
+            raise ValueError(f"{name} of the samples has {len(tensors[name])} entries, not {size}")
+    found, parts = torch.unique_consecutive(episode, return_counts=True)
+    if found.tolist() != list(range(len(meta["messages"]))) or int(parts.sum()) != len(n_turns):
+        raise ValueError("the samples do not belong to the episodes that are there")
+    contexts = [ids.tolist() for ids in torch.split(tensors["context_ids"], tensors["context_lengths"].tolist())]
+    of_samples = torch.split(tensors["spans"], n_turns.tolist())
+    spans: list[Spans] = [[(start, stop) for start, stop in part.tolist()] for part in of_samples]
+    fields: dict[str, Any] = {field: tensors[name] for name, field in (_PER_TURN | _PER_EPISODE).items()}
+    return Turns(
+        spans=spans, contexts=[contexts[i] for i in tensors["context"].tolist()], episode=episode,
+        messages=list(meta["messages"]), metrics=list(meta["metrics"]), **fields,
+    )  # fmt: skip
 
 
 def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source: PromptSource) -> Samples:
@@ -191,7 +232,9 @@ def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source:
     for what samples_state cannot have given.
     """
     completions = [c.tolist() for c in torch.split(tensors["ids"], tensors["lengths"].tolist())]
-    sizes = dict.fromkeys(_PER_TOKEN, len(tensors["ids"])) | dict.fromkeys(_PER_SAMPLE, len(completions))
+    turns = _load_turns(tensors, meta["turns"]) if "turns" in meta else None
+    n_tokens = len(tensors["ids"]) if turns is None else int(tensors["spans"].diff(dim=1).sum())
+    sizes = dict.fromkeys(_PER_TOKEN, n_tokens) | dict.fromkeys(_PER_SAMPLE, len(completions))
     for name, size in sizes.items():
         if len(tensors[name]) != size:
             raise ValueError(f"{name} of the samples has {len(tensors[name])} entries, not {size}")
@@ -200,6 +243,9 @@ def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source:
     if bool(torch.isnan(tensors["advantages"]).any()):
         raise ValueError("advantages of the samples are NaN")
     prompts: list[Prompt] = [source[index] for index in meta["prompts"]]
+    if turns is not None:  # what an environment began with, which is not in the dataset
+        starts = zip(prompts, meta["turns"]["prompts"], strict=True)
+        prompts = [replace(prompt, prompt=begun) for prompt, begun in starts]
     if "contents" in meta:  # older checkpoints have rows alone
         for prompt, content in zip(prompts, meta["contents"], strict=True):
             if digest(prompt.prompt) != content:
@@ -211,7 +257,7 @@ def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source:
         ids = torch.split(tensors["prompt_ids"], tensors["prompt_lengths"].tolist())
         prompts = [replace(prompt, ids=tuple(read.tolist())) for prompt, read in zip(prompts, ids, strict=True)]
     fields: dict[str, Any] = {name: tensors[name] for name in (*_PER_TOKEN, *_PER_SAMPLE)}
-    return Samples(prompts=prompts, completions=completions, texts=list(meta["texts"]), **fields)
+    return Samples(prompts=prompts, completions=completions, texts=list(meta["texts"]), turns=turns, **fields)
 
 
 def trainer_state(state: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.generate.collect import Collector, Metrics
-from grouprl.lm.generate.samples import Samples, split_into_steps
+from grouprl.lm.generate.samples import Samples
 from grouprl.lm.kernels import compile as kernels
 from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state
 from grouprl.lm.learn.step import Step, optimizer_step
@@ -202,8 +202,8 @@ class Run:
 
     def _divide(self) -> None:
         assert self.samples is not None
-        parts = split_into_steps(len(self.samples), self.plan.steps_per_generation)
         setup, samples = self.setup, self.samples
+        parts = samples.steps(self.plan.steps_per_generation)
         objective = Objective.of(self.config, setup.functions.surrogate)
         self.steps = [Step(setup.policy, samples, chosen, self.config, objective) for chosen in parts]
 

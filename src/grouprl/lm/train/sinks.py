@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grouprl.doctor import Watch
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.evaluation import HeldOut
@@ -215,6 +216,21 @@ class Transcripts(Sink):
         self.writer.close()
 
 
+class Doctor(Sink):
+    """Warns once of each illness that the numbers of the steps show."""
+
+    def __init__(self, config: GRPOConfig, total: int) -> None:
+        self.watch, self.total = Watch(config.to_dict(), language_model=True), total
+        self._evaluated: Metrics = {}
+
+    def after_step(self, step: int, metrics: Metrics, samples: Samples) -> None:
+        self.watch.note({**metrics, **self._evaluated}, step / self.total)
+        self._evaluated = {}
+
+    def evaluation(self, step: int, metrics: Metrics) -> None:
+        self._evaluated = metrics
+
+
 class Console(Sink):
     """A progress bar, or lines where there is no terminal; and each log as a line."""
 
@@ -251,6 +267,7 @@ def open_sinks(setup: Setup, recording: Recording, counters: Counters, total: in
         yield MetricsFile(recording.metrics_path, counters)
     if recording.each_generation or config.log_completions:
         yield Transcripts(folder / "transcripts.jsonl", setup.rewards.names, config, recording.each_generation)
+    yield Doctor(config, total)
     bar = None if config.disable_tqdm is None else not config.disable_tqdm
     lines = recording.lines and config.logging_strategy != "no"
     yield Console(Progress(total, bar, done=done), total, lines)

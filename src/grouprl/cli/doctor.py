@@ -1,0 +1,33 @@
+"""The command that examines a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grouprl.cli.common import app
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="A run folder, of either arena, finished or not.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Say what is wrong with a run, and what to try.
+
+    The exit code is 0 if nothing is, 1 if something is, 2 if the folder cannot be read.
+    """
+    from grouprl.doctor import examine, to_text
+
+    found = examine(run)
+    ill = any(one.ill for one in found)
+    if as_json:
+        print(json.dumps({"run": str(run), "healthy": not ill, "diagnoses": [asdict(one) for one in found]}, indent=2))
+    else:
+        print(to_text(found))
+    if ill:
+        raise typer.Exit(1)

@@ -1,0 +1,203 @@
+"""The rules for runs on environments."""
+
+from __future__ import annotations
+
+from grouprl.doctor.signs import (
+    ENOUGH_ROWS,
+    far_below,
+    flat,
+    machine_busy,
+    memory_grows,
+    rate_below_precision,
+    rate_spent,
+    rise,
+)
+from grouprl.doctor.table import Diagnosis, Rule, Table
+
+
+def solved(table: Table) -> bool:
+    """Whether an evaluation of the last third, or training there, has reached the environment's threshold.
+
+    Returns around a threshold fall below it now and then, which no rule should take for an illness. For some
+    environments nobody names a threshold. These are never taken for solved.
+    """
+    if table.goal is None:
+        return False
+    return any(value >= table.goal for value in (*table.last("eval_return"), table.late("return_mean")))
+
+
+def no_signal(table: Table) -> Diagnosis | None:
+    """Nine in ten batches of the last third taught nothing, and the environment is not solved.
+
+    A batch without signal is skipped: all rewards are equal and no episode ended early, or all advantages are equal.
+    That is right at the end of a solved run, where every episode reaches the time limit. Estimators that compare
+    episodes say in `degenerate_groups` how many groups are of equal returns.
+    """
+    skipped = table.values("skipped_batches")
+    if len(skipped) < ENOUGH_ROWS or solved(table):
+        return None
+    third = len(skipped) // 3
+    share = float(skipped[-1] - skipped[-1 - third]) / third
+    equal = table.late("degenerate_groups")
+    if share < 0.9 and not equal >= 0.9:
+        return None
+    what = f"{share:.0%} of the last {third} batches" if share >= 0.9 else f"{equal:.0%} of the groups"
+    return Diagnosis(
+        "no-signal",
+        f"{what} had nothing to compare: their returns are equal, so no parameter moves",
+        "Give a reward before the end of an episode, or an easier start. Explore more: raise sticky (up to 0.99) or "
+        "entropy_coef. Wait for more: raise max_steps, or group_size where episodes are compared.",
+    )
+
+
+def no_episode_ends(table: Table) -> Diagnosis | None:
+    """No episode has ended in 50,000 steps or more.
+
+    Environments of Gymnasium end their episodes after at most some thousand steps. Without an end there is no return
+    to learn from or to report, and whatever goes wrong is never reset.
+    """
+    steps, episodes = table.values("step"), table.values("episodes")
+    if not len(steps) or steps[-1] < 50_000 or episodes.sum() > 0:
+        return None
+    return Diagnosis(
+        "no-episode-ends",
+        f"no episode has ended in {steps[-1]:,.0f} steps",
+        "Give the environment a time limit: max_episode_steps where it is registered, or gymnasium.wrappers.TimeLimit.",
+    )
+
+
+def return_flat(table: Table) -> Diagnosis | None:
+    """`signs.flat` of the returns of each batch, which share no episode as means over the last 100 episodes do."""
+    return flat(
+        table,
+        "return_batch",
+        solved(table),
+        "Look at explained_variance (near 0: the baseline sees nothing that tells good states from bad) and grad_norm. "
+        "Raise learning_rate, min_steps or sticky, or try another advantage.",
+    )
+
+
+def entropy_gone(table: Table) -> Diagnosis | None:
+    """A policy of discrete actions has hardly any choice left before half of the run, and the return does not rise.
+
+    The line is 2 % of the entropy of the first batch, where a new policy chooses among all actions alike. A
+    deterministic policy is a good end of a run. Early, without a rise since, it has stopped exploring: what it does
+    not try it cannot learn. Continuous actions have no entropy of this kind, see `std_collapsed`.
+    """
+    entropy = table.values("policy_entropy")
+    if len(entropy) < ENOUGH_ROWS or "policy_std" in table.columns or entropy[0] <= 0 or solved(table):
+        return None
+    gone = entropy < 0.02 * entropy[0]
+    half = len(entropy) // 2
+    if not gone[half:].all():
+        return None
+    gain, error = rise(table.values("return_batch")[half:])
+    if gain > 2 * error:
+        return None
+    return Diagnosis(
+        "entropy-gone",
+        f"the policy hardly chooses any more: its entropy fell from {entropy[0]:.3g} to {entropy[-1]:.2g} nats, and "
+        "the return has not risen since",
+        "Raise entropy_coef, lower learning_rate or kl_target, or take a larger batch (min_steps).",
+    )
+
+
+def std_collapsed(table: Table) -> Diagnosis | None:
+    """The standard deviation of continuous actions fell below 1 % of its first value.
+
+    At that width an action is the mean to two digits: nothing is explored, and log-probabilities become so steep that a
+    small step changes them by a lot.
+    """
+    spread = table.values("policy_std")
+    if len(spread) < ENOUGH_ROWS or not float(spread[-1]) < 0.01 * float(spread[0]):
+        return None
+    return Diagnosis(
+        "std-collapsed",
+        f"the standard deviation of actions fell from {spread[0]:.3g} to {spread[-1]:.2g}: nothing is explored now",
+        "Raise entropy_coef, lower learning_rate or kl_target, or begin wider with log_std_init. Look for rewards far "
+        "larger than the others.",
+    )
+
+
+def kl_spike(table: Table) -> Diagnosis | None:
+    """A tenth of the updates, or more, moved the policy by a KL of more than 0.5 nats.
+
+    Healthy updates stay between 0.001 and 0.1. At 0.5 most ratios are outside the clip, whose one-sided bound does not
+    bring them back. A single one happens, and an adaptive learning rate answers it.
+    """
+    moved = table.values("approx_kl")
+    far = moved > 0.5
+    if len(moved) < ENOUGH_ROWS or far.mean() < 0.1:
+        return None
+    return Diagnosis(
+        "kl-spike",
+        f"{far.mean():.0%} of the updates moved the policy by more than 0.5 nats (KL of old and new; up to "
+        f"{moved.max():.2g})",
+        "Lower learning_rate or epochs, set lr_schedule=adaptive, or set kl_stop=0.05.",
+    )
+
+
+def all_clipped(table: Table) -> Diagnosis | None:
+    """More than 60 % of the steps of a batch end outside the clip, in the median over the last third.
+
+    Then most of the gradient is cut off, and what is left comes from the steps that moved least. Healthy runs of the
+    presets stay below 45 %, also those with ten epochs.
+    """
+    share = table.late("clip_fraction")
+    if len(table.values("clip_fraction")) < ENOUGH_ROWS or not share > 0.6:
+        return None
+    return Diagnosis(
+        "all-clipped",
+        f"{share:.0%} of the steps end up outside the clip, and give no gradient",
+        "Lower learning_rate or epochs, raise epsilon or minibatch_size, or set kl_stop=0.05.",
+    )
+
+
+def evaluation_far_below(table: Table) -> Diagnosis | None:
+    """`signs.far_below` of greedy evaluations and training with sampled actions."""
+    return far_below(
+        table,
+        "eval_return",
+        "return_mean",
+        "Act as in training (`grouprl evaluate --sampled`, deterministic=False), or make the policy decide: lower "
+        "entropy_coef or sticky, or train longer.",
+    )
+
+
+def rate_on_its_floor(table: Table) -> Diagnosis | None:
+    """The adaptive learning rate fell to its lowest value, and updates still go further than they should.
+
+    It is lowered where the KL of an update is more than 1.5 times its target, down to 1e-4. The line is more than
+    half of the updates of the last third on the lowest rate, with a median KL above 1.5 times kl_target.
+    """
+    if table.settings.get("lr_schedule") != "adaptive":
+        return None
+    rates, moved = table.last("learning_rate"), table.late("approx_kl")
+    floor = min(1e-4, float(table.settings.get("learning_rate", 1e-4)))
+    target = float(table.settings.get("kl_target", 0.02))
+    if len(rates) < ENOUGH_ROWS or (rates <= floor * 1.0001).mean() <= 0.5 or not moved > 1.5 * target:
+        return None
+    return Diagnosis(
+        "learning-rate-on-its-floor",
+        f"the adaptive learning rate is at its lowest, {floor:.2g}, and updates still move the policy by {moved:.2g} "
+        f"nats where {target:g} is asked for",
+        "Lower epochs or raise minibatch_size or min_steps. Look for rewards or observations that are very large.",
+    )
+
+
+def precision(table: Table) -> Diagnosis | None:
+    """`signs.rate_below_precision` of float32, the type of all weights in this arena."""
+    return rate_below_precision(table, "float32", "Raise learning_rate; the default is 1e-3.")
+
+
+RULES: tuple[Rule, ...] = (
+    no_signal, no_episode_ends, return_flat, entropy_gone, std_collapsed, kl_spike, all_clipped, evaluation_far_below,
+    rate_spent, rate_on_its_floor, precision, memory_grows, machine_busy,
+)  # fmt: skip
+"""All of them, in the order in which a report gives them."""
+
+WHILE_RUNNING: tuple[Rule, ...] = (
+    no_signal, no_episode_ends, entropy_gone, std_collapsed, kl_spike, all_clipped, rate_on_its_floor, precision,
+    memory_grows,
+)  # fmt: skip
+"""Those whose verdict on the first part of a run holds: the others judge its whole course."""

@@ -1,0 +1,71 @@
+"""From a run folder to its diagnoses."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grouprl.doctor import environments, language
+from grouprl.doctor.signs import first_of
+from grouprl.doctor.table import Diagnosis, Rule, Table
+from grouprl.errors import UsageError
+from grouprl.runs.files import read_bytes
+from grouprl.runs.folder import RunFolder
+from grouprl.runs.metrics import read_metrics
+
+
+def examine(path: str | os.PathLike[str]) -> list[Diagnosis]:
+    """What is wrong with the run in ``path``, finished or not; an empty list where no rule speaks.
+
+    Raises UsageError: there is no run, or it has no metrics yet, or a file of it is damaged.
+    """
+    folder = RunFolder.open(path)
+    config = folder.read_config()
+    columns = read_metrics(folder.metrics_path)
+    if not len(next(iter(columns.values()), ())):
+        raise UsageError(f"{folder.path} has no metrics yet: there is nothing to examine")
+    settings = config.get("config")
+    table = Table(columns, settings if isinstance(settings, Mapping) else {}, goal_of(folder))
+    return examine_table(table, is_language(config))
+
+
+def examine_table(table: Table, language_model: bool) -> list[Diagnosis]:
+    """All diagnoses of a table of metrics; ``language_model`` says of which arena it is."""
+    return _apply(language.RULES if language_model else environments.RULES, table)
+
+
+def examine_running(table: Table, language_model: bool) -> list[Diagnosis]:
+    """Those that can be made of a run that goes on."""
+    return _apply(language.WHILE_RUNNING if language_model else environments.WHILE_RUNNING, table)
+
+
+def _apply(rules: Sequence[Rule], table: Table) -> list[Diagnosis]:
+    return first_of([rule(table) for rule in rules])
+
+
+def is_language(config: Mapping[str, Any]) -> bool:
+    """Whether a run's config.yaml is that of a language model."""
+    return config.get("arena") == "lm"
+
+
+def goal_of(folder: RunFolder) -> float | None:
+    """The threshold in summary.json, which a run writes when it ends; None before, and where it names none."""
+    if not folder.summary_path.is_file():
+        return None
+    try:
+        summary = json.loads(read_bytes(folder.summary_path, "summary of a run"))
+        goal = summary.get("reward_threshold")
+        return None if goal is None else float(goal)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder.summary_path} is no summary of a run ({error})") from None
+
+
+def to_text(diagnoses: Sequence[Diagnosis]) -> str:
+    """Each diagnosis for a person to read: its name, what was seen, and what to try."""
+    if not diagnoses:
+        return "healthy: no rule found anything wrong"
+    return "\n".join(
+        f"{'ill' if one.ill else 'note'}: {one.name}\n  {one.finding}.\n  Try: {one.advice}" for one in diagnoses
+    )

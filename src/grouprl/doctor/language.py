@@ -1,0 +1,213 @@
+"""The rules for runs of language models."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grouprl.doctor.signs import (
+    ENOUGH_ROWS,
+    far_below,
+    flat,
+    machine_busy,
+    memory_grows,
+    rate_below_precision,
+    rate_spent,
+    rise,
+)
+from grouprl.doctor.table import Diagnosis, Rule, Table
+
+GOOD = 0.9
+"""Greedy accuracy, or mean reward, from which a task counts as solved; a right answer is worth 1 in the tasks here."""
+
+
+def solved(table: Table) -> bool:
+    """Whether the last evaluation is right nine times in ten; without evaluations, whether the mean reward is that."""
+    accuracy = table.values("eval_accuracy")
+    return bool(accuracy[-1] >= GOOD) if len(accuracy) else table.late("reward") >= GOOD
+
+
+def _copies(table: Table) -> bool:
+    return table.late("frac_duplicates") >= 0.95
+
+
+def _cut(table: Table) -> bool:
+    return table.late("completions/clipped_ratio") >= 0.9
+
+
+def _without_signal(table: Table) -> bool:
+    """Whether 95 % of the groups have equal rewards, in the median over the last third, and the task is unsolved.
+
+    The line is high because runs learn well from few groups: of answers that are right or wrong, most groups of a good
+    run are all right, or all wrong still.
+    """
+    return (
+        len(table.values("reward")) >= ENOUGH_ROWS
+        and table.late("frac_reward_zero_std") >= 0.95
+        and not solved(table)
+        and not _cut(table)
+    )
+
+
+def no_signal(table: Table) -> Diagnosis | None:
+    """In 95 % of the groups all rewards are equal, and the task is not solved.
+
+    A group teaches by what tells its samples apart. `duplicates` and `all_truncated` name reasons for this. Where one
+    of them holds, it speaks alone.
+    """
+    if not _without_signal(table) or _copies(table):
+        return None
+    return Diagnosis(
+        "no-signal",
+        f"in {table.late('frac_reward_zero_std'):.0%} of the groups all rewards are equal (mean reward "
+        f"{table.late('reward'):.3g}), so they teach nothing",
+        "Take an easier task or a graded reward, raise num_generations, or set temperature=1 or dynamic_sampling=true.",
+    )
+
+
+def duplicates(table: Table) -> Diagnosis | None:
+    """95 % of the completions are copies of another one in their group, which is why the groups have no signal.
+
+    Copies alone are no illness: short answers of a good model repeat.
+    """
+    if not _without_signal(table) or not _copies(table):
+        return None
+    return Diagnosis(
+        "duplicates",
+        f"{table.late('frac_duplicates'):.0%} of the completions are copies of another one in their group, so there is "
+        "nothing to compare",
+        "Raise temperature to 1, remove top_k, top_p and min_p, lower learning_rate, or set beta=0.01 to stay near "
+        "the model it began with.",
+    )
+
+
+def all_truncated(table: Table) -> Diagnosis | None:
+    """Nine of ten completions were cut at the longest length, in the median over the last third.
+
+    A cut completion has no end for the model to learn, and often no answer for the reward to find.
+    """
+    share, longest = table.late("completions/clipped_ratio"), table.settings.get("max_completion_length")
+    if len(table.values("reward")) < ENOUGH_ROWS or not _cut(table):
+        return None
+    return Diagnosis(
+        "all-truncated",
+        f"{share:.0%} of the completions were cut at max_completion_length={longest}",
+        "Raise max_completion_length, or make the model end: check that its tokenizer's eos_token is what it ends a "
+        "turn with, ask for short answers in the prompt, or set soft_overlong_cache.",
+    )
+
+
+def reward_flat(table: Table) -> Diagnosis | None:
+    """`signs.flat` of the mean reward of each generation."""
+    return flat(
+        table,
+        "reward",
+        solved(table),
+        "Check that grad_norm is above 0, then raise learning_rate (1e-5 for small models) and prompts_per_step. "
+        "Read transcripts.html: does the reward give what is good?",
+    )
+
+
+def entropy_gone(table: Table) -> Diagnosis | None:
+    """The entropy of the next token is below 0.01 nats, less than a tenth of what it was, and the task is not solved.
+
+    At 0.01 nats a token is drawn as the greedy one in more than 99.8 % of all places: samples of a prompt are
+    copies, or soon will be.
+    """
+    entropy = table.values("entropy")
+    if len(entropy) < ENOUGH_ROWS or solved(table):
+        return None
+    late = table.late("entropy")
+    if not late < min(0.01, 0.1 * float(entropy[0])):
+        return None
+    return Diagnosis(
+        "entropy-gone",
+        f"the model is sure of every token: entropy fell from {entropy[0]:.3g} to {late:.2g} nats",
+        "Lower learning_rate, raise epsilon_high (0.28), set beta=0.01, or raise temperature to 1.",
+    )
+
+
+def kl_spike(table: Table) -> Diagnosis | None:
+    """The divergence from the reference jumped to ten times what it was in the steps before, and above 1 nat a token.
+
+    It grows slowly in a healthy run. The steps before are the ten before each, by their median. At 1 nat a token the
+    model writes what its reference would hardly ever write.
+    """
+    kl = table.values("kl")
+    jumps = [i for i in range(10, len(kl)) if kl[i] > 1.0 and kl[i] > 10 * float(np.median(kl[i - 10 : i]))]
+    if not jumps:
+        return None
+    at = jumps[0]
+    return Diagnosis(
+        "kl-spike",
+        f"the KL from the reference jumped from {np.median(kl[at - 10 : at]):.2g} to {kl[at]:.2g} nats a token",
+        "Lower learning_rate or max_grad_norm, raise beta, and read the transcripts of that step: a few tokens of very "
+        "low probability can do this.",
+    )
+
+
+def all_clipped(table: Table) -> Diagnosis | None:
+    """More than half of the tokens lose their gradient to the clip, in the median over the last third.
+
+    With one optimizer step per generation none does. With several, a few in a hundred do.
+    """
+    share = table.late("clip_ratio/region_mean")
+    if table.rows < ENOUGH_ROWS or not share > 0.5:
+        return None
+    return Diagnosis(
+        "all-clipped",
+        f"{share:.0%} of the tokens (or completions) are outside the clip, and give no gradient",
+        "Lower learning_rate, num_iterations or steps_per_generation, or raise epsilon; with "
+        "importance_sampling_level=sequence epsilon is far smaller (3e-4).",
+    )
+
+
+def evaluation_far_below(table: Table) -> Diagnosis | None:
+    """`signs.far_below` of greedy answers to held-out prompts, and sampled ones to the prompts of training."""
+    return far_below(
+        table,
+        "eval_reward",
+        "reward",
+        "The model learned what does not carry over: use more and more varied prompts (n_train), fewer epochs, or "
+        "beta=0.01. Compare answers with `grouprl evaluate --answers`.",
+    )
+
+
+def reward_with_length(table: Table) -> Diagnosis | None:
+    """Longer completions are rewarded more, and completions grow.
+
+    The line is a correlation of 0.5 within groups, in the mean over the last third, while the mean length has
+    grown by a quarter and the reward has risen. Some tasks do take longer answers. Others have a reward that can be
+    had by writing more.
+    """
+    correlation, lengths = table.last("length_reward_correlation"), table.values("completions/mean_length")
+    if len(lengths) < 30 or len(correlation) < ENOUGH_ROWS or float(correlation.mean()) < 0.5:
+        return None
+    before, after = float(table.first("completions/mean_length").mean()), table.late("completions/mean_length")
+    gain, error = rise(table.values("reward"))
+    if after < 1.25 * before or gain <= 2 * error:
+        return None
+    return Diagnosis(
+        "reward-with-length",
+        f"longer completions get more reward (correlation {correlation.mean():.2f} within groups), and they grew from "
+        f"{before:.3g} to {after:.3g} tokens",
+        "Read transcripts.html: are the longer ones better? If not, take length out of the reward, set "
+        "soft_overlong_cache, or use loss_type=dr_grpo with scale_rewards=none.",
+    )
+
+
+def precision(table: Table) -> Diagnosis | None:
+    """`signs.rate_below_precision` of `master_dtype`."""
+    dtype = str(table.settings.get("master_dtype", "float32"))
+    return rate_below_precision(table, dtype, "Set master_dtype=float32, or raise learning_rate.")
+
+
+RULES: tuple[Rule, ...] = (
+    no_signal, duplicates, all_truncated, reward_flat, entropy_gone, kl_spike, all_clipped, evaluation_far_below,
+    reward_with_length, rate_spent, precision, memory_grows, machine_busy,
+)  # fmt: skip
+"""All of them, in the order in which a report gives them."""
+
+WHILE_RUNNING: tuple[Rule, ...] = (
+    no_signal, duplicates, all_truncated, entropy_gone, kl_spike, all_clipped, precision, memory_grows,
+)  # fmt: skip
+"""Those whose verdict on the first part of a run holds: the others judge its whole course."""

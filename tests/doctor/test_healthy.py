@@ -1,0 +1,51 @@
+"""No rule speaks on a healthy run of any preset, neither at its end nor at any of the looks that a running run gets.
+
+The runs are recorded (`record.py` says how).
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from grouprl.doctor import Table, examine_table
+from grouprl.doctor.examine import examine_running
+from grouprl.doctor.watch import LOOKS
+from grouprl.envs import presets
+from grouprl.lm.run import recipe
+
+FOLDER = Path(__file__).parent / "healthy"
+NOT_RECORDED = {
+    "BipedalWalker-v3", "HalfCheetah-v5", "Hopper-v5", "LunarLander-v3-continuous", "Swimmer-v5", "Walker2d-v5",
+    "nth-word",
+}  # fmt: skip
+RUNS: dict[str, Any] = yaml.safe_load((FOLDER / "runs.yaml").read_text())
+
+
+def table(name: str, share: float = 1.0) -> Table:
+    with (FOLDER / f"{name}.csv").open() as file:
+        names, *rows = csv.reader(file)
+    values = np.array([[float(x or "nan") for x in row] for row in rows])[: round(len(rows) * share)]
+    return Table(dict(zip(names, values.T, strict=True)), RUNS[name]["settings"], RUNS[name]["goal"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_is_wrong_with_a_healthy_run(name: str) -> None:
+    found = examine_table(table(name), RUNS[name]["language_model"])
+    assert [one.name for one in found if one.ill] == []
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_is_said_while_a_healthy_run_goes_on(name: str) -> None:
+    for look in range(1, LOOKS + 1):
+        found = examine_running(table(name, look / LOOKS), RUNS[name]["language_model"])
+        assert [one.name for one in found if one.ill] == [], f"after {look / LOOKS:.0%}"
+
+
+def test_the_runs_of_all_presets_are_recorded_but_for_the_longest() -> None:
+    assert set(RUNS) | NOT_RECORDED >= set(presets.names()) | set(recipe.names())
