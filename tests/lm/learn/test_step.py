@@ -468,6 +468,28 @@ def test_an_adapter_learns_by_the_gradient_of_the_objective_and_the_base_stays()
     torch.testing.assert_close(torch.cat([c.logp for c in completions]), torch.cat(by_hand), rtol=0, atol=1e-4)
 
 
+def test_what_dropout_drops_in_a_group_depends_on_the_step_and_on_no_other_group() -> None:
+    run, of = Run(adapted(build("llama"), init_lora_weights=False, lora_dropout=0.5), disable_dropout=False), samples()
+
+    def gradient(number: int, *groups: int) -> Tensor:
+        step = run.step(of)
+        step.micro_batches = [b for b in step.micro_batches if int(of.group[b.samples[0]]) in groups]
+        run.parameters.start()
+        for _ in step.gradients(StepSums(), Mismatch(), remember=False, number=number):
+            pass
+        run.parameters.finish()
+        return run.parameters.gradient.clone()
+
+    every = range(len(GROUPS))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    together = gradient(4, *every)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    torch.testing.assert_close(sum(gradient(4, i) for i in reversed(every)), together, rtol=1e-5, atol=1e-7)
+    assert float((gradient(5, *every) - together).norm() / together.norm()) > 0.05
+
+
 def test_a_divergence_in_the_reward_is_no_term_of_the_loss() -> None:
     of = samples()
     run, without = Run(build("llama"), build("llama", seed=1), beta=0.3, kl_in="reward"), Run(build("llama"))

@@ -158,9 +158,8 @@ def test_a_cache_that_is_wrong_at_some_length_is_found_when_it_is_used(monkeypat
     own = model.generate
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
-        out = own(*args, **kwargs)
-        out.scores = tuple(score * 1.5 for score in out.scores)
-        return out
+        processors = [lambda ids, scores: scores * 1.5, *kwargs.pop("logits_processor")]
+        return own(*args, logits_processor=processors, **kwargs)
 
     monkeypatch.setattr(model, "generate", wrong)
     with caplog.at_level(logging.WARNING, "grouprl"):

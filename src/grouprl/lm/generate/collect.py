@@ -17,6 +17,7 @@ from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
+from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.user_functions import TensorFunction
 
@@ -40,16 +41,16 @@ class Collector:
     Args:
         policy: samples the completions. tokenizer: decodes them. rewards: scores them.
         source, order: the prompts, and the order in which to draw them.
-        generator: the random stream of the sampler. own: a user's advantage function, in the place of the settings'.
+        stream: the random stream of the sampler. own: a user's advantage function, in the place of the settings'.
     """
 
     def __init__(
         self, policy: Policy, tokenizer: Any, source: PromptSource, order: PromptOrder, rewards: RewardCaller,
-        config: GRPOConfig, generator: torch.Generator, own: TensorFunction | None = None,
+        config: GRPOConfig, stream: Stream, own: TensorFunction | None = None,
     ) -> None:  # fmt: skip
         self.own = own
         self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
-        self.source, self.order, self.generator = source, order, generator
+        self.source, self.order, self.stream = source, order, stream
         self.tokens = 0
         """Prompt and completion tokens so far, prompts counted once per completion."""
 
@@ -87,7 +88,7 @@ class Collector:
     def _draw(self, n_prompts: int, group_size: int, state: Any) -> ScoredGroups:
         prompts = [self.source[i] for i in self.order.next_rows(n_prompts)]
         drawn = sample_and_score(
-            self.policy, self.tokenizer, self.rewards, prompts, group_size, self.generator, None, state,
+            self.policy, self.tokenizer, self.rewards, prompts, group_size, self.stream, None, state,
             skip_special_tokens=self.config.skip_special_tokens,
         )  # fmt: skip
         self.tokens += sum(len(c.ids) for c in drawn.completions) + group_size * sum(len(p.ids) for p in prompts)
@@ -190,19 +191,20 @@ def _logged(rounds: list[Rewards]) -> Metrics:
 
 def sample_and_score(
     policy: Policy, tokenizer: Any, rewards: RewardCaller, prompts: list[Prompt], group_size: int,
-    generator: torch.Generator, settings: SamplingSettings | None = None, state: Any = None, *,
+    stream: Stream | Draws, settings: SamplingSettings | None = None, state: Any = None, *,
     skip_special_tokens: bool = False,
 ) -> ScoredGroups:  # fmt: skip
     """Sample ``group_size`` completions of each prompt and call the reward functions.
 
     Args:
+        stream: where the random numbers come from.
         settings: how to sample; default: as the policy's configuration says.
         state: the trainer's state, handed to reward functions.
         skip_special_tokens: leave all special tokens out of the texts, and not only those that end or fill.
 
     Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
     """
-    completions = policy.sample([p.ids for p in prompts], group_size, generator, settings)
+    completions = policy.sample([p.ids for p in prompts], group_size, stream, settings)
     texts = _texts(completions, tokenizer, skip_special_tokens)
     rows = [p for p in prompts for _ in range(group_size)]
     values = rewards(rows, texts, [c.ids for c in completions], state)

@@ -19,6 +19,7 @@ from grouprl.lm.learn.metrics import StepSums, cut_metrics, sums_of
 from grouprl.lm.policy.log_probs import MicroBatch, steps_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.sample.finite import all_finite, not_finite
+from grouprl.lm.sample.streams import seed_for
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective import LOSSES, Fixed, Objective, policy_loss
 from grouprl.objective.packed import last_index, segment_ids, segment_sum
@@ -85,12 +86,13 @@ class Step:
             logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
             self.samples.remember_old(index, logp[index])
 
-    def gradients(self, sums: StepSums, mismatch: Mismatch, *, remember: bool) -> Iterator[None]:
+    def gradients(self, sums: StepSums, mismatch: Mismatch, *, remember: bool, number: int = 0) -> Iterator[None]:
         """Write the gradient of the loss over one micro-batch after another, by a backward pass each.
 
         Args:
             sums, mismatch: what is met on the way is added to them.
             remember: store the log-probabilities met on the way as those of the old policy, for later passes.
+            number: of this pass in the run, on which dropout depends.
         """
         samples, lengths = self.samples, self.samples.lengths
         reference = self.policy.reference if self.config.kl_in == "loss" else None
@@ -99,7 +101,9 @@ class Step:
             samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
         old_known = samples.knows_old(active)
         device = self.policy.device
-        with self.policy.log_probs.learning() if self.micro_batches else nullcontext():
+        dropout = self.policy.log_probs.dropout
+        apart = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=dropout)
+        with apart, self.policy.log_probs.learning() if self.micro_batches else nullcontext():
             for batch in self.micro_batches:
                 index = steps_of(batch.samples, lengths)
                 fixed = Fixed(
@@ -110,6 +114,8 @@ class Step:
                     lengths=lengths[batch.samples].to(device),
                     turns=samples.turn_lengths[steps_of(batch.samples, samples.n_turns)].to(device),
                 )
+                if dropout:  # depends on the seed, on the pass and on the group alone
+                    torch.manual_seed(seed_for(self.config.seed, number, int(batch.samples[0])))
                 tokens = self.policy.log_probs.evaluate(batch)
                 terms = policy_loss(self.objective, tokens.logp, fixed)
                 if not terms.loss.requires_grad:
@@ -173,21 +179,24 @@ class Mismatch:
 
 
 def optimizer_step(
-    step: Step, parameters: TrainedParameters, optimizer: Any, *, remember: bool, on_gradient: Callable[[], None]
-) -> dict[str, float]:
+    step: Step, parameters: TrainedParameters, optimizer: Any, *, remember: bool, on_gradient: Callable[[], None],
+    number: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """Do the optimizer step and return its metrics, in TRL's names.
 
     A gradient of 0 is stepped as well: momentum goes on as it would if nothing had been skipped.
 
     Args:
         on_gradient: called between clipping and stepping.
+        number: of the step in the run, on which dropout depends.
 
     Raises TrainingError if log-probabilities, divergence, loss or gradient are not finite; the parameters are left as
     they were.
     """
     sums, mismatch = StepSums(), Mismatch()
     norm = gradient_step(
-        parameters, optimizer, step.gradients(sums, mismatch, remember=remember), step.config.max_grad_norm,
+        parameters, optimizer, step.gradients(sums, mismatch, remember=remember, number=number),
+        step.config.max_grad_norm,
         advice="the rewards or the learning rate are probably too large: scale the rewards, lower learning_rate, or "
         "set bf16=False", before_step=on_gradient,
     )  # fmt: skip

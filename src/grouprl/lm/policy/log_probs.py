@@ -77,6 +77,7 @@ class LogProbs:
         """Split N samples of P prompts into micro-batches within the token budget.
 
         The samples of a prompt share its tokens within a micro-batch. Without a backbone, each sample is a micro-batch.
+        With dropout, each group is one or several: what is dropped in it then depends on no other group.
 
         Args:
             prompts: the token ids of each of the P prompts.
@@ -99,7 +100,8 @@ class LogProbs:
         if self.backbone is None:
             return [MicroBatch([one], torch.tensor([i])) for i, one in enumerate(groups)]
         batches = []
-        for pack in split_into_packs(groups, self.budget, None if self.layers is None else self.layers.pack_tokens):
+        together = 0 if self.dropout else None if self.layers is None else self.layers.pack_tokens
+        for pack in split_into_packs(groups, self.budget, together):
             pieces = [groups[g].only(which) for g, which in pack]
             samples = [members_of_group[g][j] for g, which in pack for j in which]
             batches.append(MicroBatch(pieces, torch.tensor(samples)))

@@ -25,6 +25,7 @@ from grouprl.lm.sample.finite import NotFiniteError, not_finite
 from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
 from grouprl.lm.sample.sampler import Sampler, Steps
+from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.settings.config import GRPOConfig
 
 _CACHE_BYTES = 1 << 30
@@ -112,7 +113,7 @@ class Policy:
         self,
         prompts: Sequence[Sequence[int]],
         group_size: int,
-        generator: torch.Generator,
+        source: torch.Generator | Stream | Draws,
         settings: SamplingSettings | None = None,
         adjust: Adjust | None = None,
     ) -> list[Completion]:
@@ -121,7 +122,7 @@ class Policy:
         Args:
             prompts: the token ids of each of the P prompts.
             group_size: the number of completions of each prompt.
-            generator: a random generator on the CPU.
+            source: where random numbers come from: those of the completions, a stream, or a torch.Generator on the CPU.
             settings: how to draw tokens. By default the settings of the configuration.
             adjust: changes the logits before each draw, or None.
 
@@ -134,7 +135,7 @@ class Policy:
         """
         settings = settings or sampling_settings(self.config)
         try:
-            return self.sampler.sample(prompts, group_size, settings, generator, adjust)
+            return self.sampler.sample(prompts, group_size, settings, source, adjust)
         except NotFiniteError:
             raise not_finite("the model's logits", self.model) from None
 

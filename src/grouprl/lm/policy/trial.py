@@ -14,6 +14,7 @@ from grouprl.lm.packed.trial import Trial, is_rounding, own_pass, own_terms
 from grouprl.lm.policy.log_probs import LogProbs
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.plain import PlainSampler
+from grouprl.lm.sample.streams import Stream
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 """Prompts and completions, each as token ids."""
@@ -86,7 +87,7 @@ class PolicyTrial:
         prompts = [group.prompt for group in self.trial.groups]
 
         def path() -> tuple[Tensor, Own]:
-            drawn = sampler.draw(prompts, 2, SamplingSettings(4), torch.Generator().manual_seed(0))
+            drawn = sampler.draw(prompts, 2, SamplingSettings(4), Stream(0).next(2 * len(prompts)))
             own = partial(self._own, [(prompts[i // 2], c.ids) for i, c in enumerate(drawn)])
             return torch.cat([c.logp for c in drawn]), own
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from grouprl.errors import UsageError
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
@@ -15,6 +13,7 @@ from grouprl.lm.prompts import prepare_prompts
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import load_task_data
 from grouprl.lm.run.models import hide_file_bars, load_trained
+from grouprl.lm.sample.streams import Stream
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
@@ -35,7 +34,7 @@ class Chat:
         self.policy, self.tokenizer, self.config = Policy(model, tokenizer, config), tokenizer, config
         self.before, self.text, self.about = before, text, about
         self.settings = sampling_settings(config, greedy=not sampled)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.stream = Stream(config.seed)
 
     @classmethod
     def open(cls, source: str, *, sampled: bool = False, max_tokens: int | None = None, bare: bool = False) -> Chat:
@@ -77,5 +76,5 @@ class Chat:
                     f"the question has {len(ids)} tokens, but the model reads {context}; ask a shorter one"
                 )
             settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, context - len(ids)))
-        reply = self.policy.sample([ids], 1, self.generator, settings)[0]
+        reply = self.policy.sample([ids], 1, self.stream, settings)[0]
         return str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.packed.trial import is_rounding, own_pass, own_terms
 from grouprl.lm.sample.draw import SamplingSettings
-from grouprl.lm.sample.finite import NotFiniteError
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
+from grouprl.lm.sample.streams import Draws, Stream, draws_of
 
 _log = logging.getLogger("grouprl")
 
@@ -26,18 +26,32 @@ PASS_ROWS = 64
 """The most rows of one forward pass. This limits the memory for activations and logits."""
 
 
-def _check_finite(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A logits processor of ``generate`` that changes nothing. Raises NotFiniteError for NaN and inf; -inf may be."""
-    if not bool((scores.amax(-1) < float("inf")).all()):  # nor is it NaN
-        raise NotFiniteError("logits are not finite")
-    return scores
+class _Drawing:
+    """A logits processor of ``generate`` that draws the tokens, and leaves ``generate`` no other choice.
+
+    Args:
+        begin: makes the rows, from the number of tokens in the vocabulary.
+    """
+
+    def __init__(self, begin: Callable[[int], Rows]) -> None:
+        self._begin = begin
+        self.rows: Rows | None = None
+        self._step = 0
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        if self.rows is None:
+            self.rows = self._begin(scores.shape[-1])
+        self.rows.prepare(self._step)
+        self.rows.draw_tokens(scores.float().clone())
+        self._step += 1
+        return torch.full_like(scores, float("-inf")).scatter_(1, self.rows.token[:, None], 0.0)
 
 
 class PlainSampler:
     """Samples completions from any causal model.
 
-    It replaces :class:`grouprl.lm.sample.sampler.Sampler` for models that cannot be packed, and it is slower. The
-    tokens of a completion depend on the random generator and also on which prompts are sampled in the same call.
+    It replaces :class:`grouprl.lm.sample.sampler.Sampler` for models that cannot be packed, and it is slower. Tokens
+    are drawn as they are there, so those of a completion do not depend on which others are sampled beside it.
 
     There are three ways to decode, from the fastest to the slowest:
 
@@ -70,7 +84,7 @@ class PlainSampler:
         prompts: Sequence[Sequence[int]],
         group_size: int,
         settings: SamplingSettings,
-        generator: torch.Generator,
+        source: torch.Generator | Stream | Draws,
         adjust: Adjust | None = None,
     ) -> list[Completion]:
         """Sample ``group_size`` completions of each prompt.
@@ -79,7 +93,7 @@ class PlainSampler:
             prompts: the token ids of each of the P prompts.
             group_size: the number of completions of each prompt.
             settings: how to draw tokens.
-            generator: a random generator on the CPU.
+            source: where random numbers come from: those of the completions, a stream, or a torch.Generator on the CPU.
             adjust: must be None.
 
         Returns:
@@ -92,10 +106,9 @@ class PlainSampler:
         """
         if adjust is not None:
             raise UsageError("the plain sampler cannot adjust logits; use attention='auto'")
-        state, why = generator.get_state(), ""
+        draws, why = draws_of(source, len(prompts) * group_size), ""
         for steps in PLAIN_STEPS[PLAIN_STEPS.index(self.steps) :]:
-            generator.set_state(state)
-            completions = self.draw(prompts, group_size, settings, generator, steps)
+            completions = self.draw(prompts, group_size, settings, draws, steps)
             why = self._differs(prompts, completions, settings)
             if not why:
                 return completions
@@ -110,7 +123,7 @@ class PlainSampler:
         prompts: Sequence[Sequence[int]],
         group_size: int,
         settings: SamplingSettings,
-        generator: torch.Generator,
+        draws: Draws,
         steps: PlainSteps | None = None,
     ) -> list[Completion]:
         """Sample as :meth:`sample` does, without a comparison with the model's own forward pass.
@@ -119,7 +132,7 @@ class PlainSampler:
             prompts: the token ids of each of the P prompts.
             group_size: the number of completions of each prompt.
             settings: how to draw tokens.
-            generator: a random generator on the CPU.
+            draws: the random numbers of the completions.
             steps: how to decode, by default as the constructor was told.
         """
         steps = steps or self.steps
@@ -128,7 +141,8 @@ class PlainSampler:
         completions: list[list[Completion]] = [[]] * len(prompts)
         with self._sampling():
             for part in parts:
-                drawn = sample_some([prompts[i] for i in part], group_size, settings, generator)
+                own = draws.of([i * group_size + j for i in part for j in range(group_size)])
+                drawn = sample_some([prompts[i] for i in part], group_size, settings, own)
                 for place, i in enumerate(part):
                     completions[i] = drawn[place * group_size : (place + 1) * group_size]
         return [completion for group in completions for completion in group]
@@ -184,51 +198,27 @@ class PlainSampler:
             self.model.generation_config = checkpoints_own
 
     def _by_generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        group_size: int,
-        settings: SamplingSettings,
-        generator: torch.Generator,
+        self, prompts: Sequence[Sequence[int]], group_size: int, settings: SamplingSettings, draws: Draws
     ) -> list[Completion]:
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        greedy = settings.temperature == 0.0
-        seed = int(torch.randint(2**62, (), generator=generator))
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            out = self.model.generate(
-                input_ids=ids.repeat_interleave(group_size, 0), attention_mask=mask.repeat_interleave(group_size, 0),
-                do_sample=not greedy, max_new_tokens=settings.max_new_tokens,
-                min_new_tokens=settings.min_new_tokens or None, eos_token_id=self.end_ids,
-                pad_token_id=self.pad_id, repetition_penalty=settings.repetition_penalty,
-                return_dict_in_generate=True, output_scores=True, logits_processor=[_check_finite],
-                **({} if greedy else {
-                    "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
-                    "min_p": settings.min_p or None,
-                }),
-            )  # fmt: skip
-        # PEFT's adapters with virtual tokens return sequences without the prompt.
-        new = out.sequences[:, out.sequences.shape[1] - len(out.scores) :]
-        # out.scores has a tensor [N, V] per step. Only the entries of the drawn tokens are needed.
-        logp = torch.stack(
-            [s.float().log_softmax(-1).gather(1, new[:, t, None])[:, 0] for t, s in enumerate(out.scores)], 1
-        ).cpu()
-        ends = torch.isin(new, torch.tensor(self.end_ids, device=device)).cpu()
-        completions = []
-        for row, end, scores in zip(new.tolist(), ends, logp, strict=True):
-            finished = bool(end.any())
-            n = int(end.int().argmax()) + 1 if finished else len(row)
-            completions.append(Completion(row[:n], scores[:n], finished))
-        return completions
+        drawing = _Drawing(lambda v: Rows(prompts, group_size, settings, self.end_ids, v, device, draws))
+        self.model.generate(
+            input_ids=ids.repeat_interleave(group_size, 0), attention_mask=mask.repeat_interleave(group_size, 0),
+            do_sample=False, max_new_tokens=settings.max_new_tokens, eos_token_id=self.end_ids,
+            pad_token_id=self.pad_id, logits_processor=[drawing],
+        )  # fmt: skip
+        assert drawing.rows is not None
+        return drawing.rows.completions()
 
     def _by_passes(
         self,
         prompts: Sequence[Sequence[int]],
         group_size: int,
         settings: SamplingSettings,
-        generator: torch.Generator,
+        draws: Draws,
     ) -> list[Completion]:
         """Sample from prompts of one length."""
         device, completions = next(self.model.parameters()).device, []
@@ -240,7 +230,8 @@ class PlainSampler:
             for t in range(settings.max_new_tokens):
                 logits = self._next_logits(ids)
                 if rows is None:
-                    rows = Rows(some, group_size, settings, self.end_ids, logits.shape[-1], device, generator)
+                    own = draws.of(slice(start * group_size, (start + len(some)) * group_size))
+                    rows = Rows(some, group_size, settings, self.end_ids, logits.shape[-1], device, own)
                 rows.prepare(t)
                 rows.draw_tokens(logits)
                 ended = set(rows.ended())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grouprl.lm.sample.draw import SamplingSettings, draw, greedy, keep_likely, penalise_repetition
 from grouprl.lm.sample.finite import NotFiniteError, all_finite
+from grouprl.lm.sample.streams import Draws
 
 Adjust = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function that changes logits before each draw.
@@ -18,6 +19,10 @@ Its arguments are the logits ``[B, V]``, the index ``[B]`` of each row's complet
 drawn so far. It returns logits ``[B, V]``. On a GPU the sampler may record it once and replay it
 (:mod:`grouprl.lm.sample.recordings`). Some rows may have ended already; the sampler discards the tokens it draws for
 them."""
+
+
+AHEAD = 64
+"""The most tokens for which random numbers are drawn at once. For few rows, a call costs more than the numbers."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,9 @@ class Rows:
         end_ids: the ids of the tokens that end a completion.
         vocabulary: the number of tokens V.
         device: the device of the logits.
-        generator: a random generator on the CPU.
+        draws: the random numbers of the rows.
         adjust: changes the logits before each draw, or None.
         first: the index of the first row's completion, as ``adjust`` receives it.
-        ahead: the number of steps for which :meth:`prepare` draws random numbers at once.
 
     Attributes:
         token: ``[B]`` int64, the newest token of each row.
@@ -67,14 +71,13 @@ class Rows:
         end_ids: Sequence[int],
         vocabulary: int,
         device: torch.device,
-        generator: torch.Generator,
+        draws: Draws,
         adjust: Adjust | None = None,
         first: int = 0,
-        ahead: int = 1,
     ) -> None:
         n, longest = len(prompts) * group_size, settings.max_new_tokens
         self.settings, self.device, self.adjust, self.first = settings, device, adjust, first
-        self._generator = generator
+        self._draws = draws
         self._end_ids = torch.tensor([i for i in end_ids if i < vocabulary], device=device, dtype=torch.int64)
         self._ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self._ends[self._end_ids] = True
@@ -83,7 +86,7 @@ class Rows:
             self._seen = torch.zeros(n, vocabulary, dtype=torch.bool, device=device)
             for i, prompt in enumerate(prompts):
                 self._seen[i * group_size : (i + 1) * group_size, torch.tensor(prompt, device=device)] = True
-        self._uniform = torch.empty(ahead, n, device=device)
+        self._uniform = torch.empty(min(AHEAD, longest), n, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._which = torch.arange(n, device=device)
         self.token = torch.zeros(n, dtype=torch.int64, device=device)
@@ -98,13 +101,9 @@ class Rows:
         return len(self._which)
 
     def prepare(self, step: int) -> None:
-        """Draw the random numbers for token ``step``, if an earlier call has not drawn them. Call this before a step.
-
-        It draws a number for each row, the removed rows too. So the tokens of a row do not depend on which other rows
-        have ended.
-        """
+        """Draw the random numbers for token ``step``, if no earlier call has drawn them. Call this before a step."""
         if step % len(self._uniform) == 0:
-            fresh = torch.rand(self._uniform.shape, generator=self._generator)
+            fresh = self._draws.uniform(step, len(self._uniform))
             if self.device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
                 fresh = fresh.pin_memory()
             self._uniform.copy_(fresh, non_blocking=True)

@@ -28,6 +28,7 @@ from grouprl.lm.packed.trial import Trial, is_rounding
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.recordings import CudaGraphRecorder, GraphRecorder, Repeated
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
+from grouprl.lm.sample.streams import Draws, Stream, draws_of
 from grouprl.lm.sample.torch_decoder import TorchDecoder
 
 _log = logging.getLogger("grouprl")
@@ -168,27 +169,30 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         group_size: int,
         settings: SamplingSettings,
-        generator: torch.Generator,
+        source: torch.Generator | Stream | Draws,
         adjust: Adjust | None = None,
     ) -> list[Completion]:
         """Sample ``group_size`` completions of each prompt.
 
-        The tokens of a completion do not depend on which other rows have ended already.
+        The tokens of a completion do not depend on which others are sampled beside it.
 
         Args:
             prompts: the token ids of each of the P prompts.
             group_size: the number of completions of each prompt.
             settings: how to draw tokens.
-            generator: a random generator on the CPU.
+            source: where random numbers come from: those of the completions, a stream, or a torch.Generator on the CPU.
             adjust: changes the logits before each draw, or None.
 
         Returns:
             ``P * group_size`` completions. The completions of the first prompt come first.
         """
         out: list[Completion] = []
+        draws = draws_of(source, len(prompts) * group_size)
         with self._sampling():
             for start, stop in self._batches([len(p) for p in prompts], group_size):
-                out += self._batch(prompts[start:stop], group_size, settings, generator, adjust, start * group_size)
+                first = start * group_size
+                own = draws.of(slice(first, stop * group_size))
+                out += self._batch(prompts[start:stop], group_size, settings, own, adjust, first)
         return out
 
     @contextmanager
@@ -339,15 +343,15 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         group_size: int,
         settings: SamplingSettings,
-        generator: torch.Generator,
+        draws: Draws,
         adjust: Adjust | None,
         first: int,
     ) -> list[Completion]:
         decoder, logits = self._read(prompts, group_size, settings.max_new_tokens)
         look = 1 if self.recorder is None else STEPS_BETWEEN_LOOKS
         rows = Rows(
-            prompts, group_size, settings, self.end_ids, logits.shape[-1], self.backbone.device, generator, adjust,
-            first, ahead=look,
+            prompts, group_size, settings, self.end_ids, logits.shape[-1], self.backbone.device, draws, adjust,
+            first,
         )  # fmt: skip
         variant = (settings, adjust is not None)  # a recording fixes both
 

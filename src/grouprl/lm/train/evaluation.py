@@ -16,6 +16,7 @@ import torch
 from grouprl.lm.generate.collect import Metrics, ScoredGroups, describe_scored, sample_and_score
 from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.prompts import PromptSource
+from grouprl.lm.sample.streams import EVALUATION, Stream
 from grouprl.lm.train.setup import Setup
 from grouprl.machine.busy import sleeping_when_busy
 
@@ -48,13 +49,13 @@ def evaluate(
     assert prompts.size is not None
     size = prompts.size if n is None else min(n, prompts.size)
     groups = max(1, (at_once or size * group_size) // group_size)
-    generator = torch.Generator().manual_seed(setup.config.seed)
+    stream = Stream(setup.config.seed, EVALUATION)
     settings = sampling_settings(setup.config, greedy=greedy)
     for start in range(0, size, groups):
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
         with sleeping_when_busy():
             scored = sample_and_score(
-                setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, generator, settings, state,
+                setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, stream, settings, state,
                 skip_special_tokens=setup.config.skip_special_tokens,
             )  # fmt: skip
         yield scored

@@ -20,6 +20,7 @@ from grouprl.lm.kernels import compile as kernels
 from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state
 from grouprl.lm.learn.step import Step, optimizer_step
 from grouprl.lm.prompts import PromptOrder
+from grouprl.lm.sample.streams import Stream
 from grouprl.lm.settings.batch_plan import steps_per_epoch, total_steps
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train import best_model, checkpoint, origin
@@ -67,7 +68,7 @@ class Run:
         self.order = PromptOrder(size, data_seed, config.shuffle_dataset, self.plan.prompts_per_generation)
         if size is not None:
             _tell_of_batches(size, self.plan.prompts_per_generation, config.shuffle_dataset)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.stream = Stream(config.seed)
         self.total = total_steps(config, self.plan, source.size)
         self.scheduler = setup.own_scheduler
         if self.scheduler is None:
@@ -79,7 +80,7 @@ class Run:
             self.order,
             setup.rewards,
             config,
-            self.generator,
+            self.stream,
             setup.functions.advantage,
         )
         self.follows = setup.policy.reference if config.sync_ref_model else None
@@ -187,7 +188,7 @@ class Run:
         rate = setup.optimizer.param_groups[0]["lr"]
         metrics |= optimizer_step(
             step, setup.parameters, setup.optimizer, remember=self.plan.num_iterations > 1,
-            on_gradient=lambda: book.event("on_pre_optimizer_step"),
+            on_gradient=lambda: book.event("on_pre_optimizer_step"), number=book.state.global_step,
         )  # fmt: skip
         book.event("on_optimizer_step")
         self.scheduler.step()
@@ -226,11 +227,10 @@ class Run:
         policy = self.setup.policy
         moments, optimizer_meta = optimizer_state(self.setup.optimizer)
         tensors = {f"optimizer.{name}": value for name, value in moments.items()}
-        tensors["generator"] = self.generator.get_state()
-        tensors["dropout"] = _device_generator(policy.device).get_state()
         meta: dict[str, Any] = {
-            "optimizer": optimizer_meta, "order": self.order.state(), "tokens": self.collector.tokens,
-            "update": self.update, "book": self.book.to_dict(), "plan": asdict(self.plan),
+            "optimizer": optimizer_meta, "order": self.order.state(), "drawn": self.stream.drawn,
+            "tokens": self.collector.tokens, "update": self.update, "book": self.book.to_dict(),
+            "plan": asdict(self.plan),
             "config": self.config.to_dict(), "scheduler": _plain_state(self.scheduler),
             "began": self.book.began, "origin": origin.describe(self.setup), "machine": self._machine(),
         }  # fmt: skip
@@ -252,7 +252,7 @@ class Run:
     def _check(self, saved: Checkpoint) -> None:
         """Raise DamagedFileError if a checkpoint lacks what each has, or has it in another shape or kind."""
         own = self._state()
-        kinds = {name: own.meta[name] for name in ("optimizer", "tokens", "update", "book")}
+        kinds = {name: own.meta[name] for name in ("optimizer", "drawn", "tokens", "update", "book")}
         kinds["book"] = {**kinds["book"], "state": {"global_step": 0, "log_history": []}}
         tensors = {name: value for name, value in own.tensors.items() if not name.startswith("optimizer.")}
         check_like(saved.file, saved.tensors, saved.meta, tensors, kinds)
@@ -267,6 +267,11 @@ class Run:
 
     def _restore(self, saved: Checkpoint) -> None:
         setup, meta = self.setup, saved.meta
+        if "generator" in saved.tensors:
+            raise UsageError(
+                "the checkpoint was written by an older grouprl, whose completions drew from one random stream, so it "
+                "cannot be gone on with; give its folder as the model to begin a new run with its weights"
+            )
         if "samples" in meta and meta["plan"] != asdict(self.plan):
             raise UsageError(
                 f"the checkpoint holds half a generation, sampled as {meta['plan']}, here it is {asdict(self.plan)}; "
@@ -290,8 +295,7 @@ class Run:
         if others is not None:
             _log.warning("numbers will differ from those of a run that never stopped: %s", others)
         _tell_changes(meta["config"], self.config)
-        self.generator.set_state(saved.tensors["generator"])
-        _device_generator(setup.policy.device).set_state(saved.tensors["dropout"])
+        self.stream.drawn = meta["drawn"]
         self.order.load(meta["order"])
         self.collector.tokens, self.update = meta["tokens"], meta["update"]
         moved = saved.part("reference")
@@ -312,13 +316,6 @@ def _errors_of_step(step: int) -> Iterator[None]:
         yield
     except TrainingError as error:
         raise TrainingError(f"step {step}: {error}") from error
-
-
-def _device_generator(device: torch.device) -> torch.Generator:
-    """The random stream that dropout draws from."""
-    if device.type != "cuda":
-        return torch.default_generator
-    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _tell_of_batches(rows: int, batch: int, shuffled: bool) -> None:
