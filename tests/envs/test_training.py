@@ -26,7 +26,7 @@ from grouprl.runs import read_metrics
 from grouprl.runs.state import load_state
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "robustness"))
-from short_runs import ENV_RUN, ENV_SETTINGS, is_time  # noqa: E402 - it is found by the line above
+from short_runs import ENV_RUN, ENV_SETTINGS, is_time
 
 QUIET: dict[str, Any] = {**ENV_RUN, "video": False, "track": ("none",)}
 

@@ -123,11 +123,11 @@ class Policy(nn.Module):
         self.refresh()
 
     # --- normalisation -------------------------------------------------------------------------------------------
-    @np.errstate(all="ignore")
     def predict(self, *_: Any, **__: Any) -> NoReturn:
         """Raises UsageError: the agent predicts, because it knows the random stream and the masks."""
         raise UsageError("the policy has no predict of its own; call agent.predict(observation)")
 
+    @np.errstate(all="ignore")
     def refresh(self) -> None:
         """Recompute what :meth:`prepare` uses from the buffers; call after loading them."""
         real = self.observations.normalise
