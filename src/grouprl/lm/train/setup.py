@@ -26,9 +26,10 @@ from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.sample.finite import not_finite
-from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
+from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.wrappers import unwrapped
+from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
@@ -94,6 +95,7 @@ def make_setup(
     config = _configuration(args)
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config)
+    check_room(least_bytes(config, plan))
     rewards = RewardCaller(reward_funcs, config.reward_weights, config.reward_timeout)
     torch.manual_seed(config.seed)
     model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
