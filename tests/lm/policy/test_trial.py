@@ -191,6 +191,24 @@ def test_a_wrong_cache_is_found_with_filters_and_penalties_too(monkeypatch, capl
     assert "samples some prompts again" in caplog.text
 
 
+def test_a_model_whose_own_pass_fails_in_the_precision_of_training_is_named_once(caplog) -> None:
+    model = build("llama")
+    own = model.model.layers[0].mlp.forward
+
+    def forward(x: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("no kernel for bfloat16")
+        return own(x)
+
+    model.model.layers[0].mlp.forward = forward
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        policy(model, bf16=True)
+        policy(build("llama"), bf16=True)
+    (said,) = [message for message in caplog.messages if "own forward pass" in message]
+    assert "LlamaForCausalLM cannot run its own forward pass in bfloat16" in said
+    assert said.endswith("RuntimeError: no kernel for bfloat16")
+
+
 def test_log_probabilities_that_no_way_of_decoding_has_are_an_error() -> None:
     # Rotary positions that depend on the length of the sequence: those of early tokens change with later ones.
     rope = {

@@ -128,6 +128,7 @@ class Run:
             book.before_step()
             began_step = time.perf_counter()
             self.setup.parameters.check()
+            self.setup.policy.check()  # callbacks and reward functions may have changed modules
             with _errors_of_step(book.state.global_step + 1):
                 metrics, samples = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
