@@ -125,7 +125,9 @@ def test_the_ridge_grows_where_there_are_less_than_four_rows_for_a_feature():
 
 def test_a_feature_that_is_nearly_zero_is_held_by_the_floor_of_the_ridge():
     # 2e-3 / (2e-6 + 2 * 1e-3), where the feature's own power would have given 2e-3 / 4e-6 = 500
-    assert orthogonal(1e-3, [1.0, -1.0], 1.0, copies=4).weights[0].item() == pytest.approx(2e-3 / (2e-6 + 2e-3), rel=1e-9)
+    assert orthogonal(1e-3, [1.0, -1.0], 1.0, copies=4).weights[0].item() == pytest.approx(
+        2e-3 / (2e-6 + 2e-3), rel=1e-9
+    )
 
 
 def test_fits_to_batches_of_fewer_rows_than_features_do_not_run_away():
