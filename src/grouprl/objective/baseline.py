@@ -161,8 +161,8 @@ def fit_baseline(
     Each sweep regresses y = V + GAE(V), V from the weights so far, over n rows:
         w = (Phi'Phi + n r diag(max(diag(Phi'Phi) / n, 1e-3)))^-1 Phi'y        (constant feature: n 1e-6 instead)
         r = ridge max(1, 4 min(F, 512) / n)^2
-    With four rows and more for each feature r is ``ridge``. With fewer it grows: the targets of a fit hold the values of
-    the fit before, and one that follows them too closely sends the next further astray, without end.
+    With four rows and more for each feature r is ``ridge``. With fewer it grows: the targets of a fit hold the values
+    of the fit before, and one that follows them too closely sends the next further astray, without end.
     The matrix is the same in every sweep and factored once, in float64: [F, F] or, where there are more features than
     rows, [n, n], which gives the same w. Without previous weights V starts at 0 and two sweeps are added.
 
