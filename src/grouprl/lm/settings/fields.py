@@ -120,6 +120,29 @@ class Fields(ObjectiveSettings):
         None, ge=1, description="completions sampled side by side; default: as many as memory suggests"
     )
 
+    # --- episodes of several turns ---------------------------------------------------------------------------------
+    max_turns: int | None = Field(None, ge=1, description="most turns of the model in an episode; default: any number")
+    max_turn_length: int | None = Field(
+        None, ge=1, description="most tokens of one turn; max_completion_length bounds what follows the first prompt"
+    )
+    max_tool_calling_iterations: int | None = Field(
+        None, ge=0, description="most turns of an episode whose tools are called, as in TRL; default: any number"
+    )
+    history: Literal["full", "turn"] = Field(
+        "full",
+        description="full = an episode is one sample, which grows; turn = each turn is a sample, which sees the first "
+        "prompt and the last exchange",
+    )
+    tool_timeout: float | None = Field(
+        60.0,
+        gt=0,
+        le=1e9,
+        description="seconds that a call of a tool or an environment may take, which otherwise fails; None = any time",
+    )
+    max_tool_output: int = Field(
+        4096, ge=64, description="most characters that a tool or an environment may say at once; the rest is cut off"
+    )
+
     # --- rewards and advantages ----------------------------------------------------------------------------------
     reward_weights: tuple[float, ...] | None = Field(None, description="of the reward functions; default: 1 each")
     skip_special_tokens: bool = Field(
