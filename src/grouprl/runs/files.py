@@ -197,7 +197,7 @@ def file_checksum(path: Path, *, just_written: bool = False) -> str:
     third less time. Another program that shortens a file meanwhile would end this one.
     """
     if just_written and path.stat().st_size:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with path.open("rb") as written, mmap.mmap(written.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return str(xxh3_64(content).hexdigest())
     checksum, buffer = xxh3_64(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
