@@ -88,7 +88,7 @@ def train_environments(clock: Clock) -> None:
 
     agent = GRPO("CartPole-v1", preset="default", n_envs=16, collect="segments", n_steps=2048)
     while not clock.step():
-        agent.learn(16 * 2048, reset_num_timesteps=False)
+        agent.learn(16 * 2048)
 
 
 # --- in the process that measures -------------------------------------------------------------------------------------
