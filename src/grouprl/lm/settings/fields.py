@@ -107,7 +107,12 @@ class Fields(ObjectiveSettings):
     )
 
     # --- sampling ------------------------------------------------------------------------------------------------
-    max_completion_length: int = Field(512, ge=1, description="most tokens of a completion")
+    max_completion_length: int = Field(
+        512, ge=1, description="most tokens of a completion; of an episode, all that follows its prompt"
+    )
+    max_turn_tokens: int | None = Field(
+        None, ge=1, description="most tokens of a turn in an episode of several; default: max_completion_length"
+    )
     min_new_tokens: int = Field(0, ge=0, description="no end of sequence before; generation_kwargs may say it too")
     temperature: float = Field(1.0, gt=0, description="of sampling; the learner divides by it as well")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
@@ -162,6 +167,9 @@ class Fields(ObjectiveSettings):
     )
     advantage: Annotated[str, OneOf(estimator_names(environments=False), RENAMED_ADVANTAGES)] = Field(
         "outcome", description="estimator; the table of estimators says what each computes"
+    )
+    gamma: float = Field(
+        1.0, ge=0, le=1, description="discount per turn; a completion is one turn, in which nothing is discounted"
     )
     pass_k: int | None = Field(None, ge=2, description="k of advantage=pass_at_k; default: num_generations")
     mask_truncated_completions: bool = Field(False, description="no loss from completions that were cut off")
