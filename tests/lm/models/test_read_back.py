@@ -22,6 +22,8 @@ class Clears(LlamaModel):
 
 
 class ClearsItsPadding(LlamaForCausalLM):
+    __module__ = "transformers.models.of_a_test"  # Transformers treats classes of other modules otherwise
+
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.model = Clears(config)
@@ -46,13 +48,19 @@ def test_what_is_refused_is_what_from_pretrained_changes(tmp_path: Any) -> None:
         check_read_back(changed)
 
 
-def test_what_it_leaves_alone_is_not_refused() -> None:
+def test_what_it_leaves_alone_is_not_refused(monkeypatch: Any, tmp_path: Any) -> None:
     check_read_back(model(LlamaForCausalLM))
     check_read_back(model(tied=False))
     check_read_back(model(padding=None))
     frozen = model()
     frozen.get_input_embeddings().weight.requires_grad_(False)
     check_read_back(frozen)
+    monkeypatch.setattr(ClearsItsPadding, "__module__", "mine")
+    own = model()
+    check_read_back(own)
+    nn.init.ones_(own.get_input_embeddings().weight)
+    own.save_pretrained(tmp_path)
+    assert ClearsItsPadding.from_pretrained(tmp_path).get_input_embeddings().weight[3].all()
 
 
 def test_the_advice_helps(tmp_path: Any) -> None:
