@@ -32,7 +32,7 @@ def row_as_read(one: Any, folder: Any) -> Any:
 def test_what_is_refused_is_what_from_pretrained_changes(tmp_path: Any) -> None:
     changed = model()
     assert not row_as_read(changed, tmp_path).any()
-    with pytest.raises(UsageError, match=r"YoutuForCausalLM would .* \(3\) to zero .* pad_token_id = None"):
+    with pytest.raises(UsageError, match=r"YoutuForCausalLM would .* \(3\) to zero .*pad_token_id = None"):
         check_read_back(changed)
 
 
