@@ -8,7 +8,8 @@ Works: ``nth-word`` is the recipe of that name, full fine-tuning of SmolLM2-135M
 ``envs`` is CartPole-v1 with the robust default, its step an update on 16 environments x 2,048 steps.
 
 Conditions: quiet; beside one process that keeps a core busy; two of the training side by side; beside fifteen busy
-processes (a load of 15). The training is loaded and warm before the others start.
+processes (a load of 15). The others are in another session, which Linux gives the same share of the cores. The
+training is loaded and warm before they start.
 
 How threads wait for each other: ``ours`` as grouprl has it; ``spinning`` as OpenMP has it by itself (10 ms here
 before a thread sleeps); ``sleeping`` at once. Each measurement is a new process, and waits take turns within
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -88,7 +90,7 @@ def train_environments(clock: Clock) -> None:
 
     agent = GRPO("CartPole-v1", preset="default", n_envs=16, collect="segments", n_steps=2048)
     while not clock.step():
-        agent.learn(16 * 2048, reset_num_timesteps=False)
+        agent.learn(16 * 2048)
 
 
 # --- in the process that measures -------------------------------------------------------------------------------------
@@ -96,13 +98,23 @@ def start(work: str, wait: str, window: float, threads: int) -> subprocess.Popen
     env = {key: value for key, value in os.environ.items() if key not in _READ_BY_OPENMP}
     env |= {"HF_HUB_OFFLINE": "1", **WAITS[wait], **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     command = [sys.executable, __file__, "--train", work, "--window", str(window)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+
+
+def disturb(busy: int) -> subprocess.Popen[bytes] | None:
+    """So many processes that never rest, together in another session, as from another terminal."""
+    if not busy:
+        return None
+    program = f"import os\nfor _ in range({busy - 1}):\n    if not os.fork(): break\nwhile True: pass"
+    return subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
 
 
 def measure(work: str, condition: str, wait: str, window: float, threads: int) -> dict[str, Any]:
     """One measurement; window seconds of it count."""
     trainings, busy = CONDITIONS[condition]
-    running, disturbing = [], []
+    running, disturbing = [], None
     load = os.getloadavg()[0]
     try:
         for _ in range(trainings):  # one after another is warm, so that loading disturbs nobody
@@ -110,13 +122,16 @@ def measure(work: str, condition: str, wait: str, window: float, threads: int) -
             while (line := running[-1].stdout.readline().strip()) != "ready":  # type: ignore[union-attr]
                 if running[-1].poll() is not None:
                     raise SystemExit(f"the training ended: {line}")
-        disturbing = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+        disturbing = disturb(busy)
         for process in running:
             process.stdin.write("go\n")  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
         ends = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
     finally:
-        for process in (*disturbing, *running):
+        if disturbing is not None:
+            os.killpg(disturbing.pid, signal.SIGKILL)
+            disturbing.wait()
+        for process in running:
             process.kill()
             process.wait()
     steps = [step for end in ends for step in end["seconds"]]

@@ -92,17 +92,47 @@ def test_others_count_only_where_there_are_not_enough_cores_for_all(monkeypatch:
     monkeypatch.setattr(busy, "_used", lambda: seconds[0])
     monkeypatch.setattr(busy.time, "process_time", lambda: own[0])
     monkeypatch.setattr(busy.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(busy.torch, "get_num_threads", lambda: 2)
     for cores, expected in ((2, 1.0), (4, 0.0)):
         monkeypatch.setattr(busy.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        meter = busy.Others()
+        meter = busy.Others(lambda: 2)
         seconds[0], own[0], clock[0] = seconds[0] + 6.0, own[0] + 4.0, clock[0] + 2.0
         assert meter.cores() == expected
 
 
 def test_what_the_kernel_does_not_say_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(busy, "_used", lambda: None)
-    assert busy.Others().cores() == 0.0
+    assert busy.Others(lambda: 2).cores() == 0.0
+
+
+def test_a_machine_is_busy_at_once_and_quiet_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, others = [0.0], [0.0]
+    monkeypatch.setattr(busy.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(busy.Others, "cores", lambda _: others[0])
+    now = busy.Busy(lambda: 2)
+
+    def looks(n: int) -> list[bool]:
+        found = []
+        for _ in range(n):
+            clock[0] += busy._TICK
+            found.append(now())
+        return found
+
+    assert looks(2) == [False, False]
+    others[0] = 0.5
+    assert not now()  # it has only just looked
+    assert looks(1) == [True]
+    others[0] = 0.1  # neither busy nor quiet
+    assert looks(20) == [True] * 20
+    others[0] = 0.0
+    assert looks(busy._CALM) == [True] * (busy._CALM - 1) + [False]
+
+
+def test_what_is_done_at_once_is_handed_over_like_what_a_thread_does() -> None:
+    with busy.AtOnce() as pool:
+        assert pool.submit(max, 1, 2).result() == 2
+        assert pool.submit(threading.get_ident).result() == threading.get_ident()
+        with pytest.raises(KeyError):
+            pool.submit({}.__getitem__, 1).result()
 
 
 def test_the_cores_in_use_are_at_least_what_this_process_used() -> None:

@@ -10,6 +10,10 @@ threads than there are cores, it spins 100 times (3 microseconds) and not 300,00
 team of sleeping threads while other processes want these cores. Environment variables (OMP_WAIT_POLICY,
 GOMP_SPINCOUNT) say how to wait once and for all, if they are set before PyTorch is loaded. Where one is, it holds, and
 nothing is done here.
+
+Threads of Python's own, which wait for each other at each minibatch of an environment's batch, sleep anyway. On a busy
+machine each waits for its turn at a core, and they wait for each other. `Busy` says when it is better to do the parts
+one after another in one thread.
 """
 
 from __future__ import annotations
@@ -19,12 +23,16 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
+
+T = TypeVar("T")
 
 _TICK = 0.25
 """Seconds between two looks."""
@@ -76,21 +84,40 @@ def _libraries() -> list[ctypes.CDLL]:
 def _look(over: threading.Event, libraries: list[ctypes.CDLL]) -> None:
     """Keep a team of each library while the machine is busy."""
     teams: list[_Team] = []
-    meter, calm = Others(), 0
+    busy = Busy(torch.get_num_threads)
     while not over.wait(_TICK):
-        others = meter.cores()
-        calm = calm + 1 if others < _QUIET else 0
-        if others > _BUSY and not teams:
-            teams = [_Team(library) for library in libraries]
-        elif calm >= _CALM:
+        if not busy():
             _end(teams)
+        elif not teams:
+            teams = [_Team(library) for library in libraries]
     _end(teams)
+
+
+class Busy:
+    """Whether other processes want the cores that threads of this one need. It looks four times a second at most.
+
+    Args:
+        threads: how many threads this process would like to run.
+    """
+
+    def __init__(self, threads: Callable[[], int]) -> None:
+        self._others, self._busy, self._calm = Others(threads), False, 0
+        self._next = time.monotonic() + _TICK
+
+    def __call__(self) -> bool:
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + _TICK
+            others = self._others.cores()
+            self._calm = self._calm + 1 if others < _QUIET else 0
+            self._busy = others > _BUSY or (self._busy and self._calm < _CALM)
+        return self._busy
 
 
 class Others:
     """How many cores other processes use of those that this one may use and would have needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: Callable[[], int]) -> None:
+        self._threads = threads
         self._used, self._own, self._at = _used(), time.process_time(), time.monotonic()
 
     def cores(self) -> float:
@@ -100,17 +127,30 @@ class Others:
             return 0.0
         others = ((used - self._used) - (own - self._own)) / (at - self._at)
         self._used, self._own, self._at = used, own, at
-        wanted = others + torch.get_num_threads()
+        wanted = others + self._threads()
         return others if wanted > len(os.sched_getaffinity(0)) else 0.0
+
+
+class AtOnce(Executor):
+    """An executor that does what it is given at once, in the thread that asks."""
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """See ``concurrent.futures.Executor``."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except BaseException as error:  # handed over, as by a thread
+            future.set_exception(error)
+        return future
 
 
 def _used() -> float | None:
     """Seconds for which the cores that this process may use were in use, by whomever, added up."""
-    mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     try:
+        mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
         times = [[int(number) for number in line[1:9]] for line in lines if line[0] in mine]
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError, AttributeError):  # another system than Linux
         return None
     ticks = sum(number for line in times for i, number in enumerate(line) if i not in _IDLE)
     return ticks / os.sysconf("SC_CLK_TCK")

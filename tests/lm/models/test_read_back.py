@@ -6,19 +6,26 @@ from typing import Any
 
 import pytest
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, initialization
 
 from grouprl.errors import UsageError
 from grouprl.lm.models.read_back import check_read_back
 
 
-class ClearsItsPadding(LlamaForCausalLM):
-    """As Youtu's class does: the row loses the mark that it was read from a file."""
+class Clears(LlamaModel):
+    """As Youtu's classes do: the row loses the mark that it was read from a file."""
 
     def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight.data[module.padding_idx])
+            initialization.zeros_(module.weight.data[module.padding_idx])
+
+
+class ClearsItsPadding(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = Clears(config)
+        self.post_init()
 
 
 def model(kind: type[LlamaForCausalLM] = ClearsItsPadding, *, tied: bool = True, padding: int | None = 3) -> Any:

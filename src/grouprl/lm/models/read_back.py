@@ -42,7 +42,7 @@ def _is_zeroed(model: Any, padding: int) -> bool:
     table.weight._is_hf_initialized = True  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
         try:
-            model._init_weights(table)
+            getattr(model, "base_model", model)._init_weights(table)  # the nearest to the table, as Transformers does
         except Exception:  # it expects another module, and clears none of this kind then
             return False
     return bool(table.weight[padding] == 0)
