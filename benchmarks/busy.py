@@ -201,6 +201,7 @@ def main() -> None:
         }  # fmt: skip
         print(json.dumps(end), flush=True)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what it started ends with it
     rows: list[dict[str, Any]] = []
     if given.table:
         rows = [json.loads(line) for line in given.raw.read_text().splitlines()]
