@@ -60,7 +60,7 @@ def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else "smollm2"
     args = GRPOConfig(
         output_dir="tool-agent", prompts_per_step=4, num_generations=8, max_completion_length=96, max_turn_length=40,
-        max_turns=3, learning_rate=1e-5, max_steps=int(sys.argv[2]) if len(sys.argv) > 2 else 20, logging_steps=1,
+        max_turns=3, learning_rate=1e-5, max_steps=int(sys.argv[2]) if len(sys.argv) > 2 else 10, logging_steps=1,
         save_strategy="no",
     )  # fmt: skip
     trainer = GRPOTrainer(
