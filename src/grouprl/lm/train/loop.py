@@ -104,6 +104,7 @@ class Run:
             with self.setup.parameters.written_in_place(), sleeping_when_busy():
                 return self._go()
         finally:
+            self.setup.player.close()
             self.book.close()
 
     def _go(self) -> TrainOutput:
