@@ -53,6 +53,8 @@ def test_threads_spin_on_a_quiet_machine_and_sleep_on_a_busy_one() -> None:
 @gnu
 @pytest.mark.parametrize("name", busy._GIVEN)
 def test_what_the_user_said_about_waiting_holds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in busy._GIVEN:
+        monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv(name, "1")
     with busy.sleeping_when_busy():
         assert "grouprl-busy" not in {thread.name for thread in threading.enumerate()}
@@ -60,6 +62,8 @@ def test_what_the_user_said_about_waiting_holds(name: str, monkeypatch: pytest.M
 
 @gnu
 def test_teams_come_and_go_with_the_others_and_leave_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in busy._GIVEN:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(busy, "_TICK", 0.002)
     others = [1.0]
     monkeypatch.setattr(busy.Others, "cores", lambda _: others[0])
