@@ -41,7 +41,7 @@ from grouprl.envs.stable_baselines import (
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
-from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.ranks import refuse_several_processes
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
@@ -282,7 +282,7 @@ class GRPO:
         refuse_arguments("learn", list(unknown))
         if not isinstance(progress_bar, bool | None):
             raise UsageError(f"progress_bar={progress_bar!r} must be True or False")
-        refuse_several_processes()
+        refuse_several_processes("this training")
         total_timesteps = whole_number("total_timesteps", total_timesteps, least=1)
         start, skipped, batches = self.num_timesteps, self.loop.skipped.copy(), self.loop.batches
         self._learn(start, start + total_timesteps, callback, progress_bar)

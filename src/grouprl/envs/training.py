@@ -27,7 +27,7 @@ from grouprl.envs.mlp import kernels
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
-from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.ranks import refuse_several_processes
 from grouprl.machine.usage import Usage
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.files import user_path
@@ -210,7 +210,7 @@ def train(
         TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
             left behind if no update was done.
     """
-    refuse_several_processes()
+    refuse_several_processes("this training")
     chosen = presets.resolve(env_id, preset)
     values = dict(settings or {})
     check_names(values)
@@ -277,7 +277,7 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
         UsageError: no run folder, no readable checkpoint, a run that is already finished or that another process
             works on.
     """
-    refuse_several_processes()
+    refuse_several_processes("this training")
     folder = RunFolder.open(path)
     with folder.locked():
         return _resume(folder, steps, progress_bar)

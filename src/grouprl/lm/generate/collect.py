@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 from grouprl import objective
 from grouprl.lm.generate.estimate import estimate_advantages, groups_with_signal
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.policy.log_probs import MicroBatch
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
-from grouprl.lm.sample.streams import Draws, Stream
+from grouprl.lm.sample.streams import Draws, Stream, draws_of
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.machine.ranks import ALONE, Place, Ranks
 from grouprl.objective.user_functions import TensorFunction
 
 Metrics = dict[str, float]
@@ -42,13 +45,15 @@ class Collector:
         policy: samples the completions. tokenizer: decodes them. rewards: scores them.
         source, order: the prompts, and the order in which to draw them.
         stream: the random stream of the sampler. own: a user's advantage function, in the place of the settings'.
+        ranks: the processes that share the prompts out among them. Each has all samples afterwards.
     """
 
     def __init__(
         self, policy: Policy, tokenizer: Any, source: PromptSource, order: PromptOrder, rewards: RewardCaller,
         config: GRPOConfig, stream: Stream, own: TensorFunction | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
-        self.own = own
+        self.own, self.ranks = own, ranks
         self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
         self.source, self.order, self.stream = source, order, stream
         self.tokens = 0
@@ -89,7 +94,7 @@ class Collector:
         prompts = [self.source[i] for i in self.order.next_rows(n_prompts)]
         drawn = sample_and_score(
             self.policy, self.tokenizer, self.rewards, prompts, group_size, self.stream, None, state,
-            skip_special_tokens=self.config.skip_special_tokens,
+            skip_special_tokens=self.config.skip_special_tokens, ranks=self.ranks,
         )  # fmt: skip
         self.tokens += sum(len(c.ids) for c in drawn.completions) + group_size * sum(len(p.ids) for p in prompts)
         return drawn
@@ -108,9 +113,10 @@ class Collector:
         logp_old, logp_ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         penalties = None
         if self.policy.reference is not None and config.kl_in == "reward":
-            batches = self.policy.log_probs.micro_batches([p.ids for p in groups.prompts], completions, group.tolist())
+            batches = self._own_micro_batches(groups, completions, group)
             logp_old = self.policy.log_probs.without_gradient(batches, lengths)
             logp_ref = self.policy.reference.log_probs(batches, lengths)
+            self.ranks.add(logp_old, logp_ref)  # each is 0 where another process has it
             known = ~known
             penalties = -objective.kl_in_reward(
                 torch.zeros_like(logp_old), logp_old, logp_ref, config.beta, config.kl_estimator
@@ -126,6 +132,17 @@ class Collector:
             logp_old=logp_old, logp_ref=logp_ref, known_old=known, known_ref=known.clone(),
             extras=groups.rewards.extras,
         )  # fmt: skip
+
+    def _own_micro_batches(
+        self, groups: ScoredGroups, completions: Sequence[Sequence[int]], group: Tensor
+    ) -> list[MicroBatch]:
+        """Micro-batches of the completions that this process evaluates: of all, if it is alone."""
+        prompts = [p.ids for p in groups.prompts]
+        if self.ranks.world == 1:
+            return self.policy.log_probs.micro_batches(prompts, completions, group.tolist())
+        own = self.policy.share([len(c) for c in completions], group.tolist())
+        of_own = self.policy.log_probs.micro_batches(prompts, [completions[i] for i in own], group[own].tolist())
+        return [MicroBatch(batch.groups, torch.tensor(own)[batch.samples]) for batch in of_own]
 
 
 class ScoredGroups:
@@ -192,7 +209,7 @@ def _logged(rounds: list[Rewards]) -> Metrics:
 def sample_and_score(
     policy: Policy, tokenizer: Any, rewards: RewardCaller, prompts: list[Prompt], group_size: int,
     stream: Stream | Draws, settings: SamplingSettings | None = None, state: Any = None, *,
-    skip_special_tokens: bool = False,
+    skip_special_tokens: bool = False, ranks: Ranks = ALONE,
 ) -> ScoredGroups:  # fmt: skip
     """Sample ``group_size`` completions of each prompt and call the reward functions.
 
@@ -201,14 +218,30 @@ def sample_and_score(
         settings: how to sample; default: as the policy's configuration says.
         state: the trainer's state, handed to reward functions.
         skip_special_tokens: leave all special tokens out of the texts, and not only those that end or fill.
+        ranks: the processes that share the prompts out among them. Each gets the groups of all.
 
     Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
     """
-    completions = policy.sample([p.ids for p in prompts], group_size, stream, settings)
-    texts = _texts(completions, tokenizer, skip_special_tokens)
-    rows = [p for p in prompts for _ in range(group_size)]
-    values = rewards(rows, texts, [c.ids for c in completions], state)
-    return ScoredGroups(prompts, group_size, completions, texts, values, rewards.weights)
+    draws, own = draws_of(stream, len(prompts) * group_size), ranks.share(len(prompts))
+    found: tuple[list[Completion], list[str], Rewards] | None = None
+    if own:
+        here = [prompts[i] for i in own]
+        of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
+        completions = policy.sample([p.ids for p in here], group_size, of_own, settings)
+        texts = _texts(completions, tokenizer, skip_special_tokens)
+        rows = [p for p in here for _ in range(group_size)]
+        found = completions, texts, rewards(rows, texts, [c.ids for c in completions], state)
+    parts = [part for part in ranks.gather(found) if part is not None]
+    places = [Ranks(Place(rank, ranks.world)).share(len(prompts)) for rank in range(ranks.world)]
+    groups = [
+        ScoredGroups([prompts[i] for i in place], group_size, *part, rewards.weights)
+        for place, part in zip([place for place in places if place], parts, strict=True)
+    ]
+    if len(groups) == 1:
+        return groups[0]
+    whole = functools.reduce(ScoredGroups.concatenate, groups)
+    whole.rewards = replace(whole.rewards, metrics=_logged([part.rewards for part in groups]))
+    return whole
 
 
 def _texts(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:

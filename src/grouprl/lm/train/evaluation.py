@@ -54,7 +54,7 @@ def evaluate(
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
         yield sample_and_score(
             setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, stream, settings, state,
-            skip_special_tokens=setup.config.skip_special_tokens,
+            skip_special_tokens=setup.config.skip_special_tokens, ranks=setup.policy.ranks,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.wrappers import unwrapped
+from grouprl.machine.ranks import Ranks, join
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
@@ -91,8 +93,22 @@ def make_setup(
     Raises UsageError for whatever cannot work.
     """
     config = _configuration(args)
+    ranks = join(gpu=config.device.type == "cuda", timeout=config.ddp_timeout)
+    with ranks.telling():
+        return _make_setup(
+            config, ranks, model, reward_funcs, train_dataset, eval_dataset, tokenizer, optimizers=optimizers,
+            peft_config=peft_config, ref_model=ref_model, functions=functions,
+        )  # fmt: skip
+
+
+def _make_setup(
+    config: GRPOConfig, ranks: Ranks, model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction],
+    train_dataset: Any, eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any,
+    ref_model: Any, functions: UserFunctions,
+) -> Setup:  # fmt: skip
+    ranks.check_same("settings", _compared(config), "start every rank with the same configuration")
     tokenizer = tokenizer_of(tokenizer)
-    plan = batch_plan(config)
+    plan = batch_plan(config, ranks.world)
     rewards = RewardCaller(reward_funcs, config.reward_weights, config.reward_timeout)
     torch.manual_seed(config.seed)
     model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
@@ -103,9 +119,10 @@ def make_setup(
         raise UsageError(f"{setting} needs an eval_dataset; give one to GRPOTrainer, or leave the setting out")
     _check_best_metric(config, eval_prompts, rewards.names)
     parameters = TrainedParameters(model)
+    _check_same_weights(model, parameters, ranks)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
-    policy = Policy(model, tokenizer, config, unwrapped(ref_model))
+    policy = Policy(model, tokenizer, config, unwrapped(ref_model), ranks)
     optimizer, scheduler = optimizers or (None, None)
     if optimizer is None and scheduler is not None:
         raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
@@ -119,8 +136,31 @@ def make_setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards, functions=functions,
-        prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
+        prompts=prompts, eval_prompts=eval_prompts, output_dir=ranks.once(lambda: _output_dir(model, config)),
     )  # fmt: skip
+
+
+_FROM_FIRST = ("output_dir", "run_name")
+"""Settings that only the first rank reads."""
+
+
+def _compared(config: GRPOConfig) -> dict[str, Any]:
+    """What must be the same on every rank: the settings, and the versions of what computes."""
+    versions = {name: version(name) for name in ("grouprl", "torch", "transformers")}
+    return versions | {name: value for name, value in config.to_dict().items() if name not in _FROM_FIRST}
+
+
+def _check_same_weights(model: Any, parameters: TrainedParameters, ranks: Ranks) -> None:
+    """Give every rank the trained weights of the first. Raises UsageError if other weights differ."""
+    if ranks.world == 1:
+        return
+    with torch.no_grad():
+        trained = {id(p) for p in parameters.tensors}
+        others = {name: p for name, p in model.named_parameters() if id(p) not in trained}
+        sums = {name: float(p.detach().double().sum()) for name, p in others.items()}
+        shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        ranks.check_same("models", shapes | sums, "give every rank the same model")
+        ranks.spread(*(p.detach() for p in parameters.tensors))
 
 
 def _check_best_metric(config: GRPOConfig, eval_prompts: Mapping[str, Any], functions: Sequence[str]) -> None:
