@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +12,7 @@ import rank_cases
 import torch
 from rank_cases import SAME
 
-HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def start(program: Path, *arguments: str, world: int = 2) -> list[subprocess.Popen[str]]:
-    """A program in several processes, as torchrun would start it."""
-    meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common = {**os.environ, **meeting, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(program), *arguments], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
+from several import of_two
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +23,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     torch.set_num_threads(1)
     rank_cases.resumed(out / "alone", stop=4, resume=False)
     torch.set_num_threads(threads)
-    processes = start(HERE / "rank_cases.py", str(out))
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
-    return out, [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]
+    return out, of_two(Path(rank_cases.__file__), out)
 
 
 @pytest.mark.parametrize("name", SAME)

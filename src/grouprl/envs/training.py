@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,13 +27,13 @@ from grouprl.envs.mlp import kernels
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
-from grouprl.machine.ranks import refuse_several_processes
+from grouprl.machine.ranks import Ranks, join
 from grouprl.machine.usage import Usage
 from grouprl.runs import MetricsLog, RunFolder, make_trackers
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
 from grouprl.runs.signals import stopping_on_signals
-from grouprl.runs.state import taking_up
+from grouprl.runs.state import load_state, taking_up
 from grouprl.runs.trackers import check_trackers
 
 _log = logging.getLogger("grouprl")
@@ -110,6 +110,10 @@ class Recorder:
         self._checkpoint: Path | None = None
         self._usage = Usage()
         self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
+        self.ranks = agent.loop.ranks
+        self._restore(agent)
+        if not self.ranks.first:
+            return
         self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
         stack.callback(self.evaluator.close)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
@@ -122,7 +126,8 @@ class Recorder:
         )
         for tracker in self.trackers:
             stack.callback(tracker.close)
-        self._restore(agent)
+        if agent.extra:
+            self.log.resume(agent.num_timesteps, agent.extra["metrics"])
 
     def _restore(self, agent: GRPO) -> None:
         """Take up where the checkpoint the agent came from left off; nothing to do for a new agent."""
@@ -130,21 +135,30 @@ class Recorder:
             return
         self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
         self.solved_at = agent.extra["solved_at"]
-        self.log.resume(agent.num_timesteps, agent.extra["metrics"])
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
         step = agent.num_timesteps
         if step >= self._next_eval:
             self._next_eval = step - step % self.run.eval_every + self.run.eval_every
-            self.evaluator.max_steps = _patience(agent) or self.evaluator.max_steps
-            mean = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1).summary()[
-                "mean_return"
-            ]
-            metrics["eval_return"] = mean
+            metrics["eval_return"] = mean = self.ranks.once(lambda: self._evaluate(agent))
             if self.solved_at is None and self.threshold is not None and mean >= self.threshold:
                 self.solved_at = (step, agent.train_seconds)
         else:
             metrics["eval_return"] = float("nan")
+        if self.ranks.first:
+            self._record(agent, metrics, step)
+        self.stopped = self.ranks.agree(self.stopped)[0]
+        if step >= self._next_checkpoint and step < self.run.total_timesteps:
+            self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
+            self.checkpoint(agent, may_restart=True)
+        return not self.stopped
+
+    def _evaluate(self, agent: GRPO) -> float:
+        self.evaluator.max_steps = _patience(agent) or self.evaluator.max_steps
+        played = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1)
+        return played.summary()["mean_return"]
+
+    def _record(self, agent: GRPO, metrics: Metrics, step: int) -> None:
         metrics |= self._usage.read()
         self.log.append(metrics)
         self._watch.note(metrics, step / self.run.total_timesteps)
@@ -155,10 +169,6 @@ class Recorder:
         shown = {key: value for key, value in (metrics | script_names).items() if np.isfinite(value)}
         for tracker in self.trackers:
             tracker.log(tracked(shown), step)
-        if step >= self._next_checkpoint and step < self.run.total_timesteps:
-            self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
-            self.checkpoint(agent, may_restart=True)
-        return not self.stopped
 
     def checkpoint(self, agent: GRPO, *, may_restart: bool = False) -> None:
         """Write a checkpoint now and drop the oldest ones."""
@@ -166,15 +176,16 @@ class Recorder:
             "next_eval": self._next_eval,
             "next_checkpoint": self._next_checkpoint,
             "solved_at": self.solved_at,
-            "metrics": self.log.mark(),
+            "metrics": self.log.mark() if self.ranks.first else None,
         }
         path = self.folder.checkpoint_path(agent.num_timesteps)
         if self._checkpoint is not None and not self._checkpoint.exists():
             _log.warning("%s was deleted or moved since this run wrote it; %s follows", self._checkpoint, path.name)
         agent.checkpoint(path, may_restart=may_restart, extra=extra)
         self._checkpoint = path
-        self.folder.prune_checkpoints(self.run.keep_checkpoints)
-        self.folder.settle()
+        if self.ranks.first:
+            self.folder.prune_checkpoints(self.run.keep_checkpoints)
+            self.folder.settle()
 
 
 def train(
@@ -210,27 +221,30 @@ def train(
         TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
             left behind if no update was done.
     """
-    refuse_several_processes("this training")
     chosen = presets.resolve(env_id, preset)
     values = dict(settings or {})
     check_names(values)
     if seed is not None:
         values["seed"] = seed
     run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
-    RunFolder(user_path(out).absolute()).check_free(overwrite)
-    with RunFolder(user_path(out).absolute()).locked():
-        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
-        if agent.env_lost:
-            agent.close()
-            raise UsageError(
-                f"a run must be able to make its environment again: {agent.env_lost}; register an id whose entry point "
-                "makes that argument itself, or train from Python with GRPO(...).learn"
-            )
-        folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings), overwrite=overwrite)
-        if announce is not None:
-            announce(folder)
-        with folder.kept_in_order():
-            return _run(folder, run_settings, agent, progress_bar)
+    ranks = join(gpu=str(values.get("device", "cpu")).startswith("cuda"))
+    with ranks.telling():
+        place = ranks.once(lambda: user_path(out).absolute())
+        ranks.once(lambda: RunFolder(place).check_free(overwrite))
+        with RunFolder(place).locked() if ranks.first else nullcontext():
+            agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
+            if agent.env_lost:
+                agent.close()
+                raise UsageError(
+                    f"a run must be able to make its environment again: {agent.env_lost}; register an id whose entry "
+                    "point makes that argument itself, or train from Python with GRPO(...).learn"
+                )
+            about = _as_written(env_id, chosen, agent, run_settings)
+            folder = RunFolder(ranks.once(lambda: RunFolder.create(place, about, overwrite=overwrite).path))
+            if announce is not None and ranks.first:
+                announce(folder)
+            with folder.kept_in_order() if ranks.first else nullcontext():
+                return _run(folder, run_settings, agent, progress_bar)
 
 
 def _defaults_of_a_run(preset: presets.Preset | None, steps: int | None) -> dict[str, Any]:
@@ -277,14 +291,16 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
         UsageError: no run folder, no readable checkpoint, a run that is already finished or that another process
             works on.
     """
-    refuse_several_processes("this training")
     folder = RunFolder.open(path)
-    with folder.locked():
-        return _resume(folder, steps, progress_bar)
-
-
-def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> RunResult:
     config = folder.read_config()
+    ranks = join(gpu=str(dict(config.get("config") or {}).get("device", "cpu")).startswith("cuda"))
+    with ranks.telling(), folder.locked() if ranks.first else nullcontext():
+        return _resume(folder, config, steps, progress_bar, ranks)
+
+
+def _resume(
+    folder: RunFolder, config: dict[str, Any], steps: int | None, progress_bar: bool | None, ranks: Ranks
+) -> RunResult:
     try:
         options = (
             config["run"]
@@ -294,16 +310,25 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
         run_settings = RunSettings(**options)
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
-    found = newest_good(folder.checkpoints(), _agent_of)
-    if found is None:
+    agent = _newest_agent(folder, ranks)
+    if agent is None:
         raise UsageError(f"{folder.path} holds no checkpoint that can be used; train anew with another --out")
-    agent = found[1]
     if agent.num_timesteps >= run_settings.total_timesteps and folder.is_finished():
         raise UsageError(
             f"{folder.path} has done all of its {run_settings.total_timesteps} steps; give a larger total with --steps"
         )
-    folder.reopen(None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}})
+    again = None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}}
+    ranks.once(lambda: folder.reopen(again))
     return _run(folder, run_settings, agent, progress_bar)
+
+
+def _newest_agent(folder: RunFolder, ranks: Ranks) -> GRPO | None:
+    """The agent of the newest good checkpoint, or None. Of several processes the first says which that is."""
+    if ranks.world > 1:
+        best = ranks.once(lambda: newest_good(folder.checkpoints(), load_state))
+        return None if best is None else _agent_of(best[0])
+    found = newest_good(folder.checkpoints(), _agent_of)
+    return None if found is None else found[1]
 
 
 def _agent_of(path: Path) -> GRPO:
@@ -340,9 +365,11 @@ def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | 
                 raise TrainingError(f"{error} (after {agent.num_timesteps} steps; {kept})") from error
         agent.save(folder.model_path)
         recorder.checkpoint(agent)
+        ranks = recorder.ranks
         if recorder.stopped and agent.num_timesteps < run.total_timesteps:
             return RunResult(folder, agent, None, [])
-        return _finish(folder, run, agent, recorder)
+        summary, notes = ranks.once(lambda: _finish(folder, run, agent, recorder))
+        return RunResult(folder, agent, summary, notes)
 
 
 def _patience(agent: GRPO) -> int | None:
@@ -351,7 +378,7 @@ def _patience(agent: GRPO) -> int | None:
     return max(LEAST_PATIENCE, 10 * max(lengths)) if lengths else None
 
 
-def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> RunResult:
+def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> tuple[dict[str, Any], list[str]]:
     """Evaluate, and leave summary, curve and video."""
     from grouprl.runs.plots import plot_run
 
@@ -388,4 +415,4 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         "eval": final,
     }
     folder.write_summary(summary)
-    return RunResult(folder, agent, summary, notes)
+    return summary, notes
