@@ -86,7 +86,10 @@ class ObjectiveSettings(BaseModel):
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group",
         description="divide by the standard deviation of the group, of the batch, or not (Dr. GRPO); "
-        "True = group, False = none; for advantage=outcome, the others scale in their own way",
+        "True = group, False = none; for advantage=outcome and gigpo, the others scale in their own way",
+    )
+    gigpo_weight: float = Field(
+        1.0, ge=0, description="weight of gigpo's comparison of returns-to-go in equal states; 0 leaves outcome"
     )
 
     @field_validator("scale_rewards", mode="before")
@@ -95,9 +98,13 @@ class ObjectiveSettings(BaseModel):
         return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
 
 
-def objective_problems(c: ObjectiveSettings, loss_type: str) -> list[str]:
+def objective_problems(c: ObjectiveSettings, loss_type: str, advantage: str) -> list[str]:
     """Settings of the objective that do not go together: one sentence each, with how to fix it."""
     found: list[str] = []
+    if advantage == "gigpo" and c.scale_rewards == "batch":
+        found.append("scale_rewards='batch' does not go with advantage='gigpo'; set 'group' or 'none'")
+    if advantage != "gigpo" and c.gigpo_weight != type(c).model_fields["gigpo_weight"].default:
+        found.append(f"gigpo_weight={c.gigpo_weight} is for advantage='gigpo', which is {advantage!r}; leave it out")
     loss = LOSSES[loss_type]
     if loss.cap and (c.epsilon_high is None or c.epsilon_high <= 1):
         found.append(

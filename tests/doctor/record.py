@@ -1,15 +1,19 @@
-"""Records the metrics of healthy runs, which the doctor must find nothing wrong with.
+"""Records the metrics of runs: healthy ones, which the doctor must find nothing wrong with, and ill ones.
 
-Each run is that of a preset or a recipe, made with its own settings and seed, and nothing else::
+Each healthy run is that of a preset or a recipe, made with its own settings, at its default seed or one of those that
+it names, and nothing else::
 
     grouprl train CartPole-v1 --out healthy-runs/CartPole-v1 --no-video --track none
     grouprl train CartPole-v1 --preset formula --out healthy-runs/formula --no-video --track none
-    grouprl train-lm nth-word --out healthy-runs/nth-word --track none
+    grouprl train-lm nth-word --seed 0 --out healthy-runs/nth-word --track none
     ...
-    python tests/doctor/record.py healthy-runs/*
+    python tests/doctor/record.py healthy healthy-runs/*
 
 For each folder this writes `healthy/NAME.csv`, with the columns that rules read and four digits of each number, and an
-entry in `healthy/runs.yaml`, with the settings that rules read.
+entry in `healthy/runs.yaml`, with the settings that rules read. `ill/nth-word-seed42` is the recipe at its default
+seed: after 60 steps all completions of a group are copies, and the accuracy stays at 0.74::
+
+    python tests/doctor/record.py ill ill-runs/*
 """
 
 from __future__ import annotations
@@ -25,7 +29,6 @@ import yaml
 from grouprl.doctor.examine import goal_of, is_language
 from grouprl.runs import RunFolder, read_metrics
 
-FOLDER = Path(__file__).parent / "healthy"
 COLUMNS = (
     "step", "return_mean", "return_batch", "eval_return", "episodes", "skipped_batches", "degenerate_groups",
     "policy_entropy", "policy_std", "approx_kl", "clip_fraction", "reward", "eval_reward", "eval_accuracy", "entropy",
@@ -35,14 +38,14 @@ COLUMNS = (
 SETTINGS = ("lr_schedule", "learning_rate", "kl_target", "master_dtype", "max_completion_length")
 
 
-def record(path: Path) -> dict[str, Any]:
+def record(into: Path, path: Path) -> dict[str, Any]:
     """Write the metrics of a run; returns its entry in runs.yaml."""
     folder = RunFolder.open(path)
     if not folder.is_finished():
         raise SystemExit(f"{path} is not finished")
     config, metrics = folder.read_config(), read_metrics(folder.metrics_path)
     columns = [name for name in COLUMNS if name in metrics]
-    with (FOLDER / f"{path.name}.csv").open("w", newline="") as file:
+    with (into / f"{path.name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         rows = zip(*(metrics[name] for name in columns), strict=True)
@@ -52,10 +55,11 @@ def record(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Record the runs in the folders that are given."""
-    runs = FOLDER / "runs.yaml"
+    """Record the runs in the folders that are given, after the name of the folder to record into."""
+    into = Path(__file__).parent / sys.argv[1]
+    runs = into / "runs.yaml"
     entries = yaml.safe_load(runs.read_text()) if runs.exists() else {}
-    entries |= {path.name: record(path) for path in map(Path, sys.argv[1:])}
+    entries |= {path.name: record(into, path) for path in map(Path, sys.argv[2:])}
     runs.write_text(yaml.safe_dump(dict(sorted(entries.items()))))
 
 

@@ -19,19 +19,19 @@ from grouprl.doctor.watch import LOOKS
 from grouprl.envs import presets
 from grouprl.lm.run import recipe
 
-FOLDER = Path(__file__).parent / "healthy"
+FOLDER = Path(__file__).parent
 NOT_RECORDED = {
-    "BipedalWalker-v3", "HalfCheetah-v5", "Hopper-v5", "LunarLander-v3-continuous", "Swimmer-v5", "Walker2d-v5",
-    "nth-word",
+    "BipedalWalker-v3", "HalfCheetah-v5", "Swimmer-v5", "Walker2d-v5",
 }  # fmt: skip
-RUNS: dict[str, Any] = yaml.safe_load((FOLDER / "runs.yaml").read_text())
+RUNS: dict[str, Any] = yaml.safe_load((FOLDER / "healthy" / "runs.yaml").read_text())
 
 
-def table(name: str, share: float = 1.0) -> Table:
-    with (FOLDER / f"{name}.csv").open() as file:
+def table(name: str, share: float = 1.0, folder: str = "healthy") -> Table:
+    about = yaml.safe_load((FOLDER / folder / "runs.yaml").read_text())[name]
+    with (FOLDER / folder / f"{name}.csv").open() as file:
         names, *rows = csv.reader(file)
     values = np.array([[float(x or "nan") for x in row] for row in rows])[: round(len(rows) * share)]
-    return Table(dict(zip(names, values.T, strict=True)), RUNS[name]["settings"], RUNS[name]["goal"])
+    return Table(dict(zip(names, values.T, strict=True)), about["settings"], about["goal"])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -49,3 +49,14 @@ def test_nothing_is_said_while_a_healthy_run_goes_on(name: str) -> None:
 
 def test_the_runs_of_all_presets_are_recorded_but_for_the_longest() -> None:
     assert set(RUNS) | NOT_RECORDED >= set(presets.names()) | set(recipe.names())
+
+
+def test_a_recipe_whose_answers_became_copies_is_ill_soon_after() -> None:
+    ill = table("nth-word-seed42", folder="ill")
+    assert [one.name for one in examine_table(ill, language_model=True) if one.ill] == ["duplicates"]
+    told = [
+        look
+        for look in range(1, LOOKS + 1)
+        if examine_running(table("nth-word-seed42", look / LOOKS, "ill"), language_model=True)
+    ]
+    assert told[0] in (7, 8, 9)

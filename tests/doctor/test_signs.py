@@ -63,7 +63,7 @@ CASES: list[tuple[Rule, Table, Table]] = [
         table(approx_kl=np.where(STEPS % 5, 0.01, 2)),
         table(approx_kl=np.where(STEPS == 9, 2, 0.01)),
     ),
-    (environments.all_clipped, table(clip_fraction=0.7), table(clip_fraction=0.45)),
+    (environments.all_clipped, table(clip_fraction=0.55), table(clip_fraction=0.45)),
     (
         environments.evaluation_far_below,
         table(return_mean=RISING, eval_return=1.0),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,6 +40,25 @@ def chain(samples: int, length: int) -> Rollout:
         episode_lengths=none,
         episode_envs=none,
     )
+
+
+def test_states_are_equal_where_all_of_the_observation_is() -> None:
+    rollout = chain(2, 3)
+    assert estimate.states(rollout).tolist() == [0, 1, 2, 0, 1, 2]
+    image = torch.zeros(6, 1, 16, 16, dtype=torch.uint8)
+    image[4, 0, 3, 3] = 1
+    seen = np.array([[0.0], [1.0], [2.0], [-0.0], [1.0], [2.0]], np.float32)  # before normalisation
+    same = replace(rollout, observed=seen, inputs={"flat": torch.rand(6, 1), "image:": image})
+    assert estimate.states(same).tolist() == [0, 1, 2, 0, 3, 2]
+
+
+def test_gigpo_compares_steps_from_equal_observations() -> None:
+    rollout = replace(chain(2, 2), rewards=torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    rollout.inputs["flat"][3] = 7.0
+    config = make_config({"advantage": "gigpo", "scale_rewards": "none", "gamma": 1.0, "gigpo_weight": 2.0})
+    made, info = estimate.advantages(rollout, config, None)
+    assert made.tolist() == [1.5, 0.5, -1.5, -0.5]  # used as they come
+    assert info == {"degenerate_groups": 0.0}
 
 
 def test_a_small_batch_is_fitted_whole() -> None:

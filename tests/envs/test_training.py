@@ -82,7 +82,7 @@ def test_a_run_folder_holds_everything_it_promises(tmp_path: Path) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.yaml", "metrics.csv", "model.safetensors", "checkpoints", "tensorboard", "curve.png", "episode.mp4",
-        "summary.json",
+        "summary.json", "episodes.jsonl", "episodes.html", "report.html",
     }  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert {

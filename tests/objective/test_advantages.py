@@ -10,6 +10,7 @@ from grouprl.errors import TrainingError, UsageError
 from grouprl.objective import (
     batch_returns,
     degenerate_fraction,
+    gigpo,
     leave_one_out,
     outcome,
     returns_to_go,
@@ -81,6 +82,51 @@ def test_timestep_sees_credit_inside_an_episode_where_outcome_does_not():
     group = torch.zeros(2, dtype=torch.int64)
     assert outcome(rewards, lengths, group).tolist() == [0.0] * 4
     assert timestep(rewards, lengths, group).tolist() == [0.0, -1.0, 0.0, 1.0]
+
+
+STATES = torch.tensor([10, 11, 10, 12])
+
+
+def by_gigpo(rewards, states=STATES, lengths=(2, 2), **settings):
+    rewards, lengths = torch.tensor(rewards), torch.tensor(lengths)
+    return gigpo(rewards, lengths, torch.zeros(len(lengths)).long(), torch.as_tensor(states), **settings)
+
+
+def test_gigpo_adds_to_the_episode_what_a_step_is_worth_among_those_in_its_state():
+    # returns 1, 0: +-.5. In state 10 returns-to-go 1, 0: +-.5. Nobody else was in 11 or 12.
+    assert by_gigpo([0.0, 1.0, 0.0, 0.0], scale="none").tolist() == [1.0, 0.5, -1.0, -0.5]
+    assert by_gigpo([0.0, 1.0, 0.0, 0.0], scale="none", weight=2.0).tolist() == [1.5, 0.5, -1.5, -0.5]
+    assert by_gigpo([0.0, 1.0, 0.0, 0.0], scale="none", gamma=0.5).tolist() == [0.75, 0.5, -0.75, -0.5]
+    z = 1 / math.sqrt(2.0)  # both terms are divided by a standard deviation of their own
+    assert_close(by_gigpo([0.0, 1.0, 0.0, 0.0]), torch.tensor([2 * z, z, -2 * z, -z]))
+
+
+def test_gigpo_compares_equal_states_at_whatever_time_and_visits_of_one_episode_too():
+    # In state 5: returns-to-go 1, 1 | 0 with mean 2/3; returns 1, 0
+    got = by_gigpo([0.0, 1.0, 0.0], [5, 5, 5], (2, 1), scale=False)
+    assert_close(got, torch.tensor([0.5 + 1 / 3, 0.5 + 1 / 3, -0.5 - 2 / 3]))
+
+
+def test_gigpo_compares_states_within_a_group_alone():
+    rewards, lengths, states = torch.tensor([1.0, 0.0, 5.0, 3.0]), torch.ones(4).long(), torch.full((4,), 7)
+    got = gigpo(rewards, lengths, torch.tensor([0, 0, 1, 1]), states, scale=False)
+    assert got.tolist() == [1.0, -1.0, 2.0, -2.0]
+
+
+def test_gigpo_without_equal_states_is_outcome():
+    rewards = [0.3, 1.0, 0.0, 0.2]
+    for states in ([0, 1, 2, 3], [-1, -1, -1, -1]):  # a negative state is equal to none
+        wanted = outcome(torch.tensor(rewards), torch.tensor([2, 2]), torch.zeros(2).long())
+        assert torch.equal(by_gigpo(rewards, states), wanted)
+    assert torch.equal(by_gigpo(rewards, weight=0.0), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gigpo_calls_returns_to_go_equal_that_differ_by_rounding(dtype):
+    rewards = torch.tensor([10.0, -10.0, 0.1, 0.2, 0.3], dtype=dtype)
+    lengths, group = torch.tensor([4, 1]), torch.zeros(2).long()
+    states = torch.tensor([9, 1, 0, 2, 0])  # returns-to-go .1 + .2 and .3 in state 0
+    assert gigpo(rewards, lengths, group, states).tolist() == [0.0] * 5
 
 
 def test_batch_returns_is_the_batch_standardised_return_to_go():

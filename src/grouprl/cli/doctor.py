@@ -31,3 +31,23 @@ def doctor(
         print(to_text(found))
     if ill:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder, of either arena, finished or not.")],
+) -> None:
+    """Write report.html into a run folder: settings, curves, evaluation, what the doctor says, links."""
+    from grouprl.doctor.examine import is_language
+    from grouprl.doctor.report import write_report
+    from grouprl.runs import RunFolder
+
+    if is_language(RunFolder.open(run).read_config()):
+        from grouprl.lm.settings.config import GRPOConfig
+
+        defaults = GRPOConfig().to_dict()
+    else:
+        from grouprl.envs.training import default_settings
+
+        defaults = default_settings()
+    print(f"wrote {write_report(run, defaults)}")

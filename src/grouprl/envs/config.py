@@ -169,7 +169,7 @@ class GRPOConfig(ObjectiveSettings):
             )
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")
-        if found := objective_problems(self, self.loss_type):
+        if found := objective_problems(self, self.loss_type, self.advantage):
             raise ValueError("; ".join(found))
         if self.group_size is not None and self.vectorization in ("vector_entry_point", "envpool"):
             raise ValueError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
@@ -146,6 +148,21 @@ def n_summary(n_flat: int, images: dict[str, tuple[int, int, int]]) -> int:
     return n_flat + sum(64 * channels for channels, _, _ in images.values())
 
 
+def states(rollout: Rollout) -> Tensor:
+    """``[S]`` int64, equal where the observations acted on are, number for number and before normalisation."""
+    raw = {} if rollout.observed is None else {"flat": rollout.observed}
+    parts = [raw.get(key, value.numpy()) for key, value in rollout.inputs.items()]
+    parts = [np.ascontiguousarray(part + 0.0 if part.dtype.kind == "f" else part) for part in parts]  # -0 is 0
+    numbers: dict[bytes, int] = {}
+    found = []
+    for row in zip(*parts, strict=True):
+        seen = blake2b(digest_size=16)  # of images, many rows would not fit into memory
+        for part in row:
+            seen.update(part)
+        found.append(numbers.setdefault(seen.digest(), len(numbers)))
+    return torch.tensor(found, dtype=torch.int64)
+
+
 def has_signal(rollout: Rollout) -> bool:
     """Whether the rewards could tell one policy from another: they differ, or a non-zero one came less often.
 
@@ -181,7 +198,10 @@ def advantages(
         assert baseline is not None
         raw, info["explained_variance"] = baseline.advantages(rollout, config)
     else:
-        raw = estimator.function(rewards, lengths, group, Estimation(config.gamma, config.scale_rewards))
+        told = Estimation(config.gamma, config.scale_rewards, gigpo_weight=config.gigpo_weight)
+        if estimator.states:
+            told = replace(told, states=states(rollout))
+        raw = estimator.function(rewards, lengths, group, told)
     if estimator.compares:
         info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)
     made = objective.standardise(raw, rollout.trainable) if estimator.standardised else raw

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -79,6 +79,8 @@ class Loop:
         self._weights_of_baseline: Tensor | None = None  # loaded before there were environments
         self.functions = functions
         self.collector: Collector | None = None
+        self.on_batch: Callable[[Rollout, Tensor], None] | None = None
+        """Told of each batch that is learned from and its advantages ``[S]``, before the update; changes neither."""
         self.n_steps = n_steps
         """Environment steps so far, those of the warm-up included."""
         self.seconds = 0.0
@@ -175,6 +177,9 @@ class Loop:
         advantage, metrics = advantages(rollout, config, self.baseline, self.functions.advantage)
         estimated = perf_counter()
         metrics = metrics | {"time_advantages": estimated - began}
+        if self.on_batch is not None:
+            self.on_batch(rollout, advantage)
+            estimated = perf_counter()
         if config.skip_without_signal and not bool(advantage.any()):
             return "equal_advantages", metrics
         self.signal_steps += rollout.n_steps

@@ -14,22 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from grouprl.doctor import Watch
+from grouprl.doctor.report import write_report
 from grouprl.envs import loading, presets
-from grouprl.envs.config import check_names
+from grouprl.envs.config import GRPOConfig, check_names
 from grouprl.envs.env_kwargs import to_json
+from grouprl.envs.episodes import batch_of
 from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import tracked
 from grouprl.envs.mlp import kernels
+from grouprl.envs.rollout import Rollout
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.machine.ranks import Ranks, join
 from grouprl.machine.usage import Usage
-from grouprl.runs import MetricsLog, RunFolder, make_trackers
+from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
+from grouprl.runs.episodes import EpisodeLog, Strip, write_html
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
 from grouprl.runs.signals import stopping_on_signals
@@ -40,6 +45,9 @@ _log = logging.getLogger("grouprl")
 
 AVG_REWARD_EPISODES = 20
 """Episodes in ``avg_reward``, the name and the number of the chapter's script."""
+
+EPISODES_KEPT = 12
+"""Batches of a run of which some episodes are kept to be looked at."""
 
 LEAST_PATIENCE = 5000
 """Least steps of a greedy episode that is cut for want of an end."""
@@ -107,6 +115,7 @@ class Recorder:
         self.solved_at: tuple[int, float] | None = None
         self._next_eval = run.eval_every
         self._next_checkpoint = run.checkpoint_every
+        self._next_episodes = 0
         self._checkpoint: Path | None = None
         self._usage = Usage()
         self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
@@ -116,6 +125,9 @@ class Recorder:
             return
         self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
         stack.callback(self.evaluator.close)
+        self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
+        agent.loop.on_batch = lambda rollout, advantages: self._keep_episodes(agent, rollout, advantages)
+        stack.callback(setattr, agent.loop, "on_batch", None)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
         self.trackers = make_trackers(
             run.track,
@@ -128,6 +140,7 @@ class Recorder:
             stack.callback(tracker.close)
         if agent.extra:
             self.log.resume(agent.num_timesteps, agent.extra["metrics"])
+            self.episodes.resume(agent.num_timesteps, agent.extra["episodes"])
 
     def _restore(self, agent: GRPO) -> None:
         """Take up where the checkpoint the agent came from left off; nothing to do for a new agent."""
@@ -135,6 +148,21 @@ class Recorder:
             return
         self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
         self.solved_at = agent.extra["solved_at"]
+        self._next_episodes = agent.extra["next_episodes"]
+
+    def _keep_episodes(self, agent: GRPO, rollout: Rollout, advantages: Tensor) -> None:
+        """Keep some episodes of a batch that is learned from, where they are due."""
+        step, config = agent.num_timesteps, agent.config
+        if step < self._next_episodes:
+            return
+        every = max(1, self.run.total_timesteps // EPISODES_KEPT)
+        self._next_episodes = step - step % every + every
+        baseline, estimator = agent.loop.baseline, config.advantage
+        if agent.loop.functions.advantage is not None:
+            baseline, estimator = None, "a function of your own"
+        self.episodes.append(
+            batch_of(rollout, advantages, baseline, agent.policy, step=step, gamma=config.gamma, estimator=estimator)
+        )
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
         step = agent.num_timesteps
@@ -177,6 +205,8 @@ class Recorder:
             "next_checkpoint": self._next_checkpoint,
             "solved_at": self.solved_at,
             "metrics": self.log.mark() if self.ranks.first else None,
+            "next_episodes": self._next_episodes,
+            "episodes": self.episodes.mark() if self.ranks.first else None,
         }
         path = self.folder.checkpoint_path(agent.num_timesteps)
         if self._checkpoint is not None and not self._checkpoint.exists():
@@ -342,6 +372,8 @@ def _agent_of(path: Path) -> GRPO:
             "next_checkpoint": int(extra["next_checkpoint"]),
             "solved_at": None if solved is None else (int(solved[0]), float(solved[1])),
             "metrics": extra.get("metrics"),
+            "next_episodes": int(extra.get("next_episodes", 0)),
+            "episodes": extra.get("episodes"),
         }
     return agent
 
@@ -383,6 +415,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
     from grouprl.runs.plots import plot_run
 
     notes: list[str] = []
+    strip = Strip()
     if agent.config.native and kernels.why_not:
         notes.append(f"trained without compiled code, more slowly and with other digits: {kernels.why_not}")
     if (skipped := agent.loop.say_skipped()) is not None:
@@ -397,7 +430,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
                 f"{max(played.lengths)} steps"
             )
         if run.video:
-            notes += record_episodes(agent, folder.video_path)
+            notes += record_episodes(agent, folder.video_path, strip=strip)
         try:
             curve.result()
         except UsageError as error:  # a run too short for one complete episode
@@ -415,4 +448,24 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         "eval": final,
     }
     folder.write_summary(summary)
+    notes += _leave_pages(folder, strip)
     return summary, notes
+
+
+def _leave_pages(folder: RunFolder, strip: Strip) -> list[str]:
+    """Write episodes.html and report.html; returns notes on what could not be made."""
+    notes = []
+    metrics = read_metrics(folder.metrics_path)
+    curve = dict(zip(metrics["step"].astype(int).tolist(), metrics["return_mean"].tolist(), strict=True))
+    try:
+        title = f"{folder.read_config()['env_id']}: {folder.path.name}"
+        write_html(folder.episodes_path, folder.episodes_page, title, curve=curve, film=strip.pictures)
+    except UsageError as error:  # a run that has learned from no batch
+        notes.append(f"no page of episodes: {error}")
+    write_report(folder.path, default_settings())
+    return notes
+
+
+def default_settings() -> dict[str, Any]:
+    """Every setting of learning and its default, as config.yaml holds them."""
+    return GRPOConfig().model_dump(mode="json")

@@ -20,6 +20,7 @@ from grouprl.envs.grpo import GRPO
 from grouprl.envs.vector import env_name, find_spec
 from grouprl.errors import GrouprlError, UsageError
 from grouprl.machine.threads import single_threaded_kernels
+from grouprl.runs.episodes import Strip
 
 MAX_FRAMES = 2000
 DEFAULT_FPS = 30
@@ -102,8 +103,12 @@ def play_episode(agent: GRPO, env: gym.Env[Any, Any], seed: int, deterministic: 
         raise environment_error(error, "while playing") from error
 
 
-def record_episodes(agent: GRPO, path: Path, episodes: int = 1, seed: int = 0, deterministic: bool = True) -> list[str]:
+def record_episodes(
+    agent: GRPO, path: Path, episodes: int = 1, seed: int = 0, deterministic: bool = True, *, strip: Strip | None = None
+) -> list[str]:
     """Film episodes into one video; returns notes for the user: why there is no film, or that it was cut.
+
+    ``strip`` keeps some of the pictures.
 
     Raises:
         TrainingError: the environment failed, or the disk is full; a video already at ``path`` stays.
@@ -123,6 +128,8 @@ def record_episodes(agent: GRPO, path: Path, episodes: int = 1, seed: int = 0, d
                 frame = env.render()
                 if not isinstance(frame, np.ndarray) or frame.ndim != 3:
                     raise UsageError(f"{agent.env_id} renders {type(frame).__name__}, not pictures")
+                if strip is not None:
+                    strip.offer(frame)
                 yield frame
                 count += 1
                 if count == MAX_FRAMES * episodes:

@@ -18,6 +18,7 @@ Since a weight belongs to its step, any split of the steps into micro-batches ad
 from grouprl.objective.advantages import (
     batch_returns,
     degenerate_fraction,
+    gigpo,
     leave_one_out,
     outcome,
     standardise,
@@ -77,6 +78,7 @@ __all__ = [
     "gae",
     "gaussian_kl",
     "gdpo",
+    "gigpo",
     "gspo_log_ratio",
     "gspo_token_log_ratio",
     "importance_logp",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import UsageError
-from grouprl.objective.groups import check_ddof, group_returns, per_step, relative_rounding
-from grouprl.objective.packed import accumulator_dtype, position, segment_ids
+from grouprl.objective.groups import Groups, check_ddof, compare, group_returns, per_step, relative_rounding
+from grouprl.objective.packed import accumulator_dtype, check_packed, position, segment_ids
 from grouprl.objective.returns import returns_to_go
 
 
@@ -32,19 +32,60 @@ def outcome(
     Raises UsageError on shapes that do not fit, an unknown scale or ddof other than 0 or 1, TrainingError on non-finite
     returns.
     """
+    return per_step(_centred(group_returns(rewards, lengths, group), scale, eps, ddof), lengths, rewards.dtype)
+
+
+def _centred(g: Groups, scale: bool | str, eps: float, ddof: int) -> Tensor:
+    """[N]: returns less the mean of their group, divided by the deviation that `scale` names; see `outcome`."""
     check_ddof(ddof)
     if isinstance(scale, bool):
         scale = "group" if scale else "none"
     if scale not in ("group", "batch", "none"):
         raise UsageError(f'scale must be "group" (or True), "batch" or "none" (or False), got {scale!r}.')
-    g = group_returns(rewards, lengths, group)
     advantages = g.returns - g.mean
     if scale == "group":
         advantages = advantages / (g.std(ddof) + eps)
     elif scale == "batch":
         squares = (g.returns - g.returns.mean()).square().sum()
-        advantages = advantages / ((squares / max(1, lengths.shape[0] - ddof)).sqrt() + eps)
-    return per_step(torch.where(g.degenerate, 0.0, advantages), lengths, rewards.dtype)
+        advantages = advantages / ((squares / max(1, g.returns.shape[0] - ddof)).sqrt() + eps)
+    return torch.where(g.degenerate, 0.0, advantages)
+
+
+def gigpo(
+    rewards: Tensor,
+    lengths: Tensor,
+    group: Tensor,
+    states: Tensor,
+    gamma: float = 1.0,
+    weight: float = 1.0,
+    scale: bool | Literal["group", "none"] = True,
+    eps: float = 1e-8,
+    ddof: int = 1,
+) -> Tensor:
+    """[S]: A_it = (R_i - mean_g R) / (std_g R + eps) + weight (G_it - mean_c G) / (std_c G + eps).
+
+    c are the steps of the group that were taken in the same state, at whatever time; G is the discounted return-to-go.
+    states [S] are integers that are equal where states are; a negative one is equal to none. scale="none" (or False)
+    leaves both divisions out. A step whose state no other step of the group shares has only the first term, as have
+    steps of equal returns-to-go. Source: GiGPO, arXiv 2505.10978 section 4.
+
+    Biased, with or without the divisions: in the second term a step is weighed by (n - 1) / n with the number n of
+    steps in its state, a singleton by 0, so states that are visited more often count more; and where an episode comes
+    back to a state, what it does there changes its own baseline.
+    Raises UsageError on shapes that do not fit, an unknown scale, gamma outside [0, 1] or ddof other than 0 or 1,
+    TrainingError on non-finite returns.
+    """
+    episodes = outcome(rewards, lengths, group, scale, eps, ddof)
+    check_packed(lengths, states=states)
+    wide = rewards.to(accumulator_dtype(rewards))
+    _, group_id = torch.unique(group, return_inverse=True)
+    _, state_id = torch.unique(states, return_inverse=True)
+    cell = group_id[segment_ids(lengths)] * (states.numel() + 1) + state_id
+    # Sizes are not discounted: a bound of rounding may be too large.
+    sizes = returns_to_go(wide.abs(), lengths, 1.0)
+    g = compare(returns_to_go(wide, lengths, gamma), sizes, cell, relative_rounding(rewards))
+    steps = _centred(g, scale, eps, ddof)
+    return episodes + weight * torch.where(states < 0, 0.0, steps).to(rewards.dtype)
 
 
 def leave_one_out(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:

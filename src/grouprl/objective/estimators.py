@@ -22,12 +22,16 @@ class Estimation:
     Attributes:
         gamma: discount. scale_rewards: whose standard deviation divides `outcome`. eps: what is added to it.
         pass_k: k of pass@k; None: the size of the group.
+        states: ``[S]`` int64, equal where the states of steps are; negative: equal to none. gigpo_weight: weight of the
+            comparison within equal states.
     """
 
     gamma: float = 1.0
     scale_rewards: Literal["group", "batch", "none"] = "group"
     eps: float = 1e-8
     pass_k: int | None = None
+    states: Tensor | None = None
+    gigpo_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Estimator:
         compares: it compares the samples of a group, so that a group of one teaches nothing.
         nonnegative: it divides by a mean of returns, none of which may be below 0.
         standardised: environments centre and scale its advantages over the batch; the others are used as they come.
+        turns: it gives credit within an episode, so that for language models its step is a turn and never a token.
+        states: it needs to know in which state each step was taken.
         environments, language_models: which arena offers it.
     """
 
@@ -52,8 +58,18 @@ class Estimator:
     compares: bool = True
     nonnegative: bool = False
     standardised: bool = False
+    turns: bool = False
+    states: bool = False
     environments: bool = True
     language_models: bool = True
+
+
+def _gigpo(rewards: Tensor, lengths: Tensor, group: Tensor, s: Estimation) -> Tensor:
+    assert s.states is not None
+    assert s.scale_rewards != "batch"
+    return advantages.gigpo(
+        rewards, lengths, group, s.states, s.gamma, s.gigpo_weight, scale=s.scale_rewards, eps=s.eps
+    )
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -72,7 +88,11 @@ ESTIMATORS: dict[str, Estimator] = {
     "timestep": Estimator(
         "the return-to-go less the mean of the group's other samples at the same step",
         "GR2PO, 2609.19850; GPG, 2510.03679",
-        lambda r, n, g, s: advantages.timestep(r, n, g, gamma=s.gamma), standardised=True, language_models=False,
+        lambda r, n, g, s: advantages.timestep(r, n, g, gamma=s.gamma), standardised=True, turns=True,
+    ),
+    "gigpo": Estimator(
+        "the return, centred and scaled in its group, and the return-to-go, among steps of the group in equal states",
+        "GiGPO, 2505.10978", _gigpo, turns=True, states=True,
     ),
     "batch_returns": Estimator(
         "the return-to-go, centred and scaled over all steps of the batch", "the script that docs/tutorial.md retells",

@@ -69,16 +69,23 @@ def group_returns(rewards: Tensor, lengths: Tensor, group: Tensor) -> Groups:
             f"sample {sample} has return {float(returns[sample])}; rewards must be finite numbers, returns at most "
             f"{LARGEST_RETURN:g}; scale the rewards."
         )
+    return compare(returns, segment_sum(wide.abs(), lengths), group, relative_rounding(rewards))
+
+
+def compare(returns: Tensor, sizes: Tensor, group: Tensor, rounding: float) -> Groups:
+    """Describe the groups of returns [N] that are sums of rewards.
+
+    sizes [N] are the sums of the absolute values of these rewards, and rounding is that of one reward, relatively: a
+    stored reward is off by at most eps/2 |r|, so two equal returns by at most eps times the sum of |r|.
+    """
     _, ids, count = torch.unique(group, return_inverse=True, return_counts=True)
-    zero = torch.zeros(count.shape[0], dtype=wide.dtype, device=wide.device)
+    zero = torch.zeros(count.shape[0], dtype=returns.dtype, device=returns.device)
     size = count[ids]
     mean = zero.index_add(0, ids, returns)[ids] / size
     highest = zero.scatter_reduce(0, ids, returns, "amax", include_self=False)
     lowest = zero.scatter_reduce(0, ids, returns, "amin", include_self=False)
-    # A stored reward is off by at most eps/2 |r|, so two equal returns by at most eps times the sum of |r|.
-    scale = zero.scatter_reduce(0, ids, segment_sum(wide.abs(), lengths), "amax", include_self=False)
-    rounding = relative_rounding(rewards) * scale
-    return Groups(returns, ids, size, mean, rounding[ids], (highest - lowest <= rounding)[ids])
+    equal = rounding * zero.scatter_reduce(0, ids, sizes, "amax", include_self=False)
+    return Groups(returns, ids, size, mean, equal[ids], (highest - lowest <= equal)[ids])
 
 
 def per_step(per_sample: Tensor, lengths: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,12 +10,14 @@ A run folder::
     tensorboard/         the same metrics as TensorBoard events
     curve.png            the learning curve
     summary.json         the result
+    report.html          what the run was and how it went, on one page
 
     environments                                  language models
     checkpoints/step_000000012345.safetensors     checkpoint-N/         what a resumed run continues from
     model.safetensors                             model/                the trained model
     episode.mp4                                   transcripts.jsonl     the model at work
-                                                  transcripts.html      the same, as a page
+    episodes.jsonl                                                      some batches that were learned from
+    episodes.html                                 transcripts.html      the same, as a page
 
 Each file is written whole or not at all (`files`), or grows by whole lines (`appended`). No file holds pickled objects
 (`state`). The learning curve, the video and the page are made by `plots.plot_run`, `video.write_video` and

@@ -126,6 +126,21 @@ class RunFolder:
         return self.path / "transcripts.html"
 
     @property
+    def episodes_path(self) -> Path:
+        """Some batches of an environment as they were learned from (JSON lines)."""
+        return self.path / "episodes.jsonl"
+
+    @property
+    def episodes_page(self) -> Path:
+        """The same, to browse (HTML)."""
+        return self.path / "episodes.html"
+
+    @property
+    def report_page(self) -> Path:
+        """What the run was and how it went, on one page (HTML)."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints_path(self) -> Path:
         """The folder of the states a run can be resumed from."""
         return self.path / "checkpoints"
@@ -275,7 +290,8 @@ class RunFolder:
         paths = (
             self.checkpoints_path, self.tensorboard_path, self.path / "wandb", self.model_folder,
             *self.path.glob("checkpoint-*"), self.metrics_path, self.model_path, self.curve_path, self.video_path,
-            self.summary_path, self.transcripts_path, self.transcripts_page, self.config_path,
+            self.summary_path, self.transcripts_path, self.transcripts_page, self.episodes_path, self.episodes_page,
+            self.report_page, self.config_path,
         )  # fmt: skip
         return [path for path in paths if path.exists() or path.is_symlink()]
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from grouprl.errors import UsageError, shown
-from grouprl.runs.appended import AppendedFile, is_marked, tell_changed, whole_lines
+from grouprl.runs.appended import whole_lines
 from grouprl.runs.files import plain_number, read_bytes, user_path, write_text
+from grouprl.runs.pages import embed, fill
+from grouprl.runs.records import RecordLog
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -55,68 +54,19 @@ class Transcript:
 _WHAT = "file of transcripts"
 
 
-class TranscriptWriter:
+class TranscriptWriter(RecordLog):
     """Appends to a file of transcripts (JSON lines); opens one that exists and goes on after its last whole line."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open `path`, which need not exist yet. Raises UsageError if it cannot be read or written."""
-        self.path = user_path(path)
-        self._file = AppendedFile(self.path)
-        if os.path.lexists(self.path):
-            self._file.take_up(read_bytes(self.path, _WHAT))
+        super().__init__(path, _WHAT, lambda path, number, line: _parse(path, number, line).step)
 
     def append(self, transcripts: Iterable[Transcript]) -> None:
         """Write the samples of a step and hand them to the operating system, so that a crash loses none.
 
         NaN and infinities become null, and what JSON cannot hold becomes text.
         """
-        lines = (json.dumps(_plain(vars(t)), ensure_ascii=False, allow_nan=False) + "\n" for t in transcripts)
-        self._file.append("".join(lines))
-
-    def mark(self) -> dict[str, Any]:
-        """What the file holds now, for a checkpoint: `resume` goes back to it."""
-        return self._file.mark()
-
-    def resume(self, step: int, mark: Mapping[str, Any] | None) -> None:
-        """Go back to what the file was at the checkpoint of `step`, which holds `mark`; older ones hold none.
-
-        If the file does not begin with that any more, this is said and the samples of later steps are dropped.
-        """
-        if mark is not None and self._cut_back(mark):
-            return
-        if mark is not None:
-            tell_changed(self.path, step)
-        self.truncate_after(step)
-
-    def _cut_back(self, mark: Mapping[str, Any]) -> bool:
-        data = read_bytes(self.path, _WHAT) if self.path.exists() else b""
-        begin = data[: mark["bytes"]]
-        if not is_marked(begin, mark):
-            return False
-        if len(begin) < len(data):
-            self._file.replace(begin)
-        return True
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the samples of later steps: those of a run that resumes from a checkpoint of `step`."""
-        if not self.path.exists():
-            return
-        lines = read_bytes(self.path, _WHAT).splitlines(keepends=True)
-        kept = [line for number, line in enumerate(lines, 1) if _parse(self.path, number, line).step <= step]
-        if len(kept) < len(lines):
-            self._file.replace(b"".join(kept))
-
-    def close(self) -> None:
-        """Close the file; `append` opens it again."""
-        self._file.close()
-
-    def __enter__(self) -> TranscriptWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self.append_lines(json.dumps(_plain(vars(t)), ensure_ascii=False, allow_nan=False) for t in transcripts)
 
 
 def read_transcripts(path: str | os.PathLike[str]) -> Iterator[Transcript]:
@@ -165,11 +115,9 @@ def write_html(
         "n_samples": len(samples),
         "file": Path(jsonl_path).name,
     }
-    page = files("grouprl.runs").joinpath("transcripts.html").read_text(encoding="utf-8")
-    kept = _thin(steps, max_bytes - len(page) - len(json.dumps(data)))
+    kept = _thin(steps, max_bytes - len(fill("transcripts.html", title, {"DATA": embed(data)})))
     data["groups"] = [group for groups in kept.values() for group in groups]
-    before, after = page.split("{{DATA}}")
-    write_text(html_path, before.replace("{{TITLE}}", html.escape(title)) + _embed(data) + after)
+    write_text(html_path, fill("transcripts.html", title, {"DATA": embed(data)}))
 
 
 def _compact(group: Sequence[Transcript]) -> dict[str, Any]:
@@ -227,15 +175,7 @@ def _fitting(groups: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
 
 
 def _size(group: Mapping[str, Any]) -> int:
-    return len(_embed(group).encode()) + 1
-
-
-def _embed(data: Any) -> str:
-    """JSON that no text in it can break out of the script element it stands in, or be taken for markup."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "backslashreplace").decode()
+    return len(embed(group).encode()) + 1
 
 
 def _short(value: float | None) -> float | None:

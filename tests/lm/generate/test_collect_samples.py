@@ -8,7 +8,13 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from grouprl.lm.generate.collect import Collector, describe_scored, evaluation_metrics, sample_and_score
+from grouprl.lm.generate.collect import (
+    Collector,
+    CompletionPlayer,
+    describe_scored,
+    evaluation_metrics,
+    sample_and_score,
+)
 from grouprl.lm.generate.estimate import groups_with_signal
 from grouprl.lm.prompts import Prompt, PromptOrder
 from grouprl.lm.rewards.call import RewardCaller
@@ -66,10 +72,8 @@ def first_token(completion_ids, **_):
 
 def collector(script: Script, rewards=first_token, **settings) -> Collector:
     config = GRPOConfig(**{"num_generations": 2, "max_completion_length": 4, "scale_rewards": "none", **settings})
-    return Collector(
-        script, Tokenizer(), Source(), PromptOrder(None), RewardCaller(rewards, config.reward_weights), config,
-        torch.Generator(),
-    )  # fmt: skip
+    player = CompletionPlayer(script, Tokenizer(), RewardCaller(rewards, config.reward_weights), config)
+    return Collector(player, Source(), PromptOrder(None), config, torch.Generator())
 
 
 def constant(token: int) -> list[list[int]]:

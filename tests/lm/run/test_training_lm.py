@@ -89,7 +89,7 @@ def test_a_run_leaves_everything_that_is_promised(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {
         "config.yaml", "metrics.csv", "tensorboard", "model", "transcripts.jsonl", "transcripts.html", "summary.json",
-        "curve.png", "checkpoint-3", "checkpoint-6",
+        "curve.png", "report.html", "checkpoint-3", "checkpoint-6",
     } <= names  # fmt: skip
     assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((finished / "tensorboard").iterdir())

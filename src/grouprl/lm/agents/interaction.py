@@ -17,10 +17,18 @@ class Said:
     Attributes:
         text: the decoded turn, without the token that ended it.
         finished: False if a budget of tokens cut the turn off.
+        message: the turn as it stands in the conversation, with ``tool_calls`` if it has some. Default: the text alone.
+        fault: what is wrong with something that was meant as a tool call, for the model to read; None if nothing is.
     """
 
     text: str
     finished: bool
+    message: Message = field(default_factory=dict)
+    fault: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.message:
+            object.__setattr__(self, "message", {"role": "assistant", "content": self.text})
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,18 @@ class Answer:
 
 
 class Interaction(Protocol):
-    """The other side of one episode. One object plays one episode after the other, each begun by :meth:`begin`."""
+    """The other side of one episode. One object plays one episode after the other, each begun by :meth:`begin`.
+
+    Attributes:
+        tools: JSON schemas of the functions that the model may call in the episode that has begun.
+        gives_rewards: whether the rewards of its answers mean anything.
+        keeps_time: whether it limits the time of what it calls itself. If not, an answer that takes too long ends the
+            episode, and another object takes its place.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    gives_rewards: bool = True
+    keeps_time: bool = False
 
     def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
         """Start an episode. Returns the first prompt, messages or text.

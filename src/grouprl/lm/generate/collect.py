@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
 from grouprl.lm.sample.streams import Draws, Stream, draws_of
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.machine.ranks import ALONE, Place, Ranks
+from grouprl.machine.ranks import Place, Ranks
 from grouprl.objective.user_functions import TensorFunction
 
 Metrics = dict[str, float]
+
+EVALUATION_STARTS = 1 << 48
+"""The number of the first group of an evaluation: no group of a training has it."""
 
 
 def kl_values(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
@@ -38,23 +41,48 @@ def kl_values(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
     return value(logp, logp_ref)
 
 
+class Player(Protocol):
+    """Plays out prompts: samples from the model and has the result judged. There is one for completions and one for
+    episodes of several turns; collecting and evaluating do not know which they have.
+    """
+
+    def draw(
+        self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
+        settings: SamplingSettings | None = None, state: Any = None,
+    ) -> ScoredGroups:  # fmt: skip
+        """Sample ``group_size`` times from each prompt, and call the reward functions.
+
+        Args:
+            stream: where the random numbers of sampling come from.
+            numbers: a number for each group, from which its start is drawn where it is random.
+            settings: how to sample; default: as the policy's configuration says.
+            state: the trainer's state, handed to reward functions.
+
+        Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
+        """
+
+    def returns(self, groups: Any) -> Tensor:
+        """``[N]`` what is learned from: the rewards of each, with what the settings add to them for its length."""
+
+    def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
+        """What is learned from groups that it has drawn; ``own`` is a user's advantage function."""
+
+
 class Collector:
     """Turns prompts into samples to learn from.
 
     Args:
-        policy: samples the completions. tokenizer: decodes them. rewards: scores them.
+        player: samples from the model, and scores what it samples.
         source, order: the prompts, and the order in which to draw them.
         stream: the random stream of the sampler. own: a user's advantage function, in the place of the settings'.
-        ranks: the processes that share the prompts out among them. Each has all samples afterwards.
     """
 
     def __init__(
-        self, policy: Policy, tokenizer: Any, source: PromptSource, order: PromptOrder, rewards: RewardCaller,
-        config: GRPOConfig, stream: Stream, own: TensorFunction | None = None,
-        ranks: Ranks = ALONE,
+        self, player: Player, source: PromptSource, order: PromptOrder, config: GRPOConfig, stream: Stream,
+        own: TensorFunction | None = None,
     ) -> None:  # fmt: skip
-        self.own, self.ranks = own, ranks
-        self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
+        self.own = own
+        self.player, self.config = player, config
         self.source, self.order, self.stream = source, order, stream
         self.tokens = 0
         """Prompt and completion tokens so far, prompts counted once per completion."""
@@ -81,8 +109,8 @@ class Collector:
                 with_signal, without = with_signal.concatenate(more_with), without.concatenate(more_without)
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
             groups = with_signal.concatenate(without).first(n_prompts)
-        samples = self._to_samples(groups)
-        metrics = {**describe(samples, groups.rewards), **_logged(rounds)}
+        samples = self.player.samples(groups, self.own)
+        metrics = {**describe(groups, self.player.returns(groups)), **_logged(rounds)}
         if self.config.beta > 0 and self.config.kl_in == "reward":
             metrics["kl"] = float(kl_values(samples.logp_old, samples.logp_ref, self.config.kl_estimator).mean())
         if self.config.dynamic_sampling:
@@ -91,24 +119,46 @@ class Collector:
         return samples, metrics
 
     def _draw(self, n_prompts: int, group_size: int, state: Any) -> ScoredGroups:
+        numbers = range(self.order.drawn, self.order.drawn + n_prompts)
         prompts = [self.source[i] for i in self.order.next_rows(n_prompts)]
-        drawn = sample_and_score(
-            self.policy, self.tokenizer, self.rewards, prompts, group_size, self.stream, None, state,
-            skip_special_tokens=self.config.skip_special_tokens, ranks=self.ranks,
-        )  # fmt: skip
-        self.tokens += sum(len(c.ids) for c in drawn.completions) + group_size * sum(len(p.ids) for p in prompts)
+        drawn = self.player.draw(prompts, group_size, self.stream, numbers, state=state)
+        self.tokens += drawn.n_tokens
         return drawn
 
-    def _to_samples(self, groups: ScoredGroups) -> Samples:
+
+class CompletionPlayer:
+    """Completions: a prompt, and what the model writes behind it.
+
+    Args:
+        policy: samples the completions. tokenizer: decodes them. rewards: scores them.
+    """
+
+    def __init__(self, policy: Policy, tokenizer: Any, rewards: RewardCaller, config: GRPOConfig) -> None:
+        self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
+
+    def draw(
+        self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
+        settings: SamplingSettings | None = None, state: Any = None,
+    ) -> ScoredGroups:  # fmt: skip
+        """As `Player.draw`."""
+        return sample_and_score(
+            self.policy, self.tokenizer, self.rewards, prompts, group_size, stream, settings, state,
+            skip_special_tokens=self.config.skip_special_tokens,
+        )  # fmt: skip
+
+    def returns(self, groups: ScoredGroups) -> Tensor:
+        """As `Player.returns`."""
+        most, cache = self.config.max_completion_length, self.config.soft_overlong_cache
+        if cache is None:
+            return groups.returns
+        return groups.returns + objective.soft_overlong(groups.lengths, most, cache).to(groups.returns)
+
+    def samples(self, groups: ScoredGroups, own: TensorFunction | None) -> Samples:
+        """As `Player.samples`."""
         config = self.config
         completions = [c.ids for c in groups.completions]
-        lengths = torch.tensor([len(c) for c in completions])
+        lengths, returns = groups.lengths, self.returns(groups)
         group = torch.arange(groups.n_prompts).repeat_interleave(groups.group_size)
-        returns = groups.returns
-        if config.soft_overlong_cache is not None:
-            returns = returns + objective.soft_overlong(
-                lengths, config.max_completion_length, config.soft_overlong_cache
-            ).to(returns)
         n = int(lengths.sum())
         logp_old, logp_ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         penalties = None
@@ -116,17 +166,17 @@ class Collector:
             batches = self._own_micro_batches(groups, completions, group)
             logp_old = self.policy.log_probs.without_gradient(batches, lengths)
             logp_ref = self.policy.reference.log_probs(batches, lengths)
-            self.ranks.add(logp_old, logp_ref)  # each is 0 where another process has it
+            self.policy.ranks.add(logp_old, logp_ref)  # each is 0 where another process has it
             known = ~known
             penalties = -objective.kl_in_reward(
                 torch.zeros_like(logp_old), logp_old, logp_ref, config.beta, config.kl_estimator
             )
         advantages = estimate_advantages(
-            config, groups.rewards.values, self.rewards.weights, returns, lengths, group, penalties, self.own
+            config, groups.rewards.values, self.rewards.weights, returns, lengths, group, penalties, own
         )
         return Samples(
             prompts=groups.prompts, group=group, completions=completions,
-            finished=torch.tensor([c.finished for c in groups.completions]),
+            finished=groups.finished,
             logp_sampled=torch.cat([c.logp for c in groups.completions]), texts=groups.texts,
             rewards=groups.rewards.values, returns=returns, advantages=advantages,
             logp_old=logp_old, logp_ref=logp_ref, known_old=known, known_ref=known.clone(),
@@ -137,12 +187,50 @@ class Collector:
         self, groups: ScoredGroups, completions: Sequence[Sequence[int]], group: Tensor
     ) -> list[MicroBatch]:
         """Micro-batches of the completions that this process evaluates: of all, if it is alone."""
-        prompts = [p.ids for p in groups.prompts]
-        if self.ranks.world == 1:
-            return self.policy.log_probs.micro_batches(prompts, completions, group.tolist())
+        prompts, log_probs = [p.ids for p in groups.prompts], self.policy.log_probs
+        if self.policy.ranks.world == 1:
+            return log_probs.micro_batches(prompts, completions, group.tolist())
         own = self.policy.share([len(c) for c in completions], group.tolist())
-        of_own = self.policy.log_probs.micro_batches(prompts, [completions[i] for i in own], group[own].tolist())
+        of_own = log_probs.micro_batches(prompts, [completions[i] for i in own], group[own].tolist())
         return [MicroBatch(batch.groups, torch.tensor(own)[batch.samples]) for batch in of_own]
+
+
+class SharedPlayer:
+    """Several processes play out the prompts: each its own, and each has all groups afterwards.
+
+    Args:
+        player: plays out those of this process. ranks: the processes.
+    """
+
+    def __init__(self, player: Player, ranks: Ranks) -> None:
+        self.player, self.ranks = player, ranks
+        self.returns, self.samples = player.returns, player.samples
+
+    def draw(
+        self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
+        settings: SamplingSettings | None = None, state: Any = None,
+    ) -> ScoredGroups:  # fmt: skip
+        """As `Player.draw`."""
+        places = [Ranks(Place(rank, self.ranks.world)).share(len(prompts)) for rank in range(self.ranks.world)]
+        own = places[self.ranks.rank]
+        draws = draws_of(stream, len(prompts) * group_size)
+        found: ScoredGroups | None = None
+        if own:
+            of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
+            rows = [prompts[i] for i in own]
+            found = self.player.draw(rows, group_size, of_own, [numbers[i] for i in own], settings, state)
+            found.prompts = []  # the others have them
+        parts = [part for part in self.ranks.gather(found) if part is not None]
+        for place, part in zip([place for place in places if place], parts, strict=True):
+            part.prompts = [prompts[i] for i in place]
+        whole = functools.reduce(lambda a, b: a.concatenate(b), parts)
+        whole.rewards = replace(whole.rewards, metrics=_logged([part.rewards for part in parts]))
+        return whole
+
+
+def shared_out(player: Player, ranks: Ranks) -> Player:
+    """The player, or what shares out its work among several processes."""
+    return player if ranks.world == 1 else SharedPlayer(player, ranks)
 
 
 class ScoredGroups:
@@ -154,6 +242,25 @@ class ScoredGroups:
     ) -> None:  # fmt: skip
         self.prompts, self.group_size, self.completions = prompts, group_size, completions
         self.texts, self.rewards, self.weights = texts, rewards, weights
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[N]`` tokens that the model wrote."""
+        return torch.tensor([len(c.ids) for c in self.completions])
+
+    @property
+    def finished(self) -> Tensor:
+        """``[N]`` bool: whether the model ended by itself."""
+        return torch.tensor([c.finished for c in self.completions])
+
+    @property
+    def n_tokens(self) -> int:
+        """Prompt tokens, counted once for each completion, and tokens of completions."""
+        return int(self.lengths.sum()) + self.group_size * sum(len(p.ids) for p in self.prompts)
+
+    def metrics(self) -> Metrics:
+        """What there is to say beside lengths and rewards."""
+        return {}
 
     @property
     def n_prompts(self) -> int:
@@ -178,7 +285,7 @@ class ScoredGroups:
         rows = [g * self.group_size + i for g in groups for i in range(self.group_size)]
         r = self.rewards
         extras = {name: [column[i] for i in rows] for name, column in r.extras.items()}
-        return ScoredGroups(
+        return type(self)(
             [self.prompts[g] for g in groups], self.group_size, [self.completions[i] for i in rows],
             [self.texts[i] for i in rows], Rewards(r.values[rows], r.names, extras, r.metrics), self.weights,
         )  # fmt: skip
@@ -191,7 +298,7 @@ class ScoredGroups:
             for name in {**a.extras, **b.extras}
         }
         rewards = Rewards(torch.cat([a.values, b.values]), a.names, extras)
-        return ScoredGroups(
+        return type(self)(
             self.prompts + other.prompts, self.group_size, self.completions + other.completions,
             self.texts + other.texts, rewards, self.weights,
         )  # fmt: skip
@@ -209,7 +316,7 @@ def _logged(rounds: list[Rewards]) -> Metrics:
 def sample_and_score(
     policy: Policy, tokenizer: Any, rewards: RewardCaller, prompts: list[Prompt], group_size: int,
     stream: Stream | Draws, settings: SamplingSettings | None = None, state: Any = None, *,
-    skip_special_tokens: bool = False, ranks: Ranks = ALONE,
+    skip_special_tokens: bool = False,
 ) -> ScoredGroups:  # fmt: skip
     """Sample ``group_size`` completions of each prompt and call the reward functions.
 
@@ -218,30 +325,14 @@ def sample_and_score(
         settings: how to sample; default: as the policy's configuration says.
         state: the trainer's state, handed to reward functions.
         skip_special_tokens: leave all special tokens out of the texts, and not only those that end or fill.
-        ranks: the processes that share the prompts out among them. Each gets the groups of all.
 
     Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
     """
-    draws, own = draws_of(stream, len(prompts) * group_size), ranks.share(len(prompts))
-    found: tuple[list[Completion], list[str], Rewards] | None = None
-    if own:
-        here = [prompts[i] for i in own]
-        of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
-        completions = policy.sample([p.ids for p in here], group_size, of_own, settings)
-        texts = _texts(completions, tokenizer, skip_special_tokens)
-        rows = [p for p in here for _ in range(group_size)]
-        found = completions, texts, rewards(rows, texts, [c.ids for c in completions], state)
-    parts = [part for part in ranks.gather(found) if part is not None]
-    places = [Ranks(Place(rank, ranks.world)).share(len(prompts)) for rank in range(ranks.world)]
-    groups = [
-        ScoredGroups([prompts[i] for i in place], group_size, *part, rewards.weights)
-        for place, part in zip([place for place in places if place], parts, strict=True)
-    ]
-    if len(groups) == 1:
-        return groups[0]
-    whole = functools.reduce(ScoredGroups.concatenate, groups)
-    whole.rewards = replace(whole.rewards, metrics=_logged([part.rewards for part in groups]))
-    return whole
+    completions = policy.sample([p.ids for p in prompts], group_size, stream, settings)
+    texts = _texts(completions, tokenizer, skip_special_tokens)
+    rows = [p for p in prompts for _ in range(group_size)]
+    values = rewards(rows, texts, [c.ids for c in completions], state)
+    return ScoredGroups(prompts, group_size, completions, texts, values, rewards.weights)
 
 
 def _texts(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
@@ -254,10 +345,7 @@ def _texts(completions: Sequence[Completion], tokenizer: Any, skip_special_token
 def describe_scored(batches: Sequence[ScoredGroups]) -> Metrics:
     """TRL's metrics of completions that nothing is learned from: those of an evaluation, in several batches."""
     drawn = functools.reduce(ScoredGroups.concatenate, batches)
-    lengths = torch.tensor([len(c.ids) for c in drawn.completions])
-    finished = torch.tensor([c.finished for c in drawn.completions])
-    logged = _logged([batch.rewards for batch in batches])
-    return {**_describe(lengths, finished, drawn.returns, drawn.n_prompts, drawn.rewards), **logged}
+    return {**describe(drawn, drawn.returns), **_logged([batch.rewards for batch in batches])}
 
 
 def evaluation_metrics(functions: Sequence[str]) -> list[str]:
@@ -270,13 +358,10 @@ def evaluation_metrics(functions: Sequence[str]) -> list[str]:
 _LENGTHS = ("length", "terminated_length")
 
 
-def describe(samples: Samples, rewards: Rewards) -> Metrics:
-    """TRL's metrics of the samples of a generation."""
-    return _describe(samples.lengths, samples.finished, samples.returns, len(samples.prompts), rewards)
-
-
-def _describe(lengths: Tensor, finished: Tensor, returns: Tensor, n_groups: int, rewards: Rewards) -> Metrics:
-    ones, groups = torch.ones_like(lengths), torch.arange(n_groups).repeat_interleave(len(lengths) // n_groups)
+def describe(groups: ScoredGroups, returns: Tensor) -> Metrics:
+    """TRL's metrics of what was sampled; ``returns [N]`` are what it is worth."""
+    lengths, finished, rewards = groups.lengths, groups.finished, groups.rewards
+    ones, group = torch.ones_like(lengths), torch.arange(groups.n_prompts).repeat_interleave(groups.group_size)
     lengths = lengths.double()
     ended = lengths[finished] if bool(finished.any()) else torch.zeros(1, dtype=torch.float64)
     metrics: Metrics = {
@@ -289,7 +374,7 @@ def _describe(lengths: Tensor, finished: Tensor, returns: Tensor, n_groups: int,
         "completions/max_terminated_length": float(ended.max()),
         "reward": float(returns.mean()),
         "reward_std": float(returns.std()) if len(returns) > 1 else 0.0,
-        "frac_reward_zero_std": objective.degenerate_fraction(returns, ones, groups),
+        "frac_reward_zero_std": objective.degenerate_fraction(returns, ones, group),
     }
     for i, name in enumerate(rewards.names):
         column = rewards.values[:, i]
@@ -297,4 +382,4 @@ def _describe(lengths: Tensor, finished: Tensor, returns: Tensor, n_groups: int,
         if len(column):
             metrics[f"rewards/{name}/mean"] = float(column.mean())
             metrics[f"rewards/{name}/std"] = float(column.std()) if len(column) > 1 else 0.0
-    return {**metrics, **rewards.metrics}
+    return {**metrics, **groups.metrics(), **rewards.metrics}

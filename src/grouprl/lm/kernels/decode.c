@@ -1,10 +1,12 @@
-/* A decode step of a Llama-shaped model for one token of each row: norm, attention with rotary positions, norm, gated
-   MLP.
+/* A step of a Llama-shaped model that appends tokens to rows: norm, attention with rotary positions, norm, gated MLP.
 
-   A step reads every weight once for a few rows, so the time to read the weights should determine its cost. The whole
+   A step reads every weight once for a few tokens, so the time to read the weights should determine its cost. The whole
    step is one parallel region, and threads meet at barriers. Keys are transposed in blocks of 16 tokens, [D][16], so
-   that scores are sums of vectors. Values are stored as [token][D]. The rows of a prompt read its keys and values
-   together. */
+   that scores are sums of vectors. Values are stored as [token][D]. The tokens whose rows have the same prompt read its
+   keys and values together.
+
+   A row may get one token or a stretch of them. What is computed of a token depends on the tokens before it alone, bit
+   for bit: not on the other rows of the step, and not on how many tokens of its own row the step brings. */
 #include "linear.h"
 #include "panels.h"
 
@@ -30,30 +32,36 @@ typedef struct {
     const Layer *layer;
 } Model;
 
-/* P prompts of at most T tokens (a multiple of 32), S slots of at most C own tokens each (a multiple of 16).
-   Keys and values of prompts are panels of T places, [layers, P, K, T, D up to a multiple of 32], in the type of
-   activations; a row's own are [layers, S, K, C / 16, D, 16] and [layers, S, K, C, D] in float32. */
+/* P prompts, S slots of at most C own tokens each (a multiple of 16). Keys and values of a prompt of n tokens are
+   panels of T places, n up to a multiple of 32, [layers, K, T, D up to a multiple of 32], in the type of activations; a
+   row's own are [layers, S, K, C / 16, D, 16] and [layers, S, K, C, D] in float32. */
 typedef struct {
-    int32_t prompts, T, slots, C;
-    void *prompt_k, *prompt_v;
+    int32_t slots, C;
+    int32_t longest;                               /* tokens of the longest prompt */
+    const int32_t *lengths;                        /* [P] tokens of each prompt */
+    const void *const *prompt_k, *const *prompt_v; /* [P] */
     float *own_k, *own_v;
-    const int32_t *lengths; /* [P] tokens of each prompt */
 } Cache;
 
+/* "Rows" are tokens here: those of a stretch stand one after the other. */
 typedef struct {
-    int32_t rows, parts, t;    /* t: own tokens seen before */
-    const int32_t *part;       /* [parts + 1] where each part of `row` starts; the rows of a part share a prompt */
-    const int32_t *prompt;     /* [parts] */
-    const int32_t *row, *slot; /* [rows] rows by part; and the slot of each row */
-    float *x;                  /* [rows, width], overwritten */
-    const float *cos, *sin;    /* [rows, D] */
-    float *logits;             /* [rows, vocabulary] */
+    int32_t rows, parts, outputs;
+    const int32_t *part;      /* [parts + 1] where each part of `row` starts; the rows of a part share a prompt */
+    const int32_t *prompt;    /* [parts] */
+    const int32_t *row;       /* [rows] rows by part */
+    const int32_t *slot, *at; /* [rows] the slot of each, and how many own tokens come before it there */
+    const int32_t *output;    /* [outputs] the rows whose logits are wanted, or NULL for all */
+    float *x;                 /* [rows, width], overwritten */
+    const float *cos, *sin;   /* [rows, D] */
+    float *logits;            /* [outputs, vocabulary] */
 } Step;
 
-/* Norms of the rows that are this thread's. */
-static void norms(const Model *m, int rows, const float *x, const float *weight, void *to, int me, int threads) {
+/* Norms of the rows that are this thread's; of the rows `which`, unless it is NULL. */
+static void norms(
+    const Model *m, int rows, const int32_t *which, const float *x, const float *weight, void *to, int me, int threads
+) {
     for (int r = rows * me / threads; r < rows * (me + 1) / threads; r++) {
-        const float *row = x + (size_t)r * m->width;
+        const float *row = x + (size_t)(which ? which[r] : r) * m->width;
         float f = inverse_rms(0, row, 0, m->width, m->eps);
         for (int i = 0; i < m->width; i += W)
             put(m->low, to, (size_t)r * m->width + i, load(row + i) * f * load(weight + i));
@@ -164,68 +172,92 @@ static void hide(float *s, int ld, int n, int from, int to) {
 
 /* Bytes that `attend` works in, for n rows of queries. */
 static size_t space_of(const Model *m, const Cache *c, int n) {
-    int R = up(n, 32), D = up(m->head_dim, 32);
-    return (size_t)R * ((c->T + c->C) + 2 * m->head_dim + D) * sizeof(float) + (size_t)R * (c->T + D) * sizeof(float);
+    int R = up(n, 32), D = up(m->head_dim, 32), T = up(c->longest, 32);
+    return (size_t)R * ((T + c->C) + 2 * m->head_dim + D) * sizeof(float) + (size_t)R * (T + D) * sizeof(float);
 }
 
-/* Rows from..to of part p, key head h. */
+/* The first element of the own keys or values of a slot, for key head h of layer `at`. */
+static size_t own_of(const Model *m, const Cache *c, int at, int slot, int h) {
+    return (((size_t)at * c->slots + slot) * m->k_heads + h) * c->C * m->head_dim;
+}
+
+/* Store the keys and values of the rows' own tokens. */
+static void keep_own(
+    const Model *m, const Layer *l, int at, const Cache *c, const Step *s, const float *qkv, int me, int threads
+) {
+    int d = m->head_dim, all_heads = m->heads + 2 * m->k_heads;
+    for (int task = me; task < s->rows * m->k_heads; task += threads) {
+        int row = task / m->k_heads, h = task % m->k_heads, t = s->at[row];
+        const float *x = qkv + (size_t)row * all_heads * d;
+        size_t own = own_of(m, c, at, s->slot[row], h);
+        float key[d], *block = c->own_k + own + (size_t)(t / W) * W * d + t % W;
+        rotate(
+            x + (m->heads + h) * d, d, l->k_norm, m->eps, s->cos + (size_t)row * d, s->sin + (size_t)row * d, 1.0f, key
+        );
+        for (int j = 0; j < d; j++) block[j * W] = key[j];
+        memcpy(c->own_v + own + (size_t)t * d, x + (m->heads + m->k_heads + h) * d, d * sizeof(float));
+    }
+}
+
+/* Scores s [places up to `end`] of one query become probabilities. */
+static void soften(float *s, int end) {
+    vec top = load(s), total = all(0);
+    for (int t = W; t < end; t += W) top = larger(top, load(s + t));
+    float most = largest(top);
+    for (int t = 0; t < end; t += W) {
+        vec e = exponential(load(s + t) - most);
+        total += e;
+        store(s + t, e);
+    }
+    float f = 1.0f / sum(total);
+    for (int t = 0; t < end; t += W) store(s + t, load(s + t) * f);
+}
+
+/* Rows from..to of part p, key head h. Of the scores of a query, the first T belong to the prompt. */
 static void attend(
     const Model *m, const Layer *l, int at, const Cache *c, const Step *s, int p, int h, int from, int to,
     const float *qkv, void *out, float *space
 ) {
     int d = m->head_dim, g = m->heads / m->k_heads, n = (to - from) * g, all_heads = m->heads + 2 * m->k_heads;
-    int prompt = s->prompt[p], length = c->lengths[prompt], own = s->t + 1, ld = c->T + c->C;
-    int R = up(n, 32), D = up(d, 32), places = up(length, 32);
+    int prompt = s->prompt[p], length = c->lengths[prompt], R = up(n, 32), D = up(d, 32), T = up(length, 32);
+    int ld = T + c->C;
     float *w = space, *q = w + (size_t)R * ld, *o = q + (size_t)R * d, *mixed = o + (size_t)R * d;
     void *rows = mixed + (size_t)R * D, *weights = (float *)rows + (size_t)R * D;
-    size_t of_prompt = (((size_t)at * c->prompts + prompt) * m->k_heads + h) * c->T * D;
+    size_t of_prompt = ((size_t)at * m->k_heads + h) * T * D;
     memset(o, 0, (size_t)n * d * sizeof(float));
     for (int i = from; i < to; i++) {
         int row = s->row[i];
         const float *x = qkv + (size_t)row * all_heads * d, *cos = s->cos + row * d, *sin = s->sin + row * d;
-        size_t slot = ((size_t)at * c->slots + s->slot[row]) * m->k_heads + h;
-        float key[d], *block = c->own_k + slot * c->C * d + (size_t)(s->t / W) * W * d + s->t % W;
         for (int j = 0; j < g; j++)
             rotate(x + (h * g + j) * d, d, l->q_norm, m->eps, cos, sin, l->scale, q + ((i - from) * g + j) * d);
-        rotate(x + (m->heads + h) * d, d, l->k_norm, m->eps, cos, sin, 1.0f, key);
-        for (int j = 0; j < d; j++) block[j * W] = key[j];
-        memcpy(c->own_v + (slot * c->C + s->t) * d, x + (m->heads + m->k_heads + h) * d, d * sizeof(float));
-        scores(g, own, d, q + (i - from) * g * d, c->own_k + slot * c->C * d, w + (i - from) * g * ld + c->T, ld);
+        const float *keys = c->own_k + own_of(m, c, at, s->slot[row], h);
+        scores(g, s->at[row] + 1, d, q + (i - from) * g * d, keys, w + (i - from) * g * ld + T, ld);
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < D; j += W) put(m->low, rows, (size_t)r * D + j, part(0, q, d, n, d, r, j));
-    multiply(m->low, 0, R, places, D, rows, D, element(m->low, c->prompt_k, of_prompt), D, w, ld);
-    int first = 0, first_own = 0, end = c->T + (own + W - 1) / W * W;
-    if (l->window > 0) {
-        first = length + own - l->window;
-        first_own = own - l->window;
-        first = first < 0 ? 0 : first > length ? length : first;
-        first_own = first_own < 0 ? 0 : first_own;
-    }
-    hide(w, ld, n, 0, first);
-    hide(w, ld, n, length, c->T + first_own);
-    hide(w, ld, n, c->T + own, end);
-    for (int i = 0; i < n; i++) {
-        float *x = w + (size_t)i * ld;
-        vec top = load(x), total = all(0);
-        for (int t = W; t < end; t += W) top = larger(top, load(x + t));
-        float most = largest(top);
-        for (int t = 0; t < end; t += W) {
-            vec e = exponential(load(x + t) - most);
-            total += e;
-            store(x + t, e);
+    multiply(m->low, 0, R, T, D, rows, D, element(m->low, c->prompt_k[prompt], of_prompt), D, w, ld);
+    for (int i = from; i < to; i++) {
+        int own = s->at[s->row[i]] + 1, end = T + up(own, W), first = 0, first_own = 0;
+        if (l->window > 0) {
+            first = length + own - l->window;
+            first_own = own - l->window;
+            first = first < 0 ? 0 : first > length ? length : first;
+            first_own = first_own < 0 ? 0 : first_own;
         }
-        float f = 1.0f / sum(total);
-        for (int t = 0; t < end; t += W) store(x + t, load(x + t) * f);
+        float *mine = w + (size_t)(i - from) * g * ld;
+        hide(mine, ld, g, 0, first);
+        hide(mine, ld, g, length, T + first_own);
+        hide(mine, ld, g, T + own, end);
+        for (int j = 0; j < g; j++) soften(mine + (size_t)j * ld, end);
     }
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < places; t += W) put(m->low, weights, (size_t)r * c->T + t, part(0, w, ld, n, places, r, t));
-    multiply(m->low, 0, R, D, places, weights, c->T, element(m->low, c->prompt_v, of_prompt), c->T, mixed, D);
+        for (int t = 0; t < T; t += W) put(m->low, weights, (size_t)r * T + t, part(0, w, ld, n, T, r, t));
+    multiply(m->low, 0, R, D, T, weights, T, element(m->low, c->prompt_v[prompt], of_prompt), T, mixed, D);
     for (int i = from; i < to; i++) {
-        int row = s->row[i], at_row = (i - from) * g;
-        size_t slot = ((size_t)at * c->slots + s->slot[row]) * m->k_heads + h;
-        mix(g, own - first_own, d, w + at_row * ld + c->T + first_own, ld, c->own_v + (slot * c->C + first_own) * d,
-            o + at_row * d);
+        int row = s->row[i], at_row = (i - from) * g, own = s->at[row] + 1;
+        int first_own = l->window > 0 && own > l->window ? own - l->window : 0;
+        const float *values = c->own_v + own_of(m, c, at, s->slot[row], h) + (size_t)first_own * d;
+        mix(g, own - first_own, d, w + (size_t)at_row * ld + T + first_own, ld, values, o + at_row * d);
         for (int r = at_row; r < at_row + g; r++)
             for (int j = 0; j < d; j += W)
                 put(m->low, out, ((size_t)row * m->heads + h * g + r - at_row) * d + j,
@@ -245,16 +277,14 @@ int grouprl_start(void) {
 #endif
 }
 
-/* Keys and values of n tokens of a prompt, [K][d] each, tokens `ld` elements apart, into its panels of T places. */
-void grouprl_keep(
-    int low, int n, int k_heads, int d, int ld, int T, const void *k, const void *v, void *to_k, void *to_v
-) {
-    int D = up(d, 32), places = up(n, 32);
+/* Keys and values of the n tokens of a prompt, [K][d] each, tokens `ld` elements apart, into the panels of a layer. */
+void grouprl_keep(int low, int n, int k_heads, int d, int ld, const void *k, const void *v, void *to_k, void *to_v) {
+    int D = up(d, 32), T = up(n, 32);
 #pragma omp parallel for schedule(static)
     for (int h = 0; h < k_heads; h++) {
         size_t to = (size_t)h * T * D, from = (size_t)h * d;
-        pack_places(low, element(low, k, from), ld, n, d, D, places, 0, (void *)element(low, to_k, to));
-        pack_dimensions(low, element(low, v, from), ld, n, d, D, places, 0, T, (void *)element(low, to_v, to));
+        pack_places(low, element(low, k, from), ld, n, d, D, T, 0, (void *)element(low, to_k, to));
+        pack_dimensions(low, element(low, v, from), ld, n, d, D, T, 0, T, (void *)element(low, to_v, to));
     }
 }
 
@@ -279,9 +309,11 @@ int grouprl_decode(const Model *m, const Cache *c, const Step *s) {
         start_products();
         for (int i = 0; i < m->layers; i++) {
             const Layer *l = m->layer + i;
-            norms(m, rows, s->x, l->norm1, h, me, all_threads);
+            norms(m, rows, NULL, s->x, l->norm1, h, me, all_threads);
 #pragma omp barrier
             product(m->low, rows, h, &l->qkv, me, all_threads, use_output, &projected);
+#pragma omp barrier
+            keep_own(m, l, i, c, s, qkv, me, all_threads);
 #pragma omp barrier
             for (int p = 0, task = 0; p < s->parts; p++)
                 for (int from = s->part[p]; from < s->part[p + 1]; from += chunk)
@@ -293,16 +325,16 @@ int grouprl_decode(const Model *m, const Cache *c, const Step *s) {
 #pragma omp barrier
             product(m->low, rows, attended, &l->o, me, all_threads, use_residual, &residual);
 #pragma omp barrier
-            norms(m, rows, s->x, l->norm2, h, me, all_threads);
+            norms(m, rows, NULL, s->x, l->norm2, h, me, all_threads);
 #pragma omp barrier
             product(m->low, rows, h, &l->gate_up, me, all_threads, use_gate, &gated);
 #pragma omp barrier
             product(m->low, rows, inner, &l->down, me, all_threads, use_residual, &residual);
 #pragma omp barrier
         }
-        norms(m, rows, s->x, m->norm, h, me, all_threads);
+        norms(m, s->outputs, s->output, s->x, m->norm, h, me, all_threads);
 #pragma omp barrier
-        product(m->low, rows, h, &m->head, me, all_threads, use_output, &logits);
+        product(m->low, s->outputs, h, &m->head, me, all_threads, use_output, &logits);
         stop_products();
     }
     free(h), free(attended), free(qkv), free(inner), free(spaces);

@@ -1,11 +1,11 @@
-"""Compiled decode steps of Llama-shaped models on a CPU: one call per token for all layers and rows."""
+"""Compiled decode steps of Llama-shaped models on a CPU: one call for all layers and rows."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from grouprl.lm.llama.adapters import is_lora, merged_weight
 from grouprl.lm.llama.between_products import rotary
 from grouprl.lm.llama.between_products_c import BetweenProductsC
 from grouprl.lm.packed.attention import UnsupportedError
-from grouprl.lm.packed.packing import Pack
+from grouprl.lm.packed.packing import Group, Pack
 
 _W = 16
 """Floats of a vector: tokens of a block of keys."""
@@ -40,15 +40,15 @@ class _ModelStruct(Structure):
 
 class _CacheStruct(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("prompts", "T", "slots", "C")),
-        *((name, c_void_p) for name in ("prompt_k", "prompt_v", "own_k", "own_v", "lengths")),
+        *((name, c_int32) for name in ("slots", "C", "longest")),
+        *((name, c_void_p) for name in ("lengths", "prompt_k", "prompt_v", "own_k", "own_v")),
     ]
 
 
 class _StepStruct(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("rows", "parts", "t")),
-        *((name, c_void_p) for name in ("part", "prompt", "row", "slot", "x", "cos", "sin", "logits")),
+        *((name, c_int32) for name in ("rows", "parts", "outputs")),
+        *((name, c_void_p) for name in ("part", "prompt", "row", "slot", "at", "output", "x", "cos", "sin", "logits")),
     ]
 
 
@@ -150,6 +150,130 @@ class NativeModel:
         return self._head(hidden)
 
 
+class NativeCache:
+    """The keys and values of prompts and of rows, each in a slot, and the steps that append tokens to rows.
+
+    What a step computes of a token depends on the tokens before it in its row alone, bit for bit.
+
+    Args:
+        model: the model. slots: the most rows. most: the most tokens of a row, its prompt aside.
+    """
+
+    def __init__(self, model: NativeModel, slots: int, most: int) -> None:
+        self.model, self._slots, self._most = model, slots, _up(most, _W)
+        # Of what a row never reaches, no page is touched.
+        self._own = [torch.empty(len(model.order), slots, model.k_heads, self._most, model.head_dim) for _ in range(2)]
+        self._prompts: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._struct: _CacheStruct | None = None
+        self._pointed_to: Any = None
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], Tensor]:
+        """Read prompts. Returns a number for each of the P prompts, and the logits ``[P, V]`` of the token after it."""
+        pack = Pack.of([Group(prompt, ()) for prompt in prompts])
+        numbers, keep = self.room_for(pack)
+        hidden = self.model.read(pack, keep)
+        return numbers, self.model.logits(hidden[pack.prompt_lengths.cumsum(0) - 1])
+
+    def room_for(self, pack: Pack) -> tuple[list[int], Callable[[nn.Module, Tensor, Tensor], None]]:
+        """Make room for prompts. Returns their numbers, and what stores their keys and values ``[S, K, D]`` of a layer.
+
+        It raises UnsupportedError if they are stored already.
+        """
+        model, seen = self.model, set[int]()
+        first = max(self._prompts, default=-1) + 1
+        lengths = pack.prompt_lengths.tolist()
+        numbers = list(range(first, first + len(lengths)))
+        for number, n in zip(numbers, lengths, strict=True):
+            shape = len(model.order), model.k_heads, _up(n, 32), _up(model.head_dim, 32)
+            self._prompts[number] = (*(torch.empty(shape, dtype=model.dtype) for _ in range(2)), n)
+        self._struct = None
+
+        def keep(module: nn.Module, k: Tensor, v: Tensor) -> None:
+            layer, start = model.order[module], 0
+            if layer in seen:
+                raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
+            seen.add(layer)
+            k, v = (x.detach().to(model.dtype) for x in (k, v))
+            for number in numbers:
+                to_k, to_v, n = self._prompts[number]
+                tensors = (k[start], v[start], to_k[layer], to_v[layer])
+                model.lib.grouprl_keep(
+                    int(model.low), n, *k.shape[1:], k.stride(0), *(c_void_p(x.data_ptr()) for x in tensors)
+                )
+                start += n
+
+        return numbers, keep
+
+    def forget(self, number: int) -> None:
+        """Release a prompt."""
+        del self._prompts[number]
+        self._struct = None
+
+    def _as_struct(self) -> _CacheStruct:
+        if self._struct is None:
+            count = max(self._prompts, default=-1) + 1
+            lengths, k, v = (c_int32 * count)(), (c_void_p * count)(), (c_void_p * count)()
+            for number, (keys, values, n) in self._prompts.items():
+                lengths[number], k[number], v[number] = n, keys.data_ptr(), values.data_ptr()
+            self._pointed_to = lengths, k, v
+            self._struct = _CacheStruct(
+                self._slots, self._most, max(lengths, default=0), *(ctypes.addressof(x) for x in self._pointed_to),
+                *(x.data_ptr() for x in self._own),
+            )  # fmt: skip
+        return self._struct
+
+    def step(self, ids: Tensor, positions: Tensor, where: Where, at: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """Append S tokens to rows. Tokens of the same row stand one after the other.
+
+        Args:
+            ids: ``[S]`` token ids.
+            positions: ``[S]`` the position of each in its sequence.
+            where: the slots and prompts of the tokens.
+            at: ``[S]`` int32, how many own tokens the row has before each.
+            outputs: ``[n]`` int32, the tokens after which logits are wanted, by default all.
+
+        Returns:
+            Logits ``[n, V]`` float32.
+
+        Raises:
+            MemoryError: compiled code finds no memory.
+        """
+        model, rows = self.model, len(ids)
+        x = model.decoder.embed_tokens.weight.detach()[ids].float()
+        cos, sin = rotary(model.decoder, x, positions)
+        wanted = rows if outputs is None else len(outputs)
+        logits = torch.empty(wanted, model.head.out_features)
+        tensors = (where.part, where.prompt, where.row, where.slot, at, outputs, x, cos, sin, logits)
+        step = _StepStruct(
+            rows, len(where.prompt), wanted, *(None if y is None else y.data_ptr() for y in tensors)
+        )  # fmt: skip
+        if model.lib.grouprl_decode(ctypes.byref(model.struct), ctypes.byref(self._as_struct()), ctypes.byref(step)):
+            raise MemoryError(f"no memory for a decode step of {rows} rows")
+        return logits
+
+
+class Where(NamedTuple):
+    """Where the S tokens of a step belong, sorted by prompt for compiled code. All tensors are int32.
+
+    Attributes:
+        slot: ``[S]`` the slot of each token's row.
+        row: ``[S]`` the tokens, sorted by prompt. part: where the tokens of each prompt begin there, and S at the end.
+        prompt: the number of each of those prompts.
+    """
+
+    slot: Tensor
+    row: Tensor
+    part: Tensor
+    prompt: Tensor
+
+    @classmethod
+    def of(cls, slot: Tensor, prompt: Tensor) -> Where:
+        """From the slot ``[S]`` and the prompt ``[S]`` of each token."""
+        prompts, counts = torch.unique(prompt, return_counts=True)
+        part = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return cls(slot.int(), torch.argsort(prompt, stable=True).int(), part.int(), prompts.int())
+
+
 class NativeDecoder:
     """Decodes rows of several prompts, one token per row and step; a :class:`grouprl.lm.sample.sampler.Decoder`.
 
@@ -158,58 +282,20 @@ class NativeDecoder:
     """
 
     def __init__(self, model: NativeModel, pack: Pack, group_size: int, max_new_tokens: int) -> None:
-        self.model = model
         self.lengths = pack.prompt_lengths
-        prompts, rows = len(self.lengths), len(self.lengths) * group_size
-        t, c = _up(int(self.lengths.max()), 32), _up(max_new_tokens, _W)
-        layers, heads, d = len(model.order), model.k_heads, model.head_dim
-        self.prompt_k, self.prompt_v = (
-            torch.empty(layers, prompts, heads, t, _up(d, 32), dtype=model.dtype) for _ in range(2)
-        )
-        # Of what a row never reaches, no page is touched.
-        self.own_k, self.own_v = (torch.empty(layers, rows, heads, c, d) for _ in range(2))
-        ends = self.lengths.cumsum(0)
-        self._places = list(zip((ends - self.lengths).tolist(), ends.tolist(), strict=True))
-        self._lengths = self.lengths.int()
-        self.cache = _CacheStruct(
-            prompts, t, rows, c,
-            *(x.data_ptr() for x in (self.prompt_k, self.prompt_v, self.own_k, self.own_v, self._lengths)),
-        )  # fmt: skip
-        self.slot = torch.arange(rows, dtype=torch.int32)
-        self.prompt = torch.arange(prompts).repeat_interleave(group_size)
-        self.t = 0
-        self._seen: set[int] = set()
-        self._arrange()
-
-    def keep(self, module: nn.Module, k: Tensor, v: Tensor) -> None:
-        """Store keys and values ``[S, K, D]`` of the prompts for the layer whose attention is ``module``.
-
-        Raises UnsupportedError if they are stored already.
-        """
-        at = self.model.order[module]
-        if at in self._seen:
-            raise UnsupportedError(f"{type(module).__name__} attends twice in one pass")
-        self._seen.add(at)
-        k, v = (x.detach().to(self.model.dtype) for x in (k, v))
-        for p, (start, stop) in enumerate(self._places):
-            self.model.lib.grouprl_keep(
-                int(self.model.low), stop - start, *k.shape[1:], k.stride(0), self.cache.T,
-                *(c_void_p(x.data_ptr()) for x in (k[start], v[start], self.prompt_k[at, p], self.prompt_v[at, p])),
-            )  # fmt: skip
-
-    def _arrange(self) -> None:
-        """Sort the rows by prompt."""
-        self._row = torch.argsort(self.prompt, stable=True).int()
-        prompts, counts = torch.unique(self.prompt, return_counts=True)
-        self._prompt = prompts.int()
-        self._part = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+        rows = len(self.lengths) * group_size
+        self.cache = NativeCache(model, rows, max_new_tokens)
+        numbers, self.keep = self.cache.room_for(pack)
+        self._slot, self._prompt = torch.arange(rows), torch.tensor(numbers).repeat_interleave(group_size)
+        self._where = Where.of(self._slot, self._prompt)
+        self._at = torch.zeros(rows, dtype=torch.int32)
 
     def drop(self, finished: Sequence[int]) -> list[int]:
         """Remove the rows ``finished``. Returns for each remaining row its index before."""
         gone = set(finished)
-        kept = [row for row in range(len(self.slot)) if row not in gone]
-        self.slot, self.prompt = self.slot[kept], self.prompt[kept]
-        self._arrange()
+        kept = [row for row in range(len(self._slot)) if row not in gone]
+        self._slot, self._prompt, self._at = self._slot[kept], self._prompt[kept], self._at[kept]
+        self._where = Where.of(self._slot, self._prompt)
         return kept
 
     def reserve(self) -> bool:
@@ -221,15 +307,6 @@ class NativeDecoder:
 
         Raises MemoryError if compiled code finds no memory.
         """
-        model, rows = self.model, len(ids)
-        x = model.decoder.embed_tokens.weight.detach()[ids].float()
-        cos, sin = rotary(model.decoder, x, positions)
-        logits = torch.empty(rows, model.head.out_features)
-        step = _StepStruct(
-            rows, len(self._prompt), self.t,
-            *(y.data_ptr() for y in (self._part, self._prompt, self._row, self.slot, x, cos, sin, logits)),
-        )  # fmt: skip
-        if model.lib.grouprl_decode(ctypes.byref(model.struct), ctypes.byref(self.cache), ctypes.byref(step)):
-            raise MemoryError(f"no memory for a decode step of {rows} rows")
-        self.t += 1
+        logits = self.cache.step(ids, positions, self._where, self._at)
+        self._at += 1
         return logits

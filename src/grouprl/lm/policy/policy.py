@@ -12,6 +12,7 @@ from torch import nn
 from grouprl.errors import UsageError
 from grouprl.lm.llama.adapters import nonzero_adapters
 from grouprl.lm.llama.trial import find_layers
+from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone, find_backbone
@@ -26,6 +27,7 @@ from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
 from grouprl.lm.sample.sampler import Sampler, Steps
 from grouprl.lm.sample.streams import Draws, Stream
+from grouprl.lm.sample.turns import Partner, Sampled
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.machine.ranks import ALONE, Ranks
 
@@ -160,6 +162,41 @@ class Policy:
             load[owner[g]] += total[g]
         return [i for i, g in enumerate(group) if owner[g] == self.ranks.rank]
 
+    def sample_episodes(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        source: torch.Generator | Stream | Draws,
+        partner: Partner,
+        settings: SamplingSettings | None = None,
+    ) -> list[list[Sampled]]:
+        """Sample ``group_size`` episodes of each prompt, in turns of the model and of a partner.
+
+        :meth:`grouprl.lm.sample.sampler.Sampler.sample_episodes` says when turns and episodes end. No sample is longer
+        than the context of the model.
+
+        Args:
+            prompts: the token ids of each of the P prompts.
+            group_size: the number of episodes of each prompt.
+            source: where random numbers come from: those of the episodes, a stream, or a torch.Generator on the CPU.
+            partner: the other side. Episodes are numbered as they are returned.
+            settings: how to draw tokens. By default the settings of the configuration.
+
+        Returns:
+            ``P * group_size`` episodes with their samples. Those of the first prompt come first.
+
+        Raises:
+            UsageError: a prompt leaves no room for a turn.
+            TrainingError: the logits of the model are not finite.
+        """
+        settings = settings or sampling_settings(self.config)
+        try:
+            return self.sampler.sample_episodes(
+                prompts, group_size, settings, source, partner, context_length(self.model)
+            )
+        except NotFiniteError:
+            raise not_finite("the model's logits", self.model) from None
+
     def _find_learner(self, model: Any, precision: LowPrecision, trial: PolicyTrial) -> tuple[LogProbs, str]:
         """The fastest learner that agrees with the model's own forward pass, and why it is not a packed one, or "".
 
@@ -290,11 +327,14 @@ def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSe
         greedy: take the likeliest token at each step, with neither filters nor a repetition penalty.
     """
     if greedy:
-        return SamplingSettings(config.max_completion_length, temperature=0.0, min_new_tokens=config.min_new_tokens)
+        return SamplingSettings(
+            config.max_completion_length, temperature=0.0, min_new_tokens=config.min_new_tokens,
+            max_turn_tokens=config.max_turn_tokens,
+        )  # fmt: skip
     return SamplingSettings(
         max_new_tokens=config.max_completion_length, temperature=config.temperature, top_k=config.top_k,
         top_p=config.top_p, min_p=config.min_p or 0.0, repetition_penalty=config.repetition_penalty,
-        min_new_tokens=config.min_new_tokens,
+        min_new_tokens=config.min_new_tokens, max_turn_tokens=config.max_turn_tokens,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""An event loop for asynchronous reward functions, in a thread of its own."""
+"""An event loop for asynchronous functions of the user's, rewards and tools, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class EventLoop:
     def __init__(self) -> None:
         self._running: tuple[asyncio.AbstractEventLoop, threading.Thread] | None = None
         self._end: Callable[[], object] = lambda: None
+        self._lock = threading.Lock()
 
     def gather(self, calls: Mapping[Watch, Awaitable[Any]], seconds: float | None) -> list[Any]:
         """Wait for all side by side, at most ``seconds``.
@@ -56,6 +57,31 @@ class EventLoop:
             raise
         return list(results.values())
 
+    def run(self, awaited: Awaitable[Any], seconds: float | None) -> Any:
+        """What one awaitable returns; several threads may each wait for one.
+
+        Raises TimeoutError, without a message, after ``seconds``, and whatever the awaitable raises.
+        """
+        loop, thread = self._start()
+        future = asyncio.run_coroutine_threadsafe(_outcome(awaited), loop)
+        try:
+            result, error = future.result(seconds)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            if not _answers(loop):  # it is blocked by a call that does not let go of it
+                self.close()
+                if thread.is_alive():
+                    end_thread(thread)
+            raise TimeoutError from None
+        except concurrent.futures.CancelledError:  # another thread found the loop blocked
+            raise TimeoutError from None
+        except BaseException:  # Ctrl-C
+            future.cancel()
+            raise
+        if error is not None:
+            raise error
+        return result
+
     def close(self) -> None:
         """Cancel what still runs and end the thread; `gather` starts another one."""
         if self._running is not None:
@@ -65,13 +91,32 @@ class EventLoop:
             thread.join(_GRACE)
 
     def _start(self) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
-        if self._running is None:
-            loop, ending = asyncio.new_event_loop(), threading.Event()
-            thread = threading.Thread(target=_serve, args=(loop, ending), name="grouprl-rewards", daemon=True)
-            thread.start()
-            self._running = loop, thread
-            self._end = weakref.finalize(self, _stop, loop, ending)
-        return self._running
+        with self._lock:
+            if self._running is None:
+                loop, ending = asyncio.new_event_loop(), threading.Event()
+                thread = threading.Thread(target=_serve, args=(loop, ending), name="grouprl-rewards", daemon=True)
+                thread.start()
+                self._running = loop, thread
+                self._end = weakref.finalize(self, _stop, loop, ending)
+            return self._running
+
+
+async def _outcome(awaited: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """What it returns or raises: sys.exit in it must not end the thread of the loop."""
+    try:
+        return await awaited, None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return None, error
+
+
+def _answers(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the loop gets to run anything within a moment."""
+    seen = threading.Event()
+    with contextlib.suppress(RuntimeError):  # it is closed
+        loop.call_soon_threadsafe(seen.set)
+    return seen.wait(_GRACE)
 
 
 async def _result(watch: Watch, awaited: Awaitable[Any], results: dict[Watch, Any]) -> None:

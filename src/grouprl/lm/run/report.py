@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from grouprl.doctor.report import write_report
 from grouprl.errors import UsageError
 from grouprl.lm.run.recipe import Recipe
+from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.machine.memory import peak_memory_gb
@@ -45,4 +47,5 @@ def leave_results(
         "reward_before": before.reward, "reward_after": after.reward,
     }  # fmt: skip
     folder.write_summary(summary)
+    write_report(folder.path, GRPOConfig().to_dict())
     return summary, notes

@@ -19,14 +19,17 @@ class SamplingSettings:
     The filters apply in the order top_k, top_p, min_p.
 
     Attributes:
-        max_new_tokens: the most tokens of a completion.
+        max_new_tokens: the most tokens of a completion. In an episode they are the most tokens behind a prompt, those
+            of the partner included.
         temperature: the sampler divides logits by it. With 0 it always takes the likeliest token.
         top_k: keep the k likeliest tokens. 0 keeps all tokens.
         top_p: keep the smallest set of likeliest tokens whose total probability reaches top_p. 1 keeps all tokens.
         min_p: keep the tokens that are at least min_p times as likely as the likeliest one. 0 keeps all tokens.
         repetition_penalty: for tokens that occur in the prompt or the completion, the sampler divides positive logits
             by it and multiplies negative logits by it. 1 changes nothing.
-        min_new_tokens: the sampler draws no end-of-sequence token before the completion has this many tokens.
+        min_new_tokens: the sampler draws no end-of-sequence token before the completion, or the turn of an episode, has
+            this many tokens.
+        max_turn_tokens: the most tokens of a turn in an episode, or None if ``max_new_tokens`` alone limits it.
     """
 
     max_new_tokens: int
@@ -36,6 +39,7 @@ class SamplingSettings:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
+    max_turn_tokens: int | None = None
 
     @property
     def filtered(self) -> bool:
@@ -132,3 +136,17 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
         New logits ``[B, V]``.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def token_and_log_prob(logits: Tensor, settings: SamplingSettings, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Take or draw one token per row from ``logits [B, V]`` float32, as the settings say, by ``uniform [B]``.
+
+    Returns the token ids ``[B]`` int64 and their log-probabilities ``[B]`` float32 in nats. This may overwrite logits.
+    """
+    if settings.temperature == 0.0:
+        return greedy(logits)
+    if settings.temperature != 1.0:
+        logits = logits / settings.temperature
+    if settings.filtered:
+        logits = keep_likely(logits, settings)
+    return draw(logits, uniform)

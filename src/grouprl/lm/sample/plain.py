@@ -12,9 +12,12 @@ from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.packed.trial import is_rounding, own_pass, own_terms
+from grouprl.lm.sample.appending import ReadAgain
 from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.episodes import play
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
 from grouprl.lm.sample.streams import Draws, Stream, draws_of
+from grouprl.lm.sample.turns import Partner, Sampled
 
 _log = logging.getLogger("grouprl")
 
@@ -116,6 +119,30 @@ class PlainSampler:
                 self._warned = True
                 _log.warning("%s samples some prompts again, because %s gave other %s", self._name(), steps, why)
         raise TrainingError(f"{self._name()} cannot be sampled from at this length: {why}")
+
+    @torch.no_grad()
+    def sample_episodes(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        source: torch.Generator | Stream | Draws,
+        partner: Partner,
+        context: int | None = None,
+    ) -> list[list[Sampled]]:
+        """Sample episodes as :meth:`grouprl.lm.sample.sampler.Sampler.sample_episodes` does.
+
+        Every token takes a forward pass over its whole sequence, which any model can do.
+        """
+        device = next(self.model.parameters()).device
+        draws = draws_of(source, len(prompts) * group_size)
+        slots = min(PASS_ROWS, len(prompts) * group_size)
+        with self._sampling():
+            decoder = ReadAgain(self._next_logits, device, PASS_ROWS)
+            return play(
+                decoder, slots, prompts, group_size, settings, self.end_ids, partner, draws, context,
+                sum(map(len, prompts)) + 1,
+            )  # fmt: skip
 
     @torch.no_grad()
     def draw(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grouprl.lm.sample.draw import SamplingSettings, draw, greedy, keep_likely, penalise_repetition
+from grouprl.lm.sample.draw import SamplingSettings, penalise_repetition, token_and_log_prob
 from grouprl.lm.sample.finite import NotFiniteError, all_finite
 from grouprl.lm.sample.streams import Draws
 
@@ -118,7 +118,7 @@ class Rows:
         if settings.min_new_tokens > 0:
             early = at < settings.min_new_tokens
             logits[:, self._end_ids] = logits[:, self._end_ids].masked_fill(early, float("-inf"))
-        token, logp = _token_and_log_prob(logits, settings, self._uniform[at % len(self._uniform), rows])
+        token, logp = token_and_log_prob(logits, settings, self._uniform[at % len(self._uniform), rows])
         before = self._ended[rows]
         self._tokens[rows, at], self._logps[rows, at] = token, logp
         self._lengths[rows] = torch.where(before, self._lengths[rows], at + 1)
@@ -150,13 +150,3 @@ class Rows:
         return [
             Completion(tokens[i, :n].tolist(), logps[i, :n], ended[i]) for i, n in enumerate(self._lengths.tolist())
         ]
-
-
-def _token_and_log_prob(logits: Tensor, settings: SamplingSettings, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    if settings.temperature == 0.0:
-        return greedy(logits)
-    if settings.temperature != 1.0:
-        logits = logits / settings.temperature
-    if settings.filtered:
-        logits = keep_likely(logits, settings)
-    return draw(logits, uniform)

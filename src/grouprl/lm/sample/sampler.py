@@ -25,11 +25,14 @@ from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.low_precision import LowPrecision, is_touched
 from grouprl.lm.packed.packing import Group, Pack
 from grouprl.lm.packed.trial import Trial, is_rounding
+from grouprl.lm.sample.appending import AppendingDecoder, NativeRows, TorchRows
 from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.episodes import play
 from grouprl.lm.sample.recordings import CudaGraphRecorder, GraphRecorder, Repeated
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
 from grouprl.lm.sample.streams import Draws, Stream, draws_of
 from grouprl.lm.sample.torch_decoder import TorchDecoder
+from grouprl.lm.sample.turns import Partner, Sampled
 
 _log = logging.getLogger("grouprl")
 
@@ -195,6 +198,56 @@ class Sampler:
                 out += self._batch(prompts[start:stop], group_size, settings, own, adjust, first)
         return out
 
+    def sample_episodes(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        source: torch.Generator | Stream | Draws,
+        partner: Partner,
+        context: int | None = None,
+    ) -> list[list[Sampled]]:
+        """Sample ``group_size`` episodes of each prompt, in turns of the model and of a partner.
+
+        A turn ends with an end token, after ``max_turn_tokens``, or where no more tokens may follow. Then the partner
+        is asked for its reply, whatever ended the turn. An episode is over when the partner says so. It is cut where
+        the reply leaves no room for another turn; the reply is not appended then.
+
+        The tokens of an episode do not depend on when replies come. With compiled steps on a CPU, they do not depend on
+        the other episodes either.
+
+        Args:
+            prompts: the token ids of each of the P prompts.
+            group_size: the number of episodes of each prompt.
+            settings: how to draw tokens. ``max_new_tokens`` limits all that follows a prompt, the partner's tokens
+                included, and ``max_turn_tokens`` a turn.
+            source: where random numbers come from: those of the episodes, a stream, or a torch.Generator on the CPU.
+            partner: the other side. Episodes are numbered as they are returned.
+            context: the most tokens of a prompt and what follows it, or None.
+
+        Returns:
+            ``P * group_size`` episodes. Those of the first prompt come first. An episode has one sample, and one more
+            for each time that the partner began it anew.
+
+        Raises:
+            UsageError: a prompt leaves no room for a turn.
+            NotFiniteError: logits are not finite.
+        """
+        draws = draws_of(source, len(prompts) * group_size)
+        slots = min(self.max_rows, len(prompts) * group_size)
+        with self._sampling():
+            decoder = self._appending(slots, settings.max_new_tokens)
+            return play(
+                decoder, slots, prompts, group_size, settings, self.end_ids, partner, draws, context,
+                PROMPT_TOKENS,
+            )  # fmt: skip
+
+    def _appending(self, slots: int, longest: int) -> AppendingDecoder:
+        """A decoder for so many rows, of so many tokens behind their prompts at most."""
+        if self._native is not None:
+            return NativeRows(self._native, slots, longest)
+        return TorchRows(self._hidden, self.backbone.head, self.precision.dtype, self.backbone.device, slots, longest)
+
     @contextmanager
     def _sampling(self) -> Iterator[None]:
         """Put the model into evaluation mode and lay its weights out for decode steps, while the context is open."""
@@ -272,10 +325,21 @@ class Sampler:
     def disagreement(self, trial: Trial) -> str:
         """Compare decode steps with the model's own forward pass. Returns "", or what is wrong."""
         low, own = self.precision.dtype, trial.own().flatten(0, 1).transpose(0, 1)
-        difference = _difference(self._try(trial.groups).log_softmax(-1), own)
-        if is_rounding(difference, low, lambda: _difference(trial.own(low).flatten(0, 1).transpose(0, 1), own)):
-            return ""
-        return f"log-probabilities of decode steps differ by {difference:.2g} from those of the model's forward pass"
+        pieces = self._try_pieces(trial.groups).log_softmax(-1)
+
+        def wrong(found: Tensor, at: list[int], what: str) -> str:
+            difference = _difference(found, own[at])
+
+            def of_the_model() -> float:
+                return _difference(trial.own(low).flatten(0, 1).transpose(0, 1)[at], own[at])
+
+            if is_rounding(difference, low, of_the_model):
+                return ""
+            return f"log-probabilities of {what} differ by {difference:.2g} from those of the model's forward pass"
+
+        return wrong(self._try(trial.groups).log_softmax(-1), list(range(len(own))), "decode steps") or wrong(
+            pieces, [0, len(own) - 1], "stretches of tokens"
+        )
 
     def _compiled(self, llama: LlamaBlocks) -> bool:
         """Whether compiled code supports the model: C on a CPU, Triton on a GPU."""
@@ -314,6 +378,25 @@ class Sampler:
                 out.append(logits.clone())
                 position += 1
         return torch.stack(out)
+
+    @torch.no_grad()
+    def _try_pieces(self, groups: Sequence[Group]) -> Tensor:
+        """Logits ``[2, B, V]`` before the first and the last of the n tokens of B completions, read in pieces.
+
+        The prompts are read once for their completions. Then every completion is read in two pieces, cut at different
+        places, beside another one or alone.
+        """
+        prompts, rows = [group.prompt for group in groups], [c[:-1] for group in groups for c in group.completions]
+        slots = list(range(len(rows)))[::-1]
+        with self._sampling():
+            decoder = self._appending(len(rows), max(map(len, rows)))
+            first = decoder.begin(prompts, [slots[2 * i : 2 * i + 2] for i in range(len(prompts))])
+            last = first.new_empty(len(rows), first.shape[-1])
+            cut = [1 + i % 2 for i in range(len(rows))]
+            decoder.append(slots[1:], [row[:n] for row, n in zip(rows[1:], cut[1:], strict=True)])
+            last[:1] = decoder.append(slots[:1], rows[:1])
+            last[1:] = decoder.append(slots[1:], [row[n:] for row, n in zip(rows[1:], cut[1:], strict=True)])
+        return torch.stack([first.repeat_interleave(2, 0), last])
 
     def _read(self, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int) -> tuple[Decoder, Tensor]:
         """Read the prompts. Returns a decoder of their rows and the logits ``[P, V]`` of each prompt's next token."""

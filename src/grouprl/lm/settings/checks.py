@@ -87,7 +87,7 @@ def _advantage_problems(c: Fields) -> list[str]:
             "which scales within groups and then over the batch; leave one of them out"
         )
     if c.advantage != "outcome":
-        if c.scale_rewards == "batch":
+        if c.scale_rewards == "batch" and c.advantage != "gigpo":
             found.append(
                 f"scale_rewards='batch' is for advantage='outcome', which is {c.advantage!r}; leave one of them out"
             )
@@ -100,7 +100,7 @@ def _advantage_problems(c: Fields) -> list[str]:
 
 
 def _objective_problems(c: Fields) -> list[str]:
-    found = objective_problems(c, c.loss_type)
+    found = objective_problems(c, c.loss_type, c.advantage)
     levels = LOSSES[c.loss_type].levels
     if c.importance_sampling_level not in levels:
         found.append(

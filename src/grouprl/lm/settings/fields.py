@@ -107,7 +107,12 @@ class Fields(ObjectiveSettings):
     )
 
     # --- sampling ------------------------------------------------------------------------------------------------
-    max_completion_length: int = Field(512, ge=1, description="most tokens of a completion")
+    max_completion_length: int = Field(
+        512, ge=1, description="most tokens of a completion; of an episode, all that follows its prompt"
+    )
+    max_turn_tokens: int | None = Field(
+        None, ge=1, description="most tokens of a turn in an episode of several; default: max_completion_length"
+    )
     min_new_tokens: int = Field(0, ge=0, description="no end of sequence before; generation_kwargs may say it too")
     temperature: float = Field(1.0, gt=0, description="of sampling; the learner divides by it as well")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")
@@ -118,6 +123,29 @@ class Fields(ObjectiveSettings):
     repetition_penalty: float = Field(1.0, gt=0, description="above 1, tokens seen before become less likely")
     max_rows_per_decode: int | None = Field(
         None, ge=1, description="completions sampled side by side; default: as many as memory suggests"
+    )
+
+    # --- episodes of several turns ---------------------------------------------------------------------------------
+    max_turns: int | None = Field(None, ge=1, description="most turns of the model in an episode; default: any number")
+    max_turn_length: int | None = Field(
+        None, ge=1, description="most tokens of one turn; max_completion_length bounds what follows the first prompt"
+    )
+    max_tool_calling_iterations: int | None = Field(
+        None, ge=0, description="most turns of an episode whose tools are called, as in TRL; default: any number"
+    )
+    history: Literal["full", "turn"] = Field(
+        "full",
+        description="full = an episode is one sample, which grows; turn = each turn is a sample, which sees the first "
+        "prompt and the last exchange",
+    )
+    tool_timeout: float | None = Field(
+        60.0,
+        gt=0,
+        le=1e9,
+        description="seconds that a call of a tool or an environment may take, which otherwise fails; None = any time",
+    )
+    max_tool_output: int = Field(
+        4096, ge=64, description="most characters that a tool or an environment may say at once; the rest is cut off"
     )
 
     # --- rewards and advantages ----------------------------------------------------------------------------------
@@ -139,6 +167,9 @@ class Fields(ObjectiveSettings):
     )
     advantage: Annotated[str, OneOf(estimator_names(environments=False), RENAMED_ADVANTAGES)] = Field(
         "outcome", description="estimator; the table of estimators says what each computes"
+    )
+    gamma: float = Field(
+        1.0, ge=0, le=1, description="discount per turn; a completion is one turn, in which nothing is discounted"
     )
     pass_k: int | None = Field(None, ge=2, description="k of advantage=pass_at_k; default: num_generations")
     mask_truncated_completions: bool = Field(False, description="no loss from completions that were cut off")

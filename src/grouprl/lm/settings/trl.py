@@ -132,7 +132,6 @@ FOREIGN: dict[str, Foreign] = {
     "generation_kwargs": Foreign(None),
     "top_entropy_quantile": Foreign(1.0, "all tokens are learned from, whatever their entropy; leave it out"),
     "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
-    "max_tool_calling_iterations": Foreign(None, "completions are single turns without tools; leave it out"),
     "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
     "optim": Foreign(
         "adamw_torch_fused",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from grouprl.lm.generate.collect import Metrics, ScoredGroups, describe_scored, sample_and_score
+from grouprl.lm.generate.collect import EVALUATION_STARTS, Metrics, ScoredGroups, describe_scored
 from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.sample.streams import EVALUATION, Stream
@@ -52,10 +52,8 @@ def evaluate(
     settings = sampling_settings(setup.config, greedy=greedy)
     for start in range(0, size, groups):
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
-        yield sample_and_score(
-            setup.policy, setup.tokenizer, setup.rewards, chunk, group_size, stream, settings, state,
-            skip_special_tokens=setup.config.skip_special_tokens, ranks=setup.policy.ranks,
-        )  # fmt: skip
+        numbers = range(EVALUATION_STARTS + start, EVALUATION_STARTS + start + len(chunk))
+        yield setup.player.draw(chunk, group_size, stream, numbers, settings, state)
 
 
 def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = None) -> Metrics:

@@ -72,17 +72,7 @@ class Run:
         self.scheduler = setup.own_scheduler
         if self.scheduler is None:
             self.scheduler = make_schedule(setup.optimizer, config, self.total)
-        self.collector = Collector(
-            setup.policy,
-            setup.tokenizer,
-            source,
-            self.order,
-            setup.rewards,
-            config,
-            self.stream,
-            setup.functions.advantage,
-            setup.policy.ranks,
-        )
+        self.collector = Collector(setup.player, source, self.order, config, self.stream, setup.functions.advantage)
         self.follows = setup.policy.reference if config.sync_ref_model else None
         self.reference_moved = False
         self.samples: Samples | None = None

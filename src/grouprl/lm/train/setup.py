@@ -16,7 +16,7 @@ import torch
 from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
-from grouprl.lm.generate.collect import evaluation_metrics
+from grouprl.lm.generate.collect import CompletionPlayer, Player, evaluation_metrics, shared_out
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
@@ -45,7 +45,8 @@ class Setup:
         policy: samples from the model and differentiates it. parameters: its trained weights.
         optimizer: steps the weights. default_optimizer: whether it is AdamW by the configuration.
         own_scheduler: a schedule of the user's own, or None for the configuration's, made anew for each run.
-        rewards: the reward functions. functions: an estimator and a surrogate of the user's own.
+        rewards: the reward functions. player: samples, and has the reward functions judge.
+        functions: an estimator and a surrogate of the user's own.
         prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
         output_dir: the folder of checkpoints and of what is recorded, the same wherever the process goes.
     """
@@ -60,6 +61,7 @@ class Setup:
     default_optimizer: bool
     own_scheduler: Any
     rewards: RewardCaller
+    player: Player
     functions: UserFunctions
     prompts: PromptSource | None
     eval_prompts: Mapping[str, PromptSource]
@@ -135,7 +137,8 @@ def _make_setup(
     return Setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
-        default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards, functions=functions,
+        default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
+        player=shared_out(CompletionPlayer(policy, tokenizer, rewards, config), ranks), functions=functions,
         prompts=prompts, eval_prompts=eval_prompts, output_dir=ranks.once(lambda: _output_dir(model, config)),
     )  # fmt: skip
 

@@ -1,0 +1,210 @@
+"""Running episodes, between a sampler that knows tokens and interactions that know text."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grouprl.errors import GrouprlError, TrainingError, shown
+from grouprl.lm.agents.chat_format import ChatFormat
+from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
+from grouprl.lm.agents.tool_use import describe_error, reward_of
+from grouprl.lm.agents.tools import bounded
+from grouprl.lm.prompts import Prompt
+from grouprl.lm.sample.turns import Partner, Reply, Turn
+from grouprl.runs.time_limit import within
+
+_log = logging.getLogger("grouprl")
+_OVER = Reply(over=True)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What bounds an episode, beside tokens.
+
+    Attributes:
+        turns: most turns, or None. anew: whether each turn begins a sample of its own, with the first prompt and the
+            last exchange. timeout: seconds of an answer, or None. most: characters that are said at once.
+    """
+
+    turns: int | None
+    anew: bool
+    timeout: float | None
+    most: int
+
+
+class Conversation:
+    """One episode: its interaction, and what was said.
+
+    Args:
+        interaction: the other side, which has begun. start: the prompt that it began with.
+
+    Attributes:
+        start, interaction: as given. messages: the whole conversation, the prompt first.
+        rewards, states: of each turn. terminated, truncated: how it ended.
+        metrics: sums over its turns. late: whether an answer took too long.
+    """
+
+    def __init__(self, interaction: Interaction, start: Prompt, form: ChatFormat, rules: Rules) -> None:
+        self.interaction, self.start = interaction, start
+        self._form, self._rules = form, rules
+        opening = start.prompt
+        self._is_text = isinstance(opening, str)
+        self._opening: list[Message] = [{"role": "user", "content": opening}] if self._is_text else list(opening)  # type: ignore[arg-type]
+        self._schemas = list(interaction.tools)
+        self.messages: list[Message] = list(self._opening)
+        self.rewards: list[float] = []
+        self.states: list[Hashable | None] = []
+        self.terminated = self.truncated = False
+        self.metrics: dict[str, float] = {}
+        self.late = False
+        self._newest = 0
+
+    @property
+    def said(self) -> list[Message]:
+        """The conversation behind the first prompt."""
+        return self.messages[len(self._opening) :]
+
+    @property
+    def name(self) -> str:
+        """The other side, for messages."""
+        return str(getattr(self.interaction, "name", f"the environment {type(self.interaction).__name__}"))
+
+    def reply(self, turn: Turn) -> Reply:
+        """What follows a turn of the model, in tokens.
+
+        Raises:
+            GrouprlError: the interaction is at fault.
+        """
+        text = self._form.text(turn.ids, turn.finished)
+        message, fault = self._form.parse(text, self._schemas)
+        self.messages.append(message)
+        answer = self._answer(Said(text, turn.finished, message, fault))
+        self.rewards.append(reward_of(answer.reward, f"the reward of turn {len(self.rewards) + 1} of {self.name}"))
+        self.states.append(answer.state)
+        for name, value in answer.metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + self._metric(name, value)
+        said = self._messages(answer.messages)
+        self.terminated = answer.terminated
+        over = answer.terminated or answer.truncated
+        if not over and self._rules.turns is not None and len(self.rewards) >= self._rules.turns:
+            over = True
+        self.truncated = over and not answer.terminated
+        self._newest = len(said)
+        self.messages += said
+        if over:
+            return _OVER
+        if not (answer.anew or self._rules.anew):
+            return Reply(self._form.following(self._as_given(said), finished=turn.finished))
+        prompt = self._as_given(said if answer.anew else [*self._opening, message, *said])
+        where = f"the prompt after {self._turn()}"
+        return Reply(self._form.first(prompt, self._schemas, self.start, where, limited=False).ids, anew=True)
+
+    def cut(self) -> None:
+        """The sampler has ended the episode, for want of room: what was said last has not been read."""
+        if not self.terminated and not self.truncated:
+            self.truncated = True
+            del self.messages[len(self.messages) - self._newest :]
+
+    def _answer(self, said: Said) -> Answer:
+        interaction, seconds = self.interaction, self._rules.timeout
+        try:
+            answer = (
+                interaction.answer(said)
+                if interaction.keeps_time
+                else within(seconds, lambda: interaction.answer(said))
+            )
+        except GrouprlError:
+            raise
+        except TimeoutError as error:
+            if error.args or seconds is None:
+                raise self._failed(error) from error
+            self.late = True
+            _log.warning("%s had not answered after %g seconds; it is replaced by a new one", self.name, seconds)
+            return Answer(truncated=True, metrics={"environment/timeouts": 1.0})
+        except Exception as error:
+            raise self._failed(error) from error
+        if not isinstance(answer, Answer):
+            raise TrainingError(f"{self._turn()} was answered with {shown(answer)}; answer must return an Answer")
+        return answer
+
+    def _failed(self, error: BaseException) -> TrainingError:
+        return TrainingError(
+            f"{self.name} raised {describe_error(error)} in turn {len(self.rewards) + 1} of an episode; let it say in "
+            "its answer what is wrong, for the model to read, and end the episode if it must"
+        )
+
+    def _turn(self) -> str:
+        """The turn that was taken last, for messages."""
+        return f"turn {max(1, len(self.rewards))} of an episode of {self.name}"
+
+    def _metric(self, name: str, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise TrainingError(f"the metric {name!r} of {self._turn()} is {shown(value)}; give a finite number")
+        return number
+
+    def _messages(self, given: Any) -> list[Message]:
+        """What the interaction said, as messages of bounded length."""
+        if given is None:
+            return []
+        if isinstance(given, str):
+            given = [{"role": "user", "content": given}]
+        if not isinstance(given, Sequence):
+            raise self._not_text(given)
+        messages: list[Message] = []
+        for message in given:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise self._not_text(message)
+            content = message.get("content", "")
+            if not isinstance(content, str):
+                raise self._not_text(content)
+            messages.append({**message, "content": bounded(content, self._rules.most)})
+        return messages
+
+    def _not_text(self, given: Any) -> TrainingError:
+        return TrainingError(
+            f"{self._turn()} was answered with {shown(given)} of type {type(given).__name__}, which is not text; give "
+            "text, or messages such as {'role': 'user', 'content': '...'}"
+        )
+
+    def _as_given(self, messages: Sequence[Message]) -> str | Sequence[Message]:
+        """Messages as the format renders them: text, if the episode began with text."""
+        return "".join(str(message["content"]) for message in messages) if self._is_text else messages
+
+
+class Conversations(Partner):
+    """All episodes that are sampled together.
+
+    Args:
+        running: the episodes, in the order of their numbers.
+    """
+
+    def __init__(self, running: Sequence[Conversation]) -> None:
+        self.running = running
+        self._errors: dict[int, BaseException] = {}
+        self._lock = threading.Lock()
+
+    def reply(self, episode: int, turn: Turn) -> Reply:
+        """Answer a turn; an error ends all episodes soon, and :meth:`check` raises it."""
+        if self._errors:
+            self.running[episode].cut()
+            return _OVER
+        try:
+            return self.running[episode].reply(turn)
+        except BaseException as error:
+            with self._lock:
+                self._errors[episode] = error
+            return _OVER
+
+    def check(self) -> None:
+        """Raise what went wrong in the first of the episodes in which something did."""
+        if self._errors:
+            raise self._errors[min(self._errors)]

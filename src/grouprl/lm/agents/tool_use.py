@@ -1,0 +1,261 @@
+"""Tools, and environments whose public methods are tools, as the other side of an episode: TRL's shape.
+
+Such an environment is any object with ``reset(**row)``. What ``reset`` returns is added to the prompt, the methods of
+its class are tools, and ``get_reward()`` judges the whole episode. Beyond TRL's, an attribute ``done`` or a method
+``is_done()`` ends the episode, ``get_turn_reward()`` is the reward of a turn, and a parameter ``seed`` of ``reset`` is
+given a number that is equal for all members of a group.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grouprl.errors import TrainingError, UsageError, first_line, shown
+from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
+from grouprl.lm.agents.tool_calls import Schema
+from grouprl.lm.agents.tools import Function, Tools, schema_of
+from grouprl.lm.rewards.event_loop import EventLoop
+from grouprl.lm.rewards.returned import plain_float
+from grouprl.objective.groups import LARGEST_RETURN
+
+NEVER_TOOLS = ("reset", "close", "get_reward", "get_turn_reward", "is_done")
+"""Public methods of an environment that the model is not shown."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of all environments that one factory makes.
+
+    Attributes:
+        name: its class, for messages and metrics. methods: the names of those that are tools. schemas: their schemas.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    schemas: tuple[Schema, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the calls of tools: seconds, characters of what one returns, and turns whose tools are called."""
+
+    timeout: float | None
+    most: int
+    iterations: int | None
+
+
+def kind_of(environment: Any) -> Kind:
+    """What there is to know of an environment.
+
+    Raises:
+        UsageError: it has no ``reset``, or a method that cannot be described to the model.
+    """
+    name = type(environment).__name__
+    if not callable(getattr(environment, "reset", None)):
+        raise UsageError(
+            f"environment_factory makes a {name}, which has no method reset; give it one: def reset(self, **row), "
+            "which begins an episode and returns text for the prompt or None"
+        )
+    methods = tuple(_tool_methods(type(environment)))
+    what = f"method of the environment {name}"
+    return Kind(name, methods, tuple(schema_of(getattr(environment, method), what) for method in methods))
+
+
+def _tool_methods(cls: type) -> list[str]:
+    """Public methods of the class and of bases in the same package: what it has of a framework is none of its tools."""
+    home = cls.__module__.partition(".")[0]
+    names: dict[str, bool] = {}
+    for base in cls.__mro__:
+        own = base.__module__.partition(".")[0] == home
+        for name, value in vars(base).items():
+            is_method = inspect.isfunction(value) or isinstance(value, staticmethod | classmethod)
+            names.setdefault(name, own and is_method)
+    return sorted(name for name, is_tool in names.items() if is_tool and name[0] != "_" and name not in NEVER_TOOLS)
+
+
+class ToolUse(Interaction):
+    """Plays episodes with tools, and with an environment if there is one.
+
+    An episode ends when the model calls no tool, when the environment is done, or when its calls are used up.
+
+    Args:
+        functions: the tools that belong to no environment. schemas: their schemas.
+        limits: of the calls. loop: where asynchronous functions run.
+        environment: the environment, or None. kind: what is known of it.
+        all_columns: whether ``reset`` is given the column ``environment`` too.
+
+    Attributes:
+        environment: as given.
+        broken: whether a call of the environment has not returned, so that it cannot be used any more.
+    """
+
+    keeps_time = True
+
+    def __init__(
+        self, functions: Sequence[Function], schemas: Sequence[Schema], limits: Limits, loop: EventLoop,
+        environment: Any = None, kind: Kind | None = None, *, all_columns: bool = True,
+    ) -> None:  # fmt: skip
+        self.environment, self._kind, self._all_columns = environment, kind, all_columns
+        self._limits, self._loop = limits, loop
+        methods = [getattr(environment, name) for name in kind.methods] if kind is not None else []
+        self.tools = [*schemas, *(kind.schemas if kind is not None else ())]
+        self._own = frozenset(kind.methods if kind is not None else ())
+        self._tools = Tools([*functions, *methods], limits.timeout, limits.most, loop, self.tools)
+        self.gives_rewards = callable(getattr(environment, "get_turn_reward", None))
+        self.broken = False
+        self._turns = 0
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return "the tools" if self._kind is None else f"the environment {self._kind.name}"
+
+    def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
+        """The prompt of the row, with what ``reset`` returns added to its last message."""
+        self._turns = 0
+        prompt: Any = row.get("prompt") or [{"role": "user", "content": ""}]
+        if self.environment is None:
+            return list(prompt) if not isinstance(prompt, str) else prompt
+        return self._with_observation(prompt, self._reset(row, seed))  # type: ignore[no-any-return]
+
+    def answer(self, said: Said) -> Answer:
+        """Call the tools that the turn asks for."""
+        calls = said.message.get("tool_calls") or []
+        if not calls and said.fault is None:
+            # A turn that was cut off may have been about to call a tool.
+            return self._judged(Answer(terminated=said.finished, truncated=not said.finished))
+        limit = self._limits.iterations
+        if limit is not None and self._turns >= limit:
+            return self._judged(Answer(truncated=True))
+        self._turns += 1
+        if said.fault is not None:
+            content = str({"error": said.fault})
+            counts = {"tools/calls": 1.0, "tools/failures": 1.0, "tools/parse_failures": 1.0}
+            return self._judged(Answer([{"role": "tool", "name": "error", "content": content}], metrics=counts))
+        messages, failures, late = [], 0, 0
+        for call in calls:
+            function = call["function"]
+            outcome = self._tools.call(function["name"], function.get("arguments", {}))
+            failures += outcome.failed
+            late += outcome.late
+            self.broken = self.broken or (outcome.late and function["name"] in self._own)
+            messages.append({"role": "tool", "name": function["name"], "content": outcome.text})
+        counts = {"tools/calls": float(len(calls)), "tools/failures": float(failures), "tools/timeouts": float(late)}
+        done = not self.broken and self._done()
+        return self._judged(Answer(messages, terminated=done, truncated=self.broken, metrics=counts))
+
+    def close(self) -> None:
+        """Call the environment's own ``close``, if it has one."""
+        close = getattr(self.environment, "close", None)
+        if callable(close) and not self.broken:
+            close()
+
+    def _reset(self, row: Mapping[str, Any], seed: int) -> Any:
+        reset = self.environment.reset
+        given = {key: value for key, value in row.items() if self._all_columns or key != "environment"}
+        given.setdefault("prompt", [{"role": "user", "content": ""}])
+        parameters = inspect.signature(reset).parameters
+        if "seed" in parameters:
+            given.setdefault("seed", seed)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            given = {key: value for key, value in given.items() if key in parameters}
+        observation = reset(**given)
+        if inspect.isawaitable(observation):
+            observation = self._loop.run(observation, self._limits.timeout)
+        return observation
+
+    def _with_observation(self, prompt: Any, observation: Any) -> Any:
+        if isinstance(observation, list) and all(
+            isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in observation
+        ):
+            observation = "".join(part["text"] for part in observation)
+        if observation is not None and not isinstance(observation, str):
+            raise UsageError(
+                f"reset of {self.name} returned {shown(observation)} of type {type(observation).__name__}; return text "
+                "for the prompt, or None"
+            )
+        if isinstance(prompt, str):
+            prompt = prompt + (observation or "")
+            empty = not prompt.strip()
+        else:
+            *before, last = prompt
+            content = last.get("content") or ""
+            if isinstance(content, list):
+                content = "".join(part["text"] for part in content)
+            prompt = [*before, {**last, "content": content + (observation or "")}]
+            empty = not prompt[-1]["content"].strip()
+        if empty:
+            raise UsageError(
+                f"reset of {self.name} returned {observation!r}, and the row of the dataset has no prompt; return the "
+                "prompt from reset, or give the dataset a column 'prompt'"
+            )
+        return prompt
+
+    def _done(self) -> bool:
+        if self.environment is None:
+            return False
+        asked = getattr(self.environment, "is_done", None)
+        if callable(asked):
+            return bool(asked())
+        done = getattr(self.environment, "done", False)
+        return isinstance(done, bool) and done
+
+    def _judged(self, answer: Answer) -> Answer:
+        """With the reward of the turn, if the environment has one."""
+        if not self.gives_rewards or self.broken:
+            return answer
+        given = self.environment.get_turn_reward()
+        return Answer(
+            answer.messages, reward_of(given, f"get_turn_reward of {self.name}"), answer.terminated, answer.truncated,
+            metrics=answer.metrics,
+        )  # fmt: skip
+
+
+def reward_of(given: Any, whose: str) -> float:
+    """A reward that code of the user's returned, as a float.
+
+    Raises:
+        TrainingError: it is not one finite number of moderate size.
+    """
+    value = None if given is None else plain_float(given)
+    if value is None:
+        raise TrainingError(f"{whose} is {shown(given)} of type {type(given).__name__}; give a number")
+    if not abs(value) <= LARGEST_RETURN:
+        raise TrainingError(f"{whose} is {value}; give a finite number, at most {LARGEST_RETURN:g} in size")
+    return value
+
+
+def reward_functions(kinds: Mapping[type, tuple[str, bool]]) -> list[Callable[..., Any]]:
+    """A reward function for each class of environments with ``get_reward``, None for environments of other classes.
+
+    Args:
+        kinds: for each class its name and whether ``get_reward`` is asynchronous.
+    """
+    return [_reward_function(cls, name, is_async) for cls, (name, is_async) in kinds.items()]
+
+
+def _reward_function(cls: Any, name: str, is_async: bool) -> Callable[..., Any]:
+    def judged(environments: Sequence[Any]) -> list[Any]:
+        return [e.get_reward() if type(e) is cls else None for e in environments]
+
+    async def judged_side_by_side(environments: Sequence[Any]) -> list[Any]:
+        import asyncio
+
+        mine = [(i, e) for i, e in enumerate(environments) if type(e) is cls]
+        found = await asyncio.gather(*(e.get_reward() for _, e in mine))
+        values: list[Any] = [None] * len(environments)
+        for (i, _), value in zip(mine, found, strict=True):
+            values[i] = value
+        return values
+
+    function: Any = judged_side_by_side if is_async else judged
+    function.__name__ = name
+    return function  # type: ignore[no-any-return]
+
+
+def describe_error(error: BaseException) -> str:
+    """An error of the user's code, for a message."""
+    return f"{type(error).__name__}: {first_line(error)}"

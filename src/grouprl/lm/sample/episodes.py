@@ -1,0 +1,282 @@
+"""Sampling episodes of several turns: rows that decode, rows that wait for a reply, and rows whose reply is read.
+
+One step of the model appends to every row that does not wait what is new to it: the token it drew last, or that and the
+reply that has come. So reading a reply costs no step of its own, and nothing is read twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.sample.appending import AppendingDecoder
+from grouprl.lm.sample.draw import SamplingSettings, penalise_repetition, token_and_log_prob
+from grouprl.lm.sample.finite import NotFiniteError
+from grouprl.lm.sample.replies import Replies, replies_of
+from grouprl.lm.sample.streams import Draws
+from grouprl.lm.sample.turns import Partner, Reply, Sampled, Turn
+
+STEP_TOKENS = 2048
+"""The most tokens that a step reads, a longer reply aside. This limits the memory for the activations of a step."""
+
+_NUMBERS = 64
+"""How many random numbers of a row are drawn at once: a call costs more than the numbers."""
+
+
+def play(
+    decoder: AppendingDecoder,
+    slots: int,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    settings: SamplingSettings,
+    end_ids: Sequence[int],
+    partner: Partner,
+    draws: Draws,
+    context: int | None,
+    prompt_tokens: int,
+) -> list[list[Sampled]]:
+    """Sample ``group_size`` episodes of each prompt; :meth:`grouprl.lm.sample.sampler.Sampler.sample_episodes`.
+
+    Args:
+        decoder: holds ``slots`` rows.
+        draws: the random numbers of the episodes.
+        prompt_tokens: the most prompt tokens that one pass reads, a longer prompt aside.
+
+    Raises:
+        UsageError: a prompt leaves no room for a turn.
+        NotFiniteError: logits are not finite.
+    """
+    episodes = len(prompts) * group_size
+    for prompt in prompts:
+        if context is not None and len(prompt) >= context:
+            raise UsageError(
+                f"a prompt has {len(prompt)} tokens, and the model reads {context} at most, so it leaves no room for a "
+                "turn; leave out such prompts"
+            )
+    with replies_of(partner, min(episodes, slots)) as replies:
+        game = _Game(decoder, slots, settings, end_ids, replies, draws, context, prompt_tokens)
+        return game.play([prompts[i // group_size] for i in range(episodes)], group_size)
+
+
+@dataclass(eq=False)
+class _Row:
+    """An episode in progress.
+
+    Attributes:
+        slot: where it is. episode: its number. prompt: of its newest sample.
+        new: the tokens that the decoder has not read yet.
+        ids, turns, logp, finished: of its newest sample, as in :class:`Sampled`.
+        start: where the turn began in ``ids``. drawn: the tokens that the model drew in the episode.
+        numbers: random numbers for the next tokens. samples: those that are complete.
+    """
+
+    slot: int
+    episode: int
+    prompt: list[int]
+    new: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    turns: list[tuple[int, int]] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)
+    start: int = 0
+    drawn: int = 0
+    numbers: list[float] = field(default_factory=list)
+    samples: list[Sampled] = field(default_factory=list)
+
+    def end_sample(self) -> None:
+        """Complete the newest sample."""
+        stop = self.turns[-1][1]
+        logp = torch.tensor(self.logp, dtype=torch.float32)
+        self.samples.append(Sampled(self.prompt, self.ids[:stop], self.turns, logp, self.finished))
+
+    def begin_sample(self, prompt: Sequence[int]) -> None:
+        """Begin a sample with a prompt of its own."""
+        self.prompt, self.new, self.start = list(prompt), [], 0
+        self.ids, self.turns, self.logp, self.finished = [], [], [], []
+
+
+class _Game:
+    """Episodes that are sampled together. :func:`play` describes the arguments."""
+
+    def __init__(
+        self,
+        decoder: AppendingDecoder,
+        slots: int,
+        settings: SamplingSettings,
+        end_ids: Sequence[int],
+        replies: Replies,
+        draws: Draws,
+        context: int | None,
+        prompt_tokens: int,
+    ) -> None:
+        self._decoder, self._settings, self._replies, self._draws = decoder, settings, replies, draws
+        self._context, self._prompt_tokens = context, prompt_tokens
+        self._ends, self._end_ids, self._slots = set(end_ids), list(end_ids), slots
+        self._free = list(range(slots))[::-1]
+        self._running: list[_Row] = []
+        self._rows: dict[int, _Row] = {}
+        self._seen: Tensor | None = None
+        self._done: dict[int, list[Sampled]] = {}
+
+    def play(self, prompts: Sequence[Sequence[int]], group_size: int) -> list[list[Sampled]]:
+        """Sample an episode of each of the prompts, of which ``group_size`` in a row are the same."""
+        started = 0
+        while True:
+            started = self._start(prompts, started, group_size)
+            if not self._running and not self._replies.due:
+                break
+            self._step()
+            self._take_replies()
+        return [self._done[episode] for episode in range(len(prompts))]
+
+    # --- rows come ----------------------------------------------------------------------------------------------------
+
+    def _start(self, prompts: Sequence[Sequence[int]], started: int, group_size: int) -> int:
+        """Start further episodes in the free slots. Returns how many have been started."""
+        new: list[_Row] = []
+        while self._free and started < len(prompts):
+            row = _Row(self._free.pop(), started, list(prompts[started]))
+            self._rows[started] = row
+            new.append(row)
+            started += 1
+        groups: dict[int, list[_Row]] = {}
+        for row in new:
+            groups.setdefault(row.episode // group_size, []).append(row)
+        self._read_prompts(list(groups.values()))
+        return started
+
+    def _read_prompts(self, groups: Sequence[Sequence[_Row]]) -> None:
+        """Read the prompt of each group of rows once, and draw a token in every row."""
+        part: list[Sequence[_Row]] = []
+        tokens = 0
+        for group in [*groups, None]:
+            length = 0 if group is None else len(group[0].prompt)
+            if part and (group is None or tokens + length > self._prompt_tokens):
+                slots = [[row.slot for row in rows] for rows in part]
+                logits = self._decoder.begin([rows[0].prompt for rows in part], slots)
+                rows = [row for rows in part for row in rows]
+                of = torch.tensor([i for i, some in enumerate(part) for _ in some], device=logits.device)
+                self._saw(rows, [row.prompt for row in rows], logits.shape[-1], logits.device, anew=True)
+                self._draw(rows, logits[of])
+                part, tokens = [], 0
+            if group is not None:
+                part.append(group)
+                tokens += length
+
+    def _take_replies(self) -> None:
+        """Let rows come back whose replies have come.
+
+        If the rows of a step influence each other's rounding, they come back all together, as soon as as many wait as
+        run. So it is the tokens that decide which rows share a step, and not the clock.
+        """
+        due, running = self._replies.due, len(self._running)
+        if not due or not (self._decoder.independent or due >= running):
+            return
+        if self._decoder.independent:
+            answers = self._replies.take(at_least=0 if running else 1)
+        else:
+            answers = self._replies.take(at_least=due)
+        anew = [row for episode, reply in answers if (row := self._answer(self._rows[episode], reply)) is not None]
+        self._read_prompts([[row] for row in anew])
+
+    def _answer(self, row: _Row, reply: Reply) -> _Row | None:
+        """Go on with a row, or end its episode. Returns the row if its new prompt must be read first."""
+        room = self._room(row.prompt, len(row.ids)) if not reply.anew else self._room(reply.ids, 0)
+        if reply.anew and not reply.over and not len(reply.ids):
+            raise TrainingError(f"the partner began episode {row.episode} anew with an empty prompt")
+        if reply.over or room <= (0 if reply.anew else len(reply.ids)):
+            row.end_sample()
+            self._done[row.episode] = row.samples
+            self._decoder.end(row.slot)
+            self._free.append(row.slot)
+            del self._rows[row.episode]
+            return None
+        if reply.anew:
+            row.end_sample()
+            row.begin_sample(reply.ids)
+            return row
+        row.new += reply.ids
+        row.ids += reply.ids
+        row.start = len(row.ids)
+        self._running.append(row)
+        return None
+
+    def _room(self, prompt: Sequence[int], n: int) -> int:
+        """How many tokens may follow a prompt and n tokens."""
+        room = self._settings.max_new_tokens - n
+        return room if self._context is None else min(room, self._context - len(prompt) - n)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """Append what is new to the running rows, and draw a token in each."""
+        rows: list[_Row] = []
+        tokens = 0
+        for row in self._running:
+            if rows and tokens + len(row.new) > STEP_TOKENS:
+                break
+            rows.append(row)
+            tokens += len(row.new)
+        if not rows:
+            return
+        self._running = self._running[len(rows) :]
+        new = [row.new for row in rows]
+        logits = self._decoder.append([row.slot for row in rows], new)
+        self._saw(rows, new, logits.shape[-1], logits.device)
+        self._draw(rows, logits)
+
+    def _saw(
+        self, rows: Sequence[_Row], tokens: Sequence[Sequence[int]], vocabulary: int, device: torch.device, *,
+        anew: bool = False,
+    ) -> None:  # fmt: skip
+        """Remember tokens of rows, if a penalty asks which there were."""
+        if self._settings.repetition_penalty == 1.0:
+            return
+        if self._seen is None:
+            self._seen = torch.zeros(self._slots, vocabulary, dtype=torch.bool, device=device)
+        for row, ids in zip(rows, tokens, strict=True):
+            if anew:
+                self._seen[row.slot] = False
+            self._seen[row.slot, torch.tensor(list(ids), device=device)] = True
+
+    def _draw(self, rows: Sequence[_Row], logits: Tensor) -> None:
+        """Draw the next token of each of n rows from ``logits [n, V]``. Then a row runs on, or waits for a reply."""
+        settings = self._settings
+        if self._seen is not None:
+            slots = torch.tensor([row.slot for row in rows], device=logits.device)
+            logits = penalise_repetition(logits, self._seen[slots], settings.repetition_penalty)
+        early = [i for i, row in enumerate(rows) if len(row.ids) - row.start < settings.min_new_tokens]
+        if early:
+            ends = torch.tensor([i for i in self._end_ids if i < logits.shape[-1]], device=logits.device)
+            logits[torch.tensor(early, device=logits.device)[:, None], ends] = -math.inf
+        uniform = torch.tensor(self._numbers(rows), device=logits.device)
+        tokens, logps = token_and_log_prob(logits, settings, uniform)
+        for row, token, logp in zip(rows, tokens.tolist(), logps.tolist(), strict=True):
+            if not math.isfinite(logp):
+                raise NotFiniteError("logits are not finite")
+            row.new = [token]
+            row.ids.append(token)
+            row.logp.append(logp)
+            row.drawn += 1
+            n = len(row.ids) - row.start
+            finished = token in self._ends
+            if finished or n == settings.max_turn_tokens or self._room(row.prompt, len(row.ids)) <= 0:
+                row.turns.append((row.start, len(row.ids)))
+                row.finished.append(finished)
+                self._replies.ask(row.episode, Turn(row.ids[row.start :], finished))
+            else:
+                self._running.append(row)
+
+    def _numbers(self, rows: Sequence[_Row]) -> list[float]:
+        """The random number of each row for its next token. A row counts the tokens that it drew in all its samples."""
+        new = [row for row in rows if row.drawn % _NUMBERS == 0]
+        if new:
+            numbers = self._draws.of([row.episode for row in new]).uniform([row.drawn for row in new], _NUMBERS)
+            for row, column in zip(new, numbers.t().tolist(), strict=True):
+                row.numbers = column
+        return [row.numbers[row.drawn % _NUMBERS] for row in rows]

@@ -1,0 +1,99 @@
+"""Real runs on environments, each made ill in one way: the doctor names it. test_signs.py has the other ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from grouprl.cli.common import app
+from grouprl.doctor import examine
+from grouprl.envs import training
+from grouprl.runs import MetricsLog, RunFolder
+
+SMALL: dict[str, Any] = {
+    "n_envs": 4, "collect": "segments", "n_steps": 64, "minibatch_size": 64, "epochs": 2, "warmup_steps": 64,
+    "lr_schedule": "constant", "threads": 1,
+}  # fmt: skip
+QUIET: dict[str, Any] = {
+    "eval_every": 1000, "eval_episodes": 2, "final_episodes": 2, "video": False, "track": ("none",),
+    "checkpoint_every": 10**9,
+}  # fmt: skip
+
+
+class Coin(gym.Env[Any, Any]):
+    """Reward 1 for another action than the last one: chance gets half of it, and whoever decides gets none."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t, self.before = 0, 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward = -1.0 if action == 2 else float(action != self.before)
+        self.before = int(action) if action < 2 else self.before
+        self.t += 1
+        return np.zeros(1, np.float32), reward, False, self.t == 20, {}
+
+
+if "CoinOfTheDoctor-v0" not in gym.registry:
+    gym.register("CoinOfTheDoctor-v0", Coin)  # type: ignore[arg-type]
+
+
+def names(path: Path, env: str, steps: int, run: dict[str, Any] | None = None, **settings: Any) -> set[str]:
+    training.train(
+        env, path, preset=None, steps=steps, seed=0, settings=SMALL | settings, run=QUIET | (run or {}),
+        progress_bar=False,
+    )  # fmt: skip
+    return {one.name for one in examine(path) if one.ill}
+
+
+CASES = {
+    "no-signal": ("MountainCar-v0", 5000, {}),
+    "reward-flat": ("CartPole-v1", 10_000, {"learning_rate": 1e-8, "collect": "episodes", "min_steps": 200}),
+    "learning-rate-below-precision": ("CartPole-v1", 4000, {"learning_rate": 1e-10}),
+    "kl-spike": ("CartPole-v1", 6000, {"learning_rate": 0.3, "epochs": 4}),
+    "entropy-gone": ("CartPole-v1", 6000, {"learning_rate": 0.1, "epochs": 4, "entropy_coef": 0.0}),
+}
+
+
+@pytest.mark.parametrize("illness", CASES)
+def test_a_run_made_ill_is_found_to_be_ill_in_that_way(illness: str, tmp_path: Path) -> None:
+    env, steps, settings = CASES[illness]
+    assert illness in names(tmp_path / "r", env, steps, **settings)
+
+
+def test_a_policy_that_must_not_decide_is_evaluated_far_below_training(tmp_path: Path) -> None:
+    run = {"eval_every": 256, "eval_episodes": 10}
+    settings = {"learning_rate": 3e-3, "entropy_coef": 0.05, "epochs": 4, "sticky": 0.0}
+    assert "evaluation-below-training" in names(tmp_path / "r", "CoinOfTheDoctor-v0", 12_000, run, **settings)
+
+
+def test_the_command_says_it_in_words_in_json_and_in_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    names(tmp_path / "ill", "MountainCar-v0", 5000)
+    said = [record.message for record in caplog.records if "doctor" in record.message]
+    assert len(said) == 1  # while it ran
+    assert "no-signal" in said[0]
+    assert "sticky" in said[0]
+    well = RunFolder.create(tmp_path / "well", {"env_id": "Some-v0", "config": {}})
+    with MetricsLog(well.metrics_path) as log:
+        for i in range(40):
+            log.append({"step": 100 * i, "return_batch": float(i), "return_mean": float(i)})
+    capsys.readouterr()
+    assert app(["doctor", str(tmp_path / "ill")], standalone_mode=False) == 1
+    assert "no-signal" in capsys.readouterr().out
+    assert app(["doctor", str(tmp_path / "ill"), "--json"], standalone_mode=False) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["healthy"] is False
+    assert found["diagnoses"][0]["name"] == "no-signal"
+    assert not app(["doctor", str(tmp_path / "well"), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["healthy"] is True

@@ -1,0 +1,123 @@
+"""Episodes of several turns: what is recorded of them, against one plain forward pass over each sample."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from architectures import EOS, PACKED, PAD, PLAIN, build
+from scripted import ENDS, HOW, PROMPTS, Scripted, check, same, seeded
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.packed.backbone import Backbone
+from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.plain import PlainSampler
+from grouprl.lm.sample.sampler import Sampler
+from grouprl.lm.sample.turns import Reply, Turn
+
+
+def packed(model, ends=ENDS, *, dtype=torch.float32, **options) -> Sampler:
+    return Sampler(Backbone(model), LowPrecision(model, dtype), ends, **options)
+
+
+def plain(model, ends=ENDS, **_) -> PlainSampler:
+    return PlainSampler(model, torch.float32, ends, PAD)
+
+
+@pytest.mark.parametrize("max_rows", [256, 3])
+@pytest.mark.parametrize("name", PACKED)
+def test_log_probabilities_are_those_of_one_forward_pass(name: str, max_rows: int) -> None:
+    model, partner = build(name, **({} if name == "gpt2" else {"max_position_embeddings": 128})), Scripted(anew=(1,))
+    found = packed(model, max_rows=max_rows).sample_episodes(PROMPTS, 3, HOW, seeded(), partner)
+    assert len(found) == 12
+    for i, samples in enumerate(found):
+        check(model, PROMPTS[i // 3], samples, partner, i)
+    assert {len(heard) for heard in partner.heard.values()} == {1, 2, 3, 4}
+    assert {len(samples) for samples in found} == {1, 2}
+    assert {finished for samples in found for sample in samples for finished in sample.finished} == {True, False}
+
+
+@pytest.mark.parametrize("name", ["llama", *PLAIN])
+def test_models_that_are_read_again_at_every_step_are_sampled_too(name: str) -> None:
+    model, partner = (
+        build(name, **({} if name == "mamba" else {"max_position_embeddings": 128})),
+        Scripted(3, anew=(1,)),
+    )
+    found = plain(model).sample_episodes(PROMPTS[:3], 2, HOW, seeded(), partner)
+    for i, samples in enumerate(found):
+        check(model, PROMPTS[i // 2], samples, partner, i)
+
+
+@pytest.mark.parametrize("kind", [packed, plain])
+def test_the_order_of_replies_changes_nothing(kind) -> None:
+    def slow_at_random(seed: int):
+        times = torch.rand(12, 4, generator=seeded(seed)).mul(0.01).tolist()
+        return lambda episode, turn: times[episode][turn]
+
+    sampler, partners = kind(build("qwen2"), max_rows=8), [Scripted(wait=slow_at_random(seed)) for seed in (1, 2)]
+    found = [sampler.sample_episodes(PROMPTS, 3, HOW, seeded(), partner) for partner in (Scripted(), *partners)]
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
+    assert len(partners[0].threads) > 1
+    assert not same(found[0], sampler.sample_episodes(PROMPTS, 3, HOW, seeded(1), Scripted()))
+
+
+@pytest.mark.parametrize("kind", [packed, plain])
+def test_no_turn_no_sample_and_no_context_is_exceeded(kind) -> None:
+    sampler = kind(build("llama"), (EOS,), max_rows=5)
+    for how, context in ((SamplingSettings(20, max_turn_tokens=6), None), (SamplingSettings(99), 24)):
+        partner = Scripted()
+        for i, samples in enumerate(sampler.sample_episodes(PROMPTS, 2, how, seeded(), partner, context)):
+            (sample,) = samples
+            assert all(1 <= stop - start <= (how.max_turn_tokens or 99) for start, stop in sample.turns)
+            room = min(how.max_new_tokens, (context or 999) - len(sample.prompt))
+            assert len(sample.ids) <= room
+            last = partner.said[i][-1]  # the partner hears of every turn, the cut one too
+            assert len(partner.said[i]) == len(sample.turns)
+            assert last.over or len(sample.ids) + len(last.ids) >= room
+    assert any(not said[-1].over for said in partner.said.values())
+
+
+def test_a_prompt_without_room_for_a_turn_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"9 tokens.*reads 9 at most"):
+        packed(build("llama")).sample_episodes(PROMPTS, 1, HOW, seeded(), Scripted(), context=9)
+
+
+class Raises(Scripted):
+    """Never comes back from one episode, and raises in the others."""
+
+    def __init__(self, held: threading.Event) -> None:
+        super().__init__()
+        self.held = held
+
+    def reply(self, episode: int, turn: Turn) -> Reply:
+        if episode != 3:
+            raise KeyboardInterrupt("stop")
+        self.held.wait()
+        return Reply(over=True)
+
+
+def test_what_a_partner_raises_ends_sampling_though_another_call_hangs() -> None:
+    held = threading.Event()
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stop"):
+            packed(build("llama")).sample_episodes(PROMPTS, 2, HOW, seeded(), Raises(held))
+    finally:
+        held.set()
+    until = time.monotonic() + 10
+    while any(thread.name == "grouprl-reply" for thread in threading.enumerate()):
+        assert time.monotonic() < until, "threads are left over"
+        time.sleep(0.01)
+
+
+class AnewWithNothing(Scripted):
+    def reply(self, episode: int, turn: Turn) -> Reply:
+        return Reply(anew=True)
+
+
+def test_a_sample_without_a_prompt_is_refused() -> None:
+    with pytest.raises(TrainingError, match="anew with an empty prompt"):
+        packed(build("llama")).sample_episodes(PROMPTS, 1, HOW, seeded(), AnewWithNothing())
