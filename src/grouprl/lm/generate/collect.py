@@ -210,7 +210,6 @@ class SharedPlayer:
 
     def __init__(self, player: Player, ranks: Ranks) -> None:
         self.player, self.ranks = player, ranks
-        self.returns, self.samples = player.returns, player.samples
 
     def draw(
         self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
@@ -232,6 +231,14 @@ class SharedPlayer:
         whole = functools.reduce(lambda a, b: a.concatenate(b), parts)
         whole.rewards = replace(whole.rewards, metrics=_logged([part.rewards for part in parts]))
         return whole
+
+    def returns(self, groups: Any) -> Tensor:
+        """As `Player.returns`."""
+        return self.player.returns(groups)
+
+    def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
+        """As `Player.samples`."""
+        return self.player.samples(groups, own)
 
 
 def shared_out(player: Player, ranks: Ranks) -> Player:
