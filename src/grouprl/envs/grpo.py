@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -277,6 +278,8 @@ class GRPO:
             total_timesteps: steps of this call, over all environments; warm-up steps count.
             callback: called as ``callback(agent, metrics)`` after every update; returning False stops training, and so
                 does what is false as a number. None and anything else goes on. A list calls each.
+                :mod:`grouprl.envs.callbacks` has some, among them one that leaves a run folder. A callback may have a
+                method ``around(agent, end)``, a context manager that is entered before the first batch of a call.
             progress_bar: show return, steps per second and time left.
 
         Raises:
@@ -328,7 +331,12 @@ class GRPO:
 
     def _train(self, start: int, end: int, callbacks: Sequence[Callback], progress_bar: bool | None) -> None:
         ranks = self.loop.ranks
-        with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
+        with ExitStack() as stack:
+            for call in callbacks:
+                if hasattr(call, "around"):
+                    stack.enter_context(call.around(self, end))
+            stack.enter_context(single_threaded_kernels())
+            bar = stack.enter_context(Progress(end - start, progress_bar, description=self.env_id))
             while self.num_timesteps < end:
                 self.ready()
                 with self._held.stepping():

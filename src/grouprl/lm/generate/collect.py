@@ -209,7 +209,7 @@ class SharedPlayer:
     """
 
     def __init__(self, player: Player, ranks: Ranks) -> None:
-        self.player, self.ranks = player, ranks
+        self.player, self.ranks, self.names = player, ranks, player.names
 
     def draw(
         self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
