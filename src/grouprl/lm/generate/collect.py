@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +18,8 @@ from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
-from grouprl.lm.sample.streams import Draws, Stream, draws_of
+from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.machine.ranks import Place, Ranks
 from grouprl.objective.user_functions import TensorFunction
 
 Metrics = dict[str, float]
@@ -72,6 +70,9 @@ class Player(Protocol):
     def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
         """What is learned from groups that it has drawn; ``own`` is a user's advantage function."""
 
+    def close(self) -> None:
+        """Release what it has made to play with; it makes that anew when it plays again."""
+
 
 class Collector:
     """Turns prompts into samples to learn from.
@@ -115,7 +116,7 @@ class Collector:
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
             groups = with_signal.concatenate(without).first(n_prompts)
         samples = self.player.samples(groups, self.own)
-        metrics = {**describe(groups, self.player.returns(groups)), **_logged(rounds)}
+        metrics = {**describe(groups, self.player.returns(groups)), **logged_means(rounds)}
         if self.config.beta > 0 and self.config.kl_in == "reward":
             metrics["kl"] = float(kl_values(samples.logp_old, samples.logp_ref, self.config.kl_estimator).mean())
         if self.config.dynamic_sampling:
@@ -200,50 +201,8 @@ class CompletionPlayer:
         of_own = log_probs.micro_batches(prompts, [completions[i] for i in own], group[own].tolist())
         return [MicroBatch(batch.groups, torch.tensor(own)[batch.samples]) for batch in of_own]
 
-
-class SharedPlayer:
-    """Several processes play out the prompts: each its own, and each has all groups afterwards.
-
-    Args:
-        player: plays out those of this process. ranks: the processes.
-    """
-
-    def __init__(self, player: Player, ranks: Ranks) -> None:
-        self.player, self.ranks, self.names = player, ranks, player.names
-
-    def draw(
-        self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
-        settings: SamplingSettings | None = None, state: Any = None,
-    ) -> ScoredGroups:  # fmt: skip
-        """As `Player.draw`."""
-        places = [Ranks(Place(rank, self.ranks.world)).share(len(prompts)) for rank in range(self.ranks.world)]
-        own = places[self.ranks.rank]
-        draws = draws_of(stream, len(prompts) * group_size)
-        found: ScoredGroups | None = None
-        if own:
-            of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
-            rows = [prompts[i] for i in own]
-            found = self.player.draw(rows, group_size, of_own, [numbers[i] for i in own], settings, state)
-            found.prompts = []  # the others have them
-        parts = [part for part in self.ranks.gather(found) if part is not None]
-        for place, part in zip([place for place in places if place], parts, strict=True):
-            part.prompts = [prompts[i] for i in place]
-        whole = functools.reduce(lambda a, b: a.concatenate(b), parts)
-        whole.rewards = replace(whole.rewards, metrics=_logged([part.rewards for part in parts]))
-        return whole
-
-    def returns(self, groups: Any) -> Tensor:
-        """As `Player.returns`."""
-        return self.player.returns(groups)
-
-    def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
-        """As `Player.samples`."""
-        return self.player.samples(groups, own)
-
-
-def shared_out(player: Player, ranks: Ranks) -> Player:
-    """The player, or what shares out its work among several processes."""
-    return player if ranks.world == 1 else SharedPlayer(player, ranks)
+    def close(self) -> None:
+        """As `Player.close`: there is nothing."""
 
 
 class ScoredGroups:
@@ -321,7 +280,7 @@ class ScoredGroups:
         )  # fmt: skip
 
 
-def _logged(rounds: list[Rewards]) -> Metrics:
+def logged_means(rounds: list[Rewards]) -> Metrics:
     """Metrics that reward functions logged with ``log_metric``: means over all completions they scored."""
     means: Metrics = {}
     for name in {name for rewards in rounds for name in rewards.metrics}:
@@ -362,7 +321,7 @@ def texts_of(completions: Sequence[Completion], tokenizer: Any, skip_special_tok
 def describe_scored(batches: Sequence[ScoredGroups]) -> Metrics:
     """TRL's metrics of completions that nothing is learned from: those of an evaluation, in several batches."""
     drawn = functools.reduce(ScoredGroups.concatenate, batches)
-    return {**describe(drawn, drawn.returns), **_logged([batch.rewards for batch in batches])}
+    return {**describe(drawn, drawn.returns), **logged_means([batch.rewards for batch in batches])}
 
 
 def evaluation_metrics(functions: Sequence[str]) -> list[str]:

@@ -20,9 +20,10 @@ from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.interactions import Interactions
 from grouprl.lm.agents.tool_use import Limits
-from grouprl.lm.generate.collect import CompletionPlayer, Player, evaluation_metrics, shared_out
+from grouprl.lm.generate.collect import CompletionPlayer, Player, evaluation_metrics
 from grouprl.lm.generate.play import TURN_REWARDS, EpisodePlayer
 from grouprl.lm.generate.rollout_function import RolloutPlayer
+from grouprl.lm.generate.shared import shared_out
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids, load
