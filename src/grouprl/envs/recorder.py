@@ -24,7 +24,7 @@ from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import tracked
-from grouprl.envs.mlp import kernels
+from grouprl.envs.native import kernels
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
@@ -124,7 +124,7 @@ class Recorder:
         self._restore(agent)
         if not self.ranks.first:
             return
-        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
+        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20), timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
         agent.loop.on_batch = lambda rollout, advantages: self._keep_episodes(agent, rollout, advantages)
