@@ -362,6 +362,10 @@ def _broken_reset():
         (lambda: text_environment("FrozenLake-v1", env_kwargs={"size": 3}), "cannot be made with {'size': 3}"),
         (lambda: text_environment(Echo()), "every row needs its own environment: give Echo itself"),
         (lambda: text_environment(object), "has no reset and no step"),
+        (
+            lambda: text_environment("guess-number", env_kwargs={"size": 3}),
+            r"environment guess-number cannot be made with {'size': 3}: TypeError: .*'size'",
+        ),
         (lambda: text_environment(Echo, form="chat"), "'messages' or 'text'"),
         (lambda: text_environment(Echo, max_turns=0), "max_turns=0"),
         (lambda: text_environment(Echo, timeout=0), "timeout=0"),

@@ -9,8 +9,12 @@ given a number that is equal for all members of a group.
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grouprl.errors import TrainingError, UsageError, first_line, shown
@@ -20,6 +24,8 @@ from grouprl.lm.agents.tools import Function, Tools, schema_of
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.objective.groups import LARGEST_RETURN
+
+_log = logging.getLogger("grouprl")
 
 NEVER_TOOLS = ("reset", "close", "get_reward", "get_turn_reward", "is_done")
 """Public methods of an environment that the model is not shown."""
@@ -65,15 +71,27 @@ def kind_of(environment: Any) -> Kind:
 
 
 def _tool_methods(cls: type) -> list[str]:
-    """Public methods of the class and of bases in the same package: what it has of a framework is none of its tools."""
+    """Public methods of the class and its bases, but for bases of other packages that are installed.
+
+    So what it has of a framework is none of its tools, and what it has of a base class of the user's is.
+    """
     home = cls.__module__.partition(".")[0]
     names: dict[str, bool] = {}
     for base in cls.__mro__:
-        own = base.__module__.partition(".")[0] == home
+        own = base.__module__.partition(".")[0] == home or not _is_installed(base)
         for name, value in vars(base).items():
             is_method = inspect.isfunction(value) or isinstance(value, staticmethod | classmethod)
             names.setdefault(name, own and is_method)
     return sorted(name for name, is_tool in names.items() if is_tool and name[0] != "_" and name not in NEVER_TOOLS)
+
+
+def _is_installed(cls: type) -> bool:
+    """Whether a class is Python's own, or of a package that pip installed."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if file is None:
+        return cls.__module__ != "__main__"
+    places = [path for path in (sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")) if path]
+    return any(Path(file).resolve().is_relative_to(Path(place).resolve()) for place in places)
 
 
 class ToolUse(Interaction):
@@ -141,7 +159,9 @@ class ToolUse(Interaction):
             outcome = self._tools.call(function["name"], function.get("arguments", {}))
             failures += outcome.failed
             late += outcome.late
-            self.broken = self.broken or (outcome.late and function["name"] in self._own)
+            if outcome.late and function["name"] in self._own and not self.broken:
+                self.broken = True
+                _log.warning("%s is replaced by a new one: %s", self.name, outcome.text)
             messages.append({"role": "tool", "name": function["name"], "content": outcome.text})
         counts = {"tools/calls": float(len(calls)), "tools/failures": float(failures), "tools/timeouts": float(late)}
         done = not self.broken and self._done()

@@ -1,7 +1,7 @@
 """TextArena, GEM and OpenEnv with Gymnasium's five-tuple, for :func:`~grouprl.lm.agents.environments.text_environment`.
 
     text_environment(lambda: TextArena("GuessTheNumber-v0"))
-    text_environment(lambda: Gem("game:GuessTheNumber-v0"))
+    text_environment(lambda: Gem("game:GuessTheNumber-v0-easy"))
     text_environment(lambda: OpenEnv(EchoEnv(base_url=address).sync()), obs_to_text=..., action_parser=...)
 
 Each package is imported where its adapter is made.
@@ -113,7 +113,7 @@ class Gem:
     """An environment of GEM (https://github.com/axon-rl/gem): its texts, with the prefix and suffix in its infos.
 
     Args:
-        env_id: such as ``"game:GuessTheNumber-v0"``. options: its own arguments.
+        env_id: such as ``"game:GuessTheNumber-v0-easy"``. options: its own arguments.
     """
 
     def __init__(self, env_id: str, **options: Any) -> None:
@@ -174,7 +174,10 @@ class OpenEnv:
     @staticmethod
     def _checked(result: Any, method: str) -> Any:
         if not hasattr(result, "observation"):
-            how = "; it is awaitable: give a synchronous client, client.sync()" if hasattr(result, "__await__") else ""
+            how = ""
+            if hasattr(result, "__await__"):
+                how = "; it is awaitable: give a synchronous client, client.sync()"
+                getattr(result, "close", int)()  # of a coroutine, which would complain that nobody awaited it
             raise TrainingError(f"{method} of the client of OpenEnv returned {with_type(result)}, no StepResult{how}")
         return result
 

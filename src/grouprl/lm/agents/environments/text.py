@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from grouprl.errors import TrainingError, UsageError, shown, with_type
+from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, shown, with_type
 from grouprl.importing import load_function
 from grouprl.lm.agents.environments.games import GAMES
 from grouprl.lm.agents.environments.returned import Calls, Step
@@ -69,8 +69,7 @@ class TextEnvironment:
 
     def make(self, seed: int) -> Any:
         """A fresh environment. Raises UsageError if it cannot be made."""
-        given = self.env_kwargs(seed) if callable(self.env_kwargs) else self.env_kwargs
-        kwargs = dict(given or {})
+        kwargs = dict((self.env_kwargs(seed) if callable(self.env_kwargs) else self.env_kwargs) or {})
         maker = _maker(self.env) if isinstance(self.env, str) else self.env
         if maker is None:
             from grouprl.lm.agents.environments import of_gymnasium
@@ -79,8 +78,12 @@ class TextEnvironment:
         else:
             try:
                 env = maker(**kwargs)
-            except TypeError as error:
-                raise UsageError(f"{self.name} cannot be made with {shown(kwargs)}: {error}") from error
+            except GrouprlError:
+                raise
+            except Exception as error:  # whatever its constructor raises
+                given = f" with {shown(kwargs)}" if kwargs else ""
+                said = f"{type(error).__name__}: {first_line(error)}"
+                raise UsageError(f"environment {self.name} cannot be made{given}: {said}") from error
         lacking = [method for method in ("reset", "step") if not callable(getattr(env, method, None))]
         if lacking:
             raise UsageError(
