@@ -68,8 +68,8 @@ def test_the_advantages_of_a_run_are_those_of_the_estimator_for_its_turns(
 def test_credit_for_each_turn_learns_faster_than_one_advantage_for_the_episode(tmp_path: Path) -> None:
     means = {}
     for advantage in ("outcome", "timestep"):
-        settings = {**SETTINGS, "max_steps": 15, "advantage": advantage, "seed": 2}
+        settings = {**SETTINGS, "max_steps": 9, "learning_rate": 2e-2, "advantage": advantage, "seed": 2}
         made = trainer(tmp_path / advantage, settings, environment_factory=Many)
         made.train()
-        means[advantage] = sum(entry["reward"] for entry in logged(made)) / 15
-    assert means["timestep"] > means["outcome"] + 0.2
+        means[advantage] = sum(entry["reward"] for entry in logged(made)) / 9
+    assert means["timestep"] > means["outcome"] + 0.3
