@@ -168,7 +168,8 @@ class Evaluations:
                 f"evaluations need an environment of their own, and {agent.env_id} was given as an object; give "
                 "Evaluations(every, env=lambda: MyEnv())"
             )
-        self._evaluator = Evaluator(env, kwargs, n_envs=min(self.episodes, 20))
+        n_envs, timeout = min(self.episodes, 20), agent.config.env_timeout
+        self._evaluator = Evaluator(env, kwargs, n_envs=n_envs, timeout=timeout)
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from grouprl.envs.held_environment import HeldEnvironment
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
+from grouprl.envs.sizes import least_bytes
 from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.stable_baselines import (
     checked_callbacks,
@@ -43,6 +45,7 @@ from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.room import check_room
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
@@ -102,8 +105,9 @@ class GRPO:
         chosen = presets.resolve(env_name(env), preset)
         config = make_config({**(chosen.config if chosen else {}), **settings})
         kwargs = {**(chosen.env_kwargs if chosen and isinstance(env, str) else {}), **(env_kwargs or {})}
+        check_room(least_bytes(config))
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
-        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
+        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed, config.env_timeout)
         description = Description(
             config=config,
             observation_space=venv.single_observation_space,
@@ -140,6 +144,8 @@ class GRPO:
         init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
         self.actions = ActionCodec(description.action_space)
         self.observations = ObservationCodec(description.observation_space, mask_size=self.actions.mask_size)
+        pixels = sum(math.prod(shape) for shape in self.observations.images.values())
+        check_room(least_bytes(config, self.observations.n_flat or 1, self.observations.n_flat + pixels))
         # Agents may be made in several threads, which share torch's generator.
         with _making_a_policy, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(init.generate_state(1)[0]))

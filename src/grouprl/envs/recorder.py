@@ -24,7 +24,7 @@ from grouprl.envs.evaluation import Evaluator, evaluate
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import tracked
-from grouprl.envs.mlp import kernels
+from grouprl.envs.native import kernels
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
@@ -119,7 +119,7 @@ class Recorder:
         self._checkpoint: Path | None = None
         self._usage = Usage()
         self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
-        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20))
+        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20), timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
         self._next_episodes = 0
