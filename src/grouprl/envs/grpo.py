@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from grouprl.envs.held_environment import HeldEnvironment
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
+from grouprl.envs.sizes import least_bytes
 from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.stable_baselines import (
     checked_callbacks,
@@ -42,6 +45,7 @@ from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.room import check_room
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
@@ -101,8 +105,9 @@ class GRPO:
         chosen = presets.resolve(env_name(env), preset)
         config = make_config({**(chosen.config if chosen else {}), **settings})
         kwargs = {**(chosen.env_kwargs if chosen and isinstance(env, str) else {}), **(env_kwargs or {})}
+        check_room(least_bytes(config))
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
-        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
+        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed, config.env_timeout)
         description = Description(
             config=config,
             observation_space=venv.single_observation_space,
@@ -139,6 +144,8 @@ class GRPO:
         init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
         self.actions = ActionCodec(description.action_space)
         self.observations = ObservationCodec(description.observation_space, mask_size=self.actions.mask_size)
+        pixels = sum(math.prod(shape) for shape in self.observations.images.values())
+        check_room(least_bytes(config, self.observations.n_flat or 1, self.observations.n_flat + pixels))
         # Agents may be made in several threads, which share torch's generator.
         with _making_a_policy, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(init.generate_state(1)[0]))
@@ -271,6 +278,8 @@ class GRPO:
             total_timesteps: steps of this call, over all environments; warm-up steps count.
             callback: called as ``callback(agent, metrics)`` after every update; returning False stops training, and so
                 does what is false as a number. None and anything else goes on. A list calls each.
+                :mod:`grouprl.envs.callbacks` has some, among them one that leaves a run folder. A callback may have a
+                method ``around(agent, end)``, a context manager that is entered before the first batch of a call.
             progress_bar: show return, steps per second and time left.
 
         Raises:
@@ -305,7 +314,12 @@ class GRPO:
                 raise UsageError(f"this agent was trained with its own {name}; pass {name}=... to load to train on")
         callbacks = checked_callbacks(callback)
         self._held.begin()
-        with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
+        with ExitStack() as stack:
+            for call in callbacks:
+                if hasattr(call, "around"):
+                    stack.enter_context(call.around(self, end))
+            stack.enter_context(single_threaded_kernels())
+            bar = stack.enter_context(Progress(end - start, progress_bar, description=self.env_id))
             while self.num_timesteps < end:
                 self.ready()
                 with self._held.stepping():

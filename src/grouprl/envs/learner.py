@@ -20,6 +20,7 @@ from grouprl.envs.rollout import Rollout
 from grouprl.envs.update import Batch, Terms, UpdateSettings, UpdateStats, update
 from grouprl.errors import UsageError
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.machine.busy import AtOnce, Busy
 from grouprl.objective import LOSSES, Objective
 from grouprl.objective.losses import mean_over_steps
 from grouprl.objective.packed import segment_sum
@@ -65,6 +66,7 @@ class Learner:
         if config.beta > 0 and config.reference != "old":
             self.reference = copy.deepcopy(policy)
         self.pool = ThreadPoolExecutor(config.threads - 1) if config.threads > 1 else None
+        self._alone, self._busy = AtOnce(), Busy(lambda: config.threads)
         c = config
         self.settings = UpdateSettings(
             epochs=c.epochs,
@@ -124,7 +126,7 @@ class Learner:
             self.optimizer,
             self.settings,
             self.rng,
-            self.pool,
+            self._alone if self.pool is not None and self._busy() else self.pool,
             self.config.threads,
         )
         self._adapt(stats.approx_kl, progress)

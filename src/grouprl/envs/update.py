@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -125,7 +125,7 @@ def update(
     optimizer: Optimizer,
     settings: UpdateSettings,
     rng: np.random.Generator,
-    pool: ThreadPoolExecutor | None = None,
+    pool: Executor | None = None,
     threads: int = 1,
 ) -> UpdateStats:
     """Learn from one batch.
@@ -133,7 +133,8 @@ def update(
     Args:
         parameters: the policy's; ``optimizer.step()`` must move them along ``parameters.gradient``.
         rng: the stream that shuffles.
-        pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order.
+        pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order; the pool says
+            which threads compute them, and changes no number.
 
     With ``kl_stop`` an epoch that ends beyond it is the last. One that ends ``UNDO_EPOCH_ABOVE`` times beyond is
     undone, as the line search of TRPO (1502.05477, appendix C) refuses a step that leaves the trust region: what a
@@ -196,7 +197,7 @@ def _gradients(
     index: Tensor,
     settings: UpdateSettings,
     totals: Tensor,
-    pool: ThreadPoolExecutor | None,
+    pool: Executor | None,
     threads: int,
 ) -> Iterator[Tensor]:
     """The gradients ``[P]`` of the parts of one minibatch; their sums [surrogate, KL] are added to ``totals``."""

@@ -17,9 +17,11 @@ from grouprl.envs.batch_checks import check_vector
 from grouprl.envs.checked import Checked
 from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, unknown_id_message
 from grouprl.envs.pool import make_envpool
+from grouprl.envs.step_watch import making
 from grouprl.envs.workers import Workers
 from grouprl.errors import GrouprlError, UsageError, with_type
 from grouprl.importing import import_here
+from grouprl.runs.time_limit import Expired
 
 EnvLike = str | Callable[[], gym.Env[Any, Any]] | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
@@ -28,7 +30,12 @@ SAME_AS_MAKE = "gymnasium.envs.classic_control."
 
 
 def make_vector(
-    env: EnvLike, n_envs: int, vectorization: str = "auto", env_kwargs: Mapping[str, Any] | None = None, seed: int = 0
+    env: EnvLike,
+    n_envs: int,
+    vectorization: str = "auto",
+    env_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    timeout: float | None = None,
 ) -> VectorEnv[Any, Any, Any]:
     """Build the environments one batch is collected from.
 
@@ -40,16 +47,28 @@ def make_vector(
             ``async``, ``vector_entry_point`` (of any environment, if it has the same spaces) or ``envpool``.
         env_kwargs: passed to the environment's constructor, for ids.
         seed: only EnvPool needs it at construction.
+        timeout: seconds that making one of them may take; default: any time.
 
     Raises:
         UsageError: unknown id, missing extra, or arguments that do not go together.
+        TrainingError: one took longer than ``timeout``.
     """
     _refuse_foreign(env)
+    made: list[gym.Env[Any, Any]] = []
     kwargs = dict(env_kwargs or {})
+    return making(
+        env_name(env), lambda: len(made), timeout, lambda: _make(env, n_envs, vectorization, kwargs, seed, made)
+    )
+
+
+def _make(
+    env: EnvLike, n_envs: int, vectorization: str, kwargs: dict[str, Any], seed: int, made: list[gym.Env[Any, Any]]
+) -> VectorEnv[Any, Any, Any]:
+    """See :func:`make_vector`. Single environments are put into ``made`` as they are made."""
     if isinstance(env, str):
         if vectorization == "envpool" or env.startswith("envpool:"):
             return make_envpool(env.removeprefix("envpool:"), n_envs, kwargs, seed)
-        return _make_from_id(env, n_envs, vectorization, kwargs)
+        return _make_from_id(env, n_envs, vectorization, kwargs, made)
     if kwargs:
         raise UsageError(
             f"env_kwargs={with_type(kwargs)} only goes with an environment id; pass a callable such as "
@@ -59,11 +78,11 @@ def make_vector(
         check_vector(env)
         return env
     if isinstance(env, gym.Env):
-        return _side_by_side(lambda: env, 1, "sync", env_name(env))
+        return _side_by_side(lambda: env, 1, "sync", env_name(env), made)
     if callable(env):
         if vectorization not in ("auto", "sync", "async"):
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
-        return _side_by_side(env, n_envs, vectorization, env_name(env))
+        return _side_by_side(env, n_envs, vectorization, env_name(env), made)
     raise UsageError(
         f"cannot make environments from {with_type(env)}; "
         "pass a Gymnasium id, a callable returning an Env, an Env, or a VectorEnv"
@@ -79,7 +98,9 @@ def _refuse_foreign(env: Any) -> None:
         )
 
 
-def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
+def _make_from_id(
+    env_id: str, n_envs: int, vectorization: str, kwargs: dict[str, Any], made: list[gym.Env[Any, Any]]
+) -> VectorEnv[Any, Any, Any]:
     spec = find_spec(env_id)
     if vectorization == "vector_entry_point" and spec.vector_entry_point is None:
         raise UsageError(f"{env_id} has no vector entry point; use vectorization=auto, sync or async")
@@ -88,11 +109,11 @@ def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*out of date.*")
             if vectorization == "vector_entry_point" or (vectorization == "auto" and is_vectorised(env_id, kwargs)):
-                made = gym.make_vec(env_id, num_envs=n_envs, vectorization_mode="vector_entry_point", **kwargs)
+                venv = gym.make_vec(env_id, num_envs=n_envs, vectorization_mode="vector_entry_point", **kwargs)
                 if vectorization == "vector_entry_point":
-                    _check_same_environment(env_id, made, how)
-                return made
-            return _side_by_side(lambda: gym.make(env_id, **how), n_envs, vectorization, env_id, kwargs)
+                    _check_same_environment(env_id, venv, how)
+                return venv
+            return _side_by_side(lambda: gym.make(env_id, **how), n_envs, vectorization, env_id, made, kwargs)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise UsageError(missing_extra_message(env_id, str(spec.entry_point), error)) from None
     except GrouprlError:
@@ -106,10 +127,10 @@ def _side_by_side(
     n_envs: int,
     vectorization: str,
     name: str,
+    made: list[gym.Env[Any, Any]],
     given: Mapping[str, Any] | None = None,
 ) -> VectorEnv[Any, Any, Any]:
     """``n_envs`` environments that ``make`` returns, each :class:`Checked`."""
-    made: list[gym.Env[Any, Any]] = []
 
     def maker(number: int) -> Callable[[], gym.Env[Any, Any]]:
         def one() -> gym.Env[Any, Any]:
@@ -123,7 +144,7 @@ def _side_by_side(
         makers = [maker(i) for i in range(n_envs)]
         # The collector copies what it keeps.
         venv = Workers(makers) if vectorization == "async" else SyncVectorEnv(makers, copy=False)
-    except (gym.error.DependencyNotInstalled, ImportError, GrouprlError):
+    except (gym.error.DependencyNotInstalled, ImportError, GrouprlError, Expired, KeyboardInterrupt):
         _close_all(made)
         raise
     except Exception as error:  # whatever the user's code raises

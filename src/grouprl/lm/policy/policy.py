@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, first_line
 from grouprl.lm.llama.adapters import nonzero_adapters
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.context import context_length
@@ -17,6 +17,7 @@ from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
+from grouprl.lm.packed.trial import Trial
 from grouprl.lm.policy.log_probs import LogProbs, check_logits
 from grouprl.lm.policy.reference import Reference
 from grouprl.lm.policy.structure import structure
@@ -85,6 +86,8 @@ class Policy:
             self.sampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
         if not self.packed and config.attention == "auto":
             _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
+        if self.packed and self.precision.dtype != torch.float32:
+            self._say_own_pass_fails(trial.trial)
         self.reference = self._reference(ref_model)
         self._structure = structure(model)
 
@@ -207,6 +210,19 @@ class Policy:
         if wrong:
             raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
         return learner, why
+
+    def _say_own_pass_fails(self, trial: Trial) -> None:
+        """Warn if the model's own forward pass does not run in the precision of this trainer, whose paths do.
+
+        They are right, but whoever runs the model in that precision afterwards gets the error.
+        """
+        try:
+            trial.own(self.precision.dtype)
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+            _log.warning(
+                "%s cannot run its own forward pass in %s, in which it is trained all the same: %s: %s",
+                _class(self.model), _name(self.precision.dtype), type(error).__name__, first_line(error)[:200],
+            )  # fmt: skip
 
     def _find_sampler(self, ends: Sequence[int], pad: int | None, trial: PolicyTrial) -> Sampler | PlainSampler:
         """The fastest sampler that agrees with the model's own forward pass.

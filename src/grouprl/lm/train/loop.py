@@ -27,6 +27,7 @@ from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.setup import Setup
+from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.record import describe_machine, other_machine
 from grouprl.objective import Objective
 from grouprl.runs.state import check_like, taking_up
@@ -100,9 +101,10 @@ class Run:
     def go(self) -> TrainOutput:
         """Step until the end, or until a callback stops it."""
         try:
-            with self.setup.parameters.written_in_place():
+            with self.setup.parameters.written_in_place(), sleeping_when_busy():
                 return self._go()
         finally:
+            self.setup.player.close()
             self.book.close()
 
     def _go(self) -> TrainOutput:
@@ -118,6 +120,7 @@ class Run:
             book.before_step()
             began_step = time.perf_counter()
             self.setup.parameters.check()
+            self.setup.policy.check()  # callbacks and reward functions may have changed modules
             with _errors_of_step(book.state.global_step + 1):
                 metrics, samples = self._step()
             metrics["step_time"] = time.perf_counter() - began_step

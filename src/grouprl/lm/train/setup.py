@@ -25,15 +25,17 @@ from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids, load
+from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
-from grouprl.lm.prompts import PromptSource, prepare_prompts, prepare_starts
+from grouprl.lm.prompts import PromptSource, prepare_prompts, prepare_starts, room_for_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.sample.finite import not_finite
-from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
+from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.wrappers import unwrapped
+from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
@@ -114,6 +116,7 @@ def make_setup(
     config = _configuration(args)
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config)
+    check_room(least_bytes(config, plan))
     interactions = _interactions(config, acting)
     rewards = _rewards(reward_funcs, config, interactions)
     torch.manual_seed(config.seed)
@@ -218,12 +221,9 @@ def _player(
         return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
     if interactions is None:
         return CompletionPlayer(policy, tokenizer, rewards, config)
-    context = context_length(policy.model)
-    room = None if context is None else context - config.max_completion_length
-    said = f"the model's context of {context} less max_completion_length={config.max_completion_length}"
-    form = ChatFormat(
-        tokenizer, config.chat_template_kwargs, eos_token_ids(policy.model, tokenizer), room, said
-    )  # fmt: skip
+    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length)
+    ends = eos_token_ids(policy.model, tokenizer)
+    form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound)
     player = EpisodePlayer(policy, form, interactions, rewards, config)
     if interactions.has_tools and prompts is not None and not isinstance(prompts[0].prompt, str):
         player.check_format()
@@ -358,4 +358,5 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
     loaded = loaded.to(config.device)
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)
+    check_read_back(loaded)
     return loaded, tokenizer
