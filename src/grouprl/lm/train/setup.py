@@ -31,7 +31,7 @@ from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
-from grouprl.lm.prompts import PromptSource, prepare_prompts, prepare_starts
+from grouprl.lm.prompts import PromptSource, prepare_prompts, prepare_starts, room_for_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
@@ -270,12 +270,9 @@ def _player(
         return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
     if interactions is None:
         return CompletionPlayer(policy, tokenizer, rewards, config)
-    context = context_length(policy.model)
-    room = None if context is None else context - config.max_completion_length
-    said = f"the model's context of {context} less max_completion_length={config.max_completion_length}"
-    form = ChatFormat(
-        tokenizer, config.chat_template_kwargs, eos_token_ids(policy.model, tokenizer), room, said
-    )  # fmt: skip
+    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length)
+    ends = eos_token_ids(policy.model, tokenizer)
+    form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound)
     player = EpisodePlayer(policy, form, interactions, rewards, config)
     if interactions.has_tools and prompts is not None and not isinstance(prompts[0].prompt, str):
         player.check_format()
