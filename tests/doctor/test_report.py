@@ -38,6 +38,7 @@ def run(
                 }
             )
     if summary is not None:
+        folder.model_path.touch()  # a run that leaves a summary has left a model
         folder.write_summary(summary)
     return folder
 
