@@ -92,7 +92,7 @@ class Conversation:
             GrouprlError: the interaction is at fault.
         """
         text = self._form.text(turn.ids, turn.finished)
-        message, fault = self._form.parse(text, self._schemas)
+        message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.finished))
         self.messages.append({"role": "assistant", "content": text} if self._is_text else message)
         answer = self._answer(Said(text, turn.finished, message, fault))
         self.rewards.append(reward_of(answer.reward, f"the reward of turn {len(self.rewards) + 1} of {self.name}"))
