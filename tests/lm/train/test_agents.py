@@ -1,5 +1,6 @@
 """Training of agents, from the arguments of a trainer to its logs, evaluations and checkpoints."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,19 @@ def test_text_is_played_with_rewards_for_each_turn(tmp_path: Path) -> None:
     samples, (entry,) = made.last_samples, logged(made)
     assert samples.turns.rewards.sum() / 8 == entry["rewards/environment/mean"] == entry["reward"]
     assert [m["role"] for m in samples.turns.messages[0]] == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_the_episodes_of_a_batch_are_answered_side_by_side(tmp_path: Path) -> None:
+    """Each of the eight waits for all others, which would never come if one were answered after the other."""
+    barrier = threading.Barrier(8)
+
+    class Meets(Guess):
+        def answer(self, said):
+            barrier.wait(30)
+            return Answer(terminated=True)
+
+    trainer(tmp_path, {"max_steps": 1}, environment_factory=Meets).train()
+    assert not barrier.broken
 
 
 # --- rollout_func -----------------------------------------------------------------------------------------------------
