@@ -16,10 +16,11 @@ from grouprl.lm.rewards.call import RewardFunction
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
 from grouprl.lm.train import checkpoint, evaluation, origin
+from grouprl.lm.train.acting import Acting
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper, checked_callback
 from grouprl.lm.train.loop import Run, TrainOutput
-from grouprl.lm.train.setup import Acting, make_setup, read_eval_prompts
+from grouprl.lm.train.setup import make_setup, read_eval_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
 from grouprl.machine.memory import renew_freed_memory, use_huge_pages
 from grouprl.machine.torch_defaults import torch_defaults
