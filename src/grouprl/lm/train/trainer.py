@@ -9,6 +9,7 @@ from typing import Any
 
 from grouprl.errors import UsageError
 from grouprl.lm.generate.rollout_function import RolloutPlayer
+from grouprl.lm.generate.shared import SharedPlayer
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.models.save import save_model
 from grouprl.lm.prompts import PromptSource
@@ -109,8 +110,9 @@ class GRPOTrainer(ScriptMethods):
         vars(self).update(
             _train_dataset=train_dataset, _eval_dataset=eval_dataset, _given=(args, _values(args)), _running=False
         )
-        if isinstance(setup.player, RolloutPlayer):
-            setup.player.trainer = self
+        player = setup.player.player if isinstance(setup.player, SharedPlayer) else setup.player
+        if isinstance(player, RolloutPlayer):
+            player.trainer = self
         renew_freed_memory()
 
     # --- training ----------------------------------------------------------------------------------------------------
