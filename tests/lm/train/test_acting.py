@@ -208,6 +208,26 @@ def test_each_turn_can_be_a_sample_of_its_own(tmp_path: Path, advantage: str) ->
     assert shortest < longest < 2 * shortest  # the turn before and what was said to it, whichever turn it is
 
 
+def test_an_episode_that_nothing_ends_is_cut_where_each_turn_is_a_sample(tmp_path: Path) -> None:
+    class Endless(Guess):
+        def answer(self, said):
+            return Answer(" no")
+
+    class Rewrites(Guess):
+        def answer(self, said):
+            return Answer("go", anew=True)
+
+    for most, game, settings in (
+        (64, Endless, {}),
+        (3, Endless, {"max_turns": 3}),
+        (64, Rewrites, {"history": "full"}),
+    ):
+        made = trainer(tmp_path, {"max_steps": 1, "history": "turn", **settings}, environment_factory=game)
+        made.train()
+        assert logged(made)[0]["episodes/max_turns"] == most
+        assert made.last_samples.turns.truncated.all()
+
+
 def test_groups_without_signal_are_drawn_anew(tmp_path: Path) -> None:
     made = trainer(tmp_path, {"max_steps": 2, "dynamic_sampling": True, "dynamic_sampling_max_batches": 4})
     made.train()
