@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from grouprl import GRPO, UsageError
-from grouprl.envs import training
+from grouprl.envs import recorder, training
 from grouprl.errors import TrainingError
 from grouprl.runs import read_metrics
 from grouprl.runs.state import load_state
@@ -51,7 +51,7 @@ QUIET: dict[str, Any] = {
 }
 
 
-def small_run(out: Path, env: str = "CartPole-v1", steps: int = 3000, **extra: Any) -> training.RunResult:
+def small_run(out: Path, env: str = "CartPole-v1", steps: int = 3000, **extra: Any) -> recorder.RunResult:
     run = QUIET | {"checkpoint_every": 700, "keep_checkpoints": 99} | extra.pop("run", {})
     return training.train(
         env, out, preset=None, steps=steps, seed=3, settings=SMALL | extra.pop("settings", {}), run=run, **extra
@@ -145,6 +145,34 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     training.resume(tmp_path / "cut")
     same_metrics(tmp_path / "whole", tmp_path / "cut")
     same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_with_an_estimator_of_ones_own_is_resumed_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_estimators.py").write_text(
+        "from grouprl import objective\n"
+        "def mine(rewards, lengths, group, terminated):\n"
+        "    return objective.standardise(objective.returns_to_go(rewards, lengths, 0.9) - 1.0)\n"
+    )
+    settings = {"advantage_function": "my_estimators:mine", "collect": "episodes", "min_steps": 100}
+    run = {"checkpoint_every": 300, "eval_every": 600}
+    small_run(tmp_path / "whole", "CartPole-v1", 1500, settings=settings, run=run)
+    small_run(tmp_path / "cut", "CartPole-v1", 1500, settings=settings, run=run)
+    assert yaml.safe_load((tmp_path / "cut/config.yaml").read_text())["functions"] == {
+        "advantage_function": "my_estimators:mine"
+    }
+    for later in sorted((tmp_path / "cut" / "checkpoints").iterdir())[2:]:
+        later.unlink()
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    training.resume(tmp_path / "cut")
+    same_metrics(tmp_path / "whole", tmp_path / "cut")
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+    with pytest.raises(UsageError, match=r"module 'my_estimators' .* has no 'yours'; it has: mine"):
+        small_run(tmp_path / "other", settings={"advantage_function": "my_estimators:yours"})
+    with pytest.raises(UsageError, match="give its name as text, module:function"):
+        small_run(tmp_path / "other", settings={"advantage_function": lambda r, n, g: r})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -246,7 +274,7 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resume(
 ) -> None:
     small_run(tmp_path / "whole", steps=1500)
     place = {
-        "evaluate": "grouprl.envs.training.evaluate",
+        "evaluate": "grouprl.envs.recorder.evaluate",
         "plot_run": "grouprl.runs.plots.plot_run",
         "write_summary": "grouprl.runs.RunFolder.write_summary",
     }[where]
@@ -277,7 +305,7 @@ def test_a_longer_run_that_is_killed_is_not_finished(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("grouprl.envs.training.evaluate", killed)
+        patch.setattr("grouprl.envs.recorder.evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             training.resume(tmp_path / "run", steps=2000)
     assert training.resume(tmp_path / "run").summary["total_steps"] >= 2000  # type: ignore[index]
@@ -309,14 +337,14 @@ def test_a_run_that_goes_on_in_another_thread_is_left_alone(tmp_path: Path) -> N
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Once an update has come so far, `act`, before anything of it is written."""
-    original, done = training.Recorder.__call__, []
+    original, done = recorder.Recorder.__call__, []
 
-    def heard(self: training.Recorder, agent: GRPO, metrics: Any) -> bool:
+    def heard(self: recorder.Recorder, agent: GRPO, metrics: Any) -> bool:
         if agent.num_timesteps >= step and not done:
             done.append(act())
         return original(self, agent, metrics)
 
-    monkeypatch.setattr(training.Recorder, "__call__", heard)
+    monkeypatch.setattr(recorder.Recorder, "__call__", heard)
 
 
 def test_metrics_that_are_deleted_under_a_run_are_not_lost(
@@ -337,14 +365,14 @@ def test_a_run_folder_that_is_deleted_or_moved_under_a_run_is_an_error(
     if moment == "training":
         at_step(monkeypatch, 1000, lambda: out.rename(tmp_path / "moved"))
     else:
-        evaluate = training.evaluate
+        evaluate = recorder.evaluate
 
         def moved(*args: Any, **kwargs: Any) -> Any:
             while out.exists():  # the curve may be written meanwhile
                 shutil.rmtree(out, ignore_errors=True)
             return evaluate(*args, **kwargs)
 
-        monkeypatch.setattr(training, "evaluate", moved)
+        monkeypatch.setattr(recorder, "evaluate", moved)
     with pytest.raises(TrainingError, match="was deleted, moved or replaced by another since this run began"):
         small_run(out, steps=1500)
     assert not out.exists()

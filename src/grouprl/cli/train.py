@@ -12,7 +12,7 @@ from grouprl.errors import UsageError
 from grouprl.reading import read_yaml
 
 if TYPE_CHECKING:
-    from grouprl.envs.training import RunResult
+    from grouprl.envs.recorder import RunResult
     from grouprl.runs import RunFolder
 
 Assignments = Annotated[
@@ -102,16 +102,19 @@ def train(
 def _announce(folder: RunFolder) -> None:
     config = folder.read_config()
     preset = f"preset {config['preset']}" if config["preset"] else "the robust default"
+    own = config.get("functions", {})
+    advantage = own.get("advantage_function", config["config"]["advantage"])
+    loss = own.get("surrogate_function", config["config"]["loss_type"])
     print(
-        f"training on {config['env_id']} with {preset} (advantage={config['config']['advantage']}, "
-        f"loss_type={config['config']['loss_type']}); the run folder is {folder.path}",
+        f"training on {config['env_id']} with {preset} (advantage={advantage}, "
+        f"loss_type={loss}); the run folder is {folder.path}",
         flush=True,
     )
 
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of learning, and settings of the run."""
-    from grouprl.envs.training import RunSettings
+    from grouprl.envs.recorder import RunSettings
 
     run = {key: value for key, value in values.items() if key in RunSettings.__dataclass_fields__}
     return {key: value for key, value in values.items() if key not in run}, run
@@ -139,7 +142,7 @@ def _from_file(
             "default",
             steps or total,
             seed,
-            {**saved["config"], **settings},
+            {**saved["config"], **saved.get("functions", {}), **settings},
             {**from_json(saved["env_kwargs"]), **env_kwargs},
             {**saved_run, **run},
         )

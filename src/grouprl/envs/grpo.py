@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,10 @@ class GRPO:
         network: builds the policy's network from (inputs, outputs); default: an MLP of ``hidden_sizes``.
         advantage_function: an estimator of your own, in the place of ``advantage``:
             ``(rewards [S], lengths [N], group [N]) -> [S]`` for N samples of S steps in all, as the functions of
-            :mod:`grouprl.objective`. Advantages are centred and scaled over the batch afterwards. If it compares whole
-            episodes, set ``collect="episodes"`` or ``group_size``.
+            :mod:`grouprl.objective`. They are used as they are returned; :func:`grouprl.objective.standardise` centres
+            and scales. It may ask for more by the names of further arguments: ``observations``, ``values``,
+            ``terminated``, ``truncated``, ``elapsed``, ``trainable`` (:func:`grouprl.envs.estimate.offers`). If it
+            compares whole episodes, set ``collect="episodes"`` or ``group_size``.
         surrogate_function: a loss of your own per step, in the place of the surrogate of ``loss_type``:
             ``(logp [m], logp_old [m], advantages [m]) -> [m]``, differentiable in ``logp``. Both:
             :mod:`grouprl.objective.user_functions`.
@@ -269,6 +272,8 @@ class GRPO:
             total_timesteps: steps of this call, over all environments; warm-up steps count.
             callback: called as ``callback(agent, metrics)`` after every update; returning False stops training, and so
                 does what is false as a number. None and anything else goes on. A list calls each.
+                :mod:`grouprl.envs.callbacks` has some, among them one that leaves a run folder. A callback may have a
+                method ``around(agent, end)``, a context manager that is entered before the first batch of a call.
             progress_bar: show return, steps per second and time left.
 
         Raises:
@@ -303,7 +308,12 @@ class GRPO:
                 raise UsageError(f"this agent was trained with its own {name}; pass {name}=... to load to train on")
         callbacks = checked_callbacks(callback)
         self._held.begin()
-        with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
+        with ExitStack() as stack:
+            for call in callbacks:
+                if hasattr(call, "around"):
+                    stack.enter_context(call.around(self, end))
+            stack.enter_context(single_threaded_kernels())
+            bar = stack.enter_context(Progress(end - start, progress_bar, description=self.env_id))
             while self.num_timesteps < end:
                 self.ready()
                 with self._held.stepping():
