@@ -178,7 +178,7 @@ def test_a_table_the_objective_does_not_have_is_an_error() -> None:
 @pytest.mark.parametrize(
     "name",
     ["README.md", "docs/index.md", "docs/tutorial.md", "docs/environments.md", "docs/architecture.md",
-     "docs/language-models.md"],
+     "docs/language-models.md", "docs/agents.md"],
 )  # fmt: skip
 @pytest.mark.usefixtures("short_training")
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:

@@ -30,6 +30,64 @@ def test_an_agent_learns_which_button_to_press(tmp_path: Path) -> None:
     assert {"tools/parse_failures", "episodes/mean_turns", "episodes/max_turns", "tools/timeouts"} <= last.keys()
 
 
+def test_environments_are_closed_when_the_training_ends(tmp_path: Path) -> None:
+    closed: list[int] = []
+
+    class Closes(Buttons):
+        def close(self):
+            closed.append(1)
+
+    made = trainer(tmp_path, {"max_steps": 1}, environment_factory=Closes)
+    made.train()
+    assert len(closed) == 8
+    made.train()
+    assert len(closed) == 16
+
+
+class Game:
+    """As scripts for TRL write them: a reward that a function reads, and an error once the game is over."""
+
+    def __init__(self):
+        self.reward, self.done = None, None
+
+    def reset(self, **kwargs) -> str | None:
+        self.reward, self.done = 0.0, False
+        assert kwargs["right"] in "ab"
+
+    def press(self, key: str) -> str:
+        """Press a button.
+
+        Args:
+            key: Which one.
+
+        Returns:
+            What happened.
+        """
+        if self.done:
+            raise ValueError("Game over.")
+        self.reward, self.done = float(key == "a"), key == "a"
+        return "yes" if self.done else "no"
+
+
+def from_environments(environments, **kwargs):
+    return [environment.reward for environment in environments]
+
+
+def test_a_script_for_trl_runs_as_it_is(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    made = trainer(
+        tmp_path, {"max_steps": 1, "max_tool_calling_iterations": 3}, environment_factory=Game,
+        reward_funcs=from_environments, train_dataset=Dataset.from_list(ROWS),
+    )  # fmt: skip
+    made.train()
+    samples, (entry,) = made.last_samples, logged(made)
+    assert entry["rewards/from_environments/mean"] == entry["reward"]
+    for said, worth in zip(samples.turns.messages, samples.returns.tolist(), strict=True):
+        assert worth == float(any(m["content"] == "yes" and m["role"] == "tool" for m in said))
+        assert sum(m["role"] == "assistant" for m in said) <= 4
+
+
 def press(key: str) -> str:
     """Press a button.
 

@@ -69,6 +69,9 @@ class Player(Protocol):
     def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
         """What is learned from groups that it has drawn; ``own`` is a user's advantage function."""
 
+    def close(self) -> None:
+        """Release what it has made to play with; it makes that anew when it plays again."""
+
 
 class Collector:
     """Turns prompts into samples to learn from.
@@ -184,6 +187,9 @@ class CompletionPlayer:
             logp_old=logp_old, logp_ref=logp_ref, known_old=known, known_ref=known.clone(),
             extras=groups.rewards.extras,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """As `Player.close`: there is nothing."""
 
 
 class ScoredGroups:

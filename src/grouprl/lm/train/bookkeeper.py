@@ -152,7 +152,7 @@ class Bookkeeper:
         if samples is not self.samples:
             self.samples = samples
             self.counters.sampled_tokens += int(samples.lengths.sum())
-            self.counters.curve[step] = float(samples.returns.mean())
+            self.counters.curve[step] = metrics.get("reward", float(samples.returns.mean()))
             beside |= describe_groups(samples)
         for key, value in metrics.items():
             total, n = self._sums.get(key, (0.0, 0))

@@ -103,6 +103,7 @@ class Run:
             with self.setup.parameters.written_in_place():
                 return self._go()
         finally:
+            self.setup.player.close()
             self.book.close()
 
     def _go(self) -> TrainOutput:
