@@ -12,6 +12,7 @@ from grouprl import TrainingError
 from grouprl.envs import update as module
 from grouprl.envs.update import Batch, Terms, UpdateSettings, minibatches, update
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.machine.busy import AtOnce
 from grouprl.objective import Objective
 
 N_INPUTS, N_ACTIONS = 3, 4
@@ -152,6 +153,17 @@ def test_threads_give_the_same_bits_every_time(monkeypatch):
         results.append(problem.parameters.values())
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_parts_that_one_thread_does_one_after_another_give_the_same_bits(monkeypatch):
+    monkeypatch.setattr(module, "MIN_PART", 8)
+    results = []
+    for pool in (ThreadPoolExecutor(3), AtOnce()):
+        problem = Problem()
+        with pool:
+            problem.run(pool, 4, **FULL)
+        results.append(problem.parameters.values())
+    assert torch.equal(*results)
 
 
 def test_an_error_in_a_thread_is_raised(monkeypatch):

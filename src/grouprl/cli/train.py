@@ -54,7 +54,8 @@ def train(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="End the run when a step of the environments takes longer; setting env_timeout.  [default: never]",
+            help="End the run when a step of the environments, or making one, takes longer; setting env_timeout.  "
+            "[default: never]",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
