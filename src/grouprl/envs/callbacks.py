@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Run:
     Metrics, TensorBoard, evaluations, checkpoints, the model, the curve, a video, episodes, the report: all that
     ``docs/environments.md`` lists. Ctrl-C ends training after the update in progress.
 
-    Example:
+    Examples:
         >>> run = Run("runs/mine", eval_every=10_000)  # doctest: +SKIP
         >>> GRPO(lambda: MyEnv(), n_envs=8).learn(200_000, callback=run)  # doctest: +SKIP
         >>> run.result.summary["eval"]["mean_return"]  # doctest: +SKIP
@@ -87,12 +87,14 @@ class Run:
                 "a callable: GRPO(lambda: MyEnv(), n_envs=8)"
             )
         settings = plan(end, {"eval_every": max(1, (end - agent.num_timesteps) // 20), **self.settings})
-        place = RunFolder(self.folder)
-        place.check_free(self.overwrite)
-        with place.locked():
+        ranks = agent.loop.ranks
+        place = RunFolder(ranks.once(lambda: self.folder))
+        ranks.once(lambda: place.check_free(self.overwrite))
+        with place.locked() if ranks.first else nullcontext():
             about = as_written(agent, settings, agent.env_id, None)
-            folder = RunFolder.create(self.folder, about, overwrite=self.overwrite)
-            with folder.kept_in_order(), recording(folder, settings, agent) as self._recorder:
+            folder = RunFolder(ranks.once(lambda: RunFolder.create(place.path, about, overwrite=self.overwrite).path))
+            in_order = folder.kept_in_order() if ranks.first else nullcontext()
+            with in_order, recording(folder, settings, agent) as self._recorder:
                 yield
         self.result = self._recorder.result
         for note in self.result.notes if self.result is not None else ():
@@ -217,7 +219,7 @@ class Videos:
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> None:
         """Film if it is due; a warning says why nothing could be filmed."""
-        if self._due.now(agent.num_timesteps):
+        if self._due.now(agent.num_timesteps) and agent.loop.ranks.first:
             path = self.folder / f"step_{agent.num_timesteps:012d}.mp4"
             for note in record_episodes(agent, path, self.episodes, seed=agent.config.seed + 1):
                 _log.warning("%s", note)

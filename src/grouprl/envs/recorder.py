@@ -116,13 +116,17 @@ class Recorder:
         done = agent.num_timesteps
         self._next_eval = done - done % run.eval_every + run.eval_every
         self._next_checkpoint = done - done % run.checkpoint_every + run.checkpoint_every
+        self._next_episodes = 0
         self._checkpoint: Path | None = None
         self._usage = Usage()
         self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
+        self.ranks = agent.loop.ranks
+        self._restore(agent)
+        if not self.ranks.first:
+            return
         self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20), timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
-        self._next_episodes = 0
         agent.loop.on_batch = lambda rollout, advantages: self._keep_episodes(agent, rollout, advantages)
         stack.callback(setattr, agent.loop, "on_batch", None)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
@@ -135,7 +139,9 @@ class Recorder:
         )
         for tracker in self.trackers:
             stack.callback(tracker.close)
-        self._restore(agent)
+        if agent.extra:
+            self.log.resume(agent.num_timesteps, agent.extra["metrics"])
+            self.episodes.resume(agent.num_timesteps, agent.extra["episodes"])
 
     def _restore(self, agent: GRPO) -> None:
         """Take up where the checkpoint the agent came from left off; nothing to do for a new agent."""
@@ -143,9 +149,7 @@ class Recorder:
             return
         self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
         self.solved_at = agent.extra["solved_at"]
-        self.log.resume(agent.num_timesteps, agent.extra["metrics"])
         self._next_episodes = agent.extra["next_episodes"]
-        self.episodes.resume(agent.num_timesteps, agent.extra["episodes"])
 
     def _keep_episodes(self, agent: GRPO, rollout: Rollout, advantages: Tensor) -> None:
         """Keep some episodes of a batch that is learned from, where they are due."""
@@ -165,15 +169,25 @@ class Recorder:
         step = agent.num_timesteps
         if step >= self._next_eval:
             self._next_eval = step - step % self.run.eval_every + self.run.eval_every
-            self.evaluator.max_steps = _patience(agent) or self.evaluator.max_steps
-            mean = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1).summary()[
-                "mean_return"
-            ]
-            metrics["eval_return"] = mean
+            metrics["eval_return"] = mean = self.ranks.once(lambda: self._evaluate(agent))
             if self.solved_at is None and self.threshold is not None and mean >= self.threshold:
                 self.solved_at = (step, agent.train_seconds)
         else:
             metrics["eval_return"] = float("nan")
+        if self.ranks.first:
+            self._record(agent, metrics, step)
+        self.stopped = self.ranks.agree(self.stopped)[0]
+        if step >= self._next_checkpoint and step < self.run.total_timesteps:
+            self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
+            self.checkpoint(agent, may_restart=True)
+        return not self.stopped
+
+    def _evaluate(self, agent: GRPO) -> float:
+        self.evaluator.max_steps = _patience(agent) or self.evaluator.max_steps
+        played = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1)
+        return played.summary()["mean_return"]
+
+    def _record(self, agent: GRPO, metrics: Metrics, step: int) -> None:
         metrics |= self._usage.read()
         self.log.append(metrics)
         self._watch.note(metrics, step / self.run.total_timesteps)
@@ -184,10 +198,6 @@ class Recorder:
         shown = {key: value for key, value in (metrics | script_names).items() if np.isfinite(value)}
         for tracker in self.trackers:
             tracker.log(tracked(shown), step)
-        if step >= self._next_checkpoint and step < self.run.total_timesteps:
-            self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
-            self.checkpoint(agent, may_restart=True)
-        return not self.stopped
 
     def checkpoint(self, agent: GRPO, *, may_restart: bool = False) -> None:
         """Write a checkpoint now and drop the oldest ones."""
@@ -195,17 +205,18 @@ class Recorder:
             "next_eval": self._next_eval,
             "next_checkpoint": self._next_checkpoint,
             "solved_at": self.solved_at,
-            "metrics": self.log.mark(),
+            "metrics": self.log.mark() if self.ranks.first else None,
             "next_episodes": self._next_episodes,
-            "episodes": self.episodes.mark(),
+            "episodes": self.episodes.mark() if self.ranks.first else None,
         }
         path = self.folder.checkpoint_path(agent.num_timesteps)
         if self._checkpoint is not None and not self._checkpoint.exists():
             _log.warning("%s was deleted or moved since this run wrote it; %s follows", self._checkpoint, path.name)
         agent.checkpoint(path, may_restart=may_restart, extra=extra)
         self._checkpoint = path
-        self.folder.prune_checkpoints(self.run.keep_checkpoints)
-        self.folder.settle()
+        if self.ranks.first:
+            self.folder.prune_checkpoints(self.run.keep_checkpoints)
+            self.folder.settle()
 
 
 def plan(total: int, given: Mapping[str, Any], eval_every: int | None = None) -> RunSettings:
@@ -230,6 +241,7 @@ def as_written(agent: GRPO, run: RunSettings, env_id: str, preset: str | None) -
         "seed": agent.config.seed,
         "env_kwargs": {} if agent.env_lost else to_json(agent.env_kwargs),
         "run": {**run.__dict__, "track": list(run.track)},
+        "reward_threshold": reward_threshold(agent.where()[0]),
         "config": agent.config.model_dump(mode="json"),
     }
 
@@ -263,7 +275,8 @@ def recording(folder: RunFolder, run: RunSettings, agent: GRPO) -> Iterator[Reco
         if recorder.stopped and agent.num_timesteps < run.total_timesteps:
             recorder.result = RunResult(folder, agent, None, [])
         else:
-            recorder.result = _finish(folder, run, agent, recorder)
+            summary, notes = recorder.ranks.once(lambda: _finish(folder, run, agent, recorder))
+            recorder.result = RunResult(folder, agent, summary, notes)
 
 
 def _patience(agent: GRPO) -> int | None:
@@ -272,7 +285,7 @@ def _patience(agent: GRPO) -> int | None:
     return max(LEAST_PATIENCE, 10 * max(lengths)) if lengths else None
 
 
-def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> RunResult:
+def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> tuple[dict[str, Any], list[str]]:
     """Evaluate, and leave summary, curve and video."""
     from grouprl.runs.plots import plot_run
 
@@ -311,7 +324,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
     }
     folder.write_summary(summary)
     notes += _leave_pages(folder, strip)
-    return RunResult(folder, agent, summary, notes)
+    return summary, notes
 
 
 def _leave_pages(folder: RunFolder, strip: Strip) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from grouprl.envs.recorder import RunResult, RunSettings, as_written, plan, reco
 from grouprl.envs.vector import EnvLike
 from grouprl.errors import UsageError, shown
 from grouprl.importing import load_function
-from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.ranks import Ranks, join
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
-from grouprl.runs.state import taking_up
+from grouprl.runs.state import load_state, taking_up
 
 
 def train(
@@ -58,7 +58,6 @@ def train(
         TrainingError: the environment or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
             left behind if no update was done.
     """
-    refuse_several_processes()
     chosen = presets.resolve(env_id, preset)
     values, functions = _split_functions(settings or {})
     check_names(values)
@@ -66,22 +65,25 @@ def train(
         values["seed"] = seed
     total = steps if steps is not None else chosen.total_timesteps if chosen else 500_000
     planned = plan(total, run or {}, chosen.eval_every if chosen else None)
-    RunFolder(user_path(out).absolute()).check_free(overwrite)
-    with RunFolder(user_path(out).absolute()).locked():
-        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **_loaded(functions), **values)
-        if agent.env_lost:
-            agent.close()
-            raise UsageError(
-                f"a run must be able to make its environment again: {agent.env_lost}; register an id whose entry point "
-                "makes that argument itself, or train from Python: GRPO(...).learn(n, callback=Run(folder))"
-            )
-        about = as_written(agent, planned, env_id, chosen.name if chosen else None)
-        about |= {"functions": functions} if functions else {}
-        folder = RunFolder.create(out, about, overwrite=overwrite)
-        if announce is not None:
-            announce(folder)
-        with folder.kept_in_order():
-            return _run(folder, planned, agent, progress_bar)
+    ranks = join(gpu=str(values.get("device", "cpu")).startswith("cuda"))
+    with ranks.telling():
+        place = ranks.once(lambda: user_path(out).absolute())
+        ranks.once(lambda: RunFolder(place).check_free(overwrite))
+        with RunFolder(place).locked() if ranks.first else nullcontext():
+            agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **_loaded(functions), **values)
+            if agent.env_lost:
+                agent.close()
+                raise UsageError(
+                    f"a run must be able to make its environment again: {agent.env_lost}; register an id whose entry "
+                    "point makes that argument itself, or train from Python: GRPO(...).learn(n, callback=Run(folder))"
+                )
+            about = as_written(agent, planned, env_id, chosen.name if chosen else None)
+            about |= {"functions": functions} if functions else {}
+            folder = RunFolder(ranks.once(lambda: RunFolder.create(place, about, overwrite=overwrite).path))
+            if announce is not None and ranks.first:
+                announce(folder)
+            with folder.kept_in_order() if ranks.first else nullcontext():
+                return _run(folder, planned, agent, progress_bar)
 
 
 FUNCTIONS = ("advantage_function", "surrogate_function")
@@ -123,14 +125,17 @@ def resume(
         UsageError: no run folder, no readable checkpoint, a run that is already finished or that another process
             works on.
     """
-    refuse_several_processes()
     folder = RunFolder.open(path)
-    with folder.locked():
-        return _resume(folder, steps, env, progress_bar)
-
-
-def _resume(folder: RunFolder, steps: int | None, env: EnvLike | None, progress_bar: bool | None) -> RunResult:
     config = folder.read_config()
+    ranks = join(gpu=str(dict(config.get("config") or {}).get("device", "cpu")).startswith("cuda"))
+    with ranks.telling(), folder.locked() if ranks.first else nullcontext():
+        return _resume(folder, config, steps, env, progress_bar, ranks)
+
+
+def _resume(
+    folder: RunFolder, config: dict[str, Any], steps: int | None, env: EnvLike | None, progress_bar: bool | None,
+    ranks: Ranks,
+) -> RunResult:  # fmt: skip
     try:
         options = (
             config["run"]
@@ -141,16 +146,25 @@ def _resume(folder: RunFolder, steps: int | None, env: EnvLike | None, progress_
         functions = _loaded(_split_functions({**config.get("functions", {})})[1])
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
-    found = newest_good(folder.checkpoints(), functools.partial(_agent_of, env=env, functions=functions))
-    if found is None:
+    agent = _newest_agent(folder, functools.partial(_agent_of, env=env, functions=functions), ranks)
+    if agent is None:
         raise UsageError(f"{folder.path} holds no checkpoint that can be used; train anew with another --out")
-    agent = found[1]
     if agent.num_timesteps >= planned.total_timesteps and folder.is_finished():
         raise UsageError(
             f"{folder.path} has done all of its {planned.total_timesteps} steps; give a larger total with --steps"
         )
-    folder.reopen(None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}})
+    again = None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}}
+    ranks.once(lambda: folder.reopen(again))
     return _run(folder, planned, agent, progress_bar)
+
+
+def _newest_agent(folder: RunFolder, agent_of: Callable[[Path], GRPO], ranks: Ranks) -> GRPO | None:
+    """The agent of the newest good checkpoint, or None. Of several processes the first says which that is."""
+    if ranks.world > 1:
+        best = ranks.once(lambda: newest_good(folder.checkpoints(), load_state))
+        return None if best is None else agent_of(best[0])
+    found = newest_good(folder.checkpoints(), agent_of)
+    return None if found is None else found[1]
 
 
 def _agent_of(path: Path, env: EnvLike | None, functions: Mapping[str, Callable[..., Any]]) -> GRPO:

@@ -139,6 +139,36 @@ def test_environments_own_their_rewards_and_their_data(tmp_path: Path) -> None:
         trainer(tmp_path, tools=[press], reward_funcs=lambda completions: [0.0] * len(completions)).train()
 
 
+def test_an_episode_longer_than_the_context_is_an_error_at_its_start_and_cut_later(tmp_path: Path) -> None:
+    class Long(Buttons):
+        def reset(self, **row):
+            super().reset()
+            return " go" * 300
+
+    with pytest.raises(UsageError, match=r"row \d of the dataset has a prompt of \d+ tokens, but the model's"):
+        trainer(tmp_path, environment_factory=Long).train()
+    with pytest.raises(UsageError, match="max_completion_length=256 leaves no room for a prompt"):
+        trainer(tmp_path, {"max_completion_length": 256})
+
+    class Wordy(Buttons):
+        def press(self, key: str) -> str:
+            """Press a button.
+
+            Args:
+                key: Which one.
+            """
+            super().press(key)
+            return " no" * 300
+
+    made = trainer(tmp_path, {"max_steps": 1}, environment_factory=Wordy)
+    made.train()
+    turns = made.last_samples.turns
+    long = [any(len(m["content"]) == 900 for m in said) for said in turns.messages]
+    called = [any("tool_calls" in m for m in said) for said in turns.messages]
+    assert any(cut and has for cut, has in zip(turns.truncated.tolist(), called, strict=True))
+    assert not any(cut and was_read for cut, was_read in zip(turns.truncated.tolist(), long, strict=True))
+
+
 def test_members_of_a_group_that_do_not_start_equal_are_an_error(tmp_path: Path) -> None:
     class Different(Buttons):
         made = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from grouprl import objective
 from grouprl.lm.generate.estimate import estimate_advantages, groups_with_signal
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.policy.log_probs import MicroBatch
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
@@ -115,9 +116,11 @@ class Collector:
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
             groups = with_signal.concatenate(without).first(n_prompts)
         samples = self.player.samples(groups, self.own)
-        metrics = {**describe(groups, self.player.returns(groups)), **_logged(rounds)}
+        metrics = {**describe(groups, self.player.returns(groups)), **logged_means(rounds)}
         if self.config.beta > 0 and self.config.kl_in == "reward":
             metrics["kl"] = float(kl_values(samples.logp_old, samples.logp_ref, self.config.kl_estimator).mean())
+        if samples.turns is not None and samples.turns.shared_states is not None:
+            metrics["shared_states"] = samples.turns.shared_states
         if self.config.dynamic_sampling:
             metrics["dynamic_sampling/batches"] = len(rounds)
         metrics["num_tokens"] = float(self.tokens)
@@ -169,9 +172,10 @@ class CompletionPlayer:
         logp_old, logp_ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         penalties = None
         if self.policy.reference is not None and config.kl_in == "reward":
-            batches = self.policy.log_probs.micro_batches([p.ids for p in groups.prompts], completions, group.tolist())
+            batches = self._own_micro_batches(groups, completions, group)
             logp_old = self.policy.log_probs.without_gradient(batches, lengths)
             logp_ref = self.policy.reference.log_probs(batches, lengths)
+            self.policy.ranks.add(logp_old, logp_ref)  # each is 0 where another process has it
             known = ~known
             penalties = -objective.kl_in_reward(
                 torch.zeros_like(logp_old), logp_old, logp_ref, config.beta, config.kl_estimator
@@ -187,6 +191,17 @@ class CompletionPlayer:
             logp_old=logp_old, logp_ref=logp_ref, known_old=known, known_ref=known.clone(),
             extras=groups.rewards.extras,
         )  # fmt: skip
+
+    def _own_micro_batches(
+        self, groups: ScoredGroups, completions: Sequence[Sequence[int]], group: Tensor
+    ) -> list[MicroBatch]:
+        """Micro-batches of the completions that this process evaluates: of all, if it is alone."""
+        prompts, log_probs = [p.ids for p in groups.prompts], self.policy.log_probs
+        if self.policy.ranks.world == 1:
+            return log_probs.micro_batches(prompts, completions, group.tolist())
+        own = self.policy.share([len(c) for c in completions], group.tolist())
+        of_own = log_probs.micro_batches(prompts, [completions[i] for i in own], group[own].tolist())
+        return [MicroBatch(batch.groups, torch.tensor(own)[batch.samples]) for batch in of_own]
 
     def close(self) -> None:
         """As `Player.close`: there is nothing."""
@@ -267,7 +282,7 @@ class ScoredGroups:
         )  # fmt: skip
 
 
-def _logged(rounds: list[Rewards]) -> Metrics:
+def logged_means(rounds: list[Rewards]) -> Metrics:
     """Metrics that reward functions logged with ``log_metric``: means over all completions they scored."""
     means: Metrics = {}
     for name in {name for rewards in rounds for name in rewards.metrics}:
@@ -308,7 +323,7 @@ def texts_of(completions: Sequence[Completion], tokenizer: Any, skip_special_tok
 def describe_scored(batches: Sequence[ScoredGroups]) -> Metrics:
     """TRL's metrics of completions that nothing is learned from: those of an evaluation, in several batches."""
     drawn = functools.reduce(ScoredGroups.concatenate, batches)
-    return {**describe(drawn, drawn.returns), **_logged([batch.rewards for batch in batches])}
+    return {**describe(drawn, drawn.returns), **logged_means([batch.rewards for batch in batches])}
 
 
 def evaluation_metrics(functions: Sequence[str]) -> list[str]:

@@ -99,6 +99,9 @@ def samples_of_episodes(
     penalties = _penalties(samples, episodes, config, policy)
     turns.advantages = turn_advantages(episodes, config, rewards=rewards, weights=weights, penalties=penalties, own=own)
     samples.advantages = turns.advantages.repeat_interleave(samples.turn_lengths)
+    if own is None and ESTIMATORS[config.advantage].states:
+        group = torch.tensor([episode.group for episode in episodes])
+        turns.shared_states = objective.shared_states(_n_turns(episodes), group, _states(episodes))
     return samples
 
 
@@ -118,9 +121,8 @@ def turn_advantages(
     lengths, group = _n_turns(episodes), torch.tensor([episode.group for episode in episodes])
     per_function = segment_sum(per_turn, lengths)[:, None] if rewards is None else rewards
     weights = torch.ones(per_function.shape[1], dtype=torch.float64) if weights is None else weights
-    states = _states(episodes) if ESTIMATORS[config.advantage].states else torch.zeros(len(per_turn)).long()
     per_turn = per_turn if penalties is None else per_turn - penalties
-    return estimate_turns(config, per_turn, per_function, weights, lengths, group, states, own)
+    return estimate_turns(config, per_turn, per_function, weights, lengths, group, lambda: _states(episodes), own)
 
 
 def _n_turns(episodes: Sequence[Episode]) -> Tensor:

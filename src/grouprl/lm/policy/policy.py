@@ -30,6 +30,7 @@ from grouprl.lm.sample.sampler import Sampler, Steps
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Partner, Sampled
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.machine.ranks import ALONE, Ranks
 
 _CACHE_BYTES = 1 << 30
 """The default limit in bytes for the keys and values that the sampler stores, on a CPU."""
@@ -48,6 +49,7 @@ class Policy:
         tokenizer: defines which tokens end a completion.
         config: the settings of the run, among them precision, temperature, size of micro-batches and ``beta``.
         ref_model: the reference model of the KL divergence. By default the reference is the model as it is now.
+        ranks: the processes that share the work.
 
     Attributes:
         model: the model.
@@ -65,8 +67,10 @@ class Policy:
             logits of a model are not finite, or no path gives the log-probabilities of the model's own forward pass.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.config, self.ranks = model, config, ranks
         self.device: torch.device = next(model.parameters()).device
         fast = supports_bf16(self.device)
         if config.bf16 and not fast and self.device.type != "cpu":
@@ -143,6 +147,23 @@ class Policy:
             return self.sampler.sample(prompts, group_size, settings, source, adjust)
         except NotFiniteError:
             raise not_finite("the model's logits", self.model) from None
+
+    def share(self, sizes: Sequence[int], group: Sequence[int]) -> list[int]:
+        """Which of n samples this process learns from: whole groups, such that all have about as many tokens.
+
+        Args:
+            sizes: the tokens of each sample. group: the group of each.
+        """
+        if self.ranks.world == 1:
+            return list(range(len(sizes)))
+        total: dict[int, int] = {}
+        for g, size in zip(group, sizes, strict=True):
+            total[g] = total.get(g, 0) + size
+        load, owner = [0] * self.ranks.world, {}
+        for g in sorted(total, key=lambda g: (-total[g], g)):
+            owner[g] = load.index(min(load))
+            load[owner[g]] += total[g]
+        return [i for i, g in enumerate(group) if owner[g] == self.ranks.rank]
 
     def sample_episodes(
         self,
