@@ -6,7 +6,8 @@
 
 Both sides play the same environment with the same weights, the same chat template and response template, the same turns
 of the same lengths and the same rewards, and make one optimizer step of all samples. A turn is FREE sampled tokens and
-then a tool call that is given token by token; the last turn is FREE sampled tokens and as many more. Each measurement
+then a tool call that is given token by token; the last turn is FREE sampled tokens and as many more. No token with "<"
+is sampled, or the model would begin calls of its own: it has seen some. Each measurement
 is a process of its own, and the two sides take turns. Results are appended to results/lm_agents.jsonl; the table of all
 of them is printed.
 
@@ -27,7 +28,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lm_work
 import measuring
@@ -88,7 +89,7 @@ RESPONSE_TEMPLATE = {
 class Shelf:
     """The environment, of TRL's shape: a shelf whose places can be looked at."""
 
-    looked = 0
+    looked: ClassVar[list[int]] = []  # appending is safe from several threads
     ended = itertools.count()
 
     def reset(self, **_: Any) -> None:
@@ -100,7 +101,7 @@ class Shelf:
         Args:
             place: the number of the place, counted from 1.
         """
-        Shelf.looked += 1
+        Shelf.looked.append(place)
         return f"At place {place} there are a red apple, a heavy stone and a small silver bell."
 
     def get_reward(self) -> float:
@@ -114,6 +115,7 @@ class Turns:
     def __init__(self, tokenizer: Any) -> None:
         self.end = int(tokenizer.eos_token_id)
         self.call = [*tokenizer(CALL, add_special_tokens=False)["input_ids"], self.end]
+        self.marks = [i for token, i in tokenizer.get_vocab().items() if "<" in token]
         self.drawn = 0
 
     def given(self, turn: int, at: int) -> int | None:
@@ -127,7 +129,7 @@ class Turns:
 
     def force(self, logits: Any, turns: list[tuple[int, int]]) -> Any:
         """Leave each row ``[n, V]`` the tokens that it may take, at its turn and its place there."""
-        logits[:, self.end] = -float("inf")
+        logits[:, self.marks] = -float("inf")
         for row, where in enumerate(turns):
             token = self.given(*where)
             if token is not None:
@@ -174,12 +176,12 @@ class Books:
 
     def begin(self) -> None:
         """The first step begins."""
-        self.began, self.turns.drawn, Shelf.looked = time.perf_counter(), 0, 0
+        self.began, self.turns.drawn, Shelf.looked = time.perf_counter(), 0, []
 
     def end_step(self) -> None:
         """A step has ended."""
         step = time.perf_counter() - self.began
-        counted = {"drawn": self.turns.drawn, "calls": Shelf.looked, "peak_rss_mb": measuring.peak_rss_mb()}
+        counted = {"drawn": self.turns.drawn, "calls": len(Shelf.looked), "peak_rss_mb": measuring.peak_rss_mb()}
         self.steps.append({**self.clock, "step": step, "learn": step - self.clock["rollout"], **counted})
         self.clock.clear()
         self.begin()
