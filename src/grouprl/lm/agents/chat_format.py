@@ -167,7 +167,7 @@ class ChatFormat:
         if limited and self._how.max_tokens is not None and n > self._how.max_tokens:
             raise UsageError(
                 f"{where} has a prompt of {n} tokens, but {self._how.max_tokens_is} leaves {self._how.max_tokens}; "
-                "shorten it, or lower max_completion_length"
+                "shorten it, or change that setting"
             )
 
     def _render(self, messages: Sequence[Message], *, opened: bool, tools: Sequence[Schema] = ()) -> str:

@@ -98,7 +98,7 @@ def make_player(
         return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
     if interactions is None:
         return CompletionPlayer(policy, tokenizer, rewards, config)
-    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length)
+    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length, config.max_prompt_length)
     ends = eos_token_ids(policy.model, tokenizer)
     form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound)
     player = EpisodePlayer(policy, form, interactions, rewards, config)
