@@ -176,6 +176,8 @@ def test_a_column_of_another_kind_is_refused_in_a_line_or_makes_a_page(tmp_path:
     [
         b"[" * 100_000, b'{"step":' * 100_000, b"\xff\xfe", b"\x00", json.dumps({**WHOLE, "other": 1}).encode(),
         json.dumps({k: v for k, v in WHOLE.items() if k != "group"}).encode(), b'{"step": 1',
+        json.dumps({**WHOLE, "turns": 3}).encode(), json.dumps({**WHOLE, "turns": [{"role": 1, "text": "a"}]}).encode(),
+        json.dumps({**WHOLE, "turns": [{"role": "a", "text": "a", "reward": "b"}]}).encode(),
         json.dumps({**WHOLE, "extra": "VALUE"}).replace('"VALUE"', '{"a":' * 400 + "1" + "}" * 400).encode(),
     ],
 )  # fmt: skip
@@ -252,6 +254,8 @@ PLACES: dict[str, Callable[[str], dict[str, Any]]] = {
     "content": lambda x: {"prompt": [{"role": "user", "content": x}]},
     "call of a tool": lambda x: {"prompt": [{"role": "user", "content": "a", "tool_calls": [{x: x}]}]},
     "completion": lambda x: {"text": x},
+    "role of a turn": lambda x: {"turns": [{"role": x, "text": "a", "reward": 1.0, "advantage": -1.0}]},
+    "turn": lambda x: {"turns": [{"role": "assistant", "text": x, "reward": None, "advantage": None}]},
     "reward function": lambda x: {"rewards": {x: 1.0}},
     "name of an extra": lambda x: {"extra": {x: "a"}},
     "extra": lambda x: {"extra": {"a": x}},
@@ -370,6 +374,24 @@ def test_messages_show_all_that_they_hold(tmp_path: Path) -> None:
     assert page(tmp_path, [sample(prompt=prompt)]).data["groups"][0]["prompt"] == [
         ["user", '[{"type": "text", "text": "é"}]'], ["assistant", '{"tool_calls": [1]}'], ["", ""]
     ]  # fmt: skip
+
+
+def test_an_episode_shows_its_turns_with_reward_and_advantage(tmp_path: Path) -> None:
+    turns = [
+        {"role": "assistant", "text": "<tool_call>add(3, 4)</tool_call>", "reward": 0.5, "advantage": -1.25},
+        {"role": "tool", "text": "7"},
+        {"role": "assistant", "text": "7", "reward": 1.0, "advantage": math.nan},
+    ]
+    made = page(tmp_path, [sample(turns=turns), sample(text="alone")])
+    shown = made.data["groups"][0]["samples"]
+    assert shown[0]["turns"] == [
+        ["assistant", "<tool_call>add(3, 4)</tool_call>", 0.5, -1.25], ["tool", "7", None, None],
+        ["assistant", "7", 1.0, None],
+    ]  # fmt: skip
+    assert "turns" not in shown[1]
+    read = list(read_transcripts(tmp_path / "t.jsonl"))
+    assert read[0].turns[1] == turns[1]
+    assert read[1].turns == ()
 
 
 def test_a_page_that_would_be_too_large_leaves_out_steps_evenly_and_says_how_many(tmp_path: Path) -> None:

@@ -8,23 +8,24 @@ met.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from grouprl.errors import UsageError, shown
 from grouprl.lm.fingerprint import RowsDigest
-from grouprl.lm.tokenising import Prompt, Tokenising, characters, check_row, no_prompt, read_row
+from grouprl.lm.tokenising import Prompt, Tokenising, characters, check_row, no_prompt, read_row, read_start
 
 _LOOKED_OVER = 20_000
 """Rows that are checked before training: a second's worth."""
 _TRIED = 4
 """The longest of them, which are tokenised."""
 
-__all__ = ["Prompt", "PromptOrder", "PromptSource", "prepare_prompts"]
+__all__ = ["Prompt", "PromptOrder", "PromptSource", "prepare_prompts", "prepare_starts"]
 
 
 class PromptSource:
@@ -34,8 +35,8 @@ class PromptSource:
     dataset is the number modulo its size, once that is known.
     """
 
-    def __init__(self, rows: Any, how: Tokenising, name: str, streamed: bool) -> None:
-        self._rows, self._how, self._name, self._streamed = rows, how, name, streamed
+    def __init__(self, rows: Any, read: Callable[[Any, int, str], Prompt], name: str, streamed: bool) -> None:
+        self._rows, self._read, self._name, self._streamed = rows, read, name, streamed
         self._size = None if streamed else len(rows)
         self._iterator: Iterator[Any] | None = None
         self._next = 0  # row of the stream that the iterator yields next
@@ -62,7 +63,7 @@ class PromptSource:
                 f"{self._name} had {self._size} rows when it was given and has {len(self._rows)} now; give a copy of it"
             )
         index, row = self._stream_to(index) if self._streamed else (index, self._rows[int(index)])
-        return read_row(row, index, self._how, self._name)
+        return self._read(row, index, self._name)
 
     def look_over(self) -> None:
         """Check the rows of a dataset in memory, and tokenise the longest of them.
@@ -226,9 +227,27 @@ def prepare_prompts(
             f"{context_length} tokens; lower max_completion_length"
         )
     bound = f"the model's context of {context_length} less max_completion_length={max_completion_length}"
-    source = PromptSource(rows, Tokenising(tokenizer, dict(chat_template_kwargs or {}), room, bound), name, streamed)
+    how = Tokenising(tokenizer, dict(chat_template_kwargs or {}), room, bound)
+    source = PromptSource(rows, lambda row, index, name: read_row(row, index, how, name), name, streamed)
     source[0]
     source.look_over()
+    return source
+
+
+def prepare_starts(dataset: Any, *, needs_prompt: bool, name: str = "train_dataset") -> PromptSource:
+    """The rows of a dataset as starts of episodes: what the model reads is made of them when an episode begins.
+
+    Args:
+        dataset: as in `prepare_prompts`. needs_prompt: whether each row must have a ``prompt``.
+
+    Raises UsageError if the dataset is none, is empty, or its first row cannot be used.
+    """
+    rows, streamed = _rows(dataset, name)
+    columns = getattr(rows, "column_names", None)
+    if needs_prompt and columns is not None and "prompt" not in columns:
+        raise UsageError(no_prompt(name, columns))
+    source = PromptSource(rows, functools.partial(read_start, needs_prompt=needs_prompt), name, streamed)
+    source[0]
     return source
 
 

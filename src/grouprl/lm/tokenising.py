@@ -82,6 +82,17 @@ def read_row(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
     return Prompt(index, prompt, columns, tuple(ids), begun)
 
 
+def read_start(row: Any, index: int, name: str, *, needs_prompt: bool) -> Prompt:
+    """Row ``index`` of the dataset ``name`` as the start of an episode, without tokens; "" stands for no prompt.
+
+    Raises UsageError, naming it, if it cannot be used.
+    """
+    prompt: Any = ""
+    if needs_prompt or not isinstance(row, Mapping) or row.get("prompt") is not None:
+        prompt = check_row(row, index, name)
+    return Prompt(index, prompt, {key: value for key, value in row.items() if key != "prompt"}, ())
+
+
 def check_row(row: Any, index: int, name: str) -> str | list[dict[str, Any]]:
     """The prompt of a row, before it is tokenised. Raises UsageError as `read_row`."""
     where = f"row {index} of {name}"

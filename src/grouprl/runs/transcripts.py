@@ -36,6 +36,8 @@ class Transcript:
         reward: their weighted sum, None if there is none.
         advantage: what the update used; None for samples of an evaluation.
         extra: further columns, such as the answer in the dataset.
+        turns: of an episode of several turns what followed the prompt, message after message: ``role`` and ``text``,
+            and of the model's also ``reward`` and ``advantage``. Empty for a completion.
     """
 
     step: int
@@ -49,6 +51,7 @@ class Transcript:
     reward: float | None
     advantage: float | None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    turns: Sequence[Mapping[str, Any]] = ()
 
 
 _WHAT = "file of transcripts"
@@ -66,7 +69,8 @@ class TranscriptWriter(RecordLog):
 
         NaN and infinities become null, and what JSON cannot hold becomes text.
         """
-        self.append_lines(json.dumps(_plain(vars(t)), ensure_ascii=False, allow_nan=False) for t in transcripts)
+        columns = ({name: value for name, value in vars(t).items() if name != "turns" or value} for t in transcripts)
+        self.append_lines(json.dumps(_plain(one), ensure_ascii=False, allow_nan=False) for one in columns)
 
 
 def read_transcripts(path: str | os.PathLike[str]) -> Iterator[Transcript]:
@@ -138,10 +142,16 @@ def _compact(group: Sequence[Transcript]) -> dict[str, Any]:
                 "advantage": _short(sample.advantage),
                 "rewards": {name: _short(value) for name, value in sample.rewards.items()},
                 "extra": {key: _text(value) for key, value in sample.extra.items() if key not in shared},
+                **({"turns": [_turn(turn) for turn in sample.turns]} if sample.turns else {}),
             }
             for sample in sorted(group, key=lambda s: -math.inf if s.reward is None else s.reward, reverse=True)
         ],
     }
+
+
+def _turn(turn: Mapping[str, Any]) -> list[Any]:
+    """Role, text, reward and advantage, the last two None where the model did not say it."""
+    return [turn["role"], turn["text"], _short(turn.get("reward")), _short(turn.get("advantage"))]
 
 
 def _message(message: Mapping[str, Any]) -> list[str]:
@@ -246,11 +256,20 @@ def _parse(path: Path, number: int, line: bytes) -> Transcript:
             raise UsageError(f"{where}: its {name} is {shown(values[name])}.")
     if not isinstance(values.get("extra", {}), dict):
         raise UsageError(f"{where}: its extra is {shown(values['extra'])}.")
+    turns = values.get("turns", [])
+    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
+        raise UsageError(f"{where}: its turns are {shown(turns)}.")
     if unknown := values.keys() - _NAMES:
         raise UsageError(f"{where}: it has {', '.join(map(repr, sorted(unknown)))}.")
     if _depth(values) > 2 * _DEEPEST:
         raise UsageError(f"{where}: it is nested too deeply.")
     return Transcript(**values)
+
+
+def _is_turn(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), str) for name in ("role", "text")):
+        return False
+    return all(_number(value.get(name)) for name in ("reward", "advantage"))
 
 
 def _depth(value: Any) -> int:

@@ -44,6 +44,7 @@ class ChatFormat:
             Otherwise they are text of :mod:`grouprl.lm.agents.tool_calls`.
         fault: why conversations of several turns cannot be appended to, and what to do; None if they can.
         rewrites: what the template changes of earlier turns when it renders a conversation anew; None if nothing.
+        unread: whether the chat template shows tools, but nothing is known that reads the calls it shows.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class ChatFormat:
         self._how = Tokenising(tokenizer, self._options, room, room_is)
         self.fault: str | None = None
         self.rewrites: str | None = None
-        self.knows_tools = False
+        self.knows_tools = self.unread = False
         self._opening = ""
         self._end: list[int] = []
         if getattr(tokenizer, "chat_template", None) is None:
@@ -262,11 +263,7 @@ class ChatFormat:
         return _MARK in text
 
     def _tools_are_read(self) -> bool:
-        """Whether the template shows tools, a call and its result, and the call can be read from what it shows.
-
-        Raises:
-            UsageError: it shows them, and there is nothing that reads calls.
-        """
+        """Whether the template shows tools, a call and its result, and the call can be read from what it shows."""
         call = tool_calls.as_call("probe", {"x": "86420"})
         said: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         result: Message = {"role": "tool", "name": "probe", "content": _MARK}
@@ -282,6 +279,7 @@ class ChatFormat:
             return True
         written = text[len(opening) if text.startswith(opening) else 0 :]
         try:
-            return tool_calls.parse(written, [_PROBE])[1] == [call]
+            self.unread = tool_calls.parse(written, [_PROBE])[1] != [call]
         except NotACallError:
-            return False
+            self.unread = True
+        return not self.unread

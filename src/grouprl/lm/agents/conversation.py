@@ -29,28 +29,33 @@ class Rules:
     Attributes:
         turns: most turns, or None. anew: whether each turn begins a sample of its own, with the first prompt and the
             last exchange. timeout: seconds of an answer, or None. most: characters that are said at once.
+        counted: metrics that every episode has.
     """
 
     turns: int | None
     anew: bool
     timeout: float | None
     most: int
+    counted: tuple[str, ...] = ()
 
 
 class Conversation:
     """One episode: its interaction, and what was said.
 
     Args:
-        interaction: the other side, which has begun. start: the prompt that it began with.
+        interaction: the other side, which has begun. row: the row of the dataset.
+        start: the prompt that it began with.
 
     Attributes:
-        start, interaction: as given. messages: the whole conversation, the prompt first.
+        interaction, row, start: as given. messages: the whole conversation, the prompt first.
         rewards, states: of each turn. terminated, truncated: how it ended.
         metrics: sums over its turns. late: whether an answer took too long.
     """
 
-    def __init__(self, interaction: Interaction, start: Prompt, form: ChatFormat, rules: Rules) -> None:
-        self.interaction, self.start = interaction, start
+    def __init__(
+        self, interaction: Interaction, row: Prompt, start: Prompt, form: ChatFormat, rules: Rules
+    ) -> None:  # fmt: skip
+        self.interaction, self.row, self.start = interaction, row, start
         self._form, self._rules = form, rules
         opening = start.prompt
         self._is_text = isinstance(opening, str)
@@ -60,14 +65,20 @@ class Conversation:
         self.rewards: list[float] = []
         self.states: list[Hashable | None] = []
         self.terminated = self.truncated = False
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float] = dict.fromkeys(rules.counted, 0.0)
         self.late = False
         self._newest = 0
 
     @property
-    def said(self) -> list[Message]:
-        """The conversation behind the first prompt."""
-        return self.messages[len(self._opening) :]
+    def completion(self) -> str | list[dict[str, Any]]:
+        """The conversation behind the first prompt, as reward functions read it: text, if it began with text."""
+        said = [dict(message) for message in self.messages[len(self._opening) :]]
+        return "".join(str(message["content"]) for message in said) if self._is_text else said
+
+    @property
+    def broken(self) -> bool:
+        """Whether the interaction cannot play another episode."""
+        return self.late or bool(getattr(self.interaction, "broken", False))
 
     @property
     def name(self) -> str:
@@ -82,7 +93,7 @@ class Conversation:
         """
         text = self._form.text(turn.ids, turn.finished)
         message, fault = self._form.parse(text, self._schemas)
-        self.messages.append(message)
+        self.messages.append({"role": "assistant", "content": text} if self._is_text else message)
         answer = self._answer(Said(text, turn.finished, message, fault))
         self.rewards.append(reward_of(answer.reward, f"the reward of turn {len(self.rewards) + 1} of {self.name}"))
         self.states.append(answer.state)

@@ -9,8 +9,11 @@ given a number that is equal for all members of a group.
 from __future__ import annotations
 
 import inspect
+import sys
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grouprl.errors import TrainingError, UsageError, first_line, shown
@@ -65,15 +68,27 @@ def kind_of(environment: Any) -> Kind:
 
 
 def _tool_methods(cls: type) -> list[str]:
-    """Public methods of the class and of bases in the same package: what it has of a framework is none of its tools."""
+    """Public methods of the class and its bases, but for bases of other packages that are installed.
+
+    So what it has of a framework is none of its tools, and what it has of a base class of the user's is.
+    """
     home = cls.__module__.partition(".")[0]
     names: dict[str, bool] = {}
     for base in cls.__mro__:
-        own = base.__module__.partition(".")[0] == home
+        own = base.__module__.partition(".")[0] == home or not _is_installed(base)
         for name, value in vars(base).items():
             is_method = inspect.isfunction(value) or isinstance(value, staticmethod | classmethod)
             names.setdefault(name, own and is_method)
     return sorted(name for name, is_tool in names.items() if is_tool and name[0] != "_" and name not in NEVER_TOOLS)
+
+
+def _is_installed(cls: type) -> bool:
+    """Whether a class is Python's own, or of a package that pip installed."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    if file is None:
+        return cls.__module__ != "__main__"
+    places = [path for path in (sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")) if path]
+    return any(Path(file).resolve().is_relative_to(Path(place).resolve()) for place in places)
 
 
 class ToolUse(Interaction):

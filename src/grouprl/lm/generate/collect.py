@@ -41,7 +41,12 @@ def kl_values(logp: Tensor, logp_ref: Tensor, estimator: str) -> Tensor:
 class Player(Protocol):
     """Plays out prompts: samples from the model and has the result judged. There is one for completions and one for
     episodes of several turns; collecting and evaluating do not know which they have.
+
+    Attributes:
+        names: what rewards are called: the reward functions, and what else gives rewards.
     """
+
+    names: tuple[str, ...]
 
     def draw(
         self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
@@ -132,6 +137,7 @@ class CompletionPlayer:
 
     def __init__(self, policy: Policy, tokenizer: Any, rewards: RewardCaller, config: GRPOConfig) -> None:
         self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
+        self.names = rewards.names
 
     def draw(
         self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
@@ -184,7 +190,7 @@ class ScoredGroups:
     """P groups of completions with their rewards, prompt after prompt: N = P * group_size completions in all."""
 
     def __init__(
-        self, prompts: list[Prompt], group_size: int, completions: list[Completion], texts: list[str], rewards: Rewards,
+        self, prompts: list[Prompt], group_size: int, completions: list[Any], texts: list[str], rewards: Rewards,
         weights: Tensor,
     ) -> None:  # fmt: skip
         self.prompts, self.group_size, self.completions = prompts, group_size, completions
@@ -221,8 +227,12 @@ class ScoredGroups:
 
     def split_by_signal(self, config: GRPOConfig, own: TensorFunction | None) -> tuple[ScoredGroups, ScoredGroups]:
         """The groups with an advantage other than 0, and the groups without one."""
-        signal = groups_with_signal(config, self.rewards.values, self.weights, self.group_size, own).tolist()
+        signal = self.signal(config, own)
         return tuple(self._select([i for i, has in enumerate(signal) if has is wanted]) for wanted in (True, False))  # type: ignore[return-value]
+
+    def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:
+        """For each group whether it has an advantage other than 0."""
+        return groups_with_signal(config, self.rewards.values, self.weights, self.group_size, own).tolist()
 
     def first(self, n: int) -> ScoredGroups:
         """The first n groups."""
@@ -276,13 +286,13 @@ def sample_and_score(
     Raises UsageError or TrainingError if a reward function fails or returns something else than numbers.
     """
     completions = policy.sample([p.ids for p in prompts], group_size, stream, settings)
-    texts = _texts(completions, tokenizer, skip_special_tokens)
+    texts = texts_of(completions, tokenizer, skip_special_tokens)
     rows = [p for p in prompts for _ in range(group_size)]
     values = rewards(rows, texts, [c.ids for c in completions], state)
     return ScoredGroups(prompts, group_size, completions, texts, values, rewards.weights)
 
 
-def _texts(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
+def texts_of(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
     """What the model wrote, without the token that ended it and without padding."""
     padding = getattr(tokenizer, "pad_token_id", None)
     ids = [[t for t in (c.ids[:-1] if c.finished else c.ids) if t != padding] for c in completions]

@@ -308,12 +308,12 @@ def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSe
     if greedy:
         return SamplingSettings(
             config.max_completion_length, temperature=0.0, min_new_tokens=config.min_new_tokens,
-            max_turn_tokens=config.max_turn_tokens,
+            max_turn_tokens=config.max_turn_length,
         )  # fmt: skip
     return SamplingSettings(
         max_new_tokens=config.max_completion_length, temperature=config.temperature, top_k=config.top_k,
         top_p=config.top_p, min_p=config.min_p or 0.0, repetition_penalty=config.repetition_penalty,
-        min_new_tokens=config.min_new_tokens, max_turn_tokens=config.max_turn_tokens,
+        min_new_tokens=config.min_new_tokens, max_turn_tokens=config.max_turn_length,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from grouprl.errors import UsageError, shown
 from grouprl.lm.prompts import Prompt
 
-RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
 
 def columns_of(rows: Sequence[Prompt]) -> dict[str, list[Any]]:
@@ -97,7 +97,7 @@ def _positional(function: Any) -> list[str]:
 
 def _owned(offered: Mapping[str, Any]) -> dict[str, Any]:
     """Lists of the function's own, one for each completion, which it may change."""
-    given = ("trainer_state", "log_extra", "log_metric")
+    given = ("trainer_state", "log_extra", "log_metric", "environments")
     return {key: value if key in given else [_copied(entry) for entry in value] for key, value in offered.items()}
 
 

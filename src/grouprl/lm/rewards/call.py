@@ -36,7 +36,7 @@ RewardFunction = Callable[..., Any]
 _OWN_METRICS = re.compile(
     r"reward|reward_std|frac_reward_zero_std|rewards/.+/(mean|std)|num_tokens|loss|grad_norm|entropy|kl|learning_rate"
     r"|completions/((mean|min|max)_(terminated_)?length|clipped_ratio)|clip_ratio/.+|cispo_clip_ratio|sampling/.+"
-    r"|dynamic_sampling/.+|step|step_time|epoch|sampled_tokens|runtime|samples_per_second|eval_(reward|accuracy)"
+    r"|dynamic_sampling/.+|episodes/.+|tools/.+|environment/.+|step|step_time|epoch|sampled_tokens|runtime|samples_per_second|eval_(reward|accuracy)"
     r"|train_(seconds|runtime|loss|steps_per_second|samples_per_second)"
 )
 """What is logged anyway."""
@@ -67,6 +67,7 @@ class RewardCaller:
     Args:
         functions: one or several. weights: a number for each; default 1.
         timeout: seconds that a call of one may take, and asynchronous ones together; default: as long as it takes.
+        alone: whether nothing else gives rewards. Otherwise there may be no function, and none need apply.
 
     Attributes:
         functions: the functions. names: what each is called in metrics: its ``__name__``, numbered where two are equal.
@@ -77,10 +78,11 @@ class RewardCaller:
 
     def __init__(
         self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None,
-        timeout: float | None = None,
+        timeout: float | None = None, *, alone: bool = True,
     ) -> None:  # fmt: skip
         given: list[Any] = [*functions] if isinstance(functions, list | tuple) else [functions]
-        if not given:
+        self._alone = alone
+        if not given and alone:
             raise UsageError("reward_funcs is empty; give at least one reward function")
         for function in given:
             _check_function(function)
@@ -102,13 +104,15 @@ class RewardCaller:
     def __call__(
         self,
         rows: Sequence[Prompt],
-        completions: Sequence[str],
+        completions: Sequence[str | list[dict[str, Any]]],
         completion_ids: Sequence[Sequence[int]],
         trainer_state: Any = None,
+        environments: Sequence[Any] | None = None,
     ) -> Rewards:
         """Rewards of N completions; `rows` holds the prompt of each, so a group's prompt G times.
 
-        A completion of messages is handed over as a list of one assistant message.
+        A text that completes messages is handed over as a list of one assistant message. What an episode of several
+        turns said is a list of messages already, or text. ``environments`` are what it was played with.
 
         Raises UsageError if a function asks for what there is not, or none applies to a completion; TrainingError if
         one fails or returns anything but one finite number or None per completion.
@@ -117,18 +121,23 @@ class RewardCaller:
         offered = {
             **columns_of(rows),
             "prompts": [row.prompt for row in rows],
-            "completions": [row.completion(text) for row, text in zip(rows, completions, strict=True)],
+            "completions": [
+                row.completion(said) if isinstance(said, str) else said
+                for row, said in zip(rows, completions, strict=True)
+            ],
             "completion_ids": [list(ids) for ids in completion_ids],
             "trainer_state": trainer_state,
             "log_extra": log.extra,
             "log_metric": log.metric,
         }
+        if environments is not None:
+            offered["environments"] = list(environments)
         with torch_defaults():
             returned = self._run(offered)
         columns = [numbers_of(output, name, rows) for name, output in zip(self.names, returned, strict=True)]
         values = torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(rows)).T.contiguous()
         unscored = torch.isnan(values).all(dim=1).nonzero()
-        if unscored.numel():
+        if unscored.numel() and self._alone:
             raise UsageError(
                 f"no reward function applies to {completion(int(unscored[0]), rows)}: {', '.join(self.names)} returned "
                 "None; return a number for every completion from at least one of them"

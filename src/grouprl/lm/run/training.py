@@ -285,6 +285,6 @@ def evaluate(
 
         def keep(drawn: ScoredGroups) -> None:
             if writer is not None:
-                writer.append(transcripts_of_evaluation(drawn, setup.rewards.names))
+                writer.append(transcripts_of_evaluation(drawn, setup.player.names))
 
         return evaluate_greedily(setup, prompts, n, keep=keep), min(n or prompts.size, prompts.size)

@@ -110,9 +110,6 @@ class Fields(ObjectiveSettings):
     max_completion_length: int = Field(
         512, ge=1, description="most tokens of a completion; of an episode, all that follows its prompt"
     )
-    max_turn_tokens: int | None = Field(
-        None, ge=1, description="most tokens of a turn in an episode of several; default: max_completion_length"
-    )
     min_new_tokens: int = Field(0, ge=0, description="no end of sequence before; generation_kwargs may say it too")
     temperature: float = Field(1.0, gt=0, description="of sampling; the learner divides by it as well")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest tokens of this total probability")

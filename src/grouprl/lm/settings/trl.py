@@ -50,7 +50,8 @@ ONE_PROCESS = {
 
 TRAINER_ARGUMENTS = (
     "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks",
-    "optimizers", "ref_model", "advantage_function", "surrogate_function",
+    "optimizers", "ref_model", "advantage_function", "surrogate_function", "tools", "environment_factory",
+    "rollout_func",
 )  # fmt: skip
 
 _SAMPLER = "the sampler is built in; leave it out"
@@ -152,14 +153,9 @@ SWITCHED = {
 }
 """What says nothing unless its switch is on."""
 
-_SINGLE = "completions are single turns, sampled here, without tools; leave it out"
-
 FOREIGN_ARGUMENTS: dict[str, Foreign] = {
     "reward_processing_classes": Foreign(None),  # of reward models, which are refused themselves
     "quantization_config": Foreign(None, "weights are trained in float32 or bfloat16; leave it out"),
-    "tools": Foreign(None, _SINGLE),
-    "rollout_func": Foreign(None, _SINGLE),
-    "environment_factory": Foreign(None, _SINGLE),
 }
 """Arguments of TRL's GRPOTrainer that are none of ours."""
 

@@ -39,7 +39,7 @@ def describe(setup: Setup, rows_read: int | None = None) -> dict[str, Any]:
             "chat template": digest(getattr(tokenizer, "chat_template", None)),
         },
         "ends": sorted(setup.policy.sampler.end_ids),
-        "rewards": list(setup.rewards.names),
+        "rewards": list(setup.player.names),
         "functions": {"advantage": _name(setup.functions.advantage), "surrogate": _name(setup.functions.surrogate)},
         "optimizer": {"class": type(setup.optimizer).__name__, "parameters": _order(setup)},
         "data": None if setup.prompts is None else setup.prompts.fingerprint(rows_read),

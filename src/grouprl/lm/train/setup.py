@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import UsageError, first_line, shown
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.lm.agents.chat_format import ChatFormat
+from grouprl.lm.agents.interactions import Interactions
+from grouprl.lm.agents.tool_use import Limits
 from grouprl.lm.generate.collect import CompletionPlayer, Player, evaluation_metrics
+from grouprl.lm.generate.play import TURN_REWARDS, EpisodePlayer
+from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
-from grouprl.lm.models.load import load
+from grouprl.lm.models.load import eos_token_ids, load
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
-from grouprl.lm.prompts import PromptSource, prepare_prompts
+from grouprl.lm.prompts import PromptSource, prepare_prompts, prepare_starts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
@@ -31,6 +37,8 @@ from grouprl.lm.train.wrappers import unwrapped
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
+
+Read = Callable[[Any, str], PromptSource]
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Setup:
         optimizer: steps the weights. default_optimizer: whether it is AdamW by the configuration.
         own_scheduler: a schedule of the user's own, or None for the configuration's, made anew for each run.
         rewards: the reward functions. player: samples, and has the reward functions judge.
+        read: the prompts of a dataset, which it is given with the name of the argument.
         functions: an estimator and a surrogate of the user's own.
         prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
         output_dir: the folder of checkpoints and of what is recorded, the same wherever the process goes.
@@ -60,6 +69,7 @@ class Setup:
     own_scheduler: Any
     rewards: RewardCaller
     player: Player
+    read: Read
     functions: UserFunctions
     prompts: PromptSource | None
     eval_prompts: Mapping[str, PromptSource]
@@ -83,10 +93,19 @@ class Setup:
         load_weights(self.model, folder)
 
 
+@dataclass(frozen=True)
+class Acting:
+    """What makes episodes of several turns: the arguments of a GRPOTrainer of the same names."""
+
+    tools: Any = None
+    environment_factory: Any = None
+    rollout_func: Any = None
+
+
 def make_setup(
-    model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction], args: Any, train_dataset: Any,
+    model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction] | None, args: Any, train_dataset: Any,
     eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any, ref_model: Any,
-    functions: UserFunctions,
+    functions: UserFunctions, acting: Acting,
 ) -> Setup:  # fmt: skip
     """From the arguments of a GRPOTrainer, which has them described.
 
@@ -95,15 +114,23 @@ def make_setup(
     config = _configuration(args)
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config)
-    rewards = RewardCaller(reward_funcs, config.reward_weights, config.reward_timeout)
+    interactions = _interactions(config, acting)
+    rewards = _rewards(reward_funcs, config, interactions)
     torch.manual_seed(config.seed)
     model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
-    prompts = None if train_dataset is None else read_prompts(model, tokenizer, config, train_dataset, "train_dataset")
-    eval_prompts = read_eval_prompts(model, tokenizer, config, eval_dataset)
+    if interactions is None:
+        read: Read = functools.partial(read_prompts, model, tokenizer, config)
+    else:
+        read = functools.partial(_starts, needs_prompt=acting.environment_factory is None)
+        if train_dataset is None and acting.environment_factory is not None:
+            train_dataset = _starts_without_rows(config, plan, interactions)
+    prompts = None if train_dataset is None else read(train_dataset, "train_dataset")
+    eval_prompts = read_eval_prompts(read, eval_dataset)
     if not eval_prompts and (config.eval_strategy != "no" or config.eval_on_start):
         setting = "eval_on_start=True" if config.eval_strategy == "no" else f"eval_strategy={config.eval_strategy!r}"
         raise UsageError(f"{setting} needs an eval_dataset; give one to GRPOTrainer, or leave the setting out")
-    _check_best_metric(config, eval_prompts, rewards.names)
+    names = (*rewards.names, *((TURN_REWARDS,) if interactions is not None and interactions.gives_rewards else ()))
+    _check_best_metric(config, eval_prompts, names)
     parameters = TrainedParameters(model)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
@@ -121,9 +148,86 @@ def make_setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
-        player=CompletionPlayer(policy, tokenizer, rewards, config), functions=functions,
-        prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
+        player=_player(policy, tokenizer, rewards, config, interactions, acting, prompts), read=read,
+        functions=functions, prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
     )  # fmt: skip
+
+
+def _interactions(config: GRPOConfig, acting: Acting) -> Interactions | None:
+    if acting.rollout_func is not None:
+        if not callable(acting.rollout_func):
+            raise UsageError(f"rollout_func is {shown(acting.rollout_func)}; give a function (prompts, trainer)")
+        if acting.tools or acting.environment_factory is not None:
+            raise UsageError(
+                "rollout_func samples in the place of the trainer, so nothing would call the tools or the environments "
+                "that are given beside it; leave them out, or leave rollout_func out"
+            )
+        return None
+    if not acting.tools and acting.environment_factory is None:
+        return None
+    limits = Limits(config.tool_timeout, config.max_tool_output, config.max_tool_calling_iterations)
+    return Interactions(acting.environment_factory, acting.tools, limits, config.tool_timeout)
+
+
+def _rewards(functions: Any, config: GRPOConfig, interactions: Interactions | None) -> RewardCaller:
+    """The reward functions, those of environments behind the user's, with weight 1."""
+    if interactions is None:
+        if functions is None:
+            raise UsageError(
+                "reward_funcs is missing; give a function of the completions, or environment_factory with an "
+                "environment that has get_reward"
+            )
+        return RewardCaller(functions, config.reward_weights, config.reward_timeout)
+    own = [] if functions is None else [*functions] if isinstance(functions, list | tuple) else [functions]
+    if not own and not interactions.rewards and not interactions.gives_rewards:
+        raise UsageError(
+            "nothing gives rewards; give reward_funcs, or an environment with get_reward, which returns a number"
+        )
+    weights = config.reward_weights
+    if weights is not None and len(weights) == len(own):
+        weights = (*weights, *[1.0] * len(interactions.rewards))
+    return RewardCaller(
+        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards
+    )
+
+
+def _starts(dataset: Any, name: str, *, needs_prompt: bool) -> PromptSource:
+    return prepare_starts(dataset, needs_prompt=needs_prompt, name=name)
+
+
+def _starts_without_rows(config: GRPOConfig, plan: BatchPlan, interactions: Interactions) -> list[dict[str, Any]]:
+    """Rows without columns, for environments that draw their starts themselves."""
+    if interactions.several:
+        raise UsageError(
+            "environment_factory holds several environments, and there is no train_dataset with a column 'environment' "
+            "that says which is played; give one"
+        )
+    if config.max_steps < 1:
+        raise UsageError(
+            "without a train_dataset nothing says how long training lasts; set max_steps, such as "
+            "GRPOConfig(max_steps=100)"
+        )
+    return [{} for _ in range(plan.prompts_per_generation)]
+
+
+def _player(
+    policy: Policy, tokenizer: Any, rewards: RewardCaller, config: GRPOConfig, interactions: Interactions | None,
+    acting: Acting, prompts: PromptSource | None,
+) -> Player:  # fmt: skip
+    if acting.rollout_func is not None:
+        return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
+    if interactions is None:
+        return CompletionPlayer(policy, tokenizer, rewards, config)
+    context = context_length(policy.model)
+    room = None if context is None else context - config.max_completion_length
+    said = f"the model's context of {context} less max_completion_length={config.max_completion_length}"
+    form = ChatFormat(
+        tokenizer, config.chat_template_kwargs, eos_token_ids(policy.model, tokenizer), room, said
+    )  # fmt: skip
+    player = EpisodePlayer(policy, form, interactions, rewards, config)
+    if interactions.has_tools and prompts is not None and not isinstance(prompts[0].prompt, str):
+        player.check_format()
+    return player
 
 
 def _check_best_metric(config: GRPOConfig, eval_prompts: Mapping[str, Any], functions: Sequence[str]) -> None:
@@ -163,16 +267,13 @@ def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, n
     )  # fmt: skip
 
 
-def read_eval_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any) -> dict[str, PromptSource]:
+def read_eval_prompts(read: Read, dataset: Any) -> dict[str, PromptSource]:
     """The prompts of one dataset under the name "", or of a mapping of several. Raises UsageError as read_prompts."""
     if dataset is None:
         return {}
     several = isinstance(dataset, dict) and "prompt" not in dataset
     parts = {f"eval_dataset[{name!r}]": name for name in dataset} if several else {"eval_dataset": ""}
-    return {
-        name: read_prompts(model, tokenizer, config, _whole(dataset[name] if several else dataset), said)
-        for said, name in parts.items()
-    }
+    return {name: read(_whole(dataset[name] if several else dataset), said) for said, name in parts.items()}
 
 
 _MOST_ROWS = 1_000_000

@@ -266,7 +266,7 @@ def open_sinks(setup: Setup, recording: Recording, counters: Counters, total: in
     if recording.metrics_path is not None:
         yield MetricsFile(recording.metrics_path, counters)
     if recording.each_generation or config.log_completions:
-        yield Transcripts(folder / "transcripts.jsonl", setup.rewards.names, config, recording.each_generation)
+        yield Transcripts(folder / "transcripts.jsonl", setup.player.names, config, recording.each_generation)
     yield Doctor(config, total)
     bar = None if config.disable_tqdm is None else not config.disable_tqdm
     lines = recording.lines and config.logging_strategy != "no"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.models.save import save_model
 from grouprl.lm.prompts import PromptSource
@@ -18,7 +19,7 @@ from grouprl.lm.train import checkpoint, evaluation, origin
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper, checked_callback
 from grouprl.lm.train.loop import Run, TrainOutput
-from grouprl.lm.train.setup import make_setup, read_eval_prompts, read_prompts
+from grouprl.lm.train.setup import Acting, make_setup, read_eval_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
 from grouprl.machine.memory import renew_freed_memory, use_huge_pages
 from grouprl.machine.processes import refuse_several_processes
@@ -36,7 +37,8 @@ class GRPOTrainer(ScriptMethods):
 
     Args:
         model: hub id, folder, GGUF file, ``"smollm2"``, or a loaded model.
-        reward_funcs: one or several reward functions, as TRL calls them; see :mod:`grouprl.lm.rewards.call`.
+        reward_funcs: one or several reward functions, as TRL calls them; see :mod:`grouprl.lm.rewards.call`. Not needed
+            where an environment gives the rewards.
         args: the configuration; default: ``GRPOConfig()``. TRL's own, as its parser of command lines makes it, is
             translated, with ``gradient_checkpointing`` left out.
         train_dataset, eval_dataset: Hugging Face datasets or lists of rows, each with a ``prompt``: text or messages.
@@ -52,6 +54,12 @@ class GRPOTrainer(ScriptMethods):
         surrogate_function: a loss of your own per token, in the place of that of ``args.loss_type``, which still says
             how tokens are averaged: ``(logp [S], logp_old [S], advantages [S]) -> [S]``. Both:
             :mod:`grouprl.objective.user_functions`.
+        tools: functions that the model may call, sync or async, each with type hints and a docstring.
+        environment_factory: makes environments that the model acts in, of TRL's shape
+            (:mod:`grouprl.lm.agents.tool_use`) or with text (:class:`grouprl.lm.agents.interaction.Interaction`); or
+            several by name, between which the column ``environment`` of the dataset decides.
+        rollout_func: samples in the place of the trainer: ``(prompts, trainer)`` to a mapping of ``prompt_ids``,
+            ``completion_ids``, ``logprobs``, perhaps ``env_mask``, and further columns for reward functions.
         **others: arguments of TRL's that are none here are accepted at the value that does nothing.
 
     Attributes:
@@ -64,7 +72,7 @@ class GRPOTrainer(ScriptMethods):
     def __init__(
         self,
         model: Any,
-        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -76,6 +84,9 @@ class GRPOTrainer(ScriptMethods):
         ref_model: Any = None,
         advantage_function: TensorFunction | None = None,
         surrogate_function: TensorFunction | None = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: Callable[[], Any] | Mapping[str, Callable[[], Any]] | None = None,
+        rollout_func: Callable[..., Mapping[str, Any]] | None = None,
         **others: Any,
     ) -> None:
         refuse_several_processes()
@@ -85,6 +96,7 @@ class GRPOTrainer(ScriptMethods):
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, optimizers=optimizers,
             peft_config=peft_config, ref_model=ref_model,
             functions=UserFunctions(advantage_function, surrogate_function),
+            acting=Acting(tools, environment_factory, rollout_func),
         )  # fmt: skip
         if not isinstance(callbacks, list | tuple | None):
             raise UsageError(f"callbacks={callbacks!r} must be a list of TrainerCallbacks")
@@ -92,6 +104,8 @@ class GRPOTrainer(ScriptMethods):
         vars(self).update(
             _train_dataset=train_dataset, _eval_dataset=eval_dataset, _given=(args, _values(args)), _running=False
         )
+        if isinstance(setup.player, RolloutPlayer):
+            setup.player.trainer = self
         renew_freed_memory()
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -157,7 +171,7 @@ class GRPOTrainer(ScriptMethods):
 
     @eval_dataset.setter
     def eval_dataset(self, dataset: Any) -> None:
-        prompts = read_eval_prompts(self.model, self.processing_class, self.args, dataset)
+        prompts = read_eval_prompts(self.setup.read, dataset)
         if not prompts and self.args.eval_strategy != "no":
             raise UsageError(f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, got {dataset!r}")
         self._change("eval_dataset", dataset, eval_prompts=prompts)
@@ -233,7 +247,7 @@ class GRPOTrainer(ScriptMethods):
         setup = self.setup
         sources = setup.eval_prompts
         if eval_dataset is not None:
-            sources = read_eval_prompts(setup.model, setup.tokenizer, setup.config, eval_dataset)
+            sources = read_eval_prompts(setup.read, eval_dataset)
         if not sources:
             raise UsageError("there is no eval_dataset; give one to GRPOTrainer or to evaluate")
         metrics: dict[str, float] = {}
@@ -280,7 +294,7 @@ class GRPOTrainer(ScriptMethods):
 
     def prompts(self, dataset: Any, name: str) -> PromptSource:
         """The prompts of a dataset, as this model reads them. Raises UsageError if it cannot be used."""
-        return read_prompts(self.model, self.processing_class, self.args, dataset, name)
+        return self.setup.read(dataset, name)
 
 
 def _values(args: Any) -> dict[str, Any]:

@@ -6,22 +6,34 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from grouprl.lm.agents.interaction import Message
 from grouprl.lm.generate.collect import ScoredGroups
-from grouprl.lm.generate.samples import Samples
+from grouprl.lm.generate.episodes import Episode
+from grouprl.lm.generate.play import message_text
+from grouprl.lm.generate.samples import Samples, Turns
 from grouprl.lm.prompts import Prompt
+from grouprl.objective.packed import segment_sum
 from grouprl.runs.transcripts import Transcript
 
 
 def whole_groups(samples: Samples, at_least: int | Literal["all"]) -> int:
-    """How many samples to keep for the first groups to be whole and ``at_least`` so many samples to be there."""
-    size = len(samples) // len(samples.prompts)
-    return len(samples) if at_least == "all" else min(-(-at_least // size) * size, len(samples))
+    """How many samples to keep for the first groups to be whole and ``at_least`` so many samples to be there.
+
+    Episodes count, and not the samples that they are divided into.
+    """
+    n = len(samples) if samples.turns is None else len(samples.turns.messages)
+    size = n // len(samples.prompts)
+    return n if at_least == "all" else min(-(-at_least // size) * size, n)
 
 
 def transcripts_of(samples: Samples, names: Sequence[str], step: int, n: int) -> Iterator[Transcript]:
-    """The first ``n`` samples of a generation; ``names`` are those of the reward functions."""
+    """The first ``n`` samples of a generation, or episodes; ``names`` are those of the rewards."""
+    if samples.turns is not None:
+        yield from _episodes(samples, samples.turns, names, step, n)
+        return
     starts = samples.lengths.cumsum(0) - samples.lengths
     for i in range(n):
         group = int(samples.group[i])
@@ -34,14 +46,51 @@ def transcripts_of(samples: Samples, names: Sequence[str], step: int, n: int) ->
 
 def transcripts_of_evaluation(drawn: ScoredGroups, names: Sequence[str]) -> Iterator[Transcript]:
     """All samples of an evaluation, or of a part of it."""
-    returns = drawn.returns.tolist()
-    for i, completion in enumerate(drawn.completions):
+    returns, lengths, finished = drawn.returns.tolist(), drawn.lengths.tolist(), drawn.finished.tolist()
+    for i, played in enumerate(drawn.completions):
         group = i // drawn.group_size
+        turns = _turns(played.messages, played.start.prompt, played.rewards) if isinstance(played, Episode) else []
         yield _transcript(
             drawn.prompts[group], i, names, drawn.rewards.values, drawn.rewards.extras, step=0, group=group,
-            completion=drawn.texts[i], tokens=len(completion.ids), finished=completion.finished, reward=returns[i],
-            advantage=None,
+            completion=drawn.texts[i], tokens=lengths[i], finished=finished[i], reward=returns[i], advantage=None,
+            turns=turns,
         )  # fmt: skip
+
+
+def _episodes(samples: Samples, turns: Turns, names: Sequence[str], step: int, n: int) -> Iterator[Transcript]:
+    """The first ``n`` episodes of a generation. The advantage of an episode is the mean of those of its turns."""
+    parts = torch.bincount(turns.episode)
+    firsts = (parts.cumsum(0) - parts).tolist()
+    n_turns = segment_sum(samples.n_turns.double(), parts).long().tolist()
+    lengths = segment_sum(samples.lengths.double(), parts).long().tolist()
+    rewards = torch.split(turns.rewards, n_turns)
+    advantages = torch.split(turns.advantages, n_turns)
+    for e in range(n):
+        i = firsts[e]
+        group = int(samples.group[i])
+        prompt = samples.prompts[group]
+        yield _transcript(
+            prompt, i, names, samples.rewards, samples.extras, step=step, group=group, completion=samples.texts[i],
+            tokens=lengths[e], finished=not bool(turns.truncated[e]), reward=float(samples.returns[i]),
+            advantage=float(advantages[e].mean()),
+            turns=_turns(turns.messages[e], prompt.prompt, rewards[e].tolist(), advantages[e].tolist()),
+        )  # fmt: skip
+
+
+def _turns(
+    messages: Sequence[Message], prompt: str | Sequence[Any], rewards: Sequence[float],
+    advantages: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What followed the prompt, with reward and advantage of the turns of the model."""
+    said: list[dict[str, Any]] = []
+    turn = 0
+    for message in messages[1 if isinstance(prompt, str) else len(prompt) :]:
+        said.append({"role": str(message["role"]), "text": message_text(message)})
+        if message["role"] == "assistant" and turn < len(rewards):
+            said[-1]["reward"] = rewards[turn]
+            said[-1]["advantage"] = None if advantages is None else advantages[turn]
+            turn += 1
+    return said
 
 
 def _transcript(

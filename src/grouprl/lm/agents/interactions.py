@@ -1,0 +1,212 @@
+"""The interactions of a run: made of what the user gave, used again from episode to episode, and replaced if broken."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from grouprl.errors import GrouprlError, TrainingError, UsageError, shown
+from grouprl.lm.agents.interaction import Interaction, Message
+from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, describe_error, kind_of, reward_functions
+from grouprl.lm.agents.tools import Function, schema_of
+from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.event_loop import EventLoop
+from grouprl.runs.time_limit import within
+
+_log = logging.getLogger("grouprl")
+
+Factory = Callable[[], Any]
+ENVIRONMENT_COLUMN, SEED_COLUMN = "environment", "seed"
+
+
+class Interactions:
+    """Makes interactions and keeps those that no episode uses.
+
+    Args:
+        factory: a callable that makes an environment, a mapping of several by name, or None for tools alone.
+            What it makes is an :class:`Interaction`, or an environment of TRL's shape.
+        tools: functions that the model may call, beside the methods of environments of TRL's shape.
+        limits: of calls of tools. timeout: seconds in which an episode must have begun, or None.
+
+    Attributes:
+        rewards: a reward function for each class of environments that has ``get_reward``.
+        gives_rewards: whether one of the environments gives rewards for turns.
+        has_tools: whether there is any tool.
+
+    Raises:
+        UsageError: something that was given cannot be used.
+    """
+
+    def __init__(
+        self, factory: Factory | Mapping[str, Factory] | None, tools: Sequence[Function] | None, limits: Limits,
+        timeout: float | None,
+    ) -> None:  # fmt: skip
+        self._functions = _checked_tools(tools)
+        self._schemas = [schema_of(function) for function in self._functions]
+        self._limits, self._timeout = limits, timeout
+        self._loop = EventLoop()
+        self.several = isinstance(factory, Mapping)
+        self._factories: dict[str | None, Factory | None] = (
+            {str(name): make for name, make in factory.items()} if isinstance(factory, Mapping) else {None: factory}
+        )
+        self._kinds: dict[type, Kind] = {}
+        self._idle: dict[str | None, list[Interaction]] = {}
+        self._names: dict[int, str | None] = {}
+        if not self._factories:
+            raise UsageError("environment_factory is an empty mapping; give {'name': factory}")
+        first = {name: self._make(name) for name in self._factories}
+        self._idle = {name: [made] for name, made in first.items()}
+        environments: list[Any] = [getattr(made, "environment", None) for made in first.values()]
+        self.rewards = reward_functions(
+            {
+                type(e): (type(e).__name__, inspect.iscoroutinefunction(e.get_reward))
+                for e in environments
+                if callable(getattr(e, "get_reward", None))
+            }
+        )
+        self.gives_rewards = any(made.gives_rewards for made in first.values())
+        self.has_tools = bool(self._functions) or any(made.tools for made in first.values())
+
+    def begin(self, row: Prompt, seed: int, where: str) -> tuple[Interaction, Sequence[Message] | str]:
+        """An interaction that has begun an episode, and its prompt.
+
+        Code of the user's that draws from the random generators of ``random``, ``numpy`` or torch draws from ``seed``
+        too, so that the members of a group start equal.
+
+        Args:
+            row: the row of the dataset. seed: of its group. where: what the row is called in errors.
+
+        Raises:
+            GrouprlError: the environment cannot begin.
+        """
+        name = self._name(row, where)
+        columns = dict(row.columns) if not row.prompt else {"prompt": row.prompt, **row.columns}
+        given = row.columns.get(SEED_COLUMN)
+        if isinstance(given, int) and not isinstance(given, bool):
+            seed = given
+        for attempt in range(2):
+            interaction = self._idle[name].pop() if self._idle[name] else self._make(name)
+            try:
+                with _seeded(seed):
+                    prompt = within(self._timeout, lambda: interaction.begin(columns, seed))  # noqa: B023
+            except GrouprlError:
+                raise
+            except TimeoutError as error:
+                if error.args or self._timeout is None:
+                    raise _cannot_begin(interaction, where, error) from error
+                said = f"{name_of(interaction)} had not begun {where} after {self._timeout:g} seconds"
+                if attempt:
+                    raise TrainingError(f"{said}, and neither had another one; raise tool_timeout") from None
+                _log.warning("%s; it is replaced by a new one", said)
+                continue
+            except Exception as error:
+                raise _cannot_begin(interaction, where, error) from error
+            if not isinstance(prompt, str | list | tuple):
+                raise TrainingError(
+                    f"{name_of(interaction)} began {where} with {shown(prompt)} of type {type(prompt).__name__}; give "
+                    "text or messages"
+                )
+            return interaction, prompt
+        raise AssertionError
+
+    def give_back(self, row: Prompt, interaction: Interaction, *, broken: bool) -> None:
+        """An episode is over; a broken interaction is not used again."""
+        if not broken:
+            self._idle[self._name(row, "")].append(interaction)
+
+    def close(self) -> None:
+        """Close all that are idle; more are made when they are needed."""
+        for idle in self._idle.values():
+            while idle:
+                interaction = idle.pop()
+                try:
+                    interaction.close()
+                except Exception as error:  # the training is over, and its result stands
+                    _log.warning("%s could not be closed: %s", name_of(interaction), describe_error(error))
+        self._loop.close()
+
+    def _name(self, row: Prompt, where: str) -> str | None:
+        if not self.several:
+            return None
+        name = row.columns.get(ENVIRONMENT_COLUMN)
+        if name not in self._factories:
+            raise UsageError(
+                f"{where} names the environment {shown(name)} in column {ENVIRONMENT_COLUMN!r}; environment_factory "
+                f"has {', '.join(map(repr, self._factories))}"
+            )
+        return str(name)
+
+    def _make(self, name: str | None) -> Interaction:
+        factory = self._factories[name]
+        if factory is None:
+            return ToolUse(self._functions, self._schemas, self._limits, self._loop)
+        if not callable(factory):
+            raise UsageError(
+                f"environment_factory{'' if name is None else f'[{name!r}]'} is {shown(factory)}, which cannot be "
+                "called; give a class, or a function that makes an environment"
+            )
+        try:
+            made = factory()
+        except GrouprlError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"environment_factory{'' if name is None else f'[{name!r}]'} raised {describe_error(error)}; it is "
+                "called without arguments and returns an environment"
+            ) from error
+        if callable(getattr(made, "begin", None)) and callable(getattr(made, "answer", None)):
+            if self._functions:
+                raise UsageError(
+                    f"tools are given beside {name_of(made)}, which answers turns itself; leave tools out, or let the "
+                    "environment call them"
+                )
+            return made  # type: ignore[no-any-return]
+        kind = self._kinds.get(type(made))
+        if kind is None:
+            kind = self._kinds[type(made)] = kind_of(made)
+        return ToolUse(
+            self._functions, self._schemas, self._limits, self._loop, made, kind, all_columns=not self.several
+        )
+
+
+def name_of(interaction: Any) -> str:
+    """An interaction, for messages."""
+    return str(getattr(interaction, "name", f"the environment {type(interaction).__name__}"))
+
+
+def _cannot_begin(interaction: Interaction, where: str, error: Exception) -> TrainingError:
+    return TrainingError(f"{name_of(interaction)} raised {describe_error(error)} when it began {where}; see its reset")
+
+
+def _checked_tools(tools: Any) -> list[Function]:
+    if tools is None:
+        return []
+    if callable(tools):
+        raise UsageError(
+            f"tools is {shown(tools)}; give a list of functions: tools=[{getattr(tools, '__name__', 'f')}]"
+        )
+    if not isinstance(tools, list | tuple):
+        raise UsageError(f"tools is {shown(tools)}; give a list of functions")
+    return list(tools)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the random generators that a process shares, and put them back afterwards."""
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])

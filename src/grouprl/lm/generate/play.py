@@ -1,0 +1,226 @@
+"""Playing episodes: prompts become conversations with tools or an environment, and these become samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grouprl.errors import UsageError, shown
+from grouprl.lm.agents import tool_calls
+from grouprl.lm.agents.chat_format import ChatFormat
+from grouprl.lm.agents.conversation import Conversation, Conversations, Rules
+from grouprl.lm.agents.interaction import Message
+from grouprl.lm.agents.interactions import Interactions, name_of
+from grouprl.lm.generate.collect import Metrics, ScoredGroups
+from grouprl.lm.generate.episodes import Episode, samples_of_episodes, turn_advantages
+from grouprl.lm.generate.samples import Samples
+from grouprl.lm.policy.policy import Policy
+from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.call import RewardCaller, total
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.streams import Draws, Stream
+from grouprl.lm.sample.turns import Sampled
+from grouprl.lm.settings.config import GRPOConfig
+from grouprl.objective.user_functions import TensorFunction
+
+_log = logging.getLogger("grouprl")
+TURN_REWARDS = "environment"
+"""The name of the sum of the rewards that an environment gave in the turns of an episode."""
+
+
+class EpisodeGroups(ScoredGroups):
+    """Groups of episodes with their rewards; ``completions`` are the episodes."""
+
+    completions: list[Episode]
+
+    @property
+    def lengths(self) -> Tensor:
+        """``[N]`` tokens that the model wrote."""
+        return torch.tensor([sum(len(sample.logp) for sample in e.samples) for e in self.completions])
+
+    @property
+    def finished(self) -> Tensor:
+        """``[N]`` bool: whether nothing cut the episode off."""
+        return torch.tensor([not e.truncated for e in self.completions])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all samples, their prompts and those of the other side included."""
+        return sum(len(sample.prompt) + len(sample.ids) for e in self.completions for sample in e.samples)
+
+    def metrics(self) -> Metrics:
+        """How long episodes are and how they ended; sums over turns that tools and environments count."""
+        episodes = self.completions
+        turns = [len(e.rewards) for e in episodes]
+        counted: dict[str, float] = {}
+        for e in episodes:
+            for name, value in e.metrics.items():
+                counted[name] = counted.get(name, 0.0) + value
+        n = len(episodes)
+        calls, failures = counted.pop("tools/calls", None), counted.pop("tools/failures", 0.0)
+        of_tools = {} if calls is None else {
+            "tools/call_frequency": calls / n, "tools/failure_frequency": failures / calls if calls else 0.0,
+        }  # fmt: skip
+        return {
+            "episodes/mean_turns": sum(turns) / n, "episodes/max_turns": float(max(turns)),
+            "episodes/terminated": sum(e.terminated for e in episodes) / n,
+            "episodes/truncated": sum(e.truncated for e in episodes) / n,
+            **of_tools, **{name: value / n for name, value in counted.items()},
+        }  # fmt: skip
+
+    def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:
+        """For each group whether one of its turns has an advantage."""
+        advantages = turn_advantages(
+            self.completions, config, rewards=self.rewards.values, weights=self.weights, own=own
+        )
+        per_episode = torch.split(advantages, [len(e.rewards) for e in self.completions])
+        found = [bool((part != 0).any()) for part in per_episode]
+        return [any(found[g * self.group_size : (g + 1) * self.group_size]) for g in range(self.n_prompts)]
+
+
+class EpisodePlayer:
+    """Episodes of several turns.
+
+    Args:
+        policy: samples the turns of the model. form: renders and reads messages.
+        interactions: the other sides. rewards: judge whole episodes, after the environment has.
+    """
+
+    def __init__(
+        self, policy: Policy, form: ChatFormat, interactions: Interactions, rewards: RewardCaller, config: GRPOConfig
+    ) -> None:
+        self.policy, self.form, self.interactions = policy, form, interactions
+        self.rewards, self.config = rewards, config
+        self._rules = Rules(
+            config.max_turns, config.history == "turn", config.tool_timeout, config.max_tool_output,
+            counted=("tools/calls", "tools/failures", "tools/parse_failures") if interactions.has_tools else (),
+        )  # fmt: skip
+        if interactions.has_tools and form.unread:
+            _log.warning(
+                "the chat template shows tools, but the tokenizer does not say how calls are read, so tools and calls "
+                "are text of grouprl's; set tokenizer.response_template for those of the template"
+            )
+        if form.rewrites is not None and not self._rules.anew:
+            _log.warning(
+                "the chat template %s, and here they stay: what was sampled is what is learned from. Serve the model "
+                "with a template that keeps them, or set history='turn'", form.rewrites,
+            )  # fmt: skip
+        given = [TURN_REWARDS] if interactions.gives_rewards else []
+        self.names = (*rewards.names, *given)
+        self.weights = torch.cat([rewards.weights, torch.ones(len(given), dtype=torch.float64)])
+
+    def draw(
+        self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
+        settings: SamplingSettings | None = None, state: Any = None,
+    ) -> EpisodeGroups:  # fmt: skip
+        """As `Player.draw`; members of a group start equal."""
+        running: list[Conversation] = []
+        try:
+            for row, number in zip(prompts, numbers, strict=True):
+                self._begin(row, group_seed(self.config.seed, number), group_size, running)
+            starts = [conversation.start for conversation in running[::group_size]]
+            partner = Conversations(running)
+            sampled = self.policy.sample_episodes(
+                [start.ids for start in starts], group_size, stream, partner, settings
+            )
+            partner.check()
+            for conversation in running:
+                conversation.cut()
+            return self._judged(starts, group_size, running, sampled, state)
+        finally:
+            for conversation in running:
+                self.interactions.give_back(conversation.row, conversation.interaction, broken=conversation.broken)
+
+    def returns(self, groups: EpisodeGroups) -> Tensor:
+        """As `Player.returns`."""
+        return groups.returns
+
+    def samples(self, groups: EpisodeGroups, own: TensorFunction | None) -> Samples:
+        """As `Player.samples`."""
+        return samples_of_groups(groups, self.policy, self.config, own)
+
+    def check_format(self) -> None:
+        """Raises UsageError if conversations cannot be appended to, and would have to be."""
+        if self.form.fault is not None and not self._rules.anew and self.config.max_turns != 1:
+            raise UsageError(
+                f"{self.form.fault}; give the tokenizer another chat_template, or set history='turn', which renders "
+                "each turn anew"
+            )
+
+    def _begin(self, row: Prompt, seed: int, group_size: int, running: list[Conversation]) -> None:
+        """Begin the episodes of a group, and add them to those that are running."""
+        where = f"row {row.index} of the dataset"
+        first: Conversation | None = None
+        for _ in range(group_size):
+            interaction, prompt = self.interactions.begin(row, seed, where)
+            if first is None:
+                if not isinstance(prompt, str):
+                    self.check_format()
+                start = self.form.first(prompt, interaction.tools, row, where)
+            elif prompt != first.start.prompt:
+                raise UsageError(
+                    f"{name_of(interaction)} began {where} with {shown(first.start.prompt)}, and then for another "
+                    f"member of the group with {shown(prompt)}; members of a group are compared, so they must start "
+                    "equal: let reset take an argument seed, and draw from it alone"
+                )
+            running.append(Conversation(interaction, row, start, self.form, self._rules))
+            first = first or running[-1]
+
+    def _judged(
+        self, starts: list[Prompt], group_size: int, running: list[Conversation], sampled: list[list[Sampled]],
+        state: Any,
+    ) -> EpisodeGroups:  # fmt: skip
+        ids = [[token for sample in samples for token in sample.ids] for samples in sampled]
+        said: list[Any] = [conversation.completion for conversation in running]
+        rows = [conversation.start for conversation in running]
+        environments = [getattr(c.interaction, "environment", c.interaction) for c in running]
+        judged = self.rewards(rows, said, ids, state, environments=environments)
+        totals = total(judged.values, self.rewards.weights).tolist()
+        if self.interactions.gives_rewards:
+            given = [sum(c.rewards) if c.interaction.gives_rewards else math.nan for c in running]
+            values = torch.cat([judged.values, torch.tensor(given, dtype=torch.float64)[:, None]], 1)
+            judged = replace(judged, values=values, names=self.names)
+        episodes = [
+            Episode(
+                start=c.start, group=i // group_size, samples=samples,
+                rewards=[*c.rewards[:-1], c.rewards[-1] + of_all], terminated=c.terminated, truncated=c.truncated,
+                states=c.states, messages=c.messages, metrics=c.metrics,
+            )
+            for i, (c, samples, of_all) in enumerate(zip(running, sampled, totals, strict=True))
+        ]  # fmt: skip
+        texts = [said if isinstance(said, str) else written(said) for said in said]
+        return EpisodeGroups(starts, group_size, episodes, texts, judged, self.weights)
+
+
+def samples_of_groups(
+    groups: EpisodeGroups, policy: Policy, config: GRPOConfig, own: TensorFunction | None
+) -> Samples:  # fmt: skip
+    """What is learned from groups of episodes; some may have come from other draws, so they are numbered anew."""
+    episodes = [replace(e, group=i // groups.group_size) for i, e in enumerate(groups.completions)]
+    return samples_of_episodes(
+        episodes, config, policy=policy, rewards=groups.rewards.values, weights=groups.weights, texts=groups.texts,
+        extras=groups.rewards.extras, own=own,
+    )  # fmt: skip
+
+
+def group_seed(seed: int, number: int) -> int:
+    """The seed from which the members of a group start: 31 bits of (seed of the run, number of the group)."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
+
+
+def written(messages: Sequence[Message]) -> str:
+    """Messages as a text for people to read."""
+    return "\n".join(f"{message['role']}: {message_text(message)}" for message in messages)
+
+
+def message_text(message: Message) -> str:
+    """What a message says, its tool calls included."""
+    calls = "".join(map(tool_calls.as_text, message.get("tool_calls") or ()))
+    return f"{message.get('content') or ''}{calls}"

@@ -1,0 +1,194 @@
+"""Conversations in tokens: only what is new is rendered, and it is what rendering everything would give."""
+
+import re
+
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from grouprl.errors import UsageError
+from grouprl.lm.agents.chat_format import ChatFormat
+from grouprl.lm.agents.tool_calls import as_call
+from grouprl.lm.agents.tools import schema_of
+from grouprl.lm.models.tiny import tiny_tokenizer
+from grouprl.lm.prompts import Prompt
+
+CHATML = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+KNOWS_TOOLS = (
+    "{% if tools %}{{ '<|start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|end|>\n' }}"
+    "{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + (m.content or '') }}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+STRIPS = (
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{{ '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+NO_SYSTEM = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + CHATML
+ALTERNATES = (
+    "{% for m in messages %}{{ raise_exception('roles') if (m.role == 'user') != (loop.index0 % 2 == 0) }}{% endfor %}"
+    + CHATML
+)
+NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant: "
+COUNTS = "{% for m in messages %}{{ '<|start|>' + loop.index | string + m.content + '<|end|>' }}{% endfor %}"
+DROPS = "{% for m in messages if m.role == 'user' %}{{ '<|start|>' + m.content + '<|end|>' }}{% endfor %}"
+ROW = Prompt(3, "", {}, ())
+
+
+def tokenizer(template: str | None):
+    """One token a byte, and two special ones."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", additional_special_tokens=["<|start|>"], pad_token="<|end|>"
+    )
+    made.chat_template = template
+    return made
+
+
+def form(template: str | None, **more) -> ChatFormat:
+    made = tokenizer(template)
+    return ChatFormat(made, {}, [made.eos_token_id], **more)
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
+
+
+ADD = schema_of(add)
+TALK = [
+    {"role": "user", "content": "What is 3 + 4?"},
+    {"role": "assistant", "content": "One moment.", "tool_calls": [as_call("add", {"a": 3, "b": 4})]},
+    {"role": "tool", "name": "add", "content": "7"},
+    {"role": "assistant", "content": "7"},
+    {"role": "user", "content": "Thanks <|end|>"},
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, KNOWS_TOOLS, STRIPS, NO_SYSTEM, ALTERNATES])
+def test_what_is_appended_is_what_rendering_the_whole_conversation_gives(template: str) -> None:
+    """With the model's own tokens in between. The user writes an end token too, which is not taken for the end."""
+    made, f = tokenizer(template), form(template)
+    assert f.fault is None
+    whole = f._as_model_reads(TALK)
+    ids = list(f.first(TALK[:1], [], ROW, "a row").ids)
+    for said, answer in ((TALK[1], [TALK[2]]), (TALK[3], [TALK[4]])):
+        (model,) = f._as_model_reads([said])
+        calls = '<tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>'
+        written = model["content"] + (calls if f.knows_tools and said.get("tool_calls") else "")
+        ids += made(written, add_special_tokens=False)["input_ids"] + [made.eos_token_id]
+        ids += f.following(answer)
+    wanted = made.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
+    assert made.decode(ids).replace(" ", "") == wanted.replace(" ", "")
+
+
+def test_a_turn_that_was_cut_off_is_ended_first() -> None:
+    f = form(CHATML)
+    made = tokenizer(CHATML)
+    assert f.following([], finished=False) == [made.eos_token_id, *f.following([])]
+    assert made.decode(f.following([])) == "\n<|start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (NO_END, r"ends the assistant's turn with none of the tokens <\|end\|>"),
+        (COUNTS, "renders a message differently in a longer conversation"),
+        (DROPS, "leaves out what the assistant said"),
+        (None, "the tokenizer has no chat template"),
+        ("{{ raise_exception('one turn only') if messages | length > 1 }}" + CHATML, "cannot render .*one turn only"),
+    ],
+)
+def test_a_template_that_cannot_be_appended_to_is_found_at_once(template: str | None, fault: str) -> None:
+    assert re.search(fault, str(form(template).fault))
+
+
+def test_a_template_that_leaves_thoughts_out_later_is_noticed() -> None:
+    assert form(STRIPS).rewrites == "leaves thoughts of earlier turns out"
+    assert form(CHATML).rewrites is None
+
+
+def test_a_template_that_shows_tools_is_given_them_and_its_calls_are_read() -> None:
+    f, made = form(KNOWS_TOOLS), tokenizer(KNOWS_TOOLS)
+    assert f.knows_tools
+    assert '"name": "add"' in made.decode(f.first(TALK[:1], [ADD], ROW, "a row").ids)
+    message, fault = f.parse('Hm. <tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>', [ADD])
+    assert message == {"role": "assistant", "content": "Hm.", "tool_calls": [as_call("add", {"a": 3, "b": 4})]}
+    assert fault is None
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM])
+def test_a_template_without_tools_gets_them_as_text(template: str) -> None:
+    f, made = form(template), tokenizer(template)
+    assert not f.knows_tools
+    read = made.decode(f.first(TALK[:1], [ADD], ROW, "a row").ids)
+    assert read.count("add(a: integer, b: integer) - Add two numbers.") == 1
+    assert ("<|start|>system" in read) == (template == CHATML)
+    assert read.endswith("What is 3 + 4?<|end|>\n<|start|>assistant\n")
+    results = [{"role": "tool", "name": "add", "content": str(i)} for i in (1, 2)]
+    assert made.decode(f.following(results)) == (
+        "\n<|start|>user\n<tool_response>1</tool_response>\n<tool_response>2</tool_response><|end|>\n"
+        "<|start|>assistant\n"
+    )
+
+
+def test_tools_join_a_system_message_that_is_there() -> None:
+    f, made = form(CHATML), tokenizer(CHATML)
+    read = made.decode(f.first([{"role": "system", "content": "Be brief."}, TALK[0]], [ADD], ROW, "a row").ids)
+    assert read.startswith("<|start|>system\nBe brief.\n\nYou can use this tool:")
+    assert read.count("<|start|>system") == 1
+
+
+def test_a_response_template_reads_calls_if_the_tokenizer_has_one() -> None:
+    f = form(KNOWS_TOOLS)
+    f._tokenizer.response_template = {"anything": 1}
+    asked = []
+
+    def parse_response(text, *, prefix, tools):
+        asked.append((text, prefix, tools))
+        return {"role": "assistant", "thinking": "Hm", "tool_calls": [{"name": "add", "arguments": {"a": 3, "b": 4}}]}
+
+    f._tokenizer.parse_response = parse_response
+    message, _ = f.parse("the turn", [ADD])
+    assert message == {
+        "role": "assistant", "thinking": "Hm", "content": "", "tool_calls": [as_call("add", {"a": 3, "b": 4})],
+    }  # fmt: skip
+    assert asked == [("the turn", "<|start|>user\n1<|end|>\n<|start|>assistant\n", [ADD])]
+
+
+def test_a_call_that_cannot_be_read_is_a_fault_and_no_exception() -> None:
+    message, fault = form(CHATML).parse("<tool_call>add(3</tool_call>", [ADD])
+    assert message == {"role": "assistant", "content": "<tool_call>add(3</tool_call>"}
+    assert "cannot be read" in str(fault)
+    assert form(CHATML).parse("<tool_call>add(3</tool_call>", [])[1] is None  # nobody offered tools
+
+
+def test_text_is_tokenised_alone_behind_the_token_that_begins_a_text() -> None:
+    made = tiny_tokenizer()
+    f = ChatFormat(made, {}, [made.eos_token_id])
+    assert made.decode(f.first("abc", [], ROW, "a row").ids) == "^abc"
+    assert made.decode(f.following("de")) == "de"
+    assert f.following("") == []
+
+
+def test_a_prompt_that_is_too_long_names_the_row_and_the_bound() -> None:
+    f = form(CHATML, room=10, room_is="the context of 20 less max_completion_length=10")
+    for prompt in ("x" * 11, [{"role": "user", "content": "x"}]):
+        with pytest.raises(UsageError, match=r"a row has a prompt of .* tokens, but the context of 20 .*leaves 10"):
+            f.first(prompt, [], ROW, "a row")
+        assert len(f.first(prompt, [], ROW, "a row", limited=False).ids) > 10
+    with pytest.raises(UsageError, match="a row has the empty prompt"):
+        f.first("", [], ROW, "a row")

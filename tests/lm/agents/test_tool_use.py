@@ -1,0 +1,303 @@
+"""TRL's shape of tools and environments, and what may be wrong with them."""
+
+import asyncio
+import random
+import string
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.lm.agents.interaction import Answer, Interaction, Said
+from grouprl.lm.agents.interactions import Interactions
+from grouprl.lm.agents.tool_calls import as_call
+from grouprl.lm.agents.tool_use import Limits, reward_of
+from grouprl.lm.prompts import Prompt
+
+ASKED = [{"role": "user", "content": "Go. "}]
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
+
+
+class Counter(string.Formatter):
+    """Counts to a number. Its base stands for a framework's, whose public methods are no tools."""
+
+    def reset(self, start: int = 0, seed: int = 0, **row):
+        self.count, self.seed, self.row = start, seed, row
+        self.closed = False
+        return f"Count from {start}."
+
+    def up(self, by: int) -> int:
+        """Count up.
+
+        Args:
+            by: How far.
+        """
+        self.count += by
+        return self.count
+
+    async def up_later(self, by: int) -> int:
+        """Count up, later.
+
+        Args:
+            by: How far.
+        """
+        await asyncio.sleep(0)
+        return self.up(by)
+
+    def _helper(self) -> None: ...
+
+    def get_reward(self) -> float:
+        return float(self.count)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Ends(Counter):
+    """Ends at 3, with a reward for each turn."""
+
+    done = False
+
+    def reset(self, **row):
+        super().reset(**row)
+        self.done = False
+
+    def up(self, by: int) -> int:
+        """Count up.
+
+        Args:
+            by: How far.
+        """
+        self.done = self.count + by >= 3
+        return super().up(by)
+
+    def get_turn_reward(self) -> float:
+        return self.count / 10
+
+
+def made(factory=None, tools=None, timeout=5.0, iterations=None) -> Interactions:
+    return Interactions(factory, tools, Limits(timeout, 200, iterations), timeout)
+
+
+def row(prompt=ASKED, **columns) -> Prompt:
+    return Prompt(0, prompt, columns, ())
+
+
+def calling(*calls, text="", finished=True) -> Said:
+    given = {"role": "assistant", "content": text, "tool_calls": [as_call(name, of) for name, of in calls]}
+    return Said(text, finished, given)
+
+
+def test_public_methods_of_the_class_are_tools_and_nothing_else() -> None:
+    interactions = made(Counter, [add])
+    playing, prompt = interactions.begin(row(start=2, label="x"), 7, "row 0")
+    assert [schema["function"]["name"] for schema in playing.tools] == ["add", "up", "up_later"]
+    assert prompt == [{"role": "user", "content": "Go. Count from 2."}]
+    assert playing.environment.seed == 7
+    assert playing.environment.row == {"prompt": ASKED, "label": "x"}
+    answer = playing.answer(calling(("up", {"by": 2}), ("up_later", {"by": 3}), ("add", {"a": 1, "b": 2})))
+    assert [(m["role"], m["name"], m["content"]) for m in answer.messages] == [
+        ("tool", "up", "4"), ("tool", "up_later", "7"), ("tool", "add", "3"),
+    ]  # fmt: skip
+    assert not answer.terminated
+    assert answer.metrics == {"tools/calls": 3.0, "tools/failures": 0.0, "tools/timeouts": 0.0}
+    assert playing.answer(Said("Done.", True)) == Answer(terminated=True)
+    assert playing.answer(Said("Do", False)) == Answer(truncated=True)
+    (reward,) = interactions.rewards
+    assert (reward.__name__, reward([playing.environment, object()])) == ("Counter", [7.0, None])
+
+
+def test_a_reset_is_given_what_it_takes() -> None:
+    class Plain:
+        def reset(self):
+            self.began = True
+
+    playing, prompt = made(Plain).begin(row(label="x"), 1, "row 0")
+    assert playing.environment.began
+    assert prompt == ASKED
+
+
+def test_an_environment_may_end_the_episode_and_reward_each_turn() -> None:
+    playing, _ = made(Ends).begin(row(), 1, "row 0")
+    assert playing.gives_rewards
+    first, second = (playing.answer(calling(("up", {"by": by}))) for by in (1, 2))
+    assert (first.reward, first.terminated, second.reward, second.terminated) == (0.1, False, 0.3, True)
+
+
+def test_calls_end_after_the_iterations_that_are_allowed() -> None:
+    playing, _ = made(None, [add], iterations=1).begin(row(), 1, "row 0")
+    call = calling(("add", {"a": 1, "b": 2}))
+    assert not playing.answer(call).truncated
+    assert playing.answer(call) == Answer(truncated=True)
+    playing.begin({"prompt": ASKED}, 1)
+    assert not playing.answer(call).truncated
+
+
+def test_what_cannot_be_read_as_a_call_is_a_step_with_an_answer() -> None:
+    playing, _ = made(None, [add]).begin(row(), 1, "row 0")
+    answer = playing.answer(Said("add(3", True, fault="the call 'add(3' cannot be read"))
+    assert answer.messages == [
+        {"role": "tool", "name": "error", "content": "{'error': \"the call 'add(3' cannot be read\"}"}
+    ]
+    assert answer.metrics["tools/parse_failures"] == answer.metrics["tools/failures"] == 1.0
+
+
+def test_members_of_a_group_start_equal_even_from_the_random_generators_of_the_process() -> None:
+    class Draws:
+        def reset(self):
+            return f"{random.random()} {np.random.rand()}"
+
+    random.seed(5)
+    before = random.getstate()
+    interactions = made(Draws)
+    first, again, other = (interactions.begin(row(), seed, "row 0")[1] for seed in (1, 1, 2))
+    assert first == again != other
+    assert random.getstate() == before
+
+
+def test_a_column_seed_is_the_seed() -> None:
+    playing, _ = made(Counter).begin(row(seed=3), 7, "row 0")
+    assert playing.environment.seed == 3
+
+
+def test_interactions_are_used_again_closed_at_the_end_and_replaced_if_broken() -> None:
+    interactions = made(Counter)
+    playing, _ = interactions.begin(row(), 1, "row 0")
+    interactions.give_back(row(), playing, broken=False)
+    assert interactions.begin(row(), 1, "row 0")[0] is playing
+    other, _ = interactions.begin(row(), 1, "row 0")
+    assert other is not playing
+    interactions.give_back(row(), playing, broken=False)
+    interactions.give_back(row(), other, broken=True)
+    interactions.close()
+    assert (playing.environment.closed, other.environment.closed) == (True, False)
+
+
+def test_a_method_that_hangs_ends_the_episode_and_the_environment_is_broken() -> None:
+    ended = threading.Event()
+
+    class Hangs:
+        def reset(self): ...
+
+        def wait(self) -> str:
+            """Wait for ever."""
+            while not ended.is_set():
+                time.sleep(0.01)
+            return ""
+
+    playing, _ = made(Hangs, timeout=0.1).begin(row(), 1, "row 0")
+    answer = playing.answer(calling(("wait", {})))
+    ended.set()
+    assert (answer.truncated, answer.metrics["tools/timeouts"], playing.broken) == (True, 1.0, True)
+    assert "had not returned after 0.1 seconds" in answer.messages[0]["content"]
+
+
+def test_a_reset_that_hangs_is_tried_once_more_with_a_new_environment() -> None:
+    tries: list[int] = []
+
+    class Slow:
+        def reset(self):
+            tries.append(1)
+            if len(tries) == 1:
+                time.sleep(30)
+            return "At last."
+
+    assert made(Slow, timeout=0.1).begin(row(), 1, "row 0")[1][0]["content"] == "Go. At last."
+    assert len(tries) == 2
+
+
+def test_a_mapping_of_environments_is_chosen_from_by_the_column() -> None:
+    interactions = made({"count": Counter, "end": Ends})
+    playing, _ = interactions.begin(row(environment="end"), 1, "row 0")
+    assert type(playing.environment) is Ends
+    assert "environment" not in playing.environment.row
+    with pytest.raises(UsageError, match=r"row 4 names the environment 'x' in column 'environment'.*'count', 'end'"):
+        interactions.begin(row(environment="x"), 1, "row 4")
+
+
+def test_what_has_begin_and_answer_is_played_as_it_is() -> None:
+    class Own(Interaction):
+        def begin(self, row, seed):
+            return f"{row['label']} {seed}"
+
+        def answer(self, said):
+            return Answer(terminated=True)
+
+    playing, prompt = made(Own).begin(row("", label="x"), 4, "row 0")
+    assert (type(playing), prompt) == (Own, "x 4")
+    with pytest.raises(UsageError, match="tools are given beside the environment Own"):
+        made(Own, [add])
+
+
+class NoReset:
+    pass
+
+
+class NoText:
+    def reset(self):
+        return 3
+
+
+class Silent:
+    def reset(self): ...
+
+
+class Undescribed:
+    def reset(self): ...
+
+    def move(self, to):
+        return to
+
+
+def broken_factory():
+    raise OSError("no server")
+
+
+@pytest.mark.parametrize(
+    ("factory", "tools", "prompt", "said"),
+    [
+        (NoReset, None, ASKED, "makes a NoReset, which has no method reset; give it one"),
+        (NoText, None, ASKED, "reset of the environment NoText returned 3 of type int; return text"),
+        (Silent, None, "", "returned None, and the row of the dataset has no prompt"),
+        (Undescribed, None, ASKED, "method of the environment Undescribed 'move' cannot be described"),
+        (broken_factory, None, ASKED, "environment_factory raised OSError: no server"),
+        ({"a": 3}, None, ASKED, r"environment_factory\['a'\] is 3, which cannot be called"),
+        ({}, None, ASKED, "environment_factory is an empty mapping"),
+        (Counter, [add, add], ASKED, "two tools are called 'add'"),
+        (None, add, ASKED, r"give a list of functions: tools=\[add\]"),
+        (None, "add", ASKED, "tools is 'add'; give a list of functions"),
+    ],
+)
+def test_what_is_wrong_with_tools_and_environments_is_said_in_a_line(factory, tools, prompt, said) -> None:
+    with pytest.raises(GrouprlError, match=said):
+        made(factory, tools).begin(row(prompt), 1, "row 0")
+
+
+@pytest.mark.parametrize("given", [None, "1", float("nan"), float("inf"), [1.0]])
+def test_a_reward_is_one_finite_number(given) -> None:
+    with pytest.raises(TrainingError, match=r"the reward of turn 2 is .*give a"):
+        reward_of(given, "the reward of turn 2")
+
+
+def test_the_reward_of_an_environment_may_be_asynchronous() -> None:
+    class Judged:
+        def reset(self): ...
+
+        async def get_reward(self):
+            return 2.0
+
+    interactions = made({"a": Judged, "b": Counter})
+    judge = next(function for function in interactions.rewards if function.__name__ == "Judged")
+    playing, _ = interactions.begin(row(environment="a"), 1, "row 0")
+    assert asyncio.run(judge([object(), playing.environment])) == [None, 2.0]

@@ -1,0 +1,294 @@
+"""Training of agents, from the arguments of a trainer to its logs, evaluations and checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_agents import ASKED, CALLS, WORDS, Buttons, trainer
+from small_runs import TIMES, logged, same, weights
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.agents.interaction import Answer, Interaction
+
+ROWS = [{"prompt": ASKED, "right": right} for right in ("a", "b", "a", "b")]
+
+
+def test_an_agent_learns_which_button_to_press(tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path, {"max_steps": 20, "prompts_per_step": 4, "num_generations": 8, "learning_rate": 1e-2, "seed": 1}
+    )
+    made.train()
+    rewards = [entry["reward"] for entry in logged(made)]
+    assert sum(rewards[:3]) / 3 < 0.3
+    assert sum(rewards[-3:]) / 3 > 0.8
+    last = logged(made)[-1]
+    assert last["rewards/Buttons/mean"] == last["reward"]
+    assert last["episodes/terminated"] + last["episodes/truncated"] == 1.0
+    assert last["tools/call_frequency"] >= 1.5
+    assert last["tools/failure_frequency"] < 0.5
+    assert {"tools/parse_failures", "episodes/mean_turns", "episodes/max_turns", "tools/timeouts"} <= last.keys()
+
+
+def press(key: str) -> str:
+    """Press a button.
+
+    Args:
+        key: Which one.
+    """
+    return "yes" if key == "a" else "no"
+
+
+async def wait() -> str:
+    """Wait."""
+    return "yes"
+
+
+def test_reward_functions_read_the_messages_of_an_episode(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def reward(prompts, completions, completion_ids, right, environments, **_):
+        seen.append((prompts, completions, environments))
+        return [float(any(m["role"] == "tool" for m in said)) for said in completions]
+
+    made = trainer(tmp_path, {"max_steps": 1}, tools=[press, wait], reward_funcs=reward, train_dataset=ROWS)
+    made.train()
+    (entry,) = logged(made)
+    assert (entry["rewards/reward/mean"], entry["reward"]) == (entry["reward"], entry["reward"])
+    prompts, completions, environments = seen[0]
+    assert prompts[0] == ASKED
+    assert environments == [None] * 8
+    called = [said for said in completions if len(said) > 1]
+    assert called
+    for said in called:
+        assert [m["role"] for m in said[:2]] == ["assistant", "tool"]
+        if "tool_calls" in said[0]:
+            assert said[0]["tool_calls"][0]["function"]["name"] == "press"
+            assert said[1]["name"] == "press"
+
+
+def test_environments_own_their_rewards_and_their_data(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"max_steps": 1})
+    made.train()
+    assert made.last_samples.prompts[0].prompt == [{"role": "user", "content": " go"}]
+    with pytest.raises(UsageError, match=r"without a train_dataset nothing says how long .*max_steps"):
+        trainer(tmp_path, {"max_steps": -1})
+    with pytest.raises(UsageError, match="several environments, and there is no train_dataset"):
+        trainer(tmp_path, environment_factory={"a": Buttons})
+    with pytest.raises(UsageError, match=r"nothing gives rewards; give reward_funcs, or .* get_reward"):
+        trainer(tmp_path, tools=[press], train_dataset=ROWS)
+    with pytest.raises(UsageError, match="there is no train_dataset"):
+        trainer(tmp_path, tools=[press], reward_funcs=lambda completions: [0.0] * len(completions)).train()
+
+
+def test_members_of_a_group_that_do_not_start_equal_are_an_error(tmp_path: Path) -> None:
+    class Different(Buttons):
+        made = 0
+
+        def reset(self, **row):
+            super().reset()
+            Different.made += 1
+            return " yes" if Different.made % 2 else " no"
+
+    with pytest.raises(UsageError, match=r"Different began row .* with .*yes.* and then .*no.*must start equal: let"):
+        trainer(tmp_path, environment_factory=Different).train()
+
+
+def test_a_template_that_cannot_be_appended_to_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
+    from small_agents import config, model, tokenizer
+
+    from grouprl.lm import GRPOTrainer
+
+    other = tokenizer()
+    other.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    given = {"processing_class": other, "tools": [press], "reward_funcs": lambda completions: [0.0] * len(completions)}
+    with pytest.raises(UsageError, match=r"ends the assistant's turn with none of .*; give .* or set history='turn'"):
+        GRPOTrainer(model(), args=config(tmp_path), train_dataset=ROWS, **given)
+    GRPOTrainer(model(), args=config(tmp_path, history="turn"), train_dataset=ROWS, **given)
+
+
+@pytest.mark.parametrize("advantage", ["outcome", "leave_one_out"])
+def test_each_turn_can_be_a_sample_of_its_own(tmp_path: Path, advantage: str) -> None:
+    made = trainer(tmp_path, {"max_steps": 2, "history": "turn", "advantage": advantage})
+    made.train()
+    samples = made.last_samples
+    n_turns = sum(len(spans) for spans in samples.turns.spans)
+    assert len(samples) == n_turns > len(samples.turns.messages) == 8
+    longest = max(len(ids) for ids in samples.turns.contexts)
+    shortest = min(len(ids) for ids in samples.turns.contexts)
+    assert shortest < longest < 2 * shortest  # the turn before and what was said to it, whichever turn it is
+
+
+def test_groups_without_signal_are_drawn_anew(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"max_steps": 2, "dynamic_sampling": True, "dynamic_sampling_max_batches": 4})
+    made.train()
+    assert any(entry["dynamic_sampling/batches"] > 1 for entry in logged(made))
+
+
+def test_an_evaluation_plays_the_same_starts_each_time(tmp_path: Path) -> None:
+    seeds: list[int] = []
+
+    class Noted(Buttons):
+        def reset(self, seed: int, **row):
+            seeds.append(seed)
+            return super().reset(seed, **row)
+
+    made = trainer(
+        tmp_path, {"max_steps": 1, "num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1},
+        environment_factory=Noted, eval_dataset=[{"right": "b"}] * 3,
+    )  # fmt: skip
+    first, training = made.evaluate(), len(seeds)
+    assert {"eval_reward", "eval_rewards/Noted/mean", "eval_tools/call_frequency"} <= first.keys()
+    before = seeds[:training]
+    assert [before[0::2], before[1::2]] == [before[0::2]] * 2
+    seeds.clear()
+    made.train()
+    assert seeds[-6:] == before
+    assert not set(seeds[:-6]) & set(before)
+
+
+def numbers(made: Any) -> list[dict[str, float]]:
+    return [{k: v for k, v in entry.items() if not any(t in k for t in TIMES)} for entry in logged(made)]
+
+
+def test_a_run_that_was_killed_in_the_middle_of_an_episode_resumes_exactly(tmp_path: Path) -> None:
+    class Random(Buttons):
+        """Its answers depend on its seed and on what was done."""
+
+        calls, fatal = 0, None
+
+        def reset(self, seed: int, **row):
+            super().reset(seed)
+            self.right = "ab"[seed % 2]
+            return " yes no"[: 4 + 3 * (seed // 2 % 2)]
+
+        def press(self, key: str) -> str:
+            """Press a button.
+
+            Args:
+                key: Which one.
+            """
+            Random.calls += 1
+            if Random.calls == Random.fatal:
+                raise KeyboardInterrupt
+            return super().press(key)
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "steps_per_generation": 1}
+    whole = trainer(tmp_path / "whole", settings, environment_factory=Random)
+    whole.train()
+    calls, Random.calls = Random.calls, 0
+    Random.fatal = calls - 2
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "cut", settings, environment_factory=Random).train()
+    Random.fatal = None
+    resumed = trainer(tmp_path / "cut", settings, environment_factory=Random)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
+    numbers = [
+        [{k: v for k, v in e.items() if not any(t in k for t in TIMES)} for e in logged(t)] for t in (whole, resumed)
+    ]
+    assert numbers[0] == numbers[1]
+
+
+def test_a_generation_is_kept_in_a_checkpoint_between_its_steps(tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "num_iterations": 2}
+    whole = trainer(tmp_path, settings)
+    whole.train()
+    resumed = trainer(tmp_path, settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(weights(whole), weights(resumed))
+
+
+class Guess(Interaction):
+    """Answers text with text; a turn is worth something if it says yes."""
+
+    def begin(self, row, seed):
+        self.turns = 0
+        return "go"
+
+    def answer(self, said):
+        self.turns += 1
+        return Answer(" no", reward=float("yes" in said.text), terminated=self.turns == 2)
+
+    def close(self):
+        self.turns = -1
+
+
+def test_text_is_played_with_rewards_for_each_turn(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"max_steps": 1}, environment_factory=Guess)
+    made.train()
+    samples, (entry,) = made.last_samples, logged(made)
+    assert samples.turns.rewards.sum() / 8 == entry["rewards/environment/mean"] == entry["reward"]
+    assert [m["role"] for m in samples.turns.messages[0]] == ["user", "assistant", "user", "assistant", "user"]
+
+
+# --- rollout_func -----------------------------------------------------------------------------------------------------
+
+YES, NO, END, CALL = (WORDS.index(word) for word in ("yes", "no", "<end>", CALLS[0]))
+
+
+def rollout(prompts, trainer, **changed):
+    """Says yes to every second prompt, and is told no in between."""
+    ids = [[CALL, END, NO, YES if i % 2 else NO, END] for i in range(len(prompts))]
+    output = {
+        "prompt_ids": [trainer.processing_class(p[-1]["content"])["input_ids"] for p in prompts],
+        "completion_ids": ids, "logprobs": [[-1.0] * 5 for _ in ids], "env_mask": [[1, 1, 0, 1, 1]] * len(ids),
+        "won": [i % 2 for i in range(len(ids))],
+    }  # fmt: skip
+    return output | changed
+
+
+def won(completions, won, **_):
+    assert all(said[0]["role"] == "assistant" for said in completions)
+    return [float(value) for value in won]
+
+
+def test_a_rollout_function_samples_in_the_place_of_the_trainer(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"max_steps": 2}, rollout_func=rollout, reward_funcs=won, train_dataset=ROWS)
+    made.train()
+    samples = made.last_samples
+    assert samples.turns.spans == [[(0, 2), (3, 5)]] * 8
+    assert samples.returns.tolist() == [0.0, 1.0] * 4
+    assert samples.logp_sampled.tolist() == [-1.0] * 32
+    assert made.evaluate(ROWS[:2])["eval_reward"] == 0.5
+
+
+def test_log_probabilities_that_a_rollout_function_does_not_give_are_computed(tmp_path: Path) -> None:
+    def without(prompts, trainer):
+        return rollout(prompts, trainer, logprobs=None)
+
+    made = trainer(
+        tmp_path, {"max_steps": 1, "learning_rate": 1e-12}, rollout_func=without, reward_funcs=won, train_dataset=ROWS
+    )  # fmt: skip
+    made.train()
+    samples = made.last_samples
+    with torch.no_grad():
+        ids = torch.tensor([[*samples.turns.contexts[0], *samples.completions[0]]])
+        logp = made.model(input_ids=ids).logits[0].log_softmax(-1)
+    n = len(samples.turns.contexts[0])
+    wanted = torch.stack([logp[n + t - 1, samples.completions[0][t]] for t in (0, 1, 3, 4)])
+    torch.testing.assert_close(samples.logp_sampled[:4], wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"completion_ids": [[1]]}, r"as 'completion_ids' for 8 prompts; return a mapping"),
+        ({"completion_ids": [[]] * 8}, r"completion_ids of completion 0 of rollout_func is \[\]; give a list of token"),
+        ({"logprobs": [[0.0]] * 8}, "logprobs of completion 0 of rollout_func has 1 entries for 5 tokens"),
+        ({"env_mask": [[0] * 5] * 8}, "env_mask of completion 0 of rollout_func has 5 entries, 0 of them not 0"),
+    ],
+)
+def test_what_a_rollout_function_returns_is_checked(tmp_path: Path, changed: dict, said: str) -> None:
+    def wrong(prompts, trainer):
+        return rollout(prompts, trainer, **changed)
+
+    with pytest.raises(TrainingError, match=said):
+        trainer(tmp_path, rollout_func=wrong, reward_funcs=won, train_dataset=ROWS).train()
+
+
+def test_what_a_rollout_function_cannot_go_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing would call the tools"):
+        trainer(tmp_path, rollout_func=rollout, tools=[press], reward_funcs=won, train_dataset=ROWS)
+    with pytest.raises(UsageError, match="rollout_func is 3; give a function"):
+        trainer(tmp_path, rollout_func=3, reward_funcs=won, train_dataset=ROWS)
