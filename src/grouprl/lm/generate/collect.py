@@ -215,6 +215,10 @@ class ScoredGroups:
         """What there is to say beside lengths and rewards."""
         return {}
 
+    def solved(self) -> list[bool]:
+        """``[N]`` whether the reward is that of a right answer, 1 or more."""
+        return (self.returns >= 1 - 1e-9).tolist()  # type: ignore[no-any-return]
+
     @property
     def n_prompts(self) -> int:
         """P."""
