@@ -12,7 +12,7 @@ RECIPE ?= nth-word
 
 EXAMPLES ?= 400
 
-.PHONY: help setup train train-lm test fuzz sanitize lint types bench-envs bench-lm docs clean
+.PHONY: help setup train train-lm test fuzz sanitize lint types bench-envs bench-lm docs docs-serve clean
 
 help:
 	@echo "make train       set up and train CartPole-v1 (ENV=... SEED=... for another one)"
@@ -23,7 +23,8 @@ help:
 	@echo "make setup       set up only"
 	@echo "make bench-envs  measure speed beside other libraries (installs them in $(VENV)-peers)"
 	@echo "make bench-lm    measure language-model training beside TRL (installs it in $(VENV)-peers-lm)"
-	@echo "make docs        rebuild the pages that are made from the code"
+	@echo "make docs        rebuild the pages that are made from the code, and the site of all pages, build/docs/site"
+	@echo "make docs-serve  show the site at http://localhost:8000"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +75,10 @@ sanitize: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py
+	$(BIN)/python docs/website.py
+
+docs-serve: $(VENV)/.dev
+	$(BIN)/python docs/website.py --serve
 
 bench-envs: $(VENV)/.dev $(VENV)-peers/.ready
 	$(BIN)/python benchmarks/envs_speed.py

@@ -3,8 +3,9 @@
     python docs/build.py           # write
     python docs/build.py --check   # name the pages that are out of date, write nothing
 
-docs/reference.md is made from the code: settings, presets, recipes, commands, signatures and docstrings. In the other
-pages the text between `<!-- generated: NAME -->` and `<!-- /generated -->` is replaced. NAME is one of
+docs/reference.md is made from the code: settings, presets, recipes, commands, signatures and docstrings. The notebooks
+of docs/course are made from its pages (docs/units.py). In the other pages the text between `<!-- generated: NAME -->`
+and `<!-- /generated -->` is replaced. NAME is one of
 
     results FILE                     benchmarks/results/FILE.md
     results FILE / SECTION / ...     only these sections of it; "intro" is what stands before the first one
@@ -20,6 +21,7 @@ import ast
 import inspect
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Collection
 from importlib import import_module
@@ -32,6 +34,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import units  # noqa: E402 - docs/units.py, beside this file
+
 RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = ROOT / "docs" / "reference.md"
 BLOCK = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- /generated -->)", re.S)
@@ -325,45 +331,67 @@ def commands_part() -> str:
     return text
 
 
-def python_part() -> str:
+PYTHON = {
+    "Environments": {
+        "The agent": ("grouprl.envs.grpo", ["GRPO"]),
+        "Evaluation": ("grouprl.envs.evaluation", ["evaluate", "Evaluation"]),
+        "Runs": ("grouprl.envs.training", ["train", "resume", "RunResult"]),
+        "Errors": ("grouprl.errors", ["GrouprlError", "UsageError", "TrainingError"]),
+        "Packed steps": ("grouprl.envs.rollout", ["Rollout"]),
+    },
+    "Language models": {
+        "The trainer": ("grouprl.lm.train.trainer", ["GRPOTrainer"]),
+        "Around training": ("grouprl.lm.train.trl_methods", ["ScriptMethods"]),
+        "What training returns": ("grouprl.lm.train.loop", ["TrainOutput"]),
+        "Batches": ("grouprl.lm.settings.batch_plan", ["BatchPlan", "batch_plan"]),
+        "Models": ("grouprl.lm.models.load", ["load"]),
+        "Tasks": ("grouprl.lm.tasks", ["names", "get"]),
+        "Rows of a task": ("grouprl.lm.tasks.task", ["Task", "Example", "dataset"]),
+        "Rows of a file": ("grouprl.lm.tasks.jsonl", ["load_jsonl"]),
+        "Functions by name": ("grouprl.importing", ["load_function"]),
+        "Rewards": ("grouprl.lm.rewards.builtin", None),
+        "Rewards of mathematics": ("grouprl.lm.rewards.math", ["math_accuracy"]),
+        "Runs by a recipe": ("grouprl.lm.run.training", ["train", "resume", "evaluate", "RunResult"]),
+        "Transcripts": ("grouprl.runs.transcripts", ["Transcript", "read_transcripts", "write_html"]),
+    },
+}
+"""What the Python part of the reference and the site show: a part, and under each title a module with names in it. None
+stands for all of its public functions. The objective is a third part, in `OBJECTIVE_PARTS`."""
+
+OBJECTIVE_PARTS = (
+    "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "returns", "packed",
+    "surrogates", "sequence", "divergences", "weights",
+)  # fmt: skip
+
+
+def python_modules(part: str) -> dict[str, tuple[str, list[str]]]:
+    """Title, module and names of one part: of `PYTHON`, or "The objective"."""
     from grouprl import objective
 
+    if part != "The objective":
+        return {title: (module, names or _public(module)) for title, (module, names) in PYTHON[part].items()}
+    modules = {name: f"grouprl.objective.{name}" for name in OBJECTIVE_PARTS}
+    shown = {t: (m, [name for name in _definitions(m) if name in objective.__all__]) for t, m in modules.items()}
+    return {title: entry for title, entry in shown.items() if entry[1]}
+
+
+def python_part() -> str:
     text = "## Python\n\n`from grouprl import GRPO, GRPOConfig, evaluate, GrouprlError, UsageError, TrainingError`\n"
-    for title, module, names in (
-        ("The agent", "grouprl.envs.grpo", ["GRPO"]),
-        ("Evaluation", "grouprl.envs.evaluation", ["evaluate", "Evaluation"]),
-        ("Runs", "grouprl.envs.training", ["train", "resume", "RunResult"]),
-        ("Errors", "grouprl.errors", ["GrouprlError", "UsageError", "TrainingError"]),
-        ("Packed steps", "grouprl.envs.rollout", ["Rollout"]),
-    ):
-        text += f"\n### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
+    text += python_definitions("Environments", "###")
     text += "\n### Language models\n\n`from grouprl.lm import GRPOConfig, GRPOTrainer`\n"
-    for title, module, names in (
-        ("The trainer", "grouprl.lm.train.trainer", ["GRPOTrainer"]),
-        ("Around training", "grouprl.lm.train.trl_methods", ["ScriptMethods"]),
-        ("What training returns", "grouprl.lm.train.loop", ["TrainOutput"]),
-        ("Batches", "grouprl.lm.settings.batch_plan", ["BatchPlan", "batch_plan"]),
-        ("Models", "grouprl.lm.models.load", ["load"]),
-        ("Tasks", "grouprl.lm.tasks", ["names", "get"]),
-        ("Rows of a task", "grouprl.lm.tasks.task", ["Task", "Example", "dataset"]),
-        ("Rows of a file", "grouprl.lm.tasks.jsonl", ["load_jsonl"]),
-        ("Functions by name", "grouprl.importing", ["load_function"]),
-        ("Rewards", "grouprl.lm.rewards.builtin", _public("grouprl.lm.rewards.builtin")),
-        ("Rewards of mathematics", "grouprl.lm.rewards.math", ["math_accuracy"]),
-        ("Runs by a recipe", "grouprl.lm.run.training", ["train", "resume", "evaluate", "RunResult"]),
-        ("Transcripts", "grouprl.runs.transcripts", ["Transcript", "read_transcripts", "write_html"]),
-    ):
-        text += f"\n#### {title}\n\n`{module}`\n\n" + "\n".join(definition(module, name) for name in names)
+    text += python_definitions("Language models", "####")
     text += "\n### The objective\n\n`grouprl.objective`: pure functions on packed tensors; each imports from there.\n"
     text += "What a configuration can name stands in three tables, `ESTIMATORS`, `LOSSES` and `DIVERGENCES`: "
     text += "[estimators.md](estimators.md).\n"
-    for part in (
-        "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "returns", "packed",
-        "surrogates", "sequence", "divergences", "weights",
-    ):  # fmt: skip
-        module = f"grouprl.objective.{part}"
-        if names := [name for name in _definitions(module) if name in objective.__all__]:
-            text += f"\n#### {part}\n\n" + "\n".join(definition(module, name) for name in names)
+    return text + python_definitions("The objective", "####")
+
+
+def python_definitions(part: str, level: str) -> str:
+    """A heading for each title of a part, with its module where that is news, and the definitions."""
+    text = ""
+    for title, (module, names) in python_modules(part).items():
+        where = "" if part == "The objective" else f"`{module}`\n\n"
+        text += f"\n{level} {title}\n\n{where}" + "\n".join(definition(module, name) for name in names)
     return text
 
 
@@ -429,6 +457,8 @@ def pages() -> dict[Path, str]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         if page != REFERENCE:
             made[page] = refreshed(page, page.read_text(encoding="utf-8"))
+    for page in units.units():
+        made[page.with_suffix(".ipynb")] = units.notebook(page.read_text(encoding="utf-8"))
     return made
 
 

@@ -32,7 +32,7 @@ from grouprl.objective_settings import OneOf
 from grouprl.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST = 2_000
 """Steps that `learn` is cut to here: that code runs is tested, not what it learns."""
 
@@ -176,8 +176,9 @@ def test_a_table_the_objective_does_not_have_is_an_error() -> None:
 # --- code ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "docs/tutorial.md", "docs/environments.md", "docs/architecture.md", "docs/language-models.md"],
-)
+    ["README.md", "docs/index.md", "docs/tutorial.md", "docs/environments.md", "docs/architecture.md",
+     "docs/language-models.md"],
+)  # fmt: skip
 @pytest.mark.usefixtures("short_training")
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
     """Blocks share their names; a block of text right after one is what it prints."""
@@ -197,7 +198,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
             )  # the lines of a traceback are the page's
         if following and following["kind"] == "text" and not text[fence.end() : following.start()].strip():
             assert printed.getvalue() == following["code"], f"{name}, line {above + 1}"
-    assert ran > 1
+    assert ran
 
 
 def configurations() -> list[str]:

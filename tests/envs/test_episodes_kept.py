@@ -8,10 +8,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from grouprl import GRPO
 from grouprl.envs import training
-from grouprl.envs.episodes import batch_of
+from grouprl.envs.episodes import _numbers, batch_of
 from grouprl.envs.rollout import Rollout
 from grouprl.runs.episodes import Batch, read_episodes
 
@@ -56,7 +57,7 @@ def test_a_sample_shows_what_the_update_saw() -> None:
     assert one.advantages == pytest.approx(made[rows].tolist(), rel=1e-3)
     assert rollout.observed is not None
     assert one.observation[2] == pytest.approx(rollout.observed[rows, 2].tolist(), rel=1e-3)
-    assert sum(x or 0 for x in one.rewards) == pytest.approx(one.total)
+    assert one.rewards == [1.0] * len(rows)
 
 
 def test_the_return_to_go_ends_with_the_baseline_where_the_batch_cut_the_episode() -> None:
@@ -125,3 +126,9 @@ def test_a_run_keeps_some_batches_and_shows_them_on_a_page(tmp_path: Path) -> No
     assert [one.step for one in kept] == sorted({one.step for one in kept})
     assert result.folder.episodes_page.stat().st_size < 1_000_000
     assert "episodes.html" in result.folder.report_page.read_text()
+
+
+def test_numbers_keep_four_digits_and_no_stray_ones() -> None:
+    given = [0.0, 1.23456, -98765.4, 0.000123456, 1e-30, 3e30, float("nan"), float("inf"), 0.1]
+    made = _numbers(torch.tensor(given, dtype=torch.float64))
+    assert made == [0.0, 1.235, -98770.0, 0.0001235, 1e-30, pytest.approx(3e30), None, None, 0.1]

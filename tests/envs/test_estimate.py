@@ -87,10 +87,10 @@ def test_one_sample_larger_than_the_bound_is_still_fitted(monkeypatch: pytest.Mo
 
 def test_a_fit_on_a_part_gives_the_advantages_of_a_fit_on_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rollout, config = chain(200, 20), make_config({"gamma": 1.0, "gae_lambda": 1.0, "baseline_ridge": 1e-8})
-    whole, _ = Baseline(RandomFeatures.create(1, 4, 0), 20).advantages(rollout, config)
+    _, whole, _ = Baseline(RandomFeatures.create(1, 4, 0), 20).fit(rollout, config)
     monkeypatch.setattr(estimate, "MAX_FIT_STEPS", 400)
     monkeypatch.setattr(estimate, "CHUNK", 333)
-    part, explained = Baseline(RandomFeatures.create(1, 4, 0), 20).advantages(rollout, config)
+    _, part, explained = Baseline(RandomFeatures.create(1, 4, 0), 20).fit(rollout, config)
     assert explained > 0.999
     # The value, 1 to 20, is linear in the observation: what is left is rounding in a nearly singular regression.
     assert float(whole.abs().max()) < 0.5

@@ -635,9 +635,44 @@ class TestConfiguration:
 class TestAnEstimatorOfOnesOwn:
     def test_a_function_of_objective_gives_what_its_setting_gives(self):
         by_name = trained(advantage="leave_one_out", collect="episodes")
-        given = trained(advantage_function=objective.leave_one_out, collect="episodes")
+
+        def scaled(rewards, lengths, group, trainable):
+            return objective.standardise(objective.leave_one_out(rewards, lengths, group), trainable)
+
+        given = trained(advantage_function=scaled, collect="episodes")
         for a, b in zip(by_name.policy.parameters(), given.policy.parameters(), strict=True):
             assert torch.equal(a, b)
+
+    def test_what_it_returns_is_used_as_it_is(self):
+        plain, double = (
+            trained(advantage_function=lambda r, n, g, factor=factor: factor * objective.leave_one_out(r, n, g),
+                    collect="episodes", loss_type="grpo", max_grad_norm=1e9, adam_epsilon=1.0)
+            for factor in (1.0, 2.0)
+        )  # fmt: skip
+        assert not all(
+            torch.equal(a, b) for a, b in zip(plain.policy.parameters(), double.policy.parameters(), strict=True)
+        )
+
+    def test_it_is_given_what_it_asks_for(self):
+        seen = {}
+
+        def curious(rewards, lengths, group, *, observations, values, terminated, truncated, elapsed, nothing=None):
+            seen.update(locals())
+            return rewards - values
+
+        agent = trained(advantage_function=curious, collect="episodes")
+        steps, samples = len(seen["rewards"]), len(seen["lengths"])
+        assert seen["nothing"] is None
+        assert seen["observations"].shape == (steps, *agent.observation_space.shape)
+        assert {len(seen[name]) for name in ("values", "elapsed")} == {steps}
+        assert bool((seen["terminated"] ^ seen["truncated"]).all())
+        assert len(seen["terminated"]) == samples
+        assert seen["elapsed"].tolist() == [t for n in seen["lengths"].tolist() for t in range(n)]
+        assert float(seen["values"].std()) > 0
+
+    def test_what_it_cannot_be_given_is_named_before_training(self):
+        with pytest.raises(UsageError, match=r"asks for 'returns'; .* can ask for observations, values, states, gamma"):
+            GRPO("CartPole-v1", preset=None, advantage_function=lambda r, n, g, returns: r, n_envs=2)
 
     def test_it_is_needed_to_train_on_and_not_to_act(self, tmp_path):
         agent = GRPO("CartPole-v1", preset=None, advantage_function=objective.leave_one_out, n_envs=2)

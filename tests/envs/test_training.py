@@ -147,6 +147,34 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_a_run_with_an_estimator_of_ones_own_is_resumed_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_estimators.py").write_text(
+        "from grouprl import objective\n"
+        "def mine(rewards, lengths, group, terminated):\n"
+        "    return objective.standardise(objective.returns_to_go(rewards, lengths, 0.9) - 1.0)\n"
+    )
+    settings = {"advantage_function": "my_estimators:mine", "collect": "episodes", "min_steps": 100}
+    run = {"checkpoint_every": 300, "eval_every": 600}
+    small_run(tmp_path / "whole", "CartPole-v1", 1500, settings=settings, run=run)
+    small_run(tmp_path / "cut", "CartPole-v1", 1500, settings=settings, run=run)
+    assert yaml.safe_load((tmp_path / "cut/config.yaml").read_text())["functions"] == {
+        "advantage_function": "my_estimators:mine"
+    }
+    for later in sorted((tmp_path / "cut" / "checkpoints").iterdir())[2:]:
+        later.unlink()
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    training.resume(tmp_path / "cut")
+    same_metrics(tmp_path / "whole", tmp_path / "cut")
+    same_weights(tmp_path / "whole", tmp_path / "cut")
+    with pytest.raises(UsageError, match=r"module 'my_estimators' .* has no 'yours'; it has: mine"):
+        small_run(tmp_path / "other", settings={"advantage_function": "my_estimators:yours"})
+    with pytest.raises(UsageError, match="give its name as text, module:function"):
+        small_run(tmp_path / "other", settings={"advantage_function": lambda r, n, g: r})
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_process_saves_and_its_resumed_run_is_exact(tmp_path: Path, number: signal.Signals) -> None:
     settings = [f"--set={key}={value}" for key, value in SMALL.items()]

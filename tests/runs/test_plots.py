@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from grouprl.errors import UsageError
 from grouprl.runs import MetricsLog, RunFolder
 from grouprl.runs.plots import (
     _bootstrap,
     _common_grid,
+    _dress,
     _flatten,
     _group,
     _labels,
@@ -142,6 +144,21 @@ def test_a_preset_stands_for_its_settings_unless_two_runs_share_it() -> None:
     c = {"env_id": "A", "preset": "formula", "config": {"lr": 0.3, "n": 4}}
     assert _labels([a, b], "seed") == ["preset=script", "preset=formula"]
     assert _labels([a, b, c], "seed")[1:] == ["preset=formula, lr=0.2, n=4", "preset=formula, lr=0.3, n=4"]
+
+
+def test_runs_without_a_preset_are_called_default_as_on_the_command_line() -> None:
+    one, other = {"env_id": "A", "preset": None, "seed": 0}, {"env_id": "A", "preset": "formula", "seed": 0}
+    assert _labels([one, other], "seed") == ["preset=default", "preset=formula"]
+
+
+@pytest.mark.parametrize(
+    ("presets", "title"),
+    [(("formula", "formula"), "A, preset formula"), (("formula", None), "A"), ((None, None), "A"), (("A", "A"), "A")],
+)
+def test_the_title_names_a_preset_that_all_runs_share(presets: tuple[str | None, ...], title: str) -> None:
+    axes = Figure().add_subplot()
+    _dress(axes, [_Run({"env_id": "A", "preset": preset}, EMPTY, EMPTY) for preset in presets], "step", "return_mean")
+    assert axes.get_title() == title
 
 
 def test_a_setting_that_a_configuration_holds_twice_is_named_once() -> None:

@@ -102,9 +102,12 @@ def train(
 def _announce(folder: RunFolder) -> None:
     config = folder.read_config()
     preset = f"preset {config['preset']}" if config["preset"] else "the robust default"
+    own = config.get("functions", {})
+    advantage = own.get("advantage_function", config["config"]["advantage"])
+    loss = own.get("surrogate_function", config["config"]["loss_type"])
     print(
-        f"training on {config['env_id']} with {preset} (advantage={config['config']['advantage']}, "
-        f"loss_type={config['config']['loss_type']}); the run folder is {folder.path}",
+        f"training on {config['env_id']} with {preset} (advantage={advantage}, "
+        f"loss_type={loss}); the run folder is {folder.path}",
         flush=True,
     )
 
@@ -139,7 +142,7 @@ def _from_file(
             "default",
             steps or total,
             seed,
-            {**saved["config"], **settings},
+            {**saved["config"], **saved.get("functions", {}), **settings},
             {**from_json(saved["env_kwargs"]), **env_kwargs},
             {**saved_run, **run},
         )

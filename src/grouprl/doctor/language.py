@@ -71,12 +71,14 @@ def duplicates(table: Table) -> Diagnosis | None:
     """
     if not _without_signal(table) or not _copies(table):
         return None
+    settings = table.settings
+    usual = settings.get("temperature", 1.0) >= 1 and settings.get("top_p", 1.0) == 1 and not settings.get("top_k")
+    sampling = "" if usual and not settings.get("min_p") else "Set temperature=1, top_p=1, top_k=0 and min_p=null. "
     return Diagnosis(
         "duplicates",
         f"{table.late('frac_duplicates'):.0%} of the completions are copies of another one in their group, so there is "
         "nothing to compare",
-        "Raise temperature to 1, remove top_k, top_p and min_p, lower learning_rate, or set beta=0.01 to stay near "
-        "the model it began with.",
+        f"{sampling}Lower learning_rate, raise prompts_per_step, or set beta=0.01, which stays near the first model.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -42,8 +43,36 @@ def batch_of(
     first = torch.cumsum(rollout.lengths, 0) - rollout.lengths
     to_go = returns_to_go(rollout.rewards, rollout.lengths, gamma)
     names, shown = _observations(rollout, policy)
-    samples = [_sample(rollout, advantages, baseline, to_go, shown, i, int(first[i]), gamma) for i in _chosen(rollout)]
+    chosen = _chosen(rollout)
+    at = [_points(int(rollout.lengths[i])) for i in chosen]
+    rows = torch.cat([first[i] + points for i, points in zip(chosen, at, strict=True)])
+    values, last = _values(rollout, baseline, rows, torch.tensor(chosen))
+    parts = torch.split(torch.arange(len(rows)), [len(points) for points in at])
+    samples = []
+    for n, (i, part) in enumerate(zip(chosen, parts, strict=True)):
+        own = to_go[rows[part]]
+        if last is not None and not bool(rollout.terminated[i]):
+            own = own + gamma ** (int(rollout.lengths[i]) - at[n]).float() * last[n]
+        seen = None if shown is None else shown[rows[part]]
+        known = None if values is None else values[part]
+        samples.append(_sample(rollout, advantages, i, int(first[i]), at[n], own, known, seen))
     return Batch(step=step, estimator=estimator, names=names, samples_in_batch=len(rollout.lengths), samples=samples)
+
+
+def _points(length: int) -> Tensor:
+    """Where a sample is read off: steps from its beginning, ``[P]``."""
+    return torch.linspace(0, length - 1, min(POINTS, length)).round().long()
+
+
+def _values(
+    rollout: Rollout, baseline: Baseline | None, rows: Tensor, samples: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The baseline's values of steps ``rows [m]``, and of what comes after the last step of ``samples [n]``."""
+    if baseline is None or baseline.weights is None:
+        return None, None
+    inputs = {key: value[rows] for key, value in rollout.inputs.items()}
+    after = {key: value[samples] for key, value in rollout.last_inputs.items()}
+    return baseline.values(inputs, rollout.elapsed[rows]), baseline.values(after, rollout.last_elapsed[samples])
 
 
 def _chosen(rollout: Rollout) -> list[int]:
@@ -66,30 +95,23 @@ def _observations(rollout: Rollout, policy: Policy) -> tuple[list[str], Tensor |
 
 
 def _sample(
-    rollout: Rollout, advantages: Tensor, baseline: Baseline | None, to_go: Tensor, shown: Tensor | None, i: int,
-    start: int, gamma: float,
+    rollout: Rollout, advantages: Tensor, i: int, start: int, at: Tensor, to_go: Tensor, values: Tensor | None,
+    shown: Tensor | None,
 ) -> Sample:  # fmt: skip
+    """Sample ``i``, whose first step is ``start``, read off ``at [P]``; the other tensors are of these points."""
     length = int(rollout.lengths[i])
-    at = torch.linspace(0, length - 1, min(POINTS, length)).round().long()
     rows, whole = start + at, slice(start, start + length)
     ended: Literal["terminated", "truncated", "batch"] = "truncated" if bool(rollout.truncated[i]) else "batch"
     if bool(rollout.terminated[i]):
         ended = "terminated"
-    togo, values = to_go[rows], None
-    if baseline is not None and baseline.weights is not None:
-        values = baseline.values({key: value[rows] for key, value in rollout.inputs.items()}, rollout.elapsed[rows])
-        if ended != "terminated":
-            last = {key: value[i : i + 1] for key, value in rollout.last_inputs.items()}
-            left = (length - at).float()
-            togo = togo + gamma**left * baseline.values(last, rollout.last_elapsed[i : i + 1])
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), rollout.rewards[whole].double().cumsum(0)])
     actions = rollout.actions[rows]
     return Sample(
         group=int(rollout.group[i]), begins=int(rollout.elapsed[start]), length=length, ended=ended,
         total=_number(float(sums[-1])), advantage=_number(float(advantages[whole].mean())), at=at.tolist(),
-        observation=[] if shown is None else [_numbers(column) for column in shown[rows].T],
-        rewards=_numbers(torch.diff(sums[at + 1], prepend=torch.zeros(1, dtype=torch.float64))),
-        to_go=_numbers(togo), advantages=_numbers(advantages[rows]),
+        observation=[] if shown is None else [_numbers(column) for column in shown.T],
+        rewards=_numbers(torch.diff(sums[at + 1], prepend=sums[:1]) / torch.diff(at, prepend=torch.tensor([-1]))),
+        to_go=_numbers(to_go), advantages=_numbers(advantages[rows]),
         values=None if values is None else _numbers(values),
         actions=_numbers(actions if actions.dim() == 1 else actions[:, 0]),
         frames=_frames(rollout, start, length),
@@ -107,9 +129,16 @@ def _frames(rollout: Rollout, start: int, length: int) -> list[str]:
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    return [_number(value) for value in values.double().tolist()]
+    """Numbers ``[P]`` with four digits; None for what JSON has no number for."""
+    x = values.double().cpu().numpy()
+    size = np.abs(x)
+    unknown = (size == 0) | ~np.isfinite(x)
+    down = 10.0 ** (np.floor(np.log10(np.where(unknown, 1.0, size))) - 3)  # 10 to the place of the last digit
+    up = 10.0 ** (3 - np.floor(np.log10(np.where(unknown, 1.0, size))))
+    # Divided by a power of ten, and not multiplied by its inverse, a number has no stray digits at its end.
+    rounded = np.where(unknown, x, np.where(down < 1, np.round(x * up) / up, np.round(x / down) * down))
+    return [value if math.isfinite(value) else None for value in rounded.tolist()]
 
 
 def _number(value: float) -> float | None:
-    """Four digits; None for what JSON has no number for."""
-    return float(f"{value:.4g}") if np.isfinite(value) else None
+    return _numbers(torch.tensor([value], dtype=torch.float64))[0]

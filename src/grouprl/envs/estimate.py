@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,8 +81,8 @@ class Baseline:
             values.append(self.features.dot(observations, elapsed[rows].float() / self.horizon, self.weights))
         return torch.cat(values)
 
-    def advantages(self, rollout: Rollout, config: GRPOConfig) -> tuple[Tensor, float]:
-        """Refit on the rollout; advantages ``[S]``, neither centred nor scaled, and the variance explained.
+    def fit(self, rollout: Rollout, config: GRPOConfig) -> tuple[Tensor, Tensor, float]:
+        """Refit on the rollout; values ``[S]``, advantages ``[S]`` neither centred nor scaled, the variance explained.
 
         Of a batch of more than ``MAX_FIT_STEPS`` steps some whole samples enter the regression: that many steps
         over-determine a few hundred weights many times, and the regression is what an estimate costs.
@@ -113,7 +115,7 @@ class Baseline:
         if float(highest - lowest) <= SAME_RETURN_BELOW * float(torch.maximum(highest.abs(), lowest.abs())):
             # What the ridge leaves over of equal returns is no signal; scaled to unit variance it would pass for one.
             advantages = torch.zeros_like(advantages)
-        return advantages, fit.explained_variance
+        return values, advantages, fit.explained_variance
 
 
 def fit_subset(lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,23 +182,53 @@ def has_signal(rollout: Rollout) -> bool:
     return bool(len(cut)) and bool(cut.min() < rollout.last_elapsed.max())
 
 
+OFFERED = ("observations", "values", "states", "gamma", "terminated", "truncated", "elapsed", "trainable")
+"""What a user's estimator may ask for by name."""
+
+
+def offers(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) -> dict[str, Callable[[], Any]]:
+    """How to make what :data:`OFFERED` names, of a rollout of N samples and S steps.
+
+    ``observations``: the flat observations as the environment gave them, ``[S, D]`` float32, or a mapping of prepared
+    inputs where there are images. ``values``: ``[S]`` under the closed-form baseline, fitted to the rollout.
+    ``states``: ``[S]``, see :func:`states`. ``gamma``: the setting.
+    ``terminated``, ``truncated``: ``[N]`` bool. ``elapsed``: ``[S]`` steps since the start of the episode.
+    ``trainable``: ``[S]`` bool, False for repeated actions, from which nothing is learned.
+    """
+
+    def observations() -> Any:
+        whole = rollout.observed is not None and list(rollout.inputs) == ["flat"]
+        return torch.as_tensor(rollout.observed, dtype=torch.float32) if whole else dict(rollout.inputs)
+
+    def values() -> Tensor:
+        assert baseline is not None
+        return baseline.fit(rollout, config)[0]
+
+    made: dict[str, Callable[[], Any]] = {
+        "observations": observations,
+        "values": values,
+        "states": lambda: states(rollout),
+        "gamma": lambda: config.gamma,
+    }
+    return made | {name: functools.partial(getattr, rollout, name) for name in OFFERED if name not in made}
+
+
 def advantages(
     rollout: Rollout, config: GRPOConfig, baseline: Baseline | None, own: TensorFunction | None = None
 ) -> tuple[Tensor, dict[str, float]]:
     """Advantages ``[S]`` on the scale the surrogate sees, and what is worth logging about them.
 
-    ``own`` is a function of the user's, in the place of ``config.advantage``.
+    ``own`` is a function of the user's, in the place of ``config.advantage``; what it returns is used as it is.
 
     Where its entry in ``ESTIMATORS`` says so, they are centred and scaled once over the trainable steps of the batch.
-    The advantages of a user's function always are.
     """
     rewards, lengths, group = rollout.rewards, rollout.lengths, rollout.group
     if own is not None:
-        return objective.standardise(own_advantages(own, rewards, lengths, group), rollout.trainable), {}
+        return own_advantages(own, rewards, lengths, group, offers(rollout, config, baseline)), {}
     estimator, info = ESTIMATORS[config.advantage], {}
     if estimator.function is None:
         assert baseline is not None
-        raw, info["explained_variance"] = baseline.advantages(rollout, config)
+        _, raw, info["explained_variance"] = baseline.fit(rollout, config)
     else:
         told = Estimation(config.gamma, config.scale_rewards, gigpo_weight=config.gigpo_weight)
         if estimator.states:

@@ -70,8 +70,10 @@ class GRPO:
         network: builds the policy's network from (inputs, outputs); default: an MLP of ``hidden_sizes``.
         advantage_function: an estimator of your own, in the place of ``advantage``:
             ``(rewards [S], lengths [N], group [N]) -> [S]`` for N samples of S steps in all, as the functions of
-            :mod:`grouprl.objective`. Advantages are centred and scaled over the batch afterwards. If it compares whole
-            episodes, set ``collect="episodes"`` or ``group_size``.
+            :mod:`grouprl.objective`. They are used as they are returned; :func:`grouprl.objective.standardise` centres
+            and scales. It may ask for more by the names of further arguments: ``observations``, ``values``,
+            ``terminated``, ``truncated``, ``elapsed``, ``trainable`` (:func:`grouprl.envs.estimate.offers`). If it
+            compares whole episodes, set ``collect="episodes"`` or ``group_size``.
         surrogate_function: a loss of your own per step, in the place of the surrogate of ``loss_type``:
             ``(logp [m], logp_old [m], advantages [m]) -> [m]``, differentiable in ``logp``. Both:
             :mod:`grouprl.objective.user_functions`.

@@ -16,13 +16,13 @@ from torch import Tensor
 from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig
-from grouprl.envs.estimate import DEFAULT_HORIZON, Baseline, advantages, has_signal, n_summary
+from grouprl.envs.estimate import DEFAULT_HORIZON, OFFERED, Baseline, advantages, has_signal, n_summary
 from grouprl.envs.learner import Learner
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
-from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions
+from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions, asked_for, check_asked
 
 Metrics = dict[str, float]
 
@@ -95,7 +95,10 @@ class Loop:
         observations = self.policy.observations
         self.collector = Collector(venv, observations, self.actions, self.config, self.act_rng)
         self.restart_episodes()
-        if self.config.advantage == "baseline" and self.baseline is None:
+        own = self.functions.advantage
+        check_asked(own, OFFERED)
+        fits = "values" in asked_for(own) if own is not None else self.config.advantage == "baseline"
+        if fits and self.baseline is None:
             width = n_summary(observations.n_flat, dict(observations.images))
             self.baseline = Baseline.create(width, self.config, horizon(venv) or DEFAULT_HORIZON)
             self.baseline.weights = self._weights_of_baseline

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 _ROLLOUT = frozenset(
     ("return_mean", "return_batch", "length_mean", "episodes", "batch_steps", "reward_mean", "avg_reward", "sticky")
 )
-_TIME = frozenset(("step", "update", "train_seconds", "steps_per_second"))
+_TIME = frozenset(("step", "update", "train_seconds", "steps_per_second", "memory_gb", "cpu_wait"))
 
 
 def tracked_name(metric: str) -> str:

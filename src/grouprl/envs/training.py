@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -30,9 +31,11 @@ from grouprl.envs.mlp import kernels
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import TrainingError, UsageError, shown
+from grouprl.importing import load_function
 from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.usage import Usage
+from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
 from grouprl.runs.episodes import EpisodeLog, Strip, write_html
 from grouprl.runs.files import user_path
@@ -229,7 +232,8 @@ def train(
         preset: as for :class:`~grouprl.envs.grpo.GRPO`.
         steps: environment steps; default: the preset's, or 500,000.
         seed: overrides the configuration's.
-        settings: fields of :class:`~grouprl.envs.config.GRPOConfig`.
+        settings: fields of :class:`~grouprl.envs.config.GRPOConfig`; ``advantage_function`` and ``surrogate_function``
+            too, as ``module:function``.
         env_kwargs: for the environment's constructor.
         run: fields of :class:`RunSettings`.
         progress_bar: True, False, or None for "if standard error is a terminal".
@@ -242,21 +246,21 @@ def train(
     """
     refuse_several_processes()
     chosen = presets.resolve(env_id, preset)
-    values = dict(settings or {})
+    values, functions = _split_functions(settings or {})
     check_names(values)
     if seed is not None:
         values["seed"] = seed
     run_settings = _run_settings(_defaults_of_a_run(chosen, steps) | dict(run or {}))
     RunFolder(user_path(out).absolute()).check_free(overwrite)
     with RunFolder(user_path(out).absolute()).locked():
-        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **values)
+        agent = GRPO(env_id, preset=preset, env_kwargs=env_kwargs, **_loaded(functions), **values)
         if agent.env_lost:
             agent.close()
             raise UsageError(
                 f"a run must be able to make its environment again: {agent.env_lost}; register an id whose entry point "
                 "makes that argument itself, or train from Python with GRPO(...).learn"
             )
-        folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings), overwrite=overwrite)
+        folder = RunFolder.create(out, _as_written(env_id, chosen, agent, run_settings, functions), overwrite=overwrite)
         if announce is not None:
             announce(folder)
         with folder.kept_in_order():
@@ -280,7 +284,30 @@ def _run_settings(values: Mapping[str, Any]) -> RunSettings:
         raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
 
 
-def _as_written(env_id: str, preset: presets.Preset | None, agent: GRPO, run: RunSettings) -> dict[str, Any]:
+FUNCTIONS = ("advantage_function", "surrogate_function")
+"""What a run takes as ``module:function``, in the place of settings."""
+
+
+def _split_functions(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings of the configuration, and the functions of a user's own by name. Raises UsageError for no name."""
+    functions = {name: settings[name] for name in FUNCTIONS if settings.get(name) is not None}
+    for name, function in functions.items():
+        if not isinstance(function, str):
+            raise UsageError(
+                f"{name}={shown(function)}: a run must find it again, so give its name as text, module:function; "
+                f"GRPO(env, {name}=...) takes the function itself"
+            )
+    return {name: value for name, value in settings.items() if name not in FUNCTIONS}, functions
+
+
+def _loaded(functions: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
+    """The functions themselves. Raises UsageError if there is no such module or function."""
+    return {name: load_function(function) for name, function in functions.items()}
+
+
+def _as_written(
+    env_id: str, preset: presets.Preset | None, agent: GRPO, run: RunSettings, functions: Mapping[str, str]
+) -> dict[str, Any]:
     """What config.yaml says of a run: enough to do it again."""
     return {
         "grouprl": version("grouprl"),
@@ -290,6 +317,7 @@ def _as_written(env_id: str, preset: presets.Preset | None, agent: GRPO, run: Ru
         "env_kwargs": to_json(agent.env_kwargs),
         "run": {**run.__dict__, "track": list(run.track)},
         "config": agent.config.model_dump(mode="json"),
+        **({"functions": dict(functions)} if functions else {}),
     }
 
 
@@ -322,9 +350,10 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
             | ({} if steps is None else {"total_timesteps": steps})
         )
         run_settings = RunSettings(**options)
+        functions = _loaded(_split_functions({**config.get("functions", {})})[1])
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
-    found = newest_good(folder.checkpoints(), _agent_of)
+    found = newest_good(folder.checkpoints(), functools.partial(_agent_of, functions=functions))
     if found is None:
         raise UsageError(f"{folder.path} holds no checkpoint that can be used; train anew with another --out")
     agent = found[1]
@@ -336,9 +365,9 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
     return _run(folder, run_settings, agent, progress_bar)
 
 
-def _agent_of(path: Path) -> GRPO:
+def _agent_of(path: Path, functions: Mapping[str, Callable[..., Any]]) -> GRPO:
     """The agent of a run, as a checkpoint has it. Raises DamagedFileError, or UsageError for its environment."""
-    agent = loading.from_checkpoint(GRPO, path)
+    agent = loading.from_checkpoint(GRPO, path, functions=UserFunctions(*map(functions.get, FUNCTIONS)))
     with taking_up(path):
         extra = agent.extra
         solved = extra["solved_at"]

@@ -24,6 +24,8 @@ Level = Literal["token", "turn", "sequence", "sequence_token"]
 class Objective:
     """What is minimised: the settings of the loss, under the names that both configurations give them.
 
+    Those that are not explained here belong to the loss whose name they begin with.
+
     Attributes:
         loss_type: an entry of `LOSSES`. importance_sampling_level: whose ratio it is; see `importance_logp`.
         epsilon, epsilon_high, delta: the clip; see `clipped`.
@@ -32,7 +34,6 @@ class Objective:
         entropy_coef: weight of the entropy bonus.
         max_completion_length: the constant length of dr_grpo, in steps.
         surrogate_function: takes the place of the surrogate of loss_type: (logp, logp_old, advantages) -> [S].
-        The others belong to the loss whose name they begin with.
     """
 
     loss_type: str = "dapo"

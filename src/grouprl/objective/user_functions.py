@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line
 
-TensorFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+TensorFunction = Callable[..., Tensor]
+"""A function of three tensors; an estimator may ask for more by name."""
+
+Offered = Mapping[str, Callable[[], Any]]
+"""What an estimator may ask for beside its three tensors: how each is made, by name."""
 
 
 def check_function(name: str, value: object, setting: str) -> None:
@@ -37,23 +43,58 @@ def per_token(name: str, found: object, like: Tensor) -> Tensor:
     return found.to(like.device)
 
 
-def _call(name: str, function: TensorFunction, *given: Tensor) -> object:
+def asked_for(function: TensorFunction | None) -> dict[str, bool]:
+    """The names that a function asks for after its three tensors, and whether it cannot do without."""
+    if function is None:
+        return {}
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some built-in functions have none
+        return {}
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    first = sum(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters)
+    others = named if any(p.kind == p.VAR_POSITIONAL for p in parameters) else named[max(0, 3 - first) :]
+    return {p.name: p.default is p.empty for p in others}
+
+
+def check_asked(function: TensorFunction | None, offered: Collection[str]) -> None:
+    """Raises UsageError if an estimator asks for something that is not ``offered``."""
+    for name, needed in asked_for(function).items():
+        if needed and name not in offered:
+            raise UsageError(
+                f"advantage_function asks for {name!r}; beside rewards, lengths and group it can ask for "
+                f"{', '.join(offered) or 'nothing'} here"
+            )
+
+
+def _call(name: str, function: TensorFunction, *given: Tensor, **asked: Any) -> object:
     """What the function returns for copies of what it is given, as it may change them in place."""
     copies: list[Tensor] = [x.clone() for x in given]
     try:
-        return function(*copies)
+        return function(*copies, **asked)
     except GrouprlError:
         raise
     except Exception as error:
         raise TrainingError(f"{name} raised {type(error).__name__}: {first_line(error)}") from error
 
 
-def own_advantages(function: TensorFunction, rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
+def own_advantages(
+    function: TensorFunction, rewards: Tensor, lengths: Tensor, group: Tensor, offered: Offered | None = None
+) -> Tensor:
     """Advantages ``[S]`` by a user's function of rewards ``[S]``, lengths ``[N]`` and groups ``[N]``.
 
-    Raises TrainingError if it returns anything but one finite number per token or step.
+    Args:
+        offered: what the function may ask for beside these, by the names of its further arguments.
+
+    Raises UsageError if it asks for something else, TrainingError if it returns anything but one finite number per
+    token or step.
     """
-    found = per_token("advantage_function", _call("advantage_function", function, rewards, lengths, group), rewards)
+    offered = offered or {}
+    check_asked(function, offered)
+    asked = {name: offered[name]() for name in asked_for(function) if name in offered}
+    asked = {name: value.clone() if isinstance(value, Tensor) else value for name, value in asked.items()}
+    returned = _call("advantage_function", function, rewards, lengths, group, **asked)
+    found = per_token("advantage_function", returned, rewards)
     if not bool(torch.isfinite(found).all()):
         raise TrainingError("advantage_function returned a number that is not finite; look for a division by 0")
     found = found.detach()
@@ -84,8 +125,10 @@ class UserFunctions:
     """What takes the places of ``advantage`` and of the surrogate of ``loss_type``; None leaves them.
 
     Attributes:
-        advantage: ``(rewards [S], lengths [N], group [N]) -> [S]``, as :func:`grouprl.objective.outcome`. For language
-            models the reward of a completion stands at its last token, with KL in the reward that of each at its own.
+        advantage: ``(rewards [S], lengths [N], group [N]) -> [S]``, as :func:`grouprl.objective.outcome`; used as it is
+            returned (:func:`grouprl.objective.standardise` centres and scales). Further arguments are filled by their
+            names with what the arena offers. For language models the reward of a completion stands at its last token,
+            with KL in the reward that of each at its own.
         surrogate: ``(logp [S], logp_old [S], advantages [S]) -> [S]``, as :func:`grouprl.objective.clipped`: what is
             minimised, one number per step, differentiable in ``logp``.
 

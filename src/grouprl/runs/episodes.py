@@ -41,7 +41,7 @@ class Sample(_Plain):
         length: steps of the piece. ended: how it ended; ``batch`` where the batch cut it.
         total: sum of its rewards. advantage: mean over its steps, as the loss saw it.
         at: the P steps, counted from the beginning of the piece.
-        observation: some numbers of the observation, P of each. rewards: summed since the point before.
+        observation: some numbers of the observation, P of each. rewards: means since the point before.
         to_go: discounted return from each point on, with the baseline's value where the batch cut the piece.
         advantages, values: of the points; no values without a baseline.
         actions: what was done; the first number of a vector. frames: small pictures, evenly spaced over the piece.
@@ -140,13 +140,13 @@ class Strip:
 
     def __init__(self, wanted: int = 8) -> None:
         self.wanted = wanted
-        self._kept: list[str] = []
+        self._kept: list[NDArray[np.uint8]] = []
         self._every, self._seen = 1, 0
 
     def offer(self, frame: NDArray[np.uint8]) -> None:
-        """The next picture ``[H, W, 3]``."""
+        """The next picture ``[H, W, 3]``, which nobody changes afterwards."""
         if self._seen % self._every == 0:
-            self._kept.append(picture(frame))
+            self._kept.append(frame)
             if len(self._kept) == 2 * self.wanted:
                 self._kept, self._every = self._kept[::2], 2 * self._every
         self._seen += 1
@@ -154,9 +154,9 @@ class Strip:
     @property
     def pictures(self) -> list[str]:
         """Those that were kept, as data URIs."""
-        if len(self._kept) <= self.wanted:
-            return self._kept
-        return [self._kept[i * (len(self._kept) - 1) // (self.wanted - 1)] for i in range(self.wanted)]
+        n = len(self._kept)
+        chosen = range(n) if n <= self.wanted else [i * (n - 1) // (self.wanted - 1) for i in range(self.wanted)]
+        return [picture(self._kept[i]) for i in chosen]
 
 
 def picture(frame: NDArray[np.uint8], longest: int = 160) -> str:

@@ -182,6 +182,8 @@ def _labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
         if "preset" in keys and all(rival is own or rival.get("preset") != own["preset"] for rival in rivals):
             keys = ["preset"]  # which says all the rest
         named = {key.rsplit(".", 1)[-1]: own[key] for key in keys}
+        if "preset" in named and named["preset"] is None:
+            named["preset"] = "default"  # as the command line calls it
         settings = [f"{name}={value}" for name, value in named.items()]
         settings = settings[:3] + (["..."] if len(settings) > 3 else [])
         subject = [str(_subject(own))] if _subject(own) and (not settings or len(rivals) < len(flat)) else []
@@ -271,8 +273,8 @@ def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
     if x == "step":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(subjects) == 1 and None not in subjects:
-        (subject,), presets = subjects, {run.config.get("preset") for run in runs} - {None}
-        preset = f", preset {presets.pop()}" if len(presets) == 1 and subject not in presets else ""
+        (subject,), presets = subjects, {run.config.get("preset") for run in runs}
+        preset = f", preset {presets.pop()}" if len(presets) == 1 and not presets & {subject, None} else ""
         axes.set_title(f"{subject}{preset}", fontsize=11)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +64,8 @@ def estimate_turns(
         per_function: ``[E, F]`` what each reward function gave an episode, NaN where it does not apply; used if each is
             normalised on its own. weights: ``[F]``.
         states: ``[T]`` int64, equal where turns were taken in equal states.
-        own: a user's estimator, in the place of the settings'; it gets ``rewards``, ``lengths`` and ``group``.
+        own: a user's estimator, in the place of the settings'; it gets ``rewards``, ``lengths`` and ``group``, and
+            what it asks for by the names ``states`` and ``gamma``.
 
     Raises TrainingError if rewards or advantages are too large to compute with.
     """
@@ -76,7 +80,10 @@ def _by_settings(
     own: TensorFunction | None,
 ) -> Tensor:  # fmt: skip
     if own is not None:
-        return own_advantages(own, rewards, lengths, group)
+        offered: dict[str, Callable[[], Any]] = {"gamma": lambda: gamma}
+        if states is not None:
+            offered["states"] = lambda: states
+        return own_advantages(own, rewards, lengths, group, offered)
     function = ESTIMATORS[config.advantage].function
     assert function is not None
     told = Estimation(gamma, config.scale_rewards, 1e-4, config.pass_k, states, config.gigpo_weight)
