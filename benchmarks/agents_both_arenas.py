@@ -101,8 +101,9 @@ def language_model(name: str, seed: int) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, seed=seed, prompts_per_step=STARTS, num_generations=GROUP, max_steps=BATCHES[name],
-            max_turn_length=1, advantage=ADVANTAGE, gamma=GAMMA, scale_rewards="none", lr_scheduler_type="constant_with_warmup",
-            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **settings,
+            max_turn_length=1, advantage=ADVANTAGE, gamma=GAMMA, scale_rewards="none", logging_steps=1,
+            lr_scheduler_type="constant_with_warmup", save_strategy="no", report_to="none", disable_tqdm=True,
+            **settings,
         )  # fmt: skip
         starts = [{"seed": i} for i in range(4096)]
         GRPOTrainer(
@@ -159,9 +160,9 @@ def page() -> str:
     seeds = {ACTORS[actor]: ", ".join(str(run["seed"]) for run in of_actor) for actor, of_actor in runs.items()}
     about = (
         f"Made by `python benchmarks/agents_both_arenas.py --table` from `{LOG.name}`. FrozenLake-v1 with ten starts, "
-        f"not slippery, at most 12 steps; `advantage={ADVANTAGE}`, `gamma={GAMMA}`, groups of {GROUP} episodes from one "
-        f"start, {STARTS} starts a batch. Mean return of sampled training episodes, which is the share that reached the "
-        f"goal, over {SMOOTH} batches; median over seeds. A cell is empty where a run ended before."
+        f"not slippery, at most 12 steps; `advantage={ADVANTAGE}`, `gamma={GAMMA}`, groups of {GROUP} episodes from "
+        f"one start, {STARTS} starts a batch. Mean return of sampled training episodes, the share that reached "
+        f"the goal, over {SMOOTH} batches; median over seeds. A cell is empty where a run ended before."
     )
     return "\n".join([
         "# One environment, two actors", "", about, "",
