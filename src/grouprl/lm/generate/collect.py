@@ -217,7 +217,7 @@ class ScoredGroups:
 
     def solved(self) -> list[bool]:
         """``[N]`` whether the reward is that of a right answer, 1 or more."""
-        return (self.returns >= 1 - 1e-9).tolist()  # type: ignore[no-any-return]
+        return [bool(value >= 1 - 1e-9) for value in self.returns.tolist()]
 
     @property
     def n_prompts(self) -> int:

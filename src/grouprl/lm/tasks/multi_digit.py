@@ -45,11 +45,11 @@ class MultiDigit(Task):
 
     def messages(self, example: Example) -> list[dict[str, Any]]:
         """The conversation that asks `example`, behind an example of a call if there is a tool."""
-        asked = super().messages(example)
+        asked: list[dict[str, Any]] = [*super().messages(example)]
         if self.tool is None:
             return asked
-        call = {"type": "function", "function": {"name": self.tool, "arguments": {"expression": "12 * 34"}}}
-        shown = [
+        call: dict[str, Any] = {"type": "function", "function": {"name": self.tool, "arguments": {"expression": "12 * 34"}}}
+        shown: list[dict[str, Any]] = [
             {"role": "user", "content": "What is 12 x 34?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "name": self.tool, "content": "408"},
