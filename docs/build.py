@@ -263,7 +263,7 @@ def run_settings_part() -> str:
         "## Settings of a run\n\nAlso set with `--set` (or by options of `grouprl train`). They change nothing of the "
         "algorithm, but a scheduled checkpoint may begin fresh episodes ([why](architecture.md#exact-resume)). Without "
         "a preset that says otherwise a run has 500,000 steps, 20 evaluations and 10 checkpoints.\n\n"
-        + definition("grouprl.envs.training", "RunSettings")
+        + definition("grouprl.envs.recorder", "RunSettings")
     )
 
 
@@ -335,7 +335,11 @@ PYTHON = {
     "Environments": {
         "The agent": ("grouprl.envs.grpo", ["GRPO"]),
         "Evaluation": ("grouprl.envs.evaluation", ["evaluate", "Evaluation"]),
-        "Runs": ("grouprl.envs.training", ["train", "resume", "RunResult"]),
+        "Callbacks": ("grouprl.envs.callbacks", ["Run", "Checkpoints", "Evaluations", "StopAtReturn", "Videos"]),
+        "Runs": ("grouprl.envs.training", ["train", "resume"]),
+        "What a run left": ("grouprl.envs.recorder", ["RunResult"]),
+        "The doctor": ("grouprl.doctor.table", ["Diagnosis", "Table"]),
+        "What it is asked": ("grouprl.doctor.examine", ["examine", "examine_table"]),
         "Errors": ("grouprl.errors", ["GrouprlError", "UsageError", "TrainingError"]),
         "Packed steps": ("grouprl.envs.rollout", ["Rollout"]),
     },

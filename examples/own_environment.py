@@ -1,10 +1,12 @@
 """Train on an environment of your own: grouprl needs only a callable that makes it.
 
 python examples/own_environment.py
+python examples/own_environment.py --out runs/thermostat   # and leave a run folder, as grouprl train does
 """
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 from grouprl import GRPO, evaluate
+from grouprl.envs.callbacks import Run, StopAtReturn
 
 
 class Thermostat(gym.Env[np.ndarray, int]):
@@ -45,9 +48,13 @@ class Thermostat(gym.Env[np.ndarray, int]):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="a new folder for metrics, model, evaluations, curve and report")
+    out = parser.parse_args().out
     agent = GRPO(Thermostat, n_envs=16, seed=0)
     before = evaluate(agent, episodes=50).summary()["mean_return"]
-    agent.learn(60_000, progress_bar=True)
+    run = [] if out is None else [Run(out, video=False)]
+    agent.learn(60_000, callback=[*run, StopAtReturn(-60.0)], progress_bar=True)
     after = evaluate(agent, episodes=50).summary()["mean_return"]
     print(f"mean return of 50 greedy episodes: {before:.1f} before training, {after:.1f} after")
 

@@ -191,7 +191,7 @@ def test_an_import_of_ours_that_fails_is_a_traceback(monkeypatch: pytest.MonkeyP
 def test_a_run_without_compiled_code_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("grouprl.envs.training.kernels", SimpleNamespace(why_not="there is no C compiler"))
+    monkeypatch.setattr("grouprl.envs.recorder.kernels", SimpleNamespace(why_not="there is no C compiler"))
     assert call("train", "CartPole-v1", "--steps", "500", "--out", tmp_path / "r", "--no-video", *FAST) == 0
     assert "note: trained without compiled code, more slowly and with other digits: there is no C compiler" in (
         capsys.readouterr().out

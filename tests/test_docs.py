@@ -22,6 +22,7 @@ import typer
 from grouprl import GRPO, cli, objective
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
+from grouprl.envs.recorder import RunSettings
 from grouprl.lm import GRPOConfig as LanguageConfig
 from grouprl.lm import GRPOTrainer
 from grouprl.lm.models.tiny import build_tiny
@@ -177,7 +178,7 @@ def test_a_table_the_objective_does_not_have_is_an_error() -> None:
 @pytest.mark.parametrize(
     "name",
     ["README.md", "docs/index.md", "docs/tutorial.md", "docs/environments.md", "docs/architecture.md",
-     "docs/language-models.md"],
+     "docs/language-models.md", "docs/agents.md"],
 )  # fmt: skip
 @pytest.mark.usefixtures("short_training")
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
@@ -235,9 +236,14 @@ def test_the_recipes_in_the_pages_are_recipes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("short_training")
-def test_the_own_environment_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(ROOT / "examples" / "own_environment.py"), run_name="__main__")
+def test_the_own_environment_example_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = str(ROOT / "examples" / "own_environment.py")
+    monkeypatch.setattr(sys, "argv", [script, "--out", str(tmp_path / "run")])
+    runpy.run_path(script, run_name="__main__")
     assert "mean return" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_the_comparison_example_leaves_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +271,7 @@ def parse(line: str) -> None:
         return
     settings, run = cli.train._split(assigned)
     GRPOConfig(**settings)
-    assert set(run) <= set(training.RunSettings.__dataclass_fields__)
+    assert set(run) <= set(RunSettings.__dataclass_fields__)
 
 
 def test_every_command_line_in_the_pages_is_one_the_command_line_takes() -> None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMES = ("time_", "seconds", "per_second", "step_time", "_runtime")
+TIMES = ("time_", "seconds", "per_second", "step_time", "_runtime", "memory", "cpu_wait")
 
 
 def is_time(name: str) -> bool:
-    """Whether a number of this name is another one in each run."""
+    """Whether a number of this name is another one in each run: a time, or what the process had of the machine."""
     return any(part in name for part in TIMES)
 
 
@@ -38,7 +38,7 @@ class Arena:
     command: tuple[str, ...]
 
 
-_ENV_SETTINGS = {
+ENV_SETTINGS = {
     "n_envs": 4,
     "collect": "segments",
     "n_steps": 64,
@@ -46,15 +46,15 @@ _ENV_SETTINGS = {
     "epochs": 2,
     "warmup_steps": 64,
 }
-_ENV_RUN = {"eval_every": 1000, "eval_episodes": 2, "final_episodes": 2, "checkpoint_every": 500, "keep_checkpoints": 9}
+ENV_RUN = {"eval_every": 1000, "eval_episodes": 2, "final_episodes": 2, "checkpoint_every": 500, "keep_checkpoints": 9}
 
 
 def _train_envs(folder: Path) -> Any:
     from grouprl.envs import training
 
-    run = {**_ENV_RUN, "video": False, "track": ("none",)}
+    run = {**ENV_RUN, "video": False, "track": ("none",)}
     return training.train(
-        "CartPole-v1", folder, preset=None, steps=2500, seed=3, settings=_ENV_SETTINGS, run=run, progress_bar=False
+        "CartPole-v1", folder, preset=None, steps=2500, seed=3, settings=ENV_SETTINGS, run=run, progress_bar=False
     )
 
 
@@ -117,7 +117,7 @@ def _evaluate_lm(folder: Path) -> Any:
 ENVS = Arena(
     "environments", _train_envs, _resume_envs, _evaluate_envs, "model.safetensors", "checkpoints/step_*",
     ("train", "CartPole-v1", "--preset=default", "--seed=3", "--steps=2500", "--no-video", "--track=none", "--quiet",
-     *(f"--set={name}={value}" for name, value in (_ENV_SETTINGS | _ENV_RUN).items())),
+     *(f"--set={name}={value}" for name, value in (ENV_SETTINGS | ENV_RUN).items())),
 )  # fmt: skip
 LANGUAGE = Arena(
     "language models", _train_lm, _resume_lm, _evaluate_lm, "model/model.safetensors", "checkpoint-*",
@@ -152,7 +152,7 @@ def results(folder: Path, arena: Arena) -> dict[str, Any]:
         "weights": {name: xxh3_64(value.tobytes()).hexdigest() for name, value in sorted(weights.items())},
         "metrics": rows,
         "transcripts": transcripts.read_text() if transcripts.exists() else "",
-        "summary": {k: v for k, v in summary.items() if not is_time(k) and "memory" not in k},
+        "summary": {k: v for k, v in summary.items() if not is_time(k)},
     }
 
 

@@ -8,10 +8,10 @@ Names are imported on first use, so that importing the package costs nothing.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # checkers take it for typing's, whose import would be a third of the start of a command
 if TYPE_CHECKING:
+    from typing import Any
+
     from grouprl.envs.config import GRPOConfig
     from grouprl.envs.evaluation import evaluate
     from grouprl.envs.grpo import GRPO
@@ -33,4 +33,6 @@ __all__ = ["GRPO", "GRPOConfig", "GrouprlError", "TrainingError", "UsageError", 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'grouprl' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOMES[name]), name)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from grouprl.envs import mlp
 from grouprl.envs.adam import Adam, kernels
 from grouprl.learning.parameters import TrainedParameters
 
@@ -38,6 +39,11 @@ def test_it_takes_the_steps_of_pytorchs_adam() -> None:
         step(mine, gradient)
         reference.step()
     torch.testing.assert_close(ours.values(), theirs.data, rtol=1e-12, atol=1e-12)
+
+
+def test_it_is_compiled_together_with_the_network() -> None:
+    # Of two libraries one might not load, where open files run out for example: other digits, with nothing said.
+    assert kernels is mlp.kernels
 
 
 @pytest.mark.skipif(not kernels.available, reason="there is no C compiler here")

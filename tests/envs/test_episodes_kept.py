@@ -13,6 +13,7 @@ import torch
 from grouprl import GRPO
 from grouprl.envs import training
 from grouprl.envs.episodes import _numbers, batch_of
+from grouprl.envs.recorder import EPISODES_KEPT
 from grouprl.envs.rollout import Rollout
 from grouprl.runs.episodes import Batch, read_episodes
 
@@ -122,7 +123,7 @@ def test_a_run_keeps_some_batches_and_shows_them_on_a_page(tmp_path: Path) -> No
         "CartPole-v1", tmp_path / "r", preset=None, steps=12_000, settings=SMALL, run=QUIET, progress_bar=False
     )
     kept = list(read_episodes(result.folder.episodes_path))
-    assert 10 <= len(kept) <= training.EPISODES_KEPT + 1
+    assert 10 <= len(kept) <= EPISODES_KEPT + 1
     assert [one.step for one in kept] == sorted({one.step for one in kept})
     assert result.folder.episodes_page.stat().st_size < 1_000_000
     assert "episodes.html" in result.folder.report_page.read_text()

@@ -13,7 +13,7 @@ from grouprl.envs import estimate
 from grouprl.envs.config import make_config
 from grouprl.envs.estimate import Baseline, fit_subset
 from grouprl.envs.rollout import Rollout
-from grouprl.objective import RandomFeatures
+from grouprl.objective import RandomFeatures, gigpo
 
 
 def chain(samples: int, length: int) -> Rollout:
@@ -126,3 +126,15 @@ def test_truncated_episodes_of_different_lengths_are_a_signal(elapsed: Any, trun
     assert estimate.has_signal(rollout) is signal
     nothing = Rollout(**(rollout.__dict__ | {"rewards": torch.zeros(6)}))
     assert not estimate.has_signal(nothing)
+
+
+def test_states_of_ones_own_are_a_function_of_the_observations() -> None:
+    def by_cell(rewards, lengths, group, observations, gamma):
+        _, states = torch.unique((observations / 0.25).round(), dim=0, return_inverse=True)
+        return gigpo(rewards, lengths, group, states, gamma, scale="none")
+
+    seen = np.array([[0.0], [1.02], [0.01], [5.0]], np.float32)  # the first and the third are in one cell
+    rollout = replace(chain(2, 2), rewards=torch.tensor([0.0, 1.0, 0.0, 0.0]), observed=seen)
+    config = make_config({"gamma": 1.0, "collect": "episodes"})
+    made, _ = estimate.advantages(rollout, config, None, by_cell)
+    assert made.tolist() == [1.0, 0.5, -1.0, -0.5]

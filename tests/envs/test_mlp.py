@@ -17,6 +17,7 @@ from torch import Tensor
 from grouprl import GRPO
 from grouprl.envs import mlp
 from grouprl.envs.mlp import MAX_LAYERS, MLP
+from grouprl.machine.compile import Kernels
 
 compiled = pytest.mark.skipif(
     sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")), reason="there is no C compiler here"
@@ -175,7 +176,7 @@ def test_calls_leave_nothing_behind() -> None:
 
 
 def test_without_a_compiler_it_is_torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlp, "kernels", mlp.Kernels(Path(mlp.__file__).parent / "native", ["network.c"]))
+    monkeypatch.setattr(mlp, "kernels", Kernels(Path(mlp.__file__).parent / "native", ["network.c"]))
     monkeypatch.setenv("CC", "/no/such/compiler")
     assert not network((3, 8, 2)).native
 

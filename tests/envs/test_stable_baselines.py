@@ -127,7 +127,7 @@ def test_what_is_advised_exists(text: str) -> None:
     for name in re.findall(r"\bagent\.(\w+)", text):
         assert hasattr(agent, name)
     for setting in re.findall(r"\b(\w+)=", text):
-        assert setting in GRPOConfig.model_fields or setting in ("network", "progress_bar", "seed")
+        assert setting in GRPOConfig.model_fields or setting in ("network", "progress_bar", "seed", "callback", "env")
 
 
 def test_trackers_show_its_groups() -> None:

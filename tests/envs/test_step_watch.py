@@ -130,3 +130,39 @@ def test_the_limit_of_time_counts_from_the_last_progress() -> None:
     assert within(0.2, many_short_ones, lambda: steps[0]) == "done"
     with pytest.raises(TimeoutError):
         within(0.2, many_short_ones)
+
+
+class CannotBeMade(Sign):
+    """The one that is made third waits for as long as one lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        global made
+        made += 1
+        if made == 3:
+            time.sleep(60)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_a_constructor_that_hangs_ends_too(vectorization: str) -> None:
+    children = multiprocessing.active_children()
+    global made
+    made = 1 if vectorization == "async" else 0  # each worker makes its own after the one that shows the spaces
+    number = 2 if vectorization == "sync" else 1
+    with pytest.raises(
+        TrainingError, match=rf"making environment {number} \(CannotBeMade\) had not ended after 0\.3 s"
+    ):
+        GRPO(CannotBeMade, env_timeout=0.3, **{**QUICK, "vectorization": vectorization})
+    assert multiprocessing.active_children() == children
+
+
+def test_an_evaluation_waits_for_no_constructor() -> None:
+    agent = GRPO(Sign, env_timeout=0.3, **QUICK)
+    with pytest.raises(TrainingError, match=r"making environment 2 \(CannotBeMade\)"):
+        evaluate(agent, CannotBeMade, episodes=3)
+
+
+def test_a_time_limit_below_any_step_is_one_error() -> None:
+    for _ in range(20):
+        with pytest.raises(TrainingError, match="env_timeout"):
+            GRPO(Sign, env_timeout=1e-9, **QUICK)

@@ -20,41 +20,21 @@ import torch
 import yaml
 
 from grouprl import GRPO, UsageError
-from grouprl.envs import training
+from grouprl.envs import recorder, training
 from grouprl.errors import TrainingError
 from grouprl.runs import read_metrics
 from grouprl.runs.state import load_state
 
-TIMING = {
-    "train_seconds",
-    "steps_per_second",
-    "time_collect",
-    "time_advantages",
-    "time_update",
-    "memory_gb",
-    "cpu_wait",
-}
-SMALL: dict[str, Any] = {
-    "n_envs": 4,
-    "collect": "segments",
-    "n_steps": 64,
-    "minibatch_size": 64,
-    "epochs": 2,
-    "warmup_steps": 64,
-}
-QUIET: dict[str, Any] = {
-    "eval_every": 1000,
-    "eval_episodes": 2,
-    "final_episodes": 2,
-    "video": False,
-    "track": ("none",),
-}
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "robustness"))
+from short_runs import ENV_RUN, ENV_SETTINGS, is_time
+
+QUIET: dict[str, Any] = {**ENV_RUN, "video": False, "track": ("none",)}
 
 
-def small_run(out: Path, env: str = "CartPole-v1", steps: int = 3000, **extra: Any) -> training.RunResult:
+def small_run(out: Path, env: str = "CartPole-v1", steps: int = 3000, **extra: Any) -> recorder.RunResult:
     run = QUIET | {"checkpoint_every": 700, "keep_checkpoints": 99} | extra.pop("run", {})
     return training.train(
-        env, out, preset=None, steps=steps, seed=3, settings=SMALL | extra.pop("settings", {}), run=run, **extra
+        env, out, preset=None, steps=steps, seed=3, settings=ENV_SETTINGS | extra.pop("settings", {}), run=run, **extra
     )
 
 
@@ -62,7 +42,7 @@ def same_metrics(one: Path, other: Path) -> None:
     a, b = read_metrics(one / "metrics.csv"), read_metrics(other / "metrics.csv")
     assert a.keys() == b.keys()
     assert len(a["step"]) > 3
-    for name in a.keys() - TIMING:
+    for name in filter(lambda name: not is_time(name), a):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
@@ -76,7 +56,7 @@ def same_weights(one: Path, other: Path) -> None:
 def test_a_run_folder_holds_everything_it_promises(tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = training.train(
-        "CartPole-v1", out, preset=None, steps=2000, seed=1, settings=SMALL,
+        "CartPole-v1", out, preset=None, steps=2000, seed=1, settings=ENV_SETTINGS,
         run={"eval_every": 500, "eval_episodes": 2, "final_episodes": 3, "checkpoint_every": 600},
     )  # fmt: skip
     names = {path.name for path in out.iterdir()}
@@ -177,7 +157,7 @@ def test_a_run_with_an_estimator_of_ones_own_is_resumed_with_it(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_process_saves_and_its_resumed_run_is_exact(tmp_path: Path, number: signal.Signals) -> None:
-    settings = [f"--set={key}={value}" for key, value in SMALL.items()]
+    settings = [f"--set={key}={value}" for key, value in ENV_SETTINGS.items()]
     run = ["--set=eval_every=1000", "--set=eval_episodes=2", "--set=final_episodes=2", "--no-video", "--track=none"]
     command = [
         sys.executable,
@@ -274,7 +254,7 @@ def test_a_run_killed_after_its_last_update_is_finished_by_resume(
 ) -> None:
     small_run(tmp_path / "whole", steps=1500)
     place = {
-        "evaluate": "grouprl.envs.training.evaluate",
+        "evaluate": "grouprl.envs.recorder.evaluate",
         "plot_run": "grouprl.runs.plots.plot_run",
         "write_summary": "grouprl.runs.RunFolder.write_summary",
     }[where]
@@ -305,7 +285,7 @@ def test_a_longer_run_that_is_killed_is_not_finished(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("grouprl.envs.training.evaluate", killed)
+        patch.setattr("grouprl.envs.recorder.evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             training.resume(tmp_path / "run", steps=2000)
     assert training.resume(tmp_path / "run").summary["total_steps"] >= 2000  # type: ignore[index]
@@ -337,14 +317,14 @@ def test_a_run_that_goes_on_in_another_thread_is_left_alone(tmp_path: Path) -> N
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Once an update has come so far, `act`, before anything of it is written."""
-    original, done = training.Recorder.__call__, []
+    original, done = recorder.Recorder.__call__, []
 
-    def heard(self: training.Recorder, agent: GRPO, metrics: Any) -> bool:
+    def heard(self: recorder.Recorder, agent: GRPO, metrics: Any) -> bool:
         if agent.num_timesteps >= step and not done:
             done.append(act())
         return original(self, agent, metrics)
 
-    monkeypatch.setattr(training.Recorder, "__call__", heard)
+    monkeypatch.setattr(recorder.Recorder, "__call__", heard)
 
 
 def test_metrics_that_are_deleted_under_a_run_are_not_lost(
@@ -365,14 +345,14 @@ def test_a_run_folder_that_is_deleted_or_moved_under_a_run_is_an_error(
     if moment == "training":
         at_step(monkeypatch, 1000, lambda: out.rename(tmp_path / "moved"))
     else:
-        evaluate = training.evaluate
+        evaluate = recorder.evaluate
 
         def moved(*args: Any, **kwargs: Any) -> Any:
             while out.exists():  # the curve may be written meanwhile
                 shutil.rmtree(out, ignore_errors=True)
             return evaluate(*args, **kwargs)
 
-        monkeypatch.setattr(training, "evaluate", moved)
+        monkeypatch.setattr(recorder, "evaluate", moved)
     with pytest.raises(TrainingError, match="was deleted, moved or replaced by another since this run began"):
         small_run(out, steps=1500)
     assert not out.exists()

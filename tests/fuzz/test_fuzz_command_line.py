@@ -15,6 +15,7 @@ from odd import result_or_clear_error
 from grouprl import cli
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
+from grouprl.envs.recorder import RunResult, RunSettings
 from grouprl.lm.run import recipe
 from grouprl.lm.run import training as language
 from grouprl.lm.settings.fields import Fields
@@ -56,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is made and checked, and then nothing is learned."""
-    monkeypatch.setattr(training, "_run", lambda folder, run, agent, bar: training.RunResult(folder, agent, None, []))
+    monkeypatch.setattr(training, "_run", lambda folder, run, agent, bar: RunResult(folder, agent, None, []))
     monkeypatch.setattr(
         language, "_run", lambda folder, *_, **__: language.RunResult(folder, 0, None, [])
     )  # fmt: skip
@@ -101,7 +102,7 @@ def test_any_words(arguments: list[str]) -> None:
             call(arguments, monkeypatch)
 
 
-ENVIRONMENT_NAMES = [*GRPOConfig.model_fields, *training.RunSettings.__dataclass_fields__, "nothing", ""]
+ENVIRONMENT_NAMES = [*GRPOConfig.model_fields, *RunSettings.__dataclass_fields__, "nothing", ""]
 SIZES = ("n_envs", "n_steps", "threads", "warmup_steps", "hidden_sizes")
 
 

@@ -89,3 +89,13 @@ def same(one: list[list[Sampled]], other: list[list[Sampled]]) -> bool:
         return [(s.prompt, s.ids, s.turns, s.finished, s.logp.tolist()) for samples in found for s in samples]
 
     return flat(one) == flat(other)
+
+
+def without_a_token(rows):
+    """Rows that lose the first token of a stretch."""
+
+    class Forgets(rows):
+        def append(self, slots, stretches):
+            return super().append(slots, [s[1:] if len(s) > 1 else s for s in stretches])
+
+    return Forgets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -38,6 +39,17 @@ def pretended(tmp_path, monkeypatch):
         return runs
 
     return make
+
+
+def test_a_compiler_that_cannot_be_started_for_want_of_files_is_said(source, own_cache, monkeypatch, caplog) -> None:
+    def no_more(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(subprocess, "Popen", no_more)
+    with caplog.at_level(logging.WARNING, "grouprl"), pytest.raises(UnavailableError, match="Too many open files"):
+        kernels(source).functions()
+    (message,) = caplog.messages
+    assert "There is no compiled code" in message
 
 
 @pytest.mark.parametrize(

@@ -102,22 +102,46 @@ def test_truncation_bootstraps_and_termination_does_not():
     assert_close(ended.advantages, torch.tensor([2.71, 1.9, 1.0], dtype=torch.float64) - 1.87, rtol=0, atol=1e-4)
 
 
+def orthogonal(x, y, ridge, copies):
+    """The fit of rewards +y0, y1 to a feature +x, -x and a constant, ``copies`` times two rows of one step."""
+    feature = torch.tensor([x, -x], dtype=torch.float64).repeat(copies)
+    phi = torch.stack((feature, torch.ones_like(feature)), 1)
+    rewards = torch.tensor(y, dtype=torch.float64).repeat(copies)
+    ends, lengths = torch.ones(2 * copies, dtype=torch.bool), torch.ones(2 * copies, dtype=torch.int64)
+    return fit_baseline(phi, phi, rewards, lengths, ends, None, gamma=0.9, lam=0.9, ridge=ridge)
+
+
 def test_the_ridge_is_the_one_stated():
     # a feature orthogonal to the constant: w = sum(x y) / (sum(x x) (1 + ridge)); the constant: mean(y) / (1 + 1e-6)
-    x = torch.tensor([2.0, -2.0], dtype=torch.float64)
-    phi = torch.stack((x, torch.ones_like(x)), 1)
-    rewards, lengths = torch.tensor([5.0, 1.0], dtype=torch.float64), torch.tensor([1, 1])
-    fit = fit_baseline(phi, phi, rewards, lengths, flags(1, 1), None, gamma=0.9, lam=0.9, ridge=0.5)
+    fit = orthogonal(2.0, [5.0, 1.0], 0.5, copies=4)
     assert fit.weights.tolist() == pytest.approx([(10.0 - 2.0) / (8.0 * 1.5), 3.0 / (1.0 + 1e-6)], rel=1e-12)
 
 
+def test_the_ridge_grows_where_there_are_less_than_four_rows_for_a_feature():
+    # two features, two rows: (4 * 2 / 2)^2 = 16 times the ridge; four rows: 4 times
+    assert orthogonal(2.0, [5.0, 1.0], 0.5, copies=1).weights[0].item() == pytest.approx(8.0 / (8.0 * 9.0), rel=1e-12)
+    assert orthogonal(2.0, [5.0, 1.0], 0.5, copies=2).weights[0].item() == pytest.approx(8.0 / (8.0 * 3.0), rel=1e-12)
+
+
 def test_a_feature_that_is_nearly_zero_is_held_by_the_floor_of_the_ridge():
-    x = torch.tensor([1e-3, -1e-3], dtype=torch.float64)
-    phi = torch.stack((x, torch.ones_like(x)), 1)
-    rewards, lengths = torch.tensor([1.0, -1.0], dtype=torch.float64), torch.tensor([1, 1])
-    fit = fit_baseline(phi, phi, rewards, lengths, flags(1, 1), None, gamma=0.9, lam=0.9, ridge=1.0)
     # 2e-3 / (2e-6 + 2 * 1e-3), where the feature's own power would have given 2e-3 / 4e-6 = 500
-    assert fit.weights[0].item() == pytest.approx(2e-3 / (2e-6 + 2e-3), rel=1e-9)
+    assert orthogonal(1e-3, [1.0, -1.0], 1.0, copies=4).weights[0].item() == pytest.approx(
+        2e-3 / (2e-6 + 2e-3), rel=1e-9
+    )
+
+
+def test_fits_to_batches_of_fewer_rows_than_features_do_not_run_away():
+    # Each batch continues for ever at reward 1, worth 100: the values of a fit are in the targets of the next.
+    generator, weights, worst = torch.Generator().manual_seed(0), None, 0.0
+    features = RandomFeatures.create(4, 128, seed=0)
+    for _ in range(300):
+        states = torch.randn(68, 4, generator=generator)
+        phi = features(states, torch.zeros(68))
+        lengths, going_on = torch.full((16,), 4), torch.zeros(16, dtype=torch.bool)
+        rewards = torch.ones(64) + torch.randn(64, generator=generator)
+        fit = fit_baseline(phi[:64], phi[52:], rewards, lengths, going_on, weights, 0.99, 0.95, ridge=1e-4)
+        weights, worst = fit.weights, max(worst, float(fit.values.abs().max()))
+    assert worst < 1000
 
 
 def test_advantages_and_explained_variance_are_those_of_the_values_returned():

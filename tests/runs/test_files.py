@@ -1,17 +1,20 @@
 import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from xxhash import xxh3_64
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.runs.appended import AppendedFile
 from grouprl.runs.files import (
     atomic_path,
+    file_checksum,
     read_bytes,
     user_path,
     write_bytes,
@@ -190,3 +193,10 @@ def test_what_a_full_disk_did_not_take_is_one_error_and_closing_is_none() -> Non
     with pytest.raises(TrainingError, match="No space left"):
         file.append("a line\n")
     file.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, 5_000_000])
+def test_a_checksum_is_the_same_whichever_way_the_file_is_read(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(size))
+    assert file_checksum(path) == file_checksum(path, just_written=True) == xxh3_64(path.read_bytes()).hexdigest()

@@ -184,8 +184,19 @@ def test_a_damaged_configuration_is_a_usage_error_naming_the_file(tmp_path: Path
 
 def test_the_summary_is_json_in_which_nan_is_null(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, CONFIG)
+    run.model_path.touch()
     run.write_summary({"eval_return": 500.0, "solved_at": float("nan")})
     assert json.loads(run.summary_path.read_text()) == {"eval_return": 500.0, "solved_at": None}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model.safetensors"])
+def test_there_is_no_summary_of_a_run_that_was_deleted_before_it(tmp_path: Path, name: str) -> None:
+    run = RunFolder.create(tmp_path, CONFIG)
+    run.model_path.touch()
+    (tmp_path / name).unlink()
+    with pytest.raises(TrainingError, match="holds no run any more"):
+        run.write_summary({"eval_return": 500.0})
+    assert not run.is_finished()
 
 
 def test_checkpoints_are_sorted_by_step_and_other_files_are_no_checkpoints(tmp_path: Path) -> None:

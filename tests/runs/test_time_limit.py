@@ -96,3 +96,33 @@ def test_in_another_thread_the_call_is_ended_too() -> None:
     assert in_a_thread(lambda: within(60, lambda: 3)) == 3
     assert isinstance(in_a_thread(lambda: within(60, lambda: {}["mine"])), KeyError)
     assert set(threading.enumerate()) <= threads
+
+
+def test_a_time_that_is_over_at_once_is_a_timeout() -> None:
+    for _ in range(200):  # the interruption may come before the call begins, or while its thread is being started
+        with pytest.raises(TimeoutError):
+            within(1e-9, waits)
+
+
+SWALLOWS = """
+import os, sys, time
+from grouprl.runs import time_limit
+time_limit._AGAIN = 0.02
+
+def for_ever():
+    while True:
+        try:
+            time.sleep(600)
+        except BaseException:
+            pass
+
+time_limit.within(0.05, for_ever, name="reward function 'stubborn'")
+"""
+
+
+def test_a_call_that_swallows_everything_for_ever_ends_the_process_with_one_line() -> None:
+    ended = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.strip().splitlines()
+    assert line.startswith("error: reward function 'stubborn' has gone on 10 times after its time was over")
+    assert line.endswith("the newest checkpoint is whole.")

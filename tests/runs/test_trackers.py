@@ -1,5 +1,7 @@
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -140,3 +142,15 @@ def test_the_environment_names_the_project_of_wandb(tmp_path: Path, monkeypatch:
     tracker.close()
     assert board.asked[0]["project"] == "mine"
     assert tracker._run.finished == 1
+
+
+def test_an_event_file_deleted_under_a_run_is_said_and_followed_by_another(tmp_path: Path, caplog: Any) -> None:
+    tracker = TensorBoardTracker(tmp_path / "tb")
+    tracker.log({"x": 1.0}, step=1)
+    shutil.rmtree(tmp_path / "tb")
+    for step in (2, 3):
+        tracker.log({"x": float(step)}, step)
+    tracker.close()
+    assert read_events(tmp_path / "tb", "x") == [(2, 2.0), (3, 3.0)]
+    (message,) = caplog.messages
+    assert "was deleted while this run writes there" in message

@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +16,7 @@ import typer
 
 from grouprl.errors import GrouprlError, UsageError, first_line, shown
 from grouprl.extras import explain_missing
+from grouprl.machine.ranks import launched
 from grouprl.printing import lasting_streams
 from grouprl.reading import parse_yaml
 from grouprl.runs.signals import leaving_on_signals
@@ -58,7 +61,7 @@ def count(text: str) -> int:
 
 def main() -> None:
     """Entry point: one clear line for an error of the user's or the environment's, a traceback only for ours."""
-    with lasting_streams() as problem, leaving_on_signals():
+    with lasting_streams() as problem, leaving_on_signals(), _only_the_first_prints():
         status = _status()
         if reason := problem():
             print(f"error: standard output could not be written: {reason}", file=sys.stderr)
@@ -66,6 +69,20 @@ def main() -> None:
     if status and _is_held_up():
         os._exit(status if isinstance(status, int) else 1)
     sys.exit(status)
+
+
+@contextmanager
+def _only_the_first_prints() -> Iterator[None]:
+    """Of several processes that a launcher started, the first alone says what all would say; errors are everyone's."""
+    try:
+        rank = launched().rank
+    except UsageError:  # whatever trains will say so
+        rank = 0
+    if not rank:
+        yield
+        return
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _is_held_up() -> bool:

@@ -47,7 +47,7 @@ def report(
 
         defaults = GRPOConfig().to_dict()
     else:
-        from grouprl.envs.training import default_settings
+        from grouprl.envs.recorder import default_settings
 
         defaults = default_settings()
     print(f"wrote {write_report(run, defaults)}")

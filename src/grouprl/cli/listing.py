@@ -65,7 +65,7 @@ Row = tuple[str, Any, str]
 
 def _of_environments() -> Iterator[tuple[str, list[Row]]]:
     from grouprl.envs.config import GRPOConfig
-    from grouprl.envs.training import RunSettings
+    from grouprl.envs.recorder import RunSettings
     from grouprl.objective_settings import sections
 
     yield from _configuration(GRPOConfig, sections(GRPOConfig))

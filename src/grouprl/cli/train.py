@@ -12,7 +12,7 @@ from grouprl.errors import UsageError
 from grouprl.reading import read_yaml
 
 if TYPE_CHECKING:
-    from grouprl.envs.training import RunResult
+    from grouprl.envs.recorder import RunResult
     from grouprl.runs import RunFolder
 
 Assignments = Annotated[
@@ -54,7 +54,8 @@ def train(
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="End the run when a step of the environments takes longer; setting env_timeout.  [default: never]",
+            help="End the run when a step of the environments, or making one, takes longer; setting env_timeout.  "
+            "[default: never]",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
@@ -114,7 +115,7 @@ def _announce(folder: RunFolder) -> None:
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of learning, and settings of the run."""
-    from grouprl.envs.training import RunSettings
+    from grouprl.envs.recorder import RunSettings
 
     run = {key: value for key, value in values.items() if key in RunSettings.__dataclass_fields__}
     return {key: value for key, value in values.items() if key not in run}, run

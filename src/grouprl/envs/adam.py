@@ -10,15 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from ctypes import c_float, c_size_t, c_void_p
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from grouprl.envs.native import kernels
 from grouprl.learning.parameters import TrainedParameters
-from grouprl.machine.compile import Kernels
-
-kernels = Kernels(Path(__file__).resolve().parent / "native", ("adam.c",))
 
 
 class Adam:

@@ -34,7 +34,8 @@ def write(path: Path, loop: Loop, may_restart: bool, description: Mapping[str, A
     loop.bound_replay(may_restart)
     tensors, state = loop.state()
     tensors |= {f"policy.{key}": value for key, value in loop.policy.state_dict().items()}
-    save_state(path, tensors, {**description, "machine": _machine(loop), "state": {**state, "extra": dict(extra)}})
+    about = {**description, "machine": _machine(loop), "state": {**state, "extra": dict(extra)}}
+    loop.ranks.once(lambda: save_state(path, tensors, about))
 
 
 def _machine(loop: Loop) -> dict[str, Any]:

@@ -118,7 +118,10 @@ class GRPOConfig(ObjectiveSettings):
 
     # --- run -----------------------------------------------------------------------------------------------------
     env_timeout: float | None = Field(
-        None, gt=0, le=1e9, description="seconds that a step of the environments may take, after which the run ends"
+        None,
+        gt=0,
+        le=1e9,
+        description="seconds that a step of the environments, or making one, may take, after which the run ends",
     )
     seed: int = Field(0, ge=0, description="of every random stream")
     device: str = Field("cpu", description="torch device of the learner")

@@ -52,7 +52,7 @@ class Evaluator:
     Every environment plays a fixed share of the episodes, so that short ones are not counted more often than long ones.
 
     Args:
-        env, n_envs, vectorization, env_kwargs: as for :func:`~grouprl.envs.vector.make_vector`.
+        env, n_envs, vectorization, env_kwargs, timeout: as for :func:`~grouprl.envs.vector.make_vector`.
         max_steps: where to cut an episode that has not ended; default: nowhere if the environment has a time limit,
             else after ``MAX_STEPS``.
 
@@ -67,11 +67,12 @@ class Evaluator:
         n_envs: int = 16,
         vectorization: str = "auto",
         max_steps: int | None = None,
+        timeout: float | None = None,
     ) -> None:
         if max_steps is not None:
             max_steps = whole_number("max_steps", max_steps, least=1)
         how = "auto" if vectorization == "async" else vectorization
-        self.venv = make_vector(env, n_envs, how, env_kwargs, seed=12345)
+        self.venv = make_vector(env, n_envs, how, env_kwargs, seed=12345, timeout=timeout)
         # Where a time limit is known, the environment ends its episodes there by itself, or never had that limit.
         self.max_steps = max_steps or max(MAX_STEPS, 2 * (horizon(self.venv) or 0))
 
@@ -174,7 +175,7 @@ def evaluate(
     episodes, seed = whole_number("episodes", episodes, least=1), whole_number("seed", seed, least=0)
     target, kwargs = (env, env_kwargs) if env is not None else agent.where()
     n_envs = max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16))
-    evaluator = Evaluator(target, kwargs, n_envs=n_envs, max_steps=max_steps)
+    evaluator = Evaluator(target, kwargs, n_envs=n_envs, max_steps=max_steps, timeout=agent.config.env_timeout)
     try:
         return evaluator.run(agent, episodes, deterministic, seed)
     finally:

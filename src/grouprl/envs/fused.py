@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from grouprl.envs.distributions import Categorical, DiagonalGaussian
-from grouprl.envs.mlp import MLP, described, kernels
+from grouprl.envs.mlp import MLP, described
+from grouprl.envs.native import kernels
 from grouprl.envs.policy import Policy
 from grouprl.envs.update import Gradient, UpdateSettings
 from grouprl.objective import Objective

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from grouprl.envs.held_environment import HeldEnvironment
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
+from grouprl.envs.sizes import least_bytes
 from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.stable_baselines import (
     checked_callbacks,
@@ -41,7 +45,8 @@ from grouprl.envs.stable_baselines import (
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
-from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.ranks import Ranks, join
+from grouprl.machine.room import check_room
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
@@ -50,6 +55,11 @@ from grouprl.runs.state import load_state, save_state
 
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
+
+
+def _met(config: GRPOConfig) -> Ranks:
+    """The processes that train together."""
+    return join(gpu=config.device.startswith("cuda"))
 
 
 _making_a_policy = threading.Lock()
@@ -101,8 +111,11 @@ class GRPO:
         chosen = presets.resolve(env_name(env), preset)
         config = make_config({**(chosen.config if chosen else {}), **settings})
         kwargs = {**(chosen.env_kwargs if chosen and isinstance(env, str) else {}), **(env_kwargs or {})}
+        check_room(least_bytes(config))
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)
-        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, env_seed)
+        venv = make_vector(
+            env, config.n_envs, config.how_to_vectorize, kwargs, env_seed, config.env_timeout, _met(config)
+        )
         description = Description(
             config=config,
             observation_space=venv.single_observation_space,
@@ -139,6 +152,8 @@ class GRPO:
         init, act, shuffle, starts, predict = np.random.SeedSequence(config.seed).spawn(5)
         self.actions = ActionCodec(description.action_space)
         self.observations = ObservationCodec(description.observation_space, mask_size=self.actions.mask_size)
+        pixels = sum(math.prod(shape) for shape in self.observations.images.values())
+        check_room(least_bytes(config, self.observations.n_flat or 1, self.observations.n_flat + pixels))
         # Agents may be made in several threads, which share torch's generator.
         with _making_a_policy, torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(init.generate_state(1)[0]))
@@ -146,7 +161,7 @@ class GRPO:
         self.policy.eval()  # dropout in a user's network would make the ratio differ from 1 before any update
         self.loop = Loop(
             self.policy, self.actions, config, Seeds(act, shuffle, starts), functions,
-            n_steps=description.num_timesteps,
+            n_steps=description.num_timesteps, ranks=_met(config),
         )  # fmt: skip
         self._held = HeldEnvironment(description, self.loop)
         self._predict_rng = np.random.default_rng(predict)
@@ -271,6 +286,8 @@ class GRPO:
             total_timesteps: steps of this call, over all environments; warm-up steps count.
             callback: called as ``callback(agent, metrics)`` after every update; returning False stops training, and so
                 does what is false as a number. None and anything else goes on. A list calls each.
+                :mod:`grouprl.envs.callbacks` has some, among them one that leaves a run folder. A callback may have a
+                method ``around(agent, end)``, a context manager that is entered before the first batch of a call.
             progress_bar: show return, steps per second and time left.
 
         Raises:
@@ -284,7 +301,6 @@ class GRPO:
         refuse_arguments("learn", list(unknown))
         if not isinstance(progress_bar, bool | None):
             raise UsageError(f"progress_bar={progress_bar!r} must be True or False")
-        refuse_several_processes()
         total_timesteps = whole_number("total_timesteps", total_timesteps, least=1)
         start, skipped, batches = self.num_timesteps, self.loop.skipped.copy(), self.loop.batches
         self._learn(start, start + total_timesteps, callback, progress_bar)
@@ -303,18 +319,40 @@ class GRPO:
         ):
             if had and has is None:
                 raise UsageError(f"this agent was trained with its own {name}; pass {name}=... to load to train on")
-        callbacks = checked_callbacks(callback)
-        self._held.begin()
-        with single_threaded_kernels(), Progress(end - start, progress_bar, description=self.env_id) as bar:
+        callbacks, ranks = checked_callbacks(callback), self.loop.ranks
+        with ranks.telling():
+            self._check_alike(end - start)
+            self._held.begin()
+            self._train(start, end, callbacks, progress_bar if ranks.first else False)
+        return self
+
+    def _check_alike(self, steps: int) -> None:
+        """Raises UsageError if the agents of several processes are not the same."""
+        if self.loop.ranks.world > 1:
+            about = {"env_id": self.env_id, "steps": steps, "steps before": self.num_timesteps}
+            versions = {name: version(name) for name in ("grouprl", "torch", "gymnasium", "numpy")}
+            weights = {"the sum of the weights": self.loop.learner.parameters.total()}
+            self.loop.ranks.check_same(
+                "agents", about | versions | self.config.model_dump() | weights,
+                "start every rank with the same script, settings and packages",
+            )  # fmt: skip
+
+    def _train(self, start: int, end: int, callbacks: Sequence[Callback], progress_bar: bool | None) -> None:
+        ranks = self.loop.ranks
+        with ExitStack() as stack:
+            for call in callbacks:
+                if hasattr(call, "around"):
+                    stack.enter_context(call.around(self, end))
+            stack.enter_context(single_threaded_kernels())
+            bar = stack.enter_context(Progress(end - start, progress_bar, description=self.env_id))
             while self.num_timesteps < end:
                 self.ready()
                 with self._held.stepping():
                     metrics = self.loop.iterate((self.num_timesteps - start) / (end - start))
                 bar.update(self.num_timesteps - start, episode_return=metrics["return_mean"])
                 verdicts = [call(self, metrics) for call in callbacks]
-                if any(map(says_stop, verdicts)):
+                if ranks.agree(any(map(says_stop, verdicts)))[0]:
                     break
-        return self
 
     # --- acting ------------------------------------------------------------------------------------------------------
     def predict(
@@ -368,7 +406,7 @@ class GRPO:
     def save(self, path: str | Path) -> Path:
         """Write the policy, its normalisation statistics, spaces and configuration to ``path`` (``.safetensors``).
 
-        Returns the path written, with the suffix added where it was missing.
+        Returns the path written, with the suffix added where it was missing. Of several processes the first writes.
 
         Raises TrainingError, and leaves an older file as it is, if a number of the policy is not finite.
         """
@@ -378,7 +416,8 @@ class GRPO:
             raise UsageError(f"{path} is a folder; name the file in it that the model goes to")
         if path.suffix != ".safetensors":
             path = path.with_name(path.name + ".safetensors")
-        save_state(path, self.policy.state_dict(), self.describe("model"))
+        if self.loop.ranks.first:
+            save_state(path, self.policy.state_dict(), self.describe("model"))
         return path
 
     @classmethod

@@ -63,7 +63,9 @@ class HeldEnvironment:
     def set(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None) -> None:
         """See :meth:`grouprl.envs.grpo.GRPO.set_env`."""
         kwargs, config = dict(env_kwargs or {}), self.description.config
-        venv = make_vector(env, config.n_envs, config.how_to_vectorize, kwargs, config.seed)
+        venv = make_vector(
+            env, config.n_envs, config.how_to_vectorize, kwargs, config.seed, config.env_timeout, self.loop.ranks
+        )
         theirs_to_close = not isinstance(env, gym.Env | VectorEnv)
         for name, ours, theirs in (
             ("observation", self.description.observation_space, venv.single_observation_space),

@@ -20,6 +20,8 @@ from grouprl.envs.rollout import Rollout
 from grouprl.envs.update import Batch, Terms, UpdateSettings, UpdateStats, update
 from grouprl.errors import UsageError
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.machine.busy import AtOnce, Busy
+from grouprl.machine.ranks import ALONE, Ranks
 from grouprl.objective import LOSSES, Objective
 from grouprl.objective.losses import mean_over_steps
 from grouprl.objective.packed import segment_sum
@@ -50,13 +52,14 @@ class Learner:
         config: GRPOConfig,
         rng: np.random.Generator,
         surrogate_function: TensorFunction | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if surrogate_function is None and LOSSES[config.loss_type].probabilities and policy.gaussian:
             raise UsageError(
                 f"loss_type={config.loss_type!r} needs the probability of each action, and actions of a Box have only "
                 "densities; use loss_type=dapo or spo"
             )
-        self.policy, self.config, self.rng = policy, config, rng
+        self.policy, self.config, self.rng, self.ranks = policy, config, rng, ranks
         self.parameters = TrainedParameters(policy)
         self.optimizer = Adam(self.parameters, config.learning_rate, config.adam_epsilon, native=config.native)
         self.learning_rate = config.learning_rate
@@ -65,6 +68,7 @@ class Learner:
         if config.beta > 0 and config.reference != "old":
             self.reference = copy.deepcopy(policy)
         self.pool = ThreadPoolExecutor(config.threads - 1) if config.threads > 1 else None
+        self._alone, self._busy = AtOnce(), Busy(lambda: config.threads)
         c = config
         self.settings = UpdateSettings(
             epochs=c.epochs,
@@ -124,8 +128,9 @@ class Learner:
             self.optimizer,
             self.settings,
             self.rng,
-            self.pool,
+            self._alone if self.pool is not None and self._busy() else self.pool,
             self.config.threads,
+            self.ranks,
         )
         self._adapt(stats.approx_kl, progress)
         self.updates += 1

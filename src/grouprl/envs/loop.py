@@ -22,6 +22,7 @@ from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
+from grouprl.machine.ranks import ALONE, Ranks
 from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions, asked_for, check_asked
 
 Metrics = dict[str, float]
@@ -57,6 +58,7 @@ class Loop:
         functions: the user's own estimator and surrogate, in the place of the configuration's.
         n_steps: environment steps the policy was trained for before. If there are none, the first batch is preceded by
             a warm-up.
+        ranks: the processes that share the environments and the gradients out among them. All else each does alike.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class Loop:
         seeds: Seeds,
         functions: UserFunctions = NO_USER_FUNCTIONS,
         n_steps: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.policy, self.actions, self.config = policy, actions, config
+        self.policy, self.actions, self.config, self.ranks = policy, actions, config, ranks
         self.act_rng, self.start_rng = np.random.default_rng(seeds.act), np.random.default_rng(seeds.starts)
-        self.learner = Learner(policy, config, np.random.default_rng(seeds.shuffle), functions.surrogate)
+        self.learner = Learner(policy, config, np.random.default_rng(seeds.shuffle), functions.surrogate, ranks)
         self.sticky = StickyActions(config.sticky)
         self.baseline: Baseline | None = None
         self._weights_of_baseline: Tensor | None = None  # loaded before there were environments

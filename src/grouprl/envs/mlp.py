@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import Structure, c_int32, c_size_t, c_void_p
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from grouprl.machine.compile import Kernels
+from grouprl.envs.native import kernels
 
 MAX_LAYERS = 8
 """Most layers that compiled code takes: ``DEEPEST`` in ``native/layers.h``."""
-
-kernels = Kernels(Path(__file__).resolve().parent / "native", ("network.c", "objective.c"), ("layers.h",))
 
 
 class MLP(nn.Module):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.distributions import DiagonalGaussian
-from grouprl.envs.mlp import MLP, kernels
+from grouprl.envs.mlp import MLP
+from grouprl.envs.native import kernels
 from grouprl.envs.own_network import check_network, dtype_of
 from grouprl.envs.spaces import ObservationCodec
 from grouprl.errors import UsageError
@@ -122,11 +123,11 @@ class Policy(nn.Module):
         self.refresh()
 
     # --- normalisation -------------------------------------------------------------------------------------------
-    @np.errstate(all="ignore")
     def predict(self, *_: Any, **__: Any) -> NoReturn:
         """Raises UsageError: the agent predicts, because it knows the random stream and the masks."""
         raise UsageError("the policy has no predict of its own; call agent.predict(observation)")
 
+    @np.errstate(all="ignore")
     def refresh(self) -> None:
         """Recompute what :meth:`prepare` uses from the buffers; call after loading them."""
         real = self.observations.normalise

@@ -24,7 +24,7 @@ ELSEWHERE = {
     "policy_kwargs": "its entries are settings here: net_arch is hidden_sizes=(64, 64), activation_fn is "
     "activation='tanh', log_std_init is log_std_init; a network of your own is network=...",
     "verbose": "learn(progress_bar=True) shows how far it is; a callback gets the metrics of every update",
-    "tensorboard_log": "grouprl train ENV writes TensorBoard's files; in Python a callback gets the metrics",
+    "tensorboard_log": "learn(n, callback=Run(folder)) writes TensorBoard's files (grouprl.envs.callbacks)",
     "stats_window_size": "it is always 100 here (agent.recent_returns)",
     "vf_coef": "there is no value network, and so no loss of it; leave it out",
     "clip_range": "it is epsilon here (the bound below, and above unless epsilon_high says another)",
@@ -35,12 +35,12 @@ ELSEWHERE = {
     "sde_sample_freq": "there is no state-dependent exploration; sticky=0.9 repeats actions instead",
     "rollout_buffer_class": "there is no buffer class; collect, n_steps and min_steps say what a batch holds",
     "rollout_buffer_kwargs": "there is no buffer class; collect, n_steps and min_steps say what a batch holds",
-    "eval_env": "evaluate(agent, env) evaluates, in a callback too",
+    "eval_env": "callback=Evaluations(every, env=env) evaluates there (grouprl.envs.callbacks)",
     "custom_objects": "nothing is pickled here; leave it out",
     "print_system_info": "leave it out",
     "force_reset": "every learn on an environment of yours begins with fresh episodes; leave it out",
     "log_interval": "a callback gets the metrics of every update; leave it out",
-    "tb_log_name": "grouprl train ENV --out FOLDER names a run; leave it out",
+    "tb_log_name": "the folder names a run: learn(n, callback=Run(folder)); leave it out",
     "reset_num_timesteps": "num_timesteps always counts on, and schedules run over one call of learn; leave it out",
 }
 """Arguments of Stable-Baselines3 that are no settings here: for each, one sentence with what to do instead."""
@@ -110,7 +110,10 @@ def checked_callbacks(callback: Any) -> list[Callable[..., Any]]:
     for one in given:
         names = dir(one)
         if "init_callback" in names or "on_training_start" in names:
-            raise UsageError(f"{with_type(one)} is a callback of another library; {SIGNATURE}")
+            raise UsageError(
+                f"{with_type(one)} is a callback of another library; {SIGNATURE}; grouprl.envs.callbacks "
+                "has Checkpoints, Evaluations, StopAtReturn, Videos, and Run for a whole run folder"
+            )
         if not callable(one):
             raise UsageError(f"callback={with_type(one)}; {SIGNATURE}")
         if inspect.iscoroutinefunction(one) or inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one):

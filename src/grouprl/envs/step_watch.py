@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+from gymnasium import Env
 from gymnasium.vector import VectorEnv
 
 from grouprl.envs.checked import Checked
@@ -22,16 +23,17 @@ class StepWatch:
     """Looks on while environments are stepped, at no cost to the steps.
 
     Args:
-        venv: the environments.
+        venv: the environments, or a single one.
         steps: how many vector steps and resets they have done so far.
         timeout: seconds that one vector step, or the reset of all, may take; None for any time.
     """
 
-    def __init__(self, venv: VectorEnv[Any, Any, Any], steps: Callable[[], int], timeout: float | None) -> None:
+    def __init__(
+        self, venv: VectorEnv[Any, Any, Any] | Env[Any, Any], steps: Callable[[], int], timeout: float | None
+    ) -> None:
         self._venv, self._steps, self._timeout = venv, steps, timeout
         self._thread = 0
-        advice = "" if timeout is not None else "; env_timeout (--timeout), in seconds, ends a run that waits for it"
-        self._watch = Watch(lambda: f"a step of {self._who(_running(self._thread))}", steps, advice)
+        self._watch = Watch(lambda: f"a step of {self._who(_running(self._thread))}", steps, _advice(timeout))
 
     def run(self, call: Callable[[], T]) -> T:
         """What ``call()`` returns, which steps the environments again and again.
@@ -46,13 +48,10 @@ class StepWatch:
 
         with self._watch:
             try:
-                return within(self._timeout, here, self._steps)
+                return within(self._timeout, here, self._steps, "an environment")
             except TimeoutError as error:
                 who = self._who(_raised(error.__context__))
-                raise TrainingError(
-                    f"a step of {who} had not ended after {self._timeout:g} s, which env_timeout (--timeout) allows; "
-                    "raise it, or let the environment give up by itself"
-                ) from error
+                raise _late(f"a step of {who}", self._timeout) from error
 
     def _who(self, frames: Iterator[FrameType]) -> str:
         """The environment that these frames, innermost first, are waiting for."""
@@ -64,6 +63,34 @@ class StepWatch:
             if (pipe := seen.get("pipe")) is not None and pipe in pipes:  # Gymnasium waits for one worker after another
                 return f"environment {pipes.index(pipe)}"
         return "the vector environment"
+
+
+def making(name: str, made: Callable[[], int], timeout: float | None, call: Callable[[], T]) -> T:
+    """What ``call()`` returns, which makes environments called ``name``; ``made()`` of them are made so far.
+
+    Raises:
+        TrainingError: one of them took longer than ``timeout`` seconds.
+    """
+
+    def what() -> str:
+        return f"making environment {made()} ({name})"
+
+    with Watch(what, made, _advice(timeout)):
+        try:
+            return within(timeout, call, made, "the constructor of an environment")
+        except TimeoutError as error:
+            raise _late(what(), timeout) from error
+
+
+def _advice(timeout: float | None) -> str:
+    return "" if timeout is not None else "; env_timeout (--timeout), in seconds, ends a run that waits for it"
+
+
+def _late(what: str, timeout: float | None) -> TrainingError:
+    return TrainingError(
+        f"{what} had not ended after {timeout:g} s, which env_timeout (--timeout) allows; raise it, or let the "
+        "environment give up by itself"
+    )
 
 
 def _running(thread: int) -> Iterator[FrameType]:

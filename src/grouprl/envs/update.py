@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from grouprl.errors import TrainingError
 from grouprl.learning.gradient_step import Optimizer, gradient_step
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.machine.ranks import ALONE, Ranks
 from grouprl.objective import Fixed, Objective, k3, policy_loss
 
 MIN_PART = 2048
@@ -125,15 +126,18 @@ def update(
     optimizer: Optimizer,
     settings: UpdateSettings,
     rng: np.random.Generator,
-    pool: ThreadPoolExecutor | None = None,
+    pool: Executor | None = None,
     threads: int = 1,
+    ranks: Ranks = ALONE,
 ) -> UpdateStats:
     """Learn from one batch.
 
     Args:
         parameters: the policy's; ``optimizer.step()`` must move them along ``parameters.gradient``.
         rng: the stream that shuffles.
-        pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order.
+        pool, threads: a minibatch's gradient is the sum of ``threads`` parts, summed in a fixed order; the pool says
+            which threads compute them, and changes no number.
+        ranks: the processes that share these parts out among them; their number changes no bit.
 
     With ``kl_stop`` an epoch that ends beyond it is the last. One that ends ``UNDO_EPOCH_ABOVE`` times beyond is
     undone, as the line search of TRPO (1502.05477, appendix C) refuses a step that leaves the trust region: what a
@@ -155,7 +159,7 @@ def update(
     for epoch in range(1, settings.epochs + 1):
         before = None if settings.kl_stop is None else parameters.values()
         for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
-            parts = _gradients(batch, parameters, index, settings, totals, pool, threads)
+            parts = _gradients(batch, parameters, index, settings, totals, pool, threads, ranks)
             norm_total += gradient_step(
                 parameters, optimizer, parts, settings.max_grad_norm, where=f" in epoch {epoch}", advice=_ADVICE
             )
@@ -196,8 +200,9 @@ def _gradients(
     index: Tensor,
     settings: UpdateSettings,
     totals: Tensor,
-    pool: ThreadPoolExecutor | None,
+    pool: Executor | None,
     threads: int,
+    ranks: Ranks,
 ) -> Iterator[Tensor]:
     """The gradients ``[P]`` of the parts of one minibatch; their sums [surrogate, KL] are added to ``totals``."""
     denominator, index = index.shape[0], index.to(batch.logp_old.device)
@@ -209,10 +214,14 @@ def _gradients(
 
     n_parts = min(threads, max(1, denominator // MIN_PART)) if pool is not None else 1
     pieces = index.tensor_split(n_parts) if n_parts > 1 else (index,)
-    waiting = [pool.submit(part, rows) for rows in pieces[1:]] if pool is not None else []
-    for gradient, sums in (part(pieces[0]), *(other.result() for other in waiting)):
-        totals += sums
-        yield gradient
+    shared = ranks if n_parts > 1 else ALONE
+    own = [pieces[i] for i in shared.share(n_parts)]
+    waiting = [pool.submit(part, rows) for rows in own[1:]] if pool is not None else []
+    found = [*map(part, own[:1]), *(other.result() for other in waiting)]
+    for of_rank in shared.gather(found):
+        for gradient, sums in of_rank:
+            totals += sums
+            yield gradient
 
 
 def _by_autograd(

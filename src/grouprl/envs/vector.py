@@ -17,9 +17,13 @@ from grouprl.envs.batch_checks import check_vector
 from grouprl.envs.checked import Checked
 from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, unknown_id_message
 from grouprl.envs.pool import make_envpool
+from grouprl.envs.shared import Shared
+from grouprl.envs.step_watch import making
 from grouprl.envs.workers import Workers
 from grouprl.errors import GrouprlError, UsageError, with_type
 from grouprl.importing import import_here
+from grouprl.machine.ranks import ALONE, Ranks
+from grouprl.runs.time_limit import Expired
 
 EnvLike = str | Callable[[], gym.Env[Any, Any]] | gym.Env[Any, Any] | VectorEnv[Any, Any, Any]
 
@@ -28,7 +32,13 @@ SAME_AS_MAKE = "gymnasium.envs.classic_control."
 
 
 def make_vector(
-    env: EnvLike, n_envs: int, vectorization: str = "auto", env_kwargs: Mapping[str, Any] | None = None, seed: int = 0
+    env: EnvLike,
+    n_envs: int,
+    vectorization: str = "auto",
+    env_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    timeout: float | None = None,
+    ranks: Ranks = ALONE,
 ) -> VectorEnv[Any, Any, Any]:
     """Build the environments one batch is collected from.
 
@@ -40,16 +50,37 @@ def make_vector(
             ``async``, ``vector_entry_point`` (of any environment, if it has the same spaces) or ``envpool``.
         env_kwargs: passed to the environment's constructor, for ids.
         seed: only EnvPool needs it at construction.
+        timeout: seconds that making one of them may take; default: any time.
+        ranks: the processes that the environments are shared out among.
 
     Raises:
         UsageError: unknown id, missing extra, or arguments that do not go together.
+        TrainingError: one took longer than ``timeout``.
     """
     _refuse_foreign(env)
+    if ranks.world > 1:
+        _check_can_share(env, n_envs, vectorization, ranks)
+    made: list[gym.Env[Any, Any]] = []
     kwargs = dict(env_kwargs or {})
+    return making(
+        env_name(env), lambda: len(made), timeout, lambda: _make(env, n_envs, vectorization, kwargs, seed, made, ranks)
+    )
+
+
+def _make(
+    env: EnvLike,
+    n_envs: int,
+    vectorization: str,
+    kwargs: dict[str, Any],
+    seed: int,
+    made: list[gym.Env[Any, Any]],
+    ranks: Ranks,
+) -> VectorEnv[Any, Any, Any]:
+    """See :func:`make_vector`. Single environments are put into ``made`` as they are made."""
     if isinstance(env, str):
         if vectorization == "envpool" or env.startswith("envpool:"):
             return make_envpool(env.removeprefix("envpool:"), n_envs, kwargs, seed)
-        return _make_from_id(env, n_envs, vectorization, kwargs)
+        return _make_from_id(env, n_envs, vectorization, kwargs, made, ranks)
     if kwargs:
         raise UsageError(
             f"env_kwargs={with_type(kwargs)} only goes with an environment id; pass a callable such as "
@@ -59,11 +90,11 @@ def make_vector(
         check_vector(env)
         return env
     if isinstance(env, gym.Env):
-        return _side_by_side(lambda: env, 1, "sync", env_name(env))
+        return _side_by_side(lambda: env, 1, "sync", env_name(env), made)
     if callable(env):
         if vectorization not in ("auto", "sync", "async"):
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
-        return _side_by_side(env, n_envs, vectorization, env_name(env))
+        return _side_by_side(env, n_envs, vectorization, env_name(env), made, ranks=ranks)
     raise UsageError(
         f"cannot make environments from {with_type(env)}; "
         "pass a Gymnasium id, a callable returning an Env, an Env, or a VectorEnv"
@@ -79,7 +110,33 @@ def _refuse_foreign(env: Any) -> None:
         )
 
 
-def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
+def _check_can_share(env: EnvLike, n_envs: int, vectorization: str, ranks: Ranks) -> None:
+    """Raise UsageError if environments cannot be shared out among several processes."""
+    if isinstance(env, gym.Env | VectorEnv):
+        raise UsageError(
+            f"{ranks.world} processes share out the environments, so each must make its own: pass an id, or a callable "
+            f"that makes one environment, and n_envs; {with_type(env)} was given on rank {ranks.rank}"
+        )
+    if vectorization == "envpool" or (isinstance(env, str) and env.startswith("envpool:")):
+        raise UsageError(
+            f"EnvPool seeds its environments all at once, so {ranks.world} processes cannot share them out; start one "
+            "process, or use vectorization=async"
+        )
+    if n_envs < ranks.world:
+        raise UsageError(
+            f"n_envs={n_envs} leaves rank {n_envs} of {ranks.world} without an environment; raise n_envs, or start "
+            f"at most {n_envs} processes"
+        )
+
+
+def _make_from_id(
+    env_id: str,
+    n_envs: int,
+    vectorization: str,
+    kwargs: dict[str, Any],
+    made: list[gym.Env[Any, Any]],
+    ranks: Ranks,
+) -> VectorEnv[Any, Any, Any]:
     spec = find_spec(env_id)
     if vectorization == "vector_entry_point" and spec.vector_entry_point is None:
         raise UsageError(f"{env_id} has no vector entry point; use vectorization=auto, sync or async")
@@ -88,11 +145,11 @@ def _make_from_id(env_id: str, n_envs: int, vectorization: str, kwargs: dict[str
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*out of date.*")
             if vectorization == "vector_entry_point" or (vectorization == "auto" and is_vectorised(env_id, kwargs)):
-                made = gym.make_vec(env_id, num_envs=n_envs, vectorization_mode="vector_entry_point", **kwargs)
+                venv = gym.make_vec(env_id, num_envs=n_envs, vectorization_mode="vector_entry_point", **kwargs)
                 if vectorization == "vector_entry_point":
-                    _check_same_environment(env_id, made, how)
-                return made
-            return _side_by_side(lambda: gym.make(env_id, **how), n_envs, vectorization, env_id, kwargs)
+                    _check_same_environment(env_id, venv, how)
+                return venv
+            return _side_by_side(lambda: gym.make(env_id, **how), n_envs, vectorization, env_id, made, kwargs, ranks)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise UsageError(missing_extra_message(env_id, str(spec.entry_point), error)) from None
     except GrouprlError:
@@ -106,10 +163,12 @@ def _side_by_side(
     n_envs: int,
     vectorization: str,
     name: str,
+    made: list[gym.Env[Any, Any]],
     given: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> VectorEnv[Any, Any, Any]:
-    """``n_envs`` environments that ``make`` returns, each :class:`Checked`."""
-    made: list[gym.Env[Any, Any]] = []
+    """``n_envs`` environments that ``make`` returns, each :class:`Checked`, in all processes together."""
+    share = ranks.share(n_envs)
 
     def maker(number: int) -> Callable[[], gym.Env[Any, Any]]:
         def one() -> gym.Env[Any, Any]:
@@ -120,10 +179,10 @@ def _side_by_side(
         return one
 
     try:
-        makers = [maker(i) for i in range(n_envs)]
+        makers = [maker(i) for i in share]
         # The collector copies what it keeps.
         venv = Workers(makers) if vectorization == "async" else SyncVectorEnv(makers, copy=False)
-    except (gym.error.DependencyNotInstalled, ImportError, GrouprlError):
+    except (gym.error.DependencyNotInstalled, ImportError, GrouprlError, Expired, KeyboardInterrupt):
         _close_all(made)
         raise
     except Exception as error:  # whatever the user's code raises
@@ -132,12 +191,12 @@ def _side_by_side(
     venv.spec = made[0].spec  # of all of them; workers cannot be asked
     if vectorization == "async":
         made.clear()  # the one that only showed its spaces
-    elif len({id(one.unwrapped) for one in made}) < n_envs:
+    elif len({id(one.unwrapped) for one in made}) < len(share):
         raise UsageError(
             f"the callable returned the same environment again, and {n_envs} of them are stepped side by side; "
             "return a new one at each call (lambda: MyEnv()), or pass the environment itself"
         )
-    return venv
+    return venv if ranks.world == 1 else Shared(venv, n_envs, ranks)
 
 
 def _close_all(envs: list[gym.Env[Any, Any]]) -> None:

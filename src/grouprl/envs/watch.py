@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -17,8 +18,9 @@ from gymnasium.vector import VectorEnv
 from grouprl.envs.checked import Checked
 from grouprl.envs.env_errors import cannot_make_message, environment_error, missing_extra_message, unknown_id_message
 from grouprl.envs.grpo import GRPO
+from grouprl.envs.step_watch import StepWatch, making
 from grouprl.envs.vector import env_name, find_spec
-from grouprl.errors import GrouprlError, UsageError
+from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.runs.episodes import Strip
 
@@ -88,11 +90,12 @@ def play_episode(agent: GRPO, env: gym.Env[Any, Any], seed: int, deterministic: 
     try:
         env = Checked(env)
         everything = np.ones(agent.actions.mask_size, bool) if agent.masks_in_info else None
-        observation, info = env.reset(seed=seed)
+        watch = StepWatch(env, lambda: 0, agent.config.env_timeout)
+        observation, info = watch.run(lambda: env.reset(seed=seed))
         for _ in range(100_000):
             mask = info.get("action_mask", everything)
             action, _ = agent.predict(observation, deterministic=deterministic, action_masks=mask)
-            observation, reward, terminated, truncated, info = env.step(action)
+            observation, reward, terminated, truncated, info = watch.run(functools.partial(env.step, action))
             total += float(reward)
             yield total
             if terminated or truncated:
@@ -116,8 +119,9 @@ def record_episodes(
     from grouprl.runs.video import write_video
 
     try:
-        env = make_rendering(agent, "rgb_array")
-    except UsageError as error:
+        make = functools.partial(make_rendering, agent, "rgb_array")
+        env = making(agent.env_id, lambda: 0, agent.config.env_timeout, make)
+    except (UsageError, TrainingError) as error:
         return [f"no video: {error}"]
     notes: list[str] = []
 

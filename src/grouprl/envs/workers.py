@@ -175,7 +175,7 @@ def settled(venv: VectorEnv[Any, Any, Any], patience: float = PATIENCE) -> bool:
         venv: any vector environment; only workers can be unsettled.
         patience: seconds to wait for such answers.
     """
-    base = venv.unwrapped
+    base = getattr(venv.unwrapped, "own", venv.unwrapped)  # of several processes', those of this one
     if not isinstance(base, AsyncVectorEnv):
         return True
     if base.closed or None in base.parent_pipes or not all(process.is_alive() for process in base.processes):

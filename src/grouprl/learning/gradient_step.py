@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grouprl.errors import TrainingError
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.machine.ranks import ALONE, Ranks
 
 
 class Optimizer(Protocol):
@@ -28,6 +29,8 @@ def gradient_step(
     where: str = "",
     advice: str,
     before_step: Callable[[], None] | None = None,
+    meet: Callable[[], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Move the parameters along the sum of the gradients of some parts.
 
@@ -37,6 +40,7 @@ def gradient_step(
         max_norm: bound on the norm of the sum; 0: none.
         where, advice: what the error says besides: where it happened, and what to try.
         before_step: called once the gradient stands, clipped; it may change the gradient and the weights.
+        ranks: the processes whose gradients are summed. meet: called before they are.
 
     Returns:
         The norm before it was clipped.
@@ -50,6 +54,9 @@ def gradient_step(
         if gradient is not None:
             parameters.add(gradient)
     parameters.finish()
+    if meet is not None:
+        meet()
+    parameters.add_over(ranks)
     norm = parameters.clip(max_norm)
     if not math.isfinite(norm):
         raise TrainingError(f"the gradient is not finite (norm {norm}){where}; {advice}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import UsageError
+from grouprl.machine.ranks import Ranks
 
 
 class _Form(NamedTuple):
@@ -103,6 +104,11 @@ class TrainedParameters:
         parts = torch.split(vector, [p.numel() for p in self.tensors])
         return [part.view(p.shape) for part, p in zip(parts, self.tensors, strict=True)]
 
+    @torch.no_grad()
+    def total(self) -> float:
+        """The sum of all weights."""
+        return sum(float(p.sum(dtype=torch.float64)) for p in self.tensors)
+
     def not_finite(self) -> str:
         """The name of a trained parameter, as the module has it now, that is not finite, or ""."""
         trained = {name for name, form in self._forms.items() if form.trained}
@@ -170,6 +176,10 @@ class TrainedParameters:
             elif p.grad is not place:
                 place.copy_(p.grad)
             p.grad = place
+
+    def add_over(self, ranks: Ranks) -> None:
+        """Replace the gradient by the sum of those of all processes."""
+        ranks.add(*self._whole)
 
     def gradient_of(self, loss: Tensor) -> Tensor:
         """d loss / d parameters, ``[P]``; those the loss does not reach get 0. Safe to call from several threads."""

@@ -25,7 +25,7 @@ _LOOKED_OVER = 20_000
 _TRIED = 4
 """The longest of them, which are tokenised."""
 
-__all__ = ["Prompt", "PromptOrder", "PromptSource", "prepare_prompts", "prepare_starts"]
+__all__ = ["Prompt", "PromptOrder", "PromptSource", "prepare_prompts", "prepare_starts", "room_for_prompts"]
 
 
 class PromptSource:
@@ -220,18 +220,26 @@ def prepare_prompts(
     columns = getattr(rows, "column_names", None)
     if columns is not None and "prompt" not in columns:
         raise UsageError(no_prompt(name, columns))
-    room = None if context_length is None else context_length - max_completion_length
-    if room is not None and room < 1:
-        raise UsageError(
-            f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context of "
-            f"{context_length} tokens; lower max_completion_length"
-        )
-    bound = f"the model's context of {context_length} less max_completion_length={max_completion_length}"
+    room, bound = room_for_prompts(context_length, max_completion_length)
     how = Tokenising(tokenizer, dict(chat_template_kwargs or {}), room, bound)
     source = PromptSource(rows, lambda row, index, name: read_row(row, index, how, name), name, streamed)
     source[0]
     source.look_over()
     return source
+
+
+def room_for_prompts(context_length: int | None, max_completion_length: int) -> tuple[int | None, str]:
+    """The most tokens of a prompt, None for any number, and where that bound comes from, for a message.
+
+    Raises UsageError if there is no room for any.
+    """
+    if context_length is not None and context_length <= max_completion_length:
+        raise UsageError(
+            f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context of "
+            f"{context_length} tokens; lower max_completion_length"
+        )
+    bound = f"the model's context of {context_length} less max_completion_length={max_completion_length}"
+    return None if context_length is None else context_length - max_completion_length, bound
 
 
 def prepare_starts(dataset: Any, *, needs_prompt: bool, name: str = "train_dataset") -> PromptSource:

@@ -117,7 +117,11 @@ class Compiler:
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            expected = isinstance(error, FileNotFoundError | PermissionError)  # else nothing is left to start it with
+            kind = UnavailableError if expected else CompilationError
+            raise kind(f"{self.name}: {error}") from error
+        except ValueError as error:
             raise UnavailableError(f"{self.name}: {error}") from error
         try:
             out, err = process.communicate(timeout=within)

@@ -27,8 +27,10 @@ def outcome(
 
     scale says whose standard deviation: that of the group ("group" or True), that of all returns of the batch ("batch":
     groups that hardly differ are not blown up), or no division ("none" or False). It divides by the number of returns
-    less ddof. Equal returns and groups of one give exactly 0. Sources: GRPO with outcome rewards, arXiv 2402.03300
-    section 4.1.2; "batch": Lite PPO, 2508.08221; "none": Dr. GRPO, 2503.20783. TRL: eps 1e-4, ddof 1.
+    less ddof. Equal returns and groups of one give exactly 0. Without division the policy gradient is (G-1)/G of the
+    true one. The divisions bias it, as they weigh groups and are made of the returns that they divide. Sources: GRPO
+    with outcome rewards, arXiv 2402.03300 section 4.1.2; "batch": Lite PPO, 2508.08221; "none": Dr. GRPO, 2503.20783.
+    TRL: eps 1e-4, ddof 1.
     Raises UsageError on shapes that do not fit, an unknown scale or ddof other than 0 or 1, TrainingError on non-finite
     returns.
     """
@@ -103,9 +105,11 @@ def leave_one_out(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
 def timestep(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float = 1.0, leave_one_out: bool = True) -> Tensor:
     """[S]: A_it = G_it - mean over the group's other samples of G_jt, at the same step t; ended samples count as 0.
 
-    G is the discounted return-to-go without bootstrap. leave_one_out=False takes the mean over all samples, i included,
-    which shrinks the advantage by (G-1)/G. Groups of one, and steps where the whole group has the same return-to-go,
-    give exactly 0. Sources: GR2PO, arXiv 2609.19850; GPG, 2510.03679.
+    G is the discounted return-to-go without bootstrap. The baseline of a step is made of other samples alone, so the
+    policy gradient stays unbiased; left out instead of counted as 0, those that have ended would bias it where a policy
+    decides when to end, unless a step that no other sample has keeps its whole return. leave_one_out=False takes the
+    mean over all samples, i included, which shrinks the advantage by (G-1)/G. Groups of one, and steps where the whole
+    group has the same return-to-go, give exactly 0. Sources: GR2PO, arXiv 2609.19850; GPG, 2510.03679.
     Raises UsageError on shapes that do not fit, TrainingError on non-finite returns.
     """
     g = group_returns(rewards, lengths, group)

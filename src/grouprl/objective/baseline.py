@@ -22,6 +22,8 @@ _OBSERVATION_LIMIT = 10.0
 _TIME_SCALE = 4.0  # elapsed lies in [0, 1]: stretched to the spread of a normalised observation
 _SMALLEST_POWER = 1e-3  # of a feature, where the ridge is scaled by it: a feature that is all but 0 stays tame
 _CONSTANT_RIDGE = 1e-6  # the mean return must not be shrunk; this only keeps the matrix regular
+_ROWS_A_FEATURE = 4  # fewer rows than this for each feature follow their targets, each fit further than the last
+_MOST_COUNTED = 512  # features: 2,048 rows are a large batch whatever their width
 _DUAL_ABOVE = 1024  # features up to which their own matrix costs little
 
 
@@ -157,13 +159,17 @@ def fit_baseline(
     the batch cut, so that V(phi_last) stands in for the rest; weights [F] of the previous fit, None at the first.
 
     Each sweep regresses y = V + GAE(V), V from the weights so far, over n rows:
-        w = (Phi'Phi + n ridge diag(max(diag(Phi'Phi) / n, 1e-3)))^-1 Phi'y        (constant feature: n 1e-6 instead)
+        w = (Phi'Phi + n r diag(max(diag(Phi'Phi) / n, 1e-3)))^-1 Phi'y        (constant feature: n 1e-6 instead)
+        r = ridge max(1, 4 min(F, 512) / n)^2
+    With four rows and more for each feature r is ``ridge``. With fewer it grows: the targets of a fit hold the values
+    of the fit before, and one that follows them too closely sends the next further astray, without end.
     The matrix is the same in every sweep and factored once, in float64: [F, F] or, where there are more features than
     rows, [n, n], which gives the same w. Without previous weights V starts at 0 and two sweeps are added.
 
     Raises UsageError on shapes or settings that do not fit, TrainingError if the fit is not finite.
     """
     _check(phi, phi_last, rewards, lengths, terminated, weights, ridge, sweeps)
+    ridge *= max(1.0, _ROWS_A_FEATURE * min(phi.shape[1], _MOST_COUNTED) / len(phi)) ** 2
     solve = _dual(phi, ridge) if phi.shape[1] > max(phi.shape[0], _DUAL_ABOVE) else _primal(phi, ridge)
 
     def evaluate(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

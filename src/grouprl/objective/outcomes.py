@@ -44,7 +44,8 @@ def opo(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
     """[S]: A_it = R_i - b at every step of sample i, b = sum_j n_j R_j / sum_j n_j over its group.
 
     The baseline of least variance if the squared norm of a sample's gradient grows with its length and not with its
-    return. Source: On-Policy RL with Optimal Reward Baseline, arXiv 2505.23585.
+    return. Biased where lengths differ, as it contains the sample with a weight that depends on its length. Source:
+    On-Policy RL with Optimal Reward Baseline, arXiv 2505.23585.
     Raises UsageError on shapes that do not fit, TrainingError on non-finite returns.
     """
     g = group_returns(rewards, lengths, group)

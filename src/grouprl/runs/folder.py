@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grouprl.errors import DamagedFileError, GrouprlError, UsageError
+from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError
 from grouprl.reading import parse_yaml
 from grouprl.runs.files import explain_os_error, is_sealed, list_folder, read_bytes, user_path, write_json, write_yaml
+from grouprl.runs.in_place import check_in_place
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.state import load_state
@@ -178,7 +179,16 @@ class RunFolder:
         return _mapping(config, self.config_path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json; NaN and infinities become null. Raises as `write_json` does."""
+        """Write summary.json; NaN and infinities become null.
+
+        Raises TrainingError if what it would sum up has been deleted since, and as `write_json` does.
+        """
+        check_in_place(self.path)
+        if not self._usable():
+            raise TrainingError(
+                f"{self.path} holds no run any more: its config.yaml, or its model and checkpoints, were deleted while "
+                "the run finished; start anew"
+            )
         write_json(self.summary_path, summary)
 
     def is_finished(self) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import ctypes
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +19,9 @@ T = TypeVar("T")
 _AGAIN = 1.0
 """Seconds between two attempts to end a call that goes on in spite of the first."""
 
+_ATTEMPTS = 10
+"""After so many the process ends instead: code that handles every exception for ever leaves no other way."""
+
 gave_up = False
 """Whether some call was given up because its time was over: threads that it started may go on."""
 
@@ -24,13 +30,17 @@ class Expired(BaseException):
     """Raised within the call. It is no ``Exception``, so that code which handles those does not take it for its own."""
 
 
-def within(seconds: float | None, call: Callable[[], T], progress: Callable[[], int] | None = None) -> T:
+def within(
+    seconds: float | None, call: Callable[[], T], progress: Callable[[], int] | None = None, name: str = "a call"
+) -> T:
     """What ``call()`` returns, if it does in time; None: whenever it does.
 
     With ``progress``, a number that grows while the call gets on, the time counts from its last change.
 
-    In the main thread the call is interrupted, where it waits as well as where it computes. In another thread, and on
-    Windows, it runs in a thread beside, which ends as soon as it is back from what it waits for.
+    In the main thread the call is interrupted, where it waits as well as where it computes. If it handles that like
+    any other exception and goes on, again and again, the process ends with a line that tells of ``name``: files are
+    written beside their place and then moved, so the newest checkpoint stays. In another thread, and on
+    Windows, the call runs in a thread beside, which ends as soon as it is back from what it waits for.
 
     Raises TimeoutError when ``seconds`` are over, and whatever the call raises.
     """
@@ -39,7 +49,7 @@ def within(seconds: float | None, call: Callable[[], T], progress: Callable[[], 
     in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
     left = _Left(seconds, progress)
     try:
-        return _interrupted(left, call) if in_main else _beside(left, call)
+        return _interrupted(left, call, name) if in_main else _beside(left, call)
     except TimeoutError:
         global gave_up
         gave_up = True
@@ -65,7 +75,7 @@ class _Left:
         return left if self._progress is None else min(left, self._seconds / 10)
 
 
-def _interrupted(left: _Left, call: Callable[[], T]) -> T:
+def _interrupted(left: _Left, call: Callable[[], T], name: str) -> T:
     """By SIGURG, which nobody else uses, so that the alarms of the call are its own."""
     running, over = True, threading.Event()
     me = threading.get_ident()
@@ -78,15 +88,20 @@ def _interrupted(left: _Left, call: Callable[[], T]) -> T:
         while not over.wait(left.until_next_look()):
             if left.now() <= 0:
                 break
-        while not over.is_set():
+        for _ in range(_ATTEMPTS):
+            if over.is_set():
+                return
             signal.pthread_kill(me, signal.SIGURG)
             over.wait(_AGAIN)
+        if not over.is_set():
+            _end_process(f"{name} has gone on {_ATTEMPTS} times after its time was over, because it handles every "
+                         "exception; let it handle none but those it knows (except ValueError:, say)")  # fmt: skip
 
     before = signal.signal(signal.SIGURG, interrupt)
     timer = threading.Thread(target=wait, name="grouprl-time-limit", daemon=True)
-    timer.start()
     try:
         try:
+            timer.start()
             return call()
         finally:
             running = False
@@ -95,8 +110,18 @@ def _interrupted(left: _Left, call: Callable[[], T]) -> T:
         raise TimeoutError from None
     finally:
         over.set()
-        timer.join()
+        if timer.is_alive():
+            timer.join()
         signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
+
+
+def _end_process(why: str) -> None:
+    """End it at once, without asking any code that still runs."""
+    with contextlib.suppress(Exception):
+        print(f"\nerror: {why}. This process ends now; the newest checkpoint is whole.", file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(1)
 
 
 def _beside(left: _Left, call: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ The metrics file is written whatever the trackers are; it is the record, they ar
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import socket
@@ -19,7 +20,10 @@ from grouprl.errors import UsageError
 from grouprl.extras import how_to_install
 from grouprl.redaction import redact, without_secrets
 from grouprl.runs.files import explain_os_error
+from grouprl.runs.in_place import check_in_place
 from grouprl.runs.metrics import MetricRow
+
+_log = logging.getLogger("grouprl")
 
 TRACKERS = ("tensorboard", "wandb", "none")
 WandbMode = Literal["online", "offline", "shared", "disabled"]
@@ -44,19 +48,22 @@ class TensorBoardTracker:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Start a new event file in `folder`. Raises UsageError if it cannot be written."""
+        self._folder = Path(folder)
+        self._start()
+
+    def _start(self) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        folder = Path(folder)
-        now = time.time()
+        folder, now = self._folder, time.time()
         file = folder / f"events.out.tfevents.{int(now)}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._resumed = any(folder.glob("events.out.tfevents.*"))
-            self._records = RecordWriter(file.open("wb"))
+            self._file = file.open("wb")
         except OSError as error:
             raise explain_os_error(error, file) from error
-        self._path = file
+        self._path, self._records = file, RecordWriter(self._file)
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
 
     def log(self, metrics: MetricRow, step: int) -> None:
@@ -64,6 +71,7 @@ class TensorBoardTracker:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
 
+        self._look()
         if self._resumed:  # makes readers drop what an earlier process logged from this step on
             self._write(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
             self._resumed = False
@@ -73,6 +81,18 @@ class TensorBoardTracker:
     def close(self) -> None:
         """Close the event file."""
         self._records.close()
+
+    def _look(self) -> None:
+        """Start another event file, and say so, if this one was deleted: what is written there nobody can read."""
+        if os.fstat(self._file.fileno()).st_nlink:
+            return
+        check_in_place(self._path)
+        _log.warning(
+            "%s was deleted while this run writes there; another file shows what follows, metrics.csv holds the rest",
+            self._path,
+        )
+        self._records.close()
+        self._start()
 
     def _write(self, event: Any) -> None:
         try:

@@ -184,7 +184,7 @@ def test_interactions_are_used_again_closed_at_the_end_and_replaced_if_broken() 
     assert (playing.environment.closed, other.environment.closed) == (True, False)
 
 
-def test_a_method_that_hangs_ends_the_episode_and_the_environment_is_broken() -> None:
+def test_a_method_that_hangs_ends_the_episode_and_the_environment_is_named_and_replaced(caplog) -> None:
     ended = threading.Event()
 
     class Hangs:
@@ -201,6 +201,7 @@ def test_a_method_that_hangs_ends_the_episode_and_the_environment_is_broken() ->
     ended.set()
     assert (answer.truncated, answer.metrics["tools/timeouts"], playing.broken) == (True, 1.0, True)
     assert "had not returned after 0.1 seconds" in answer.messages[0]["content"]
+    assert "the environment Hangs is replaced by a new one: {'error': 'wait had not returned" in caplog.text
 
 
 def test_a_reset_that_hangs_is_tried_once_more_with_a_new_environment() -> None:

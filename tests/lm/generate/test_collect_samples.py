@@ -20,6 +20,7 @@ from grouprl.lm.prompts import Prompt, PromptOrder
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.rows import Completion
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.machine.ranks import ALONE
 
 EOS = 0
 
@@ -31,7 +32,7 @@ class Script:
     """
 
     def __init__(self, *groups: list[list[int]]) -> None:
-        self.groups, self.asked = list(groups), []
+        self.groups, self.asked, self.ranks = list(groups), [], ALONE
         self.log_probs = SimpleNamespace(
             micro_batches=lambda prompts, completions, group: None, without_gradient=self._log_probs
         )

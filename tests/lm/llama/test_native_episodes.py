@@ -6,10 +6,11 @@ import pytest
 import torch
 from architectures import build
 from compiled import LLAMAS, wide
-from scripted import ENDS, HOW, PROMPTS, Scripted, check, same, seeded
+from scripted import ENDS, HOW, PROMPTS, Scripted, check, same, seeded, without_a_token
 
 from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.sample.appending import NativeRows
 from grouprl.lm.sample.sampler import Sampler
 
 
@@ -52,3 +53,9 @@ def test_logits_are_the_same_whether_tokens_are_read_one_by_one_or_together(dtyp
     assert torch.equal(together[1], one_by_one[0])
     assert not torch.equal(together[0], one_by_one[0])
     assert again.isfinite().all()
+
+
+def test_stretches_that_are_read_wrongly_are_left_to_torch(monkeypatch) -> None:
+    monkeypatch.setattr("grouprl.lm.sample.sampler.NativeRows", without_a_token(NativeRows))
+    model = wide("llama")
+    assert Sampler(Backbone(model), LowPrecision(model, torch.float32), ENDS).steps == "blocks"

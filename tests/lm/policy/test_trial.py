@@ -168,6 +168,47 @@ def test_a_cache_that_is_wrong_at_some_length_is_found_when_it_is_used(monkeypat
     assert [c.ids for c in found] == [c.ids for c in expected]
 
 
+@pytest.mark.parametrize("how", [
+    SamplingSettings(6, top_k=3), SamplingSettings(6, top_p=0.8, min_p=0.05, temperature=0.7),
+    SamplingSettings(6, repetition_penalty=1.5), SamplingSettings(6, min_new_tokens=4),
+    SamplingSettings(6, top_k=4, repetition_penalty=1.5, min_new_tokens=4),
+])  # fmt: skip
+def test_a_wrong_cache_is_found_with_filters_and_penalties_too(monkeypatch, caplog, how: SamplingSettings) -> None:
+    model = build("qwen2", vocab_size=9, pad_token_id=3)
+    sampler = PlainSampler(model, torch.float32, (EOS,), PAD)
+    prompts, own = [[4, 5, 6, 4, 5, 6], [7]], model.forward
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        sampler.sample(prompts, 3, how, torch.Generator().manual_seed(3))
+        assert not caplog.messages  # nothing is wrong yet
+
+        def wrong(*args: Any, **kwargs: Any) -> Any:
+            out = own(*args, **kwargs)
+            out.logits = out.logits * (1.5 if kwargs.get("use_cache", True) else 1.0)
+            return out
+
+        monkeypatch.setattr(model, "forward", wrong)
+        sampler.sample(prompts, 3, how, torch.Generator().manual_seed(3))
+    assert "samples some prompts again" in caplog.text
+
+
+def test_a_model_whose_own_pass_fails_in_the_precision_of_training_is_named_once(caplog) -> None:
+    model = build("llama")
+    own = model.model.layers[0].mlp.forward
+
+    def forward(x: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("no kernel for bfloat16")
+        return own(x)
+
+    model.model.layers[0].mlp.forward = forward
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        policy(model, bf16=True)
+        policy(build("llama"), bf16=True)
+    (said,) = [message for message in caplog.messages if "own forward pass" in message]
+    assert "LlamaForCausalLM cannot run its own forward pass in bfloat16" in said
+    assert said.endswith("RuntimeError: no kernel for bfloat16")
+
+
 def test_log_probabilities_that_no_way_of_decoding_has_are_an_error() -> None:
     # Rotary positions that depend on the length of the sequence: those of early tokens change with later ones.
     rope = {

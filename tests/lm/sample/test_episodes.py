@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
 import pytest
 import torch
 from architectures import EOS, PACKED, PAD, PLAIN, build
-from scripted import ENDS, HOW, PROMPTS, Scripted, check, same, seeded
+from scripted import ENDS, HOW, PROMPTS, Scripted, check, same, seeded, without_a_token
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.packed.trial import Trial
+from grouprl.lm.sample.appending import TorchRows
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.plain import PlainSampler
 from grouprl.lm.sample.sampler import Sampler
@@ -121,3 +126,59 @@ class AnewWithNothing(Scripted):
 def test_a_sample_without_a_prompt_is_refused() -> None:
     with pytest.raises(TrainingError, match="anew with an empty prompt"):
         packed(build("llama")).sample_episodes(PROMPTS, 1, HOW, seeded(), AnewWithNothing())
+
+
+class Hangs(Scripted):
+    def __init__(self, held: threading.Event) -> None:
+        super().__init__()
+        self.held = held
+
+    def reply(self, episode: int, turn: Turn) -> Reply:
+        assert threading.current_thread().daemon  # so that it does not keep the program from ending
+        self.held.wait()
+        return Reply(over=True)
+
+
+@pytest.mark.parametrize("kind", [packed, plain])
+def test_an_interruption_is_heard_while_all_wait(kind) -> None:
+    held = threading.Event()
+    interruption = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    sampler = kind(build("llama"))
+    interruption.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sampler.sample_episodes(PROMPTS, 2, HOW, seeded(), Hangs(held))
+    finally:
+        held.set()
+        interruption.join()
+
+
+def test_the_repetition_penalty_knows_what_both_sides_said() -> None:
+    """So large that nothing is said twice, whoever said it first, and all is forgotten in a new sample."""
+    how = SamplingSettings(40, temperature=0.01, repetition_penalty=1e6, max_turn_tokens=5)
+    for kind in (packed, plain):
+        partner = Scripted(anew=(1,))
+        for samples in kind(build("llama")).sample_episodes(PROMPTS, 2, how, seeded(), partner):
+            for sample in samples:
+                for start, stop in sample.turns:
+                    for i in range(start, stop):
+                        assert sample.ids[i] not in [*sample.prompt, *sample.ids[:i]]
+
+
+def test_no_turn_ends_before_the_least_length() -> None:
+    how = SamplingSettings(60, min_new_tokens=3, max_turn_tokens=7)
+    partner = Scripted()
+    found = packed(build("llama"), tuple(range(90))).sample_episodes(PROMPTS, 2, how, seeded(), partner)
+    turns = [stop - start for samples in found for sample in samples for start, stop in sample.turns]
+    assert min(turns) == 4
+    assert len(turns) > 16
+
+
+def test_a_trial_finds_stretches_that_are_read_wrongly(monkeypatch) -> None:
+    sampler = packed(build("llama"))
+    trial = Trial(sampler.backbone.model)
+    assert sampler.disagreement(trial) == ""
+    monkeypatch.setattr("grouprl.lm.sample.sampler.TorchRows", without_a_token(TorchRows))
+    assert "stretches of tokens" in sampler.disagreement(trial)
+    with pytest.raises(UnsupportedError):
+        packed(build("llama"))

@@ -30,6 +30,64 @@ def test_an_agent_learns_which_button_to_press(tmp_path: Path) -> None:
     assert {"tools/parse_failures", "episodes/mean_turns", "episodes/max_turns", "tools/timeouts"} <= last.keys()
 
 
+def test_environments_are_closed_when_the_training_ends(tmp_path: Path) -> None:
+    closed: list[int] = []
+
+    class Closes(Buttons):
+        def close(self):
+            closed.append(1)
+
+    made = trainer(tmp_path, {"max_steps": 1}, environment_factory=Closes)
+    made.train()
+    assert len(closed) == 8
+    made.train()
+    assert len(closed) == 16
+
+
+class Game:
+    """As scripts for TRL write them: a reward that a function reads, and an error once the game is over."""
+
+    def __init__(self):
+        self.reward, self.done = None, None
+
+    def reset(self, **kwargs) -> str | None:
+        self.reward, self.done = 0.0, False
+        assert kwargs["right"] in "ab"
+
+    def press(self, key: str) -> str:
+        """Press a button.
+
+        Args:
+            key: Which one.
+
+        Returns:
+            What happened.
+        """
+        if self.done:
+            raise ValueError("Game over.")
+        self.reward, self.done = float(key == "a"), key == "a"
+        return "yes" if self.done else "no"
+
+
+def from_environments(environments, **kwargs):
+    return [environment.reward for environment in environments]
+
+
+def test_a_script_for_trl_runs_as_it_is(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    made = trainer(
+        tmp_path, {"max_steps": 1, "max_tool_calling_iterations": 3}, environment_factory=Game,
+        reward_funcs=from_environments, train_dataset=Dataset.from_list(ROWS),
+    )  # fmt: skip
+    made.train()
+    samples, (entry,) = made.last_samples, logged(made)
+    assert entry["rewards/from_environments/mean"] == entry["reward"]
+    for said, worth in zip(samples.turns.messages, samples.returns.tolist(), strict=True):
+        assert worth == float(any(m["content"] == "yes" and m["role"] == "tool" for m in said))
+        assert sum(m["role"] == "assistant" for m in said) <= 4
+
+
 def press(key: str) -> str:
     """Press a button.
 
@@ -79,6 +137,36 @@ def test_environments_own_their_rewards_and_their_data(tmp_path: Path) -> None:
         trainer(tmp_path, tools=[press], train_dataset=ROWS)
     with pytest.raises(UsageError, match="there is no train_dataset"):
         trainer(tmp_path, tools=[press], reward_funcs=lambda completions: [0.0] * len(completions)).train()
+
+
+def test_an_episode_longer_than_the_context_is_an_error_at_its_start_and_cut_later(tmp_path: Path) -> None:
+    class Long(Buttons):
+        def reset(self, **row):
+            super().reset()
+            return " go" * 300
+
+    with pytest.raises(UsageError, match=r"row \d of the dataset has a prompt of \d+ tokens, but the model's"):
+        trainer(tmp_path, environment_factory=Long).train()
+    with pytest.raises(UsageError, match="max_completion_length=256 leaves no room for a prompt"):
+        trainer(tmp_path, {"max_completion_length": 256})
+
+    class Wordy(Buttons):
+        def press(self, key: str) -> str:
+            """Press a button.
+
+            Args:
+                key: Which one.
+            """
+            super().press(key)
+            return " no" * 300
+
+    made = trainer(tmp_path, {"max_steps": 1}, environment_factory=Wordy)
+    made.train()
+    turns = made.last_samples.turns
+    long = [any(len(m["content"]) == 900 for m in said) for said in turns.messages]
+    called = [any("tool_calls" in m for m in said) for said in turns.messages]
+    assert any(cut and has for cut, has in zip(turns.truncated.tolist(), called, strict=True))
+    assert not any(cut and was_read for cut, was_read in zip(turns.truncated.tolist(), long, strict=True))
 
 
 def test_members_of_a_group_that_do_not_start_equal_are_an_error(tmp_path: Path) -> None:

@@ -325,6 +325,21 @@ def test_modules_that_compute_otherwise_than_at_first_are_heard_or_refused(tmp_p
     assert not moved(one.model, before)
 
 
+@pytest.mark.parametrize("change", UNHEARD)
+def test_modules_that_a_callback_changes_within_a_run_are_heard_or_refused_at_the_next_step(
+    tmp_path: Path, change: str
+) -> None:
+    class Changes(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == 1:
+                UNHEARD[change](model)
+
+    one = made(tmp_path, bf16=False, callbacks=[Changes()])
+    with pytest.raises(UsageError, match="modules of the model were replaced or changed since training was set up"):
+        one.train()
+    assert one.state.global_step == 1
+
+
 def test_an_adapter_that_is_merged_is_not_trained(tmp_path: Path) -> None:
     one = made(tmp_path, peft_config=LORA)
     one.model.merge_adapter()

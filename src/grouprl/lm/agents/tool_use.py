@@ -9,6 +9,7 @@ given a number that is equal for all members of a group.
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from grouprl.lm.agents.tools import Function, Tools, schema_of
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.objective.groups import LARGEST_RETURN
+
+_log = logging.getLogger("grouprl")
 
 NEVER_TOOLS = ("reset", "close", "get_reward", "get_turn_reward", "is_done")
 """Public methods of an environment that the model is not shown."""
@@ -156,7 +159,9 @@ class ToolUse(Interaction):
             outcome = self._tools.call(function["name"], function.get("arguments", {}))
             failures += outcome.failed
             late += outcome.late
-            self.broken = self.broken or (outcome.late and function["name"] in self._own)
+            if outcome.late and function["name"] in self._own and not self.broken:
+                self.broken = True
+                _log.warning("%s is replaced by a new one: %s", self.name, outcome.text)
             messages.append({"role": "tool", "name": function["name"], "content": outcome.text})
         counts = {"tools/calls": float(len(calls)), "tools/failures": float(failures), "tools/timeouts": float(late)}
         done = not self.broken and self._done()

@@ -12,6 +12,7 @@ from torch import Tensor
 from grouprl import objective
 from grouprl.lm.generate.estimate import estimate_advantages, groups_with_signal
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.policy.log_probs import MicroBatch
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
@@ -69,6 +70,9 @@ class Player(Protocol):
     def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
         """What is learned from groups that it has drawn; ``own`` is a user's advantage function."""
 
+    def close(self) -> None:
+        """Release what it has made to play with; it makes that anew when it plays again."""
+
 
 class Collector:
     """Turns prompts into samples to learn from.
@@ -112,7 +116,7 @@ class Collector:
             # Capped: groups without signal fill up, so that a step is never smaller than asked for.
             groups = with_signal.concatenate(without).first(n_prompts)
         samples = self.player.samples(groups, self.own)
-        metrics = {**describe(groups, self.player.returns(groups)), **_logged(rounds)}
+        metrics = {**describe(groups, self.player.returns(groups)), **logged_means(rounds)}
         if self.config.beta > 0 and self.config.kl_in == "reward":
             metrics["kl"] = float(kl_values(samples.logp_old, samples.logp_ref, self.config.kl_estimator).mean())
         if self.config.dynamic_sampling:
@@ -166,9 +170,10 @@ class CompletionPlayer:
         logp_old, logp_ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         penalties = None
         if self.policy.reference is not None and config.kl_in == "reward":
-            batches = self.policy.log_probs.micro_batches([p.ids for p in groups.prompts], completions, group.tolist())
+            batches = self._own_micro_batches(groups, completions, group)
             logp_old = self.policy.log_probs.without_gradient(batches, lengths)
             logp_ref = self.policy.reference.log_probs(batches, lengths)
+            self.policy.ranks.add(logp_old, logp_ref)  # each is 0 where another process has it
             known = ~known
             penalties = -objective.kl_in_reward(
                 torch.zeros_like(logp_old), logp_old, logp_ref, config.beta, config.kl_estimator
@@ -184,6 +189,20 @@ class CompletionPlayer:
             logp_old=logp_old, logp_ref=logp_ref, known_old=known, known_ref=known.clone(),
             extras=groups.rewards.extras,
         )  # fmt: skip
+
+    def _own_micro_batches(
+        self, groups: ScoredGroups, completions: Sequence[Sequence[int]], group: Tensor
+    ) -> list[MicroBatch]:
+        """Micro-batches of the completions that this process evaluates: of all, if it is alone."""
+        prompts, log_probs = [p.ids for p in groups.prompts], self.policy.log_probs
+        if self.policy.ranks.world == 1:
+            return log_probs.micro_batches(prompts, completions, group.tolist())
+        own = self.policy.share([len(c) for c in completions], group.tolist())
+        of_own = log_probs.micro_batches(prompts, [completions[i] for i in own], group[own].tolist())
+        return [MicroBatch(batch.groups, torch.tensor(own)[batch.samples]) for batch in of_own]
+
+    def close(self) -> None:
+        """As `Player.close`: there is nothing."""
 
 
 class ScoredGroups:
@@ -265,7 +284,7 @@ class ScoredGroups:
         )  # fmt: skip
 
 
-def _logged(rounds: list[Rewards]) -> Metrics:
+def logged_means(rounds: list[Rewards]) -> Metrics:
     """Metrics that reward functions logged with ``log_metric``: means over all completions they scored."""
     means: Metrics = {}
     for name in {name for rewards in rounds for name in rewards.metrics}:
@@ -306,7 +325,7 @@ def texts_of(completions: Sequence[Completion], tokenizer: Any, skip_special_tok
 def describe_scored(batches: Sequence[ScoredGroups]) -> Metrics:
     """TRL's metrics of completions that nothing is learned from: those of an evaluation, in several batches."""
     drawn = functools.reduce(ScoredGroups.concatenate, batches)
-    return {**describe(drawn, drawn.returns), **_logged([batch.rewards for batch in batches])}
+    return {**describe(drawn, drawn.returns), **logged_means([batch.rewards for batch in batches])}
 
 
 def evaluation_metrics(functions: Sequence[str]) -> list[str]:

@@ -18,7 +18,6 @@ from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.sample.turns import Sampled
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.objective import ESTIMATORS
 from grouprl.objective.packed import last_index, segment_sum
 from grouprl.objective.user_functions import TensorFunction
 
@@ -118,9 +117,8 @@ def turn_advantages(
     lengths, group = _n_turns(episodes), torch.tensor([episode.group for episode in episodes])
     per_function = segment_sum(per_turn, lengths)[:, None] if rewards is None else rewards
     weights = torch.ones(per_function.shape[1], dtype=torch.float64) if weights is None else weights
-    states = _states(episodes) if ESTIMATORS[config.advantage].states else torch.zeros(len(per_turn)).long()
     per_turn = per_turn if penalties is None else per_turn - penalties
-    return estimate_turns(config, per_turn, per_function, weights, lengths, group, states, own)
+    return estimate_turns(config, per_turn, per_function, weights, lengths, group, lambda: _states(episodes), own)
 
 
 def _n_turns(episodes: Sequence[Episode]) -> Tensor:

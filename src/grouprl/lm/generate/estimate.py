@@ -49,13 +49,13 @@ def estimate_advantages(
     if own is not None or not ESTIMATORS[config.advantage].turns:
         return _finite(_by_settings(config, steps, lengths, group, 1.0, None, own), largest)
     one = torch.ones_like(lengths)
-    of_turns = _by_settings(config, segment_sum(steps, lengths), one, group, config.gamma, group, None)
+    of_turns = _by_settings(config, segment_sum(steps, lengths), one, group, config.gamma, lambda: group, None)
     return _finite(of_turns.repeat_interleave(lengths), largest)
 
 
 def estimate_turns(
     config: GRPOConfig, rewards: Tensor, per_function: Tensor, weights: Tensor, lengths: Tensor, group: Tensor,
-    states: Tensor, own: TensorFunction | None = None,
+    states: Callable[[], Tensor], own: TensorFunction | None = None,
 ) -> Tensor:  # fmt: skip
     """Advantages ``[T]`` of the T turns of E episodes as the settings say, in float32: here a step is a turn.
 
@@ -63,7 +63,7 @@ def estimate_turns(
         rewards: ``[T]``. lengths: ``[E]`` turns of each episode. group: ``[E]``.
         per_function: ``[E, F]`` what each reward function gave an episode, NaN where it does not apply; used if each is
             normalised on its own. weights: ``[F]``.
-        states: ``[T]`` int64, equal where turns were taken in equal states.
+        states: gives ``[T]`` int64, equal where turns were taken in equal states; called if an estimator needs it.
         own: a user's estimator, in the place of the settings'; it gets ``rewards``, ``lengths`` and ``group``, and
             what it asks for by the names ``states`` and ``gamma``.
 
@@ -76,18 +76,19 @@ def estimate_turns(
 
 
 def _by_settings(
-    config: GRPOConfig, rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float, states: Tensor | None,
-    own: TensorFunction | None,
+    config: GRPOConfig, rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float,
+    states: Callable[[], Tensor] | None, own: TensorFunction | None,
 ) -> Tensor:  # fmt: skip
     if own is not None:
         offered: dict[str, Callable[[], Any]] = {"gamma": lambda: gamma}
         if states is not None:
-            offered["states"] = lambda: states
+            offered["states"] = states
         return own_advantages(own, rewards, lengths, group, offered)
-    function = ESTIMATORS[config.advantage].function
-    assert function is not None
-    told = Estimation(gamma, config.scale_rewards, 1e-4, config.pass_k, states, config.gigpo_weight)
-    return function(rewards, lengths, group, told)
+    estimator = ESTIMATORS[config.advantage]
+    assert estimator.function is not None
+    known = states() if estimator.states and states is not None else None
+    told = Estimation(gamma, config.scale_rewards, 1e-4, config.pass_k, known, config.gigpo_weight)
+    return estimator.function(rewards, lengths, group, told)
 
 
 def _largest(returns: Tensor) -> float:

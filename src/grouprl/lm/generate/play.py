@@ -151,6 +151,10 @@ class EpisodePlayer:
         """As `Player.samples`."""
         return samples_of_groups(groups, self.policy, self.config, own)
 
+    def close(self) -> None:
+        """As `Player.close`: close the environments."""
+        self.interactions.close()
+
     def check_format(self) -> None:
         """Raises UsageError if conversations cannot be appended to, and would have to be."""
         if self.form.fault is not None and not self._rules.anew and self.config.max_turns != 1:

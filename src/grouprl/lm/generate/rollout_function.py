@@ -87,6 +87,9 @@ class RolloutPlayer:
         """As `Player.samples`."""
         return samples_of_groups(groups, self.policy, self.config, own)
 
+    def close(self) -> None:
+        """As `Player.close`: there is nothing."""
+
     def _call(self, prompts: list[Any]) -> Mapping[str, Any]:
         try:
             output = self.function(prompts, self.trainer)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grouprl.lm.packed.packing import Spans
 from grouprl.lm.prompts import Prompt
+from grouprl.machine.ranks import Ranks
 from grouprl.objective.packed import segment_sum
 
 
@@ -142,6 +143,14 @@ class Samples:
     def remember_reference(self, index: Tensor, logp: Tensor) -> None:
         """Store log-probabilities ``logp [m]`` of the tokens in ``index [m]`` under the reference."""
         self.logp_ref[index], self.known_ref[index] = logp, True
+
+    def share_known(self, ranks: Ranks) -> None:
+        """Have every process know the log-probabilities that any of them knows."""
+        for logp, known in ((self.logp_old, self.known_old), (self.logp_ref, self.known_ref)):
+            for theirs, are_known in ranks.gather((logp, known)):
+                fresh = are_known & ~known
+                logp[fresh] = theirs[fresh]
+                known |= fresh
 
     def forget_reference(self) -> None:
         """Have ``logp_ref`` computed again: for a reference that has moved."""

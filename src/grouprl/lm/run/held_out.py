@@ -44,7 +44,8 @@ class HeldOutEvaluation(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Now the run can be resumed from."""
-        self.folder.settle()
+        if state.is_world_process_zero:
+            self.folder.settle()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate the model that training ends with, unless the run is to be resumed."""

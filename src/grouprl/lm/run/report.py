@@ -18,7 +18,7 @@ from grouprl.runs.transcripts import write_html
 def leave_results(
     folder: RunFolder, recipe: Recipe, trainer: GRPOTrainer, after: HeldOut
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write them and return the summary, and notes on what could not be made.
+    """Write them beside the model, and return the summary, and notes on what could not be made.
 
     Args:
         after: greedy performance at the end.
@@ -28,7 +28,6 @@ def leave_results(
     from grouprl.runs.plots import plot_run
 
     counters, notes = trainer.book.counters, []
-    trainer.save_model(folder.model_folder)
     try:
         title = f"{recipe.subject}: {folder.path.name}"
         write_html(folder.transcripts_path, folder.transcripts_page, title, curve=counters.curve)

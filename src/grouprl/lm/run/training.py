@@ -29,7 +29,8 @@ from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
 from grouprl.lm.train.sinks import Recording
 from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
-from grouprl.machine.processes import refuse_several_processes
+from grouprl.machine.busy import sleeping_when_busy
+from grouprl.machine.ranks import Ranks, join, refuse_several_processes
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.signals import stopping_on_signals
@@ -48,6 +49,7 @@ class RunResult:
     notes: list[str]
 
 
+@sleeping_when_busy()
 def train(
     source: str | os.PathLike[str] | Recipe,
     out: str | os.PathLike[str],
@@ -73,7 +75,6 @@ def train(
         TrainingError: a reward function or the numbers failed; the last checkpoint stays and can be resumed. Nothing is
             left behind if no step was done.
     """
-    refuse_several_processes()
     hide_file_bars()
     changes = dict(settings or {})
     if track is not None:
@@ -88,34 +89,43 @@ def train(
     if steps is not None:
         changes["max_steps"] = steps
     recipe = (source if isinstance(source, Recipe) else recipes.load(source)).changed(changes)
-    RunFolder(user_path(out).absolute()).check_free(overwrite)
-    if "output_dir" in recipe.config:
-        raise UsageError(f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out")
-    with RunFolder(user_path(out).absolute()).locked():
-        return _train(recipe, out, overwrite, progress_bar, announce)
+    ranks = _meet(_settings({**_defaults(recipe), **recipe.config}, out, progress_bar))
+    with ranks.telling():
+        out = ranks.once(lambda: str(user_path(out).absolute()))
+        ranks.once(lambda: RunFolder(Path(out)).check_free(overwrite))
+        if "output_dir" in recipe.config:
+            raise UsageError(
+                f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out"
+            )
+        with RunFolder(Path(out)).locked() if ranks.first else nullcontext():
+            return _train(recipe, out, overwrite, progress_bar, announce, ranks)
+
+
+def _meet(config: GRPOConfig) -> Ranks:
+    return join(gpu=config.device.type == "cuda", timeout=config.ddp_timeout)
 
 
 def _train(
     recipe: Recipe, out: str | os.PathLike[str], overwrite: bool, progress_bar: bool | None,
-    announce: Callable[[RunFolder], None] | None,
+    announce: Callable[[RunFolder], None] | None, ranks: Ranks,
 ) -> RunResult:  # fmt: skip
     config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar)
     check_trackers(config.report_to)
     data = load_task_data(recipe)
     trainer = build(recipe, config, data)
     described = recipe.changed({"seed": config.seed}).to_dict() | _absolute(recipe)
-    folder = RunFolder.create(
-        out,
-        {"grouprl": version("grouprl"), "arena": "lm", "task": recipe.subject, "seed": config.seed,
-         "recipe": described, "config": config.replace(output_dir=None).to_dict()},
-        overwrite=overwrite,
-    )  # fmt: skip
-    if announce is not None:
+    about = {
+        "grouprl": version("grouprl"), "arena": "lm", "task": recipe.subject, "seed": config.seed,
+        "recipe": described, "config": config.replace(output_dir=None).to_dict(),
+    }  # fmt: skip
+    folder = RunFolder(ranks.once(lambda: RunFolder.create(out, about, overwrite=overwrite).path))
+    if announce is not None and ranks.first:
         announce(folder)
-    with folder.kept_in_order():
+    with folder.kept_in_order() if ranks.first else nullcontext():
         return _run(folder, recipe, trainer, data, progress_bar, resume=False)
 
 
+@sleeping_when_busy()
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
     """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
 
@@ -126,23 +136,29 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
 
     Raises UsageError: no run folder, no checkpoint, a run that is already finished or that another process works on.
     """
-    refuse_several_processes()
     folder = RunFolder.open(path)
     hide_file_bars()
-    with folder.locked():
-        return _resume(folder, steps, progress_bar)
+    ranks = _meet(_settings_of(folder, progress_bar)[1])
+    with ranks.telling(), folder.locked() if ranks.first else nullcontext():
+        return _resume(folder, steps, progress_bar, ranks)
 
 
-def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> RunResult:
+def _settings_of(folder: RunFolder, progress_bar: bool | None) -> tuple[Recipe, GRPOConfig]:
     saved = folder.read_config()
     try:
         recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]}).with_secrets()
         config = _settings(saved["config"], folder.path, progress_bar).with_secrets()
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of a language-model run ({error})") from None
+    return recipe, config
+
+
+def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None, ranks: Ranks) -> RunResult:
+    saved = folder.read_config()
+    recipe, config = _settings_of(folder, progress_bar)
     if steps is not None:
         config = config.replace(max_steps=steps)
-    newest = checkpoint.latest(folder.path)
+    newest = ranks.once(lambda: checkpoint.latest(folder.path))
     if newest is None:
         useless = ", ".join(path.name for path in checkpoint.existing(folder.path))
         content = f"only {useless}, which cannot be resumed from" if useless else "no checkpoint"
@@ -154,7 +170,7 @@ def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None) -> 
     # The checkpoint has the warm weights, unless it holds an adapter alone; a reference begins with them too.
     warm = recipe.lora is not None or config.beta > 0
     trainer = build(recipe if warm else recipe.changed({"warm_start": None}), config, data)
-    folder.reopen(None if steps is None else _lengthened(saved, steps))
+    ranks.once(lambda: folder.reopen(None if steps is None else _lengthened(saved, steps)))
     return _run(folder, recipe, trainer, data, progress_bar, resume=True)
 
 
@@ -239,15 +255,20 @@ def _run(
         try:
             trainer.train(resume_from_checkpoint=resume)
         except TrainingError as error:
+            if not trainer.policy.ranks.first:
+                raise
             last = checkpoint.latest(folder.path)
             kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
             raise TrainingError(f"{error} (after {trainer.state.global_step} steps; {kept}).") from error
     if held_out.after is None:
         return RunResult(folder, trainer.state.global_step, None, [])
-    summary, notes = leave_results(folder, recipe, trainer, held_out.after)
+    after = held_out.after
+    trainer.save_model(folder.model_folder)
+    summary, notes = trainer.policy.ranks.once(lambda: leave_results(folder, recipe, trainer, after))
     return RunResult(folder, trainer.state.global_step, summary, notes)
 
 
+@sleeping_when_busy()
 def evaluate(
     path: str | os.PathLike[str], n: int | None = None, answers: str | os.PathLike[str] | None = None
 ) -> HeldOut:
@@ -258,6 +279,7 @@ def evaluate(
 
     Raises UsageError if there is no such run, it left no model yet, or the file exists.
     """
+    refuse_several_processes("an evaluation")
     if answers is not None and user_path(answers).exists():
         raise UsageError(f"{answers} exists; name another file for the answers")
     if n is not None and n < 1:

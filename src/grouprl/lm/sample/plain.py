@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,10 +35,12 @@ class _Drawing:
 
     Args:
         begin: makes the rows, from the number of tokens in the vocabulary.
+        keep: keep the log-probabilities that the model itself gives the tokens.
     """
 
-    def __init__(self, begin: Callable[[int], Rows]) -> None:
-        self._begin = begin
+    def __init__(self, begin: Callable[[int], Rows], keep: bool) -> None:
+        self._begin, self._keep = begin, keep
+        self._model_logp: list[Tensor] = []
         self.rows: Rows | None = None
         self._step = 0
 
@@ -47,7 +50,18 @@ class _Drawing:
         self.rows.prepare(self._step)
         self.rows.draw_tokens(scores.float().clone())
         self._step += 1
+        if self._keep:
+            self._model_logp.append(scores.float().log_softmax(-1).gather(1, self.rows.token[:, None])[:, 0])
         return torch.full_like(scores, float("-inf")).scatter_(1, self.rows.token[:, None], 0.0)
+
+    def completions(self) -> list[Completion]:
+        """What was drawn."""
+        assert self.rows is not None
+        drawn = self.rows.completions()
+        if not self._keep:
+            return drawn
+        logp = torch.stack(self._model_logp, 1).cpu()
+        return [replace(each, model_logp=logp[i, : len(each.ids)]) for i, each in enumerate(drawn)]
 
 
 class PlainSampler:
@@ -180,21 +194,21 @@ class PlainSampler:
         """Compare a completion of the longest and one of the shortest prompt with the model's own forward pass.
 
         Some caches and masks are right up to a length alone. Returns "", or what is wrong. With filters or penalties
-        the distribution is not the model's, so nothing is compared.
+        the distribution is not the model's, so the model's own log-probabilities are compared, where there are any.
         """
-        if settings.filtered or settings.repetition_penalty != 1.0 or settings.min_new_tokens > 0:
+        changed = _changes_more_than_temperature(settings)
+        if changed and any(each.model_logp is None for each in completions):
             return ""
+        temperature = 1.0 if changed else settings.temperature or 1.0
         n = len(completions) // max(1, len(prompts))
         by_length = sorted(range(len(completions)), key=lambda i: len(prompts[i // n]) + len(completions[i].ids))
         chosen = sorted({by_length[0], by_length[-1]})
-        found = torch.cat([completions[i].logp for i in chosen])
+        kept = [completions[i].model_logp if changed else completions[i].logp for i in chosen]
+        found = torch.cat([logp for logp in kept if logp is not None])
 
         def own(low: torch.dtype | None = None) -> Tensor:
             with own_pass(self.model, low):
-                terms = [
-                    own_terms(self.model, prompts[i // n], completions[i].ids, settings.temperature or 1.0).logp
-                    for i in chosen
-                ]
+                terms = [own_terms(self.model, prompts[i // n], completions[i].ids, temperature).logp for i in chosen]
                 return torch.cat(terms).cpu()
 
         wanted = own()
@@ -231,14 +245,16 @@ class PlainSampler:
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        drawing = _Drawing(lambda v: Rows(prompts, group_size, settings, self.end_ids, v, device, draws))
+        drawing = _Drawing(
+            lambda v: Rows(prompts, group_size, settings, self.end_ids, v, device, draws),
+            _changes_more_than_temperature(settings),
+        )
         self.model.generate(
             input_ids=ids.repeat_interleave(group_size, 0), attention_mask=mask.repeat_interleave(group_size, 0),
             do_sample=False, max_new_tokens=settings.max_new_tokens, eos_token_id=self.end_ids,
             pad_token_id=self.pad_id, logits_processor=[drawing],
         )  # fmt: skip
-        assert drawing.rows is not None
-        return drawing.rows.completions()
+        return drawing.completions()
 
     def _by_passes(
         self,
@@ -278,6 +294,11 @@ class PlainSampler:
         out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         logits: Tensor = out.logits
         return logits[:, -1].float()
+
+
+def _changes_more_than_temperature(settings: SamplingSettings) -> bool:
+    """Whether tokens are drawn from another distribution than the model's at some temperature."""
+    return settings.filtered or settings.repetition_penalty != 1.0 or settings.min_new_tokens > 0
 
 
 def _by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

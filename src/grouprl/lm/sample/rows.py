@@ -34,11 +34,14 @@ class Completion:
         logp: ``[n]`` float32, on the CPU. The log-probability in nats of each token under the distribution from which
             it was drawn.
         finished: True if the completion ended with an end-of-sequence token, False if the maximal length cut it off.
+        model_logp: ``[n]`` float32, on the CPU. The same under the model's own distribution, without temperature,
+            penalties and filters, where the sampler keeps it.
     """
 
     ids: list[int]
     logp: Tensor
     finished: bool
+    model_logp: Tensor | None = None
 
 
 class Rows:

@@ -87,6 +87,24 @@ def batch_plan(config: GRPOConfig, world_size: int = 1) -> BatchPlan:
     )
 
 
+_COMPLETION = 500
+"""Bytes of the smallest completion, as an object with its token and log-probability."""
+_TOKEN = 12
+"""Bytes of the place for a token and its log-probability, which a group has at once."""
+
+
+def least_bytes(config: GRPOConfig, plan: BatchPlan) -> dict[str, float]:
+    """The least memory that a generation and an evaluation take, by the settings that decide it."""
+    held = plan.samples_per_generation
+    evaluated = config.num_generations_eval or 1
+    longest = config.max_completion_length
+    return {
+        f"num_generations={plan.group_size} with {plan.prompts_per_generation} prompts at once": _COMPLETION * held,
+        f"num_generations_eval={evaluated}": _COMPLETION * evaluated,
+        f"max_completion_length={longest} with num_generations={plan.group_size}": _TOKEN * longest * plan.group_size,
+    }
+
+
 def total_steps(config: GRPOConfig, plan: BatchPlan, n_prompts: int | None) -> int:
     """Optimizer steps of the run: max_steps, or as many as num_train_epochs over `n_prompts` prompts hold.
 

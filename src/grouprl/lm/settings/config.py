@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import PrivateAttr, ValidationError
@@ -14,7 +14,8 @@ from pydantic import PrivateAttr, ValidationError
 from grouprl.errors import UsageError, shown
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
-from grouprl.lm.settings.trl import FOREIGN, ONE_PROCESS, RENAMED, translate
+from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
+from grouprl.machine.ranks import here, join
 from grouprl.objective_settings import explain
 from grouprl.redaction import with_secrets, without_secrets
 
@@ -46,8 +47,8 @@ class GRPOConfig(Fields):
             raise UsageError("; ".join(found))
 
     def __getattr__(self, name: str) -> Any:
-        if name in ONE_PROCESS:
-            return ONE_PROCESS[name]
+        if name in OF_PROCESS:
+            return OF_PROCESS[name](here())
         if name == "warmup_ratio":
             return self.warmup_steps if self.warmup_steps < 1 else 0.0
         if name in RENAMED:
@@ -117,7 +118,10 @@ class GRPOConfig(Fields):
         """The torch device that a trainer trains on."""
         import torch
 
-        return torch.device("cpu" if self.use_cpu or not torch.cuda.is_available() else "cuda")
+        if self.use_cpu or not torch.cuda.is_available():
+            return torch.device("cpu")
+        place = here()
+        return torch.device("cuda", place.local) if place.world > 1 else torch.device("cuda")
 
     @property
     def n_gpu(self) -> int:
@@ -130,9 +134,17 @@ class GRPOConfig(Fields):
 
         return logging.get_verbosity()
 
-    def main_process_first(self, local: bool = True, desc: str = "") -> Any:
-        """A context in which nothing waits: there is one process."""
-        return nullcontext()
+    @contextmanager
+    def main_process_first(self, local: bool = True, desc: str = "") -> Iterator[None]:
+        """A context that the first process goes through before the others, such as to prepare a dataset."""
+        ranks = join(gpu=self.device.type == "cuda", timeout=self.ddp_timeout)
+        if not ranks.first:
+            ranks.wait()
+        try:
+            yield
+        finally:
+            if ranks.first:
+                ranks.wait()
 
     def __repr_args__(self) -> Any:
         """What its representation shows: no secrets."""

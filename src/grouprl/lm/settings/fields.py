@@ -258,6 +258,9 @@ class Fields(ObjectiveSettings):
     load_best_model_at_end: bool = Field(
         False, description="end with the model of the best checkpoint, which save_total_limit then spares"
     )
+    ddp_timeout: float = Field(
+        1800.0, gt=0, description="seconds that a process waits for another, where several train together"
+    )
     do_train: bool = Field(False, description="for scripts that ask for it; nothing here does")
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")

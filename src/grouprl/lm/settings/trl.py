@@ -7,11 +7,12 @@ is; any other value is refused by name, with what to do instead. Checked against
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
 from grouprl.errors import UsageError, shown
+from grouprl.machine.ranks import Place
 from grouprl.objective_settings import unknown_setting
 
 
@@ -42,11 +43,16 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run there too
 }
 
-ONE_PROCESS = {
-    "world_size": 1, "process_index": 0, "local_process_index": 0, "should_save": True, "should_log": True,
-    "parallel_mode": "not_parallel",
-}  # fmt: skip
-"""What transformers' callbacks read of a configuration, and is the same here for all."""
+OF_PROCESS: dict[str, Callable[[Place], Any]] = {
+    "world_size": lambda place: place.world,
+    "process_index": lambda place: place.rank,
+    "local_process_index": lambda place: place.local,
+    "should_save": lambda place: place.rank == 0,
+    "should_log": lambda place: place.rank == 0,
+    "parallel_mode": lambda place: "distributed" if place.world > 1 else "not_parallel",
+    "local_rank": lambda place: place.local if place.world > 1 else -1,
+}
+"""What transformers' callbacks read of a configuration, and depends on the process."""
 
 TRAINER_ARGUMENTS = (
     "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks",
@@ -59,7 +65,7 @@ _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding; leave it out"
 _ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
 _VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
-_LAUNCH = "training runs in one process on one device; leave it out"
+_LAUNCH = "each process holds the whole model; start several by torchrun to share the work, and leave it out"
 _COMPILE = "not offered; leave it out"
 _PRECISION = "set bf16=True for low precision; leave it out"
 _FLOAT32_HEAD = "log-probabilities are always computed in float32; leave it out"
@@ -90,8 +96,7 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
     }),
-    (_LAUNCH, {"local_rank": -1, "fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None,
-               "ddp_backend": None}),
+    (_LAUNCH, {"fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None}),
     (_COMPILE, {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
                 "neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
@@ -111,13 +116,14 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "include_for_metrics": [], "label_names": None, "dataloader_drop_last": False, "dataloader_num_workers": 0,
         "dataloader_pin_memory": True, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
         "dataloader_multiprocessing_context": None, "dataloader_in_order": True, "ddp_find_unused_parameters": None,
-        "ddp_bucket_cap_mb": None, "ddp_broadcast_buffers": None, "ddp_static_graph": None, "ddp_timeout": 1800,
+        "ddp_bucket_cap_mb": None, "ddp_broadcast_buffers": None, "ddp_static_graph": None, "local_rank": -1,
     }),
 )  # fmt: skip
 
 FOREIGN: dict[str, Foreign] = {
     **{name: Foreign(off, advice) for advice, names in _FOREIGN_GROUPS for name, off in names.items()},
     "vllm_importance_sampling_correction": Foreign(True, _VLLM_MISMATCH, (False,)),
+    "ddp_backend": Foreign(None, "gloo joins processes on CPUs and nccl those on GPUs; leave it out", ("gloo", "nccl")),
     "trust_remote_code": Foreign(False, "set model_init_kwargs={'trust_remote_code': True}"),
     "cast_lm_head_to_fp32": Foreign(False, _FLOAT32_HEAD),
     "router_aux_loss_coef": Foreign(None, "there is no load-balancing loss; leave it out", (0.0,)),

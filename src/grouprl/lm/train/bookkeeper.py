@@ -49,12 +49,13 @@ class Bookkeeper:
     """
 
     def __init__(self, setup: Setup, callbacks: list[Any]) -> None:
-        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl, TrainerState
+        from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl
 
         self.setup, self.config = setup, setup.config
         self.recording, self.counters = Recording(), Counters()
         self.samples: Samples | None = None
-        self.state: Any = TrainerState()
+        self.ranks = setup.policy.ranks
+        self.state: Any = self._fresh_state()
         self.control: Any = TrainerControl()
         self.handler: Any = CallbackHandler(  # type: ignore[no-untyped-call]
             [DefaultFlowCallback, *map(checked_callback, callbacks)],
@@ -94,10 +95,8 @@ class Bookkeeper:
         Raises UsageError if the settings do not fit so many steps, something cannot be recorded, or another process
         works in the output folder.
         """
-        from transformers.trainer_callback import TrainerState
-
         config, folder = self.config, self.setup.output_dir
-        self.state, self._sums, self._newest = TrainerState(), {}, {}
+        self.state, self._sums, self._newest = self._fresh_state(), {}, {}
         self.counters = Counters()
         self.began = time.time()
         self.state.max_steps = total
@@ -112,6 +111,8 @@ class Bookkeeper:
         self.control.should_training_stop = False
         self.handler.lr_scheduler = scheduler
         self.close()
+        if not self.ranks.first:
+            return
         self._stack.enter_context(locked(folder))  # and make it: callbacks expect to find it
         checkpoint.finish_beside(folder)
         if done == 0:
@@ -119,6 +120,17 @@ class Bookkeeper:
         for sink in open_sinks(self.setup, self.recording, self.counters, total, done):
             self._stack.callback(sink.close)
             self._sinks.append(sink)
+
+    def _fresh_state(self) -> Any:
+        from transformers.trainer_callback import TrainerState
+
+        return TrainerState(is_world_process_zero=self.ranks.first, is_local_process_zero=self.ranks.local == 0)
+
+    def agree(self) -> None:
+        """What a callback asks for on one rank is asked for on all."""
+        names = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+        for name, asked in zip(names, self.ranks.agree(*(getattr(self.control, n) for n in names)), strict=True):
+            setattr(self.control, name, asked)
 
     def end(self, metrics: Metrics) -> None:
         """Log what is left, and ``metrics`` of the whole run."""
@@ -152,7 +164,7 @@ class Bookkeeper:
         if samples is not self.samples:
             self.samples = samples
             self.counters.sampled_tokens += int(samples.lengths.sum())
-            self.counters.curve[step] = float(samples.returns.mean())
+            self.counters.curve[step] = metrics.get("reward", float(samples.returns.mean()))
             beside |= describe_groups(samples)
         for key, value in metrics.items():
             total, n = self._sums.get(key, (0.0, 0))
@@ -244,7 +256,7 @@ class Bookkeeper:
         """A checkpoint was written: drop the oldest ones beyond the limit."""
         self.control.should_save = False
         limit = self.config.save_total_limit
-        if limit is not None:
+        if limit is not None and self.ranks.first:
             best = best_model.best_checkpoint(self.state) if self.config.load_best_model_at_end else None
             spared = {place.resolve() for place in (path, best) if place is not None}
             own = checkpoint.of_run(self.setup.output_dir, self.began)

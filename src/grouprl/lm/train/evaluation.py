@@ -16,6 +16,7 @@ from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.sample.streams import EVALUATION, Stream
 from grouprl.lm.train.setup import Setup
+from grouprl.machine.busy import sleeping_when_busy
 
 GREEDY_AT_ONCE = 256
 """Completions of a greedy evaluation that are sampled side by side, unless per_device_eval_batch_size says."""
@@ -73,7 +74,9 @@ def evaluate(
     for start in range(0, size, groups):
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
         numbers = range(EVALUATION_STARTS + start, EVALUATION_STARTS + start + len(chunk))
-        yield setup.player.draw(chunk, group_size, stream, numbers, settings, state)
+        with sleeping_when_busy():
+            scored = setup.player.draw(chunk, group_size, stream, numbers, settings, state)
+        yield scored
 
 
 def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = None) -> Metrics:

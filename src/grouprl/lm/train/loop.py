@@ -27,6 +27,7 @@ from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
 from grouprl.lm.train.setup import Setup
+from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.record import describe_machine, other_machine
 from grouprl.objective import Objective
 from grouprl.runs.state import check_like, taking_up
@@ -100,9 +101,10 @@ class Run:
     def go(self) -> TrainOutput:
         """Step until the end, or until a callback stops it."""
         try:
-            with self.setup.parameters.written_in_place():
+            with self.setup.parameters.written_in_place(), sleeping_when_busy():
                 return self._go()
         finally:
+            self.setup.player.close()
             self.book.close()
 
     def _go(self) -> TrainOutput:
@@ -114,10 +116,12 @@ class Run:
         if book.ends_epoch_late():
             self._do_as_asked()
             book.flush()
+        book.agree()
         while book.state.global_step < self.total and not book.control.should_training_stop:
             book.before_step()
             began_step = time.perf_counter()
             self.setup.parameters.check()
+            self.setup.policy.check()  # callbacks and reward functions may have changed modules
             with _errors_of_step(book.state.global_step + 1):
                 metrics, samples = self._step()
             metrics["step_time"] = time.perf_counter() - began_step
@@ -148,6 +152,7 @@ class Run:
 
     def _do(self) -> None:
         book = self.book
+        book.agree()
         if book.control.should_log:
             book.log_steps()
         if book.control.should_evaluate:
@@ -159,6 +164,7 @@ class Run:
         if book.control.should_epoch_stop:
             book.control.should_epoch_stop = False
             _log.warning("a callback set should_epoch_stop: epochs are not cut short; set should_training_stop to end")
+        book.agree()  # a callback may have heard of an evaluation, and stopped the training
 
     def _step(self) -> tuple[Metrics, Samples]:
         setup, config, book = self.setup, self.config, self.book
@@ -209,8 +215,12 @@ class Run:
         book.flush()
         setup.check_weights()
         path = book.checkpoint_path()
+        ranks = setup.policy.ranks
+        ranks.check_same("weights", {"their sum": setup.parameters.total()}, "they part where processors differ")
+        if self.samples is not None:
+            self.samples.share_known(ranks)
         state = None if self.config.save_only_model else self._state()
-        checkpoint.write(path, setup.model, setup.tokenizer, state, book.state)
+        ranks.once(lambda: checkpoint.write(path, setup.model, setup.tokenizer, state, book.state))
         book.after_save(path)
 
     def _state(self) -> Checkpoint:
@@ -262,7 +272,8 @@ class Run:
                 "the checkpoint was written by an older grouprl, whose completions drew from one random stream, so it "
                 "cannot be gone on with; give its folder as the model to begin a new run with its weights"
             )
-        if "samples" in meta and meta["plan"] != asdict(self.plan):
+        plan, saved_plan = ({**p, "world_size": None} for p in (asdict(self.plan), meta["plan"]))
+        if "samples" in meta and saved_plan != plan:
             raise UsageError(
                 f"the checkpoint holds half a generation, sampled as {meta['plan']}, here it is {asdict(self.plan)}; "
                 "resume with the same batch settings, or from a checkpoint between two generations"
@@ -323,7 +334,7 @@ _MAY_CHANGE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "max_steps", "num_train_epochs", "transcripts",
     "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
-    "do_train", "do_eval", "do_predict", "num_generations_eval", "reward_timeout",
+    "do_train", "do_eval", "do_predict", "ddp_timeout", "num_generations_eval", "reward_timeout",
 }  # fmt: skip
 """Settings that do not change what is learned, or are what a run is resumed to change."""
 

@@ -8,6 +8,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,23 @@ from grouprl.lm.agents.tool_use import Limits
 from grouprl.lm.generate.collect import CompletionPlayer, Player, evaluation_metrics
 from grouprl.lm.generate.play import TURN_REWARDS, EpisodePlayer
 from grouprl.lm.generate.rollout_function import RolloutPlayer
+from grouprl.lm.generate.shared import shared_out
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids, load
+from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
-from grouprl.lm.prompts import PromptSource, prepare_prompts, prepare_starts
+from grouprl.lm.prompts import PromptSource, prepare_prompts, prepare_starts, room_for_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.sample.finite import not_finite
-from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan
+from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.wrappers import unwrapped
+from grouprl.machine.busy import sleeping_when_busy
+from grouprl.machine.ranks import Ranks, join
+from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
@@ -102,6 +108,7 @@ class Acting:
     rollout_func: Any = None
 
 
+@sleeping_when_busy()
 def make_setup(
     model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction] | None, args: Any, train_dataset: Any,
     eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any, ref_model: Any,
@@ -112,8 +119,30 @@ def make_setup(
     Raises UsageError for whatever cannot work.
     """
     config = _configuration(args)
+    ranks = join(gpu=config.device.type == "cuda", timeout=config.ddp_timeout)
+    with ranks.telling():
+        return _make_setup(
+            config, ranks, model, reward_funcs, train_dataset, eval_dataset, tokenizer, optimizers=optimizers,
+            peft_config=peft_config, ref_model=ref_model, functions=functions, acting=acting,
+        )  # fmt: skip
+
+
+def _make_setup(
+    config: GRPOConfig, ranks: Ranks, model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction] | None,
+    train_dataset: Any, eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any,
+    ref_model: Any, functions: UserFunctions, acting: Acting,
+) -> Setup:  # fmt: skip
+    ranks.check_same("settings", _compared(config), "start every rank with the same configuration")
     tokenizer = tokenizer_of(tokenizer)
-    plan = batch_plan(config)
+    plan = batch_plan(config, ranks.world)
+    check_room(least_bytes(config, plan))
+    if ranks.world > 1:
+        for name, given in vars(acting).items():
+            if given:
+                raise UsageError(
+                    f"{name}: episodes of several turns are played in one process, and {ranks.world} were started "
+                    f"(this is rank {ranks.rank}); start the script without a launcher"
+                )
     interactions = _interactions(config, acting)
     rewards = _rewards(reward_funcs, config, interactions)
     torch.manual_seed(config.seed)
@@ -132,9 +161,10 @@ def make_setup(
     names = (*rewards.names, *((TURN_REWARDS,) if interactions is not None and interactions.gives_rewards else ()))
     _check_best_metric(config, eval_prompts, names)
     parameters = TrainedParameters(model)
+    _check_same_weights(model, parameters, ranks)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
-    policy = Policy(model, tokenizer, config, unwrapped(ref_model))
+    policy = Policy(model, tokenizer, config, unwrapped(ref_model), ranks)
     optimizer, scheduler = optimizers or (None, None)
     if optimizer is None and scheduler is not None:
         raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
@@ -148,9 +178,33 @@ def make_setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
-        player=_player(policy, tokenizer, rewards, config, interactions, acting, prompts), read=read,
-        functions=functions, prompts=prompts, eval_prompts=eval_prompts, output_dir=_output_dir(model, config),
+        player=shared_out(_player(policy, tokenizer, rewards, config, interactions, acting, prompts), ranks), read=read,
+        functions=functions, prompts=prompts, eval_prompts=eval_prompts,
+        output_dir=ranks.once(lambda: _output_dir(model, config)),
     )  # fmt: skip
+
+
+_FROM_FIRST = ("output_dir", "run_name")
+"""Settings that only the first rank reads."""
+
+
+def _compared(config: GRPOConfig) -> dict[str, Any]:
+    """What must be the same on every rank: the settings, and the versions of what computes."""
+    versions = {name: version(name) for name in ("grouprl", "torch", "transformers")}
+    return versions | {name: value for name, value in config.to_dict().items() if name not in _FROM_FIRST}
+
+
+def _check_same_weights(model: Any, parameters: TrainedParameters, ranks: Ranks) -> None:
+    """Give every rank the trained weights of the first. Raises UsageError if other weights differ."""
+    if ranks.world == 1:
+        return
+    with torch.no_grad():
+        trained = {id(p) for p in parameters.tensors}
+        others = {name: p for name, p in model.named_parameters() if id(p) not in trained}
+        sums = {name: float(p.detach().double().sum()) for name, p in others.items()}
+        shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        ranks.check_same("models", shapes | sums, "give every rank the same model")
+        ranks.spread(*(p.detach() for p in parameters.tensors))
 
 
 def _interactions(config: GRPOConfig, acting: Acting) -> Interactions | None:
@@ -218,12 +272,9 @@ def _player(
         return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
     if interactions is None:
         return CompletionPlayer(policy, tokenizer, rewards, config)
-    context = context_length(policy.model)
-    room = None if context is None else context - config.max_completion_length
-    said = f"the model's context of {context} less max_completion_length={config.max_completion_length}"
-    form = ChatFormat(
-        tokenizer, config.chat_template_kwargs, eos_token_ids(policy.model, tokenizer), room, said
-    )  # fmt: skip
+    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length)
+    ends = eos_token_ids(policy.model, tokenizer)
+    form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound)
     player = EpisodePlayer(policy, form, interactions, rewards, config)
     if interactions.has_tools and prompts is not None and not isinstance(prompts[0].prompt, str):
         player.check_format()
@@ -358,4 +409,5 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
     loaded = loaded.to(config.device)
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)
+    check_read_back(loaded)
     return loaded, tokenizer

@@ -22,7 +22,6 @@ from grouprl.lm.train.loop import Run, TrainOutput
 from grouprl.lm.train.setup import Acting, make_setup, read_eval_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
 from grouprl.machine.memory import renew_freed_memory, use_huge_pages
-from grouprl.machine.processes import refuse_several_processes
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
@@ -89,7 +88,6 @@ class GRPOTrainer(ScriptMethods):
         rollout_func: Callable[..., Mapping[str, Any]] | None = None,
         **others: Any,
     ) -> None:
-        refuse_several_processes()
         check_arguments(others)
         use_huge_pages()
         setup = make_setup(
@@ -98,6 +96,12 @@ class GRPOTrainer(ScriptMethods):
             functions=UserFunctions(advantage_function, surrogate_function),
             acting=Acting(tools, environment_factory, rollout_func),
         )  # fmt: skip
+        ranks = setup.policy.ranks
+        if ranks.world > 1:
+            with ranks.telling():
+                about = origin.describe(setup)
+                about |= {f"data: {name}": value for name, value in (about.pop("data") or {}).items()}
+                ranks.check_same("data or models", about, "give every rank the same")
         if not isinstance(callbacks, list | tuple | None):
             raise UsageError(f"callbacks={callbacks!r} must be a list of TrainerCallbacks")
         super().__init__(setup, Bookkeeper(setup, list(callbacks or [])))
@@ -125,6 +129,10 @@ class GRPOTrainer(ScriptMethods):
         if self.is_in_train:
             raise UsageError("this trainer is training already; a callback or reward function cannot call train again")
         self.parameters.check()
+        with self.policy.ranks.telling():
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: bool | str | Path | None) -> TrainOutput:
         if any(getattr(module, "merged_adapters", None) for module in self.model.modules()):
             raise UsageError(
                 "an adapter is merged into the model, so it cannot be trained; model.unmerge_adapter() first"
@@ -207,6 +215,10 @@ class GRPOTrainer(ScriptMethods):
             folder = user_path(place)
             with checkpoint.offering_another(folder):
                 return self._resumed(folder)
+        if self.policy.ranks.world > 1:
+            newest = self.policy.ranks.once(lambda: checkpoint.latest(self.setup.output_dir))
+            if newest is not None:
+                return self._resumed(newest)
         folders = checkpoint.existing(self.setup.output_dir)
         found = newest_good(folders, self._resumed)
         if found is None:
@@ -243,6 +255,10 @@ class GRPOTrainer(ScriptMethods):
 
         Raises UsageError if there is no dataset, TrainingError if a reward function fails.
         """
+        with self.policy.ranks.telling():
+            return self._evaluate(eval_dataset, metric_key_prefix, greedy)
+
+    def _evaluate(self, eval_dataset: Any, metric_key_prefix: str, greedy: bool) -> dict[str, float]:
         self._check_settings()
         setup = self.setup
         sources = setup.eval_prompts
@@ -268,7 +284,11 @@ class GRPOTrainer(ScriptMethods):
             UsageError: the place cannot be written.
             TrainingError: the disk is full, or trained weights are not finite: an older model stays as it is.
         """
-        self.setup.check_finite()
+        with self.policy.ranks.telling():
+            self.setup.check_finite()
+            self.policy.ranks.once(lambda: self._save_model(output_dir))
+
+    def _save_model(self, output_dir: str | Path | None) -> None:
         place = self.setup.output_dir if output_dir is None else user_path(output_dir)
         if place.absolute() == self.setup.output_dir.absolute():
             checkpoint.write_beside(place, self.model, self.processing_class)

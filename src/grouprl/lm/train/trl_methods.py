@@ -29,7 +29,7 @@ _log = logging.getLogger("grouprl")
 
 
 class ScriptMethods:
-    """The base of a trainer: what scripts read of it, and what they ask for around training; all on one process.
+    """The base of a trainer: what scripts read of it, and what they ask for around training.
 
     Args:
         setup: what it is made of. book: where state, callbacks and logs are.
@@ -95,13 +95,17 @@ class ScriptMethods:
         return PartialState()
 
     def is_world_process_zero(self) -> bool:
-        """True: there is one process."""
-        return True
+        """Whether this is the process that writes."""
+        return self.policy.ranks.first
 
-    is_local_process_zero = is_world_process_zero
+    def is_local_process_zero(self) -> bool:
+        """Whether this is the first process of its host."""
+        return self.policy.ranks.local == 0
 
     def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
         """Print ``metrics`` of ``split`` (train, eval, ...), a line each."""
+        if not self.policy.ranks.first:
+            return
         width = max((len(name) for name in metrics), default=0)
         show(f"***** {split} metrics *****")
         for name, value in sorted(metrics.items()):
@@ -112,6 +116,8 @@ class ScriptMethods:
 
         Raises UsageError if they cannot be written there, or added to what is there; TrainingError if the disk is full.
         """
+        if not self.policy.ranks.first:
+            return
         folder = self.setup.output_dir
         write_json(folder / f"{split}_results.json", dict(metrics))
         if combined:
@@ -124,7 +130,8 @@ class ScriptMethods:
 
     def save_state(self) -> None:
         """Write transformers' TrainerState to ``trainer_state.json`` in the output folder."""
-        write_json(self.setup.output_dir / "trainer_state.json", trainer_state(self.state))
+        if self.policy.ranks.first:
+            write_json(self.setup.output_dir / "trainer_state.json", trainer_state(self.state))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | Sequence[str] | None = None,
@@ -139,6 +146,8 @@ class ScriptMethods:
         """
         from huggingface_hub import ModelCardData
 
+        if not self.policy.ranks.first:
+            return
         folder = self.setup.output_dir
         base = getattr(self.model.config, "_name_or_path", None) or None
         if base is not None and Path(base).exists():  # a folder of this machine is no name on the hub

@@ -122,6 +122,16 @@ def test_an_estimator_of_the_users_gets_turns() -> None:
     assert turn_advantages(PLAYED, config(), own=own).tolist() == [1, 0, 3, 3, 2, 2, 2, 5, 4]
 
 
+def test_an_estimator_of_the_users_may_ask_for_the_states_of_turns_and_the_discount() -> None:
+    def own(rewards, lengths, group, states, gamma):
+        # After the prompt, after token 9, after the prompt of the third's second sample.
+        assert (states.tolist(), gamma) == ([0, 1, 0, 1, 0, 2, 1, 0, 0], 0.5)
+        return objective.gigpo(rewards, lengths, group, states, gamma, scale="none")
+
+    found = turn_advantages(PLAYED, config(gamma=0.5), own=own)
+    assert torch.equal(found, turn_advantages(PLAYED, config(advantage="gigpo", gamma=0.5, scale_rewards="none")))
+
+
 def test_reward_functions_may_be_normalised_one_by_one() -> None:
     rewards = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 1.0], [5.0, torch.nan], [4.0, torch.nan]]).double()
     weights = torch.tensor([1.0, 0.5]).double()

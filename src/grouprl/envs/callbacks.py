@@ -1,0 +1,225 @@
+"""Callbacks for `GRPO.learn`: a whole run folder, or only checkpoints, evaluations, an early end, or videos.
+
+Any function ``callback(agent, metrics)`` is a callback. These are objects because they remember when they are due. Give
+several as a list: each sees what those before it have added to ``metrics``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import VectorEnv
+
+from grouprl.envs.evaluation import Evaluator
+from grouprl.envs.grpo import GRPO
+from grouprl.envs.loop import Metrics
+from grouprl.envs.recorder import Recorder, RunResult, as_written, plan, recording
+from grouprl.envs.vector import EnvLike
+from grouprl.envs.watch import record_episodes
+from grouprl.errors import UsageError
+from grouprl.runs import RunFolder
+from grouprl.runs.files import user_path
+
+_log = logging.getLogger("grouprl")
+
+
+class _Due:
+    """Every so many steps, counted from 0."""
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise UsageError(f"every={every} must be at least 1 step")
+        self.every, self._next = every, every
+
+    def now(self, steps: int) -> bool:
+        """Whether it is time; after that, not again before the next multiple."""
+        if steps < self._next:
+            return False
+        self._next = steps - steps % self.every + self.every
+        return True
+
+
+class Run:
+    """Leaves a run folder, exactly as ``grouprl train`` does, also for an environment that is given as a callable.
+
+    Metrics, TensorBoard, evaluations, checkpoints, the model, the curve, a video, episodes, the report: all that
+    ``docs/environments.md`` lists. Ctrl-C ends training after the update in progress.
+
+    Example:
+        >>> run = Run("runs/mine", eval_every=10_000)  # doctest: +SKIP
+        >>> GRPO(lambda: MyEnv(), n_envs=8).learn(200_000, callback=run)  # doctest: +SKIP
+        >>> run.result.summary["eval"]["mean_return"]  # doctest: +SKIP
+
+    Args:
+        folder: must not exist, or be empty, unless ``overwrite``.
+        **settings: fields of :class:`~grouprl.envs.recorder.RunSettings` but ``total_timesteps``, which ``learn`` says.
+
+    Attributes:
+        result: what the run left, once ``learn`` has ended.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, overwrite: bool = False, **settings: Any) -> None:
+        if "total_timesteps" in settings:
+            raise UsageError("total_timesteps is what learn is called with; leave it out")
+        plan(1, settings)  # names and bounds
+        self.folder, self.overwrite, self.settings = user_path(folder).absolute(), overwrite, settings
+        self.result: RunResult | None = None
+        self._recorder: Recorder | None = None
+
+    @contextmanager
+    def around(self, agent: GRPO, end: int) -> Iterator[None]:
+        """Around a call of ``learn`` that goes on until ``end`` steps in all.
+
+        Raises:
+            UsageError: the folder holds something; or the environment was given as an object, of which evaluations
+                would need another one.
+        """
+        env, _ = agent.where()
+        if isinstance(env, gym.Env | VectorEnv):
+            raise UsageError(
+                f"a run evaluates on environments of its own, and {agent.env_id} was given as an object; give an id or "
+                "a callable: GRPO(lambda: MyEnv(), n_envs=8)"
+            )
+        settings = plan(end, {"eval_every": max(1, (end - agent.num_timesteps) // 20), **self.settings})
+        ranks = agent.loop.ranks
+        place = RunFolder(ranks.once(lambda: self.folder))
+        ranks.once(lambda: place.check_free(self.overwrite))
+        with place.locked() if ranks.first else nullcontext():
+            about = as_written(agent, settings, agent.env_id, None)
+            folder = RunFolder(ranks.once(lambda: RunFolder.create(place.path, about, overwrite=self.overwrite).path))
+            in_order = folder.kept_in_order() if ranks.first else nullcontext()
+            with in_order, recording(folder, settings, agent) as self._recorder:
+                yield
+        self.result = self._recorder.result
+        for note in self.result.notes if self.result is not None else ():
+            _log.warning("%s", note)
+
+    def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
+        """Record an update."""
+        if self._recorder is None:
+            raise UsageError("a Run is given to learn: GRPO(env).learn(n, callback=Run(folder))")
+        return self._recorder(agent, metrics)
+
+
+class Checkpoints:
+    """Writes ``folder/step_N.safetensors`` every so many steps; ``GRPO.from_checkpoint(path, env)`` goes on from one.
+
+    Args:
+        every: environment steps. keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every: int, keep: int = 3) -> None:
+        if keep < 1:
+            raise UsageError(f"keep={keep} must be at least 1")
+        self.folder, self.keep, self._due = user_path(folder), keep, _Due(every)
+        self.written: list[Path] = []
+
+    def __call__(self, agent: GRPO, metrics: Metrics) -> None:
+        """Write one if it is due."""
+        if not self._due.now(agent.num_timesteps):
+            return
+        path = self.folder / f"step_{agent.num_timesteps:012d}.safetensors"
+        agent.checkpoint(path, may_restart=True)
+        self.written.append(path)
+        for old in self.written[: -self.keep]:
+            old.unlink(missing_ok=True)
+        self.written = self.written[-self.keep :]
+
+
+class Evaluations:
+    """Plays complete greedy episodes every so many steps, and saves the best policy so far.
+
+    Adds ``eval_return`` to the metrics of the update, for callbacks after it.
+
+    Args:
+        every: environment steps. episodes: of one evaluation.
+        env, env_kwargs: where; default: what the agent is trained on, made anew.
+        best: file for the policy with the highest mean return; None: it is not saved.
+
+    Attributes:
+        history: (steps, mean return) of each evaluation. best_return: the highest, None before the first.
+    """
+
+    def __init__(
+        self, every: int, episodes: int = 20, *, env: EnvLike | None = None,
+        env_kwargs: Mapping[str, Any] | None = None, best: str | os.PathLike[str] | None = None,
+    ) -> None:  # fmt: skip
+        if episodes < 1:
+            raise UsageError(f"episodes={episodes} must be at least 1")
+        self.episodes, self.env, self.env_kwargs = episodes, env, env_kwargs
+        self.best, self._due = None if best is None else user_path(best), _Due(every)
+        self.history: list[tuple[int, float]] = []
+        self.best_return: float | None = None
+
+    @contextmanager
+    def around(self, agent: GRPO, end: int) -> Iterator[None]:
+        """Around a call of ``learn``: make the environments, and close them.
+
+        Raises:
+            UsageError: the agent's environment was given as an object, and no other one is.
+        """
+        env, kwargs = agent.where() if self.env is None else (self.env, self.env_kwargs)
+        if self.env is None and isinstance(env, gym.Env | VectorEnv):
+            raise UsageError(
+                f"evaluations need an environment of their own, and {agent.env_id} was given as an object; give "
+                "Evaluations(every, env=lambda: MyEnv())"
+            )
+        n_envs, timeout = min(self.episodes, 20), agent.config.env_timeout
+        self._evaluator = Evaluator(env, kwargs, n_envs=n_envs, timeout=timeout)
+        try:
+            yield
+        finally:
+            if not isinstance(env, gym.Env | VectorEnv):
+                self._evaluator.close()
+
+    def __call__(self, agent: GRPO, metrics: Metrics) -> None:
+        """Evaluate if it is due."""
+        if not self._due.now(agent.num_timesteps):
+            return
+        played = self._evaluator.run(agent, self.episodes, seed=agent.config.seed + 1)
+        mean = metrics["eval_return"] = played.summary()["mean_return"]
+        self.history.append((agent.num_timesteps, mean))
+        if self.best_return is None or mean > self.best_return:
+            self.best_return = mean
+            if self.best is not None:
+                agent.save(self.best)
+
+
+class StopAtReturn:
+    """Ends training once a mean return is reached.
+
+    Args:
+        value: the return. metric: where it is read: ``return_mean``, of the last 100 episodes of training, or
+            ``eval_return``, which :class:`Evaluations` or :class:`Run` before it in the list give.
+    """
+
+    def __init__(self, value: float, metric: str = "return_mean") -> None:
+        self.value, self.metric = value, metric
+
+    def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
+        """False where the return is reached."""
+        return not metrics.get(self.metric, float("nan")) >= self.value
+
+
+class Videos:
+    """Films greedy episodes every so many steps, as ``folder/step_N.mp4``.
+
+    Args:
+        every: environment steps. episodes: of one video.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every: int, episodes: int = 1) -> None:
+        self.folder, self.episodes, self._due = user_path(folder), episodes, _Due(every)
+
+    def __call__(self, agent: GRPO, metrics: Metrics) -> None:
+        """Film if it is due; a warning says why nothing could be filmed."""
+        if self._due.now(agent.num_timesteps) and agent.loop.ranks.first:
+            path = self.folder / f"step_{agent.num_timesteps:012d}.mp4"
+            for note in record_episodes(agent, path, self.episodes, seed=agent.config.seed + 1):
+                _log.warning("%s", note)

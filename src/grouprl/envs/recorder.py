@@ -1,0 +1,346 @@
+"""What a run leaves while it goes on and at its end: numbers, checkpoints, episodes, and the result with its pages."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from grouprl.doctor import Watch
+from grouprl.doctor.report import write_report
+from grouprl.envs.config import GRPOConfig
+from grouprl.envs.env_kwargs import to_json
+from grouprl.envs.episodes import batch_of
+from grouprl.envs.evaluation import Evaluator, evaluate
+from grouprl.envs.grpo import GRPO
+from grouprl.envs.loop import Metrics
+from grouprl.envs.metric_names import tracked
+from grouprl.envs.native import kernels
+from grouprl.envs.rollout import Rollout
+from grouprl.envs.vector import reward_threshold
+from grouprl.envs.watch import record_episodes
+from grouprl.errors import TrainingError, UsageError
+from grouprl.machine.usage import Usage
+from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
+from grouprl.runs.episodes import EpisodeLog, Strip, write_html
+from grouprl.runs.signals import stopping_on_signals
+from grouprl.runs.trackers import check_trackers
+
+_log = logging.getLogger("grouprl")
+
+AVG_REWARD_EPISODES = 20
+"""Episodes in ``avg_reward``, the name and the number of the chapter's script."""
+
+EPISODES_KEPT = 12
+"""Batches of a run of which some episodes are kept to be looked at."""
+
+LEAST_PATIENCE = 5000
+"""Least steps of a greedy episode that is cut for want of an end."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run does beside learning.
+
+    Attributes:
+        total_timesteps: environment steps to train for.
+        eval_every: steps between periodic greedy evaluations (counted from 0); each update at most once.
+        eval_episodes: episodes of a periodic evaluation; final_episodes: of the last one.
+        checkpoint_every: steps between checkpoints; keep_checkpoints: how many of the newest stay.
+        track: ``tensorboard``, ``wandb`` or ``none``.
+        video: whether to film one episode at the end.
+    """
+
+    total_timesteps: int
+    eval_every: int
+    eval_episodes: int = 20
+    final_episodes: int = 100
+    checkpoint_every: int = 100_000
+    keep_checkpoints: int = 3
+    track: tuple[str, ...] = ("tensorboard",)
+    video: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "total_timesteps",
+            "eval_every",
+            "eval_episodes",
+            "final_episodes",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+        check_trackers(self.track)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished (or interrupted) run left behind."""
+
+    folder: RunFolder
+    agent: GRPO
+    summary: dict[str, Any] | None
+    notes: list[str]
+
+    @property
+    def finished(self) -> bool:
+        """False if the run was interrupted and can be resumed."""
+        return self.summary is not None
+
+
+class Recorder:
+    """A callback that evaluates, logs, tracks and writes checkpoints; told of every update.
+
+    Attributes:
+        stopped: whether it shall end training after this update. solved_at: steps and seconds, or None.
+        result: what the run left, once it has ended.
+    """
+
+    def __init__(
+        self, folder: RunFolder, run: RunSettings, agent: GRPO, threshold: float | None, stack: ExitStack
+    ) -> None:
+        self.folder, self.run, self.threshold = folder, run, threshold
+        self.stopped = False
+        self.result: RunResult | None = None
+        self.solved_at: tuple[int, float] | None = None
+        done = agent.num_timesteps
+        self._next_eval = done - done % run.eval_every + run.eval_every
+        self._next_checkpoint = done - done % run.checkpoint_every + run.checkpoint_every
+        self._next_episodes = 0
+        self._checkpoint: Path | None = None
+        self._usage = Usage()
+        self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
+        self.ranks = agent.loop.ranks
+        self._restore(agent)
+        if not self.ranks.first:
+            return
+        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20), timeout=agent.config.env_timeout)
+        stack.callback(self.evaluator.close)
+        self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
+        agent.loop.on_batch = lambda rollout, advantages: self._keep_episodes(agent, rollout, advantages)
+        stack.callback(setattr, agent.loop, "on_batch", None)
+        self.log = stack.enter_context(MetricsLog(folder.metrics_path))
+        self.trackers = make_trackers(
+            run.track,
+            tensorboard_folder=folder.tensorboard_path,
+            wandb_folder=folder.path,
+            name=folder.path.name,
+            config=folder.read_config(),
+        )
+        for tracker in self.trackers:
+            stack.callback(tracker.close)
+        if agent.extra:
+            self.log.resume(agent.num_timesteps, agent.extra["metrics"])
+            self.episodes.resume(agent.num_timesteps, agent.extra["episodes"])
+
+    def _restore(self, agent: GRPO) -> None:
+        """Take up where the checkpoint the agent came from left off; nothing to do for a new agent."""
+        if not agent.extra:
+            return
+        self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
+        self.solved_at = agent.extra["solved_at"]
+        self._next_episodes = agent.extra["next_episodes"]
+
+    def _keep_episodes(self, agent: GRPO, rollout: Rollout, advantages: Tensor) -> None:
+        """Keep some episodes of a batch that is learned from, where they are due."""
+        step, config = agent.num_timesteps, agent.config
+        if step < self._next_episodes:
+            return
+        every = max(1, self.run.total_timesteps // EPISODES_KEPT)
+        self._next_episodes = step - step % every + every
+        baseline, estimator = agent.loop.baseline, config.advantage
+        if agent.loop.functions.advantage is not None:
+            baseline, estimator = None, "a function of your own"
+        self.episodes.append(
+            batch_of(rollout, advantages, baseline, agent.policy, step=step, gamma=config.gamma, estimator=estimator)
+        )
+
+    def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
+        step = agent.num_timesteps
+        if step >= self._next_eval:
+            self._next_eval = step - step % self.run.eval_every + self.run.eval_every
+            metrics["eval_return"] = mean = self.ranks.once(lambda: self._evaluate(agent))
+            if self.solved_at is None and self.threshold is not None and mean >= self.threshold:
+                self.solved_at = (step, agent.train_seconds)
+        else:
+            metrics["eval_return"] = float("nan")
+        if self.ranks.first:
+            self._record(agent, metrics, step)
+        self.stopped = self.ranks.agree(self.stopped)[0]
+        if step >= self._next_checkpoint and step < self.run.total_timesteps:
+            self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
+            self.checkpoint(agent, may_restart=True)
+        return not self.stopped
+
+    def _evaluate(self, agent: GRPO) -> float:
+        self.evaluator.max_steps = _patience(agent) or self.evaluator.max_steps
+        played = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1)
+        return played.summary()["mean_return"]
+
+    def _record(self, agent: GRPO, metrics: Metrics, step: int) -> None:
+        metrics |= self._usage.read()
+        self.log.append(metrics)
+        self._watch.note(metrics, step / self.run.total_timesteps)
+        recent = agent.recent_returns[-AVG_REWARD_EPISODES:]
+        script_names = {"avg_reward": float(np.mean(recent))} if recent else {}
+        if "kl" in metrics:
+            script_names["kl_divergence"] = metrics["kl"] if agent.config.beta > 0 else metrics["approx_kl"]
+        shown = {key: value for key, value in (metrics | script_names).items() if np.isfinite(value)}
+        for tracker in self.trackers:
+            tracker.log(tracked(shown), step)
+
+    def checkpoint(self, agent: GRPO, *, may_restart: bool = False) -> None:
+        """Write a checkpoint now and drop the oldest ones."""
+        extra = {
+            "next_eval": self._next_eval,
+            "next_checkpoint": self._next_checkpoint,
+            "solved_at": self.solved_at,
+            "metrics": self.log.mark() if self.ranks.first else None,
+            "next_episodes": self._next_episodes,
+            "episodes": self.episodes.mark() if self.ranks.first else None,
+        }
+        path = self.folder.checkpoint_path(agent.num_timesteps)
+        if self._checkpoint is not None and not self._checkpoint.exists():
+            _log.warning("%s was deleted or moved since this run wrote it; %s follows", self._checkpoint, path.name)
+        agent.checkpoint(path, may_restart=may_restart, extra=extra)
+        self._checkpoint = path
+        if self.ranks.first:
+            self.folder.prune_checkpoints(self.run.keep_checkpoints)
+            self.folder.settle()
+
+
+def plan(total: int, given: Mapping[str, Any], eval_every: int | None = None) -> RunSettings:
+    """The settings of a run of ``total`` steps, with ``given`` fields; 20 evaluations and 10 checkpoints by default."""
+    usual = {
+        "total_timesteps": total,
+        "eval_every": eval_every or max(1, total // 20),
+        "checkpoint_every": max(1, total // 10),
+    }
+    try:
+        return RunSettings(**{**usual, **given})
+    except TypeError as error:
+        raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
+
+
+def as_written(agent: GRPO, run: RunSettings, env_id: str, preset: str | None) -> dict[str, Any]:
+    """What config.yaml says of a run: enough to do it again, if its environment can be made by ``env_id``."""
+    return {
+        "grouprl": version("grouprl"),
+        "env_id": env_id,
+        "preset": preset,
+        "seed": agent.config.seed,
+        "env_kwargs": {} if agent.env_lost else to_json(agent.env_kwargs),
+        "run": {**run.__dict__, "track": list(run.track)},
+        "reward_threshold": reward_threshold(agent.where()[0]),
+        "config": agent.config.model_dump(mode="json"),
+    }
+
+
+@contextmanager
+def recording(folder: RunFolder, run: RunSettings, agent: GRPO) -> Iterator[Recorder]:
+    """Around training: yields the callback that records it, and leaves model, checkpoint and result in the end.
+
+    Ctrl-C and its like end training after the update in progress.
+
+    Raises:
+        TrainingError: as raised within, with the last checkpoint named.
+    """
+    with suppress(Exception):  # a standard error that is no file
+        faulthandler.enable()  # an environment that ends the process by a signal is named, with its line
+    with ExitStack() as stack:
+        recorder = Recorder(folder, run, agent, reward_threshold(agent.where()[0]), stack)
+
+        def stop() -> None:
+            recorder.stopped = True
+
+        with stopping_on_signals(stop):
+            try:
+                yield recorder
+            except TrainingError as error:
+                last = folder.latest_checkpoint()
+                kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint"
+                raise TrainingError(f"{error} (after {agent.num_timesteps} steps; {kept})") from error
+        agent.save(folder.model_path)
+        recorder.checkpoint(agent)
+        if recorder.stopped and agent.num_timesteps < run.total_timesteps:
+            recorder.result = RunResult(folder, agent, None, [])
+        else:
+            summary, notes = recorder.ranks.once(lambda: _finish(folder, run, agent, recorder))
+            recorder.result = RunResult(folder, agent, summary, notes)
+
+
+def _patience(agent: GRPO) -> int | None:
+    """Steps after which a greedy episode is taken for one that never ends, by those of training; None: as usual."""
+    lengths = agent.loop.recent_lengths
+    return max(LEAST_PATIENCE, 10 * max(lengths)) if lengths else None
+
+
+def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> tuple[dict[str, Any], list[str]]:
+    """Evaluate, and leave summary, curve and video."""
+    from grouprl.runs.plots import plot_run
+
+    notes: list[str] = []
+    strip = Strip()
+    if agent.config.native and kernels.why_not:
+        notes.append(f"trained without compiled code, more slowly and with other digits: {kernels.why_not}")
+    if (skipped := agent.loop.say_skipped()) is not None:
+        notes.append(skipped)
+    with ThreadPoolExecutor(1) as pool:
+        curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
+        played = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2, max_steps=_patience(agent))
+        final = played.summary()
+        if played.cut:
+            notes.append(
+                f"{played.cut} of the last {len(played.returns)} greedy episodes were cut: they had not ended after "
+                f"{max(played.lengths)} steps"
+            )
+        if run.video:
+            notes += record_episodes(agent, folder.video_path, strip=strip)
+        try:
+            curve.result()
+        except UsageError as error:  # a run too short for one complete episode
+            notes.append(f"no curve: {error}")
+    summary = {
+        "env_id": agent.env_id,
+        "seed": agent.config.seed,
+        "total_steps": agent.num_timesteps,
+        "train_seconds": agent.train_seconds,
+        "steps_per_second": agent.num_timesteps / agent.train_seconds,
+        "skipped_batches": agent.loop.skipped.total(),
+        "reward_threshold": recorder.threshold,
+        "solved_at_steps": recorder.solved_at[0] if recorder.solved_at else None,
+        "solved_at_seconds": recorder.solved_at[1] if recorder.solved_at else None,
+        "eval": final,
+    }
+    folder.write_summary(summary)
+    notes += _leave_pages(folder, strip)
+    return summary, notes
+
+
+def _leave_pages(folder: RunFolder, strip: Strip) -> list[str]:
+    """Write episodes.html and report.html; returns notes on what could not be made."""
+    notes = []
+    metrics = read_metrics(folder.metrics_path)
+    curve = dict(zip(metrics["step"].astype(int).tolist(), metrics["return_mean"].tolist(), strict=True))
+    try:
+        title = f"{folder.read_config()['env_id']}: {folder.path.name}"
+        write_html(folder.episodes_path, folder.episodes_page, title, curve=curve, film=strip.pictures)
+    except UsageError as error:  # a run that has learned from no batch
+        notes.append(f"no page of episodes: {error}")
+    write_report(folder.path, default_settings())
+    return notes
+
+
+def default_settings() -> dict[str, Any]:
+    """Every setting of learning and its default, as config.yaml holds them."""
+    return GRPOConfig().model_dump(mode="json")

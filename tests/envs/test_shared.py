@@ -1,0 +1,73 @@
+"""Two processes share out environments and gradients, and learn what one does, bit for bit; and fail together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import env_rank_cases
+import pytest
+import torch
+from env_rank_cases import SAME
+
+from several import of_two
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What two processes gave of all cases, and the folder they did them in."""
+    out = tmp_path_factory.mktemp("ranks")
+    env_rank_cases.the_run(out / "alone", 1000)
+    shutil.copytree(out / "alone", out / "before")
+    return out, of_two(Path(env_rank_cases.__file__), out)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_learn_what_one_does_bit_for_bit(name: str, both: Any) -> None:
+    alone = env_rank_cases.run(name)
+    assert len(alone["metrics"]) > 1 or "gradients" in name
+    for found in both[1]:
+        assert json.dumps(found[name]["metrics"]) == json.dumps(alone["metrics"])  # NaN is NaN
+        assert same(found[name]["weights"], alone["weights"])
+
+
+def test_a_run_of_two_processes_is_that_of_one_and_goes_on_with_either_number(both: Any, tmp_path: Path) -> None:
+    out, found = both
+    straight = env_rank_cases.the_run(tmp_path / "straight", 1500)
+    assert same(found[0]["run"], straight)
+    assert same(found[1]["run"], straight)
+    shutil.copytree(out / "before", tmp_path / "before")
+    on = env_rank_cases.the_run(tmp_path / "before", 4000, resume=True)
+    assert same(found[0]["on"], on)
+    longer = env_rank_cases.the_run(out / "run", 4000, resume=True)
+    assert same(longer, env_rank_cases.the_run(tmp_path / "straight", 4000, resume=True))
+    assert same(found[0]["on"], found[1]["on"])
+    names = {path.name for path in (out / "run").iterdir()}
+    assert {"config.yaml", "metrics.csv", "summary.json", "model.safetensors"} <= names
+
+
+def test_what_stops_one_process_stops_all(both: Any) -> None:
+    assert [found["stopped at"] for found in both[1]] == [both[1][0]["stopped at"]] * 2
+    assert both[1][0]["stopped at"] < 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("environment", "the wheel came off"),
+        ("setting", "the ranks have different agents: seed is 0 on rank 0 and 1 on rank 1"),
+        ("one environment", "2 processes share out the environments, so each must make its own: pass an id"),
+        ("too few", "n_envs=1 leaves rank 1 of 2 without an environment; raise n_envs"),
+    ],
+)
+def test_what_fails_on_one_process_ends_all_with_its_words(name: str, words: str, both: Any) -> None:
+    for found in both[1]:
+        assert words in found[f"error {name}"]
+    if name == "environment":
+        assert "rank 1: " in both[1][0]["error environment"]

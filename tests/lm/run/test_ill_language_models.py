@@ -1,0 +1,63 @@
+"""Real runs of a tiny language model, each made ill in one way: the doctor names it, and the run says it meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grouprl.doctor import examine
+from grouprl.lm.run import training
+from grouprl.lm.run.recipe import Recipe
+
+
+def nothing(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward that no completion gets."""
+    return [0.0] * len(completions)
+
+
+def longer(completions: list[Any], **columns: Any) -> list[float]:
+    """The longer the better."""
+    return [float(len(completion)) for completion in completions]
+
+
+def names(folder: Path, reward: str | None = None, warm: int = 10, **config: Any) -> set[str]:
+    settings = {
+        "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 5, "max_steps": 12, "seed": 1,
+        "learning_rate": 1e-3, "save_strategy": "no",
+    } | config  # fmt: skip
+    recipe = Recipe(
+        "ill", model="tiny", task="reverse", task_options={"length": 3}, form="text", n_train=64, n_eval=4,
+        warm_start={"steps": warm}, reward=reward, config=settings,
+    )  # fmt: skip
+    training.train(recipe, folder, track=("none",), progress_bar=False)
+    return {one.name for one in examine(folder) if one.ill}
+
+
+HERE = "test_ill_language_models"
+CASES: dict[str, dict[str, Any]] = {
+    "no-signal": {"reward": f"{HERE}:nothing"},
+    "all-truncated": {"max_completion_length": 2},
+    "duplicates": {"reward": f"{HERE}:nothing", "temperature": 0.001, "warm": 40},
+    "learning-rate-below-precision": {"master_dtype": "bfloat16", "learning_rate": 1e-6},
+    "reward-flat": {"learning_rate": 1e-12, "max_steps": 40},
+    "reward-with-length": {
+        "reward": f"{HERE}:longer",
+        "max_steps": 40,
+        "max_completion_length": 40,
+        "warm": 60,
+        "learning_rate": 3e-4,
+    },
+}
+
+
+@pytest.mark.parametrize("illness", CASES)
+def test_a_run_made_ill_is_found_to_be_ill_in_that_way(
+    illness: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = names(tmp_path / "r", **CASES[illness])
+    assert illness in found
+    if illness in ("no-signal", "all-truncated", "duplicates", "learning-rate-below-precision"):
+        said = [record.message for record in caplog.records if record.message.startswith(f"doctor, {illness}:")]
+        assert len(said) == 1
