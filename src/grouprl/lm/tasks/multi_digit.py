@@ -48,7 +48,10 @@ class MultiDigit(Task):
         asked: list[dict[str, Any]] = [*super().messages(example)]
         if self.tool is None:
             return asked
-        call: dict[str, Any] = {"type": "function", "function": {"name": self.tool, "arguments": {"expression": "12 * 34"}}}
+        call: dict[str, Any] = {
+            "type": "function",
+            "function": {"name": self.tool, "arguments": {"expression": "12 * 34"}},
+        }
         shown: list[dict[str, Any]] = [
             {"role": "user", "content": "What is 12 x 34?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
