@@ -41,7 +41,7 @@ def main() -> None:
     config = GRPOConfig(
         output_dir="runs/hot-or-cold", prompts_per_step=16, num_generations=16, max_turn_length=1,
         max_completion_length=16, learning_rate=1e-3, max_steps=150, scale_rewards="none", logging_steps=10,
-        save_strategy="no", report_to="none", overwrite_output_dir=True,
+        save_strategy="no", report_to="none",
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=model, processing_class=tokenizer, args=config,
