@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grouprl.doctor import examine
 from grouprl.doctor.charts import chart
+from grouprl.doctor.examine import goal_of
 from grouprl.doctor.report import write_report
 from grouprl.errors import UsageError
 from grouprl.runs import MetricsLog, RunFolder
@@ -36,6 +38,7 @@ def run(
                 }
             )
     if summary is not None:
+        folder.model_path.touch()  # a run that leaves a summary has left a model
         folder.write_summary(summary)
     return folder
 
@@ -115,3 +118,17 @@ def test_a_chart_of_nothing_is_nothing_and_one_of_a_constant_is_drawn() -> None:
     assert chart("a", "", np.arange(3.0), np.full(3, np.nan)) == ""
     assert "nan" not in chart("a", "", np.arange(3.0), np.ones(3))
     assert "nan" not in chart("a", "", np.ones(1), np.zeros(1))
+
+
+def test_half_a_run_is_too_early_to_call_its_reward_flat(tmp_path: Path) -> None:
+    for total, found in ((20_000, []), (4_000, ["reward-flat"])):
+        folder = run(tmp_path / str(total), run={"total_timesteps": total})
+        assert [one.name for one in examine(folder.path)] == found
+
+
+def test_the_goal_of_a_run_is_known_before_its_end_and_after(tmp_path: Path) -> None:
+    assert goal_of(run(tmp_path / "on", reward_threshold=30.0)) == 30.0
+    assert goal_of(run(tmp_path / "old", summary={"reward_threshold": 35.0})) == 35.0
+    assert goal_of(run(tmp_path / "none")) is None
+    assert examine(tmp_path / "on") == []  # its reward is flat, and it is solved
+    assert [one.name for one in examine(tmp_path / "none")] == ["reward-flat"]

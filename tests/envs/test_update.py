@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from grouprl import TrainingError
+from grouprl import GRPO, TrainingError
 from grouprl.envs import update as module
 from grouprl.envs.update import Batch, Terms, UpdateSettings, minibatches, update
 from grouprl.learning.parameters import TrainedParameters
-from grouprl.machine.busy import AtOnce
+from grouprl.machine.busy import AtOnce, Busy
 from grouprl.objective import Objective
 
 N_INPUTS, N_ACTIONS = 3, 4
@@ -283,3 +283,18 @@ def test_beta_and_entropy_enter_with_their_signs():
             assert float(b.kl.mean()) < 0.5 * float(a.kl.mean())
         else:
             assert float(b.entropy.mean()) > float(a.entropy.mean()) + 0.1
+
+
+def test_a_busy_machine_changes_no_number_and_uses_no_second_thread(monkeypatch):
+    monkeypatch.setattr(module, "MIN_PART", 64)
+    weights = []
+    for busy in (True, False):
+        monkeypatch.setattr(Busy, "__call__", lambda _, busy=busy: busy)
+        agent = GRPO("CartPole-v1", preset=None, n_envs=4, collect="segments", n_steps=128, threads=2)
+        used = []
+        submit = agent.loop.learner.pool.submit
+        monkeypatch.setattr(agent.loop.learner.pool, "submit", lambda *a, u=used, s=submit: (u.append(1), s(*a))[1])
+        agent.learn(5000)
+        assert bool(used) is not busy
+        weights.append(agent.loop.learner.parameters.values())
+    assert torch.equal(*weights)

@@ -27,7 +27,8 @@ def examine(path: str | os.PathLike[str]) -> list[Diagnosis]:
     if not len(next(iter(columns.values()), ())):
         raise UsageError(f"{folder.path} has no metrics yet: there is nothing to examine")
     settings = config.get("config")
-    table = Table(columns, settings if isinstance(settings, Mapping) else {}, goal_of(folder))
+    known = settings if isinstance(settings, Mapping) else {}
+    table = Table(columns, known, goal_of(folder), _progress(config, columns))
     return examine_table(table, is_language(config))
 
 
@@ -45,21 +46,30 @@ def _apply(rules: Sequence[Rule], table: Table) -> list[Diagnosis]:
     return first_of([rule(table) for rule in rules])
 
 
+def _progress(config: Mapping[str, Any], columns: Mapping[str, Any]) -> float:
+    """The share of the planned steps that is done; 1 where nobody says how many are planned."""
+    part, name = ("config", "max_steps") if is_language(config) else ("run", "total_timesteps")
+    settings = config.get(part)
+    planned = settings.get(name) if isinstance(settings, Mapping) else None
+    if not isinstance(planned, int | float) or planned <= 0 or "step" not in columns:
+        return 1.0
+    return float(min(1.0, columns["step"][-1] / planned))
+
+
 def is_language(config: Mapping[str, Any]) -> bool:
     """Whether a run's config.yaml is that of a language model."""
     return config.get("arena") == "lm"
 
 
 def goal_of(folder: RunFolder) -> float | None:
-    """The threshold in summary.json, which a run writes when it ends; None before, and where it names none."""
-    if not folder.summary_path.is_file():
-        return None
+    """The return at which the environment counts as solved, as config.yaml says, or summary.json of older runs."""
+    goal = folder.read_config().get("reward_threshold")
     try:
-        summary = json.loads(read_bytes(folder.summary_path, "summary of a run"))
-        goal = summary.get("reward_threshold")
+        if goal is None and folder.is_finished():
+            goal = json.loads(read_bytes(folder.summary_path, "summary of a run")).get("reward_threshold")
         return None if goal is None else float(goal)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{folder.summary_path} is no summary of a run ({error})") from None
+        raise UsageError(f"{folder.path} names no return that is a number as its reward_threshold ({error})") from None
 
 
 def to_text(diagnoses: Sequence[Diagnosis]) -> str:

@@ -36,11 +36,11 @@ def flat(table: Table, column: str, solved: bool, advice: str) -> Diagnosis | No
     """The reward has not risen: its last third lies less than two standard errors above its first.
 
     Two standard errors are what chance alone exceeds once in 40 runs. At least 30 rows that have the column are asked
-    for, because thirds of fewer than 10 have a poor standard error. A run that has solved its task may have begun
-    there, so it is left alone.
+    for, because thirds of fewer than 10 have a poor standard error. Before half of a run it is too early to say. A run
+    that has solved its task may have begun there, so it is left alone.
     """
     values = table.values(column)
-    if len(values) < 30 or solved:
+    if len(values) < 30 or solved or table.progress < 0.5:
         return None
     gain, error = rise(values)
     if gain > 2 * error:

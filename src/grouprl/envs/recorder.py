@@ -241,6 +241,7 @@ def as_written(agent: GRPO, run: RunSettings, env_id: str, preset: str | None) -
         "seed": agent.config.seed,
         "env_kwargs": {} if agent.env_lost else to_json(agent.env_kwargs),
         "run": {**run.__dict__, "track": list(run.track)},
+        "reward_threshold": reward_threshold(agent.where()[0]),
         "config": agent.config.model_dump(mode="json"),
     }
 

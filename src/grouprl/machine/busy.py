@@ -11,7 +11,7 @@ team of sleeping threads while other processes want these cores. Environment var
 GOMP_SPINCOUNT) say how to wait once and for all, if they are set before PyTorch is loaded. Where one is, it holds, and
 nothing is done here.
 
-Threads of Python's own, which wait for each other at each minibatch of an environment's batch, sleep anyway. On a busy
+Threads of Python's own, which wait for each other at each large minibatch of an environment, sleep anyway. On a busy
 machine each waits for its turn at a core, and they wait for each other. `Busy` says when it is better to do the parts
 one after another in one thread.
 """

@@ -29,6 +29,7 @@ from grouprl.lm.train.setup import read_prompts
 from grouprl.lm.train.sinks import Recording
 from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
+from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.ranks import Ranks, join, refuse_several_processes
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
@@ -48,6 +49,7 @@ class RunResult:
     notes: list[str]
 
 
+@sleeping_when_busy()
 def train(
     source: str | os.PathLike[str] | Recipe,
     out: str | os.PathLike[str],
@@ -123,6 +125,7 @@ def _train(
         return _run(folder, recipe, trainer, data, progress_bar, resume=False)
 
 
+@sleeping_when_busy()
 def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_bar: bool | None = None) -> RunResult:
     """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
 
@@ -265,6 +268,7 @@ def _run(
     return RunResult(folder, trainer.state.global_step, summary, notes)
 
 
+@sleeping_when_busy()
 def evaluate(
     path: str | os.PathLike[str], n: int | None = None, answers: str | os.PathLike[str] | None = None
 ) -> tuple[HeldOut, int]:

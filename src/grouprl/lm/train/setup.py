@@ -37,6 +37,7 @@ from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.wrappers import unwrapped
+from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.ranks import Ranks, join
 from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import UserFunctions
@@ -107,6 +108,7 @@ class Acting:
     rollout_func: Any = None
 
 
+@sleeping_when_busy()
 def make_setup(
     model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction] | None, args: Any, train_dataset: Any,
     eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any, ref_model: Any,
