@@ -40,6 +40,8 @@ CONDITIONS = {"quiet": (1, 0), "one busy process": (1, 1), "two trainings": (2, 
 """How many trainings, how many busy processes."""
 WORKS = ("nth-word", "envs")
 _READ_BY_OPENMP = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+LIMIT = 150.0
+"""Seconds after which a measurement is given up; its step takes longer than that, then."""
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -63,7 +65,7 @@ class Clock:
         elif self.done > 2:
             self.seconds.append(now - self.last)
         self.last = now
-        return self.done > 3 and now - self.began > self.window
+        return self.done >= 3 and now - self.began > self.window
 
 
 def train_language_model(clock: Clock) -> None:
@@ -126,7 +128,13 @@ def measure(work: str, condition: str, wait: str, window: float, threads: int) -
         for process in running:
             process.stdin.write("go\n")  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
-        ends = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
+        deadline = time.monotonic() + LIMIT
+        ends = []
+        for process in running:
+            said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            ends.append(json.loads(said.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return {"work": work, "condition": condition, "wait": wait, "median": LIMIT, "over": True, "load_before": load}
     finally:
         if disturbing is not None:
             os.killpg(disturbing.pid, signal.SIGKILL)
@@ -157,7 +165,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             for wait in waits:
                 value = middle.get((work, condition, wait))
                 ratio = "" if value is None or quiet is None else f" ({value / quiet:.2f})"
-                cells.append("" if value is None else f"{value:.3g}{ratio}")
+                over = "> " if value == LIMIT else ""
+                cells.append("" if value is None else f"{over}{value:.3g}{ratio}")
             if any(cells):
                 lines.append(f"| {work} | {condition} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -165,12 +174,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def write(rows: list[dict[str, Any]], command: str, path: Path) -> None:
     """The table with what it means."""
-    last = rows[-1]
+    last = next(row for row in reversed(rows) if not row.get("over"))
+    of = measuring.machine()
+    where = f"{of['cpu']}, {of['cores']} cores, {of['memory_gb']} GB, {of['system']}"
     text = (
         "# A machine that is busy\n\n"
         f"`{command}`\n\nSeconds of a step, and in brackets how often that is of the quiet step with `ours`.\n\n"
-        f"{table(rows)}\n\n" + "\n".join((__doc__ or "").split("\n")[6:]) + "\n"
-        f"{len(rows)} measurements with {last['threads']} threads; {measuring.machine()}; "
+        f"{table(rows)}\n\n" + (__doc__ or "").split("\n\n", 2)[2] + "\n"
+        f"{len(rows)} measurements with {last['threads']} threads; {where}; "
         + ", ".join(f"{name} {version}" for name, version in last["versions"].items())
         + ".\n"
     )

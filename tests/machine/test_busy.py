@@ -92,19 +92,20 @@ def test_teams_come_and_go_with_the_others_and_leave_no_thread(monkeypatch: pyte
 
 
 def test_others_count_only_where_there_are_not_enough_cores_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds, own, clock = [0.0], [0.0], [0.0]
-    monkeypatch.setattr(busy, "_used", lambda: seconds[0])
+    idle, own, clock = [0.0], [0.0], [0.0]
+    monkeypatch.setattr(busy, "_idle", lambda: idle[0])
     monkeypatch.setattr(busy.time, "process_time", lambda: own[0])
     monkeypatch.setattr(busy.time, "monotonic", lambda: clock[0])
-    for cores, expected in ((2, 1.0), (4, 0.0)):
+    # two seconds, in which this process used one core and a half: of two cores, or of four that were idle by half
+    for cores, unused, expected in ((2, 0.0, 0.5), (4, 4.0, 0.0)):
         monkeypatch.setattr(busy.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         meter = busy.Others(lambda: 2)
-        seconds[0], own[0], clock[0] = seconds[0] + 6.0, own[0] + 4.0, clock[0] + 2.0
+        idle[0], own[0], clock[0] = idle[0] + unused, own[0] + 3.0, clock[0] + 2.0
         assert meter.cores() == expected
 
 
 def test_what_the_kernel_does_not_say_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(busy, "_used", lambda: None)
+    monkeypatch.setattr(busy, "_idle", lambda: None)
     assert busy.Others(lambda: 2).cores() == 0.0
 
 
@@ -139,13 +140,14 @@ def test_what_is_done_at_once_is_handed_over_like_what_a_thread_does() -> None:
             pool.submit({}.__getitem__, 1).result()
 
 
-def test_the_cores_in_use_are_at_least_what_this_process_used() -> None:
-    if busy._used() is None:
+def test_cores_are_idle_for_no_longer_than_there_are_cores_without_this_process() -> None:
+    if busy._idle() is None:
         pytest.skip("there is no /proc/stat here")
-    before, own = busy._used(), time.process_time()
+    before, at, own = busy._idle(), time.monotonic(), time.process_time()
     while time.process_time() - own < 0.1:
         pass
-    after = busy._used()
+    after, seconds = busy._idle(), time.monotonic() - at
     assert before is not None
     assert after is not None
-    assert after - before >= 0.07  # counted in hundredths of a second
+    cores = len(os.sched_getaffinity(0))
+    assert -0.02 * cores <= after - before <= seconds * cores - 0.1 + 0.02 * cores  # told in hundredths of a second

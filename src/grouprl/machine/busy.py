@@ -34,15 +34,16 @@ from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
 
-_TICK = 0.25
+_TICK = 0.5
 """Seconds between two looks."""
-_BUSY, _QUIET = 0.15, 0.08
+_BUSY, _QUIET = 0.2, 0.1
 """Cores that others use: from the first on the machine is busy, below the second it is quiet."""
-_CALM = 8
+_CALM = 4
 """Quiet looks in a row after which threads spin again."""
 _GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _IDLE = (3, 4)
-"""Which numbers of a line of /proc/stat are time in which nobody used the core; the first 8 are disjoint."""
+"""Which numbers of a line of /proc/stat are time in which nobody used the core. They are measured; the others are what
+a look a hundred times a second found, too coarse for half a second."""
 
 _lock = threading.Lock()
 _inside = 0
@@ -94,7 +95,7 @@ def _look(over: threading.Event, libraries: list[ctypes.CDLL]) -> None:
 
 
 class Busy:
-    """Whether other processes want the cores that threads of this one need. It looks four times a second at most.
+    """Whether other processes want the cores that threads of this one need. It looks twice a second at most.
 
     Args:
         threads: how many threads this process would like to run.
@@ -118,17 +119,17 @@ class Others:
 
     def __init__(self, threads: Callable[[], int]) -> None:
         self._threads = threads
-        self._used, self._own, self._at = _used(), time.process_time(), time.monotonic()
+        self._idle, self._own, self._at = _idle(), time.process_time(), time.monotonic()
 
     def cores(self) -> float:
         """Since the last call; 0 where there are enough cores for all, and where the kernel does not say."""
-        used, own, at = _used(), time.process_time(), time.monotonic()
-        if used is None or self._used is None or at == self._at:
+        idle, own, at = _idle(), time.process_time(), time.monotonic()
+        if idle is None or self._idle is None or at == self._at:
             return 0.0
-        others = ((used - self._used) - (own - self._own)) / (at - self._at)
-        self._used, self._own, self._at = used, own, at
-        wanted = others + self._threads()
-        return others if wanted > len(os.sched_getaffinity(0)) else 0.0
+        there = len(os.sched_getaffinity(0))
+        others = there - ((idle - self._idle) + (own - self._own)) / (at - self._at)
+        self._idle, self._own, self._at = idle, own, at
+        return others if others + self._threads() > there else 0.0
 
 
 class AtOnce(Executor):
@@ -144,16 +145,15 @@ class AtOnce(Executor):
         return future
 
 
-def _used() -> float | None:
-    """Seconds for which the cores that this process may use were in use, by whomever, added up."""
+def _idle() -> float | None:
+    """Seconds for which nobody used the cores that this process may use, added up; None where nobody says."""
     try:
         mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-        times = [[int(number) for number in line[1:9]] for line in lines if line[0] in mine]
+        ticks = [int(line[1 + which]) for line in lines if line[0] in mine for which in _IDLE]
     except (OSError, ValueError, IndexError, AttributeError):  # another system than Linux
         return None
-    ticks = sum(number for line in times for i, number in enumerate(line) if i not in _IDLE)
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(ticks) / os.sysconf("SC_CLK_TCK") if len(ticks) == len(mine) * len(_IDLE) else None
 
 
 class _Team:
