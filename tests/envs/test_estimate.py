@@ -58,7 +58,7 @@ def test_gigpo_compares_steps_from_equal_observations() -> None:
     config = make_config({"advantage": "gigpo", "scale_rewards": "none", "gamma": 1.0, "gigpo_weight": 2.0})
     made, info = estimate.advantages(rollout, config, None)
     assert made.tolist() == [1.5, 0.5, -1.5, -0.5]  # used as they come
-    assert info == {"degenerate_groups": 0.0}
+    assert info == {"degenerate_groups": 0.0, "shared_states": 0.5}
 
 
 def test_a_small_batch_is_fitted_whole() -> None:

@@ -14,6 +14,7 @@ from grouprl.objective import (
     leave_one_out,
     outcome,
     returns_to_go,
+    shared_states,
     standardise,
     timestep,
 )
@@ -119,6 +120,14 @@ def test_gigpo_without_equal_states_is_outcome():
         wanted = outcome(torch.tensor(rewards), torch.tensor([2, 2]), torch.zeros(2).long())
         assert torch.equal(by_gigpo(rewards, states), wanted)
     assert torch.equal(by_gigpo(rewards, weight=0.0), wanted)
+
+
+def test_shared_states_are_those_of_steps_with_a_partner_in_their_group():
+    states = torch.tensor([4, 5, 4, -1, 4, -1])
+    assert shared_states(torch.tensor([2, 2, 2]), torch.zeros(3).long(), states) == 0.5
+    assert shared_states(torch.tensor([2, 2, 2]), torch.tensor([0, 0, 1]), states) == pytest.approx(1 / 3)
+    with pytest.raises(UsageError, match="at least one step"):
+        shared_states(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0).long())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

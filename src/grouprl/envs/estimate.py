@@ -233,6 +233,8 @@ def advantages(
         told = Estimation(config.gamma, config.scale_rewards, gigpo_weight=config.gigpo_weight)
         if estimator.states:
             told = replace(told, states=states(rollout))
+            assert told.states is not None
+            info["shared_states"] = objective.shared_states(lengths, group, told.states)
         raw = estimator.function(rewards, lengths, group, told)
     if estimator.compares:
         info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)

@@ -21,6 +21,7 @@ from grouprl.objective.advantages import (
     gigpo,
     leave_one_out,
     outcome,
+    shared_states,
     standardise,
     timestep,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "sapo",
     "segment_ids",
     "segment_sum",
+    "shared_states",
     "soft_overlong",
     "spo",
     "standardise",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grouprl.errors import UsageError
 from grouprl.objective.groups import Groups, check_ddof, compare, group_returns, per_step, relative_rounding
-from grouprl.objective.packed import accumulator_dtype, check_packed, position, segment_ids
+from grouprl.objective.packed import accumulator_dtype, check_packed, check_per_sample, position, segment_ids
 from grouprl.objective.returns import returns_to_go
 
 
@@ -78,16 +78,34 @@ def gigpo(
     TrainingError on non-finite returns.
     """
     episodes = outcome(rewards, lengths, group, scale, eps, ddof)
-    check_packed(lengths, states=states)
     wide = rewards.to(accumulator_dtype(rewards))
-    _, group_id = torch.unique(group, return_inverse=True)
-    _, state_id = torch.unique(states, return_inverse=True)
-    cell = group_id[segment_ids(lengths)] * (states.numel() + 1) + state_id
+    cell = _cells(lengths, group, states)
     # Sizes are not discounted: a bound of rounding may be too large.
     sizes = returns_to_go(wide.abs(), lengths, 1.0)
     g = compare(returns_to_go(wide, lengths, gamma), sizes, cell, relative_rounding(rewards))
     steps = _centred(g, scale, eps, ddof)
     return episodes + weight * torch.where(states < 0, 0.0, steps).to(rewards.dtype)
+
+
+def shared_states(lengths: Tensor, group: Tensor, states: Tensor) -> float:
+    """Share of the steps whose state another step of the group was in, in [0, 1]: those that `gigpo` compares twice.
+
+    Raises UsageError on shapes that do not fit or if there is no step.
+    """
+    if not states.numel():
+        raise UsageError("shared_states needs at least one step, got none.")
+    _, cell, count = torch.unique(_cells(lengths, group, states), return_inverse=True, return_counts=True)
+    return float(((count[cell] > 1) & (states >= 0)).double().mean())
+
+
+def _cells(lengths: Tensor, group: Tensor, states: Tensor) -> Tensor:
+    """[S] int64: equal where both the group and the state of a step are."""
+    check_packed(lengths, states=states)
+    check_per_sample(lengths, group=group)
+    _, group_id = torch.unique(group, return_inverse=True)
+    _, state_id = torch.unique(states, return_inverse=True)
+    cell: Tensor = group_id[segment_ids(lengths)] * (states.numel() + 1) + state_id
+    return cell
 
 
 def leave_one_out(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:

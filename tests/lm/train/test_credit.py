@@ -63,6 +63,7 @@ def test_the_advantages_of_a_run_are_those_of_the_estimator_for_its_turns(
     torch.testing.assert_close(turns.advantages, wanted.float())
     assert torch.equal(samples.advantages, turns.advantages.repeat_interleave(samples.turn_lengths))
     assert bool((turns.advantages != 0).any())
+    assert ("shared_states" in logged(made)[-1]) is (advantage == "gigpo")
 
 
 def test_credit_for_each_turn_learns_faster_than_one_advantage_for_the_episode(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from grouprl.runs.time_limit import within
 
 _log = logging.getLogger("grouprl")
 _OVER = Reply(over=True)
+MOST_TURNS = 64
+"""Turns after which a history is not rewritten any more: no budget of tokens would end the episode."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Conversation:
             GrouprlError: the interaction is at fault.
         """
         text = self._form.text(turn.ids, turn.finished)
-        message, fault = self._form.parse(text, self._schemas)
+        message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.finished))
         self.messages.append({"role": "assistant", "content": text} if self._is_text else message)
         answer = self._answer(Said(text, turn.finished, message, fault))
         self.rewards.append(reward_of(answer.reward, f"the reward of turn {len(self.rewards) + 1} of {self.name}"))
@@ -102,14 +104,15 @@ class Conversation:
         said = self._messages(answer.messages)
         self.terminated = answer.terminated
         over = answer.terminated or answer.truncated
-        if not over and self._rules.turns is not None and len(self.rewards) >= self._rules.turns:
-            over = True
+        anew = answer.anew or self._rules.anew
+        most = self._rules.turns or (MOST_TURNS if anew else None)
+        over = over or (most is not None and len(self.rewards) >= most)
         self.truncated = over and not answer.terminated
         self._newest = len(said)
         self.messages += said
         if over:
             return _OVER
-        if not (answer.anew or self._rules.anew):
+        if not anew:
             return Reply(self._form.following(self._as_given(said), finished=turn.finished))
         prompt = self._as_given(said if answer.anew else [*self._opening, message, *said])
         where = f"the prompt after {self._turn()}"

@@ -119,6 +119,8 @@ class Collector:
         metrics = {**describe(groups, self.player.returns(groups)), **logged_means(rounds)}
         if self.config.beta > 0 and self.config.kl_in == "reward":
             metrics["kl"] = float(kl_values(samples.logp_old, samples.logp_ref, self.config.kl_estimator).mean())
+        if samples.turns is not None and samples.turns.shared_states is not None:
+            metrics["shared_states"] = samples.turns.shared_states
         if self.config.dynamic_sampling:
             metrics["dynamic_sampling/batches"] = len(rounds)
         metrics["num_tokens"] = float(self.tokens)

@@ -18,6 +18,7 @@ from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.sample.turns import Sampled
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.objective import ESTIMATORS
 from grouprl.objective.packed import last_index, segment_sum
 from grouprl.objective.user_functions import TensorFunction
 
@@ -98,6 +99,9 @@ def samples_of_episodes(
     penalties = _penalties(samples, episodes, config, policy)
     turns.advantages = turn_advantages(episodes, config, rewards=rewards, weights=weights, penalties=penalties, own=own)
     samples.advantages = turns.advantages.repeat_interleave(samples.turn_lengths)
+    if own is None and ESTIMATORS[config.advantage].states:
+        group = torch.tensor([episode.group for episode in episodes])
+        turns.shared_states = objective.shared_states(_n_turns(episodes), group, _states(episodes))
     return samples
 
 

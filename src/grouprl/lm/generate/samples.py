@@ -30,6 +30,7 @@ class Turns:
         terminated, truncated: ``[E]`` bool, how the episode ended.
         messages: for each episode the conversation.
         metrics: for each episode the sums over its turns.
+        shared_states: share of the turns whose state another turn of their group was in; None if nobody asks.
     """
 
     spans: list[Spans]
@@ -42,6 +43,7 @@ class Turns:
     truncated: Tensor
     messages: list[list[Mapping[str, Any]]]
     metrics: list[Mapping[str, float]]
+    shared_states: float | None = None
 
 
 @dataclass

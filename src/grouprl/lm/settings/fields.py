@@ -123,7 +123,9 @@ class Fields(ObjectiveSettings):
     )
 
     # --- episodes of several turns ---------------------------------------------------------------------------------
-    max_turns: int | None = Field(None, ge=1, description="most turns of the model in an episode; default: any number")
+    max_turns: int | None = Field(
+        None, ge=1, description="most turns of the model in an episode; default: any number, with history=turn 64"
+    )
     max_turn_length: int | None = Field(
         None, ge=1, description="most tokens of one turn; max_completion_length bounds what follows the first prompt"
     )

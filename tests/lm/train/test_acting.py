@@ -1,5 +1,6 @@
 """Training of agents, from the arguments of a trainer to its logs, evaluations and checkpoints."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,26 @@ def test_each_turn_can_be_a_sample_of_its_own(tmp_path: Path, advantage: str) ->
     assert shortest < longest < 2 * shortest  # the turn before and what was said to it, whichever turn it is
 
 
+def test_an_episode_that_nothing_ends_is_cut_where_each_turn_is_a_sample(tmp_path: Path) -> None:
+    class Endless(Guess):
+        def answer(self, said):
+            return Answer(" no")
+
+    class Rewrites(Guess):
+        def answer(self, said):
+            return Answer("go", anew=True)
+
+    for most, game, settings in (
+        (64, Endless, {}),
+        (3, Endless, {"max_turns": 3}),
+        (64, Rewrites, {"history": "full"}),
+    ):
+        made = trainer(tmp_path, {"max_steps": 1, "history": "turn", **settings}, environment_factory=game)
+        made.train()
+        assert logged(made)[0]["episodes/max_turns"] == most
+        assert made.last_samples.turns.truncated.all()
+
+
 def test_groups_without_signal_are_drawn_anew(tmp_path: Path) -> None:
     made = trainer(tmp_path, {"max_steps": 2, "dynamic_sampling": True, "dynamic_sampling_max_batches": 4})
     made.train()
@@ -308,6 +329,19 @@ def test_text_is_played_with_rewards_for_each_turn(tmp_path: Path) -> None:
     samples, (entry,) = made.last_samples, logged(made)
     assert samples.turns.rewards.sum() / 8 == entry["rewards/environment/mean"] == entry["reward"]
     assert [m["role"] for m in samples.turns.messages[0]] == ["user", "assistant", "user", "assistant", "user"]
+
+
+def test_the_episodes_of_a_batch_are_answered_side_by_side(tmp_path: Path) -> None:
+    """Each of the eight waits for all others, which would never come if one were answered after the other."""
+    barrier = threading.Barrier(8)
+
+    class Meets(Guess):
+        def answer(self, said):
+            barrier.wait(30)
+            return Answer(terminated=True)
+
+    trainer(tmp_path, {"max_steps": 1}, environment_factory=Meets).train()
+    assert not barrier.broken
 
 
 # --- rollout_func -----------------------------------------------------------------------------------------------------
