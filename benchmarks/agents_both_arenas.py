@@ -32,7 +32,7 @@ LAKE = {"desc": ["SSSS", "SHSH", "SSSH", "HSSG"], "is_slippery": False, "max_epi
 STARTS, GROUP, ADVANTAGE, GAMMA = 3, 8, "timestep", 0.99
 BATCHES = {"network": 400, "tiny": 300, "smollm2": 40}
 ACTORS = {
-    "network": "64x64 network, 5,572 parameters", "tiny": "language model, 100,672 parameters, from scratch",
+    "network": "64x64 network, 5,508 parameters", "tiny": "language model, 100,672 parameters, from scratch",
     "smollm2": "SmolLM2-135M-Instruct",
 }  # fmt: skip
 EPISODES = (24, 120, 240, 480, 960, 2400, 4800, 9600)
