@@ -1,8 +1,8 @@
 """What TRL's GRPOConfig and GRPOTrainer and transformers' TrainingArguments take and we do not: what becomes of it.
 
 An option given at the value that changes nothing is accepted, so that a configuration written for TRL can be used as it
-is. A value that says only where or how fast is left out with a warning. Any other value is refused by name, with what to
-do instead. Checked against TRL 1.16 and transformers 5.23.
+is. A value that says only where or how fast is left out with a warning. Any other value is refused by name, with what
+to do instead. Checked against TRL 1.16 and transformers 5.23.
 """
 
 from __future__ import annotations
