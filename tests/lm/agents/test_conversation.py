@@ -161,3 +161,33 @@ def test_the_models_tokens_are_never_tokenised_again() -> None:
     ids = torch.randint(0, 200, (20,)).tolist()
     reply = c.reply(Turn([*ids, TOKENIZER.eos_token_id], True))
     assert reply.ids == FORM.following([{"role": "user", "content": "More."}])
+
+
+def test_a_turn_of_its_own_shows_in_plain_text_what_the_model_said_with_its_calls() -> None:
+    class Calling(Scripted):
+        tools = ({"function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}},)
+
+    start = FORM.first("Go. ", Calling.tools, ROW, "row 0")
+    c = Conversation(Calling(Answer("12")), ROW, start, FORM, Rules(None, True, 5.0, 100))
+    reply = c.reply(turn("<tool_call>f(3)</tool_call>"))
+    assert TOKENIZER.decode(reply.ids).endswith("\n\nGo. <tool_call>f(3)</tool_call>12")
+
+
+def test_a_new_prompt_is_not_cut() -> None:
+    long = "word " * 100
+    reply = conversation(Answer(long, anew=True)).reply(turn("One."))
+    assert long in TOKENIZER.decode(reply.ids)
+
+
+@pytest.mark.parametrize("name", ["reward", "loss", "episodes/mean_turns", "a\nb", 3])
+def test_a_metric_that_would_take_the_place_of_another_is_refused(name) -> None:
+    with pytest.raises(TrainingError, match=r"turn 1 of an episode .* has a metric called .*; choose another name"):
+        conversation(Answer("More.", metrics={name: 1.0})).reply(turn("One."))
+
+
+def test_every_episode_has_the_metrics_that_are_counted() -> None:
+    class Counts(Scripted):
+        counted = ("won",)
+
+    made = Conversation(Counts(), ROW, FORM.first(ASKED, [], ROW, "row 0"), FORM, Rules(None, False, 5.0, 100, ("a",)))
+    assert made.metrics == {"a": 0.0, "won": 0.0}

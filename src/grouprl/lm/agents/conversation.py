@@ -15,6 +15,7 @@ from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
 from grouprl.lm.agents.tool_use import describe_error, reward_of
 from grouprl.lm.agents.tools import bounded
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.call import is_own_metric
 from grouprl.lm.sample.turns import Partner, Reply, Turn
 from grouprl.runs.time_limit import within
 
@@ -65,7 +66,7 @@ class Conversation:
         self.rewards: list[float] = []
         self.states: list[Hashable | None] = []
         self.terminated = self.truncated = False
-        self.metrics: dict[str, float] = dict.fromkeys(rules.counted, 0.0)
+        self.metrics: dict[str, float] = dict.fromkeys((*rules.counted, *getattr(interaction, "counted", ())), 0.0)
         self.late = False
         self._newest = 0
 
@@ -93,13 +94,14 @@ class Conversation:
         """
         text = self._form.text(turn.ids, turn.finished)
         message, fault = self._form.parse(text, self._schemas)
-        self.messages.append({"role": "assistant", "content": text} if self._is_text else message)
+        spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
+        self.messages.append(spoken)
         answer = self._answer(Said(text, turn.finished, message, fault))
         self.rewards.append(reward_of(answer.reward, f"the reward of turn {len(self.rewards) + 1} of {self.name}"))
         self.states.append(answer.state)
         for name, value in answer.metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + self._metric(name, value)
-        said = self._messages(answer.messages)
+        said = self._messages(answer.messages, whole=answer.anew)
         self.terminated = answer.terminated
         over = answer.terminated or answer.truncated
         if not over and self._rules.turns is not None and len(self.rewards) >= self._rules.turns:
@@ -111,7 +113,7 @@ class Conversation:
             return _OVER
         if not (answer.anew or self._rules.anew):
             return Reply(self._form.following(self._as_given(said), finished=turn.finished))
-        prompt = self._as_given(said if answer.anew else [*self._opening, message, *said])
+        prompt = self._as_given(said if answer.anew else [*self._opening, spoken, *said])
         where = f"the prompt after {self._turn()}"
         return Reply(self._form.first(prompt, self._schemas, self.start, where, limited=False).ids, anew=True)
 
@@ -139,8 +141,10 @@ class Conversation:
             return Answer(truncated=True, metrics={"environment/timeouts": 1.0})
         except Exception as error:
             raise self._failed(error) from error
-        if not isinstance(answer, Answer):
-            raise TrainingError(f"{self._turn()} was answered with {shown(answer)}; answer must return an Answer")
+        if not isinstance(answer, Answer) or not isinstance(answer.metrics, Mapping):
+            raise TrainingError(
+                f"{self._turn()} was answered with {shown(answer)}; answer must return an Answer, its metrics a dict"
+            )
         return answer
 
     def _failed(self, error: BaseException) -> TrainingError:
@@ -158,12 +162,17 @@ class Conversation:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
+        if is_own_metric(name) and not str(name).startswith(("tools/", "environment/")):
+            raise TrainingError(
+                f"{self._turn()} has a metric called {shown(name)}, which is no name or that of a number that grouprl "
+                "logs itself; choose another name"
+            )
         if not math.isfinite(number):
             raise TrainingError(f"the metric {name!r} of {self._turn()} is {shown(value)}; give a finite number")
         return number
 
-    def _messages(self, given: Any) -> list[Message]:
-        """What the interaction said, as messages of bounded length."""
+    def _messages(self, given: Any, *, whole: bool) -> list[Message]:
+        """What the interaction said, as messages of bounded length; a ``whole`` new prompt is of any length."""
         if given is None:
             return []
         if isinstance(given, str):
@@ -177,7 +186,7 @@ class Conversation:
             content = message.get("content", "")
             if not isinstance(content, str):
                 raise self._not_text(content)
-            messages.append({**message, "content": bounded(content, self._rules.most)})
+            messages.append({**message, "content": bounded(content, len(content) if whole else self._rules.most)})
         return messages
 
     def _not_text(self, given: Any) -> TrainingError:

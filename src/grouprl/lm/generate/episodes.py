@@ -162,7 +162,7 @@ def _states(episodes: Sequence[Episode]) -> Tensor:
                 found.append(numbers.setdefault((state is None, seen if state is None else state), len(numbers)))
             except TypeError:
                 raise UsageError(
-                    f"the state of turn {t} is {shown(state)}, which cannot be told from others as it has no hash; "
+                    f"the state of turn {t + 1} is {shown(state)}, which cannot be told from others as it has no hash; "
                     "make it a string, a number, or a tuple of them"
                 ) from None
     return torch.tensor(found, dtype=torch.int64)

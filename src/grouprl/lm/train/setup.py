@@ -241,8 +241,9 @@ def _rewards(functions: Any, config: GRPOConfig, interactions: Interactions | No
     if weights is not None and len(weights) == len(own):
         weights = (*weights, *[1.0] * len(interactions.rewards))
     return RewardCaller(
-        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards
-    )
+        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards,
+        loop=interactions.loop,
+    )  # fmt: skip
 
 
 def _starts(dataset: Any, name: str, *, needs_prompt: bool) -> PromptSource:
