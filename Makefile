@@ -12,7 +12,7 @@ RECIPE ?= nth-word
 
 EXAMPLES ?= 400
 
-.PHONY: help setup train train-lm test fuzz sanitize lint types bench-envs bench-lm docs docs-serve clean
+.PHONY: help setup train train-lm test fuzz sanitize lint types bench-envs bench-lm docs docs-serve course clean
 
 help:
 	@echo "make train       set up and train CartPole-v1 (ENV=... SEED=... for another one)"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-lm    measure language-model training beside TRL (installs it in $(VENV)-peers-lm)"
 	@echo "make docs        rebuild the pages that are made from the code, and the site of all pages, build/docs/site"
 	@echo "make docs-serve  show the site at http://localhost:8000"
+	@echo "make course      run the units of the course; write what they print and draw into their pages: a minute"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +80,10 @@ docs: $(VENV)/.dev
 
 docs-serve: $(VENV)/.dev
 	$(BIN)/python docs/website.py --serve
+
+course: $(VENV)/.dev
+	$(BIN)/python docs/units.py
+	$(BIN)/python docs/build.py
 
 bench-envs: $(VENV)/.dev $(VENV)-peers/.ready
 	$(BIN)/python benchmarks/envs_speed.py

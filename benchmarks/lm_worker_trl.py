@@ -112,8 +112,8 @@ def load(folder: Path, variant: Variant) -> tuple[Any, Any]:
 
 
 def build(
-    variant: Variant, device: str, model: Any, tokenizer: Any, rows: list[dict[str, Any]], reward: Callable[..., Any],
-    **options: Any,
+    variant: Variant, device: str, model: Any, tokenizer: Any, rows: list[dict[str, Any]],
+    reward: Callable[..., Any] | None, **options: Any,
 ) -> Any:  # fmt: skip
     """A GRPOTrainer for batches of ``samples``; other ``options`` go to GRPOConfig."""
     from datasets import Dataset
@@ -125,6 +125,7 @@ def build(
     logging.set_verbosity_error()
     samples, optimizers = options.pop("samples"), options.pop("optimizers", (None, None))
     peft_config = options.pop("peft_config", None)
+    environment_factory = options.pop("environment_factory", None)
     if samples % variant.micro_batch:
         raise SystemExit(f"micro_batch={variant.micro_batch} does not divide the {samples} samples of a batch")
     if variant.score_completions_only:
@@ -156,6 +157,7 @@ def build(
         processing_class=tokenizer,
         optimizers=optimizers,
         peft_config=peft_config,
+        environment_factory=environment_factory,
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.scratch = scratch  # removed with it

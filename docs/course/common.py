@@ -40,12 +40,21 @@ def network(seed: int) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 2))
 
 
-def episodes(policy: nn.Module, starts: int = 4, size: int = 8, spread: float = 0.05) -> Batch:
+def episodes(
+    policy: nn.Module, starts: int = 4, size: int = 8, spread: float = 0.05
+) -> Batch:
     """Plays ``size`` episodes from each of ``starts`` random states, all at once; ``spread`` is how far these reach."""
     n = starts * size
-    envs = gym.make_vec("CartPole-v1", n, vectorization_mode="vector_entry_point", max_episode_steps=LONGEST)
+    envs = gym.make_vec(
+        "CartPole-v1",
+        n,
+        vectorization_mode="vector_entry_point",
+        max_episode_steps=LONGEST,
+    )
     envs.reset(seed=int(torch.randint(2**31, ())))
-    envs.unwrapped.state = np.repeat(envs.np_random.uniform(-spread, spread, (4, starts)), size, axis=1)
+    envs.unwrapped.state = np.repeat(
+        envs.np_random.uniform(-spread, spread, (4, starts)), size, axis=1
+    )
     seen = torch.tensor(envs.unwrapped.state.T, dtype=torch.float32)
     alive, observations, actions, running = torch.ones(n, dtype=torch.bool), [], [], []
     while alive.any():
@@ -72,7 +81,9 @@ def returns(batch: Batch) -> Tensor:
 
 def train(
     advantages: Callable[[Batch], Tensor],
-    losses: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda logp, logp_old, advantages: -logp * advantages,
+    losses: Callable[
+        [Tensor, Tensor, Tensor], Tensor
+    ] = lambda logp, logp_old, advantages: -logp * advantages,
     *,
     updates: int = 40,
     epochs: int = 1,
@@ -99,7 +110,11 @@ def train(
     return np.array(curve)
 
 
-def curves(shown: dict[str, np.ndarray], across: str = "updates", up: str = "mean return of a batch") -> None:
+def curves(
+    shown: dict[str, np.ndarray],
+    across: str = "updates",
+    up: str = "mean return of a batch",
+) -> None:
     """Draws a curve for each name: the mean over seeds of [seeds, points], in a band from lowest to highest.
 
     The figure is left open: a notebook shows it.
@@ -107,7 +122,13 @@ def curves(shown: dict[str, np.ndarray], across: str = "updates", up: str = "mea
     _, axes = plt.subplots(figsize=(6, 3.4))
     for name, values in shown.items():
         (line,) = axes.plot(values.mean(0), label=name)
-        axes.fill_between(range(values.shape[1]), values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+        axes.fill_between(
+            range(values.shape[1]),
+            values.min(0),
+            values.max(0),
+            color=line.get_color(),
+            alpha=0.15,
+        )
     axes.set(xlabel=across, ylabel=up)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)

@@ -15,10 +15,9 @@ settings.register_profile(
 settings.register_profile("long", max_examples=int(os.environ.get("EXAMPLES", "400")), print_blob=True, **_COMMON)
 
 
-@pytest.fixture(autouse=True)
-def profile(request: pytest.FixtureRequest) -> None:
-    """The short profile, unless another one was asked for."""
-    if request.config.getoption("--hypothesis-profile") is None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the short profile, unless another one was asked for. A test keeps the profile of the time of its import."""
+    if config.getoption("--hypothesis-profile") is None:
         settings.load_profile("short")
 
 

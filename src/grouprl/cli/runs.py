@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,10 @@ from grouprl.cli import train, train_lm
 from grouprl.cli.common import app, count
 from grouprl.errors import UsageError
 from grouprl.runs.files import user_path
+
+if TYPE_CHECKING:
+    from grouprl.lm.run.watching import Watching
+    from grouprl.lm.train.evaluation import HeldOut
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as train or train-lm leaves it, or a model.safetensors.")]
 Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
@@ -66,8 +70,7 @@ def evaluate(
             raise UsageError("--sampled and --on are for environments; a language model answers greedily")
         if seed:
             raise UsageError("--seed is for environments; a language model answers the same questions each time")
-        held_out, n = evaluate_model(run, episodes, answers)
-        print(f"accuracy {held_out.accuracy:.3f}, mean reward {held_out.reward:.3f}, greedy, on {n} held-out prompts")
+        print(_measured(evaluate_model(run, episodes, answers)))
         return
     from grouprl.envs.evaluation import evaluate as evaluate_agent
     from grouprl.envs.grpo import GRPO
@@ -88,6 +91,20 @@ def evaluate(
     )
 
 
+def _measured(result: HeldOut) -> str:
+    """What an evaluation of a language model found: success, turns of episodes, and what went wrong in them."""
+    low, high = result.interval
+    lines = [
+        f"accuracy {result.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), mean reward {result.reward:.3f}, "
+        f"greedy, on {result.n} held-out prompts"
+    ]
+    if "episodes/mean_turns" in result.numbers:
+        lines.append(f"{result.numbers['episodes/mean_turns']:.1f} turns an episode on average")
+        others = {k: v for k, v in result.numbers.items() if k not in ("episodes/mean_turns", "success")}
+        lines += [f"  {name}: {value:.3f}" for name, value in others.items()]
+    return "\n".join(lines)
+
+
 @app.command()
 def chat(
     run: Annotated[str, typer.Argument(help="A run folder of train-lm, or any model: id, folder, GGUF file, smollm2.")],
@@ -97,24 +114,44 @@ def chat(
     ] = None,
     bare: Annotated[bool, typer.Option("--bare", help="Without the task's system message and examples.")] = False,
 ) -> None:
-    """Talk to a language model, asked as it was trained to be; one question a line."""
+    """Talk to a language model, asked as it was trained to be; watch the episodes of one that acts."""
+    from grouprl.lm.run.watching import Watching, is_agent
+
+    if is_agent(run):
+        watching = Watching.open(run, sampled=sampled, max_tokens=tokens)
+        print(watching.about)
+        _watch(watching)
+        return
     from grouprl.lm.run.chat import Chat
 
     conversation = Chat.open(run, sampled=sampled, max_tokens=tokens, bare=bare)
     print(f"{conversation.about} (an empty line ends it)")
-    while True:
-        try:
-            question = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        except UnicodeDecodeError as error:
-            raise UsageError(f"standard input is not text in {error.encoding}: {error.reason}") from None
-        if not question:
-            return
+    while question := _typed():
         try:
             print(conversation.ask(question), flush=True)
         except UsageError as error:  # of this question; the next one may do
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _typed() -> str | None:
+    """A line that a person types, or None if there will be none any more."""
+    try:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text in {error.encoding}: {error.reason}") from None
+
+
+def _watch(watching: Watching) -> None:
+    while (line := _typed()) is not None:
+        if line == ("" if watching.asks else "q"):
+            return
+        try:
+            for said in watching.play(line):
+                print(said, flush=True)
+        except UsageError as error:  # of this line; the next one may do
             print(f"error: {error}", file=sys.stderr)
 
 

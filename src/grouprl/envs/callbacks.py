@@ -51,7 +51,7 @@ class Run:
     Metrics, TensorBoard, evaluations, checkpoints, the model, the curve, a video, episodes, the report: all that
     ``docs/environments.md`` lists. Ctrl-C ends training after the update in progress.
 
-    Example:
+    Examples:
         >>> run = Run("runs/mine", eval_every=10_000)  # doctest: +SKIP
         >>> GRPO(lambda: MyEnv(), n_envs=8).learn(200_000, callback=run)  # doctest: +SKIP
         >>> run.result.summary["eval"]["mean_return"]  # doctest: +SKIP

@@ -68,7 +68,7 @@ _making_a_policy = threading.Lock()
 class GRPO:
     """Group Relative Policy Optimization on a Gymnasium environment.
 
-    Example:
+    Examples:
         >>> agent = GRPO("CartPole-v1", seed=1).learn(100_000)  # doctest: +SKIP
         >>> action, _ = agent.predict(observation, deterministic=True)  # doctest: +SKIP
 

@@ -276,9 +276,14 @@ def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
         environ = _meeting_point()
         address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
         try:
+            meeting = dist.rendezvous("env://", place.rank, place.world, timeout=wait)  # type: ignore[attr-defined]
+            store, _, _ = next(iter(meeting))
+            # torchrun keeps the store when it starts the processes again, with the addresses of those that ended.
+            attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpu else "gloo", rank=place.rank, world_size=place.world, timeout=wait
-            )
+                "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+                rank=place.rank, world_size=place.world, timeout=wait,
+            )  # fmt: skip
         except (RuntimeError, ValueError, OSError) as error:
             raise UsageError(
                 f"rank {place.rank} of {place.world} cannot meet the others at {address}: {first_line(error)}; check "

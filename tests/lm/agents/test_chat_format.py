@@ -169,6 +169,29 @@ def test_a_response_template_reads_calls_if_the_tokenizer_has_one() -> None:
     assert asked == [("the turn", "<|start|>user\n1<|end|>\n<|start|>assistant\n", [ADD])]
 
 
+def test_a_response_template_may_wait_for_the_end_of_the_turn() -> None:
+    """As one of transformers' for bare JSON, whose pattern holds the end token."""
+    f = form(KNOWS_TOOLS)
+    f._tokenizer.response_template = {
+        "defaults": {"role": "assistant"}, "start_anchor": "<|start|>assistant\n",
+        "fields": {
+            "tool_calls": {
+                "open_pattern": r"CALL (?P<name>\w+) ", "close_pattern": r"<\|end\|>", "repeats": True,
+                "content": "json",
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+            },
+            "content": {"close_pattern": r"<\|end\|>", "content": "text"},
+        },
+    }  # fmt: skip
+    ids = f._tokenizer('CALL add {"a": 3, "b": 4}', add_special_tokens=False)["input_ids"]
+    ids.append(f._tokenizer.eos_token_id)
+    text, end = f.text(ids, True), f.end(ids, True)
+    assert (text, end) == ('CALL add {"a": 3, "b": 4}', "<|end|>")
+    assert f.parse(text, [ADD], end)[0]["tool_calls"] == [as_call("add", {"a": 3, "b": 4})]
+    assert f.parse("Hello", [ADD], end) == ({"role": "assistant", "content": "Hello"}, None)
+    assert f.end(ids, False) == ""
+
+
 def test_a_call_that_cannot_be_read_is_a_fault_and_no_exception() -> None:
     message, fault = form(CHATML).parse("<tool_call>add(3</tool_call>", [ADD])
     assert message == {"role": "assistant", "content": "<tool_call>add(3</tool_call>"}

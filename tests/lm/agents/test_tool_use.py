@@ -3,14 +3,18 @@
 import asyncio
 import random
 import string
+import sys
 import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
+from test_chat_format import CHATML, tokenizer
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.lm.agents.chat_format import ChatFormat
+from grouprl.lm.agents.conversation import Conversation, Rules
 from grouprl.lm.agents.interaction import Answer, Interaction, Said
 from grouprl.lm.agents.interactions import Interactions
 from grouprl.lm.agents.tool_calls import as_call
@@ -400,3 +404,37 @@ def test_messages_of_a_beginning_are_lists_whatever_they_were() -> None:
     given = ["Go."]
     with pytest.raises(TrainingError, match=r"began row 0 with \('Go.',\) of type tuple; give text or messages"):
         made(Tuples).begin(row(), 1, "row 0")
+
+
+@pytest.mark.parametrize("method", ["reset", "is_done", "get_turn_reward"])
+def test_an_environment_that_exits_does_not_end_the_program_unsaid(method: str) -> None:
+    class Exits(Counter):
+        pass
+
+    setattr(Exits, method, lambda self, **row: sys.exit(3))
+    interactions = made(Exits)
+    if method == "reset":
+        with pytest.raises(TrainingError, match=r"Exits raised SystemExit: 3 when it began row 0; see its reset"):
+            interactions.begin(row(), 1, "row 0")
+        return
+    form = ChatFormat(tokenizer(CHATML), {}, [tokenizer(CHATML).eos_token_id])
+    playing, prompt = interactions.begin(row(), 1, "row 0")
+    c = Conversation(playing, row(), form.first(prompt, [], row(), "row 0"), form, Rules(None, False, 5.0, 100))
+    with pytest.raises(TrainingError, match=r"Exits raised SystemExit: 3 in turn 1 of an episode"):
+        c._answer(calling(("up", {"by": 1})))
+
+
+def test_a_factory_that_exits_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"environment_factory raised SystemExit: 3"):
+        made(lambda: sys.exit(3))
+
+
+def test_a_reward_that_is_none_is_said_with_its_turn() -> None:
+    class Forgets(Counter):
+        def get_turn_reward(self):
+            return None if self.count == 3 else 0.0
+
+    playing, _ = made(Forgets).begin(row(), 1, "row 0")
+    playing.answer(calling(("up", {"by": 1})))
+    with pytest.raises(TrainingError, match=r"get_turn_reward of the environment Forgets gave turn 2 is None"):
+        playing.answer(calling(("up", {"by": 2})))

@@ -117,16 +117,24 @@ class ChatFormat:
         kept = [token for token in (ids[:-1] if finished else ids) if token != padding]
         return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
+    def end(self, ids: Sequence[int], finished: bool) -> str:
+        """The token that ended a turn, as text; "" if none did."""
+        return str(self._tokenizer.decode(ids[-1:], skip_special_tokens=False)) if finished else ""
+
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def parse(self, text: str, schemas: Sequence[Schema]) -> tuple[dict[str, Any], str | None]:
-        """A turn as a message, with its tool calls, and what is wrong with something that was meant as one, or None."""
+    def parse(self, text: str, schemas: Sequence[Schema], end: str = "") -> tuple[dict[str, Any], str | None]:
+        """A turn as a message, with its tool calls, and what is wrong with something that was meant as one, or None.
+
+        Args:
+            end: the token that ended the turn, as text: a response template may wait for it.
+        """
         plain = {"role": "assistant", "content": text}
         if not schemas:
             return plain, None
         try:
             if self.knows_tools and getattr(self._tokenizer, "response_template", None) is not None:
-                return self._parsed(text, schemas), None
+                return self._parsed(text, schemas, end), None
             content, calls = tool_calls.parse(text, schemas)
         except NotACallError as error:
             return plain, str(error)
@@ -134,13 +142,13 @@ class ChatFormat:
             return plain, f"the tool call cannot be read: {first_line(error)}"
         return {**plain, "content": content, "tool_calls": calls} if calls else plain, None
 
-    def _parsed(self, text: str, schemas: Sequence[Schema]) -> dict[str, Any]:
-        parsed = self._tokenizer.parse_response(text, prefix=self._opening, tools=list(schemas))
+    def _parsed(self, text: str, schemas: Sequence[Schema], end: str) -> dict[str, Any]:
+        parsed = self._tokenizer.parse_response(text + end, prefix=self._opening, tools=list(schemas))
         if not isinstance(parsed, Mapping):
             raise NotACallError(f"the response template makes nothing of {shown(text)}")
         message = {"role": "assistant", **{key: value for key, value in parsed.items() if value is not None}}
         calls = message.pop("tool_calls", None)
-        message["content"] = message.get("content") or ""
+        message["content"] = str(message.get("content") or "").removesuffix(end)
         return {**message, "tool_calls": [tool_calls.of_json(call) for call in calls]} if calls else message
 
     # --- how it is done -----------------------------------------------------------------------------------------------
@@ -159,7 +167,7 @@ class ChatFormat:
         if limited and self._how.max_tokens is not None and n > self._how.max_tokens:
             raise UsageError(
                 f"{where} has a prompt of {n} tokens, but {self._how.max_tokens_is} leaves {self._how.max_tokens}; "
-                "shorten it, or lower max_completion_length"
+                "shorten it, or change that setting"
             )
 
     def _render(self, messages: Sequence[Message], *, opened: bool, tools: Sequence[Schema] = ()) -> str:

@@ -21,6 +21,8 @@ from grouprl.runs.time_limit import within
 
 _log = logging.getLogger("grouprl")
 _OVER = Reply(over=True)
+MOST_TURNS = 64
+"""Turns after which a history is not rewritten any more: no budget of tokens would end the episode."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Conversation:
             GrouprlError: the interaction is at fault.
         """
         text = self._form.text(turn.ids, turn.finished)
-        message, fault = self._form.parse(text, self._schemas)
+        message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.finished))
         spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
         self.messages.append(spoken)
         answer = self._answer(Said(text, turn.finished, message, fault))
@@ -104,14 +106,15 @@ class Conversation:
         said = self._messages(answer.messages, whole=answer.anew)
         self.terminated = answer.terminated
         over = answer.terminated or answer.truncated
-        if not over and self._rules.turns is not None and len(self.rewards) >= self._rules.turns:
-            over = True
+        anew = answer.anew or self._rules.anew
+        most = self._rules.turns or (MOST_TURNS if anew else None)
+        over = over or (most is not None and len(self.rewards) >= most)
         self.truncated = over and not answer.terminated
         self._newest = len(said)
         self.messages += said
         if over:
             return _OVER
-        if not (answer.anew or self._rules.anew):
+        if not anew:
             return Reply(self._form.following(self._as_given(said), finished=turn.finished))
         prompt = self._as_given(said if answer.anew else [*self._opening, spoken, *said])
         where = f"the prompt after {self._turn()}"
@@ -139,7 +142,7 @@ class Conversation:
             self.late = True
             _log.warning("%s had not answered after %g seconds; it is replaced by a new one", self.name, seconds)
             return Answer(truncated=True, metrics={"environment/timeouts": 1.0})
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an environment that exits is no end of the program
             raise self._failed(error) from error
         if not isinstance(answer, Answer) or not isinstance(answer.metrics, Mapping):
             raise TrainingError(

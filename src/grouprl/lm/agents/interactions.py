@@ -109,7 +109,7 @@ class Interactions:
                     raise TrainingError(f"{said}, and neither had another one; raise tool_timeout") from None
                 _log.warning("%s; it is replaced by a new one", said)
                 continue
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # an environment that exits is no end of the program
                 raise _cannot_begin(interaction, where, error) from error
             is_messages = isinstance(prompt, list | tuple) and all(isinstance(part, Mapping) for part in prompt)
             if not isinstance(prompt, str) and not is_messages:
@@ -134,7 +134,7 @@ class Interactions:
                     closing: Any = within(self._timeout, interaction.close)  # type: ignore[func-returns-value]
                     if inspect.isawaitable(closing):
                         self.loop.run(closing, self._timeout)
-                except Exception as error:  # the training is over, and its result stands
+                except (Exception, SystemExit) as error:  # the training is over, and its result stands
                     _log.warning("%s could not be closed: %s", name_of(interaction), describe_error(error))
         self.loop.close()
 
@@ -162,7 +162,7 @@ class Interactions:
             made = factory()
         except GrouprlError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(
                 f"environment_factory{'' if name is None else f'[{name!r}]'} raised {describe_error(error)}; it is "
                 "called without arguments and returns an environment"
@@ -193,7 +193,7 @@ def name_of(interaction: Any) -> str:
     return str(getattr(interaction, "name", f"the environment {type(interaction).__name__}"))
 
 
-def _cannot_begin(interaction: Interaction, where: str, error: Exception) -> TrainingError:
+def _cannot_begin(interaction: Interaction, where: str, error: BaseException) -> TrainingError:
     return TrainingError(f"{name_of(interaction)} raised {describe_error(error)} when it began {where}; see its reset")
 
 

@@ -125,7 +125,7 @@ class ToolUse(Interaction):
         self._tools = Tools([*functions, *methods], limits.timeout, limits.most, loop, self.tools)
         self.gives_rewards = callable(getattr(environment, "get_turn_reward", None))
         self.broken = False
-        self._turns = 0
+        self._turns = self._calling = 0
 
     @property
     def name(self) -> str:
@@ -134,7 +134,7 @@ class ToolUse(Interaction):
 
     def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
         """The prompt of the row, with what ``reset`` returns added to its last message."""
-        self._turns = 0
+        self._turns = self._calling = 0
         prompt: Any = row.get("prompt") or [{"role": "user", "content": ""}]
         if self.environment is None:
             return list(prompt) if not isinstance(prompt, str) else prompt
@@ -142,14 +142,15 @@ class ToolUse(Interaction):
 
     def answer(self, said: Said) -> Answer:
         """Call the tools that the turn asks for."""
+        self._turns += 1
         calls = said.message.get("tool_calls") or []
         if not calls and said.fault is None:
             # A turn that was cut off may have been about to call a tool.
             return self._judged(Answer(terminated=said.finished, truncated=not said.finished))
         limit = self._limits.iterations
-        if limit is not None and self._turns >= limit:
+        if limit is not None and self._calling >= limit:
             return self._judged(Answer(truncated=True))
-        self._turns += 1
+        self._calling += 1
         if said.fault is not None:
             content = str({"error": said.fault})
             counts = {"tools/calls": 1.0, "tools/failures": 1.0, "tools/parse_failures": 1.0}
@@ -220,7 +221,9 @@ class ToolUse(Interaction):
         if callable(getattr(self.environment, "is_done", None)):
             said = self._ask("is_done", False)
             if plain_float(said) not in (0.0, 1.0):
-                raise TrainingError(f"is_done of {self.name} returned {with_type(said)}; return True or False")
+                raise TrainingError(
+                    f"is_done of {self.name} returned {with_type(said)} after turn {self._turns}; return True or False"
+                )
             return bool(said)
         done = getattr(self.environment, "done", False)  # of any type where it means something else
         return not callable(done) and plain_float(done) == 1.0
@@ -229,7 +232,9 @@ class ToolUse(Interaction):
         """With the reward of the turn, if the environment has one; without an end of its own if it hangs."""
         reward = 0.0
         if self.gives_rewards and not self.broken:
-            reward = reward_of(self._ask("get_turn_reward", 0.0), f"get_turn_reward of {self.name}")
+            reward = reward_of(
+                self._ask("get_turn_reward", 0.0), f"what get_turn_reward of {self.name} gave turn {self._turns}"
+            )
         if not self.broken:
             return replace(answer, reward=reward)
         return replace(answer, terminated=False, truncated=True)

@@ -236,6 +236,10 @@ class ScoredGroups:
         """What there is to say beside lengths and rewards."""
         return {}
 
+    def solved(self) -> list[bool]:
+        """``[N]`` whether the reward is that of a right answer, 1 or more."""
+        return [bool(value >= 1 - 1e-9) for value in self.returns.tolist()]
+
     @property
     def n_prompts(self) -> int:
         """P."""

@@ -77,6 +77,11 @@ class EpisodeGroups(ScoredGroups):
             **of_tools, **{name: value / n for name, value in counted.items()},
         }  # fmt: skip
 
+    def solved(self) -> list[bool]:
+        """``[N]`` whether an episode was solved, as its environment says, else by its return."""
+        by_return = super().solved()
+        return [bool(e.metrics.get("success", right)) for e, right in zip(self.completions, by_return, strict=True)]
+
     def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:
         """For each group whether one of its turns has an advantage."""
         advantages = turn_advantages(

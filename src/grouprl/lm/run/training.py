@@ -19,13 +19,13 @@ from grouprl.lm.models.find import SMOLLM2
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import TaskData, load_task_data
 from grouprl.lm.run.held_out import HeldOutEvaluation
-from grouprl.lm.run.models import adapter, hide_file_bars, initial_model, load_trained
+from grouprl.lm.run.models import adapter, hide_file_bars, initial_model
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.report import leave_results
+from grouprl.lm.run.trained import open_trained
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
-from grouprl.lm.train.setup import read_prompts
 from grouprl.lm.train.sinks import Recording
 from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
@@ -271,7 +271,7 @@ def _run(
 @sleeping_when_busy()
 def evaluate(
     path: str | os.PathLike[str], n: int | None = None, answers: str | os.PathLike[str] | None = None
-) -> tuple[HeldOut, int]:
+) -> HeldOut:
     """Greedy performance of a run's model on its held-out rows; a larger ``n`` draws more of them.
 
     Args:
@@ -282,26 +282,13 @@ def evaluate(
     refuse_several_processes("an evaluation")
     if answers is not None and user_path(answers).exists():
         raise UsageError(f"{answers} exists; name another file for the answers")
-    folder = RunFolder.open(path)
-    hide_file_bars()
-    recipe = recipes.load(folder.path).with_secrets()
     if n is not None and n < 1:
         raise UsageError(f"cannot evaluate on {n} held-out prompts; ask for at least 1")
-    if n is not None and not recipe.task.endswith(".jsonl"):
-        recipe = recipe.changed({"n_eval": n})
-    config = _settings(folder.read_config()["config"], folder.path, False).with_secrets()
-    data = load_task_data(recipe)
-    model, tokenizer = load_trained(folder, recipe, config, data.task)
-    config = config.replace(
-        beta=0.0, sync_ref_model=False, eval_strategy="no", eval_on_start=False, load_best_model_at_end=False,
-        metric_for_best_model=None,
-    )  # fmt: skip
-    setup = GRPOTrainer(
-        model, data.reward, config, data.train, processing_class=tokenizer, environment_factory=data.environment,
-        tools=list(data.tools) or None,
-    ).setup  # fmt: skip
-    prompts = read_prompts(model, tokenizer, config, data.held_out, "the held-out rows")
-    torch.manual_seed(config.seed)
+    of_file = RunFolder.open(path).read_config().get("recipe", {}).get("task", "").endswith(".jsonl")
+    trained = open_trained(path, {} if n is None or of_file else {"n_eval": n})
+    setup = trained.setup
+    prompts = setup.read(trained.data.held_out, "the held-out rows")
+    torch.manual_seed(trained.config.seed)
     assert prompts.size is not None
     with nullcontext() if answers is None else TranscriptWriter(answers) as writer:
 
@@ -309,4 +296,4 @@ def evaluate(
             if writer is not None:
                 writer.append(transcripts_of_evaluation(drawn, setup.player.names))
 
-        return evaluate_greedily(setup, prompts, n, keep=keep), min(n or prompts.size, prompts.size)
+        return evaluate_greedily(setup, prompts, n, keep=keep)

@@ -232,6 +232,8 @@ class Bookkeeper:
         if self.state.global_step == 0:
             self.counters.before = result
         columns = {"eval_reward": result.reward, "eval_accuracy": result.accuracy}
+        if "episodes/mean_turns" in result.numbers:
+            columns["eval_turns"] = result.numbers["episodes/mean_turns"]
         self._tell(lambda sink: sink.evaluation(self.state.global_step, columns))
 
     def _with_epoch(self, logs: Metrics) -> Metrics:

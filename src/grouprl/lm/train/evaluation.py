@@ -7,11 +7,9 @@ from a random stream of its own, the same at every evaluation, so that evaluatin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from grouprl.lm.generate.collect import EVALUATION_STARTS, Metrics, ScoredGroups, describe_scored
 from grouprl.lm.policy.policy import sampling_settings
@@ -24,12 +22,34 @@ GREEDY_AT_ONCE = 256
 """Completions of a greedy evaluation that are sampled side by side, unless per_device_eval_batch_size says."""
 
 
+_Z = 1.96
+"""Standard deviations to either side of a normal variable that hold 95 % of it."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
-    """Greedy performance on held-out prompts: mean reward, and the share of prompts with a reward of 1 or more."""
+    """Greedy performance on held-out prompts, or starts of episodes.
+
+    Attributes:
+        reward: the mean reward.
+        accuracy: the share of prompts with a reward of 1 or more; of episodes, the share that its environment counts as
+            solved, if it says which are.
+        n: how many there were.
+        numbers: what there is to say of episodes, such as their mean number of turns: means by the name of the metric.
+    """
 
     reward: float
     accuracy: float
+    n: int = 0
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy that Wilson gives (1927): also right near 0 and 1."""
+        share = _Z**2 / (self.n + _Z**2)
+        centre = (1 - share) * self.accuracy + share / 2
+        half = ((1 - share) * share * self.accuracy * (1 - self.accuracy) + share**2 / 4) ** 0.5
+        return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def evaluate(
@@ -88,9 +108,15 @@ def evaluate_greedily(
     """
     at_once = setup.config.per_device_eval_batch_size or GREEDY_AT_ONCE
     returns: list[float] = []
+    solved: list[bool] = []
+    sums: dict[str, float] = {}
     for drawn in evaluate(setup, prompts, greedy=True, n=n, at_once=at_once, state=state):
         returns += drawn.returns.tolist()
+        solved += drawn.solved()
+        for name, value in drawn.metrics().items():
+            sums[name] = sums.get(name, 0.0) + value * len(drawn.completions)
         if keep is not None:
             keep(drawn)
-    values = torch.tensor(returns, dtype=torch.float64)
-    return HeldOut(float(values.mean()), float((values >= 1 - 1e-9).double().mean()))
+    size = len(returns)
+    numbers = {name: value / size for name, value in sums.items() if name != "episodes/max_turns"}
+    return HeldOut(sum(returns) / size, sum(solved) / size, size, numbers)

@@ -14,28 +14,32 @@ from typing import Any
 
 import torch
 
-from grouprl.errors import UsageError, first_line, shown
+from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
-from grouprl.lm.agents.chat_format import ChatFormat
-from grouprl.lm.agents.interactions import Interactions
-from grouprl.lm.agents.tool_use import Limits
-from grouprl.lm.generate.collect import CompletionPlayer, Player, evaluation_metrics
-from grouprl.lm.generate.play import TURN_REWARDS, EpisodePlayer
-from grouprl.lm.generate.rollout_function import RolloutPlayer
+from grouprl.lm.generate.collect import Player, evaluation_metrics
+from grouprl.lm.generate.play import TURN_REWARDS
 from grouprl.lm.generate.shared import shared_out
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length
-from grouprl.lm.models.load import eos_token_ids, load
+from grouprl.lm.models.load import load
 from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
-from grouprl.lm.prompts import PromptSource, prepare_prompts, prepare_starts, room_for_prompts
+from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller, RewardFunction
 from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.train.acting import (
+    Acting,
+    make_interactions,
+    make_player,
+    make_rewards,
+    read_starts,
+    starts_without_rows,
+)
 from grouprl.lm.train.wrappers import unwrapped
 from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.ranks import Ranks, join
@@ -99,15 +103,6 @@ class Setup:
         load_weights(self.model, folder)
 
 
-@dataclass(frozen=True)
-class Acting:
-    """What makes episodes of several turns: the arguments of a GRPOTrainer of the same names."""
-
-    tools: Any = None
-    environment_factory: Any = None
-    rollout_func: Any = None
-
-
 @sleeping_when_busy()
 def make_setup(
     model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction] | None, args: Any, train_dataset: Any,
@@ -143,16 +138,16 @@ def _make_setup(
                     f"{name}: episodes of several turns are played in one process, and {ranks.world} were started "
                     f"(this is rank {ranks.rank}); start the script without a launcher"
                 )
-    interactions = _interactions(config, acting)
-    rewards = _rewards(reward_funcs, config, interactions)
+    interactions = make_interactions(config, acting)
+    rewards = make_rewards(reward_funcs, config, interactions)
     torch.manual_seed(config.seed)
     model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
     if interactions is None:
         read: Read = functools.partial(read_prompts, model, tokenizer, config)
     else:
-        read = functools.partial(_starts, needs_prompt=acting.environment_factory is None)
+        read = functools.partial(read_starts, needs_prompt=acting.environment_factory is None)
         if train_dataset is None and acting.environment_factory is not None:
-            train_dataset = _starts_without_rows(config, plan, interactions)
+            train_dataset = starts_without_rows(config, plan, interactions)
     prompts = None if train_dataset is None else read(train_dataset, "train_dataset")
     eval_prompts = read_eval_prompts(read, eval_dataset)
     if not eval_prompts and (config.eval_strategy != "no" or config.eval_on_start):
@@ -178,8 +173,8 @@ def _make_setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
-        player=shared_out(_player(policy, tokenizer, rewards, config, interactions, acting, prompts), ranks), read=read,
-        functions=functions, prompts=prompts, eval_prompts=eval_prompts,
+        player=shared_out(make_player(policy, tokenizer, rewards, config, interactions, acting, prompts), ranks),
+        read=read, functions=functions, prompts=prompts, eval_prompts=eval_prompts,
         output_dir=ranks.once(lambda: _output_dir(model, config)),
     )  # fmt: skip
 
@@ -205,81 +200,6 @@ def _check_same_weights(model: Any, parameters: TrainedParameters, ranks: Ranks)
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         ranks.check_same("models", shapes | sums, "give every rank the same model")
         ranks.spread(*(p.detach() for p in parameters.tensors))
-
-
-def _interactions(config: GRPOConfig, acting: Acting) -> Interactions | None:
-    if acting.rollout_func is not None:
-        if not callable(acting.rollout_func):
-            raise UsageError(f"rollout_func is {shown(acting.rollout_func)}; give a function (prompts, trainer)")
-        if acting.tools or acting.environment_factory is not None:
-            raise UsageError(
-                "rollout_func samples in the place of the trainer, so nothing would call the tools or the environments "
-                "that are given beside it; leave them out, or leave rollout_func out"
-            )
-        return None
-    if not acting.tools and acting.environment_factory is None:
-        return None
-    limits = Limits(config.tool_timeout, config.max_tool_output, config.max_tool_calling_iterations)
-    return Interactions(acting.environment_factory, acting.tools, limits, config.tool_timeout)
-
-
-def _rewards(functions: Any, config: GRPOConfig, interactions: Interactions | None) -> RewardCaller:
-    """The reward functions, those of environments behind the user's, with weight 1."""
-    if interactions is None:
-        if functions is None:
-            raise UsageError(
-                "reward_funcs is missing; give a function of the completions, or environment_factory with an "
-                "environment that has get_reward"
-            )
-        return RewardCaller(functions, config.reward_weights, config.reward_timeout)
-    own = [] if functions is None else [*functions] if isinstance(functions, list | tuple) else [functions]
-    if not own and not interactions.rewards and not interactions.gives_rewards:
-        raise UsageError(
-            "nothing gives rewards; give reward_funcs, or an environment with get_reward, which returns a number"
-        )
-    weights = config.reward_weights
-    if weights is not None and len(weights) == len(own):
-        weights = (*weights, *[1.0] * len(interactions.rewards))
-    return RewardCaller(
-        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards,
-        loop=interactions.loop,
-    )  # fmt: skip
-
-
-def _starts(dataset: Any, name: str, *, needs_prompt: bool) -> PromptSource:
-    return prepare_starts(dataset, needs_prompt=needs_prompt, name=name)
-
-
-def _starts_without_rows(config: GRPOConfig, plan: BatchPlan, interactions: Interactions) -> list[dict[str, Any]]:
-    """Rows without columns, for environments that draw their starts themselves."""
-    if interactions.several:
-        raise UsageError(
-            "environment_factory holds several environments, and there is no train_dataset with a column 'environment' "
-            "that says which is played; give one"
-        )
-    if config.max_steps < 1:
-        raise UsageError(
-            "without a train_dataset nothing says how long training lasts; set max_steps, such as "
-            "GRPOConfig(max_steps=100)"
-        )
-    return [{} for _ in range(plan.prompts_per_generation)]
-
-
-def _player(
-    policy: Policy, tokenizer: Any, rewards: RewardCaller, config: GRPOConfig, interactions: Interactions | None,
-    acting: Acting, prompts: PromptSource | None,
-) -> Player:  # fmt: skip
-    if acting.rollout_func is not None:
-        return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
-    if interactions is None:
-        return CompletionPlayer(policy, tokenizer, rewards, config)
-    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length)
-    ends = eos_token_ids(policy.model, tokenizer)
-    form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound)
-    player = EpisodePlayer(policy, form, interactions, rewards, config)
-    if interactions.has_tools and prompts is not None and not isinstance(prompts[0].prompt, str):
-        player.check_format()
-    return player
 
 
 def _check_best_metric(config: GRPOConfig, eval_prompts: Mapping[str, Any], functions: Sequence[str]) -> None:
@@ -315,7 +235,7 @@ def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, n
     context = context_length(model)
     return prepare_prompts(
         dataset, tokenizer, chat_template_kwargs=config.chat_template_kwargs, context_length=context,
-        max_completion_length=config.max_completion_length, name=name,
+        max_completion_length=config.max_completion_length, max_prompt_length=config.max_prompt_length, name=name,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from grouprl.errors import UsageError
 from grouprl.lm.generate.rollout_function import RolloutPlayer
+from grouprl.lm.generate.shared import SharedPlayer
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.models.save import save_model
 from grouprl.lm.prompts import PromptSource
@@ -16,10 +17,11 @@ from grouprl.lm.rewards.call import RewardFunction
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
 from grouprl.lm.train import checkpoint, evaluation, origin
+from grouprl.lm.train.acting import Acting
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper, checked_callback
 from grouprl.lm.train.loop import Run, TrainOutput
-from grouprl.lm.train.setup import Acting, make_setup, read_eval_prompts
+from grouprl.lm.train.setup import make_setup, read_eval_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
 from grouprl.machine.memory import renew_freed_memory, use_huge_pages
 from grouprl.machine.torch_defaults import torch_defaults
@@ -108,8 +110,9 @@ class GRPOTrainer(ScriptMethods):
         vars(self).update(
             _train_dataset=train_dataset, _eval_dataset=eval_dataset, _given=(args, _values(args)), _running=False
         )
-        if isinstance(setup.player, RolloutPlayer):
-            setup.player.trainer = self
+        player = setup.player.player if isinstance(setup.player, SharedPlayer) else setup.player
+        if isinstance(player, RolloutPlayer):
+            player.trainer = self
         renew_freed_memory()
 
     # --- training ----------------------------------------------------------------------------------------------------

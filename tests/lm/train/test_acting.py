@@ -1,5 +1,7 @@
 """Training of agents, from the arguments of a trainer to its logs, evaluations and checkpoints."""
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,26 @@ def test_each_turn_can_be_a_sample_of_its_own(tmp_path: Path, advantage: str) ->
     assert shortest < longest < 2 * shortest  # the turn before and what was said to it, whichever turn it is
 
 
+def test_an_episode_that_nothing_ends_is_cut_where_each_turn_is_a_sample(tmp_path: Path) -> None:
+    class Endless(Guess):
+        def answer(self, said):
+            return Answer(" no")
+
+    class Rewrites(Guess):
+        def answer(self, said):
+            return Answer("go", anew=True)
+
+    for most, game, settings in (
+        (64, Endless, {}),
+        (3, Endless, {"max_turns": 3}),
+        (64, Rewrites, {"history": "full"}),
+    ):
+        made = trainer(tmp_path, {"max_steps": 1, "history": "turn", **settings}, environment_factory=game)
+        made.train()
+        assert logged(made)[0]["episodes/max_turns"] == most
+        assert made.last_samples.turns.truncated.all()
+
+
 def test_groups_without_signal_are_drawn_anew(tmp_path: Path) -> None:
     made = trainer(tmp_path, {"max_steps": 2, "dynamic_sampling": True, "dynamic_sampling_max_batches": 4})
     made.train()
@@ -310,6 +332,19 @@ def test_text_is_played_with_rewards_for_each_turn(tmp_path: Path) -> None:
     assert [m["role"] for m in samples.turns.messages[0]] == ["user", "assistant", "user", "assistant", "user"]
 
 
+def test_the_episodes_of_a_batch_are_answered_side_by_side(tmp_path: Path) -> None:
+    """Each of the eight waits for all others, which would never come if one were answered after the other."""
+    barrier = threading.Barrier(8)
+
+    class Meets(Guess):
+        def answer(self, said):
+            barrier.wait(30)
+            return Answer(terminated=True)
+
+    trainer(tmp_path, {"max_steps": 1}, environment_factory=Meets).train()
+    assert not barrier.broken
+
+
 # --- rollout_func -----------------------------------------------------------------------------------------------------
 
 YES, NO, END, CALL = (WORDS.index(word) for word in ("yes", "no", "<end>", CALLS[0]))
@@ -365,6 +400,12 @@ def test_log_probabilities_that_a_rollout_function_does_not_give_are_computed(tm
         ({"completion_ids": [[]] * 8}, r"completion_ids of completion 0 of rollout_func is \[\]; give a list of token"),
         ({"logprobs": [[0.0]] * 8}, "logprobs of completion 0 of rollout_func has 1 entries for 5 tokens"),
         ({"env_mask": [[0] * 5] * 8}, "env_mask of completion 0 of rollout_func has 5 entries, 0 of them not 0"),
+        (
+            {"completion_ids": [[1, 2, 3, 4, 99]] * 8},
+            r"completion 0 .* has the token 99; .* 0 to 1",
+        ),
+        ({"logprobs": [[0.0, "x", 0.0, 0.0, 0.0]] * 8}, "logprobs of completion 0 of rollout_func has 'x' for token 1"),
+        ({"logprobs": [[float("-inf")] * 5] * 8}, "logprobs of completion 0 .* has -inf for token 0; give a finite"),
     ],
 )
 def test_what_a_rollout_function_returns_is_checked(tmp_path: Path, changed: dict, said: str) -> None:
@@ -380,3 +421,17 @@ def test_what_a_rollout_function_cannot_go_with_is_refused(tmp_path: Path) -> No
         trainer(tmp_path, rollout_func=rollout, tools=[press], reward_funcs=won, train_dataset=ROWS)
     with pytest.raises(UsageError, match="rollout_func is 3; give a function"):
         trainer(tmp_path, rollout_func=3, reward_funcs=won, train_dataset=ROWS)
+
+
+def test_what_is_asynchronous_runs_in_one_loop_from_the_start_to_the_reward(tmp_path: Path) -> None:
+    class Client(Buttons):
+        async def reset(self, seed: int = 0, **row: Any) -> str:
+            self.loop = asyncio.get_running_loop()
+            return super().reset(seed, **row)
+
+        async def get_reward(self) -> float:
+            return float(asyncio.get_running_loop() is self.loop)
+
+    made = trainer(tmp_path, {"max_steps": 1}, environment_factory=Client)
+    made.train()
+    assert logged(made)[-1]["reward"] == 1.0

@@ -1,0 +1,108 @@
+"""What a trainer plays with, from the arguments of a GRPOTrainer: interactions, the rewards they give, the player."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from grouprl.errors import UsageError, shown
+from grouprl.lm.agents.chat_format import ChatFormat
+from grouprl.lm.agents.interactions import Interactions
+from grouprl.lm.agents.tool_use import Limits
+from grouprl.lm.generate.collect import CompletionPlayer, Player
+from grouprl.lm.generate.play import EpisodePlayer
+from grouprl.lm.generate.rollout_function import RolloutPlayer
+from grouprl.lm.models.context import context_length
+from grouprl.lm.models.load import eos_token_ids
+from grouprl.lm.policy.policy import Policy
+from grouprl.lm.prompts import PromptSource, prepare_starts, room_for_prompts
+from grouprl.lm.rewards.call import RewardCaller
+from grouprl.lm.settings.batch_plan import BatchPlan
+from grouprl.lm.settings.config import GRPOConfig
+
+
+@dataclass(frozen=True)
+class Acting:
+    """What makes episodes of several turns: the arguments of a GRPOTrainer of the same names."""
+
+    tools: Any = None
+    environment_factory: Any = None
+    rollout_func: Any = None
+
+
+def make_interactions(config: GRPOConfig, acting: Acting) -> Interactions | None:
+    """Tools and environments, or None. Raises UsageError if they cannot be used."""
+    if acting.rollout_func is not None:
+        if not callable(acting.rollout_func):
+            raise UsageError(f"rollout_func is {shown(acting.rollout_func)}; give a function (prompts, trainer)")
+        if acting.tools or acting.environment_factory is not None:
+            raise UsageError(
+                "rollout_func samples in the place of the trainer, so nothing would call the tools or the environments "
+                "that are given beside it; leave them out, or leave rollout_func out"
+            )
+        return None
+    if not acting.tools and acting.environment_factory is None:
+        return None
+    limits = Limits(config.tool_timeout, config.max_tool_output, config.max_tool_calling_iterations)
+    return Interactions(acting.environment_factory, acting.tools, limits, config.tool_timeout)
+
+
+def make_rewards(functions: Any, config: GRPOConfig, interactions: Interactions | None) -> RewardCaller:
+    """The reward functions, those of environments behind the user's, with weight 1."""
+    if interactions is None:
+        if functions is None:
+            raise UsageError(
+                "reward_funcs is missing; give a function of the completions, or environment_factory with an "
+                "environment that has get_reward"
+            )
+        return RewardCaller(functions, config.reward_weights, config.reward_timeout)
+    own = [] if functions is None else [*functions] if isinstance(functions, list | tuple) else [functions]
+    if not own and not interactions.rewards and not interactions.gives_rewards:
+        raise UsageError(
+            "nothing gives rewards; give reward_funcs, or an environment with get_reward, which returns a number"
+        )
+    weights = config.reward_weights
+    if weights is not None and len(weights) == len(own):
+        weights = (*weights, *[1.0] * len(interactions.rewards))
+    return RewardCaller(
+        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards,
+        loop=interactions.loop,
+    )  # fmt: skip
+
+
+def read_starts(dataset: Any, name: str, *, needs_prompt: bool) -> PromptSource:
+    """The rows of a dataset as starts of episodes. Raises UsageError if they cannot be used."""
+    return prepare_starts(dataset, needs_prompt=needs_prompt, name=name)
+
+
+def starts_without_rows(config: GRPOConfig, plan: BatchPlan, interactions: Interactions) -> list[dict[str, Any]]:
+    """Rows without columns, for environments that draw their starts themselves."""
+    if interactions.several:
+        raise UsageError(
+            "environment_factory holds several environments, and there is no train_dataset with a column 'environment' "
+            "that says which is played; give one"
+        )
+    if config.max_steps < 1:
+        raise UsageError(
+            "without a train_dataset nothing says how long training lasts; set max_steps, such as "
+            "GRPOConfig(max_steps=100)"
+        )
+    return [{} for _ in range(plan.prompts_per_generation)]
+
+
+def make_player(
+    policy: Policy, tokenizer: Any, rewards: RewardCaller, config: GRPOConfig, interactions: Interactions | None,
+    acting: Acting, prompts: PromptSource | None,
+) -> Player:  # fmt: skip
+    """The player that the arguments ask for. Raises UsageError if the chat template cannot serve it."""
+    if acting.rollout_func is not None:
+        return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
+    if interactions is None:
+        return CompletionPlayer(policy, tokenizer, rewards, config)
+    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length, config.max_prompt_length)
+    ends = eos_token_ids(policy.model, tokenizer)
+    form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound)
+    player = EpisodePlayer(policy, form, interactions, rewards, config)
+    if interactions.has_tools and prompts is not None and not isinstance(prompts[0].prompt, str):
+        player.check_format()
+    return player

@@ -1,0 +1,103 @@
+"""Runs of agents: a preset that learns, its evaluation, and its episodes with a person watching."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grouprl import cli
+from grouprl.errors import UsageError
+from grouprl.lm.run import recipe as recipes
+from grouprl.lm.run import training
+from grouprl.lm.run.watching import Watching, is_agent
+from grouprl.lm.train.evaluation import HeldOut
+
+
+def small(**changes: Any) -> recipes.Recipe:
+    """The preset for tests, on a game of three digits."""
+    given = recipes.load("tiny-agent")
+    options = {**given.environment_options, "env_kwargs": {"guesses": 3, "digits": 3, "terse": True}}
+    return given.changed(
+        {"environment_options": options, "n_eval": 24, "eval_every": 0, "max_steps": 40, "prompts_per_step": 8,
+         "learning_rate": 5e-3, "save_strategy": "no"} | changes
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("agents") / "run"
+    training.train(small(), out, seed=0, track=("none",), progress_bar=False)
+    return out
+
+
+def test_a_tiny_agent_learns_from_scratch_to_find_a_digit(run: Path) -> None:
+    result = training.evaluate(run)
+    before = next(iter(csv.DictReader((run / "metrics.csv").open(encoding="utf-8"))))
+    assert result.accuracy >= float(before["eval_accuracy"]) + 0.4
+    assert result.n == 24
+    assert 1 <= result.numbers["episodes/mean_turns"] < float(before["eval_turns"]) == 3
+
+
+def test_metrics_of_a_run_have_turns_success_and_ends(run: Path) -> None:
+    last = list(csv.DictReader((run / "metrics.csv").open(encoding="utf-8")))[-2]
+    assert {"episodes/mean_turns", "episodes/truncated", "episodes/terminated", "success", "reward"} <= last.keys()
+    assert last["success"] == last["reward"]
+
+
+def test_evaluation_says_the_share_solved_with_an_interval_turns_and_how_episodes_ended(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["grouprl", "evaluate", str(run), "--episodes", "8"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert "95 % interval" in said
+    assert "on 8 held-out prompts" in said
+    assert "turns an episode on average" in said
+    assert "episodes/truncated: 0.000" in said
+
+
+def test_an_interval_is_that_of_wilson() -> None:
+    low, high = HeldOut(0.73, 0.73, 256).interval
+    assert (low, high) == pytest.approx((0.67251, 0.78069), abs=1e-5)
+    assert HeldOut(0, 0.0, 10).interval == pytest.approx((0.0, 0.27754), abs=1e-5)
+
+
+def test_a_person_watches_episodes_from_held_out_starts_or_from_a_seed(run: Path) -> None:
+    assert is_agent(str(run))
+    watching = Watching.open(str(run))
+    assert "guess-number: Enter plays an episode" in watching.about
+    first, second, again = (list(watching.play(line)) for line in ("", "", "1"))
+    assert first == again  # the first held-out start has seed 1
+    assert first[0] == "user: g"
+    assert first[1].startswith("model: ")
+    assert first[-1].split(", ")[0] in ("1 turns", "2 turns", "3 turns")
+    assert ("  reward +1" in first) == first[-1].endswith("; the episode ended, solved")
+    assert second[0] == "user: g"
+    with pytest.raises(UsageError, match="'x' is no number of a start"):
+        list(watching.play("x"))
+
+
+def test_a_person_watches_on_the_command_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = iter(["", "nothing", "3", "q"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    monkeypatch.setattr("sys.argv", ["grouprl", "chat", str(run)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    said = capsys.readouterr()
+    assert said.out.count("user: g") == 2
+    assert "'nothing' is no number" in said.err
+
+
+def test_a_run_of_answers_is_no_agent(tmp_path: Path) -> None:
+    assert not is_agent(str(tmp_path))
+    assert not is_agent("smollm2")
