@@ -191,3 +191,36 @@ def test_every_episode_has_the_metrics_that_are_counted() -> None:
 
     made = Conversation(Counts(), ROW, FORM.first(ASKED, [], ROW, "row 0"), FORM, Rules(None, False, 5.0, 100, ("a",)))
     assert made.metrics == {"a": 0.0, "won": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer("x", terminated="no"), r"terminated of turn 1 of an episode .* is 'no' \(str\); give True or False"),
+        (Answer("x", truncated=None), r"truncated of turn 1 of an episode .* is None \(NoneType\); give True or False"),
+        (Answer(None, anew=True), "turn 1 of an episode .* was answered anew without a message; give the whole new"),
+        (Answer("x", metrics=None), "turn 1 of an episode .* was answered with .*; answer must return an Answer, its"),
+        (
+            Answer([{"role": "user", "content": "x", "image": object()}]),
+            "turn 1 of an episode .* was answered with a message whose 'image' is .*; leave it out",
+        ),
+    ],
+)
+def test_what_an_answer_must_not_be_names_the_turn(answer: Answer, said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        conversation(answer).reply(turn("One."))
+
+
+def test_rewards_that_mean_nothing_are_not_learned_from() -> None:
+    c = conversation(Answer("More.", 5.0))
+    c.interaction.gives_rewards = False
+    c.reply(turn("One."))
+    assert c.rewards == [0.0]
+
+
+def test_where_the_model_spoke_is_known_whatever_roles_an_answer_has() -> None:
+    summary = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "It began."}]
+    c = conversation(Answer(summary, 1.0, anew=True), Answer("End.", 2.0, terminated=True))
+    c.reply(turn("One."))
+    c.reply(turn("Two."))
+    assert [c.messages[place]["content"] for place in c.spoken] == ["One.", "Two."]

@@ -12,6 +12,7 @@ from small_runs import TIMES, logged, same, weights
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.agents.interaction import Answer, Interaction
+from grouprl.lm.train.transcripts import transcripts_of
 
 ROWS = [{"prompt": ASKED, "right": right} for right in ("a", "b", "a", "b")]
 
@@ -435,3 +436,40 @@ def test_what_is_asynchronous_runs_in_one_loop_from_the_start_to_the_reward(tmp_
     made = trainer(tmp_path, {"max_steps": 1}, environment_factory=Client)
     made.train()
     assert logged(made)[-1]["reward"] == 1.0
+
+
+class Summary(Interaction):
+    """Puts a summary in the place of the conversation, in the words of the model."""
+
+    def begin(self, row, seed):
+        self.turns = 0
+        return ASKED
+
+    def answer(self, said):
+        self.turns += 1
+        messages = [*ASKED, {"role": "assistant", "content": "no"}, {"role": "user", "content": "go"}]
+        return Answer(messages, float(self.turns), anew=True, terminated=self.turns == 3)
+
+    def close(self):
+        pass
+
+
+def test_transcripts_show_rewards_beside_the_turns_that_had_them(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"max_steps": 1, "advantage": "timestep"}, environment_factory=Summary)
+    made.train()
+    (first, *_) = transcripts_of(made.last_samples, ["environment"], 1, 1)
+    assert [said.get("reward") for said in first.turns if said["role"] == "assistant"] == [
+        1.0,
+        None,
+        2.0,
+        None,
+        3.0,
+        None,
+    ]
+    played = trainer(
+        tmp_path / "other", {"max_steps": 1}, rollout_func=rollout, reward_funcs=won, train_dataset=ROWS
+    )  # fmt: skip
+    played.train()
+    shown = list(transcripts_of(played.last_samples, ["won"], 1, 8))
+    assert [[said["reward"] for said in one.turns] for one in shown] == [[one.reward] for one in shown]
+    assert {one.reward for one in shown} == {0.0, 1.0}

@@ -91,9 +91,9 @@ class Interactions:
         """
         name = self._name(row, where)
         columns = dict(row.columns) if not row.prompt else {"prompt": row.prompt, **row.columns}
-        given = row.columns.get(SEED_COLUMN)
-        if isinstance(given, numbers.Integral) and not isinstance(given, bool):  # NumPy's among them
-            seed = int(given)
+        given: Any = row.columns.get(SEED_COLUMN)
+        is_number = isinstance(given, numbers.Integral)  # NumPy's are among them
+        seed = int(given) if is_number and given is not True and given is not False else seed
         for attempt in range(2):
             interaction = self._idle[name].pop() if self._idle[name] else self._make(name)
             try:
@@ -131,7 +131,7 @@ class Interactions:
             while idle:
                 interaction = idle.pop()
                 try:
-                    closing: Any = within(self._timeout, interaction.close)  # type: ignore[func-returns-value]
+                    closing: Any = within(self._timeout, interaction.close)
                     if inspect.isawaitable(closing):
                         self.loop.run(closing, self._timeout)
                 except (Exception, SystemExit) as error:  # the training is over, and its result stands

@@ -202,7 +202,7 @@ class EpisodePlayer:
             Episode(
                 start=c.start, group=i // group_size, samples=samples,
                 rewards=[*c.rewards[:-1], c.rewards[-1] + of_all], terminated=c.terminated, truncated=c.truncated,
-                states=c.states, messages=c.messages, metrics=c.metrics,
+                states=c.states, messages=c.messages, metrics=c.metrics, spoken=c.spoken,
             )
             for i, (c, samples, of_all) in enumerate(zip(running, sampled, totals, strict=True))
         ]  # fmt: skip

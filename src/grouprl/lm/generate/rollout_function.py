@@ -77,6 +77,7 @@ class RolloutPlayer:
                 start=replace(prompts[i // group_size], ids=tuple(s.prompt)), group=i // group_size, samples=[s],
                 rewards=[*[0.0] * (len(s.turns) - 1), returns[i]], terminated=s.finished[-1],
                 truncated=not s.finished[-1], states=[None] * len(s.turns), messages=_messages(rows[i], texts[i]),
+                spoken=[len(_messages(rows[i], texts[i])) - 1],
             )
             for i, s in enumerate(sampled)
         ]  # fmt: skip
