@@ -65,8 +65,9 @@ def make_rewards(functions: Any, config: GRPOConfig, interactions: Interactions 
     if weights is not None and len(weights) == len(own):
         weights = (*weights, *[1.0] * len(interactions.rewards))
     return RewardCaller(
-        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards
-    )
+        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards,
+        loop=interactions.loop,
+    )  # fmt: skip
 
 
 def read_starts(dataset: Any, name: str, *, needs_prompt: bool) -> PromptSource:
