@@ -1,6 +1,6 @@
 """Builds the documentation site from the pages that people also read in the repository.
 
-    python docs/website.py            # build/site/index.html and the rest; a warning is an error
+    python docs/website.py            # build/docs/site/index.html and the rest; a warning is an error
     python docs/website.py --serve    # build it, show it at http://localhost:8000
 
 A page has one source, which a reader of the repository and a reader of the site both see. Before the generator

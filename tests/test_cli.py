@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium
 import pytest
 import yaml
 
-from grouprl import cli
+from grouprl import GRPO, cli
 
 FAST = [
     "--set", "n_envs=4", "--set", "collect=segments", "--set", "n_steps=64", "--set", "epochs=1",
@@ -45,6 +46,7 @@ def test_train_says_where_the_run_is_and_what_to_type_next(tmp_path: Path, capsy
     assert f"run folder: {out}" in text.out
     for command in ("play", "evaluate", "plot"):
         assert f"grouprl {command} {out}" in text.out  # by name, or by path where it is not on the PATH
+    assert f"open {out / 'report.html'} in a browser" in text.out
     assert text.err == ""  # no progress bar where nobody watches
     assert not (out / "episode.mp4").exists()
 
@@ -64,6 +66,16 @@ def test_play_without_a_screen_writes_a_video(run: Path, tmp_path: Path, monkeyp
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert call("play", run, "--episodes", "1") == 0
     assert (run / "play.mp4").stat().st_size > 1000
+
+
+def test_play_fails_where_nothing_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    agent = GRPO(lambda: gymnasium.make("CartPole-v1"), n_envs=2)
+    assert call("play", agent.save(tmp_path / "own")) == 2
+    assert "which no file can hold" in capsys.readouterr().err
 
 
 def test_plot_draws_several_runs(run: Path, tmp_path: Path) -> None:
@@ -112,6 +124,7 @@ def test_numbers_without_a_dot_in_scientific_notation_are_numbers(tmp_path: Path
         (["train"], "say what to train on"),
         (["train", "CartPole-v9"], "CartPole-v9"),
         (["train", "CartPol-v1"], "CartPole-v1"),
+        (["train", "nth-word"], "'nth-word' trains a language model: "),
         (["train", "nowhere:Env-v0"], "cannot import the module"),
         (["train", "CartPole-v1", "--preset", "CartPole"], "did you mean CartPole-v1"),
         (["train", "CartPole-v1", "--set", "learning_rat=1"], "did you mean 'learning_rate'"),

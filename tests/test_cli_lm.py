@@ -177,6 +177,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: 
         (["tiny", "--set", "max_completion_length=64"], "leaves no room for a prompt"),
         (["nth-word", "--model", "nobody/no-such-model"], "nobody/no-such-model"),
         (["nth-word", "--set", "warm_start={steps: 1}"], "warm_start is for model: tiny"),
+        (["CartPole-v1"], "'CartPole-v1' is an environment: "),
         (["nowhere.yaml"], "no preset and no file 'nowhere.yaml'"),
     ],
 )

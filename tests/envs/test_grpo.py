@@ -674,6 +674,12 @@ class TestAnEstimatorOfOnesOwn:
         with pytest.raises(UsageError, match=r"asks for 'returns'; .* can ask for observations, values, states, gamma"):
             GRPO("CartPole-v1", preset=None, advantage_function=lambda r, n, g, returns: r, n_envs=2)
 
+    def test_it_may_take_its_tensors_together(self):
+        agent = GRPO("CartPole-v1", preset=None, advantage_function=lambda rewards, *others: rewards, n_envs=2)
+        assert agent.learn(100).num_timesteps >= 100
+        with pytest.raises(UsageError, match="asks for 'returns'"):
+            GRPO("CartPole-v1", preset=None, advantage_function=lambda *three, returns: returns, n_envs=2)
+
     def test_it_is_needed_to_train_on_and_not_to_act(self, tmp_path):
         agent = GRPO("CartPole-v1", preset=None, advantage_function=objective.leave_one_out, n_envs=2)
         path = agent.learn(100).save(tmp_path / "agent")

@@ -31,5 +31,6 @@ def episodes(truncated: Tensor | None = None) -> Samples:
         turns=Turns(
             spans=SPANS, contexts=CONTEXTS, episode=OF_EPISODE, rewards=torch.zeros(t).double(), advantages=advantages,
             finished=torch.ones(t).bool(), terminated=~cut, truncated=cut, messages=[[]] * 5, metrics=[{}] * 5,
+            spoken=[[]] * 5,
         ),
     )  # fmt: skip

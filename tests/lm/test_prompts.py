@@ -330,6 +330,10 @@ def test_a_prompt_may_fill_what_the_completion_leaves_and_no_more(tokenizer: Any
         UsageError, match=r"row 1 .* 4 tokens, but the model's context of 10 less .*=7 leaves 3; shorten"
     ):
         prepare_prompts(rows, tokenizer, context_length=10, max_completion_length=7)
+    assert len(prepare_prompts(rows, tokenizer, max_prompt_length=4)[1].ids) == 4
+    for context in (None, 10):
+        with pytest.raises(UsageError, match=r"row 1 .* 4 tokens, but max_prompt_length=3 leaves 3; shorten"):
+            prepare_prompts(rows, tokenizer, context_length=context, max_completion_length=5, max_prompt_length=3)
     with pytest.raises(UsageError, match="leaves no room for a prompt"):
         prepare_prompts(rows, tokenizer, context_length=10, max_completion_length=10)
 

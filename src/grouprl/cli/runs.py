@@ -180,10 +180,13 @@ def play(
     path = video or (run / "play.mp4" if run.is_dir() else run.with_name("play.mp4"))
     if video is None:
         print("there is no screen here, so this goes to a video file")
-    for note in watch.record_episodes(agent, path, episodes, seed, not sampled):
+    before = path.stat().st_mtime_ns if path.exists() else None
+    notes = watch.record_episodes(agent, path, episodes, seed, not sampled)
+    if not path.exists() or path.stat().st_mtime_ns == before:
+        raise UsageError("; ".join(notes))
+    for note in notes:
         print(f"note: {note}")
-    if path.exists():
-        print(f"wrote {path}")
+    print(f"wrote {path}")
 
 
 @app.command()

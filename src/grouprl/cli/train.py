@@ -92,11 +92,18 @@ def train(
     if not video:
         run["video"] = False
     folder = out or default_run_path("runs", preset if preset not in ("auto", "default") else env, seed or 0)
-    result = training.train(
-        env, folder, preset=preset, steps=steps, seed=seed, settings=settings, env_kwargs=env_kwargs, run=run,
-        overwrite=overwrite, progress_bar=False if quiet else None,
-        announce=_announce,
-    )  # fmt: skip
+    try:
+        result = training.train(
+            env, folder, preset=preset, steps=steps, seed=seed, settings=settings, env_kwargs=env_kwargs, run=run,
+            overwrite=overwrite, progress_bar=False if quiet else None,
+            announce=_announce,
+        )  # fmt: skip
+    except UsageError as error:
+        from grouprl.lm.run import recipe
+
+        if env in recipe.names() and env in str(error):
+            raise UsageError(f"{env!r} trains a language model: {command('grouprl')} train-lm {env}") from None
+        raise
     report(result)
 
 
@@ -174,6 +181,8 @@ def report(result: RunResult) -> None:
     print(f"run folder: {folder}")
     grouprl = command("grouprl")
     print(f"next:\n  {grouprl} play {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
+    if result.folder.report_page.exists():
+        print(f"  open {result.folder.report_page} in a browser: settings, curves, and what the doctor says")
     if result.folder.tensorboard_path.exists():
         print(f"  {command('tensorboard')} --logdir {folder.parent}")
     if result.agent.config.advantage == "baseline" and result.agent.env_id == "CartPole-v1":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grouprl.cli.common import app, assigned, command, count
+from grouprl.errors import UsageError
 
 if TYPE_CHECKING:
     from grouprl.lm.run.training import RunResult
@@ -65,7 +66,14 @@ def train_lm(
         settings["seed"] = seed
     if timeout is not None:
         settings["reward_timeout"] = timeout
-    loaded = recipes.load(recipe)
+    try:
+        loaded = recipes.load(recipe)
+    except UsageError:
+        import gymnasium
+
+        if recipe in gymnasium.registry:
+            raise UsageError(f"{recipe!r} is an environment: {command('grouprl')} train {recipe}") from None
+        raise
     changed = loaded.changed(settings)
     place = out or default_run_path("runs", changed.name, changed.config.get("seed", 42))
     said = f"training {changed.model} on {changed.subject}; the run folder is"
@@ -93,5 +101,7 @@ def report(result: RunResult) -> None:
     print(f"held-out accuracy, greedy: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after")
     print(f"run folder: {folder}")
     print(f"next:\n  {grouprl} chat {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
+    if result.folder.report_page.exists():
+        print(f"  open {result.folder.report_page} in a browser: settings, curves, and what the doctor says")
     if result.folder.transcripts_page.exists():
         print(f"  open {result.folder.transcripts_page} in a browser: what it wrote, and what it got for it")

@@ -204,6 +204,7 @@ def prepare_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     context_length: int | None = None,
     max_completion_length: int = 0,
+    max_prompt_length: int | None = None,
     name: str = "train_dataset",
 ) -> PromptSource:
     """The prompts of a Hugging Face Dataset or IterableDataset, a list of dicts, or any sequence or iterable of dicts.
@@ -211,8 +212,8 @@ def prepare_prompts(
     Messages go through the tokenizer's chat template with the given arguments, over which a row's own column
     ``chat_template_kwargs`` takes precedence; a column ``tools`` is handed to the template too. A last message of the
     assistant is continued, after any other one the assistant's turn is opened. Text gets the tokenizer's own special
-    tokens. Prompts are never cut: with `context_length` given, one longer than it less `max_completion_length` is an
-    error. Rows in memory are looked over at once.
+    tokens. Prompts are never cut: one longer than `max_prompt_length` is an error, and so is, with `context_length`
+    given, one longer than it less `max_completion_length`. Rows in memory are looked over at once.
 
     Raises UsageError if the dataset is none, is empty, has no column ``prompt``, or its first row cannot be used.
     """
@@ -220,7 +221,7 @@ def prepare_prompts(
     columns = getattr(rows, "column_names", None)
     if columns is not None and "prompt" not in columns:
         raise UsageError(no_prompt(name, columns))
-    room, bound = room_for_prompts(context_length, max_completion_length)
+    room, bound = room_for_prompts(context_length, max_completion_length, max_prompt_length)
     how = Tokenising(tokenizer, dict(chat_template_kwargs or {}), room, bound)
     source = PromptSource(rows, lambda row, index, name: read_row(row, index, how, name), name, streamed)
     source[0]
@@ -228,7 +229,9 @@ def prepare_prompts(
     return source
 
 
-def room_for_prompts(context_length: int | None, max_completion_length: int) -> tuple[int | None, str]:
+def room_for_prompts(
+    context_length: int | None, max_completion_length: int, max_prompt_length: int | None = None
+) -> tuple[int | None, str]:
     """The most tokens of a prompt, None for any number, and where that bound comes from, for a message.
 
     Raises UsageError if there is no room for any.
@@ -238,8 +241,10 @@ def room_for_prompts(context_length: int | None, max_completion_length: int) -> 
             f"max_completion_length={max_completion_length} leaves no room for a prompt in the model's context of "
             f"{context_length} tokens; lower max_completion_length"
         )
-    bound = f"the model's context of {context_length} less max_completion_length={max_completion_length}"
-    return None if context_length is None else context_length - max_completion_length, bound
+    room = None if context_length is None else context_length - max_completion_length
+    if max_prompt_length is not None and (room is None or max_prompt_length < room):
+        return max_prompt_length, f"max_prompt_length={max_prompt_length}"
+    return room, f"the model's context of {context_length} less max_completion_length={max_completion_length}"
 
 
 def prepare_starts(dataset: Any, *, needs_prompt: bool, name: str = "train_dataset") -> PromptSource:

@@ -77,7 +77,7 @@ def read_row(row: Any, index: int, how: Tokenising, name: str) -> Prompt:
     if how.max_tokens is not None and len(ids) > how.max_tokens:
         raise UsageError(
             f"{where} has a prompt of {len(ids)} tokens, but {how.max_tokens_is} leaves {how.max_tokens}; shorten or "
-            "filter the prompts, or lower max_completion_length"
+            "filter the prompts, or change that setting"
         )
     return Prompt(index, prompt, columns, tuple(ids), begun)
 

@@ -51,10 +51,10 @@ def asked_for(function: TensorFunction | None) -> dict[str, bool]:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some built-in functions have none
         return {}
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    first = sum(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters)
-    others = named if any(p.kind == p.VAR_POSITIONAL for p in parameters) else named[max(0, 3 - first) :]
-    return {p.name: p.default is p.empty for p in others}
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_name = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+    others = [p for p in by_place[3:] if p.kind == p.POSITIONAL_OR_KEYWORD]
+    return {p.name: p.default is p.empty for p in (*others, *by_name)}
 
 
 def check_asked(function: TensorFunction | None, offered: Collection[str]) -> None:

@@ -215,3 +215,10 @@ def test_a_prompt_that_is_too_long_names_the_row_and_the_bound() -> None:
         assert len(f.first(prompt, [], ROW, "a row", limited=False).ids) > 10
     with pytest.raises(UsageError, match="a row has the empty prompt"):
         f.first("", [], ROW, "a row")
+
+
+def test_calls_in_a_prompt_that_cannot_be_read_are_an_error_that_names_the_row() -> None:
+    made = ChatFormat(tokenizer(CHATML), {}, [tokenizer(CHATML).eos_token_id])
+    prompt = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "", "tool_calls": ["press"]}]
+    with pytest.raises(UsageError, match=r"row 3 .* has tool calls that cannot be read .*; give {'type': 'function'"):
+        made.first(prompt, [], Prompt(3, prompt, {}, ()), "row 3 of the dataset")

@@ -161,3 +161,66 @@ def test_the_models_tokens_are_never_tokenised_again() -> None:
     ids = torch.randint(0, 200, (20,)).tolist()
     reply = c.reply(Turn([*ids, TOKENIZER.eos_token_id], True))
     assert reply.ids == FORM.following([{"role": "user", "content": "More."}])
+
+
+def test_a_turn_of_its_own_shows_in_plain_text_what_the_model_said_with_its_calls() -> None:
+    class Calling(Scripted):
+        tools = ({"function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}},)
+
+    start = FORM.first("Go. ", Calling.tools, ROW, "row 0")
+    c = Conversation(Calling(Answer("12")), ROW, start, FORM, Rules(None, True, 5.0, 100))
+    reply = c.reply(turn("<tool_call>f(3)</tool_call>"))
+    assert TOKENIZER.decode(reply.ids).endswith("\n\nGo. <tool_call>f(3)</tool_call>12")
+
+
+def test_a_new_prompt_is_not_cut() -> None:
+    long = "word " * 100
+    reply = conversation(Answer(long, anew=True)).reply(turn("One."))
+    assert long in TOKENIZER.decode(reply.ids)
+
+
+@pytest.mark.parametrize("name", ["reward", "loss", "episodes/mean_turns", "a\nb", 3])
+def test_a_metric_that_would_take_the_place_of_another_is_refused(name) -> None:
+    with pytest.raises(TrainingError, match=r"turn 1 of an episode .* has a metric called .*; choose another name"):
+        conversation(Answer("More.", metrics={name: 1.0})).reply(turn("One."))
+
+
+def test_every_episode_has_the_metrics_that_are_counted() -> None:
+    class Counts(Scripted):
+        counted = ("won",)
+
+    made = Conversation(Counts(), ROW, FORM.first(ASKED, [], ROW, "row 0"), FORM, Rules(None, False, 5.0, 100, ("a",)))
+    assert made.metrics == {"a": 0.0, "won": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer("x", terminated="no"), r"terminated of turn 1 of an episode .* is 'no' \(str\); give True or False"),
+        (Answer("x", truncated=None), r"truncated of turn 1 of an episode .* is None \(NoneType\); give True or False"),
+        (Answer(None, anew=True), "turn 1 of an episode .* was answered anew without a message; give the whole new"),
+        (Answer("x", metrics=None), "turn 1 of an episode .* was answered with .*; answer must return an Answer, its"),
+        (
+            Answer([{"role": "user", "content": "x", "image": object()}]),
+            "turn 1 of an episode .* was answered with a message whose 'image' is .*; leave it out",
+        ),
+    ],
+)
+def test_what_an_answer_must_not_be_names_the_turn(answer: Answer, said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        conversation(answer).reply(turn("One."))
+
+
+def test_rewards_that_mean_nothing_are_not_learned_from() -> None:
+    c = conversation(Answer("More.", 5.0))
+    c.interaction.gives_rewards = False
+    c.reply(turn("One."))
+    assert c.rewards == [0.0]
+
+
+def test_where_the_model_spoke_is_known_whatever_roles_an_answer_has() -> None:
+    summary = [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "It began."}]
+    c = conversation(Answer(summary, 1.0, anew=True), Answer("End.", 2.0, terminated=True))
+    c.reply(turn("One."))
+    c.reply(turn("Two."))
+    assert [c.messages[place]["content"] for place in c.spoken] == ["One.", "Two."]

@@ -1,5 +1,7 @@
 """Calls as text: what is read as one, and what the model is told where something is none."""
 
+import json
+
 import pytest
 
 from grouprl.lm.agents.tool_calls import NotACallError, as_call, as_text, described, of_json, parse
@@ -92,3 +94,25 @@ def test_the_model_is_told_names_parameters_and_one_call() -> None:
 
 def test_arguments_of_a_response_template_are_made_plain() -> None:
     assert of_json({"name": "add", "arguments": {"a": 3, "b": 4}}) == THREE_AND_FOUR
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "f(x=b'1')", "f(x={1, 2})", "f(x=1j)", "f(x=...)", "f(x={(1, 2): 3})", "f(x=1e999)", f"f(x=0x{'f' * 5000})",
+        '{"name": "f", "arguments": {"x": NaN}}', '{"name": "f", "arguments": {"x": 1e999}}',
+    ],
+)  # fmt: skip
+def test_an_argument_that_cannot_be_saved_or_rendered_is_no_argument(body: str) -> None:
+    with pytest.raises(NotACallError, match=r"an argument cannot be used: .*; write text, numbers, lists and objects"):
+        parse(f"<tool_call>{body}</tool_call>", [])
+
+
+def test_arguments_become_what_json_knows() -> None:
+    _, (call,) = parse("<tool_call>f(x=(1, {2: None}), y='\\ud800')</tool_call>", [])
+    assert call["function"]["arguments"] == {"x": [1, {"2": None}], "y": "?"}
+    assert json.loads(json.dumps(call, ensure_ascii=False).encode()) == call
+
+
+def test_a_call_whose_arguments_are_json_text_is_shown_too() -> None:
+    assert as_text({"function": {"name": "f", "arguments": '{"x": 1}'}}) == '<tool_call>f({"x": 1})</tool_call>'

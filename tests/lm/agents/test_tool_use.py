@@ -3,13 +3,18 @@
 import asyncio
 import random
 import string
+import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
+from test_chat_format import CHATML, tokenizer
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.lm.agents.chat_format import ChatFormat
+from grouprl.lm.agents.conversation import Conversation, Rules
 from grouprl.lm.agents.interaction import Answer, Interaction, Said
 from grouprl.lm.agents.interactions import Interactions
 from grouprl.lm.agents.tool_calls import as_call
@@ -302,3 +307,134 @@ def test_the_reward_of_an_environment_may_be_asynchronous() -> None:
     judge = next(function for function in interactions.rewards if function.__name__ == "Judged")
     playing, _ = interactions.begin(row(environment="a"), 1, "row 0")
     assert asyncio.run(judge([object(), playing.environment])) == [None, 2.0]
+
+
+def test_methods_about_an_episode_may_be_asynchronous() -> None:
+    class Later(Counter):
+        async def is_done(self):
+            return self.count >= 3
+
+        async def get_turn_reward(self):
+            await asyncio.sleep(0)
+            return self.count / 10
+
+        async def close(self):
+            closed.append(self.count)
+
+    closed: list[int] = []
+    interactions = made(Later)
+    playing, _ = interactions.begin(row(), 1, "row 0")
+    first, second = (playing.answer(calling(("up", {"by": by}))) for by in (1, 2))
+    assert (first.reward, first.terminated, second.reward, second.terminated) == (0.1, False, 0.3, True)
+    interactions.give_back(row(), playing, broken=False)
+    interactions.close()
+    assert closed == [3]
+
+
+@pytest.mark.parametrize("value", [np.True_, np.array(True), 1])
+def test_an_environment_is_done_whatever_kind_of_true_it_says(value: Any) -> None:
+    playing, _ = made(Ends).begin(row(), 1, "row 0")
+    playing.environment.up = None
+    playing.environment.done = value
+    assert playing.answer(calling(("up_later", {"by": "x"}))).terminated
+
+
+def test_an_is_done_that_says_neither_is_an_error() -> None:
+    class Says(Counter):
+        def is_done(self): ...
+
+    playing, _ = made(Says).begin(row(), 1, "row 0")
+    with pytest.raises(TrainingError, match=r"is_done of the environment Says returned None.*; return True or False"):
+        playing.answer(calling(("up", {"by": 1})))
+
+
+@pytest.mark.parametrize("method", ["is_done", "get_turn_reward"])
+def test_an_environment_that_hangs_when_it_is_asked_is_replaced(method: str, caplog) -> None:
+    class Hangs(Counter):
+        pass
+
+    over = threading.Event()
+    setattr(Hangs, method, lambda self: over.wait(60))
+    playing, _ = made(Hangs, timeout=0.1).begin(row(), 1, "row 0")
+    answer = playing.answer(calling(("up", {"by": 1})))
+    over.set()
+    assert (answer.terminated, answer.truncated, answer.reward, playing.broken) == (False, True, 0.0, True)
+    assert f"the environment Hangs is replaced by a new one: its {method} had not returned after 0.1 s" in caplog.text
+
+
+def test_a_close_that_hangs_does_not_hold_up_the_end(caplog) -> None:
+    class Hangs(Counter):
+        def close(self):
+            over.wait(60)
+
+    over = threading.Event()
+    interactions = made(Hangs, timeout=0.1)
+    interactions.close()
+    over.set()
+    assert "could not be closed: TimeoutError" in caplog.text
+
+
+def test_a_seed_of_the_dataset_wins_of_whatever_kind_of_integer() -> None:
+    class Draws(Counter):
+        def reset(self, **row):
+            self.drawn = random.random()
+
+    interactions = made(Draws)
+    one, two = (interactions.begin(row(seed=seed), 5, "row 0")[0] for seed in (3, np.int64(3)))
+    assert one.environment.drawn == two.environment.drawn
+
+
+def test_an_interaction_that_lacks_something_is_refused() -> None:
+    class Bare:
+        def begin(self, row, seed): ...
+
+        def answer(self, said): ...
+
+    with pytest.raises(UsageError, match=r"Bare has begin and answer, but no tools and .*; derive its class from"):
+        made(Bare)
+
+
+def test_messages_of_a_beginning_are_lists_whatever_they_were() -> None:
+    class Tuples(Interaction):
+        def begin(self, row, seed):
+            return tuple(given)
+
+    given: list[Any] = [{"role": "user", "content": "Go."}]
+    assert made(Tuples).begin(row(), 1, "row 0")[1] == given
+    given = ["Go."]
+    with pytest.raises(TrainingError, match=r"began row 0 with \('Go.',\) of type tuple; give text or messages"):
+        made(Tuples).begin(row(), 1, "row 0")
+
+
+@pytest.mark.parametrize("method", ["reset", "is_done", "get_turn_reward"])
+def test_an_environment_that_exits_does_not_end_the_program_unsaid(method: str) -> None:
+    class Exits(Counter):
+        pass
+
+    setattr(Exits, method, lambda self, **row: sys.exit(3))
+    interactions = made(Exits)
+    if method == "reset":
+        with pytest.raises(TrainingError, match=r"Exits raised SystemExit: 3 when it began row 0; see its reset"):
+            interactions.begin(row(), 1, "row 0")
+        return
+    form = ChatFormat(tokenizer(CHATML), {}, [tokenizer(CHATML).eos_token_id])
+    playing, prompt = interactions.begin(row(), 1, "row 0")
+    c = Conversation(playing, row(), form.first(prompt, [], row(), "row 0"), form, Rules(None, False, 5.0, 100))
+    with pytest.raises(TrainingError, match=r"Exits raised SystemExit: 3 in turn 1 of an episode"):
+        c._answer(calling(("up", {"by": 1})))
+
+
+def test_a_factory_that_exits_is_an_error() -> None:
+    with pytest.raises(UsageError, match=r"environment_factory raised SystemExit: 3"):
+        made(lambda: sys.exit(3))
+
+
+def test_a_reward_that_is_none_is_said_with_its_turn() -> None:
+    class Forgets(Counter):
+        def get_turn_reward(self):
+            return None if self.count == 3 else 0.0
+
+    playing, _ = made(Forgets).begin(row(), 1, "row 0")
+    playing.answer(calling(("up", {"by": 1})))
+    with pytest.raises(TrainingError, match=r"get_turn_reward of the environment Forgets gave turn 2 is None"):
+        playing.answer(calling(("up", {"by": 2})))

@@ -89,7 +89,7 @@ def test_a_state_of_the_users_takes_the_place_of_what_was_read() -> None:
     found = turn_advantages([one, other], config(advantage="gigpo", scale_rewards="none"))
     assert found.tolist() == [0.5, 1.0, -1.0, -0.5]
     broken = episode(0, [0.0], sampled(1), states=[{"board": [1]}])
-    with pytest.raises(UsageError, match=r"the state of turn 0 is {'board': \[1\]}, which cannot be told from others"):
+    with pytest.raises(UsageError, match=r"the state of turn 1 is {'board': \[1\]}, which cannot be told from others"):
         turn_advantages([broken, broken], config(advantage="gigpo"))
 
 

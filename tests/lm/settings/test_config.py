@@ -1,5 +1,6 @@
 import copy
 import inspect
+import logging
 import math
 import pickle
 from decimal import Decimal
@@ -215,10 +216,8 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
     ("name", "value", "advice"),
     [
         ("use_vllm", True, "use_vllm=True: the sampler is built in; leave it out"),
-        ("use_liger_kernel", True, "leave it out"),
         ("fp16", True, "set bf16=True"),
-        ("optim", "adamw_8bit", "pass optimizers="),
-        ("max_prompt_length", 256, "prompts are never cut"),
+        ("optim", "adafactor", "pass optimizers="),
         ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),
         ("top_entropy_quantile", 0.2, "all tokens are learned from"),
         ("deepspeed", "zero3.json", "each process holds the whole model; start several by torchrun"),
@@ -229,6 +228,48 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
 def test_a_foreign_option_at_another_value_is_refused_with_what_to_do(name: str, value: Any, advice: str) -> None:
     with pytest.raises(UsageError, match=advice):
         GRPOConfig(**{name: value})
+
+
+def test_a_start_says_all_that_it_refuses_each_on_its_line() -> None:
+    with pytest.raises(UsageError) as refusal:
+        GRPOConfig(
+            use_vllm=True, fp16=True, learning_rat=1, lr=2, model=3, warmup_ratio=0.1, warmup_steps=5, temperature=-1,
+            generation_kwargs={"num_beams": 4, "stop": "x"}, logging_dir="logs",
+        )  # fmt: skip
+    first, *others = str(refusal.value).splitlines()
+    assert first == "these cannot stay as they are:"
+    assert [line.split()[0].split("=")[0].strip("'") for line in others] == [
+        "generation_kwargs", "generation_kwargs", "use_vllm", "fp16", "unknown", "lr", "model", "warmup_steps",
+        "temperature",
+    ]  # fmt: skip
+    with pytest.raises(UsageError) as refusal:  # what does not go together is said beside them
+        GRPOConfig(use_vllm=True, num_generations=8, prompts_per_step=2, per_device_train_batch_size=3)
+    assert [line.split("=")[0].strip() for line in str(refusal.value).splitlines()[1:]] == [
+        "use_vllm", "prompts_per_step",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"(?s)no argument 'modl'.*quantization_config: weights"):
+        check_arguments({"modl": 1, "quantization_config": "4 bits"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("logging_dir", "logs", "everything that a run leaves is in output_dir"),
+        ("use_liger_kernel", True, "log-probabilities never hold"),
+        ("optim", "adamw_8bit", "torch's AdamW trains"),
+        ("optim", "paged_adamw_8bit", "torch's AdamW trains"),
+        ("torch_compile", True, "compiled"),
+        ("pad_to_multiple_of", 8, "without padding"),
+    ],
+)
+def test_what_says_only_where_or_how_fast_is_left_out_with_a_warning(
+    name: str, value: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        assert GRPOConfig(**{name: value}) == GRPOConfig()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{name}={value!r} is left out: ")
+    assert why in said
 
 
 def test_options_that_could_change_no_number_are_accepted_at_any_value() -> None:

@@ -1,5 +1,6 @@
 """Training of agents, from the arguments of a trainer to its logs, evaluations and checkpoints."""
 
+import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from small_runs import TIMES, logged, same, weights
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.agents.interaction import Answer, Interaction
+from grouprl.lm.train.transcripts import transcripts_of
 
 ROWS = [{"prompt": ASKED, "right": right} for right in ("a", "b", "a", "b")]
 
@@ -399,6 +401,12 @@ def test_log_probabilities_that_a_rollout_function_does_not_give_are_computed(tm
         ({"completion_ids": [[]] * 8}, r"completion_ids of completion 0 of rollout_func is \[\]; give a list of token"),
         ({"logprobs": [[0.0]] * 8}, "logprobs of completion 0 of rollout_func has 1 entries for 5 tokens"),
         ({"env_mask": [[0] * 5] * 8}, "env_mask of completion 0 of rollout_func has 5 entries, 0 of them not 0"),
+        (
+            {"completion_ids": [[1, 2, 3, 4, 99]] * 8},
+            r"completion 0 .* has the token 99; .* 0 to 1",
+        ),
+        ({"logprobs": [[0.0, "x", 0.0, 0.0, 0.0]] * 8}, "logprobs of completion 0 of rollout_func has 'x' for token 1"),
+        ({"logprobs": [[float("-inf")] * 5] * 8}, "logprobs of completion 0 .* has -inf for token 0; give a finite"),
     ],
 )
 def test_what_a_rollout_function_returns_is_checked(tmp_path: Path, changed: dict, said: str) -> None:
@@ -414,3 +422,54 @@ def test_what_a_rollout_function_cannot_go_with_is_refused(tmp_path: Path) -> No
         trainer(tmp_path, rollout_func=rollout, tools=[press], reward_funcs=won, train_dataset=ROWS)
     with pytest.raises(UsageError, match="rollout_func is 3; give a function"):
         trainer(tmp_path, rollout_func=3, reward_funcs=won, train_dataset=ROWS)
+
+
+def test_what_is_asynchronous_runs_in_one_loop_from_the_start_to_the_reward(tmp_path: Path) -> None:
+    class Client(Buttons):
+        async def reset(self, seed: int = 0, **row: Any) -> str:
+            self.loop = asyncio.get_running_loop()
+            return super().reset(seed, **row)
+
+        async def get_reward(self) -> float:
+            return float(asyncio.get_running_loop() is self.loop)
+
+    made = trainer(tmp_path, {"max_steps": 1}, environment_factory=Client)
+    made.train()
+    assert logged(made)[-1]["reward"] == 1.0
+
+
+class Summary(Interaction):
+    """Puts a summary in the place of the conversation, in the words of the model."""
+
+    def begin(self, row, seed):
+        self.turns = 0
+        return ASKED
+
+    def answer(self, said):
+        self.turns += 1
+        messages = [*ASKED, {"role": "assistant", "content": "no"}, {"role": "user", "content": "go"}]
+        return Answer(messages, float(self.turns), anew=True, terminated=self.turns == 3)
+
+    def close(self):
+        pass
+
+
+def test_transcripts_show_rewards_beside_the_turns_that_had_them(tmp_path: Path) -> None:
+    made = trainer(tmp_path, {"max_steps": 1, "advantage": "timestep"}, environment_factory=Summary)
+    made.train()
+    (first, *_) = transcripts_of(made.last_samples, ["environment"], 1, 1)
+    assert [said.get("reward") for said in first.turns if said["role"] == "assistant"] == [
+        1.0,
+        None,
+        2.0,
+        None,
+        3.0,
+        None,
+    ]
+    played = trainer(
+        tmp_path / "other", {"max_steps": 1}, rollout_func=rollout, reward_funcs=won, train_dataset=ROWS
+    )  # fmt: skip
+    played.train()
+    shown = list(transcripts_of(played.last_samples, ["won"], 1, 8))
+    assert [[said["reward"] for said in one.turns] for one in shown] == [[one.reward] for one in shown]
+    assert {one.reward for one in shown} == {0.0, 1.0}

@@ -11,11 +11,14 @@ import torch
 from grouprl.lm.train.groups import describe_groups
 
 
-def samples(completions: list[list[int]], group: list[int], returns: list[float]) -> Any:
+def samples(
+    completions: list[list[int]], group: list[int], returns: list[float], episode: list[int] | None = None
+) -> Any:
     lengths = torch.tensor([len(c) for c in completions])
     return SimpleNamespace(
-        completions=completions, group=torch.tensor(group), returns=torch.tensor(returns), lengths=lengths
-    )
+        completions=completions, group=torch.tensor(group), returns=torch.tensor(returns), lengths=lengths,
+        episode=torch.tensor(list(range(len(group))) if episode is None else episode),
+    )  # fmt: skip
 
 
 def test_copies_count_within_their_group_only() -> None:
@@ -29,3 +32,11 @@ def test_a_reward_that_is_the_length_has_correlation_1_whatever_the_prompt_is_wo
     # Between groups the shorter have more, which does not count.
     made = samples([[0], [0], [0] * 5, [0] * 5], [0, 0, 1, 1], [9.0, 9.0, 1.0, 1.0])
     assert "length_reward_correlation" not in describe_groups(made)
+
+
+def test_an_episode_of_several_samples_counts_as_one_completion() -> None:
+    # Of three episodes none is a copy, although their turns are; the reward is their length.
+    made = samples([[1], [1], [1], [1], [1], [1, 1]], [0] * 6, [1.0, 2.0, 2.0, 4.0, 4.0, 4.0], [0, 1, 1, 2, 2, 2])
+    found = describe_groups(made)
+    assert found["frac_duplicates"] == 0.0
+    assert found["length_reward_correlation"] == pytest.approx(1.0)

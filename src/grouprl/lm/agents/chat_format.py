@@ -85,7 +85,13 @@ class ChatFormat:
             ids = self._begin_ids() + self._text_ids(text)
             self._check_length(len(ids), prompt, where, limited)
             return Prompt(row.index, prompt, row.columns, tuple(ids))
-        messages = self._as_model_reads([*prompt])
+        try:
+            messages = self._as_model_reads([*prompt])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{where} has tool calls that cannot be read ({type(error).__name__}: {first_line(error)}); give "
+                "{'type': 'function', 'function': {'name': ..., 'arguments': {...}}} for each"
+            ) from None
         if schemas and self.knows_tools:
             columns["tools"] = list(schemas)
         elif schemas:
@@ -167,7 +173,7 @@ class ChatFormat:
         if limited and self._how.max_tokens is not None and n > self._how.max_tokens:
             raise UsageError(
                 f"{where} has a prompt of {n} tokens, but {self._how.max_tokens_is} leaves {self._how.max_tokens}; "
-                "shorten it, or lower max_completion_length"
+                "shorten it, or change that setting"
             )
 
     def _render(self, messages: Sequence[Message], *, opened: bool, tools: Sequence[Schema] = ()) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import threading
@@ -9,12 +10,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grouprl.errors import GrouprlError, TrainingError, shown
+from grouprl.errors import GrouprlError, TrainingError, shown, with_type
 from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
 from grouprl.lm.agents.tool_use import describe_error, reward_of
 from grouprl.lm.agents.tools import bounded
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.call import is_own_metric
+from grouprl.lm.rewards.returned import plain_float
 from grouprl.lm.sample.turns import Partner, Reply, Turn
 from grouprl.runs.time_limit import within
 
@@ -50,6 +53,7 @@ class Conversation:
 
     Attributes:
         interaction, row, start: as given. messages: the whole conversation, the prompt first.
+        spoken: where among them each turn of the model is.
         rewards, states: of each turn. terminated, truncated: how it ended.
         metrics: sums over its turns. late: whether an answer took too long.
     """
@@ -64,10 +68,11 @@ class Conversation:
         self._opening: list[Message] = [{"role": "user", "content": opening}] if self._is_text else list(opening)  # type: ignore[arg-type]
         self._schemas = list(interaction.tools)
         self.messages: list[Message] = list(self._opening)
+        self.spoken: list[int] = []
         self.rewards: list[float] = []
         self.states: list[Hashable | None] = []
         self.terminated = self.truncated = False
-        self.metrics: dict[str, float] = dict.fromkeys(rules.counted, 0.0)
+        self.metrics: dict[str, float] = dict.fromkeys((*rules.counted, *getattr(interaction, "counted", ())), 0.0)
         self.late = False
         self._newest = 0
 
@@ -95,14 +100,18 @@ class Conversation:
         """
         text = self._form.text(turn.ids, turn.finished)
         message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.finished))
-        self.messages.append({"role": "assistant", "content": text} if self._is_text else message)
+        spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
+        self.spoken.append(len(self.messages))
+        self.messages.append(spoken)
         answer = self._answer(Said(text, turn.finished, message, fault))
-        self.rewards.append(reward_of(answer.reward, f"the reward of turn {len(self.rewards) + 1} of {self.name}"))
+        reward = reward_of(answer.reward, f"the reward of turn {len(self.rewards) + 1} of {self.name}")
+        self.rewards.append(reward if self.interaction.gives_rewards else 0.0)
         self.states.append(answer.state)
         for name, value in answer.metrics.items():
             self.metrics[name] = self.metrics.get(name, 0.0) + self._metric(name, value)
-        said = self._messages(answer.messages)
-        self.terminated = answer.terminated
+        said = self._messages(answer.messages, whole=answer.anew)
+        self._check_end(answer, said)
+        self.terminated = bool(answer.terminated)
         over = answer.terminated or answer.truncated
         anew = answer.anew or self._rules.anew
         most = self._rules.turns or (MOST_TURNS if anew else None)
@@ -114,7 +123,7 @@ class Conversation:
             return _OVER
         if not anew:
             return Reply(self._form.following(self._as_given(said), finished=turn.finished))
-        prompt = self._as_given(said if answer.anew else [*self._opening, message, *said])
+        prompt = self._as_given(said if answer.anew else [*self._opening, spoken, *said])
         where = f"the prompt after {self._turn()}"
         return Reply(self._form.first(prompt, self._schemas, self.start, where, limited=False).ids, anew=True)
 
@@ -140,10 +149,12 @@ class Conversation:
             self.late = True
             _log.warning("%s had not answered after %g seconds; it is replaced by a new one", self.name, seconds)
             return Answer(truncated=True, metrics={"environment/timeouts": 1.0})
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an environment that exits is no end of the program
             raise self._failed(error) from error
-        if not isinstance(answer, Answer):
-            raise TrainingError(f"{self._turn()} was answered with {shown(answer)}; answer must return an Answer")
+        if not isinstance(answer, Answer) or not isinstance(answer.metrics, Mapping):
+            raise TrainingError(
+                f"{self._turn()} was answered with {shown(answer)}; answer must return an Answer, its metrics a dict"
+            )
         return answer
 
     def _failed(self, error: BaseException) -> TrainingError:
@@ -151,6 +162,13 @@ class Conversation:
             f"{self.name} raised {describe_error(error)} in turn {len(self.rewards) + 1} of an episode; let it say in "
             "its answer what is wrong, for the model to read, and end the episode if it must"
         )
+
+    def _check_end(self, answer: Answer, said: Sequence[Message]) -> None:
+        for name, given in (("terminated", answer.terminated), ("truncated", answer.truncated)):
+            if plain_float(given) not in (0.0, 1.0):
+                raise TrainingError(f"{name} of {self._turn()} is {with_type(given)}; give True or False")
+        if answer.anew and not said and not answer.terminated and not answer.truncated:
+            raise TrainingError(f"{self._turn()} was answered anew without a message; give the whole new prompt")
 
     def _turn(self) -> str:
         """The turn that was taken last, for messages."""
@@ -161,12 +179,17 @@ class Conversation:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
+        if is_own_metric(name) and not str(name).startswith(("tools/", "environment/")):
+            raise TrainingError(
+                f"{self._turn()} has a metric called {shown(name)}, which is no name or that of a number that grouprl "
+                "logs itself; choose another name"
+            )
         if not math.isfinite(number):
             raise TrainingError(f"the metric {name!r} of {self._turn()} is {shown(value)}; give a finite number")
         return number
 
-    def _messages(self, given: Any) -> list[Message]:
-        """What the interaction said, as messages of bounded length."""
+    def _messages(self, given: Any, *, whole: bool) -> list[Message]:
+        """What the interaction said, as messages of bounded length; a ``whole`` new prompt is of any length."""
         if given is None:
             return []
         if isinstance(given, str):
@@ -180,8 +203,22 @@ class Conversation:
             content = message.get("content", "")
             if not isinstance(content, str):
                 raise self._not_text(content)
-            messages.append({**message, "content": bounded(content, self._rules.most)})
+            self._check_plain(message)
+            messages.append({**message, "content": bounded(content, len(content) if whole else self._rules.most)})
         return messages
+
+    def _check_plain(self, message: Message) -> None:
+        """What a message has beside its text goes into checkpoints, and must be what JSON can hold."""
+        for name, value in message.items():
+            if name in ("role", "content"):
+                continue
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError, RecursionError):
+                raise TrainingError(
+                    f"{self._turn()} was answered with a message whose {name!r} is {with_type(value)}; leave it "
+                    "out, or give text, numbers, lists and dicts"
+                ) from None
 
     def _not_text(self, given: Any) -> TrainingError:
         return TrainingError(

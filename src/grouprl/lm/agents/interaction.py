@@ -60,11 +60,14 @@ class Interaction(Protocol):
         gives_rewards: whether the rewards of its answers mean anything.
         keeps_time: whether it limits the time of what it calls itself. If not, an answer that takes too long ends the
             episode, and another object takes its place.
+        counted: the metrics that every episode has: 0, plus what its answers say. A metric that is in few answers needs
+            this, because its mean over several steps leaves out the steps that do not have it.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
     gives_rewards: bool = True
     keeps_time: bool = False
+    counted: Sequence[str] = ()
 
     def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
         """Start an episode. Returns the first prompt, messages or text.

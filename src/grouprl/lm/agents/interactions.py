@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import numbers
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ _log = logging.getLogger("grouprl")
 
 Factory = Callable[[], Any]
 ENVIRONMENT_COLUMN, SEED_COLUMN = "environment", "seed"
+_NEEDED = ("tools", "gives_rewards", "keeps_time", "close")
 
 
 class Interactions:
@@ -39,6 +41,7 @@ class Interactions:
         rewards: a reward function for each class of environments that has ``get_reward``.
         gives_rewards: whether one of the environments gives rewards for turns.
         has_tools: whether there is any tool.
+        loop: where what is asynchronous runs, so that clients which belong to a loop keep theirs.
 
     Raises:
         UsageError: something that was given cannot be used.
@@ -51,7 +54,7 @@ class Interactions:
         self._functions = _checked_tools(tools)
         self._schemas = [schema_of(function) for function in self._functions]
         self._limits, self._timeout = limits, timeout
-        self._loop = EventLoop()
+        self.loop = EventLoop()
         self.several = isinstance(factory, Mapping)
         self._factories: dict[str | None, Factory | None] = (
             {str(name): make for name, make in factory.items()} if isinstance(factory, Mapping) else {None: factory}
@@ -88,9 +91,9 @@ class Interactions:
         """
         name = self._name(row, where)
         columns = dict(row.columns) if not row.prompt else {"prompt": row.prompt, **row.columns}
-        given = row.columns.get(SEED_COLUMN)
-        if isinstance(given, int) and not isinstance(given, bool):
-            seed = given
+        given: Any = row.columns.get(SEED_COLUMN)
+        is_number = isinstance(given, numbers.Integral)  # NumPy's are among them
+        seed = int(given) if is_number and given is not True and given is not False else seed
         for attempt in range(2):
             interaction = self._idle[name].pop() if self._idle[name] else self._make(name)
             try:
@@ -106,14 +109,15 @@ class Interactions:
                     raise TrainingError(f"{said}, and neither had another one; raise tool_timeout") from None
                 _log.warning("%s; it is replaced by a new one", said)
                 continue
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # an environment that exits is no end of the program
                 raise _cannot_begin(interaction, where, error) from error
-            if not isinstance(prompt, str | list | tuple):
+            is_messages = isinstance(prompt, list | tuple) and all(isinstance(part, Mapping) for part in prompt)
+            if not isinstance(prompt, str) and not is_messages:
                 raise TrainingError(
                     f"{name_of(interaction)} began {where} with {shown(prompt)} of type {type(prompt).__name__}; give "
-                    "text or messages"
+                    "text or messages, such as {'role': 'user', 'content': '...'}"
                 )
-            return interaction, prompt
+            return interaction, prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
         raise AssertionError
 
     def give_back(self, row: Prompt, interaction: Interaction, *, broken: bool) -> None:
@@ -127,10 +131,12 @@ class Interactions:
             while idle:
                 interaction = idle.pop()
                 try:
-                    interaction.close()
-                except Exception as error:  # the training is over, and its result stands
+                    closing: Any = within(self._timeout, interaction.close)
+                    if inspect.isawaitable(closing):
+                        self.loop.run(closing, self._timeout)
+                except (Exception, SystemExit) as error:  # the training is over, and its result stands
                     _log.warning("%s could not be closed: %s", name_of(interaction), describe_error(error))
-        self._loop.close()
+        self.loop.close()
 
     def _name(self, row: Prompt, where: str) -> str | None:
         if not self.several:
@@ -146,7 +152,7 @@ class Interactions:
     def _make(self, name: str | None) -> Interaction:
         factory = self._factories[name]
         if factory is None:
-            return ToolUse(self._functions, self._schemas, self._limits, self._loop)
+            return ToolUse(self._functions, self._schemas, self._limits, self.loop)
         if not callable(factory):
             raise UsageError(
                 f"environment_factory{'' if name is None else f'[{name!r}]'} is {shown(factory)}, which cannot be "
@@ -156,7 +162,7 @@ class Interactions:
             made = factory()
         except GrouprlError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(
                 f"environment_factory{'' if name is None else f'[{name!r}]'} raised {describe_error(error)}; it is "
                 "called without arguments and returns an environment"
@@ -167,12 +173,18 @@ class Interactions:
                     f"tools are given beside {name_of(made)}, which answers turns itself; leave tools out, or let the "
                     "environment call them"
                 )
+            lacking = [what for what in _NEEDED if not hasattr(made, what)]
+            if lacking:
+                raise UsageError(
+                    f"{name_of(made)} has begin and answer, but no {' and no '.join(lacking)}; derive its class from "
+                    "grouprl.lm.agents.interaction.Interaction, and define what is missing"
+                )
             return made  # type: ignore[no-any-return]
         kind = self._kinds.get(type(made))
         if kind is None:
             kind = self._kinds[type(made)] = kind_of(made)
         return ToolUse(
-            self._functions, self._schemas, self._limits, self._loop, made, kind, all_columns=not self.several
+            self._functions, self._schemas, self._limits, self.loop, made, kind, all_columns=not self.several
         )
 
 
@@ -181,7 +193,7 @@ def name_of(interaction: Any) -> str:
     return str(getattr(interaction, "name", f"the environment {type(interaction).__name__}"))
 
 
-def _cannot_begin(interaction: Interaction, where: str, error: Exception) -> TrainingError:
+def _cannot_begin(interaction: Interaction, where: str, error: BaseException) -> TrainingError:
     return TrainingError(f"{name_of(interaction)} raised {describe_error(error)} when it began {where}; see its reset")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,8 +53,9 @@ def described(schemas: Sequence[Schema]) -> str:
 def as_text(call: Mapping[str, Any]) -> str:
     """A call as the model writes it."""
     function = call["function"]
-    arguments = ", ".join(f"{name}={value!r}" for name, value in function["arguments"].items())
-    return f"<tool_call>{function['name']}({arguments})</tool_call>"
+    given = function.get("arguments") or {}
+    said = ", ".join(f"{name}={value!r}" for name, value in given.items()) if isinstance(given, Mapping) else str(given)
+    return f"<tool_call>{function['name']}({said})</tool_call>"
 
 
 def response(content: str) -> str:
@@ -75,8 +77,42 @@ def parse(text: str, schemas: Sequence[Schema]) -> tuple[str, list[dict[str, Any
 
 
 def as_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A call as chat templates know it."""
-    return {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+    """A call as chat templates know it: its arguments are what JSON can hold, so that it can be rendered and saved.
+
+    Raises:
+        NotACallError: JSON cannot hold one of the arguments.
+    """
+    try:
+        return {"type": "function", "function": {"name": _utf8(name), "arguments": _plain(arguments)}}
+    except RecursionError:
+        raise NotACallError(f"the arguments of {shown(name)} are nested too deeply; write simpler ones") from None
+
+
+_LARGEST_NUMBER = 1024
+"""Bits of the largest whole number: no float is larger."""
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it, tuples as lists and names as text."""
+    if isinstance(value, str):
+        return _utf8(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and value.bit_length() <= _LARGEST_NUMBER:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str | int | float | None) for key in value):
+        return {_utf8(str(key)): _plain(part) for key, part in value.items()}
+    what = "that number is too large" if isinstance(value, int | float) else f"it is a {type(value).__name__}"
+    raise NotACallError(f"an argument cannot be used: {what}; write text, numbers, lists and objects as in JSON")
+
+
+def _utf8(text: str) -> str:
+    """Text that can be written down: halves of characters, as JSON may spell them, become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _read(body: str, schemas: Sequence[Schema]) -> list[dict[str, Any]]:
@@ -110,7 +146,7 @@ def of_json(entry: Any) -> dict[str, Any]:
             arguments = None
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise NotACallError(f"the call {shown(entry)} has no name with arguments")
-    return as_call(name, {str(key): value for key, value in arguments.items()})
+    return as_call(name, arguments)
 
 
 def _by_name(name: str, positional: Sequence[Any], schemas: Sequence[Schema]) -> dict[str, Any]:

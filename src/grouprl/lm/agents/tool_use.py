@@ -13,17 +13,18 @@ import logging
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grouprl.errors import TrainingError, UsageError, first_line, shown
+from grouprl.errors import TrainingError, UsageError, first_line, shown, with_type
 from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
 from grouprl.lm.agents.tool_calls import Schema
 from grouprl.lm.agents.tools import Function, Tools, schema_of
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.objective.groups import LARGEST_RETURN
+from grouprl.runs.time_limit import within
 
 _log = logging.getLogger("grouprl")
 
@@ -124,7 +125,7 @@ class ToolUse(Interaction):
         self._tools = Tools([*functions, *methods], limits.timeout, limits.most, loop, self.tools)
         self.gives_rewards = callable(getattr(environment, "get_turn_reward", None))
         self.broken = False
-        self._turns = 0
+        self._turns = self._calling = 0
 
     @property
     def name(self) -> str:
@@ -133,7 +134,7 @@ class ToolUse(Interaction):
 
     def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
         """The prompt of the row, with what ``reset`` returns added to its last message."""
-        self._turns = 0
+        self._turns = self._calling = 0
         prompt: Any = row.get("prompt") or [{"role": "user", "content": ""}]
         if self.environment is None:
             return list(prompt) if not isinstance(prompt, str) else prompt
@@ -141,14 +142,15 @@ class ToolUse(Interaction):
 
     def answer(self, said: Said) -> Answer:
         """Call the tools that the turn asks for."""
+        self._turns += 1
         calls = said.message.get("tool_calls") or []
         if not calls and said.fault is None:
             # A turn that was cut off may have been about to call a tool.
             return self._judged(Answer(terminated=said.finished, truncated=not said.finished))
         limit = self._limits.iterations
-        if limit is not None and self._turns >= limit:
+        if limit is not None and self._calling >= limit:
             return self._judged(Answer(truncated=True))
-        self._turns += 1
+        self._calling += 1
         if said.fault is not None:
             content = str({"error": said.fault})
             counts = {"tools/calls": 1.0, "tools/failures": 1.0, "tools/parse_failures": 1.0}
@@ -167,11 +169,10 @@ class ToolUse(Interaction):
         done = not self.broken and self._done()
         return self._judged(Answer(messages, terminated=done, truncated=self.broken, metrics=counts))
 
-    def close(self) -> None:
-        """Call the environment's own ``close``, if it has one."""
+    def close(self) -> Any:
+        """Call the environment's own ``close``, if it has one. Returns what that returns, which may be awaitable."""
         close = getattr(self.environment, "close", None)
-        if callable(close) and not self.broken:
-            close()
+        return close() if callable(close) and not self.broken else None
 
     def _reset(self, row: Mapping[str, Any], seed: int) -> Any:
         reset = self.environment.reset
@@ -217,21 +218,39 @@ class ToolUse(Interaction):
     def _done(self) -> bool:
         if self.environment is None:
             return False
-        asked = getattr(self.environment, "is_done", None)
-        if callable(asked):
-            return bool(asked())
-        done = getattr(self.environment, "done", False)
-        return isinstance(done, bool) and done
+        if callable(getattr(self.environment, "is_done", None)):
+            said = self._ask("is_done", False)
+            if plain_float(said) not in (0.0, 1.0):
+                raise TrainingError(
+                    f"is_done of {self.name} returned {with_type(said)} after turn {self._turns}; return True or False"
+                )
+            return bool(said)
+        done = getattr(self.environment, "done", False)  # of any type where it means something else
+        return not callable(done) and plain_float(done) == 1.0
 
     def _judged(self, answer: Answer) -> Answer:
-        """With the reward of the turn, if the environment has one."""
-        if not self.gives_rewards or self.broken:
-            return answer
-        given = self.environment.get_turn_reward()
-        return Answer(
-            answer.messages, reward_of(given, f"get_turn_reward of {self.name}"), answer.terminated, answer.truncated,
-            metrics=answer.metrics,
-        )  # fmt: skip
+        """With the reward of the turn, if the environment has one; without an end of its own if it hangs."""
+        reward = 0.0
+        if self.gives_rewards and not self.broken:
+            reward = reward_of(
+                self._ask("get_turn_reward", 0.0), f"what get_turn_reward of {self.name} gave turn {self._turns}"
+            )
+        if not self.broken:
+            return replace(answer, reward=reward)
+        return replace(answer, terminated=False, truncated=True)
+
+    def _ask(self, method: str, late: Any) -> Any:
+        """What a method of the environment returns, sync or async; ``late`` if it hangs, and then it is broken."""
+        seconds = self._limits.timeout
+        try:
+            said = within(seconds, getattr(self.environment, method))
+            return self._loop.run(said, seconds) if inspect.isawaitable(said) else said
+        except TimeoutError as error:
+            if error.args or seconds is None:  # its own
+                raise
+            self.broken = True
+            _log.warning("%s is replaced by a new one: its %s had not returned after %g s", self.name, method, seconds)
+            return late
 
 
 def reward_of(given: Any, whose: str) -> float:

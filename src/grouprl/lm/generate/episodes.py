@@ -35,6 +35,7 @@ class Episode:
         states: identifies the state of each turn, or None where there is none.
         messages: the conversation as the model saw it, for reading and for reward functions.
         metrics: sums over its turns.
+        spoken: where in the messages the turns of the model are; if there are fewer, the last has the rest.
     """
 
     start: Prompt
@@ -46,6 +47,7 @@ class Episode:
     states: Sequence[Hashable | None]
     messages: Sequence[Message]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    spoken: Sequence[int] = ()
 
 
 def samples_of_episodes(
@@ -87,6 +89,7 @@ def samples_of_episodes(
         finished=torch.tensor([end for _, _, sample in parts for end in sample.finished]),
         terminated=torch.tensor([episode.terminated for episode in episodes]), truncated=truncated,
         messages=[list(episode.messages) for episode in episodes], metrics=[episode.metrics for episode in episodes],
+        spoken=[list(episode.spoken) for episode in episodes],
     )  # fmt: skip
     samples = Samples(
         prompts=[starts[g] for g in range(len(starts))], group=torch.tensor([e.group for _, e, _ in parts]),
@@ -162,7 +165,7 @@ def _states(episodes: Sequence[Episode]) -> Tensor:
                 found.append(numbers.setdefault((state is None, seen if state is None else state), len(numbers)))
             except TypeError:
                 raise UsageError(
-                    f"the state of turn {t} is {shown(state)}, which cannot be told from others as it has no hash; "
+                    f"the state of turn {t + 1} is {shown(state)}, which cannot be told from others as it has no hash; "
                     "make it a string, a number, or a tuple of them"
                 ) from None
     return torch.tensor(found, dtype=torch.int64)

@@ -34,6 +34,8 @@ _log = logging.getLogger("grouprl")
 TURN_REWARDS = "environment"
 """The name of the sum of the rewards that an environment gave in the turns of an episode."""
 
+_OF_TOOLS = ("tools/calls", "tools/failures", "tools/parse_failures", "tools/timeouts")
+
 
 class EpisodeGroups(ScoredGroups):
     """Groups of episodes with their rewards; ``completions`` are the episodes."""
@@ -105,7 +107,7 @@ class EpisodePlayer:
         self.rewards, self.config = rewards, config
         self._rules = Rules(
             config.max_turns, config.history == "turn", config.tool_timeout, config.max_tool_output,
-            counted=("tools/calls", "tools/failures", "tools/parse_failures") if interactions.has_tools else (),
+            counted=_OF_TOOLS if interactions.has_tools else (),
         )  # fmt: skip
         if interactions.has_tools and form.unread:
             _log.warning(
@@ -200,7 +202,7 @@ class EpisodePlayer:
             Episode(
                 start=c.start, group=i // group_size, samples=samples,
                 rewards=[*c.rewards[:-1], c.rewards[-1] + of_all], terminated=c.terminated, truncated=c.truncated,
-                states=c.states, messages=c.messages, metrics=c.metrics,
+                states=c.states, messages=c.messages, metrics=c.metrics, spoken=c.spoken,
             )
             for i, (c, samples, of_all) in enumerate(zip(running, sampled, totals, strict=True))
         ]  # fmt: skip

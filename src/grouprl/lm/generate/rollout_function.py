@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -18,6 +19,7 @@ from grouprl.lm.generate.samples import Samples
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.call import RewardCaller, total
+from grouprl.lm.rewards.returned import plain_float
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
 from grouprl.lm.sample.streams import Draws, Stream
@@ -50,6 +52,7 @@ class RolloutPlayer:
         self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
         self.function, self.names = function, rewards.names
         self.trainer: Any = None
+        self._vocabulary = int(policy.model.get_input_embeddings().weight.shape[0])
 
     def draw(
         self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
@@ -74,6 +77,7 @@ class RolloutPlayer:
                 start=replace(prompts[i // group_size], ids=tuple(s.prompt)), group=i // group_size, samples=[s],
                 rewards=[*[0.0] * (len(s.turns) - 1), returns[i]], terminated=s.finished[-1],
                 truncated=not s.finished[-1], states=[None] * len(s.turns), messages=_messages(rows[i], texts[i]),
+                spoken=[len(_messages(rows[i], texts[i])) - 1],
             )
             for i, s in enumerate(sampled)
         ]  # fmt: skip
@@ -116,8 +120,8 @@ class RolloutPlayer:
     def _sampled(self, output: Mapping[str, Any], i: int) -> Sampled:
         where = f"of completion {i} of rollout_func"
         prompt, ids = (
-            _ids(output["prompt_ids"][i], f"prompt_ids {where}"),
-            _ids(output["completion_ids"][i], f"completion_ids {where}"),
+            _ids(output["prompt_ids"][i], f"prompt_ids {where}", self._vocabulary),
+            _ids(output["completion_ids"][i], f"completion_ids {where}", self._vocabulary),
         )
         mask = output.get("env_mask")
         own = [True] * len(ids) if mask is None else [bool(entry) for entry in mask[i]]
@@ -147,7 +151,10 @@ class RolloutPlayer:
             if isinstance(entry, list | tuple):  # several candidates for a token
                 tokens = [] if candidates is None else list(candidates[i][t])
                 entry = entry[tokens.index(ids[t])] if ids[t] in tokens else entry[0]
-            found.append(float("nan") if entry is None else float(entry))
+            value = math.nan if entry is None else plain_float(entry)
+            if value is None or math.isinf(value):
+                raise TrainingError(f"logprobs {where} has {shown(entry)} for token {t}; give a finite number, or None")
+            found.append(value)
         return torch.tensor(found, dtype=torch.float32)
 
     def _fill(self, sampled: list[Sampled]) -> None:
@@ -164,10 +171,13 @@ class RolloutPlayer:
             sampled[i] = replace(s, logp=torch.where(torch.isnan(s.logp), logp.float(), s.logp))
 
 
-def _ids(given: Any, what: str) -> list[int]:
+def _ids(given: Any, what: str, vocabulary: int) -> list[int]:
     entries = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(entries, list | tuple) or not entries or not all(type(token) is int for token in entries):
         raise TrainingError(f"{what} is {shown(given)}; give a list of token ids, at least one")
+    if not all(0 <= token < vocabulary for token in entries):
+        strange = next(token for token in entries if not 0 <= token < vocabulary)
+        raise TrainingError(f"{what} has the token {strange}; the model's tokens are 0 to {vocabulary - 1}")
     return list(entries)
 
 

@@ -30,6 +30,7 @@ class Turns:
         terminated, truncated: ``[E]`` bool, how the episode ended.
         messages: for each episode the conversation.
         metrics: for each episode the sums over its turns.
+        spoken: for each episode where in its messages the turns of the model are.
         shared_states: share of the turns whose state another turn of their group was in; None if nobody asks.
     """
 
@@ -43,6 +44,7 @@ class Turns:
     truncated: Tensor
     messages: list[list[Mapping[str, Any]]]
     metrics: list[Mapping[str, float]]
+    spoken: list[list[int]]
     shared_states: float | None = None
 
 

@@ -42,6 +42,11 @@ _OWN_METRICS = re.compile(
 """What is logged anyway."""
 
 
+def is_own_metric(name: Any) -> bool:
+    """Whether something of this name is logged anyway, or it is no name."""
+    return not isinstance(name, str) or not name.isprintable() or _OWN_METRICS.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class Rewards:
     """What the reward functions said about N completions."""
@@ -68,6 +73,8 @@ class RewardCaller:
         functions: one or several. weights: a number for each; default 1.
         timeout: seconds that a call of one may take, and asynchronous ones together; default: as long as it takes.
         alone: whether nothing else gives rewards. Otherwise there may be no function, and none need apply.
+        loop: where asynchronous functions run: that of tools and environments where there are some, so that clients
+            which belong to a loop keep theirs. Default: one of its own.
 
     Attributes:
         functions: the functions. names: what each is called in metrics: its ``__name__``, numbered where two are equal.
@@ -78,7 +85,7 @@ class RewardCaller:
 
     def __init__(
         self, functions: RewardFunction | Sequence[RewardFunction], weights: Sequence[float] | None = None,
-        timeout: float | None = None, *, alone: bool = True,
+        timeout: float | None = None, *, alone: bool = True, loop: EventLoop | None = None,
     ) -> None:  # fmt: skip
         given: list[Any] = [*functions] if isinstance(functions, list | tuple) else [functions]
         self._alone = alone
@@ -99,7 +106,7 @@ class RewardCaller:
         self._timeout = timeout
         advice = "" if timeout is not None else "; set reward_timeout, in seconds, to end a run that waits for it"
         self._watches = [Watch(f"reward function {name!r}", advice=advice) for name in self.names]
-        self._loop = EventLoop()
+        self._loop = EventLoop() if loop is None else loop
 
     def __call__(
         self,

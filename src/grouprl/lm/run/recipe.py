@@ -187,7 +187,7 @@ def load(source: str | os.PathLike[str]) -> Recipe:
     if not path.is_file():
         close = difflib.get_close_matches(text, names(), n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"no preset and no file {text!r}; {hint}There are: {', '.join(names())}")
+        raise UsageError(f"no preset and no file {text!r}; {hint}the presets are {', '.join(names())}")
     return _recipe(read_yaml(path), str(path), path.stem)
 
 

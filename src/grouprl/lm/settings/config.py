@@ -14,7 +14,7 @@ from pydantic import PrivateAttr, ValidationError
 from grouprl.errors import UsageError, shown
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
-from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
+from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, refuse, translate
 from grouprl.machine.ranks import here, join
 from grouprl.objective_settings import explain
 from grouprl.redaction import with_secrets, without_secrets
@@ -36,15 +36,17 @@ class GRPOConfig(Fields):
                     f"output_dir is given twice: {output_dir!r} and {values['output_dir']!r}; give it once"
                 )
             values["output_dir"] = output_dir
-        settings = translate(values, type(self).model_fields)
+        settings, refused = translate(values, type(self).model_fields)
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            raise UsageError(explain(error, type(self).model_fields)) from None
-        if self.eval_strategy != "no":
-            self.do_eval = True
-        if found := problems(self):
-            raise UsageError("; ".join(found))
+            refused.append(explain(error, type(self).model_fields))
+        else:
+            if self.eval_strategy != "no":
+                self.do_eval = True
+            if found := problems(self):
+                refused.append("; ".join(found))
+        refuse(refused)
 
     def __getattr__(self, name: str) -> Any:
         if name in OF_PROCESS:
@@ -65,7 +67,9 @@ class GRPOConfig(Fields):
                 f"{name}={shown(value)}: these settings are a trainer's; change them before it is made"
                 + (f", or {_MEANWHILE[name]}" if name in _MEANWHILE else "")
             )
-        for setting, translated in translate({name: value}, type(self).model_fields).items():
+        settings, refused = translate({name: value}, type(self).model_fields)
+        refuse(refused)
+        for setting, translated in settings.items():
             try:
                 super().__setattr__(setting, translated)
             except ValidationError as error:

@@ -107,6 +107,9 @@ class Fields(ObjectiveSettings):
     )
 
     # --- sampling ------------------------------------------------------------------------------------------------
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="most tokens of a prompt; a longer one is an error, for prompts are never cut"
+    )
     max_completion_length: int = Field(
         512, ge=1, description="most tokens of a completion; of an episode, all that follows its prompt"
     )

@@ -1,19 +1,23 @@
 """What TRL's GRPOConfig and GRPOTrainer and transformers' TrainingArguments take and we do not: what becomes of it.
 
 An option given at the value that changes nothing is accepted, so that a configuration written for TRL can be used as it
-is; any other value is refused by name, with what to do instead. Checked against TRL 1.16 and transformers 5.23.
+is. A value that says only where or how fast is left out with a warning. Any other value is refused by name, with what
+to do instead. Checked against TRL 1.16 and transformers 5.23.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
 from grouprl.errors import UsageError, shown
 from grouprl.machine.ranks import Place
 from grouprl.objective_settings import unknown_setting
+
+_log = logging.getLogger("grouprl")
 
 
 class Foreign(NamedTuple):
@@ -24,6 +28,8 @@ class Foreign(NamedTuple):
     advice: str = ""
     """What to do instead of any other value; empty if no value could change a number here, so that all are accepted."""
     also_off: tuple[Any, ...] = ()
+    warned: tuple[Any, ...] | None = ()
+    """Further values that change only where or how fast, and are left out with a warning; None for all of them."""
 
 
 GENERATION = (
@@ -61,18 +67,20 @@ TRAINER_ARGUMENTS = (
 )  # fmt: skip
 
 _SAMPLER = "the sampler is built in; leave it out"
+_ITS_SPEED = "the sampler is built in, and has its own cache and order of work"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
-_PACKED = "completions are packed without padding; leave it out"
+_PACKED = "completions are packed without padding"
 _ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
 _VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
 _LAUNCH = "each process holds the whole model; start several by torchrun to share the work, and leave it out"
-_COMPILE = "not offered; leave it out"
+_NOISE = "not offered; leave it out"
+_COMPILE = "the layers are compiled where that is possible"
 _PRECISION = "set bf16=True for low precision; leave it out"
 _FLOAT32_HEAD = "log-probabilities are always computed in float32; leave it out"
 _DETERMINISM = "call transformers.enable_full_determinism(seed) before training; leave it out"
 _ORDER = "set shuffle_dataset=False for the order of the dataset; leave it out"
 _FULL_EVAL = "evaluation runs in the precision of training; leave it out"
-_LIGER = "log-probabilities never hold the whole vocabulary of a batch; leave it out"
+_LIGER = "log-probabilities never hold the whole vocabulary of a batch"
 _TRACKIO = "trackers are tensorboard and wandb; leave it out"
 
 _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -81,8 +89,6 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "vllm_structured_outputs_regex": None, "vllm_server_base_url": None, "vllm_server_host": "0.0.0.0",
         "vllm_server_port": 8000, "vllm_server_timeout": 240.0, "vllm_group_port": 51216,
         "vllm_gpu_memory_utilization": 0.3, "vllm_max_model_length": None, "vllm_tensor_parallel_size": 1,
-        "use_transformers_continuous_batching": False, "transformers_continuous_batching_config": None,
-        "use_transformers_paged": False, "cache_implementation": None,
     }),
     (_VLLM_MISMATCH, {
         "vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0,
@@ -97,11 +103,9 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
     }),
     (_LAUNCH, {"fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None}),
-    (_COMPILE, {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
-                "neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
+    (_NOISE, {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
     (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
-    (_LIGER, {"use_liger_kernel": False, "liger_kernel_config": None}),
     (_TRACKIO, {"project": "huggingface", "trackio_space_id": None, "trackio_bucket_id": None,
                 "trackio_static_space_id": None}),
     (_ORDER, {"train_sampling_strategy": "random", "group_by_length": False, "length_column_name": "length"}),
@@ -120,24 +124,41 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     }),
 )  # fmt: skip
 
+_SPEED_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (_ITS_SPEED, {
+        "use_transformers_continuous_batching": False, "transformers_continuous_batching_config": None,
+        "use_transformers_paged": False, "cache_implementation": None,
+    }),
+    (_COMPILE, {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}),
+    (_LIGER, {"use_liger_kernel": False, "liger_kernel_config": None}),
+)  # fmt: skip
+"""Options that change speed and memory only, and why they have nothing to do here."""
+
+_SMALL_ADAMW = (
+    "adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_apex_fused",
+    "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit",
+)  # fmt: skip
+"""AdamW with its moments kept elsewhere or in fewer bits."""
+
 FOREIGN: dict[str, Foreign] = {
     **{name: Foreign(off, advice) for advice, names in _FOREIGN_GROUPS for name, off in names.items()},
+    **{name: Foreign(off, why, (), None) for why, names in _SPEED_GROUPS for name, off in names.items()},
     "vllm_importance_sampling_correction": Foreign(True, _VLLM_MISMATCH, (False,)),
     "ddp_backend": Foreign(None, "gloo joins processes on CPUs and nccl those on GPUs; leave it out", ("gloo", "nccl")),
     "trust_remote_code": Foreign(False, "set model_init_kwargs={'trust_remote_code': True}"),
     "cast_lm_head_to_fp32": Foreign(False, _FLOAT32_HEAD),
     "router_aux_loss_coef": Foreign(None, "there is no load-balancing loss; leave it out", (0.0,)),
     "remove_unused_columns": Foreign(False, "reward functions are given every column they ask for; leave it out"),
-    "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",)),
-    "max_prompt_length": Foreign(None, "prompts are never cut; filter the dataset, or shorten its prompts"),
+    "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",), None),
     "generation_kwargs": Foreign(None),
     "top_entropy_quantile": Foreign(1.0, "all tokens are learned from, whatever their entropy; leave it out"),
     "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
     "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
     "optim": Foreign(
         "adamw_torch_fused",
-        "pass optimizers=(optimizer, scheduler) to GRPOTrainer for any optimizer but AdamW",
+        "torch's AdamW trains; pass optimizers=(optimizer, scheduler) to GRPOTrainer for another optimizer",
         ("adamw_torch", "adamw_hf", "adamw"),
+        _SMALL_ADAMW,
     ),
     "optim_args": Foreign(None, "pass optimizers=(optimizer, scheduler) to GRPOTrainer", ("",)),
     "optim_target_modules": Foreign(None, "pass optimizers=(optimizer, scheduler) to GRPOTrainer"),
@@ -146,7 +167,7 @@ FOREIGN: dict[str, Foreign] = {
     "ignore_data_skip": Foreign(False, "a resumed run continues where it stopped; leave it out"),
     "full_determinism": Foreign(False, _DETERMINISM),
     "use_mps_device": Foreign(False, "the device is found; leave it out"),
-    "logging_dir": Foreign(None, "everything a run leaves is in output_dir; leave it out"),
+    "logging_dir": Foreign(None, "everything that a run leaves is in output_dir", (), None),
     "overwrite_output_dir": Foreign(False, "give another output_dir, or delete the old one"),
     "resume_from_checkpoint": Foreign(None, "pass it to GRPOTrainer.train(resume_from_checkpoint=...)"),
     "debug": Foreign("", "use torch.autograd.set_detect_anomaly; leave it out", ([],)),
@@ -166,29 +187,45 @@ FOREIGN_ARGUMENTS: dict[str, Foreign] = {
 """Arguments of TRL's GRPOTrainer that are none of ours."""
 
 
+def refuse(refused: Sequence[str]) -> None:
+    """Raises UsageError with everything that was refused, each on a line of its own; does nothing if that is nothing.
+
+    A person who brings a script with five such settings should not have to start it five times to learn of them.
+    """
+    if len(refused) > 1:
+        raise UsageError("these cannot stay as they are:" + "".join(f"\n  {one}" for one in refused))
+    if refused:
+        raise UsageError(refused[0])
+
+
 def check_arguments(values: Mapping[str, Any]) -> None:
     """Raises UsageError for what is no argument of GRPOTrainer, unless it is one of TRL's and does nothing."""
+    refused = []
     for name, value in values.items():
         if name in FOREIGN_ARGUMENTS:
             option = FOREIGN_ARGUMENTS[name]
             nothing = value is None or (isinstance(value, list | tuple | dict) and not value)
             if option.advice and not nothing:
-                raise UsageError(f"{name}: {option.advice}")
+                refused.append(f"{name}: {option.advice}")
             continue
         close = difflib.get_close_matches(name, TRAINER_ARGUMENTS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(TRAINER_ARGUMENTS)}"
-        raise UsageError(f"GRPOTrainer has no argument {name!r}; {hint}")
+        refused.append(f"GRPOTrainer has no argument {name!r}; {hint}")
+    refuse(refused)
 
 
-def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The settings among `values`, under the names in `known`; foreign options at their off value are left out.
+def translate(values: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings among `values`, under the names in `known`, and what has to be said of those that are refused.
 
-    Members of an enumeration are replaced by their values. Raises UsageError for a foreign option at any other value,
-    for an unknown name, with the closest known one, and for a setting that is given under two names.
+    Foreign options at their off value are left out. Members of an enumeration are replaced by their values. Refused is
+    a foreign option at any other value, an unknown name, with the closest known one, and a setting that is given under
+    two names. A foreign option that would change only where or how fast is left out with a warning.
     """
     settings: dict[str, Any] = {}
+    refused: list[str] = []
     if values.get("generation_kwargs") is not None:  # what stands there wins, as in TRL
-        values = {**values, **_generation_settings(values["generation_kwargs"])}
+        for_sampler, refused = _generation_settings(values["generation_kwargs"])
+        values = {**values, **for_sampler}
     off = {switch for switch in SWITCHED if any(same(values.get(switch), nothing) for nothing in (None, False))}
     inert = {name for switch in off for name in SWITCHED[switch]}
     for given, value in values.items():
@@ -202,18 +239,19 @@ def translate(values: Mapping[str, Any], known: Collection[str]) -> dict[str, An
             if value is None or (name == "warmup_steps" and same(value, 0)):
                 continue
         else:
-            _check_foreign(given, value, known)
+            if problem := _foreign_problem(given, value, known):
+                refused.append(problem)
             continue
         if name == "warmup_steps" and same(settings.get(name), 0):
             del settings[name]  # a script passes both on, and one of them says nothing
         elif name == "warmup_steps" and name in settings and same(value, 0):
             continue
         if name in settings and not same(settings[name], value):
-            raise UsageError(
+            refused.append(
                 f"{given}={shown(value)} and {name}={shown(settings[name])} are one setting; give {name} alone"
             )
         settings[name] = value.value if isinstance(value, Enum) else value
-    return settings
+    return settings, refused
 
 
 def same(a: Any, b: Any) -> bool:
@@ -224,35 +262,38 @@ def same(a: Any, b: Any) -> bool:
         return a is b
 
 
-def _generation_settings(values: Any) -> dict[str, Any]:
-    """Settings of transformers' generate, under our names. Raises UsageError for one the sampler does not know."""
+def _generation_settings(values: Any) -> tuple[dict[str, Any], list[str]]:
+    """Settings of transformers' generate, under our names, and why the others among them are refused."""
     if not isinstance(values, Mapping):
-        raise UsageError(f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}")
-    settings = {}
+        return {}, [f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}"]
+    settings, refused = {}, []
     for given, value in values.items():
         name = "max_completion_length" if given == "max_new_tokens" else given
         if given == "do_sample" and value is True:
             continue
-        if name not in GENERATION:
-            raise UsageError(
+        if name in GENERATION:
+            settings[name] = value
+        else:
+            refused.append(
                 f"generation_kwargs={{{given!r}: {shown(value)}}}: the sampler does not know it; it knows "
                 f"{', '.join(sorted(GENERATION))}{_ENDS.get(str(given), '')}"
             )
-        settings[name] = value
-    return settings
+    return settings, refused
 
 
-def _check_foreign(name: str, value: Any, known: Collection[str]) -> None:
+def _foreign_problem(name: str, value: Any, known: Collection[str]) -> str | None:
+    """Why a name that is no setting is refused, or None. Warns of a value that is left out."""
     if name in FOREIGN:
         option = FOREIGN[name]
         value = value.value if isinstance(value, Enum) else value
-        if option.advice and value is not None and not any(same(value, off) for off in (option.off, *option.also_off)):
-            raise UsageError(f"{name}={shown(value)}: {option.advice}")
-        return
+        if not option.advice or value is None or any(same(value, off) for off in (option.off, *option.also_off)):
+            return None
+        if option.warned is None or any(same(value, one) for one in option.warned):
+            _log.warning("%s=%s is left out: %s", name, shown(value), option.advice)
+            return None
+        return f"{name}={shown(value)}: {option.advice}"
     if name in TRAINER_ARGUMENTS:
-        raise UsageError(f"{name!r} is an argument of GRPOTrainer, not a setting; pass it there")
-    raise UsageError(
-        unknown_setting(
-            name, [*known, *RENAMED, *FOREIGN], lambda: "help(GRPOConfig) and `grouprl settings --lm` list the settings"
-        )
+        return f"{name!r} is an argument of GRPOTrainer, not a setting; pass it there"
+    return unknown_setting(
+        name, [*known, *RENAMED, *FOREIGN], lambda: "help(GRPOConfig) and `grouprl settings --lm` list the settings"
     )

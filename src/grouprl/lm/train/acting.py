@@ -65,8 +65,9 @@ def make_rewards(functions: Any, config: GRPOConfig, interactions: Interactions 
     if weights is not None and len(weights) == len(own):
         weights = (*weights, *[1.0] * len(interactions.rewards))
     return RewardCaller(
-        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards
-    )
+        [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards,
+        loop=interactions.loop,
+    )  # fmt: skip
 
 
 def read_starts(dataset: Any, name: str, *, needs_prompt: bool) -> PromptSource:
@@ -98,7 +99,7 @@ def make_player(
         return RolloutPlayer(policy, tokenizer, rewards, config, acting.rollout_func)
     if interactions is None:
         return CompletionPlayer(policy, tokenizer, rewards, config)
-    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length)
+    room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length, config.max_prompt_length)
     ends = eos_token_ids(policy.model, tokenizer)
     form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound)
     player = EpisodePlayer(policy, form, interactions, rewards, config)

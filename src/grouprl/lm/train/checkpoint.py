@@ -201,7 +201,8 @@ def _turns_state(samples: Samples, turns: Turns) -> tuple[dict[str, Tensor], dic
     tensors["context_ids"] = torch.tensor([token for ids in contexts for token in ids])
     tensors["context_lengths"] = torch.tensor([len(ids) for ids in contexts])
     return tensors, {
-        "messages": turns.messages, "metrics": turns.metrics, "prompts": [prompt.prompt for prompt in samples.prompts]
+        "messages": turns.messages, "metrics": turns.metrics, "prompts": [prompt.prompt for prompt in samples.prompts],
+        "spoken": turns.spoken,
     }  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def _load_turns(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Turns
     fields: dict[str, Any] = {field: tensors[name] for name, field in (_PER_TURN | _PER_EPISODE).items()}
     return Turns(
         spans=spans, contexts=[contexts[i] for i in tensors["context"].tolist()], episode=episode,
-        messages=list(meta["messages"]), metrics=list(meta["metrics"]), **fields,
+        messages=list(meta["messages"]), metrics=list(meta["metrics"]), spoken=list(meta["spoken"]), **fields,
     )  # fmt: skip
 
 

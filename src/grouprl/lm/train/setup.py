@@ -235,7 +235,7 @@ def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, n
     context = context_length(model)
     return prepare_prompts(
         dataset, tokenizer, chat_template_kwargs=config.chat_template_kwargs, context_length=context,
-        max_completion_length=config.max_completion_length, name=name,
+        max_completion_length=config.max_completion_length, max_prompt_length=config.max_prompt_length, name=name,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -49,7 +50,9 @@ def transcripts_of_evaluation(drawn: ScoredGroups, names: Sequence[str]) -> Iter
     returns, lengths, finished = drawn.returns.tolist(), drawn.lengths.tolist(), drawn.finished.tolist()
     for i, played in enumerate(drawn.completions):
         group = i // drawn.group_size
-        turns = _turns(played.messages, played.start.prompt, played.rewards) if isinstance(played, Episode) else []
+        turns = []
+        if isinstance(played, Episode):
+            turns = _turns(played.messages, played.start.prompt, played.spoken, played.rewards)
         yield _transcript(
             drawn.prompts[group], i, names, drawn.rewards.values, drawn.rewards.extras, step=0, group=group,
             completion=drawn.texts[i], tokens=lengths[i], finished=finished[i], reward=returns[i], advantage=None,
@@ -73,24 +76,29 @@ def _episodes(samples: Samples, turns: Turns, names: Sequence[str], step: int, n
             prompt, i, names, samples.rewards, samples.extras, step=step, group=group, completion=samples.texts[i],
             tokens=lengths[e], finished=not bool(turns.truncated[e]), reward=float(samples.returns[i]),
             advantage=float(advantages[e].mean()),
-            turns=_turns(turns.messages[e], prompt.prompt, rewards[e].tolist(), advantages[e].tolist()),
+            turns=_turns(
+                turns.messages[e], prompt.prompt, turns.spoken[e], rewards[e].tolist(), advantages[e].tolist()
+            ),
         )  # fmt: skip
 
 
 def _turns(
-    messages: Sequence[Message], prompt: str | Sequence[Any], rewards: Sequence[float],
+    messages: Sequence[Message], prompt: str | Sequence[Any], spoken: Sequence[int], rewards: Sequence[float],
     advantages: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """What followed the prompt, with reward and advantage of the turns of the model."""
-    said: list[dict[str, Any]] = []
-    turn = 0
-    for message in messages[1 if isinstance(prompt, str) else len(prompt) :]:
-        said.append({"role": str(message["role"]), "text": message_text(message)})
-        if message["role"] == "assistant" and turn < len(rewards):
-            said[-1]["reward"] = rewards[turn]
-            said[-1]["advantage"] = None if advantages is None else advantages[turn]
-            turn += 1
-    return said
+    """What followed the prompt, with reward and advantage of the turns of the model.
+
+    Args:
+        spoken: where in the messages the turns of the model are; if there are fewer, the last has the rest.
+    """
+    first = 1 if isinstance(prompt, str) else len(prompt)
+    said = [{"role": str(m["role"]), "text": message_text(m)} for m in messages[first:]]
+    turns: list[dict[str, Any]] = list(said)
+    for t, place in enumerate(spoken):
+        of = slice(t, None if place == spoken[-1] else t + 1)
+        turns[place - first]["reward"] = sum(rewards[of])
+        turns[place - first]["advantage"] = None if advantages is None else fmean(advantages[of])
+    return turns
 
 
 def _transcript(

@@ -157,7 +157,7 @@ class OpenEnv:
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, Info]:
         """Begin an episode; the server is given the seed and the options."""
         result = self._checked(self._client.reset(seed=seed, **(options or {})), "reset")
-        return result.observation, dict(result.metadata or {})
+        return result.observation, dict(getattr(result, "metadata", None) or {})
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, Info]:
         """Take a turn. A reward of None, as servers send before the end, is 0."""

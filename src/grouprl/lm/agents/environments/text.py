@@ -170,6 +170,7 @@ class Episodes:
     tools: Sequence[Mapping[str, Any]] = ()
     gives_rewards = True
     keeps_time = True
+    counted = ("success", "environment/invalid_actions", "environment/timeouts")
 
     def __init__(self, settings: TextEnvironment) -> None:
         self._settings = settings
