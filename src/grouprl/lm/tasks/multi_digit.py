@@ -18,8 +18,8 @@ _SHOWN = ((12, 7), (345, 21))
 class MultiDigit(Task):
     """a + b, a - b or a * b with numbers of ``digits`` digits; `operations` says which. The larger one stands first.
 
-    `tool` names a tool that computes, ``multiply(a, b)`` or ``calculate(expression)``. Then the conversation begins with
-    two examples in which it is called: a small model calls no tool that it has only been told of.
+    `tool` names a tool that computes, ``multiply(a, b)`` or ``calculate(expression)``. Then the conversation begins
+    with two examples in which it is called: a small model calls no tool that it has only been told of.
     """
 
     digits: int = 3
