@@ -30,9 +30,10 @@ def test_the_error_for_an_old_name_says_the_new_one(make, old: str) -> None:
 @pytest.mark.parametrize(
     ("make", "values", "message"),
     [
-        (BOTH[0], {"advantage": "tutorial"}, "'tutorial' is called 'batch_returns' now"),
-        (BOTH[1], {"advantage": "group"}, "'group' is called 'outcome' now"),
-        (BOTH[0], {"loss_type": "dual_clip"}, "'dual_clip' is called 'dapo with delta=3.0' now"),
+        (BOTH[0], {"advantage": "tutorial"}, "'tutorial' is called 'batch_returns' here"),
+        (BOTH[0], {"advantage": "grpo"}, "'grpo' is called 'outcome' here"),
+        (BOTH[1], {"advantage": "group"}, "'group' is called 'outcome' here"),
+        (BOTH[0], {"loss_type": "dual_clip"}, "'dual_clip' is called 'dapo with delta=3.0' here"),
         (BOTH[0], {"loss_type": "luspo"}, "must be one of 'grpo', 'dapo'"),
         (BOTH[1], {"loss_type": "lusp"}, "did you mean 'luspo'"),
         (BOTH[0], {"loss_type": "cispo"}, "epsilon_high=None: .* must exceed 1; 5.0 is usual"),

@@ -1,5 +1,7 @@
 """The two kinds of error a user can meet. Every message says what was given, what is allowed and how to fix it."""
 
+from collections.abc import Sequence
+
 from grouprl.redaction import redact
 
 
@@ -23,6 +25,17 @@ class DamagedFileError(UsageError):
 
 class TrainingError(GrouprlError, RuntimeError):
     """Something broke while training ran: an environment died, or a number stopped being finite."""
+
+
+def refuse(refused: Sequence[str]) -> None:
+    """Raises UsageError with everything that was refused, each on a line of its own; does nothing if that is nothing.
+
+    A person who brings a script with five such settings should not have to start it five times to learn of them.
+    """
+    if len(refused) > 1:
+        raise UsageError("these cannot stay as they are:" + "".join(f"\n  {one}" for one in refused))
+    if refused:
+        raise UsageError(refused[0])
 
 
 _LONGEST_LINE = 500

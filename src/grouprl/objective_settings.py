@@ -22,7 +22,7 @@ class OneOf:
     """For an annotation: the value must be one of some names, such as those of a table.
 
     Attributes:
-        names: those that are allowed. renamed: names of before, and what they are called now.
+        names: those that are allowed. renamed: names of before or of elsewhere, and what they are called here.
     """
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class OneOf:
         close = difflib.get_close_matches(value, self.names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         if self.renamed.get(value, "").partition(" ")[0] in self.names:
-            hint = f"; {value!r} is called {self.renamed[value]!r} now"
+            hint = f"; {value!r} is called {self.renamed[value]!r} here"
         raise ValueError(f"must be one of {', '.join(map(repr, self.names))}{hint}")
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -43,7 +43,9 @@ class OneOf:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
-RENAMED_ADVANTAGES = {"group": "outcome", "tutorial": "batch_returns"}
+RENAMED_ADVANTAGES = {
+    "group": "outcome", "tutorial": "batch_returns", "grpo": "outcome", "gae": "baseline", "rloo": "leave_one_out",
+}  # fmt: skip
 RENAMED_LOSSES = {"clip": "dapo", "dual_clip": "dapo with delta=3.0"}
 
 RENAMED_SETTINGS = {

@@ -95,6 +95,11 @@ CASES: list[tuple[Rule, Table, Table]] = [
         table(reward=0.1, completions__clipped_ratio=0.95),
         table(reward=0.1, completions__clipped_ratio=0.8),
     ),
+    (
+        language.all_truncated,
+        table(reward=0.1, completions__clipped_ratio=1),
+        table(reward=0.1, completions__clipped_ratio=1, episodes__truncated=1),
+    ),
     (language.reward_flat, table(reward=NOISE), table(reward=RISING)),
     (
         language.entropy_gone,

@@ -136,3 +136,14 @@ def test_trackers_show_its_groups() -> None:
         "time_update": "time/update", "steps_per_second": "time/steps_per_second", "loss": "train/loss",
     }  # fmt: skip
     assert list(tracked(dict.fromkeys(names, 0.0))) == list(names.values())
+
+
+def test_all_names_and_values_that_are_refused_stand_in_one_message():
+    with pytest.raises(UsageError) as refusal:
+        GRPO("CartPole-v1", verbose=1, clip_range=0.1, gamma=2, lerning_rate=1)
+    first, *others = str(refusal.value).splitlines()
+    assert first == "these cannot stay as they are:"
+    assert [line.partition(":")[0].partition("=")[0].strip() for line in others] == [
+        "there is no setting 'verbose'", "there is no setting 'clip_range'",
+        "unknown setting 'lerning_rate'; did you mean 'learning_rate'?", "gamma",
+    ]  # fmt: skip

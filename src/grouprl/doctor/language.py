@@ -31,6 +31,9 @@ def _copies(table: Table) -> bool:
 
 
 def _cut(table: Table) -> bool:
+    """Whether nine of ten completions are cut. Episodes may end so by the time limit of their environment."""
+    if len(table.values("episodes/truncated")):
+        return False
     return table.late("completions/clipped_ratio") >= 0.9
 
 
@@ -85,7 +88,8 @@ def duplicates(table: Table) -> Diagnosis | None:
 def all_truncated(table: Table) -> Diagnosis | None:
     """Nine of ten completions were cut at the longest length, in the median over the last third.
 
-    A cut completion has no end for the model to learn, and often no answer for the reward to find.
+    A cut completion has no end for the model to learn, and often no answer for the reward to find. Episodes of several
+    turns are left alone: there the same number counts those that their environment's time limit ends.
     """
     share, longest = table.late("completions/clipped_ratio"), table.settings.get("max_completion_length")
     if len(table.values("reward")) < ENOUGH_ROWS or not _cut(table):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from grouprl.envs.stable_baselines import ELSEWHERE
-from grouprl.errors import UsageError
+from grouprl.errors import refuse
 from grouprl.objective import DIVERGENCES, ESTIMATORS
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
@@ -210,23 +210,32 @@ def without_effect(config: GRPOConfig, given: Mapping[str, Any]) -> dict[str, st
 
 
 def check_names(values: Mapping[str, Any]) -> None:
-    """Raises UsageError for a name that is no setting, with the closest one that is."""
+    """Raises UsageError for names that are no settings, each with the closest one that is."""
+    refuse(_no_settings(values))
+
+
+def _no_settings(values: Mapping[str, Any]) -> list[str]:
+    """What to say of each name that is no setting."""
     known = GRPOConfig.model_fields
-    for name in values:
-        if name not in known and name in ELSEWHERE:
-            raise UsageError(f"there is no setting {name!r}: {ELSEWHERE[name]}")
-        if name not in known:
-            raise UsageError(unknown_setting(name, known, lambda: f"known settings: {', '.join(sorted(known))}"))
+    return [
+        f"there is no setting {name!r}: {ELSEWHERE[name]}"
+        if name in ELSEWHERE
+        else unknown_setting(name, known, lambda: f"known settings: {', '.join(sorted(known))}")
+        for name in values
+        if name not in known
+    ]
 
 
 def make_config(values: Mapping[str, Any]) -> GRPOConfig:
     """Validate ``values`` into a :class:`GRPOConfig`.
 
     Raises:
-        UsageError: an unknown name (with the closest known one), or a value that is not allowed.
+        UsageError: unknown names (with the closest known ones), or values that are not allowed; all in one message.
     """
-    check_names(values)
+    refused = _no_settings(values)
     try:
-        return GRPOConfig(**values)
+        config = GRPOConfig(**{name: value for name, value in values.items() if name in GRPOConfig.model_fields})
     except ValidationError as error:
-        raise UsageError(explain(error, GRPOConfig.model_fields)) from None
+        refused.append(explain(error, GRPOConfig.model_fields))
+    refuse(refused)
+    return config

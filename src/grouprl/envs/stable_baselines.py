@@ -47,8 +47,8 @@ ELSEWHERE = {
 
 
 ATTRIBUTES = {
-    "logger": "a callback gets the metrics of every update, and grouprl train ENV writes metrics.csv and TensorBoard's "
-    "files",
+    "logger": "a callback gets the metrics of every update, and callback=Run(folder) writes "
+    "metrics.csv and TensorBoard's files (grouprl.envs.callbacks)",
     "set_logger": "a callback gets the metrics of every update, and can log them where you like",
     "ep_info_buffer": "agent.recent_returns has the returns of the last 100 training episodes",
     "ep_success_buffer": "agent.recent_returns has the returns of the last 100 training episodes",

@@ -311,7 +311,7 @@ class RunFolder:
         if not overwrite:
             raise UsageError(
                 f"{self.path} already holds a run. Choose another folder, continue that run with "
-                f"`grouprl resume {self.path}`, or ask to overwrite it."
+                f"`grouprl resume {self.path}`, or overwrite it (--overwrite, in Python overwrite=True)."
             )
 
     def _put_aside(self) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import PrivateAttr, ValidationError
 
-from grouprl.errors import UsageError, shown
+from grouprl.errors import UsageError, refuse, shown
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
-from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, refuse, translate
+from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
 from grouprl.machine.ranks import here, join
 from grouprl.objective_settings import explain
 from grouprl.redaction import with_secrets, without_secrets

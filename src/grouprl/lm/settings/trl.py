@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from grouprl.errors import UsageError, shown
+from grouprl.errors import refuse, shown
 from grouprl.machine.ranks import Place
 from grouprl.objective_settings import unknown_setting
 
@@ -185,17 +185,6 @@ FOREIGN_ARGUMENTS: dict[str, Foreign] = {
     "quantization_config": Foreign(None, "weights are trained in float32 or bfloat16; leave it out"),
 }
 """Arguments of TRL's GRPOTrainer that are none of ours."""
-
-
-def refuse(refused: Sequence[str]) -> None:
-    """Raises UsageError with everything that was refused, each on a line of its own; does nothing if that is nothing.
-
-    A person who brings a script with five such settings should not have to start it five times to learn of them.
-    """
-    if len(refused) > 1:
-        raise UsageError("these cannot stay as they are:" + "".join(f"\n  {one}" for one in refused))
-    if refused:
-        raise UsageError(refused[0])
 
 
 def check_arguments(values: Mapping[str, Any]) -> None:
