@@ -185,6 +185,7 @@ PAIR = spaces.Dict({"throttle": spaces.Box(-1, 1, (1,)), "gear": spaces.Discrete
     [
         (spaces.Discrete(3, start=5), "take 6", 6),
         (spaces.MultiDiscrete([3, 2]), "2 and 1", [2, 1]),
+        (spaces.MultiDiscrete([3, 2], start=[-1, 5]), "-1 and 6", [-1, 6]),
         (spaces.MultiBinary(2), "0, 1", [0, 1]),
         (spaces.Box(-2.0, 2.0, (2,)), "0.5; -1e1", [0.5, -2.0]),
         (spaces.Box(-2.0, 2.0, (2, 1)), ".5, 1.", [[0.5], [1.0]]),
@@ -210,6 +211,7 @@ def test_a_json_object_becomes_a_dict_of_actions():
         (spaces.Discrete(3, start=5), "4"),
         (spaces.Discrete(3), "none"),
         (spaces.MultiDiscrete([3, 2]), "2 2"),
+        (spaces.MultiDiscrete([3, 2], start=[-1, 5]), "2 5"),
         (spaces.MultiDiscrete([3, 2]), "1"),
         (spaces.Box(-2.0, 2.0, (2,)), "0.5"),
         (PAIR, '{"throttle": 0.5}'),
@@ -247,6 +249,12 @@ def test_masks_of_a_method_and_of_several_components_reach_the_text():
     masked = text_environment(lambda: gym.wrappers.OrderEnforcing(Masked(pair)))
     first, (refused, taken) = play(masked, "1 0", "2 0")
     assert first[1]["content"] == "0\nPossible: 0 or 2; 0."
+    assert refused.metrics
+    assert not taken.metrics
+    shifted = text_environment(lambda: Masked(spaces.MultiDiscrete([3, 2], start=[1, 5])))
+    first, (refused, taken) = play(shifted, "2 5", "3 5")
+    assert "2 whole numbers: 1 to 3, 5 to 6." in first[0]["content"]
+    assert first[1]["content"] == "0\nPossible: 1 or 3; 5."
     assert refused.metrics
     assert not taken.metrics
 

@@ -8,6 +8,7 @@ import pytest
 
 from grouprl.errors import UsageError
 from grouprl.lm.agents.tools import Tools, bounded, schema_of
+from grouprl.lm.rewards import event_loop
 from grouprl.lm.rewards.event_loop import EventLoop
 
 
@@ -183,3 +184,51 @@ def test_what_is_no_function_with_a_name_is_refused(given) -> None:
 def test_two_tools_of_one_name_are_refused() -> None:
     with pytest.raises(UsageError, match="two tools are called 'say'; rename one"):
         tools(say, say)
+
+
+def test_a_loop_that_many_found_blocked_is_left_once(monkeypatch) -> None:
+    loop = EventLoop()
+    in_new_loop, asked, results = threading.Event(), iter(range(3)), {}
+
+    def answers(blocked):
+        if next(asked) == 1:  # the second to find it blocked says so when another call is in the next loop already
+            in_new_loop.wait(20)
+        return False
+
+    async def block():
+        time.sleep(0.3)
+
+    async def works():
+        in_new_loop.set()
+        await asyncio.sleep(0.3)
+        return "done"
+
+    def run(name, awaited, seconds):
+        try:
+            results[name] = loop.run(awaited, seconds)
+        except TimeoutError:
+            results[name] = "late"
+
+    monkeypatch.setattr(event_loop, "_answers", answers)
+    threads = [threading.Thread(target=run, args=(i, block(), 0.05)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    while 0 not in results and 1 not in results:
+        time.sleep(0.01)
+    run("next", works(), 20)
+    for thread in threads:
+        thread.join()
+    loop.close()
+    assert results == {0: "late", 1: "late", "next": "done"}
+
+
+def test_text_in_parts_is_text() -> None:
+    def look(at: str) -> list:
+        """Look.
+
+        Args:
+            at: What at.
+        """
+        return [{"type": "text", "text": "a "}, {"type": "text", "text": at}]
+
+    assert tools(look).call("look", {"at": "door"}).text == "a door"

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -62,11 +63,11 @@ def test_arithmetic_gives_the_result_and_keeps_to_its_ranges():
 def test_multi_digit_gives_the_result_of_numbers_of_that_many_digits():
     seen = set()
     for row in tasks.dataset(MultiDigit(digits=4), "train", 300):
-        a, sign, b = re.fullmatch(r"What is (\d{4}) ([-+x]) (\d{4})\?", row["question"]).groups()
+        a, sign, b = re.fullmatch(r"What is (\d{4}) ([-+*]) (\d{4})\?", row["question"]).groups()
         seen.add(sign)
         assert int(a) >= int(b)
-        assert int(row["answer"]) == {"+": int(a) + int(b), "-": int(a) - int(b), "x": int(a) * int(b)}[sign]
-    assert seen == {"+", "-", "x"}
+        assert int(row["answer"]) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
+    assert seen == {"+", "-", "*"}
 
 
 def test_letter_count_counts_and_no_count_is_much_more_frequent_than_another():
@@ -352,3 +353,25 @@ def test_drawing_does_not_touch_the_random_stream_of_the_process():
     for task in ALL:
         tasks.dataset(task, "train", 5)
     assert random.getstate() == before
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"), [("multiply", {"a": 12, "b": 7}), ("calculate", {"expression": "12 * 7"})]
+)
+def test_a_task_with_a_tool_begins_with_two_examples_of_calls(tool: str, arguments: dict[str, Any]) -> None:
+    task = MultiDigit(digits=3, operations="*", tool=tool)
+    rows = tasks.dataset(task, "eval", 20)
+    for row in rows:
+        calls = [m["tool_calls"][0]["function"] for m in row["prompt"] if m.get("tool_calls")]
+        assert calls[0] == {"name": tool, "arguments": arguments}
+        assert [m["content"] for m in row["prompt"] if m["role"] == "tool"] == ["84", "7245"]
+        a, b = row["question"].removeprefix("What is ").removesuffix("?").split(" * ")
+        assert row["answer"] == str(int(a) * int(b))
+        assert row["prompt"][-1] == {"role": "user", "content": row["question"]}
+
+
+def test_a_tool_that_cannot_serve_the_task_is_refused() -> None:
+    with pytest.raises(UsageError, match="tool must be 'multiply' or 'calculate', got 'add'"):
+        MultiDigit(tool="add")
+    with pytest.raises(UsageError, match=r"the tool multiply needs operations='\*'"):
+        MultiDigit(tool="multiply")

@@ -12,6 +12,8 @@ from small_runs import TIMES, logged, same, weights
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.agents.interaction import Answer, Interaction
+from grouprl.lm.policy import policy
+from grouprl.lm.train import evaluation
 from grouprl.lm.train.transcripts import transcripts_of
 
 ROWS = [{"prompt": ASKED, "right": right} for right in ("a", "b", "a", "b")]
@@ -473,3 +475,16 @@ def test_transcripts_show_rewards_beside_the_turns_that_had_them(tmp_path: Path)
     shown = list(transcripts_of(played.last_samples, ["won"], 1, 8))
     assert [[said["reward"] for said in one.turns] for one in shown] == [[one.reward] for one in shown]
     assert {one.reward for one in shown} == {0.0, 1.0}
+
+
+def test_an_evaluation_in_parts_has_the_numbers_of_all_its_episodes(tmp_path: Path, monkeypatch) -> None:
+    def sampled(config, greedy):  # the likeliest tokens of this model are no calls
+        return policy.sampling_settings(config, greedy=False)
+
+    monkeypatch.setattr(evaluation, "sampling_settings", sampled)
+    found = []
+    for n, at_once in enumerate((8, 3)):
+        made = trainer(tmp_path / str(n), {"per_device_eval_batch_size": at_once}, eval_dataset=ROWS * 2)
+        found.append(evaluation.evaluate_greedily(made.setup, made.setup.eval_prompts[""]))
+    assert found[0] == found[1]
+    assert found[0].numbers["tools/failure_frequency"] > 0

@@ -1,8 +1,18 @@
-"""A calculator that a model can call: the tool of the preset ``calculator``."""
+"""Calculators that a model can call; `multiply` is the tool of the preset ``calculator``."""
 
 from __future__ import annotations
 
 from grouprl.lm.tasks.expression import MAX_CHARACTERS, MAX_DIGITS, read_expression
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiply two whole numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a * b
 
 
 def calculate(expression: str) -> str:

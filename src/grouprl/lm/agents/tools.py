@@ -130,19 +130,33 @@ class NotTextError(ValueError):
 
 
 def plain_text(result: Any, whose: str) -> str:
-    """What a tool returned as text: text as it is, numbers, lists and the like as Python writes them.
+    """What a tool returned as text: text as it is, also in parts; numbers, lists and the like as Python writes them.
 
     Raises:
         NotTextError: it is bytes, or an object that has no text of its own.
     """
     if isinstance(result, str):
         return result
+    if is_text_blocks(result):
+        return "".join(part["text"] for part in result)
     kind: Any = type(result)
     if isinstance(result, bytes | bytearray | memoryview) or (
         kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
     ):
         raise NotTextError(f"{whose} returned {kind.__name__}, which is not text")
     return str(result)
+
+
+def is_text_blocks(given: Any) -> bool:
+    """Whether it is text in the parts that chat templates know: ``[{"type": "text", "text": "..."}]``."""
+    return (
+        isinstance(given, list)
+        and bool(given)
+        and all(
+            isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in given
+        )
+    )
 
 
 def bounded(text: str, most: int) -> str:

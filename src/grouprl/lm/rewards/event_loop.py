@@ -48,9 +48,7 @@ class EventLoop:
             future.result(seconds)
         except concurrent.futures.TimeoutError:
             late = list(results.values())
-            self.close()
-            if thread.is_alive():
-                end_thread(thread)
+            self._abandon(loop, thread)
             return late
         except BaseException:  # Ctrl-C: the functions must not go on unseen
             future.cancel()
@@ -69,9 +67,7 @@ class EventLoop:
         except concurrent.futures.TimeoutError:
             future.cancel()
             if not _answers(loop):  # it is blocked by a call that does not let go of it
-                self.close()
-                if thread.is_alive():
-                    end_thread(thread)
+                self._abandon(loop, thread)
             raise TimeoutError from None
         except concurrent.futures.CancelledError:  # another thread found the loop blocked
             raise TimeoutError from None
@@ -84,11 +80,23 @@ class EventLoop:
 
     def close(self) -> None:
         """Cancel what still runs and end the thread; `gather` starts another one."""
-        if self._running is not None:
-            _, thread = self._running
-            self._running = None
-            self._end()
-            thread.join(_GRACE)
+        running = self._running
+        if running is not None:
+            self._leave(*running)
+
+    def _abandon(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+        """Leave a loop whose time is over."""
+        self._leave(loop, thread)
+        if thread.is_alive():
+            end_thread(thread)
+
+    def _leave(self, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+        """End a loop. Several threads may find that it is blocked, and none of them may end the one that came after."""
+        with self._lock:
+            if self._running is not None and self._running[0] is loop:
+                self._running = None
+                self._end()
+        thread.join(_GRACE)
 
     def _start(self) -> tuple[asyncio.AbstractEventLoop, threading.Thread]:
         with self._lock:

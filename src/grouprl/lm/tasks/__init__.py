@@ -3,7 +3,7 @@
     name               options          asks for                                reward                tokens
     nth-word           n_words=4        the third of four words                 1 if right            6
     arithmetic         operations=+-*   17 + 25, 40 - 7, 6 x 9                  1 if right            16
-    multi-digit        digits=3         482 x 731, 900 - 417; operations, tool  1 if right            24
+    multi-digit        digits=3         482 * 731, 900 - 417; operations, tool  1 if right            24
     letter-count       n_words=2        how often a letter occurs, 0 to 3       1 if right            8
     countdown          n_numbers=3      an expression that reaches a target     1; 0.1 for its form   8 a number
     reverse            length=6         letters from a to p, backwards          share of places       length + 2

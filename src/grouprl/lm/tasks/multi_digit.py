@@ -10,12 +10,16 @@ from grouprl.errors import UsageError
 from grouprl.lm.tasks.parsing import last_integer
 from grouprl.lm.tasks.task import RESULT_ONLY, Example, Task, check_option
 
+_SHOWN = ((12, 7), (345, 21))
+"""What is multiplied in the examples; no question of at least two digits on both sides is one of them."""
+
 
 @dataclass(frozen=True)
 class MultiDigit(Task):
-    """a + b, a - b or a x b with numbers of ``digits`` digits; `operations` says which. The larger one stands first.
+    """a + b, a - b or a * b with numbers of ``digits`` digits; `operations` says which. The larger one stands first.
 
-    `tool` names a tool that computes: then the conversation begins with an example in which it is called.
+    `tool` names a tool that computes, ``multiply(a, b)`` or ``calculate(expression)``. Then the conversation begins
+    with two examples in which it is called: a small model calls no tool that it has only been told of.
     """
 
     digits: int = 3
@@ -23,14 +27,16 @@ class MultiDigit(Task):
     tool: str | None = None
 
     name = "multi-digit"
-    about = "What is 482 x 731?; 1 if the last integer of the reply is the result"
+    about = "What is 482 * 731?; 1 if the last integer of the reply is the result"
     max_completion_length = 24
     system = RESULT_ONLY
 
     def __post_init__(self) -> None:
         check_option(self.name, "digits", self.digits, 2, 6)
-        if self.tool is not None and not (isinstance(self.tool, str) and self.tool.isidentifier()):
-            raise UsageError(f"task {self.name}: tool must be the name of a function, got {self.tool!r}.")
+        if self.tool not in (None, "multiply", "calculate"):
+            raise UsageError(f"task {self.name}: tool must be 'multiply' or 'calculate', got {self.tool!r}.")
+        if self.tool == "multiply" and self.operations != "*":
+            raise UsageError(f"task {self.name}: the tool multiply needs operations='*', got {self.operations!r}.")
         if not isinstance(self.operations, str) or not self.operations or set(self.operations) - set("+-*"):
             raise UsageError(f"task {self.name}: operations must be some of + - *, got {self.operations!r}.")
 
@@ -40,25 +46,25 @@ class MultiDigit(Task):
         low, high = 10 ** (self.digits - 1), 10**self.digits - 1
         b, a = sorted((rng.randint(low, high), rng.randint(low, high)))
         result = {"+": a + b, "-": a - b, "*": a * b}[operation]
-        sign = "x" if operation == "*" else operation
-        return Example(f"What is {a} {sign} {b}?", str(result), text=f"{a}{operation}{b}")
+        return Example(f"What is {a} {operation} {b}?", str(result), text=f"{a}{operation}{b}")
 
     def messages(self, example: Example) -> list[dict[str, Any]]:
-        """The conversation that asks `example`, behind an example of a call if there is a tool."""
+        """The conversation that asks `example`, behind examples of calls if there is a tool."""
         asked: list[dict[str, Any]] = [*super().messages(example)]
         if self.tool is None:
             return asked
-        call: dict[str, Any] = {
-            "type": "function",
-            "function": {"name": self.tool, "arguments": {"expression": "12 * 34"}},
-        }
-        shown: list[dict[str, Any]] = [
-            {"role": "user", "content": "What is 12 x 34?"},
+        return [*(message for a, b in _SHOWN for message in self._solved(a, b)), asked[-1]]
+
+    def _solved(self, a: int, b: int) -> list[dict[str, Any]]:
+        """A question, the call that answers it, its result, and the answer."""
+        arguments = {"a": a, "b": b} if self.tool == "multiply" else {"expression": f"{a} * {b}"}
+        call: dict[str, Any] = {"type": "function", "function": {"name": self.tool, "arguments": arguments}}
+        return [
+            {"role": "user", "content": f"What is {a} * {b}?"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "name": self.tool, "content": "408"},
-            {"role": "assistant", "content": "408"},
+            {"role": "tool", "name": self.tool, "content": str(a * b)},
+            {"role": "assistant", "content": str(a * b)},
         ]
-        return [*asked[:-1], *shown, asked[-1]]
 
     def parse(self, text: str) -> str | None:
         """The last integer of the reply, whatever stands before it."""

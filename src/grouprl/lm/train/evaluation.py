@@ -109,14 +109,14 @@ def evaluate_greedily(
     at_once = setup.config.per_device_eval_batch_size or GREEDY_AT_ONCE
     returns: list[float] = []
     solved: list[bool] = []
-    sums: dict[str, float] = {}
+    whole: ScoredGroups | None = None
     for drawn in evaluate(setup, prompts, greedy=True, n=n, at_once=at_once, state=state):
         returns += drawn.returns.tolist()
         solved += drawn.solved()
-        for name, value in drawn.metrics().items():
-            sums[name] = sums.get(name, 0.0) + value * len(drawn.completions)
+        whole = drawn if whole is None else whole.concatenate(drawn)
         if keep is not None:
             keep(drawn)
     size = len(returns)
-    numbers = {name: value / size for name, value in sums.items() if name != "episodes/max_turns"}
+    assert whole is not None
+    numbers = {name: value for name, value in whole.metrics().items() if name != "episodes/max_turns"}
     return HeldOut(sum(returns) / size, sum(solved) / size, size, numbers)

@@ -112,7 +112,8 @@ def _how_to_act(space: Any) -> str:
         return f"Answer with one action, a number from {space.start} to {space.start + space.n - 1}."
     if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
         most = _most(space)
-        return f"Answer with {len(most)} whole numbers: {', '.join(f'0 to {n}' for n in most)}."
+        said = ", ".join(f"{first} to {first + n}" for first, n in zip(_first(space), most, strict=True))
+        return f"Answer with {len(most)} whole numbers: {said}."
     if isinstance(space, spaces.Box):
         n = int(np.prod(space.shape))
         low, high = float(np.min(space.low)), float(np.max(space.high))
@@ -135,6 +136,11 @@ def _most(space: Any) -> list[int]:
     return [int(n) - 1 for n in np.ravel(space.nvec)]
 
 
+def _first(space: Any) -> list[int]:
+    """The smallest number of each component."""
+    return [0] * len(_most(space)) if isinstance(space, spaces.MultiBinary) else [int(n) for n in np.ravel(space.start)]
+
+
 def _action(space: Any, text: str, name: str) -> Any:
     """The action of ``space`` that ``text`` means, or None. Numbers beyond the bounds of a Box become the bounds."""
     if isinstance(space, spaces.Text):
@@ -144,9 +150,9 @@ def _action(space: Any, text: str, name: str) -> Any:
         value = None if number is None else int(number[0])
         return value if value is not None and space.start <= value < space.start + space.n else None
     if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
-        most = _most(space)
-        numbers = [int(number) for number in _INTEGER.findall(text)[: len(most)]]
-        fits = len(numbers) == len(most) and all(0 <= n <= bound for n, bound in zip(numbers, most, strict=True))
+        bounds = [(first, first + n) for first, n in zip(_first(space), _most(space), strict=True)]
+        numbers = [int(number) for number in _INTEGER.findall(text)[: len(bounds)]]
+        fits = len(numbers) == len(bounds) and all(a <= n <= b for n, (a, b) in zip(numbers, bounds, strict=True))
         return np.asarray(numbers, dtype=space.dtype).reshape(space.shape) if fits else None
     if isinstance(space, spaces.Box):
         size = int(np.prod(space.shape))
@@ -211,7 +217,8 @@ def _allowed(space: Any, words: Words) -> Callable[[Any], str]:
             said = [names[i] if names else str(int(space.start + i)) for i in places]
             return ", ".join(said) or "none"
         ends = np.cumsum(np.ravel(space.nvec))
-        parts = [np.flatnonzero(part) for part in np.split(mask, ends[:-1])]
+        firsts = np.ravel(space.start)
+        parts = [np.flatnonzero(part) + first for part, first in zip(np.split(mask, ends[:-1]), firsts, strict=True)]
         return "; ".join(" or ".join(map(str, part)) or "none" for part in parts)
 
     return allowed
@@ -223,7 +230,7 @@ def _is_allowed(space: Any) -> Callable[[Any, Any], bool]:
         if isinstance(space, spaces.Discrete):
             return bool(mask[int(action) - int(space.start)])
         starts = np.concatenate([[0], np.cumsum(np.ravel(space.nvec))[:-1]])
-        return bool(mask[starts + np.ravel(action)].all())
+        return bool(mask[starts + np.ravel(action) - np.ravel(space.start)].all())
 
     return is_allowed
 
