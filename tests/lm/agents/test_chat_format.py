@@ -35,6 +35,7 @@ ALTERNATES = (
     + CHATML
 )
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant: "
+ONE_END = CHATML.replace("m.content + '<|end|>\n'", "m.content + ('\n' if m.role == 'assistant' else '<|end|>\n')")
 COUNTS = "{% for m in messages %}{{ '<|start|>' + loop.index | string + m.content + '<|end|>' }}{% endfor %}"
 DROPS = "{% for m in messages if m.role == 'user' %}{{ '<|start|>' + m.content + '<|end|>' }}{% endfor %}"
 ROW = Prompt(3, "", {}, ())
@@ -106,7 +107,8 @@ def test_a_turn_that_was_cut_off_is_ended_first() -> None:
     ("template", "fault"),
     [
         (NO_END, r"ends the assistant's turn with none of the tokens <\|end\|>"),
-        (COUNTS, "renders a message differently in a longer conversation"),
+        (ONE_END, r"ends the assistant's turn with none of the tokens <\|end\|>"),
+        (COUNTS, "renders what follows the assistant's turn differently in a longer conversation"),
         (DROPS, "leaves out what the assistant said"),
         (None, "the tokenizer has no chat template"),
         ("{{ raise_exception('one turn only') if messages | length > 1 }}" + CHATML, "cannot render .*one turn only"),
@@ -114,6 +116,30 @@ def test_a_turn_that_was_cut_off_is_ended_first() -> None:
 )
 def test_a_template_that_cannot_be_appended_to_is_found_at_once(template: str | None, fault: str) -> None:
     assert re.search(fault, str(form(template).fault))
+
+
+CALLS_WITHOUT_END = KNOWS_TOOLS.replace(
+    "{{ '<|end|>\n' }}{% endfor %}{% if add", "{{ '\n' if m.tool_calls else '<|end|>\n' }}{% endfor %}{% if add"
+)
+ONE_RESULT = "{{ raise_exception('once') if messages | length > 3 and messages[-1].role == 'tool' }}" + KNOWS_TOOLS
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            CALLS_WITHOUT_END,
+            r"ends a turn with tool calls with none of the tokens <\|end\|>; give the tokenizer another",
+        ),
+        (ONE_RESULT, "cannot render what follows a turn with tool calls: once; give"),
+    ],
+)
+def test_tools_are_text_where_results_cannot_be_appended_to_calls(template: str, said: str) -> None:
+    made = form(template)
+    assert (made.fault, made.knows_tools) == (None, False)
+    assert re.search(said, str(made.unread))
+    assert made.following([{"role": "tool", "name": "add", "content": "7"}])
+    assert form(KNOWS_TOOLS).knows_tools
 
 
 def test_a_template_that_leaves_thoughts_out_later_is_noticed() -> None:

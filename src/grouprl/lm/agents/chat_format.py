@@ -25,7 +25,9 @@ _log = logging.getLogger("grouprl")
 _MARK = "0391720458"  # what a trial looks for; digits, which every tokenizer keeps
 _USER: Message = {"role": "user", "content": "1"}
 _SAID: Message = {"role": "assistant", "content": _MARK}
-_NEXT: Message = {"role": "user", "content": "2"}
+_ANSWERED = "7513086"  # another such, for what is said to the assistant
+_NEXT: Message = {"role": "user", "content": _ANSWERED}
+_RESULT: Message = {"role": "tool", "name": "probe", "content": _ANSWERED}
 _PROBE = {"type": "function", "function": {"name": "probe", "description": "Probe.", "parameters": {
     "type": "object", "properties": {"x": {"type": "string", "description": "X."}}, "required": ["x"]}}}  # fmt: skip
 
@@ -44,7 +46,7 @@ class ChatFormat:
             Otherwise they are text of :mod:`grouprl.lm.agents.tool_calls`.
         fault: why conversations of several turns cannot be appended to, and what to do; None if they can.
         rewrites: what the template changes of earlier turns when it renders a conversation anew; None if nothing.
-        unread: whether the chat template shows tools, but nothing is known that reads the calls it shows.
+        unread: why tools are text although the chat template shows them, and what to do; None if they are not.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class ChatFormat:
         self._how = Tokenising(tokenizer, self._options, room, room_is)
         self.fault: str | None = None
         self.rewrites: str | None = None
-        self.knows_tools = self.unread = False
+        self.knows_tools = False
+        self.unread: str | None = None
         self._opening = ""
         self._end: list[int] = []
         if getattr(tokenizer, "chat_template", None) is None:
@@ -188,6 +191,16 @@ class ChatFormat:
         Args:
             conversation: messages, the last of them the assistant's with the mark; then the messages that follow.
         """
+        text, place = self._with_mark(*conversation)
+        ids = self._text_ids(text)
+        ends = [i for i, token in enumerate(ids) if token in self._ends]
+        return ids[ends[self._n_ends(text[:place])] + 1 :]
+
+    def _n_ends(self, text: str) -> int:
+        return sum(token in self._ends for token in self._text_ids(text))
+
+    def _with_mark(self, *conversation: Any) -> tuple[str, int]:
+        """A conversation rendered, and where what the assistant said last in it ends."""
         *before, said, messages = conversation
         messages = self._as_model_reads(list(messages))
         called = [message for message in messages if message.get("role") == "tool"]
@@ -196,11 +209,7 @@ class ChatFormat:
             calls = [tool_calls.as_call(str(message.get("name", "probe")), arguments) for message in called]
             said = {"role": "assistant", "content": "", "tool_calls": calls}
         text = self._render([*before, said, *messages], opened=True)
-        ids = self._text_ids(text)
-        place = text.rindex(_MARK) + len(_MARK)
-        ends_before = sum(token in self._ends for token in self._text_ids(text[:place]))
-        ends = [i for i, token in enumerate(ids) if token in self._ends]
-        return ids[ends[ends_before] + 1 :]
+        return text, text.rindex(_MARK) + len(_MARK)
 
     def _as_model_reads(self, messages: list[Message]) -> list[Message]:
         """Calls and results as text, if the template does not know them; several results in a row as one message."""
@@ -250,16 +259,11 @@ class ChatFormat:
         if _MARK not in whole:
             self.fault = "the chat template leaves out what the assistant said"
             return
-        try:
-            behind = self._behind(_USER, _SAID, [_NEXT])
-            later = self._behind(_USER, {"role": "assistant", "content": "3"}, _USER, _SAID, [_NEXT])
-        except IndexError:
-            names = self._tokenizer.convert_ids_to_tokens(sorted(self._ends))
-            self.fault = f"the chat template ends the assistant's turn with none of the tokens {', '.join(names)}"
+        self.fault = self._fault_behind("the assistant's turn", _NEXT)
+        if self.fault is not None:
             return
-        if behind != later:
-            self.fault = "the chat template renders a message differently in a longer conversation"
-            return
+        if self.knows_tools and (fault := self._fault_behind("a turn with tool calls", _RESULT)) is not None:
+            self.knows_tools, self.unread = False, f"{fault}; give the tokenizer another chat_template"
         place = whole.rindex(_MARK) + len(_MARK)
         tail = self._text_ids(whole[place:])
         self._end = tail[: next(i for i, token in enumerate(tail) if token in self._ends) + 1]
@@ -268,6 +272,24 @@ class ChatFormat:
             self.rewrites = "leaves thoughts of earlier turns out"
         elif not whole.startswith(self._opening):
             self.rewrites = "changes how earlier turns begin"
+
+    def _fault_behind(self, turn: str, message: Message) -> str | None:
+        """Why a message cannot be appended to a turn of the assistant; None if it can."""
+        try:
+            behind = self._behind(_USER, _SAID, [message])
+            later = self._behind(_USER, {"role": "assistant", "content": "3"}, _USER, _SAID, [message])
+            text, place = self._with_mark(_USER, _SAID, [message])
+            ends = self._n_ends(text[: text.rindex(_ANSWERED)]) - self._n_ends(text[:place])
+        except IndexError:
+            behind, later, ends = [], [], 0
+        except Exception as error:  # templates raise what they like
+            return f"the chat template cannot render what follows {turn}: {first_line(error)}"
+        if not ends:  # the first one behind the turn would be another message's, which would be lost
+            names = self._tokenizer.convert_ids_to_tokens(sorted(self._ends))
+            return f"the chat template ends {turn} with none of the tokens {', '.join(names)}"
+        if behind != later:
+            return f"the chat template renders what follows {turn} differently in a longer conversation"
+        return None
 
     def _renders(self, messages: Sequence[Message], tools: Sequence[Schema] = ()) -> bool:
         try:
@@ -293,7 +315,9 @@ class ChatFormat:
             return True
         written = text[len(opening) if text.startswith(opening) else 0 :]
         try:
-            self.unread = tool_calls.parse(written, [_PROBE])[1] != [call]
+            is_read = tool_calls.parse(written, [_PROBE])[1] == [call]
         except NotACallError:
-            self.unread = True
-        return not self.unread
+            is_read = False
+        if not is_read:
+            self.unread = "the tokenizer does not say how calls are read; set tokenizer.response_template for them"
+        return is_read

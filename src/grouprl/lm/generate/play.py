@@ -109,11 +109,8 @@ class EpisodePlayer:
             config.max_turns, config.history == "turn", config.tool_timeout, config.max_tool_output,
             counted=_OF_TOOLS if interactions.has_tools else (),
         )  # fmt: skip
-        if interactions.has_tools and form.unread:
-            _log.warning(
-                "the chat template shows tools, but the tokenizer does not say how calls are read, so tools and calls "
-                "are text of grouprl's; set tokenizer.response_template for those of the template"
-            )
+        if interactions.has_tools and form.unread is not None:
+            _log.warning("the chat template shows tools, but tools and calls are text of grouprl's: %s", form.unread)
         if form.rewrites is not None and not self._rules.anew:
             _log.warning(
                 "the chat template %s, and here they stay: what was sampled is what is learned from. Serve the model "
