@@ -78,6 +78,23 @@ def test_play_fails_where_nothing_can_be_made_again(
     assert "which no file can hold" in capsys.readouterr().err
 
 
+def test_a_run_of_the_other_arena_and_a_setting_of_the_other_arena_are_told_the_right_command(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("chat", run) == 2
+    assert f"{run} is a run of an environment: " in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("arena: lm\n", encoding="utf-8")
+    assert call("play", tmp_path) == 2
+    assert f"grouprl chat {tmp_path}" in capsys.readouterr().err
+    for arguments, said in (
+        (("num_generations",), "language models alone: grouprl settings --lm num_generations"),
+        (("--lm", "n_envs"), "environments alone: grouprl settings n_envs"),
+        (("clip_range",), "it is epsilon here"),
+    ):
+        assert call("settings", *arguments) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_plot_draws_several_runs(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert call("train", "CartPole-v1", "--seed", "2", "--steps", "1000", "--out", other, "--no-video", *FAST) == 0

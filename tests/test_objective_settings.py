@@ -35,6 +35,7 @@ def test_the_error_for_an_old_name_says_the_new_one(make, old: str) -> None:
         (BOTH[1], {"advantage": "group"}, "'group' is called 'outcome' here"),
         (BOTH[0], {"loss_type": "dual_clip"}, "'dual_clip' is called 'dapo with delta=3.0' here"),
         (BOTH[0], {"loss_type": "luspo"}, "must be one of 'grpo', 'dapo'"),
+        (BOTH[1], {"loss_type": "gspo"}, "is called \"grpo with importance_sampling_level='sequence'\" here"),
         (BOTH[1], {"loss_type": "lusp"}, "did you mean 'luspo'"),
         (BOTH[0], {"loss_type": "cispo"}, "epsilon_high=None: .* must exceed 1; 5.0 is usual"),
         (BOTH[1], {"loss_type": "sapo", "delta": 3.0}, "delta=3.0 is for loss_type 'grpo' or"),

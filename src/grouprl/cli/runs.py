@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grouprl.cli import train, train_lm
-from grouprl.cli.common import app, count
+from grouprl.cli.common import app, command, count
 from grouprl.errors import UsageError
 from grouprl.runs.files import user_path
 
@@ -27,6 +27,13 @@ def _of_language(run: Path) -> bool:
     from grouprl.runs import RunFolder
 
     return (run / "config.yaml").is_file() and RunFolder.open(run).read_config().get("arena") == "lm"
+
+
+def _check_arena(run: Path, *, language: bool) -> None:
+    """Raises UsageError if a command for one arena is given a run of the other; anything but a run passes."""
+    if (run / "config.yaml").is_file() and _of_language(run) != language:
+        what, other = ("an environment", "play") if language else ("a language model", "chat")
+        raise UsageError(f"{run} is a run of {what}: {command('grouprl')} {other} {run}")
 
 
 @app.command()
@@ -117,6 +124,7 @@ def chat(
     """Talk to a language model, asked as it was trained to be; watch the episodes of one that acts."""
     from grouprl.lm.run.watching import Watching, is_agent
 
+    _check_arena(user_path(run), language=True)
     if is_agent(run):
         watching = Watching.open(run, sampled=sampled, max_tokens=tokens)
         print(watching.about)
@@ -167,6 +175,7 @@ def play(
     from grouprl.envs import watch
     from grouprl.envs.grpo import GRPO
 
+    _check_arena(run, language=False)
     agent = GRPO.load(run)
     if video is None and watch.has_screen():
         env = watch.make_rendering(agent, "human")

@@ -37,6 +37,8 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
             f"{package} registers its environments through a function, call that first and use Python: "
             "GRPO(lambda: gymnasium.make(...))"
         )
+    if name.startswith("ALE/") and not any(known.startswith("ALE/") for known in gym.registry):
+        return f"{shown(env_id)} needs packages that are not installed; run: {how_to_install('atari')}"
     close = difflib.get_close_matches(name, list(gym.registry), n=3)
     hint = (
         f"did you mean {' or '.join(close)}?" if close else "gymnasium.pprint_registry() lists the ids installed here."

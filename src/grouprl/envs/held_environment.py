@@ -92,8 +92,8 @@ class HeldEnvironment:
         if self.description.env_lost or not self.description.env_id:
             raise UsageError(
                 f"this agent has no environment: {self.description.env_lost or 'its file names none'}; call "
-                "agent.set_env(env), or give env to GRPO.load, to evaluate or to from_checkpoint; commands such as "
-                "`grouprl evaluate` need a run of `grouprl train module:Env`, whose file names the environment"
+                "agent.set_env(env), or give env to GRPO.load, to evaluate or to from_checkpoint; on the "
+                "command line, grouprl evaluate RUN --on module:Env, or train with grouprl train module:Env"
             )
         return self.description.env_id, kwargs
 

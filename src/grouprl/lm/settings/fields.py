@@ -32,6 +32,9 @@ from grouprl.objective_settings import RENAMED_ADVANTAGES, RENAMED_LOSSES, Objec
 Strategy = Literal["no", "steps", "epoch"]
 
 
+_LOSSES_ELSEWHERE = RENAMED_LOSSES | {"gspo": "grpo with importance_sampling_level='sequence'"}
+
+
 class Fields(ObjectiveSettings):
     """The settings themselves; :class:`grouprl.lm.GRPOConfig` is what people use."""
 
@@ -183,7 +186,7 @@ class Fields(ObjectiveSettings):
     )
 
     # --- loss ----------------------------------------------------------------------------------------------------
-    loss_type: Annotated[str, OneOf(loss_names(environments=False), RENAMED_LOSSES)] = Field(
+    loss_type: Annotated[str, OneOf(loss_names(environments=False), _LOSSES_ELSEWHERE)] = Field(
         "dapo",
         description="surrogate and how tokens are averaged, as in TRL; the table of losses says which is which",
     )
