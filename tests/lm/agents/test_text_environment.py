@@ -427,3 +427,8 @@ def test_the_lakes_of_even_and_odd_seeds_have_none_in_common():
     assert not lakes[0] & lakes[1]
     assert random_lake(5) == random_lake(5)
     text_environment("FrozenLake-v1", env_kwargs=random_lake)
+
+
+def test_a_prompt_that_nobody_would_read_is_an_error():
+    with pytest.raises(UsageError, match=r"own text, .* has the prompt 'Win!'; leave the column out, or"):
+        text_environment("guess-number")().begin({"prompt": "Win!", "seed": 1}, 1)

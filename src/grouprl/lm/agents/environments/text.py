@@ -192,9 +192,14 @@ class Episodes:
             seed: of the environment's ``reset``.
 
         Raises:
-            UsageError: the environment cannot be made, or has no words.
+            UsageError: the environment cannot be made, or has no words, or the row has a prompt to no use.
             TrainingError: it fails, or hangs twice.
         """
+        if row.get("prompt"):
+            raise UsageError(
+                f"{self.name} begins with its own text, and a row has the prompt {shown(row['prompt'])}; "
+                "leave the column out, or give instructions= to text_environment"
+            )
         start = self._start(seed, row.get("options")) or self._start(seed, row.get("options"))
         if start is None:
             raise TrainingError(
