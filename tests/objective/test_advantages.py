@@ -282,3 +282,12 @@ def test_timestep_equals_a_loop_over_peers(batch):
             expected.append(g - sum(others) / len(others) if others else 0.0)
     expected = torch.tensor(expected, dtype=torch.float64)
     assert_close(timestep(*batch, gamma=0.9), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_of_timestep_the_rounding_of_sums_is_no_signal():
+    # 0.1 + 0.2 is 0.3 but for rounding, and so is 0.6 in another order
+    rewards = torch.tensor([0.1 + 0.2, 0.3, 0.1 + (0.2 + 0.3), (0.1 + 0.2) + 0.3], dtype=torch.float64)
+    assert rewards[0] != rewards[1]
+    assert rewards[2] != rewards[3]
+    found = timestep(rewards, torch.ones(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]))
+    assert found.tolist() == [0.0] * 4

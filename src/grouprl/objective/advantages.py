@@ -146,7 +146,8 @@ def timestep(rewards: Tensor, lengths: Tensor, group: Tensor, gamma: float = 1.0
     highest = torch.where(someone_ended, highest.clamp(min=0.0), highest)
     lowest = torch.where(someone_ended, lowest.clamp(max=0.0), lowest)
     baseline = (total - to_go) / (size - 1).clamp(min=1) if leave_one_out else total / size
-    return torch.where(highest == lowest, 0.0, to_go - baseline).to(rewards.dtype)
+    equal = highest - lowest <= g.rounding[sample]  # no return-to-go is off by more than the return may be
+    return torch.where(equal, 0.0, to_go - baseline).to(rewards.dtype)
 
 
 def batch_returns(rewards: Tensor, lengths: Tensor, gamma: float, eps: float = 1e-8) -> Tensor:
