@@ -122,6 +122,8 @@ def test_presets_and_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> 
     assert "CartPole-v1" in capsys.readouterr().out
     assert call("presets", "script") == 0
     assert yaml.safe_load(capsys.readouterr().out)["config"]["advantage"] == "batch_returns"
+    assert call("presets", "nth-words") == 2
+    assert "did you mean nth-word?" in capsys.readouterr().err
     assert call("settings") == 0
     assert "learning_rate" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -23,6 +24,9 @@ def presets_command(
     from grouprl.lm.run import recipe
 
     if name is not None:
+        close = difflib.get_close_matches(name, recipe.names(), n=1)
+        if close and name not in (*recipe.names(), *presets.names()):
+            raise UsageError(f"no preset {name!r}; did you mean {close[0]}?")
         shown = recipe.load(name).to_dict() if name in recipe.names() else presets.load(name).__dict__
         print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip())
         return
