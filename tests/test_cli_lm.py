@@ -85,7 +85,8 @@ def test_evaluate_answers_the_held_out_prompts(run: Path, capsys: pytest.Capture
     summary = json.loads((run / "summary.json").read_text())
     assert call("evaluate", run) == 0
     out = capsys.readouterr().out
-    assert f"accuracy {summary['accuracy_after']:.3f}, mean reward {summary['reward_after']:.3f}" in out
+    assert f"accuracy {summary['accuracy_after']:.3f} (95 % interval 0.000 to 0.324)" in out
+    assert f", mean reward {summary['reward_after']:.3f}, greedy" in out
     assert "on 8 held-out prompts" in out
     assert call("evaluate", run, "--episodes", "3", "--answers", run / "answers.jsonl") == 0
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
