@@ -225,7 +225,7 @@ def test_a_run_ends_with_its_best_model_if_that_is_asked_for(tmp_path: Path) -> 
     assert (state["best_global_step"], state["best_metric"]) == (best, lengths[best])
     model = (tmp_path / "r" / "model" / "model.safetensors").read_bytes()
     assert model == (tmp_path / "r" / f"checkpoint-{best}" / "model.safetensors").read_bytes()
-    held_out, _ = training.evaluate(tmp_path / "r")
+    held_out = training.evaluate(tmp_path / "r")
     assert result.summary is not None
     assert (held_out.accuracy, held_out.reward) == (result.summary["accuracy_after"], result.summary["reward_after"])
 

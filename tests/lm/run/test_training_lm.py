@@ -141,10 +141,10 @@ def test_transcripts_hold_the_first_groups_of_each_generation(finished: Path) ->
 
 def test_a_finished_run_can_be_evaluated_again_with_the_same_result(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
-    held_out, n = training.evaluate(finished)
-    assert n == 8
+    held_out = training.evaluate(finished)
+    assert held_out.n == 8
     assert (held_out.accuracy, held_out.reward) == (summary["accuracy_after"], summary["reward_after"])
-    assert training.evaluate(finished, 12)[1] == 12
+    assert training.evaluate(finished, 12).n == 12
     with pytest.raises(UsageError, match="at least 1"):
         training.evaluate(finished, 0)
 
@@ -288,7 +288,7 @@ def test_a_run_with_an_adapter_goes_on_exactly_and_can_be_evaluated(tmp_path: Pa
     a, b = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in "ab")
     assert equal(a, b)
     assert whole.summary is not None
-    assert training.evaluate(tmp_path / "a")[0].reward == whole.summary["reward_after"]
+    assert training.evaluate(tmp_path / "a").reward == whole.summary["reward_after"]
 
 
 def test_a_folder_with_a_run_is_replaced_only_if_asked_to(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_prompts_and_a_reward_of_ones_own_train_and_hold_the_last_rows_out(own: 
     assert result.summary is not None
     table = rows(own / "run")
     assert "rewards/good/mean" in table[0]
-    assert training.evaluate(own / "run")[1] == 2  # at most a fifth of twelve rows
+    assert training.evaluate(own / "run").n == 2  # at most a fifth of twelve rows
     lines = [json.loads(line) for line in (own / "run" / "transcripts.jsonl").read_text().splitlines()]
     assert {line["prompt"][:1] for line in lines} <= set("abcd")
     assert all(line["extra"]["letter"] == line["prompt"][0] for line in lines)
