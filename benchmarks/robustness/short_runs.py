@@ -110,8 +110,8 @@ def _resume_lm(folder: Path) -> Any:
 def _evaluate_lm(folder: Path) -> Any:
     from grouprl.lm.run import training
 
-    held_out, n = training.evaluate(folder)
-    return {"accuracy": held_out.accuracy, "reward": held_out.reward, "n": n}
+    held_out = training.evaluate(folder)
+    return {"accuracy": held_out.accuracy, "reward": held_out.reward, "n": held_out.n}
 
 
 ENVS = Arena(

@@ -142,8 +142,7 @@ def test_transcripts_hold_the_first_groups_of_each_generation(finished: Path) ->
 def test_a_finished_run_can_be_evaluated_again_with_the_same_result(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     held_out = training.evaluate(finished)
-    n = held_out.n
-    assert n == 8
+    assert held_out.n == 8
     assert (held_out.accuracy, held_out.reward) == (summary["accuracy_after"], summary["reward_after"])
     assert training.evaluate(finished, 12).n == 12
     with pytest.raises(UsageError, match="at least 1"):
