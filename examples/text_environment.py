@@ -1,7 +1,7 @@
 """A language model learns to play an environment of your own, in text: turns, rewards, and an end.
 
-The environment has Gymnasium's interface on strings. The model has 100,000 parameters, so that this takes half a
-minute on a laptop.
+The environment has Gymnasium's interface on strings. The model has 100,000 parameters, so that this takes a minute
+on a laptop: the share of letters that are found rises from 0.2 to 0.9.
 
 python examples/text_environment.py
 """
@@ -16,12 +16,12 @@ from grouprl.lm.models.tiny import build_tiny
 
 
 class HotOrCold:
-    """Find a hidden letter from a to p. Each guess is answered by how far it is away, 0 to 9.
+    """Find a hidden letter from a to h. Each guess is answered by how far it is away, 0 to 9.
 
     The reward of a guess is 1 if it is right, and the episode ends with it or after four guesses.
     """
 
-    letters = "abcdefghijklmnop"
+    letters = "abcdefgh"
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         self.hidden = random.Random(seed).choice(self.letters)  # members of a group get one seed, and start equal
@@ -40,8 +40,8 @@ def main() -> None:
     model, tokenizer = build_tiny(seed=0)
     config = GRPOConfig(
         output_dir="runs/hot-or-cold", prompts_per_step=16, num_generations=16, max_turn_length=1,
-        max_completion_length=16, learning_rate=1e-3, max_steps=150, scale_rewards="none", logging_steps=10,
-        save_strategy="no", report_to="none",
+        max_completion_length=16, learning_rate=2e-3, adam_beta2=0.99, lr_scheduler_type="constant", max_steps=200,
+        scale_rewards="none", logging_steps=10, save_strategy="no", report_to="none",
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=model, processing_class=tokenizer, args=config,

@@ -10,7 +10,6 @@ import errno
 import json
 import logging
 import math
-import mmap
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -190,15 +189,8 @@ def read_bytes(path: Path, kind: str, most_bytes: int = 1 << 34) -> bytes:
         raise DamagedFileError(f"Cannot read the {kind} {path}: {error.strerror or error}.") from error
 
 
-def file_checksum(path: Path, *, just_written: bool = False) -> str:
-    """xxh3_64 of what a file holds. Raises OSError.
-
-    What this process has just written, and nobody else knows of, is read where the system keeps it, without a copy: a
-    third less time. Another program that shortens a file meanwhile would end this one.
-    """
-    if just_written and path.stat().st_size:
-        with path.open("rb") as written, mmap.mmap(written.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return str(xxh3_64(content).hexdigest())
+def file_checksum(path: Path) -> str:
+    """xxh3_64 of what a file holds. Raises OSError."""
     checksum, buffer = xxh3_64(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

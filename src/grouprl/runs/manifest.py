@@ -26,7 +26,7 @@ def write_manifest(folder: Path) -> None:
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "xxh3_64": file_checksum(folder / name, just_written=True)}
+        name: {"bytes": (folder / name).stat().st_size, "xxh3_64": file_checksum(folder / name)}
         for name in names
         if name not in (STATE_FILE, MANIFEST)
     }
