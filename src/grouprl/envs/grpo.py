@@ -82,7 +82,8 @@ class GRPO:
             ``(rewards [S], lengths [N], group [N]) -> [S]`` for N samples of S steps in all, as the functions of
             :mod:`grouprl.objective`. They are used as they are returned; :func:`grouprl.objective.standardise` centres
             and scales. It may ask for more by the names of further arguments: ``observations``, ``values``,
-            ``terminated``, ``truncated``, ``elapsed``, ``trainable`` (:func:`grouprl.envs.estimate.offers`). If it
+            ``states``, ``gamma``, ``terminated``, ``truncated``, ``elapsed``, ``trainable``
+            (:func:`grouprl.envs.estimate.offers`). If it
             compares whole episodes, set ``collect="episodes"`` or ``group_size``.
         surrogate_function: a loss of your own per step, in the place of the surrogate of ``loss_type``:
             ``(logp [m], logp_old [m], advantages [m]) -> [m]``, differentiable in ``logp``. Both:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grouprl.errors import UsageError
-from grouprl.runs.appended import whole_lines
-from grouprl.runs.files import read_bytes, user_path, write_text
+from grouprl.runs.files import write_text
 from grouprl.runs.pages import embed, fill
-from grouprl.runs.records import RecordLog
+from grouprl.runs.records import RecordLog, read_records
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,9 +94,7 @@ def read_episodes(path: str | os.PathLike[str]) -> Iterator[Batch]:
 
     Raises UsageError if the file is missing or holds something else.
     """
-    path = user_path(path)
-    for number, line in enumerate(whole_lines(read_bytes(path, _WHAT)).splitlines(), start=1):
-        yield _parse(path, number, line)
+    return read_records(path, _WHAT, _parse)
 
 
 def write_html(

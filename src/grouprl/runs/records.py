@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from grouprl.runs.appended import AppendedFile, is_marked, tell_changed
+from grouprl.runs.appended import AppendedFile, is_marked, tell_changed, whole_lines
 from grouprl.runs.files import read_bytes, user_path
 
 Own = TypeVar("Own", bound="RecordLog")
+Record = TypeVar("Record")
+
+
+def read_records(
+    path: str | os.PathLike[str], what: str, parse: Callable[[Path, int, bytes], Record]
+) -> Iterator[Record]:
+    """The records in a file of JSON lines, in its order; a torn last line is left out.
+
+    Args:
+        path: the file. what: what messages call it.
+        parse: makes a record of the path, the number of a line and its bytes. Raises UsageError if it is none.
+
+    Raises UsageError if the file is missing or holds something else.
+    """
+    path = user_path(path)
+    for number, line in enumerate(whole_lines(read_bytes(path, what)).splitlines(), start=1):
+        yield parse(path, number, line)
 
 
 class RecordLog:

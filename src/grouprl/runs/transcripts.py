@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError, shown
-from grouprl.runs.appended import whole_lines
-from grouprl.runs.files import plain_number, read_bytes, user_path, write_text
+from grouprl.runs.files import plain_number, write_text
 from grouprl.runs.pages import embed, fill
-from grouprl.runs.records import RecordLog
+from grouprl.runs.records import RecordLog, read_records
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -78,9 +77,7 @@ def read_transcripts(path: str | os.PathLike[str]) -> Iterator[Transcript]:
 
     Raises UsageError if the file is missing or holds something else.
     """
-    path = user_path(path)
-    for number, line in enumerate(whole_lines(read_bytes(path, _WHAT)).splitlines(), start=1):
-        yield _parse(path, number, line)
+    return read_records(path, _WHAT, _parse)
 
 
 def write_html(

@@ -294,7 +294,7 @@ class ChatFormat:
     def _renders(self, messages: Sequence[Message], tools: Sequence[Schema] = ()) -> bool:
         try:
             text = self._render(messages, opened=True, tools=tools)
-        except Exception:
+        except Exception:  # a template that cannot render this raises what it likes, and that is the answer here
             return False
         return _MARK in text
 
@@ -307,7 +307,7 @@ class ChatFormat:
             shown_tools = "probe" in self._render([_USER], opened=True, tools=[_PROBE])
             text = self._render([_USER, said, result], opened=True, tools=[_PROBE])
             opening = self._render([_USER], opened=False, tools=[_PROBE])
-        except Exception:
+        except Exception:  # as above: then our own protocol serves the tools
             return False
         if not shown_tools or _MARK not in text or "86420" not in text:
             return False

@@ -171,5 +171,5 @@ def error_text(error: BaseException) -> str:
     """The message of an error of the user's code, whatever its class does."""
     try:
         return str(error)
-    except Exception:
+    except Exception:  # a __str__ that raises: the class of the error is said beside it
         return ""
