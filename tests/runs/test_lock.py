@@ -22,8 +22,12 @@ import sys, time, os
 from pathlib import Path
 from grouprl.runs.lock import locked
 with locked(Path(sys.argv[1])):
-    if sys.argv[2] == "fork" and os.fork() == 0:
-        time.sleep(60)
+    ready, tell = os.pipe()
+    if sys.argv[2] == "fork":
+        if os.fork() == 0:
+            os.write(tell, b".")  # it runs, and so has let go of what its parent holds
+            time.sleep(60)
+        os.read(ready, 1)
     print("held", flush=True)
     time.sleep(60)
 """
