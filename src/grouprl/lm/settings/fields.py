@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from grouprl.errors import shown
+from grouprl.lm.settings.trl import mapping_of
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
@@ -296,6 +297,14 @@ class Fields(ObjectiveSettings):
             if not isinstance(name, str) or name not in ("tensorboard", "wandb", "none"):
                 raise ValueError(f"{shown(name)} is no tracker here; {allowed}")
         return tuple(name for name in names if name != "none")
+
+    @field_validator(
+        "model_init_kwargs", "gradient_checkpointing_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
+        mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        return mapping_of(value)
 
     @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")
     @classmethod

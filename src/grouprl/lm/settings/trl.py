@@ -7,7 +7,9 @@ to do instead. Checked against TRL 1.16 and transformers 5.23.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum
@@ -251,8 +253,23 @@ def same(a: Any, b: Any) -> bool:
         return a is b
 
 
+def mapping_of(value: Any) -> Any:
+    """A mapping that a command line gives as JSON; anything else as it is. Raises ValueError if the text is none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("must be a mapping, or one as JSON text, such as '{\"name\": 1}'")
+    return found
+
+
 def _generation_settings(values: Any) -> tuple[dict[str, Any], list[str]]:
     """Settings of transformers' generate, under our names, and why the others among them are refused."""
+    with contextlib.suppress(ValueError):
+        values = mapping_of(values)
     if not isinstance(values, Mapping):
         return {}, [f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}"]
     settings, refused = {}, []
