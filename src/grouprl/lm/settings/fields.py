@@ -270,6 +270,11 @@ class Fields(ObjectiveSettings):
     ddp_timeout: float = Field(
         1800.0, gt=0, description="seconds that a process waits for another, where several train together"
     )
+    ddp_backend: Literal["gloo", "nccl"] | None = Field(
+        None,
+        description="how they talk; default: nccl between GPUs, one for each process, and gloo between CPUs. gloo on "
+        "GPUs lets several processes share one",
+    )
     do_train: bool = Field(False, description="for scripts that ask for it; nothing here does")
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")

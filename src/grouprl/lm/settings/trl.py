@@ -146,7 +146,6 @@ FOREIGN: dict[str, Foreign] = {
     **{name: Foreign(off, advice) for advice, names in _FOREIGN_GROUPS for name, off in names.items()},
     **{name: Foreign(off, why, (), None) for why, names in _SPEED_GROUPS for name, off in names.items()},
     "vllm_importance_sampling_correction": Foreign(True, _VLLM_MISMATCH, (False,)),
-    "ddp_backend": Foreign(None, "gloo joins processes on CPUs and nccl those on GPUs; leave it out", ("gloo", "nccl")),
     "trust_remote_code": Foreign(False, "set model_init_kwargs={'trust_remote_code': True}"),
     "cast_lm_head_to_fp32": Foreign(False, _FLOAT32_HEAD),
     "router_aux_loss_coef": Foreign(None, "there is no load-balancing loss; leave it out", (0.0,)),

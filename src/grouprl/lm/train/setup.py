@@ -42,7 +42,7 @@ from grouprl.lm.train.acting import (
 )
 from grouprl.lm.train.wrappers import unwrapped
 from grouprl.machine.busy import sleeping_when_busy
-from grouprl.machine.ranks import Ranks, join
+from grouprl.machine.ranks import Ranks
 from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
@@ -114,7 +114,7 @@ def make_setup(
     Raises UsageError for whatever cannot work.
     """
     config = _configuration(args)
-    ranks = join(gpu=config.device.type == "cuda", timeout=config.ddp_timeout)
+    ranks = config.join()
     with ranks.telling():
         return _make_setup(
             config, ranks, model, reward_funcs, train_dataset, eval_dataset, tokenizer, optimizers=optimizers,
