@@ -294,6 +294,6 @@ def evaluate(
 
         def keep(drawn: ScoredGroups) -> None:
             if writer is not None:
-                writer.append(transcripts_of_evaluation(drawn, setup.player.names))
+                writer.append(transcripts_of_evaluation(drawn, setup.eval_player.names))
 
         return evaluate_greedily(setup, prompts, n, keep=keep)

@@ -63,7 +63,8 @@ OF_PROCESS: dict[str, Callable[[Place], Any]] = {
 """What transformers' callbacks read of a configuration, and depends on the process."""
 
 TRAINER_ARGUMENTS = (
-    "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks",
+    "model", "reward_funcs", "reward_processing_classes", "eval_reward_funcs", "train_dataset", "eval_dataset",
+    "processing_class", "peft_config", "callbacks",
     "optimizers", "ref_model", "advantage_function", "surrogate_function", "tools", "environment_factory",
     "rollout_func",
 )  # fmt: skip
@@ -182,7 +183,6 @@ SWITCHED = {
 """What says nothing unless its switch is on."""
 
 FOREIGN_ARGUMENTS: dict[str, Foreign] = {
-    "reward_processing_classes": Foreign(None),  # of reward models, which are refused themselves
     "quantization_config": Foreign(None, "weights are trained in float32 or bfloat16; leave it out"),
 }
 """Arguments of TRL's GRPOTrainer that are none of ours."""
