@@ -34,6 +34,7 @@ from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.acting import (
     Acting,
+    about_acting,
     make_interactions,
     make_player,
     make_rewards,
@@ -66,6 +67,7 @@ class Setup:
         functions: an estimator and a surrogate of the user's own.
         prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
         output_dir: the folder of checkpoints and of what is recorded, the same wherever the process goes.
+        acting: what the model acts with, as plain values.
     """
 
     config: GRPOConfig
@@ -84,6 +86,7 @@ class Setup:
     prompts: PromptSource | None
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
+    acting: Mapping[str, Any]
 
     def check_weights(self) -> None:
         """Check that the model has the parameters it had at first, and finite weights.
@@ -131,13 +134,6 @@ def _make_setup(
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config, ranks.world)
     check_room(least_bytes(config, plan))
-    if ranks.world > 1:
-        for name, given in vars(acting).items():
-            if given:
-                raise UsageError(
-                    f"{name}: episodes of several turns are played in one process, and {ranks.world} were started "
-                    f"(this is rank {ranks.rank}); start the script without a launcher"
-                )
     interactions = make_interactions(config, acting)
     rewards = make_rewards(reward_funcs, config, interactions)
     torch.manual_seed(config.seed)
@@ -175,7 +171,7 @@ def _make_setup(
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
         player=shared_out(make_player(policy, tokenizer, rewards, config, interactions, acting, prompts), ranks),
         read=read, functions=functions, prompts=prompts, eval_prompts=eval_prompts,
-        output_dir=ranks.once(lambda: _output_dir(model, config)),
+        output_dir=ranks.once(lambda: _output_dir(model, config)), acting=about_acting(acting, interactions),
     )  # fmt: skip
 
 
