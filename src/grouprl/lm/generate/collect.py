@@ -71,6 +71,9 @@ class Player(Protocol):
     def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
         """What is learned from groups that it has drawn; ``own`` is a user's advantage function."""
 
+    def judged_by(self, rewards: RewardCaller) -> Player:
+        """The same, judged by other reward functions."""
+
     def close(self) -> None:
         """Release what it has made to play with; it makes that anew when it plays again."""
 
@@ -191,6 +194,10 @@ class CompletionPlayer:
             logp_old=logp_old, logp_ref=logp_ref, known_old=known, known_ref=known.clone(),
             extras=groups.rewards.extras,
         )  # fmt: skip
+
+    def judged_by(self, rewards: RewardCaller) -> CompletionPlayer:
+        """As `Player.judged_by`."""
+        return CompletionPlayer(self.policy, self.tokenizer, rewards, self.config)
 
     def close(self) -> None:
         """As `Player.close`: there is nothing."""
