@@ -18,8 +18,6 @@ class StepSums:
 
     loss: float = 0.0
     """Weighted as the loss is; the others are not weighted."""
-    bonus: float = 0.0
-    """Of the entropy, likewise."""
     kl: float = 0.0
     entropy: float = 0.0
     low: float = 0.0
@@ -31,6 +29,8 @@ class StepSums:
     """Share of a completion's ratios cut off below, in the completion with the smallest; of a turn's if it has one."""
     most_high: float = 0.0
     """Above, in the one with the largest."""
+    bonus: float = 0.0
+    """Of the entropy, weighted as it is in the loss."""
 
     def add(self, other: StepSums) -> None:
         """Add another part's sums."""
