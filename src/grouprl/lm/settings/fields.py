@@ -32,6 +32,16 @@ from grouprl.objective_settings import RENAMED_ADVANTAGES, RENAMED_LOSSES, Objec
 
 Strategy = Literal["no", "steps", "epoch"]
 
+OWN_TRACKERS = ("tensorboard", "wandb")
+"""Trackers that grouprl writes to itself, in both arenas."""
+TRACKERS = (
+    *OWN_TRACKERS, "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune", "dvclive", "dagshub", "codecarbon",
+    "azure_ml", "flyte", "kubeflow",
+)  # fmt: skip
+"""All trackers: the others are written to by transformers' callbacks."""
+_CALLED = {"comet": "comet_ml", "azureml": "azure_ml"}
+_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
+
 
 _LOSSES_ELSEWHERE = RENAMED_LOSSES | {"gspo": "grpo with importance_sampling_level='sequence'"}
 
@@ -49,8 +59,16 @@ class Fields(ObjectiveSettings):
     seed: int = Field(42, ge=0, description="of every random stream")
     data_seed: int | None = Field(None, ge=0, description="of the order of the prompts; default: seed")
     use_cpu: bool = Field(False, description="stay on the CPU even where there is an accelerator")
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        ("tensorboard",), description="trackers: tensorboard, wandb, several in a list, or none"
+    report_to: tuple[Annotated[str, OneOf(TRACKERS)], ...] = Field(
+        ("tensorboard",),
+        description="trackers: tensorboard, wandb, trackio, mlflow, comet_ml or another of transformers', several in a "
+        "list, all that are installed, or none",
+    )
+    project: str = Field("huggingface", description="of trackio")
+    trackio_space_id: str | None = Field(None, description="Space on the hub where trackio shows the run")
+    trackio_bucket_id: str | None = Field(None, description="bucket on the hub where trackio keeps it")
+    trackio_static_space_id: str | bool | None = Field(
+        None, description="Space where trackio leaves a snapshot after training; false = none"
     )
     disable_tqdm: bool | None = Field(None, description="no progress bar; default: none where there is no terminal")
 
@@ -305,16 +323,16 @@ class Fields(ObjectiveSettings):
     @field_validator("report_to", mode="before")
     @classmethod
     def _trackers(cls, value: Any) -> Any:
-        allowed = "choose tensorboard, wandb, both in a list, or none"
+        allowed = f"choose {', '.join(TRACKERS)}, several in a list, all, or none"
         if value is not None and value is not False and not isinstance(value, str | list | tuple | set | frozenset):
             raise ValueError(f"names no tracker; {allowed}")
         names = (value,) if isinstance(value, str) else tuple(value or ())
         if names == ("all",):
-            names = tuple(name for name in ("tensorboard", "wandb") if find_spec(name) is not None)
+            names = tuple(name for name in TRACKERS if find_spec(_PACKAGES.get(name, name)) is not None)
         for name in names:
-            if not isinstance(name, str) or name not in ("tensorboard", "wandb", "none"):
+            if not isinstance(name, str) or name not in (*TRACKERS, *_CALLED, "none"):
                 raise ValueError(f"{shown(name)} is no tracker here; {allowed}")
-        return tuple(name for name in names if name != "none")
+        return tuple(dict.fromkeys(_CALLED.get(name, name) for name in names if name != "none"))
 
     @field_validator(
         "model_init_kwargs", "gradient_checkpointing_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
