@@ -61,7 +61,11 @@ class Learner:
             )
         self.policy, self.config, self.rng, self.ranks = policy, config, rng, ranks
         self.parameters = TrainedParameters(policy)
-        self.optimizer = Adam(self.parameters, config.learning_rate, config.adam_epsilon, native=config.native)
+        held = policy.gaussian and config.log_std_min is not None
+        self.optimizer = Adam(
+            self.parameters, config.learning_rate, config.adam_epsilon, native=config.native,
+            floors=[(policy.log_std, config.log_std_min)] if held else [],
+        )  # fmt: skip
         self.learning_rate = config.learning_rate
         self.updates = 0
         self.reference: Policy | None = None

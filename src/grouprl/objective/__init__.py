@@ -25,7 +25,7 @@ from grouprl.objective.advantages import (
     standardise,
     timestep,
 )
-from grouprl.objective.baseline import BaselineFit, RandomFeatures, Sketch, fit_baseline
+from grouprl.objective.baseline import BaselineBatch, BaselineFit, fit_baseline
 from grouprl.objective.divergences import (
     DIVERGENCES,
     bernoulli_kl,
@@ -37,6 +37,8 @@ from grouprl.objective.divergences import (
     sampled_kl_loss,
 )
 from grouprl.objective.estimators import ESTIMATORS
+from grouprl.objective.features import RandomFeatures, Sketch
+from grouprl.objective.level import Level, fit_level
 from grouprl.objective.loss import Fixed, LossTerms, policy_loss
 from grouprl.objective.losses import LOSSES, Objective
 from grouprl.objective.outcomes import gdpo, maxrl, opo, pass_at_k, reinforce_pp
@@ -58,8 +60,10 @@ __all__ = [
     "DIVERGENCES",
     "ESTIMATORS",
     "LOSSES",
+    "BaselineBatch",
     "BaselineFit",
     "Fixed",
+    "Level",
     "LossTerms",
     "Objective",
     "RandomFeatures",
@@ -76,6 +80,7 @@ __all__ = [
     "dppo",
     "dppo_mask",
     "fit_baseline",
+    "fit_level",
     "gae",
     "gaussian_kl",
     "gdpo",
