@@ -516,7 +516,6 @@ def test_generation_kwargs_are_settings_and_win_over_them() -> None:
 def test_arguments_of_trl_are_refused_by_name_unless_they_do_nothing() -> None:
     check_arguments({})
     check_arguments(dict.fromkeys(FOREIGN_ARGUMENTS))
-    check_arguments({"reward_processing_classes": [object()]})  # TRL asks nothing of them for functions either
     with pytest.raises(UsageError, match=r"^quantization_config: .*leave it out"):
         check_arguments({"quantization_config": [print]})
     with pytest.raises(UsageError, match="no argument 'callback'; did you mean 'callbacks'"):

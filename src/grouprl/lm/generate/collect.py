@@ -70,6 +70,9 @@ class Player(Protocol):
     def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
         """What is learned from groups that it has drawn; ``own`` is a user's advantage function."""
 
+    def judged_by(self, rewards: RewardCaller) -> Player:
+        """The same, judged by other reward functions."""
+
     def close(self) -> None:
         """Release what it has made to play with; it makes that anew when it plays again."""
 
@@ -202,6 +205,10 @@ class CompletionPlayer:
         own = self.policy.share([len(c) for c in completions], group.tolist())
         of_own = log_probs.micro_batches(prompts, [completions[i] for i in own], group[own].tolist())
         return [MicroBatch(batch.groups, torch.tensor(own)[batch.samples]) for batch in of_own]
+
+    def judged_by(self, rewards: RewardCaller) -> CompletionPlayer:
+        """As `Player.judged_by`."""
+        return CompletionPlayer(self.policy, self.tokenizer, rewards, self.config)
 
     def close(self) -> None:
         """As `Player.close`: there is nothing."""

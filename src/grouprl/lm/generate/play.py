@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -103,8 +104,8 @@ class EpisodePlayer:
     def __init__(
         self, policy: Policy, form: ChatFormat, interactions: Interactions, rewards: RewardCaller, config: GRPOConfig
     ) -> None:
-        self.policy, self.form, self.interactions = policy, form, interactions
-        self.rewards, self.config = rewards, config
+        self.policy, self.form, self.interactions, self.config = policy, form, interactions, config
+        self._judge_by(rewards)
         self._rules = Rules(
             config.max_turns, config.history == "turn", config.tool_timeout, config.max_tool_output,
             counted=_OF_TOOLS if interactions.has_tools else (),
@@ -116,8 +117,10 @@ class EpisodePlayer:
                 "the chat template %s, and here they stay: what was sampled is what is learned from. Serve the model "
                 "with a template that keeps them, or set history='turn'", form.rewrites,
             )  # fmt: skip
-        given = [TURN_REWARDS] if interactions.gives_rewards else []
-        self.names = (*rewards.names, *given)
+
+    def _judge_by(self, rewards: RewardCaller) -> None:
+        given = [TURN_REWARDS] if self.interactions.gives_rewards else []
+        self.rewards, self.names = rewards, (*rewards.names, *given)
         self.weights = torch.cat([rewards.weights, torch.ones(len(given), dtype=torch.float64)])
 
     def draw(
@@ -149,6 +152,12 @@ class EpisodePlayer:
     def samples(self, groups: EpisodeGroups, own: TensorFunction | None) -> Samples:
         """As `Player.samples`."""
         return samples_of_groups(groups, self.policy, self.config, own)
+
+    def judged_by(self, rewards: RewardCaller) -> EpisodePlayer:
+        """As `Player.judged_by`; both play in the same environments."""
+        other = copy.copy(self)
+        other._judge_by(rewards)
+        return other
 
     def close(self) -> None:
         """As `Player.close`: close the environments."""

@@ -91,6 +91,10 @@ class RolloutPlayer:
         """As `Player.samples`."""
         return samples_of_groups(groups, self.policy, self.config, own)
 
+    def judged_by(self, rewards: RewardCaller) -> RolloutPlayer:
+        """As `Player.judged_by`."""
+        return RolloutPlayer(self.policy, self.tokenizer, rewards, self.config, self.function)
+
     def close(self) -> None:
         """As `Player.close`: there is nothing."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from grouprl.lm.generate.collect import Player, ScoredGroups, logged_means
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.streams import Draws, Stream, draws_of
 from grouprl.machine.ranks import Place, Ranks
@@ -56,6 +57,10 @@ class SharedPlayer:
     def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
         """As `Player.samples`."""
         return self.player.samples(groups, own)
+
+    def judged_by(self, rewards: RewardCaller) -> SharedPlayer:
+        """As `Player.judged_by`."""
+        return SharedPlayer(self.player.judged_by(rewards), self.ranks)
 
     def close(self) -> None:
         """As `Player.close`."""

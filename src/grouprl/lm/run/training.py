@@ -30,7 +30,7 @@ from grouprl.lm.train.sinks import Recording
 from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
 from grouprl.machine.busy import sleeping_when_busy
-from grouprl.machine.ranks import Ranks, join, refuse_several_processes
+from grouprl.machine.ranks import Ranks, refuse_several_processes
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.signals import stopping_on_signals
@@ -102,7 +102,7 @@ def train(
 
 
 def _meet(config: GRPOConfig) -> Ranks:
-    return join(gpu=config.device.type == "cuda", timeout=config.ddp_timeout)
+    return config.join()
 
 
 def _train(
@@ -294,6 +294,6 @@ def evaluate(
 
         def keep(drawn: ScoredGroups) -> None:
             if writer is not None:
-                writer.append(transcripts_of_evaluation(drawn, setup.player.names))
+                writer.append(transcripts_of_evaluation(drawn, setup.eval_player.names))
 
         return evaluate_greedily(setup, prompts, n, keep=keep)
