@@ -355,7 +355,8 @@ def test_the_level_shows_a_fall_as_bad_as_it_is():
     ones, lengths = torch.ones(512, 1, dtype=torch.float64), torch.full((16,), 32)
     ends = flags(1, *[0] * 15)
     plain, levelled = (
-        fit_baseline(ones, ones[:16], ones[:, 0], lengths, ends, None, 0.99, 0.95, level=level) for level in (False, True)
+        fit_baseline(ones, ones[:16], ones[:, 0], lengths, ends, None, 0.99, 0.95, level=level)
+        for level in (False, True)
     )
     assert plain.last_values[0].item() == levelled.last_values[0].item() == 0.0
     assert levelled.advantages[31].item() < plain.advantages[31].item() - 5.0

@@ -42,11 +42,12 @@ def test_a_constant_for_ever_is_worth_its_reward_over_one_minus_gamma():
 def test_scale_and_level_of_two_states_by_hand():
     # Two steps, then an end, gamma 1/2, lambda 0, rewards 3 and 4. V = 1, 2, so Z = [1 1; 2 1], M = [1 1/2; 0 0].
     # Z - M = [0 1/2; 2 1], Z'(Z - M) = [4 5/2; 2 3/2], Z'b = [11, 7]:
-    # c = (11 * 3/2 - 5/2 * 7) / (4 * 3/2 - 5/2 * 2) = -1, which is not believed: c = 1, and 2 + 3/2 a = 7 gives a = 10/3.
+    # c = (11 * 3/2 - 5/2 * 7) / (4 * 3/2 - 5/2 * 2) = -1, which is not believed. With c = 1
+    # 2 + 3/2 a = 7 gives a = 10/3.
     case = (doubles(1.0, 2.0), doubles(9.0), doubles(3.0, 4.0), torch.tensor([2]), flags(1), 0.5, 0.0)
     assert fit_level(*case) == pytest.approx(Level(1.0, 10 / 3), rel=1e-12)
-    # Rewards 1/2 and 8: b = Z'b = [16.5, 8.5]: c = (16.5 * 1.5 - 2.5 * 8.5) / 1 = 3.5, a = (4 * 8.5 - 2 * 16.5) / 1 = 1.
-    # Check: V = 4.5, 8, and indeed 8 = r_2 and 4.5 = 1/2 + 8/2.
+    # Rewards 1/2 and 8: b = Z'b = [16.5, 8.5]: c = (16.5 * 1.5 - 2.5 * 8.5) / 1 = 3.5,
+    # a = (4 * 8.5 - 2 * 16.5) / 1 = 1. Check: V = 4.5, 8, and indeed 8 = r_2 and 4.5 = 1/2 + 8/2.
     case = (doubles(1.0, 2.0), doubles(9.0), doubles(0.5, 8.0), torch.tensor([2]), flags(1), 0.5, 0.0)
     assert fit_level(*case) == pytest.approx(Level(3.5, 1.0), rel=1e-12)
 
@@ -84,7 +85,9 @@ def test_what_follows_a_termination_does_not_count():
 def test_a_batch_that_says_nothing_of_level_or_scale_leaves_them():
     values, last, rewards, lengths, _, _, lam = random_batch()
     assert fit_level(values, last, rewards, lengths, flags(0, 0, 0, 0), 1.0, lam) == Level(1.0, 0.0)
-    flat = fit_level(torch.full_like(values, 4.0), torch.full_like(last, 4.0), rewards, lengths, flags(1, 0, 1, 0), 0.95, lam)
+    flat = fit_level(
+        torch.full_like(values, 4.0), torch.full_like(last, 4.0), rewards, lengths, flags(1, 0, 1, 0), 0.95, lam
+    )
     assert flat.scale == 1.0
     nothing = torch.zeros(0)
     assert fit_level(nothing, nothing, nothing, nothing.long(), nothing.bool(), 0.9, 0.9) == Level(1.0, 0.0)

@@ -62,9 +62,7 @@ class BaselineMemory:
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint: what the features are made of, a small part of what they take."""
-        return {
-            f"{i}.{f.name}": getattr(seen, f.name) for i, (seen, _) in enumerate(self._kept) for f in fields(Seen)
-        }
+        return {f"{i}.{f.name}": getattr(seen, f.name) for i, (seen, _) in enumerate(self._kept) for f in fields(Seen)}
 
     def load(self, state: Mapping[str, Tensor], features: Features) -> None:
         """The inverse of :meth:`state`. Raises KeyError, or an error of the features, for what it cannot have given."""

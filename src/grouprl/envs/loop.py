@@ -14,6 +14,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from grouprl.envs.action_codec import ActionCodec
+from grouprl.envs.baseline_memory import parts_of
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.estimate import DEFAULT_HORIZON, OFFERED, Baseline, advantages, has_signal, n_summary
@@ -23,7 +24,6 @@ from grouprl.envs.rollout import Rollout
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
 from grouprl.machine.ranks import ALONE, Ranks
-from grouprl.envs.baseline_memory import parts_of
 from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions, asked_for, check_asked
 
 Metrics = dict[str, float]
