@@ -95,7 +95,7 @@ def test_the_weights_differ_from_those_of_a_run_without() -> None:
 
 def test_a_memory_that_holds_no_batch_is_refused() -> None:
     with pytest.raises(
-        UsageError, match="baseline_memory=1000 holds no whole batch, which has 2048 steps; set .* 20480"
+        UsageError, match=r"baseline_memory=1000 holds no whole batch, which has 2048 steps; set .* 20480"
     ):
         make_config({"collect": "segments", "baseline_memory": 1000})
     with pytest.raises(UsageError, match="4096 steps"):

@@ -61,11 +61,10 @@ class Learner:
             )
         self.policy, self.config, self.rng, self.ranks = policy, config, rng, ranks
         self.parameters = TrainedParameters(policy)
-        held = policy.gaussian and config.log_std_min is not None
+        floors = [(policy.log_std, config.log_std_min)] if policy.gaussian and config.log_std_min is not None else []
         self.optimizer = Adam(
-            self.parameters, config.learning_rate, config.adam_epsilon, native=config.native,
-            floors=[(policy.log_std, config.log_std_min)] if held else [],
-        )  # fmt: skip
+            self.parameters, config.learning_rate, config.adam_epsilon, native=config.native, floors=floors
+        )
         self.learning_rate = config.learning_rate
         self.updates = 0
         self.reference: Policy | None = None

@@ -86,7 +86,8 @@ def fit_baseline(
     same weights: Phi'Phi and Phi'y are sums over batches. The more rows there are, the less of one batch's own noise is
     explained away. Values and advantages are those of the batch alone.
 
-    ``level`` ends with V <- c V + a, (c, a) from :func:`fit_level` on the batch itself: then its advantages have mean 0.
+    ``level`` ends with V <- c V + a, (c, a) from :func:`fit_level` on the batch itself, so that its advantages have
+    mean 0.
 
     Raises UsageError on shapes or settings that do not fit, TrainingError if the fit is not finite.
     """
@@ -136,7 +137,9 @@ def _primal(batches: Sequence[BaselineBatch], ridge: float) -> _Solve:
     phis = [batch.phi for batch in batches]
 
     def solve(targets: Tensor) -> Tensor:
-        first, *others = (phi.T @ y for phi, y in zip(phis, targets.split([len(phi) for phi in phis]), strict=True))
+        first, *others = (
+            phi.T @ y for phi, y in zip(phis, torch.split(targets, [len(phi) for phi in phis]), strict=True)
+        )
         moment = sum(others, start=first)
         return torch.cholesky_solve(moment.to(factor).unsqueeze(1), factor).squeeze(1).to(targets)
 
