@@ -488,3 +488,22 @@ def test_an_evaluation_in_parts_has_the_numbers_of_all_its_episodes(tmp_path: Pa
         found.append(evaluation.evaluate_greedily(made.setup, made.setup.eval_prompts[""]))
     assert found[0] == found[1]
     assert found[0].numbers["tools/failure_frequency"] > 0
+
+
+def test_a_run_is_gone_on_with_by_the_tools_and_environments_it_began_with(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "reward_funcs": lambda completions: [float(len(said)) for said in completions], "train_dataset": ROWS,
+    }  # fmt: skip
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(tmp_path / "tools", saved, tools=[press, wait], **given).train()
+    more = {**saved, "max_steps": 2}
+    with pytest.raises(UsageError, match=r"belongs to another run: .* with other tools: \['press', 'wait'\], here"):
+        trainer(tmp_path / "tools", more, tools=[press], **given).train(resume_from_checkpoint=True)
+    assert trainer(tmp_path / "tools", more, tools=[press, wait], **given).train(resume_from_checkpoint=True)
+
+    class Knobs(Buttons):
+        pass
+
+    trainer(tmp_path / "environment", saved, train_dataset=ROWS, reward_funcs=given["reward_funcs"]).train()
+    with pytest.raises(UsageError, match=r"other environments: .*Buttons.*, here .*Knobs"):
+        trainer(tmp_path / "environment", more, environment_factory=Knobs, **given).train(resume_from_checkpoint=True)

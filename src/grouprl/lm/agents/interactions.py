@@ -17,6 +17,7 @@ from grouprl.errors import GrouprlError, TrainingError, UsageError, shown
 from grouprl.lm.agents.interaction import Interaction, Message
 from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, describe_error, kind_of, reward_functions
 from grouprl.lm.agents.tools import Function, schema_of
+from grouprl.lm.fingerprint import digest
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.runs.time_limit import within
@@ -41,6 +42,7 @@ class Interactions:
         rewards: a reward function for each class of environments that has ``get_reward``.
         gives_rewards: whether one of the environments gives rewards for turns.
         has_tools: whether there is any tool.
+        described: environments and tools as plain values, which tell these from others.
         loop: where what is asynchronous runs, so that clients which belong to a loop keep theirs.
 
     Raises:
@@ -76,6 +78,12 @@ class Interactions:
         )
         self.gives_rewards = any(made.gives_rewards for made in first.values())
         self.has_tools = bool(self._functions) or any(made.tools for made in first.values())
+        schemas = [*self._schemas, *(schema for made in first.values() for schema in made.tools)]
+        self.described = {
+            "environments": [f"{name or ''} {name_of(made)}".strip() for name, made in first.items()],
+            "tools": [schema["function"]["name"] for schema in self._schemas],
+            "tools as they are described": digest(schemas),
+        }
 
     def begin(self, row: Prompt, seed: int, where: str) -> tuple[Interaction, Sequence[Message] | str]:
         """An interaction that has begun an episode, and its prompt.

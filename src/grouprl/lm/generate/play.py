@@ -78,6 +78,22 @@ class EpisodeGroups(ScoredGroups):
             **of_tools, **{name: value / n for name, value in counted.items()},
         }  # fmt: skip
 
+    def numbered(self) -> list[Episode]:
+        """The episodes, with the numbers of their groups here: they may have come from several draws or processes."""
+        return [replace(e, group=i // self.group_size) for i, e in enumerate(self.completions)]
+
+    def leave_out_columns(self) -> None:
+        """As `ScoredGroups.leave_out_columns`."""
+        super().leave_out_columns()
+        self.completions = [replace(e, start=replace(e.start, columns={})) for e in self.completions]
+
+    def take_columns(self, rows: Sequence[Prompt]) -> None:
+        """As `ScoredGroups.take_columns`."""
+        super().take_columns(rows)
+        of_each = [row.columns for row in rows for _ in range(self.group_size)]
+        played = zip(self.completions, of_each, strict=True)
+        self.completions = [replace(e, start=replace(e.start, columns=columns)) for e, columns in played]
+
     def solved(self) -> list[bool]:
         """``[N]`` whether an episode was solved, as its environment says, else by its return."""
         by_return = super().solved()
@@ -86,7 +102,7 @@ class EpisodeGroups(ScoredGroups):
     def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:
         """For each group whether one of its turns has an advantage."""
         advantages = turn_advantages(
-            self.completions, config, rewards=self.rewards.values, weights=self.weights, own=own
+            self.numbered(), config, rewards=self.rewards.values, weights=self.weights, own=own
         )
         per_episode = torch.split(advantages, [len(e.rewards) for e in self.completions])
         found = [bool((part != 0).any()) for part in per_episode]
@@ -219,11 +235,10 @@ class EpisodePlayer:
 def samples_of_groups(
     groups: EpisodeGroups, policy: Policy, config: GRPOConfig, own: TensorFunction | None
 ) -> Samples:  # fmt: skip
-    """What is learned from groups of episodes; some may have come from other draws, so they are numbered anew."""
-    episodes = [replace(e, group=i // groups.group_size) for i, e in enumerate(groups.completions)]
+    """What is learned from groups of episodes."""
     return samples_of_episodes(
-        episodes, config, policy=policy, rewards=groups.rewards.values, weights=groups.weights, texts=groups.texts,
-        extras=groups.rewards.extras, own=own,
+        groups.numbered(), config, policy=policy, rewards=groups.rewards.values, weights=groups.weights,
+        texts=groups.texts, extras=groups.rewards.extras, own=own,
     )  # fmt: skip
 
 

@@ -48,6 +48,13 @@ def make_interactions(config: GRPOConfig, acting: Acting) -> Interactions | None
     return Interactions(acting.environment_factory, acting.tools, limits, config.tool_timeout)
 
 
+def about_acting(acting: Acting, interactions: Interactions | None) -> dict[str, Any]:
+    """What the model acts with, as plain values, by which a checkpoint is told from one of another run."""
+    function = acting.rollout_func
+    own = None if function is None else str(getattr(function, "__name__", type(function).__name__))
+    return {"rollout_func": own, **({} if interactions is None else interactions.described)}
+
+
 @dataclass(frozen=True)
 class Judges:
     """What judges: the arguments of a GRPOTrainer of the same names."""

@@ -35,6 +35,7 @@ from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.acting import (
     Acting,
     Judges,
+    about_acting,
     check_readable,
     make_interactions,
     make_player,
@@ -69,6 +70,7 @@ class Setup:
         functions: an estimator and a surrogate of the user's own.
         prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
         output_dir: the folder of checkpoints and of what is recorded, the same wherever the process goes.
+        acting: what the model acts with, as plain values.
     """
 
     config: GRPOConfig
@@ -88,6 +90,7 @@ class Setup:
     prompts: PromptSource | None
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
+    acting: Mapping[str, Any]
 
     def check_weights(self) -> None:
         """Check that the model has the parameters it had at first, and finite weights.
@@ -134,13 +137,6 @@ def _make_setup(
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config, ranks.world)
     check_room(least_bytes(config, plan))
-    if ranks.world > 1:
-        for name, given in vars(acting).items():
-            if given:
-                raise UsageError(
-                    f"{name}: episodes of several turns are played in one process, and {ranks.world} were started "
-                    f"(this is rank {ranks.rank}); start the script without a launcher"
-                )
     interactions = make_interactions(config, acting)
     rewards, eval_rewards = make_rewards(judges, config, interactions)
     torch.manual_seed(config.seed)
@@ -181,7 +177,7 @@ def _make_setup(
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
         player=shared_out(player, ranks), eval_player=shared_out(eval_player, ranks),
         read=read, functions=functions, prompts=prompts, eval_prompts=eval_prompts,
-        output_dir=ranks.once(lambda: _output_dir(model, config)),
+        output_dir=ranks.once(lambda: _output_dir(model, config)), acting=about_acting(acting, interactions),
     )  # fmt: skip
 
 
