@@ -105,6 +105,8 @@ def test_config_yaml_reproduces_the_run(tmp_path: Path) -> None:
         ("CartPole-v1", {"beta": 0.01, "reference": "periodic", "reference_every": 2, "lr_schedule": "adaptive"}),
         ("Pendulum-v1", {"vectorization": "async"}),
         ("Pendulum-v1", {"baseline_memory": 1000, "baseline_level": True, "log_std_min": -0.51}),
+        ("Pendulum-v1", {"reuse": 3, "baseline_memory": 600}),
+        ("CartPole-v1", {"reuse": 2}),
         ("LunarLander-v3", {}),
         ("HalfCheetah-v5", {"n_steps": 32}),
     ],

@@ -93,6 +93,9 @@ class GRPOConfig(ObjectiveSettings):
     reference_every: int = Field(10, ge=1, description="updates between refreshes of a periodic reference")
 
     # --- update --------------------------------------------------------------------------------------------------
+    reuse: int = Field(
+        1, ge=1, le=64, description="batches that an update learns from: the newest, and those before it, weighted"
+    )
     epochs: int = Field(10, ge=1, description="passes over a batch")
     minibatch_size: int = Field(256, ge=1, description="steps per gradient step")
     minibatch_remainder: Literal["spread", "keep"] = Field(
@@ -178,6 +181,11 @@ class GRPOConfig(ObjectiveSettings):
         if self.max_steps < self.min_steps:
             raise ValueError(
                 f"max_steps={self.max_steps} is below min_steps={self.min_steps}; raise one or lower the other"
+            )
+        if self.reuse > 1 and self.advantage != "baseline":
+            raise ValueError(
+                f"reuse={self.reuse} needs values of earlier steps, which advantage={self.advantage!r} does not have; "
+                "set reuse=1, or advantage=baseline"
             )
         batch = self.n_envs * self.n_steps if self.collect == "segments" else self.min_steps
         if 0 < self.baseline_memory < batch:

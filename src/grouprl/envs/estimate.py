@@ -240,7 +240,8 @@ def advantages(
 
     ``own`` is a function of the user's, in the place of ``config.advantage``; what it returns is used as it is.
 
-    Where its entry in ``ESTIMATORS`` says so, they are centred and scaled once over the trainable steps of the batch.
+    Where its entry in ``ESTIMATORS`` says so, they are centred and scaled once over the trainable steps of the batch;
+    where earlier batches are reused, that is left to :class:`~grouprl.envs.reuse.Reuse`, which sees all of them.
     """
     rewards, lengths, group = rollout.rewards, rollout.lengths, rollout.group
     if own is not None:
@@ -258,7 +259,8 @@ def advantages(
         raw = estimator.function(rewards, lengths, group, told)
     if estimator.compares:
         info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)
-    made = objective.standardise(raw, rollout.trainable) if estimator.standardised else raw
+    scaled = estimator.standardised and config.reuse == 1
+    made = objective.standardise(raw, rollout.trainable) if scaled else raw
     if not bool(torch.isfinite(made).all()):
         raise TrainingError(
             f"advantage={config.advantage!r} gave an advantage that is not finite, for rewards from "

@@ -38,6 +38,7 @@ from grouprl.objective.divergences import (
 )
 from grouprl.objective.estimators import ESTIMATORS
 from grouprl.objective.features import RandomFeatures, Sketch
+from grouprl.objective.importance import effective_share, importance_weights, standardise_weighted
 from grouprl.objective.level import Level, fit_level
 from grouprl.objective.loss import Fixed, LossTerms, policy_loss
 from grouprl.objective.losses import LOSSES, Objective
@@ -79,6 +80,7 @@ __all__ = [
     "discounted_suffix_sum",
     "dppo",
     "dppo_mask",
+    "effective_share",
     "fit_baseline",
     "fit_level",
     "gae",
@@ -88,6 +90,7 @@ __all__ = [
     "gspo_log_ratio",
     "gspo_token_log_ratio",
     "importance_logp",
+    "importance_weights",
     "k1",
     "k2",
     "k3",
@@ -115,6 +118,7 @@ __all__ = [
     "soft_overlong",
     "spo",
     "standardise",
+    "standardise_weighted",
     "timestep",
     "token_mean",
     "vespo",
