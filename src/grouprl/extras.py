@@ -17,6 +17,7 @@ _NEEDED_BY = {
     "tasks": "tasks of Reasoning Gym need",
     "math": "the reward math_accuracy needs",
     "wandb": "the tracker wandb needs",
+    "export": "an export to ONNX needs",
     "envpool": "EnvPool's environments need",
     "box2d": "environments of Box2D need",
     "mujoco": "environments of MuJoCo need",
