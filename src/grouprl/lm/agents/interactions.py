@@ -21,6 +21,7 @@ from grouprl.lm.fingerprint import digest
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.runs.time_limit import within
+from grouprl.runs.watchdog import Watch
 
 _log = logging.getLogger("grouprl")
 
@@ -57,6 +58,7 @@ class Interactions:
         self._schemas = [schema_of(function) for function in self._functions]
         self._limits, self._timeout = limits, timeout
         self.loop = EventLoop()
+        self._watch = Watch("the beginning of an episode")
         self.several = isinstance(factory, Mapping)
         self._factories: dict[str | None, Factory | None] = (
             {str(name): make for name, make in factory.items()} if isinstance(factory, Mapping) else {None: factory}
@@ -105,7 +107,7 @@ class Interactions:
         for attempt in range(2):
             interaction = self._idle[name].pop() if self._idle[name] else self._make(name)
             try:
-                with _seeded(seed):
+                with _seeded(seed), self._watch:
                     prompt = within(self._timeout, lambda: interaction.begin(columns, seed))  # noqa: B023
             except GrouprlError:
                 raise
@@ -158,22 +160,22 @@ class Interactions:
         return str(name)
 
     def _make(self, name: str | None) -> Interaction:
-        factory = self._factories[name]
+        factory, called = self._factories[name], f"environment_factory{'' if name is None else f'[{name!r}]'}"
         if factory is None:
             return ToolUse(self._functions, self._schemas, self._limits, self.loop)
         if not callable(factory):
             raise UsageError(
-                f"environment_factory{'' if name is None else f'[{name!r}]'} is {shown(factory)}, which cannot be "
-                "called; give a class, or a function that makes an environment"
+                f"{called} is {shown(factory)}, which cannot be called; give a class, or a function that makes an "
+                "environment"
             )
         try:
-            made = factory()
+            with Watch(called):
+                made = factory()
         except GrouprlError:
             raise
         except (Exception, SystemExit) as error:
             raise UsageError(
-                f"environment_factory{'' if name is None else f'[{name!r}]'} raised {describe_error(error)}; it is "
-                "called without arguments and returns an environment"
+                f"{called} raised {describe_error(error)}; it is called without arguments and returns an environment"
             ) from error
         if callable(getattr(made, "begin", None)) and callable(getattr(made, "answer", None)):
             if self._functions:

@@ -200,6 +200,15 @@ class Fields(ObjectiveSettings):
     vespo_lambda_pos: float = Field(3.0, gt=0, description="how fast above, A >= 0")
     vespo_k_neg: float = Field(3.0, gt=0, description="how fast below, A < 0")
     vespo_lambda_neg: float = Field(2.0, gt=0, description="how fast above, A < 0")
+    top_entropy_quantile: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learn from this share of the tokens of an optimizer step, those of the highest entropy; 1 = all",
+    )
+    entropy_coef: float = Field(
+        0.0, ge=0, description="weight of the entropy bonus, a mean over the tokens that are learned from"
+    )
     off_policy_mask_threshold: float | None = Field(
         None, gt=0, description="no loss from completions of negative advantage further than this from the sampler"
     )

@@ -73,7 +73,7 @@ _SAMPLER = "the sampler is built in; leave it out"
 _ITS_SPEED = "the sampler is built in, and has its own cache and order of work"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding"
-_ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
+_ENTROPY = "entropy_coef is a constant here; set it, or epsilon_high above epsilon, such as 0.28; leave it out"
 _VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
 _LAUNCH = "each process holds the whole model; start several by torchrun to share the work, and leave it out"
 _NOISE = "not offered; leave it out"
@@ -98,7 +98,7 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_cap": None,
     }),
     (_ENTROPY, {
-        "entropy_coef": 0.0, "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
+        "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
         "entropy_coef_delta": 0.005, "entropy_target": 0.2,
     }),
     (_HUB, {
@@ -153,7 +153,6 @@ FOREIGN: dict[str, Foreign] = {
     "remove_unused_columns": Foreign(False, "reward functions are given every column they ask for; leave it out"),
     "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",), None),
     "generation_kwargs": Foreign(None),
-    "top_entropy_quantile": Foreign(1.0, "all tokens are learned from, whatever their entropy; leave it out"),
     "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
     "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
     "optim": Foreign(
