@@ -248,7 +248,7 @@ def test_a_start_says_all_that_it_refuses_each_on_its_line() -> None:
     with pytest.raises(UsageError) as refusal:
         GRPOConfig(
             use_vllm=True, fp16=True, learning_rat=1, lr=2, model=3, warmup_ratio=0.1, warmup_steps=5, temperature=-1,
-            generation_kwargs={"num_beams": 4, "stop": "x"}, logging_dir="logs",
+            generation_kwargs={"num_beams": 4, "stop_token_ids": [1]}, logging_dir="logs",
         )  # fmt: skip
     first, *others = str(refusal.value).splitlines()
     assert first == "these cannot stay as they are:"

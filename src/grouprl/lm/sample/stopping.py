@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonpath
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class Stops:
         """Whether the last of the tokens completes a string."""
         tail = list(ids[-(4 * self._longest + _MARGIN) :])
         before, text = self._tokenizer.batch_decode([tail[:-1], tail])
-        same = len(commonpath([before, text]))
+        same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
         return any(string in text[max(0, same - len(string) + 1) :] for string in self.strings)
 
     def _texts(self, n: int) -> list[str]:

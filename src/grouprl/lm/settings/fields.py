@@ -350,7 +350,8 @@ class Fields(ObjectiveSettings):
     @field_validator("stop_strings", mode="before")
     @classmethod
     def _strings(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value or None
+        empty = isinstance(value, str | list | tuple) and not len(value)
+        return None if empty else (value,) if isinstance(value, str) else value
 
     @field_validator("stop_strings")
     @classmethod
