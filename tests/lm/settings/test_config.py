@@ -130,9 +130,7 @@ def test_a_strange_value_is_taken_or_refused_in_a_line(name: str) -> None:
 
 @pytest.mark.parametrize("value", [True, 1, 0.5, {"tensorboard": 1}, ["tensorboard", 3], "sacred"])
 def test_what_is_no_tracker_is_refused_with_those_there_are(value: Any) -> None:
-    with pytest.raises(
-        UsageError, match=r"report_to=.*choose tensorboard, wandb, trackio, mlflow, .*several in a list, all, or none"
-    ):
+    with pytest.raises(UsageError, match=r"report_to=.*choose tensorboard, wandb, trackio, .*in a list, all, or none"):
         GRPOConfig(report_to=value)
     assert GRPOConfig(report_to=False).report_to == GRPOConfig(report_to=None).report_to == ()
 

@@ -20,11 +20,9 @@ def test_the_trackers_are_transformers_own() -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integration_utils, "is_mlflow_available", lambda: False)
-    with pytest.raises(
-        UsageError, match="report_to='mlflow' cannot be used: .*requires mlflow to be installed"
-    ) as said:
-        trainer(tmp_path, report_to="mlflow")
+    monkeypatch.setattr(integration_utils, "is_clearml_available", lambda: False)
+    with pytest.raises(UsageError, match=r"report_to='clearml' cannot be used: ClearMLCallback requires") as said:
+        trainer(tmp_path, report_to="clearml")
     assert "\n" not in str(said.value)
 
 

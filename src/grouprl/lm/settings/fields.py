@@ -283,6 +283,15 @@ class Fields(ObjectiveSettings):
     num_generations_eval: int | None = Field(
         None, ge=1, description="completions per prompt in evaluation; default: num_generations"
     )
+    eval_pass_k: tuple[int, ...] | None = Field(
+        None,
+        description="k of eval_pass@k, the chance that one of k completions is right, without bias from all of an "
+        "evaluation's; eval_avg@n, the share of right ones among n, comes with it",
+    )
+    solved_reward: float = Field(1.0, description="reward from which a completion counts as right in an evaluation")
+    solved_by: str | None = Field(
+        None, description="reward function whose reward that is; default: the weighted sum of all"
+    )
     save_strategy: Strategy = Field("steps", description="when checkpoints are written")
     save_steps: float = Field(500, gt=0, description="optimizer steps between; below 1: share of the run")
     save_total_limit: int | None = Field(None, ge=1, description="checkpoints kept; default: all")
@@ -352,6 +361,18 @@ class Fields(ObjectiveSettings):
     def _strings(cls, value: Any) -> Any:
         empty = isinstance(value, str | list | tuple) and not len(value)
         return None if empty else (value,) if isinstance(value, str) else value
+
+    @field_validator("eval_pass_k", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("eval_pass_k")
+    @classmethod
+    def _at_least_one(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and any(k < 1 for k in value):
+            raise ValueError("must hold whole numbers of at least 1, such as [1, 4]")
+        return value or None
 
     @field_validator("stop_strings")
     @classmethod

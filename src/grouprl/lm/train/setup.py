@@ -155,6 +155,8 @@ def _make_setup(
     check_readable(prompts, rewards, eval_rewards)
     names = (*eval_rewards.names, *((TURN_REWARDS,) if interactions is not None and interactions.gives_rewards else ()))
     _check_best_metric(config, eval_prompts, names)
+    if config.solved_by is not None and config.solved_by not in names:
+        raise UsageError(f"solved_by={config.solved_by!r} is no reward function of evaluations; they are {list(names)}")
     parameters = TrainedParameters(model)
     _check_same_weights(model, parameters, ranks)
     if isinstance(ref_model, str | Path):
