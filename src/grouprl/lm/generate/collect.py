@@ -173,8 +173,10 @@ class CompletionPlayer:
         penalties = None
         if self.policy.reference is not None and config.kl_in == "reward":
             batches = self._own_micro_batches(groups, completions, group)
-            logp_old = self.policy.log_probs.without_gradient(batches, lengths)
-            logp_ref = self.policy.reference.log_probs(batches, lengths)
+            with self.policy.together():
+                logp_old = self.policy.log_probs.without_gradient(batches, lengths)
+            with self.policy.reference.in_place(), self.policy.together():
+                logp_ref = self.policy.reference.log_probs(batches, lengths)
             self.policy.ranks.add(logp_old, logp_ref)  # each is 0 where another process has it
             known = ~known
             penalties = -objective.kl_in_reward(

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from grouprl.errors import shown
+from grouprl.lm.settings import fsdp
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
@@ -274,6 +275,11 @@ class Fields(ObjectiveSettings):
         description="how they talk; default: nccl between GPUs, one for each process, and gloo between CPUs. gloo on "
         "GPUs lets several processes share one",
     )
+    fsdp: bool | str = Field(
+        False,
+        description="shard the weights of a model that fits into no process (FSDP2), where several train together",
+    )
+    fsdp_config: dict[str, Any] | None = Field(None, description="how to shard, as in transformers")
     do_train: bool = Field(False, description="for scripts that ask for it; nothing here does")
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")
@@ -287,6 +293,16 @@ class Fields(ObjectiveSettings):
                 "the name is no text in UTF-8, which saving a tokenizer needs; name another folder, or set PYTHONUTF8=1"
             )
         return os.path.expanduser(path) if isinstance(path, str) else path
+
+    @field_validator("fsdp", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> bool | str:
+        return fsdp.switch(value)
+
+    @field_validator("fsdp_config", mode="before")
+    @classmethod
+    def _fsdp_mapping(cls, value: Any) -> dict[str, Any] | None:
+        return fsdp.mapping(value)
 
     @field_validator("report_to", mode="before")
     @classmethod
