@@ -16,6 +16,7 @@ _NEEDED_BY = {
     "lm": "language models need",
     "tasks": "tasks of Reasoning Gym need",
     "math": "the reward math_accuracy needs",
+    "bench": "benchmarks and sweeps need",
     "wandb": "the tracker wandb needs",
     "envpool": "EnvPool's environments need",
     "box2d": "environments of Box2D need",

@@ -32,6 +32,7 @@ SAME: dict[str, dict[str, Any]] = {
     "several passes": {
         "max_steps": 3, "steps_per_generation": 2, "num_iterations": 2, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"},
     },
+    "some tokens": {"reward": some, "top_entropy_quantile": 0.5},
     "recomputed": {"reward": some, "fsdp_config": {"activation_checkpointing": True}},
     "evaluation": {"eval_dataset": EVAL_ROWS[:5], "eval_strategy": "steps", "eval_steps": 2},
 }  # fmt: skip

@@ -17,6 +17,7 @@ from grouprl.runs.metrics import read_metrics
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
@@ -33,7 +34,7 @@ _AXIS_NAMES = {
     "eval_accuracy": "Greedy accuracy on held-out prompts",
 }
 # Colours that people with colour blindness can tell apart (Okabe and Ito, 2008), the darkest first.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 _EVALUATION_OF = {"return_mean": "eval_return", "reward": "eval_reward"}
 """What is shown beside a curve as dots: the same quantity, in evaluations."""
@@ -96,7 +97,7 @@ def plot_runs(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
-        _draw(axes, group, label, _COLOURS[number % len(_COLOURS)], show_evaluation=y in _EVALUATION_OF)
+        _draw(axes, group, label, COLOURS[number % len(COLOURS)], show_evaluation=y in _EVALUATION_OF)
     if threshold is not None:
         axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
     if y in _EVALUATION_OF and any(len(run.evaluation[0]) for run in runs):
@@ -105,12 +106,17 @@ def plot_runs(
         axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label=dot)
     _dress(axes, runs, x, y)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2)
+    save(figure, out)
+    return notes
+
+
+def save(figure: Figure, out: str | os.PathLike[str]) -> None:
+    """Write a picture. Raises UsageError if its format is unknown or it cannot be written."""
     with atomic_path(out) as temporary:
         try:
             figure.savefig(temporary)
         except ValueError as error:
             raise UsageError(f"Cannot write the picture {out}: {error}") from error
-    return notes
 
 
 def _load(folder: RunFolder, x: str, y: str) -> _Run:
@@ -276,6 +282,11 @@ def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
         (subject,), presets = subjects, {run.config.get("preset") for run in runs}
         preset = f", preset {presets.pop()}" if len(presets) == 1 and not presets & {subject, None} else ""
         axes.set_title(f"{subject}{preset}", fontsize=11)
+    dressed(axes)
+
+
+def dressed(axes: Axes) -> None:
+    """A light grid behind the curves, and no frame above and to the right of them."""
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

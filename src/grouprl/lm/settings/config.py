@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import PrivateAttr, ValidationError
 
 from grouprl.errors import UsageError, refuse, shown
+from grouprl.lm.settings.as_dataclass import DataclassLike
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.fsdp import Sharding, read_sharding
@@ -21,8 +22,10 @@ from grouprl.objective_settings import explain
 from grouprl.redaction import with_secrets, without_secrets
 
 
-class GRPOConfig(Fields):
+class GRPOConfig(Fields, metaclass=DataclassLike):
     """Every choice of a training run in the language-model arena.
+
+    It reads as a dataclass, for transformers' HfArgumentParser, TRL's parser, ``dataclasses.asdict`` and ``replace``.
 
     Raises UsageError for an unknown or unsupported setting, or a value that is not allowed. An option of TRL's that is
     no setting here reads as its "off" value, so that callbacks written for transformers find what they look for.

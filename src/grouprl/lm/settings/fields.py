@@ -25,6 +25,7 @@ from pydantic import ConfigDict, Field, field_validator
 
 from grouprl.errors import shown
 from grouprl.lm.settings import fsdp
+from grouprl.lm.settings.trl import mapping_of
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
@@ -200,6 +201,15 @@ class Fields(ObjectiveSettings):
     vespo_lambda_pos: float = Field(3.0, gt=0, description="how fast above, A >= 0")
     vespo_k_neg: float = Field(3.0, gt=0, description="how fast below, A < 0")
     vespo_lambda_neg: float = Field(2.0, gt=0, description="how fast above, A < 0")
+    top_entropy_quantile: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learn from this share of the tokens of an optimizer step, those of the highest entropy; 1 = all",
+    )
+    entropy_coef: float = Field(
+        0.0, ge=0, description="weight of the entropy bonus, a mean over the tokens that are learned from"
+    )
     off_policy_mask_threshold: float | None = Field(
         None, gt=0, description="no loss from completions of negative advantage further than this from the sampler"
     )
@@ -317,6 +327,14 @@ class Fields(ObjectiveSettings):
             if not isinstance(name, str) or name not in ("tensorboard", "wandb", "none"):
                 raise ValueError(f"{shown(name)} is no tracker here; {allowed}")
         return tuple(name for name in names if name != "none")
+
+    @field_validator(
+        "model_init_kwargs", "gradient_checkpointing_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
+        mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        return mapping_of(value)
 
     @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")
     @classmethod
