@@ -206,7 +206,7 @@ _ROW = 1 << 12
 
 
 def norm_of(vector: Tensor) -> float:
-    """The Euclidean norm of ``vector [n]``, to about 1e-7 of it whatever n.
+    """The Euclidean norm of ``vector [n]``, to about 1e-6 of it whatever n.
 
     PyTorch adds the squares in float32, one behind the other: of 134 million numbers the norm came out 1 % too small.
     Rows of 4096 are short enough for that, and their norms are added in float64. It takes no longer.
