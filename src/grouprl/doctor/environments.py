@@ -118,8 +118,8 @@ def std_collapsed(table: Table) -> Diagnosis | None:
     return Diagnosis(
         "std-collapsed",
         f"the standard deviation of actions fell from {spread[0]:.3g} to {spread[-1]:.2g}: nothing is explored now",
-        "Raise entropy_coef, lower learning_rate or kl_target, or begin wider with log_std_init. Look for rewards far "
-        "larger than the others.",
+        "Raise entropy_coef, lower learning_rate or kl_target, begin wider with log_std_init, or set a floor with "
+        "log_std_min. Look for rewards far larger than the others.",
     )
 
 
