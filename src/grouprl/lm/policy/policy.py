@@ -29,6 +29,7 @@ from grouprl.lm.sample.finite import NotFiniteError, not_finite
 from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
 from grouprl.lm.sample.sampler import Sampler, Steps
+from grouprl.lm.sample.stopping import Stops
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Partner, Sampled
 from grouprl.lm.settings.config import GRPOConfig
@@ -74,6 +75,7 @@ class Policy:
         sharded: ShardedModels | None = None,
     ) -> None:  # fmt: skip
         self.model, self.config, self.ranks, self.sharded = model, config, ranks, sharded
+        self._stops = Stops(config.stop_strings, tokenizer) if config.stop_strings else None
         self.device: torch.device = next(model.parameters()).device
         fast = supports_bf16(self.device)
         if config.bf16 and not fast and self.device.type != "cpu":
@@ -163,11 +165,15 @@ class Policy:
             UsageError: ``adjust`` is given, but the packed paths do not run the model.
             TrainingError: the logits of the model are not finite.
         """
-        settings = settings or sampling_settings(self.config)
+        settings = settings or self.sampling()
         try:
             return self.sampler.sample(prompts, group_size, settings, source, adjust)
         except NotFiniteError:
             raise not_finite("the model's logits", self.model) from None
+
+    def sampling(self, *, greedy: bool = False) -> SamplingSettings:
+        """How to sample as the configuration says, or (``greedy``) the likeliest tokens."""
+        return sampling_settings(self.config, greedy=greedy, stop=self._stops)
 
     def share(self, sizes: Sequence[int], group: Sequence[int]) -> list[int]:
         """Which of n samples this process learns from: whole groups, such that all have about as many tokens.
@@ -213,7 +219,7 @@ class Policy:
             UsageError: a prompt leaves no room for a turn.
             TrainingError: the logits of the model are not finite.
         """
-        settings = settings or sampling_settings(self.config)
+        settings = settings or self.sampling()
         try:
             return self.sampler.sample_episodes(
                 prompts, group_size, settings, source, partner, context_length(self.model)
@@ -364,22 +370,23 @@ def has_dropout(model: Any) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSettings:
+def sampling_settings(config: GRPOConfig, *, greedy: bool = False, stop: Stops | None = None) -> SamplingSettings:
     """The sampling settings of a configuration.
 
     Args:
         config: the settings of the run.
         greedy: take the likeliest token at each step, with neither filters nor a repetition penalty.
+        stop: the stop strings, with what reads them.
     """
     if greedy:
         return SamplingSettings(
             config.max_completion_length, temperature=0.0, min_new_tokens=config.min_new_tokens,
-            max_turn_tokens=config.max_turn_length,
+            max_turn_tokens=config.max_turn_length, stop=stop,
         )  # fmt: skip
     return SamplingSettings(
         max_new_tokens=config.max_completion_length, temperature=config.temperature, top_k=config.top_k,
         top_p=config.top_p, min_p=config.min_p or 0.0, repetition_penalty=config.repetition_penalty,
-        min_new_tokens=config.min_new_tokens, max_turn_tokens=config.max_turn_length,
+        min_new_tokens=config.min_new_tokens, max_turn_tokens=config.max_turn_length, stop=stop,
     )  # fmt: skip
 
 

@@ -126,6 +126,10 @@ class Fields(ObjectiveSettings):
         None, ge=0, le=1, description="least probability, relative to that of the likeliest token"
     )
     repetition_penalty: float = Field(1.0, gt=0, description="above 1, tokens seen before become less likely")
+    stop_strings: tuple[str, ...] | None = Field(
+        None,
+        description="texts that end a completion, or a turn of an episode; the token that completes one is the last",
+    )
     max_rows_per_decode: int | None = Field(
         None, ge=1, description="completions sampled side by side; default: as many as memory suggests"
     )
@@ -340,6 +344,19 @@ class Fields(ObjectiveSettings):
     @classmethod
     def _no(cls, value: Any) -> Any:
         return "no" if value is False else value  # which is how YAML reads a bare no
+
+    @field_validator("stop_strings", mode="before")
+    @classmethod
+    def _strings(cls, value: Any) -> Any:
+        empty = isinstance(value, str | list | tuple) and not len(value)
+        return None if empty else (value,) if isinstance(value, str) else value
+
+    @field_validator("stop_strings")
+    @classmethod
+    def _no_empty_string(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value and not all(value):
+            raise ValueError("must hold no empty text, which would end every completion")
+        return value
 
     @field_validator("top_k", mode="before")
     @classmethod

@@ -36,11 +36,14 @@ class Foreign(NamedTuple):
 
 GENERATION = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_completion_length",
+    "stop_strings",
 )  # fmt: skip
-"""What generation_kwargs may hold, beside max_new_tokens."""
+"""What generation_kwargs may hold."""
+_OF_GENERATION = {"max_new_tokens": "max_completion_length", "stop": "stop_strings"}
+"""What some of it is called there."""
 
 _END = "; the model's generation_config.eos_token_id is heard, and may hold several tokens that end a completion"
-_ENDS = dict.fromkeys(("stop_strings", "stop", "stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
+_ENDS = dict.fromkeys(("stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
 """What to use in the place of options that end a completion."""
 
 RENAMED = {
@@ -272,7 +275,7 @@ def _generation_settings(values: Any) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}"]
     settings, refused = {}, []
     for given, value in values.items():
-        name = "max_completion_length" if given == "max_new_tokens" else given
+        name = _OF_GENERATION.get(str(given), given)
         if given == "do_sample" and value is True:
             continue
         if name in GENERATION:
