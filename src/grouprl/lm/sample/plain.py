@@ -255,7 +255,7 @@ class PlainSampler:
         self.model.generate(
             input_ids=ids.repeat_interleave(group_size, 0), attention_mask=mask.repeat_interleave(group_size, 0),
             do_sample=False, max_new_tokens=settings.max_new_tokens, eos_token_id=self.end_ids,
-            pad_token_id=self.pad_id, logits_processor=[drawing],
+            pad_token_id=self.pad_id, logits_processor=[drawing], synced_gpus=False,
         )  # fmt: skip
         return drawing.completions()
 

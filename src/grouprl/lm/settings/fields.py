@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, field_validator
 
 from grouprl.errors import shown
+from grouprl.lm.settings import fsdp
 from grouprl.lm.settings.trl import mapping_of
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
@@ -34,10 +35,11 @@ Strategy = Literal["no", "steps", "epoch"]
 
 OWN_TRACKERS = ("tensorboard", "wandb")
 """Trackers that grouprl writes to itself, in both arenas."""
-TRACKERS = (
-    *OWN_TRACKERS, "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune", "dvclive", "dagshub", "codecarbon",
-    "azure_ml", "flyte", "kubeflow",
-)  # fmt: skip
+TrackerName = Literal[
+    "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune", "dvclive", "dagshub",
+    "codecarbon", "azure_ml", "flyte", "kubeflow",
+]  # fmt: skip
+TRACKERS: tuple[str, ...] = get_args(TrackerName)
 """All trackers: the others are written to by transformers' callbacks."""
 _CALLED = {"comet": "comet_ml", "azureml": "azure_ml"}
 _PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
@@ -59,7 +61,7 @@ class Fields(ObjectiveSettings):
     seed: int = Field(42, ge=0, description="of every random stream")
     data_seed: int | None = Field(None, ge=0, description="of the order of the prompts; default: seed")
     use_cpu: bool = Field(False, description="stay on the CPU even where there is an accelerator")
-    report_to: tuple[Annotated[str, OneOf(TRACKERS)], ...] = Field(
+    report_to: tuple[TrackerName, ...] = Field(
         ("tensorboard",),
         description="trackers: tensorboard, wandb, trackio, mlflow, comet_ml or another of transformers', several in a "
         "list, all that are installed, or none",
@@ -315,6 +317,11 @@ class Fields(ObjectiveSettings):
         description="how they talk; default: nccl between GPUs, one for each process, and gloo between CPUs. gloo on "
         "GPUs lets several processes share one",
     )
+    fsdp: bool | str = Field(
+        False,
+        description="shard the weights of a model that fits into no process (FSDP2), where several train together",
+    )
+    fsdp_config: dict[str, Any] | None = Field(None, description="how to shard, as in transformers")
     do_train: bool = Field(False, description="for scripts that ask for it; nothing here does")
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")
@@ -328,6 +335,16 @@ class Fields(ObjectiveSettings):
                 "the name is no text in UTF-8, which saving a tokenizer needs; name another folder, or set PYTHONUTF8=1"
             )
         return os.path.expanduser(path) if isinstance(path, str) else path
+
+    @field_validator("fsdp", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> bool | str:
+        return fsdp.switch(value)
+
+    @field_validator("fsdp_config", mode="before")
+    @classmethod
+    def _fsdp_mapping(cls, value: Any) -> dict[str, Any] | None:
+        return fsdp.mapping(value)
 
     @field_validator("report_to", mode="before")
     @classmethod

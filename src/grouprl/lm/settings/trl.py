@@ -78,7 +78,7 @@ _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding"
 _ENTROPY = "entropy_coef is a constant here; set it, or epsilon_high above epsilon, such as 0.28; leave it out"
 _VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
-_LAUNCH = "each process holds the whole model; start several by torchrun to share the work, and leave it out"
+_LAUNCH = "start several processes by torchrun to share the work, and set fsdp=True to shard the weights; leave it out"
 _NOISE = "not offered; leave it out"
 _COMPILE = "the layers are compiled where that is possible"
 _PRECISION = "set bf16=True for low precision; leave it out"
@@ -107,7 +107,7 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
     }),
-    (_LAUNCH, {"fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None}),
+    (_LAUNCH, {"deepspeed": None, "parallelism_config": None}),
     (_NOISE, {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
     (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
