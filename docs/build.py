@@ -213,7 +213,7 @@ def trl_settings_part() -> str:
     rows = [[f"`{name}`", f"is `{RENAMED[name]}`"] for name in names if name in RENAMED and name not in own]
     for name in (name for name in names if name not in own and name not in RENAMED):
         option = FOREIGN[name]
-        off = " or ".join(f"`{shown(value)}`" for value in dict.fromkeys(map(str, (option.off, *option.also_off))))
+        off = " or ".join(f"`{value}`" for value in dict.fromkeys(map(str, (option.off, *option.also_off))))
         if not option.advice:
             fate = "accepted at any value, because it changes no number here"
         elif option.warned is None:

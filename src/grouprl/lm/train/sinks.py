@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,7 @@ class CompletionTables(Sink):
         for board in self.boards:
             board.log_table("completions", columns, rows, step)
         if self.trackio:
-            import trackio  # its callback has found it, and begun the run
-
+            trackio = import_module("trackio")  # its callback has found it, and begun the run
             trackio.log({"completions": trackio.Table(columns=columns, data=rows)})
 
 

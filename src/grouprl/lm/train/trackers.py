@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from grouprl.errors import UsageError, first_line
@@ -20,11 +21,9 @@ def tracker_callbacks(names: Sequence[str]) -> list[Any]:
     for name in names:
         if name in OWN_TRACKERS:
             continue
-        from transformers.integrations import get_reporting_integration_callbacks
-
+        callbacks = import_module("transformers.integrations.integration_utils").INTEGRATION_TO_CALLBACK
         try:
-            (kind,) = get_reporting_integration_callbacks([name])
-            made.append(kind())
+            made.append(callbacks[name]())
         except Exception as error:  # of the tracker's package, or because it is missing
             raise UsageError(f"report_to={name!r} cannot be used: {first_line(error)}") from error
     return made
