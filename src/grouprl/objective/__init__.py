@@ -26,6 +26,7 @@ from grouprl.objective.advantages import (
     timestep,
 )
 from grouprl.objective.baseline import BaselineFit, RandomFeatures, Sketch, fit_baseline
+from grouprl.objective.correction import CorrectionMode, sampler_correction
 from grouprl.objective.divergences import (
     DIVERGENCES,
     bernoulli_kl,
@@ -59,6 +60,7 @@ __all__ = [
     "ESTIMATORS",
     "LOSSES",
     "BaselineFit",
+    "CorrectionMode",
     "Fixed",
     "LossTerms",
     "Objective",
@@ -103,6 +105,7 @@ __all__ = [
     "sample_mean",
     "sample_sum",
     "sampled_kl_loss",
+    "sampler_correction",
     "sapo",
     "segment_ids",
     "segment_sum",

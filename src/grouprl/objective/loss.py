@@ -22,6 +22,8 @@ class Fixed(NamedTuple):
         logp_ref: ``[m]`` under the reference; None: no sampled divergence.
         lengths: ``[n]`` steps of each sample, if the m steps are those of n whole samples, end to end.
         turns: ``[k]`` steps of each turn of these samples, end to end.
+        correction: ``[m]`` by which surrogates are multiplied, where another program sampled than the one that learns;
+            see `sampler_correction`. None: 1.
     """
 
     advantages: Tensor
@@ -30,6 +32,7 @@ class Fixed(NamedTuple):
     logp_ref: Tensor | None = None
     lengths: Tensor | None = None
     turns: Tensor | None = None
+    correction: Tensor | None = None
 
 
 class LossTerms(NamedTuple):
@@ -57,7 +60,7 @@ def policy_loss(
     kl: Tensor | None = None,
     count_cut: bool = True,
 ) -> LossTerms:
-    """sum_t w_t (surrogate_t + beta KL_t - entropy_coef H_t) over m steps, to be minimised.
+    """sum_t w_t (c_t surrogate_t + beta KL_t - entropy_coef H_t) over m steps, to be minimised.
 
     The surrogate is `objective.loss_type`'s; with `fixed.logp_old` None its ratio is 1 in value and
     exp(logp - sg(logp)) in gradient. Weights are fixed for a whole optimizer step, so that the losses of its parts add
@@ -92,6 +95,8 @@ def policy_loss(
         surrogate = surrogate * off_policy_mask(
             logp, old.to(logp.dtype), fixed.advantages, fixed.lengths, objective.off_policy_mask_threshold
         )
+    if fixed.correction is not None:
+        surrogate = surrogate * fixed.correction
 
     losses = surrogate
     if kl is None and fixed.logp_ref is not None:

@@ -41,6 +41,7 @@ from grouprl.lm.train.acting import (
     starts_without_rows,
 )
 from grouprl.lm.train.wrappers import unwrapped
+from grouprl.lm.vllm.sampler import check_alone
 from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.ranks import Ranks, join
 from grouprl.machine.room import check_room
@@ -130,6 +131,7 @@ def _make_setup(
     ranks.check_same("settings", _compared(config), "start every rank with the same configuration")
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config, ranks.world)
+    check_alone(config, ranks.world, episodes=any(vars(acting).values()))
     check_room(least_bytes(config, plan))
     if ranks.world > 1:
         for name, given in vars(acting).items():
