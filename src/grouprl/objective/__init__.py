@@ -26,7 +26,7 @@ from grouprl.objective.advantages import (
     timestep,
 )
 from grouprl.objective.baseline import BaselineFit, RandomFeatures, Sketch, fit_baseline
-from grouprl.objective.correction import CorrectionMode, sampler_correction
+from grouprl.objective.correction import sampler_correction
 from grouprl.objective.divergences import (
     DIVERGENCES,
     bernoulli_kl,
@@ -60,7 +60,6 @@ __all__ = [
     "ESTIMATORS",
     "LOSSES",
     "BaselineFit",
-    "CorrectionMode",
     "Fixed",
     "LossTerms",
     "Objective",

@@ -137,9 +137,8 @@ class Step:
                     old = samples.logp_old[index] if old_known else logp
                     mismatch.add(old - samples.logp_sampled[index])
                 if correction is not None:
-                    mismatch.add_ratios(
-                        correction if self._of_tokens else correction[last_index(lengths[batch.samples])]
-                    )
+                    of_samples = correction[last_index(lengths[batch.samples])]
+                    mismatch.add_ratios(correction if self._of_tokens else of_samples)
                 if remember and not old_known:
                     samples.remember_old(index, logp)
                 yield None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from grouprl.errors import UsageError, first_line
+from grouprl.lm.engines.sampler import vllm_sampler
 from grouprl.lm.llama.adapters import nonzero_adapters
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.context import context_length
@@ -31,7 +32,6 @@ from grouprl.lm.sample.sampler import Sampler, Steps
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Partner, Sampled
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.vllm.sampler import vllm_sampler
 from grouprl.machine.ranks import ALONE, Ranks
 
 _CACHE_BYTES = 1 << 30

@@ -17,6 +17,7 @@ import torch
 from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.lm.engines.sampler import check_alone
 from grouprl.lm.generate.collect import Player, evaluation_metrics
 from grouprl.lm.generate.play import TURN_REWARDS
 from grouprl.lm.generate.shared import shared_out
@@ -41,7 +42,6 @@ from grouprl.lm.train.acting import (
     starts_without_rows,
 )
 from grouprl.lm.train.wrappers import unwrapped
-from grouprl.lm.vllm.sampler import check_alone
 from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.ranks import Ranks, join
 from grouprl.machine.room import check_room

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import REVERSE, ROWS, config, same, weights
+from small_runs import ROWS, config, same, weights
 from small_vllm import build
 
 from grouprl.errors import UsageError
@@ -20,12 +20,16 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 PROMPTS = [[1, 5, 9, 11, 4], [1, 7, 3]]
 
 
+def length(completions: list[str], **others: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
 def trainer(folder: Path, model: Any = None, **settings: Any) -> GRPOTrainer:
     peft_config = settings.pop("peft_config", None)
     loaded, tokenizer = build() if model is None else model
     given = {"use_vllm": True, "bf16": False, "use_cpu": True, "max_completion_length": 6, "max_steps": 4} | settings
     return GRPOTrainer(
-        model=loaded, reward_funcs=REVERSE.reward, args=config(folder, **given), train_dataset=ROWS,
+        model=loaded, reward_funcs=length, args=config(folder, **given), train_dataset=ROWS,
         processing_class=tokenizer, peft_config=peft_config,
     )  # fmt: skip
 

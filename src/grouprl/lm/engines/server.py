@@ -17,9 +17,9 @@ from urllib.request import urlopen
 import torch
 
 from grouprl.errors import TrainingError, UsageError, first_line, shown
+from grouprl.lm.engines.engine import Answer, Request, Weights
 from grouprl.lm.models.context import read_setting
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.vllm.engine import Answer, Request, Weights
 
 _AT_ONCE = 64
 """Requests on their way at the same time. The server has a queue of its own."""
