@@ -377,9 +377,11 @@ def test_a_formula_that_github_would_break_is_noticed(wrong: str, tmp_path: Path
 
 
 # --- lists of the package --------------------------------------------------------------------------------------------
-def test_every_module_for_environments_is_in_the_picture_of_the_package() -> None:
+@pytest.mark.parametrize("room", ["envs", "bench"])
+def test_every_module_of_a_room_is_in_the_picture_of_the_package(room: str) -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    modules = {path.name for path in (ROOT / "src" / "grouprl" / "envs").glob("*.py")} - {"__init__.py"}
+    text = text[text.index(f"| module of `{room}/`") :]
+    modules = {path.name for path in (ROOT / "src" / "grouprl" / room).glob("*.py")} - {"__init__.py"}
     assert {name for name in modules if not re.search(rf"[`/]{name}`", text)} == set()
 
 

@@ -22,7 +22,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
 Sampled = Annotated[bool, typer.Option("--sampled", help="Sample from the policy instead of taking what is likeliest.")]
 
 
-def _of_language(run: Path) -> bool:
+def of_language(run: Path) -> bool:
     """Whether a run is of the language arena."""
     from grouprl.runs import RunFolder
 
@@ -31,7 +31,7 @@ def _of_language(run: Path) -> bool:
 
 def _check_arena(run: Path, *, language: bool) -> None:
     """Raises UsageError if a command for one arena is given a run of the other; anything but a run passes."""
-    if (run / "config.yaml").is_file() and _of_language(run) != language:
+    if (run / "config.yaml").is_file() and of_language(run) != language:
         what, other = ("an environment", "play") if language else ("a language model", "chat")
         raise UsageError(f"{run} is a run of {what}: {command('grouprl')} {other} {run}")
 
@@ -46,7 +46,7 @@ def resume(
 ) -> None:
     """Go on with an interrupted run as if it had never stopped."""
     progress_bar = False if quiet else None
-    if _of_language(run):
+    if of_language(run):
         from grouprl.lm.run import training as language
 
         train_lm.report(language.resume(run, steps=steps, progress_bar=progress_bar))
@@ -70,7 +70,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Play complete episodes with a trained policy and print their returns; answer prompts with a language model."""
-    if _of_language(run):
+    if of_language(run):
         from grouprl.lm.run.training import evaluate as evaluate_model
 
         if sampled or env is not None:
@@ -215,7 +215,7 @@ def plot(
     from grouprl.runs import RunFolder
     from grouprl.runs.plots import plot_runs
 
-    if all(_of_language(path) for path in runs):
+    if all(of_language(path) for path in runs):
         _report(plot_runs(runs, out, x=x, y=y or "reward"), out)
         return
     from grouprl.envs.vector import reward_threshold

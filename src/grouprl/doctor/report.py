@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from grouprl.doctor.charts import chart
 from grouprl.doctor.examine import examine, goal_of, is_language
 from grouprl.doctor.table import Diagnosis
-from grouprl.errors import UsageError
-from grouprl.runs.files import read_bytes, write_text
+from grouprl.runs.files import write_text
 from grouprl.runs.folder import RunFolder
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.pages import fill
@@ -77,7 +76,7 @@ def write_report(path: str | os.PathLike[str], defaults: Mapping[str, Any] | Non
     folder = RunFolder.open(path)
     config, metrics, diagnoses = folder.read_config(), read_metrics(folder.metrics_path), examine(path)
     language = is_language(config)
-    summary = _summary(folder)
+    summary = folder.read_summary()
     subject = str(config.get("task" if language else "env_id"))
     page = fill(
         "report.html",
@@ -93,16 +92,6 @@ def write_report(path: str | os.PathLike[str], defaults: Mapping[str, Any] | Non
     )
     write_text(folder.report_page, page)
     return folder.report_page
-
-
-def _summary(folder: RunFolder) -> dict[str, Any]:
-    if not folder.is_finished():
-        return {}
-    try:
-        found = json.loads(read_bytes(folder.summary_path, "summary of a run"))
-    except ValueError as error:
-        raise UsageError(f"{folder.summary_path} is damaged ({error})") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _about(config: Mapping[str, Any], metrics: Mapping[str, Array], *, finished: bool) -> str:

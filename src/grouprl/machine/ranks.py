@@ -243,7 +243,7 @@ ALONE = Ranks(Place())
 _joined: Ranks | None = None
 
 
-def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
+def join(*, gpu: bool = False, timeout: float = 1800.0, backend: str | None = None) -> Ranks:
     """Meet the other processes of this training, or those that were met before; alone where there is one.
 
     A group that exists already, as within Ray's TorchTrainer, is used as it is.
@@ -251,6 +251,8 @@ def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
     Args:
         gpu: each process has a GPU, that of its number on its host.
         timeout: seconds to wait for another process.
+        backend: how the processes talk: "nccl", between GPUs, or "gloo", through the memory of the hosts, which lets
+            several processes share a GPU. Default: nccl between GPUs and gloo elsewhere.
 
     Raises UsageError if they cannot meet, or there are fewer GPUs than processes.
     """
@@ -264,14 +266,18 @@ def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
     import torch
     import torch.distributed as dist
 
+    if backend == "nccl" and not gpu:
+        raise UsageError("ddp_backend='nccl' talks between GPUs, and these processes compute on CPUs; leave it out")
     if gpu:
-        if place.local >= torch.cuda.device_count():
+        n_gpus = torch.cuda.device_count()
+        if place.local >= n_gpus and backend != "gloo":
             raise UsageError(
-                f"rank {place.rank} is number {place.local} on its host, which has {torch.cuda.device_count()} GPU(s); "
-                f"start at most {torch.cuda.device_count()} processes there, or set use_cpu=True"
+                f"rank {place.rank} is number {place.local} on its host, which has {n_gpus} GPU(s); start at most "
+                f"{n_gpus} processes there, set use_cpu=True, or let them share a GPU with ddp_backend='gloo'"
             )
-        torch.cuda.set_device(place.local)
+        torch.cuda.set_device(place.local % n_gpus)
     wait = timedelta(seconds=timeout)
+    backends = "cpu:gloo,cuda:nccl" if gpu and backend != "gloo" else "gloo"
     if there is None:
         environ = _meeting_point()
         address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
@@ -281,7 +287,7 @@ def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
             # torchrun keeps the store when it starts the processes again, with the addresses of those that ended.
             attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+                backends, store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
                 rank=place.rank, world_size=place.world, timeout=wait,
             )  # fmt: skip
         except (RuntimeError, ValueError, OSError) as error:

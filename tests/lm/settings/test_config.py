@@ -219,7 +219,7 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
         ("fp16", True, "set bf16=True"),
         ("optim", "adafactor", "pass optimizers="),
         ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),
-        ("top_entropy_quantile", 0.2, "all tokens are learned from"),
+        ("use_adaptive_entropy", True, "entropy_coef is a constant here"),
         ("deepspeed", "zero3.json", "each process holds the whole model; start several by torchrun"),
         ("auto_find_batch_size", True, "tokens_per_micro_batch"),
         ("use_bias_correction_kl", False, "the gradient of KL"),
@@ -516,7 +516,6 @@ def test_generation_kwargs_are_settings_and_win_over_them() -> None:
 def test_arguments_of_trl_are_refused_by_name_unless_they_do_nothing() -> None:
     check_arguments({})
     check_arguments(dict.fromkeys(FOREIGN_ARGUMENTS))
-    check_arguments({"reward_processing_classes": [object()]})  # TRL asks nothing of them for functions either
     with pytest.raises(UsageError, match=r"^quantization_config: .*leave it out"):
         check_arguments({"quantization_config": [print]})
     with pytest.raises(UsageError, match="no argument 'callback'; did you mean 'callbacks'"):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.errors import UsageError
 from grouprl.lm.models.adapters import CONFIG, REST, WEIGHTS, adapter_places, has_adapters, save_adapters
 from grouprl.lm.models.generation_config import writable_generation_config
-from grouprl.runs.files import explain_os_error, user_path
-from grouprl.runs.in_place import check_in_place
+from grouprl.runs.atomic_folder import atomic_folder
+from grouprl.runs.files import user_path
 from grouprl.runs.manifest import write_manifest
-from grouprl.runs.temporaries import beside, remove_left_over
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +38,7 @@ def save_model(
         UsageError: `path` cannot be written, or something else lies there.
         TrainingError: the disk is full or broken.
     """
-    with _atomic_folder(user_path(path)) as folder:
+    with atomic_folder(user_path(path), _check_replaceable) as folder:
         save = save_adapters if has_adapters(model) else _save_plain
         with nullcontext() if hasattr(model, "get_base_model") else writable_generation_config(model, folder):
             save(model, folder, independent_state(model))
@@ -86,42 +84,6 @@ def model_files(folder: Path) -> set[Path]:
     return inner | {file for pattern in _OF_A_MODEL for file in folder.glob(pattern)}
 
 
-@contextmanager
-def _atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; move it to `path` on success, remove it on failure."""
-    target = path.absolute()
-    check_in_place(target)
-    remove_left_over(target.parent, target.name)
-    _check_replaceable(path)
-    temporary, old = beside(target), beside(target, "old")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        mode = temporary.stat().st_mode & 0o666  # some writers make files that only their owner can read
-        for file in [*temporary.rglob("*"), temporary]:
-            if file.is_file():
-                file.chmod(mode)
-            _flush(file)
-        if target.exists():
-            os.replace(target, old)  # a folder cannot be replaced in one step unless it is empty
-        os.replace(temporary, target)
-        _flush(target.parent)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    except GrouprlError:
-        raise
-    except Exception as error:
-        if "(os error " not in str(error):  # how safetensors and tokenizers, written in Rust, pass on a full disk
-            raise
-        reason = str(error).rstrip(".")
-        raise TrainingError(f"Cannot write {path}: {reason}. Free some space, or write to another disk.") from error
-    finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _check_replaceable(path: Path) -> None:
     """Raise UsageError unless `path` is absent, empty, or a folder of nothing but a model."""
     if not path.exists():
@@ -137,12 +99,3 @@ def _check_replaceable(path: Path) -> None:
             f"Cannot write a model to {path}: the folder would be replaced, and it holds {(foreign or names)[0]}. "
             "Give another folder, such as one inside it."
         )
-
-
-def _flush(path: Path) -> None:
-    with suppress(OSError):  # Windows cannot open folders, and some network disks cannot flush
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

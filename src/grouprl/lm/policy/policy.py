@@ -88,6 +88,7 @@ class Policy:
         ends = eos_token_ids(model, tokenizer)
         with nonzero_adapters(model):
             self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
+            self.log_probs.by_entropy = config.entropy_coef > 0
             self.packed = self.log_probs.backbone is not None
             self.sampler: CompletionSampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
         if not self.packed and config.attention == "auto":

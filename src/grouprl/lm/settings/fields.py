@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from grouprl.errors import shown
+from grouprl.lm.settings.trl import mapping_of
 from grouprl.objective.correction import CorrectionMode
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
@@ -234,6 +235,15 @@ class Fields(ObjectiveSettings):
     vespo_lambda_pos: float = Field(3.0, gt=0, description="how fast above, A >= 0")
     vespo_k_neg: float = Field(3.0, gt=0, description="how fast below, A < 0")
     vespo_lambda_neg: float = Field(2.0, gt=0, description="how fast above, A < 0")
+    top_entropy_quantile: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learn from this share of the tokens of an optimizer step, those of the highest entropy; 1 = all",
+    )
+    entropy_coef: float = Field(
+        0.0, ge=0, description="weight of the entropy bonus, a mean over the tokens that are learned from"
+    )
     off_policy_mask_threshold: float | None = Field(
         None, gt=0, description="no loss from completions of negative advantage further than this from the sampler"
     )
@@ -304,6 +314,11 @@ class Fields(ObjectiveSettings):
     ddp_timeout: float = Field(
         1800.0, gt=0, description="seconds that a process waits for another, where several train together"
     )
+    ddp_backend: Literal["gloo", "nccl"] | None = Field(
+        None,
+        description="how they talk; default: nccl between GPUs, one for each process, and gloo between CPUs. gloo on "
+        "GPUs lets several processes share one",
+    )
     do_train: bool = Field(False, description="for scripts that ask for it; nothing here does")
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")
@@ -331,6 +346,14 @@ class Fields(ObjectiveSettings):
             if not isinstance(name, str) or name not in ("tensorboard", "wandb", "none"):
                 raise ValueError(f"{shown(name)} is no tracker here; {allowed}")
         return tuple(name for name in names if name != "none")
+
+    @field_validator(
+        "model_init_kwargs", "gradient_checkpointing_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
+        mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        return mapping_of(value)
 
     @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")
     @classmethod

@@ -7,7 +7,9 @@ to do instead. Checked against TRL 1.16 and transformers 5.23.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum
@@ -62,7 +64,8 @@ OF_PROCESS: dict[str, Callable[[Place], Any]] = {
 """What transformers' callbacks read of a configuration, and depends on the process."""
 
 TRAINER_ARGUMENTS = (
-    "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks",
+    "model", "reward_funcs", "reward_processing_classes", "eval_reward_funcs", "train_dataset", "eval_dataset",
+    "processing_class", "peft_config", "callbacks",
     "optimizers", "ref_model", "advantage_function", "surrogate_function", "tools", "environment_factory",
     "rollout_func",
 )  # fmt: skip
@@ -71,7 +74,7 @@ _VLLM = "vLLM samples with its own model, awake and freely; leave it out"
 _ITS_SPEED = "the sampler is built in, and has its own cache and order of work"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding"
-_ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
+_ENTROPY = "entropy_coef is a constant here; set it, or epsilon_high above epsilon, such as 0.28; leave it out"
 _LAUNCH = "each process holds the whole model; start several by torchrun to share the work, and leave it out"
 _NOISE = "not offered; leave it out"
 _COMPILE = "the layers are compiled where that is possible"
@@ -86,7 +89,7 @@ _TRACKIO = "trackers are tensorboard and wandb; leave it out"
 _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     (_VLLM, {"vllm_model_impl": "vllm", "vllm_enable_sleep_mode": False, "vllm_structured_outputs_regex": None}),
     (_ENTROPY, {
-        "entropy_coef": 0.0, "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
+        "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
         "entropy_coef_delta": 0.005, "entropy_target": 0.2,
     }),
     (_HUB, {
@@ -135,14 +138,12 @@ FOREIGN: dict[str, Foreign] = {
     **{name: Foreign(off, advice) for advice, names in _FOREIGN_GROUPS for name, off in names.items()},
     **{name: Foreign(off, why, (), None) for why, names in _SPEED_GROUPS for name, off in names.items()},
     "vllm_group_port": Foreign(51216),  # weights are handed over by a file
-    "ddp_backend": Foreign(None, "gloo joins processes on CPUs and nccl those on GPUs; leave it out", ("gloo", "nccl")),
     "trust_remote_code": Foreign(False, "set model_init_kwargs={'trust_remote_code': True}"),
     "cast_lm_head_to_fp32": Foreign(False, _FLOAT32_HEAD),
     "router_aux_loss_coef": Foreign(None, "there is no load-balancing loss; leave it out", (0.0,)),
     "remove_unused_columns": Foreign(False, "reward functions are given every column they ask for; leave it out"),
     "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",), None),
     "generation_kwargs": Foreign(None),
-    "top_entropy_quantile": Foreign(1.0, "all tokens are learned from, whatever their entropy; leave it out"),
     "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
     "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
     "optim": Foreign(
@@ -172,7 +173,6 @@ SWITCHED = {
 """What says nothing unless its switch is on."""
 
 FOREIGN_ARGUMENTS: dict[str, Foreign] = {
-    "reward_processing_classes": Foreign(None),  # of reward models, which are refused themselves
     "quantization_config": Foreign(None, "weights are trained in float32 or bfloat16; leave it out"),
 }
 """Arguments of TRL's GRPOTrainer that are none of ours."""
@@ -242,8 +242,23 @@ def same(a: Any, b: Any) -> bool:
         return a is b
 
 
+def mapping_of(value: Any) -> Any:
+    """A mapping that a command line gives as JSON; anything else as it is. Raises ValueError if the text is none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("must be a mapping, or one as JSON text, such as '{\"name\": 1}'")
+    return found
+
+
 def _generation_settings(values: Any) -> tuple[dict[str, Any], list[str]]:
     """Settings of transformers' generate, under our names, and why the others among them are refused."""
+    with contextlib.suppress(ValueError):
+        values = mapping_of(values)
     if not isinstance(values, Mapping):
         return {}, [f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}"]
     settings, refused = {}, []

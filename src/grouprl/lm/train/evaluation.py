@@ -75,7 +75,7 @@ def evaluate(
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
         numbers = range(EVALUATION_STARTS + start, EVALUATION_STARTS + start + len(chunk))
         with sleeping_when_busy():
-            scored = setup.player.draw(chunk, group_size, stream, numbers, settings, state)
+            scored = setup.eval_player.draw(chunk, group_size, stream, numbers, settings, state)
         yield scored
 
 

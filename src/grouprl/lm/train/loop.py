@@ -316,6 +316,8 @@ def _errors_of_step(step: int) -> Iterator[None]:
     try:
         yield
     except TrainingError as error:
+        if f"step {step}: " in str(error):  # another process has said it
+            raise
         raise TrainingError(f"step {step}: {error}") from error
 
 
