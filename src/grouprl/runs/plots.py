@@ -103,7 +103,7 @@ def plot_runs(
     if threshold is not None:
         axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
     if y in _EVALUATION_OF and any(len(run.evaluation[0]) for run in runs):
-        line, dot = map(words, _MEANING[y])
+        line, dot = (words(text) for text in _MEANING[y])
         axes.plot([], [], color="0.5", linewidth=1.8, label=line)
         axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label=dot)
     _dress(axes, runs, x, words(_AXIS_NAMES[y]) if y in _AXIS_NAMES else y)
