@@ -59,6 +59,20 @@ def parse_yaml(text: str, where: str, longest: int = LONGEST) -> Any:
     return value
 
 
+def with_numbers(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number, also inside a mapping or a list."""
+    if isinstance(value, dict):
+        return {key: with_numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(part) for part in value]
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
 def check_size(value: Any, where: str) -> None:
     """Raises UsageError if plain values hold themselves, or are nested deeply or many, each counted where it stands."""
     _measure(value, where, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from grouprl.errors import UsageError
 from grouprl.lm import GRPOConfig
 from grouprl.lm.run import training as lm_training
-from grouprl.machine.ranks import ALONE, Place, Ranks, launched, refuse_several_processes
+from grouprl.machine.ranks import ALONE, Place, Ranks, join, launched, refuse_several_processes
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 
@@ -48,6 +49,24 @@ def test_the_place_of_a_process_is_what_its_launcher_says(environ: dict[str, str
 def test_an_environment_that_says_too_little_is_refused(environ: dict[str, str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         launched(environ)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"gpu": True}, r"rank 3 is number 1 on its host, which has 1 GPU.*share a GPU with ddp_backend='gloo'"),
+        ({"gpu": True, "backend": "nccl"}, "start at most 1 processes"),
+        ({"backend": "nccl"}, "ddp_backend='nccl' talks between GPUs.*leave it out"),
+    ],
+)
+def test_processes_without_a_gpu_of_their_own_are_told_what_serves_them(
+    given: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match=said):
+        join(**given)
 
 
 @pytest.mark.parametrize(("n", "world"), [(7, 3), (2, 4), (8, 2), (0, 2)])

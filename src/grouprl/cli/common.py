@@ -18,7 +18,7 @@ from grouprl.errors import GrouprlError, UsageError, first_line, shown
 from grouprl.extras import explain_missing
 from grouprl.machine.ranks import launched
 from grouprl.printing import lasting_streams
-from grouprl.reading import parse_yaml
+from grouprl.reading import parse_yaml, with_numbers
 from grouprl.runs.signals import leaving_on_signals
 
 app = typer.Typer(
@@ -141,22 +141,8 @@ def assigned(pairs: list[str] | None) -> dict[str, Any]:
         except UsageError as error:
             said = f"cannot read {shown(pair)}: {error}; quote it as YAML, such as \"{shown(key)[1:-1]}='text'\""
             raise UsageError(said) from None
-        values[key.strip()] = _number(value)
+        values[key.strip()] = with_numbers(value)
     return values
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number, also inside a mapping or a list."""
-    if isinstance(value, dict):
-        return {key: _number(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_number(part) for part in value]
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def command(name: str) -> str:

@@ -6,9 +6,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +28,24 @@ from grouprl.envs.env_kwargs import why_not_again
 from grouprl.envs.export import export_module
 from grouprl.envs.finite import check_policy
 from grouprl.envs.held_environment import HeldEnvironment
+from grouprl.envs.learn_call import train_until
 from grouprl.envs.loop import Loop, Metrics, Seeds
 from grouprl.envs.model_file import model_file, offering_another
 from grouprl.envs.policy import Network, Policy, check_device
 from grouprl.envs.sizes import least_bytes
 from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.stable_baselines import (
-    checked_callbacks,
     missing_attribute,
     refuse_arguments,
     refuse_positional,
-    says_stop,
 )
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 from grouprl.machine.ranks import Ranks, join
 from grouprl.machine.room import check_room
-from grouprl.machine.threads import single_threaded_kernels
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
-from grouprl.runs.progress import Progress
 from grouprl.runs.state import load_state, save_state
 
 Callback = Callable[["GRPO", Metrics], bool | None]
@@ -248,10 +243,13 @@ class GRPO:
     def set_env(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
         """Train on another environment with the same spaces from now on; its next batch starts with fresh episodes.
 
+        Nothing is learned any more from earlier batches, as ``baseline_memory`` and ``reuse`` have them.
+
         Raises:
             UsageError: its spaces differ from those the policy was built for.
         """
         self._held.set(env, env_kwargs)
+        self.loop.forget_batches()
 
     def get_env(self) -> VectorEnv[Any, Any, Any] | None:
         """The vector environment batches are collected from, or None after :meth:`load` without one."""
@@ -304,56 +302,10 @@ class GRPO:
             raise UsageError(f"progress_bar={progress_bar!r} must be True or False")
         total_timesteps = whole_number("total_timesteps", total_timesteps, least=1)
         start, skipped, batches = self.num_timesteps, self.loop.skipped.copy(), self.loop.batches
-        self._learn(start, start + total_timesteps, callback, progress_bar)
+        train_until(self, start, start + total_timesteps, callback, progress_bar)
         if self.loop.batches > batches and self.loop.skipped.total() - skipped.total() == self.loop.batches - batches:
             warnings.warn(str(self.loop.say_skipped(skipped, batches)), RuntimeWarning, stacklevel=2)
         return self
-
-    def _learn(
-        self, start: int, end: int, callback: Callback | Sequence[Callback] | None, progress_bar: bool | None
-    ) -> GRPO:
-        """Train until ``end`` total steps on schedules that run from ``start`` to ``end``."""
-        own, now = self._held.description, self.loop.functions
-        for name, had, has in (
-            ("advantage_function", own.custom_advantage, now.advantage),
-            ("surrogate_function", own.custom_surrogate, now.surrogate),
-        ):
-            if had and has is None:
-                raise UsageError(f"this agent was trained with its own {name}; pass {name}=... to load to train on")
-        callbacks, ranks = checked_callbacks(callback), self.loop.ranks
-        with ranks.telling():
-            self._check_alike(end - start)
-            self._held.begin()
-            self._train(start, end, callbacks, progress_bar if ranks.first else False)
-        return self
-
-    def _check_alike(self, steps: int) -> None:
-        """Raises UsageError if the agents of several processes are not the same."""
-        if self.loop.ranks.world > 1:
-            about = {"env_id": self.env_id, "steps": steps, "steps before": self.num_timesteps}
-            versions = {name: version(name) for name in ("grouprl", "torch", "gymnasium", "numpy")}
-            weights = {"the sum of the weights": self.loop.learner.parameters.total()}
-            self.loop.ranks.check_same(
-                "agents", about | versions | self.config.model_dump() | weights,
-                "start every rank with the same script, settings and packages",
-            )  # fmt: skip
-
-    def _train(self, start: int, end: int, callbacks: Sequence[Callback], progress_bar: bool | None) -> None:
-        ranks = self.loop.ranks
-        with ExitStack() as stack:
-            for call in callbacks:
-                if hasattr(call, "around"):
-                    stack.enter_context(call.around(self, end))
-            stack.enter_context(single_threaded_kernels())
-            bar = stack.enter_context(Progress(end - start, progress_bar, description=self.env_id))
-            while self.num_timesteps < end:
-                self.ready()
-                with self._held.stepping():
-                    metrics = self.loop.iterate((self.num_timesteps - start) / (end - start))
-                bar.update(self.num_timesteps - start, episode_return=metrics["return_mean"])
-                verdicts = [call(self, metrics) for call in callbacks]
-                if ranks.agree(any(map(says_stop, verdicts)))[0]:
-                    break
 
     # --- acting ------------------------------------------------------------------------------------------------------
     def predict(

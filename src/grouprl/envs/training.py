@@ -12,6 +12,7 @@ from typing import Any
 from grouprl.envs import loading, presets
 from grouprl.envs.config import check_names
 from grouprl.envs.grpo import GRPO
+from grouprl.envs.learn_call import train_until
 from grouprl.envs.recorder import RunResult, RunSettings, as_written, plan, recording
 from grouprl.envs.vector import EnvLike
 from grouprl.errors import UsageError, shown
@@ -188,6 +189,6 @@ def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | 
     with ExitStack() as stack:
         stack.callback(agent.close)
         with recording(folder, run, agent) as recorder:
-            agent._learn(0, run.total_timesteps, recorder, progress_bar)
+            train_until(agent, 0, run.total_timesteps, recorder, progress_bar)
         assert recorder.result is not None
         return recorder.result

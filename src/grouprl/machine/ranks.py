@@ -107,11 +107,20 @@ class Ranks:
         """Which of n things are this process's: a contiguous block, of sizes that differ by at most one."""
         return range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
+    @property
+    def group(self) -> Any:
+        """The group of torch.distributed that exchanges on CPUs; None for one process alone."""
+        return self._group
+
     # --- exchanges: every process takes part in each, in the same order ----------------------------------------------
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes, in their order. A value is anything that can be pickled."""
-        return [value] if self.world == 1 else self._exchange("gather", value)
+    def gather(self, value: T, what: str = "gather") -> list[T]:
+        """The values of all processes, in their order. A value is anything that can be pickled.
+
+        Args:
+            what: the word for it, by which a process is told from one that gathers something else.
+        """
+        return [value] if self.world == 1 else self._exchange(what, value)
 
     def once(self, function: Callable[[], T]) -> T:
         """What ``function`` gives in the first process, which alone calls it."""
@@ -173,6 +182,11 @@ class Ranks:
                 with suppress(Exception):  # the others may have ended
                     self._all_gather(("error", isinstance(error, UsageError), said))
             raise
+
+    def lost(self, error: Exception) -> TrainingError:
+        """The error in the place of ``error``, which a collective of torch raised because another process is gone."""
+        self._told = self._lost(error)
+        return self._told
 
     def _have_been_told(self, error: BaseException | None) -> bool:
         """Whether an error is one that all processes know of, or was made of it."""
@@ -243,7 +257,7 @@ ALONE = Ranks(Place())
 _joined: Ranks | None = None
 
 
-def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
+def join(*, gpu: bool = False, timeout: float = 1800.0, backend: str | None = None) -> Ranks:
     """Meet the other processes of this training, or those that were met before; alone where there is one.
 
     A group that exists already, as within Ray's TorchTrainer, is used as it is.
@@ -251,6 +265,8 @@ def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
     Args:
         gpu: each process has a GPU, that of its number on its host.
         timeout: seconds to wait for another process.
+        backend: how the processes talk: "nccl", between GPUs, or "gloo", through the memory of the hosts, which lets
+            several processes share a GPU. Default: nccl between GPUs and gloo elsewhere.
 
     Raises UsageError if they cannot meet, or there are fewer GPUs than processes.
     """
@@ -264,14 +280,18 @@ def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
     import torch
     import torch.distributed as dist
 
+    if backend == "nccl" and not gpu:
+        raise UsageError("ddp_backend='nccl' talks between GPUs, and these processes compute on CPUs; leave it out")
     if gpu:
-        if place.local >= torch.cuda.device_count():
+        n_gpus = torch.cuda.device_count()
+        if place.local >= n_gpus and backend != "gloo":
             raise UsageError(
-                f"rank {place.rank} is number {place.local} on its host, which has {torch.cuda.device_count()} GPU(s); "
-                f"start at most {torch.cuda.device_count()} processes there, or set use_cpu=True"
+                f"rank {place.rank} is number {place.local} on its host, which has {n_gpus} GPU(s); start at most "
+                f"{n_gpus} processes there, set use_cpu=True, or let them share a GPU with ddp_backend='gloo'"
             )
-        torch.cuda.set_device(place.local)
+        torch.cuda.set_device(place.local % n_gpus)
     wait = timedelta(seconds=timeout)
+    backends = "cpu:gloo,cuda:nccl" if gpu and backend != "gloo" else "gloo"
     if there is None:
         environ = _meeting_point()
         address = f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}"
@@ -281,7 +301,7 @@ def join(*, gpu: bool = False, timeout: float = 1800.0) -> Ranks:
             # torchrun keeps the store when it starts the processes again, with the addresses of those that ended.
             attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+                backends, store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
                 rank=place.rank, world_size=place.world, timeout=wait,
             )  # fmt: skip
         except (RuntimeError, ValueError, OSError) as error:

@@ -37,13 +37,15 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def leaving_on_signals() -> Iterator[None]:
-    """Within, a signal is said in one line and raises KeyboardInterrupt; a second one ends the process."""
+def leaving_on_signals(
+    said: str = "stopped; grouprl resume goes on with a run that had begun",
+) -> Iterator[None]:
+    """Within, a signal is ``said`` in one line and raises KeyboardInterrupt; a second one ends the process."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         for n in heard:
             signal.signal(n, signal.SIG_DFL)
-        show("stopped; grouprl resume goes on with a run that had begun", sys.stderr)
+        show(said, sys.stderr)
         raise KeyboardInterrupt
 
     with _handling(leave) as heard:

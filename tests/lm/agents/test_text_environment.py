@@ -315,6 +315,44 @@ def test_a_step_that_hangs_truncates_the_episode_and_the_environment_is_replaced
     assert len(made) == before + 1
 
 
+def hangs_on(word):
+    def function(given, *_):
+        if word in str(given):
+            time.sleep(30)
+        return given
+
+    return function
+
+
+@pytest.mark.parametrize("what", ["obs_to_text", "action_parser", "state"])
+def test_a_function_of_the_users_that_hangs_truncates_the_episode_and_is_named(what, caplog):
+    episode = text_environment(Echo, timeout=0.2, **{what: hangs_on("hang")})()
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        episode.begin({}, 0)
+        assert not episode.answer(Said("fine", True)).truncated
+        answer = episode.answer(Said("hang", True))
+    assert (answer.terminated, answer.truncated) == (False, True)
+    assert answer.metrics == {"environment/timeouts": 1.0, "success": 0.0}
+    assert f"environment Echo hangs: its {what} of turn 2 had not ended after 0.2 s; another one" in caplog.text
+    assert episode.begin({}, 1) == [{"role": "user", "content": "seed 1"}]
+    assert not episode.answer(Said("fine", True)).truncated
+
+
+def test_functions_of_the_users_that_hang_at_once_are_an_error_when_the_environment_is_made():
+    with pytest.raises(TrainingError, match=r"environment Echo had not ended its obs_to_text after 0.1 s, twice"):
+        text_environment(Echo, timeout=0.1, obs_to_text=hangs_on("seed"))
+    with pytest.raises(TrainingError, match=r"action_parser of environment Echo had not ended after 0.1 s for the te"):
+        text_environment(Echo, timeout=0.1, action_parser=hangs_on("0"))
+
+
+def test_a_parser_may_say_of_any_text_that_it_is_no_action():
+    def nothing(text):
+        raise ValueError(text)
+
+    _, answers = play(text_environment(Echo, action_parser=nothing), "x")
+    assert answers[0].metrics["environment/invalid_actions"] == 1.0
+
+
 def test_a_reset_that_hangs_twice_is_an_error():
     class Hangs(Echo):
         def reset(self, seed=None):

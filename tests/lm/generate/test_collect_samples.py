@@ -34,8 +34,9 @@ class Script:
     def __init__(self, *groups: list[list[int]]) -> None:
         self.groups, self.asked, self.ranks = list(groups), [], ALONE
         self.log_probs = SimpleNamespace(
-            micro_batches=lambda prompts, completions, group: None, without_gradient=self._log_probs
+            micro_batches=lambda prompts, completions, group, turns: [], without_gradient=self._log_probs
         )
+        self.share = lambda sizes, group: list(range(len(sizes)))
         self.reference = SimpleNamespace(log_probs=lambda parts, lengths: self._log_probs(parts, lengths) - 0.1)
 
     def sample(self, prompts, group_size, generator, settings=None):

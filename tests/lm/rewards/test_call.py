@@ -495,8 +495,8 @@ def test_functions_are_called_by_their_names_and_equal_names_are_numbered() -> N
     ("functions", "message"),
     [
         ([], "reward_funcs is empty"),
-        ("my/reward-model", "holds 'my/reward-model': a reward model is not called for you; wrap it"),
-        ([right, torch.nn.Linear(1, 1)], "holds a Linear: a reward model"),
+        ("my/reward-model", r"holds 'my/reward-model'; give grouprl\.lm\.rewards\.model\.RewardModel"),
+        ([right, torch.nn.Linear(1, 1)], "holds a Linear; give"),
         ([None], "holds None, which cannot be called"),
         ([Meeting], r"holds the class Meeting; give an instance: Meeting\(\.\.\.\)"),
     ],

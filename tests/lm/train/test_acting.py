@@ -478,13 +478,50 @@ def test_transcripts_show_rewards_beside_the_turns_that_had_them(tmp_path: Path)
 
 
 def test_an_evaluation_in_parts_has_the_numbers_of_all_its_episodes(tmp_path: Path, monkeypatch) -> None:
-    def sampled(config, greedy):  # the likeliest tokens of this model are no calls
-        return policy.sampling_settings(config, greedy=False)
+    def sampled(self, *, greedy):  # the likeliest tokens of this model are no calls
+        return policy.sampling_settings(self.config, greedy=False)
 
-    monkeypatch.setattr(evaluation, "sampling_settings", sampled)
+    monkeypatch.setattr(policy.Policy, "sampling", sampled)
     found = []
     for n, at_once in enumerate((8, 3)):
         made = trainer(tmp_path / str(n), {"per_device_eval_batch_size": at_once}, eval_dataset=ROWS * 2)
         found.append(evaluation.evaluate_greedily(made.setup, made.setup.eval_prompts[""]))
     assert found[0] == found[1]
     assert found[0].numbers["tools/failure_frequency"] > 0
+
+
+def test_a_run_is_gone_on_with_by_the_tools_and_environments_it_began_with(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "reward_funcs": lambda completions: [float(len(said)) for said in completions], "train_dataset": ROWS,
+    }  # fmt: skip
+    saved = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(tmp_path / "tools", saved, tools=[press, wait], **given).train()
+    more = {**saved, "max_steps": 2}
+    with pytest.raises(UsageError, match=r"belongs to another run: .* with other tools: \['press', 'wait'\], here"):
+        trainer(tmp_path / "tools", more, tools=[press], **given).train(resume_from_checkpoint=True)
+    assert trainer(tmp_path / "tools", more, tools=[press, wait], **given).train(resume_from_checkpoint=True)
+
+    class Knobs(Buttons):
+        pass
+
+    trainer(tmp_path / "environment", saved, train_dataset=ROWS, reward_funcs=given["reward_funcs"]).train()
+    with pytest.raises(UsageError, match=r"other environments: .*Buttons.*, here .*Knobs"):
+        trainer(tmp_path / "environment", more, environment_factory=Knobs, **given).train(resume_from_checkpoint=True)
+
+
+def test_whatever_of_the_users_takes_long_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With any time taken for long, so that the test need not wait."""
+    from grouprl.runs import watchdog
+
+    monkeypatch.setattr(watchdog, "_LEAST", -1.0)
+    monkeypatch.setattr(watchdog, "_long", lambda usual: -1.0)
+    with caplog.at_level("WARNING", "grouprl"):
+        trainer(tmp_path, {"max_steps": 1, "tool_timeout": None}).train()
+    for what in ("environment_factory", "the beginning of an episode", "turn 1 of the environment Buttons"):
+        assert f"{what} took " in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", "grouprl"):
+        trainer(tmp_path, {"max_steps": 1}).train()
+    assert "turn 1 of" not in caplog.text  # it has a limit, and is named when that is over

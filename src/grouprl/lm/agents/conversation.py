@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from grouprl.lm.rewards.call import is_own_metric
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.lm.sample.turns import Partner, Reply, Turn
 from grouprl.runs.time_limit import within
+from grouprl.runs.watchdog import Watch
 
 _log = logging.getLogger("grouprl")
 _OVER = Reply(over=True)
@@ -98,8 +100,8 @@ class Conversation:
         Raises:
             GrouprlError: the interaction is at fault.
         """
-        text = self._form.text(turn.ids, turn.finished)
-        message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.finished))
+        text = self._form.text(turn.ids, turn.closed)
+        message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.closed))
         spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
         self.spoken.append(len(self.messages))
         self.messages.append(spoken)
@@ -122,7 +124,7 @@ class Conversation:
         if over:
             return _OVER
         if not anew:
-            return Reply(self._form.following(self._as_given(said), finished=turn.finished))
+            return Reply(self._form.following(self._as_given(said), finished=turn.closed))
         prompt = self._as_given(said if answer.anew else [*self._opening, spoken, *said])
         where = f"the prompt after {self._turn()}"
         return Reply(self._form.first(prompt, self._schemas, self.start, where, limited=False).ids, anew=True)
@@ -135,12 +137,12 @@ class Conversation:
 
     def _answer(self, said: Said) -> Answer:
         interaction, seconds = self.interaction, self._rules.timeout
+        limit = None if interaction.keeps_time else seconds
+        # What has no limit is named at least.
+        named = Watch(f"turn {len(self.rewards) + 1} of {self.name}") if seconds is None else nullcontext()
         try:
-            answer = (
-                interaction.answer(said)
-                if interaction.keeps_time
-                else within(seconds, lambda: interaction.answer(said))
-            )
+            with named:
+                answer = within(limit, lambda: interaction.answer(said))
         except GrouprlError:
             raise
         except TimeoutError as error:

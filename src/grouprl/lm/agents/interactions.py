@@ -17,9 +17,11 @@ from grouprl.errors import GrouprlError, TrainingError, UsageError, shown
 from grouprl.lm.agents.interaction import Interaction, Message
 from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, describe_error, kind_of, reward_functions
 from grouprl.lm.agents.tools import Function, schema_of
+from grouprl.lm.fingerprint import digest
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.runs.time_limit import within
+from grouprl.runs.watchdog import Watch
 
 _log = logging.getLogger("grouprl")
 
@@ -41,6 +43,7 @@ class Interactions:
         rewards: a reward function for each class of environments that has ``get_reward``.
         gives_rewards: whether one of the environments gives rewards for turns.
         has_tools: whether there is any tool.
+        described: environments and tools as plain values, which tell these from others.
         loop: where what is asynchronous runs, so that clients which belong to a loop keep theirs.
 
     Raises:
@@ -55,6 +58,7 @@ class Interactions:
         self._schemas = [schema_of(function) for function in self._functions]
         self._limits, self._timeout = limits, timeout
         self.loop = EventLoop()
+        self._watch = Watch("the beginning of an episode")
         self.several = isinstance(factory, Mapping)
         self._factories: dict[str | None, Factory | None] = (
             {str(name): make for name, make in factory.items()} if isinstance(factory, Mapping) else {None: factory}
@@ -76,6 +80,12 @@ class Interactions:
         )
         self.gives_rewards = any(made.gives_rewards for made in first.values())
         self.has_tools = bool(self._functions) or any(made.tools for made in first.values())
+        schemas = [*self._schemas, *(schema for made in first.values() for schema in made.tools)]
+        self.described = {
+            "environments": [f"{name or ''} {name_of(made)}".strip() for name, made in first.items()],
+            "tools": [schema["function"]["name"] for schema in self._schemas],
+            "tools as they are described": digest(schemas),
+        }
 
     def begin(self, row: Prompt, seed: int, where: str) -> tuple[Interaction, Sequence[Message] | str]:
         """An interaction that has begun an episode, and its prompt.
@@ -97,7 +107,7 @@ class Interactions:
         for attempt in range(2):
             interaction = self._idle[name].pop() if self._idle[name] else self._make(name)
             try:
-                with _seeded(seed):
+                with _seeded(seed), self._watch:
                     prompt = within(self._timeout, lambda: interaction.begin(columns, seed))  # noqa: B023
             except GrouprlError:
                 raise
@@ -150,22 +160,22 @@ class Interactions:
         return str(name)
 
     def _make(self, name: str | None) -> Interaction:
-        factory = self._factories[name]
+        factory, called = self._factories[name], f"environment_factory{'' if name is None else f'[{name!r}]'}"
         if factory is None:
             return ToolUse(self._functions, self._schemas, self._limits, self.loop)
         if not callable(factory):
             raise UsageError(
-                f"environment_factory{'' if name is None else f'[{name!r}]'} is {shown(factory)}, which cannot be "
-                "called; give a class, or a function that makes an environment"
+                f"{called} is {shown(factory)}, which cannot be called; give a class, or a function that makes an "
+                "environment"
             )
         try:
-            made = factory()
+            with Watch(called):
+                made = factory()
         except GrouprlError:
             raise
         except (Exception, SystemExit) as error:
             raise UsageError(
-                f"environment_factory{'' if name is None else f'[{name!r}]'} raised {describe_error(error)}; it is "
-                "called without arguments and returns an environment"
+                f"{called} raised {describe_error(error)}; it is called without arguments and returns an environment"
             ) from error
         if callable(getattr(made, "begin", None)) and callable(getattr(made, "answer", None)):
             if self._functions:

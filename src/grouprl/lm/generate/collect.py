@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from grouprl import objective
 from grouprl.lm.generate.estimate import estimate_advantages, groups_with_signal
+from grouprl.lm.generate.old_policy import old_and_reference
 from grouprl.lm.generate.samples import Samples
-from grouprl.lm.policy.log_probs import MicroBatch
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt, PromptOrder, PromptSource
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
@@ -69,6 +70,9 @@ class Player(Protocol):
 
     def samples(self, groups: Any, own: TensorFunction | None) -> Samples:
         """What is learned from groups that it has drawn; ``own`` is a user's advantage function."""
+
+    def judged_by(self, rewards: RewardCaller) -> Player:
+        """The same, judged by other reward functions."""
 
     def close(self) -> None:
         """Release what it has made to play with; it makes that anew when it plays again."""
@@ -172,10 +176,9 @@ class CompletionPlayer:
         logp_old, logp_ref, known = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=torch.bool)
         penalties = None
         if self.policy.reference is not None and config.kl_in == "reward":
-            batches = self._own_micro_batches(groups, completions, group)
-            logp_old = self.policy.log_probs.without_gradient(batches, lengths)
-            logp_ref = self.policy.reference.log_probs(batches, lengths)
-            self.policy.ranks.add(logp_old, logp_ref)  # each is 0 where another process has it
+            logp_old, logp_ref = old_and_reference(
+                self.policy, [p.ids for p in groups.prompts], completions, group.tolist(), lengths
+            )
             known = ~known
             penalties = -objective.kl_in_reward(
                 torch.zeros_like(logp_old), logp_old, logp_ref, config.beta, config.kl_estimator
@@ -192,16 +195,9 @@ class CompletionPlayer:
             extras=groups.rewards.extras,
         )  # fmt: skip
 
-    def _own_micro_batches(
-        self, groups: ScoredGroups, completions: Sequence[Sequence[int]], group: Tensor
-    ) -> list[MicroBatch]:
-        """Micro-batches of the completions that this process evaluates: of all, if it is alone."""
-        prompts, log_probs = [p.ids for p in groups.prompts], self.policy.log_probs
-        if self.policy.ranks.world == 1:
-            return log_probs.micro_batches(prompts, completions, group.tolist())
-        own = self.policy.share([len(c) for c in completions], group.tolist())
-        of_own = log_probs.micro_batches(prompts, [completions[i] for i in own], group[own].tolist())
-        return [MicroBatch(batch.groups, torch.tensor(own)[batch.samples]) for batch in of_own]
+    def judged_by(self, rewards: RewardCaller) -> CompletionPlayer:
+        """As `Player.judged_by`."""
+        return CompletionPlayer(self.policy, self.tokenizer, rewards, self.config)
 
     def close(self) -> None:
         """As `Player.close`: there is nothing."""
@@ -239,6 +235,14 @@ class ScoredGroups:
     def solved(self) -> list[bool]:
         """``[N]`` whether the reward is that of a right answer, 1 or more."""
         return [bool(value >= 1 - 1e-9) for value in self.returns.tolist()]
+
+    def leave_out_columns(self) -> None:
+        """Drop the columns of the dataset, which may be large, before the groups are sent to who has the dataset."""
+        self.prompts = [replace(prompt, columns={}) for prompt in self.prompts]
+
+    def take_columns(self, rows: Sequence[Prompt]) -> None:
+        """Put back what `leave_out_columns` dropped; ``rows`` are the prompts that were drawn."""
+        self.prompts = [replace(own, columns=row.columns) for own, row in zip(self.prompts, rows, strict=True)]
 
     @property
     def n_prompts(self) -> int:
@@ -320,7 +324,7 @@ def sample_and_score(
 def texts_of(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
     """What the model wrote, without the token that ended it and without padding."""
     padding = getattr(tokenizer, "pad_token_id", None)
-    ids = [[t for t in (c.ids[:-1] if c.finished else c.ids) if t != padding] for c in completions]
+    ids = [[t for t in (c.ids[:-1] if c.finished and not c.stopped else c.ids) if t != padding] for c in completions]
     return list(tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens))
 
 

@@ -13,6 +13,7 @@ from grouprl import objective
 from grouprl.errors import UsageError, shown
 from grouprl.lm.agents.interaction import Message
 from grouprl.lm.generate.estimate import estimate_turns
+from grouprl.lm.generate.old_policy import old_and_reference
 from grouprl.lm.generate.samples import Samples, Turns
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
@@ -143,10 +144,12 @@ def _penalties(samples: Samples, episodes: Sequence[Episode], config: GRPOConfig
     if config.kl_in == "reward" and policy is not None and policy.reference is not None:
         assert samples.turns is not None
         prompts, group = samples.contexts
-        batches = policy.log_probs.micro_batches(prompts, samples.completions, group.tolist(), samples.turns.spans)
+        logp_old, logp_ref = old_and_reference(
+            policy, prompts, samples.completions, group.tolist(), samples.lengths, samples.turns.spans
+        )
         everything = torch.arange(len(samples.logp_old))
-        samples.remember_old(everything, policy.log_probs.without_gradient(batches, samples.lengths))
-        samples.remember_reference(everything, policy.reference.log_probs(batches, samples.lengths))
+        samples.remember_old(everything, logp_old)
+        samples.remember_reference(everything, logp_ref)
         kl = objective.kl_in_reward(
             torch.zeros_like(samples.logp_old), samples.logp_old, samples.logp_ref, config.beta, config.kl_estimator
         )

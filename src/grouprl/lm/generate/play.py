@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -77,6 +78,22 @@ class EpisodeGroups(ScoredGroups):
             **of_tools, **{name: value / n for name, value in counted.items()},
         }  # fmt: skip
 
+    def numbered(self) -> list[Episode]:
+        """The episodes, with the numbers of their groups here: they may have come from several draws or processes."""
+        return [replace(e, group=i // self.group_size) for i, e in enumerate(self.completions)]
+
+    def leave_out_columns(self) -> None:
+        """As `ScoredGroups.leave_out_columns`."""
+        super().leave_out_columns()
+        self.completions = [replace(e, start=replace(e.start, columns={})) for e in self.completions]
+
+    def take_columns(self, rows: Sequence[Prompt]) -> None:
+        """As `ScoredGroups.take_columns`."""
+        super().take_columns(rows)
+        of_each = [row.columns for row in rows for _ in range(self.group_size)]
+        played = zip(self.completions, of_each, strict=True)
+        self.completions = [replace(e, start=replace(e.start, columns=columns)) for e, columns in played]
+
     def solved(self) -> list[bool]:
         """``[N]`` whether an episode was solved, as its environment says, else by its return."""
         by_return = super().solved()
@@ -85,7 +102,7 @@ class EpisodeGroups(ScoredGroups):
     def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:
         """For each group whether one of its turns has an advantage."""
         advantages = turn_advantages(
-            self.completions, config, rewards=self.rewards.values, weights=self.weights, own=own
+            self.numbered(), config, rewards=self.rewards.values, weights=self.weights, own=own
         )
         per_episode = torch.split(advantages, [len(e.rewards) for e in self.completions])
         found = [bool((part != 0).any()) for part in per_episode]
@@ -103,8 +120,8 @@ class EpisodePlayer:
     def __init__(
         self, policy: Policy, form: ChatFormat, interactions: Interactions, rewards: RewardCaller, config: GRPOConfig
     ) -> None:
-        self.policy, self.form, self.interactions = policy, form, interactions
-        self.rewards, self.config = rewards, config
+        self.policy, self.form, self.interactions, self.config = policy, form, interactions, config
+        self._judge_by(rewards)
         self._rules = Rules(
             config.max_turns, config.history == "turn", config.tool_timeout, config.max_tool_output,
             counted=_OF_TOOLS if interactions.has_tools else (),
@@ -116,8 +133,10 @@ class EpisodePlayer:
                 "the chat template %s, and here they stay: what was sampled is what is learned from. Serve the model "
                 "with a template that keeps them, or set history='turn'", form.rewrites,
             )  # fmt: skip
-        given = [TURN_REWARDS] if interactions.gives_rewards else []
-        self.names = (*rewards.names, *given)
+
+    def _judge_by(self, rewards: RewardCaller) -> None:
+        given = [TURN_REWARDS] if self.interactions.gives_rewards else []
+        self.rewards, self.names = rewards, (*rewards.names, *given)
         self.weights = torch.cat([rewards.weights, torch.ones(len(given), dtype=torch.float64)])
 
     def draw(
@@ -149,6 +168,12 @@ class EpisodePlayer:
     def samples(self, groups: EpisodeGroups, own: TensorFunction | None) -> Samples:
         """As `Player.samples`."""
         return samples_of_groups(groups, self.policy, self.config, own)
+
+    def judged_by(self, rewards: RewardCaller) -> EpisodePlayer:
+        """As `Player.judged_by`; both play in the same environments."""
+        other = copy.copy(self)
+        other._judge_by(rewards)
+        return other
 
     def close(self) -> None:
         """As `Player.close`: close the environments."""
@@ -210,11 +235,10 @@ class EpisodePlayer:
 def samples_of_groups(
     groups: EpisodeGroups, policy: Policy, config: GRPOConfig, own: TensorFunction | None
 ) -> Samples:  # fmt: skip
-    """What is learned from groups of episodes; some may have come from other draws, so they are numbered anew."""
-    episodes = [replace(e, group=i // groups.group_size) for i, e in enumerate(groups.completions)]
+    """What is learned from groups of episodes."""
     return samples_of_episodes(
-        episodes, config, policy=policy, rewards=groups.rewards.values, weights=groups.weights, texts=groups.texts,
-        extras=groups.rewards.extras, own=own,
+        groups.numbered(), config, policy=policy, rewards=groups.rewards.values, weights=groups.weights,
+        texts=groups.texts, extras=groups.rewards.extras, own=own,
     )  # fmt: skip
 
 

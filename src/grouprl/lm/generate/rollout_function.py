@@ -26,6 +26,7 @@ from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Sampled
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.user_functions import TensorFunction
+from grouprl.runs.watchdog import Watch
 
 RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
 _REQUIRED = ("prompt_ids", "completion_ids", "logprobs")
@@ -52,6 +53,7 @@ class RolloutPlayer:
         self.policy, self.tokenizer, self.rewards, self.config = policy, tokenizer, rewards, config
         self.function, self.names = function, rewards.names
         self.trainer: Any = None
+        self._watch = Watch("rollout_func")
         self._vocabulary = int(policy.model.get_input_embeddings().weight.shape[0])
 
     def draw(
@@ -91,12 +93,17 @@ class RolloutPlayer:
         """As `Player.samples`."""
         return samples_of_groups(groups, self.policy, self.config, own)
 
+    def judged_by(self, rewards: RewardCaller) -> RolloutPlayer:
+        """As `Player.judged_by`."""
+        return RolloutPlayer(self.policy, self.tokenizer, rewards, self.config, self.function)
+
     def close(self) -> None:
         """As `Player.close`: there is nothing."""
 
     def _call(self, prompts: list[Any]) -> Mapping[str, Any]:
         try:
-            output = self.function(prompts, self.trainer)
+            with self._watch:
+                output = self.function(prompts, self.trainer)
         except GrouprlError:
             raise
         except Exception as error:

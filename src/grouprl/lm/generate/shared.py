@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from grouprl.errors import TrainingError, first_line
 from grouprl.lm.generate.collect import Player, ScoredGroups, logged_means
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.streams import Draws, Stream, draws_of
 from grouprl.machine.ranks import Place, Ranks
@@ -22,11 +26,11 @@ class SharedPlayer:
     """Several processes play out the prompts: each its own, and each has all groups afterwards.
 
     Args:
-        player: plays out those of this process. ranks: the processes.
+        player: plays out those of this process. policy: of the processes.
     """
 
-    def __init__(self, player: Player, ranks: Ranks) -> None:
-        self.player, self.ranks, self.names = player, ranks, player.names
+    def __init__(self, player: Player, policy: Policy) -> None:
+        self.player, self.policy, self.ranks, self.names = player, policy, policy.ranks, player.names
 
     def draw(
         self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
@@ -37,17 +41,27 @@ class SharedPlayer:
         own = places[self.ranks.rank]
         draws = draws_of(stream, len(prompts) * group_size)
         found: ScoredGroups | None = None
-        if own:
-            of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
-            rows = [prompts[i] for i in own]
-            found = self.player.draw(rows, group_size, of_own, [numbers[i] for i in own], settings, state)
-            found.prompts = []  # the others have them
-        parts = [part for part in self.ranks.gather(found) if part is not None]
+        with self.policy.together():
+            if own:
+                of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
+                rows = [prompts[i] for i in own]
+                found = self.player.draw(rows, group_size, of_own, [numbers[i] for i in own], settings, state)
+                found.leave_out_columns()  # the others have them
+        parts = [part for part in self._gathered(found) if part is not None]
         for place, part in zip([place for place in places if place], parts, strict=True):
-            part.prompts = [prompts[i] for i in place]
+            part.take_columns([prompts[i] for i in place])
         whole = functools.reduce(lambda a, b: a.concatenate(b), parts)
         whole.rewards = replace(whole.rewards, metrics=logged_means([part.rewards for part in parts]))
         return whole
+
+    def _gathered(self, found: ScoredGroups | None) -> list[ScoredGroups | None]:
+        try:
+            return self.ranks.gather(found)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise TrainingError(
+                f"what was sampled cannot be sent to the other ranks: {first_line(error)}; let states of turns, and "
+                "what reward functions log, be text, numbers, or lists and tuples of them"
+            ) from error
 
     def returns(self, groups: Any) -> Tensor:
         """As `Player.returns`."""
@@ -57,11 +71,15 @@ class SharedPlayer:
         """As `Player.samples`."""
         return self.player.samples(groups, own)
 
+    def judged_by(self, rewards: RewardCaller) -> SharedPlayer:
+        """As `Player.judged_by`."""
+        return SharedPlayer(self.player.judged_by(rewards), self.policy)
+
     def close(self) -> None:
         """As `Player.close`."""
         self.player.close()
 
 
-def shared_out(player: Player, ranks: Ranks) -> Player:
-    """The player, or what shares out its work among several processes."""
-    return player if ranks.world == 1 else SharedPlayer(player, ranks)
+def shared_out(player: Player, policy: Policy) -> Player:
+    """The player, or what shares out its work among the processes of the policy."""
+    return player if policy.ranks.world == 1 else SharedPlayer(player, policy)

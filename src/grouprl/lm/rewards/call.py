@@ -241,10 +241,7 @@ class _Log:
 def _check_function(function: Any) -> None:
     if isinstance(function, str | nn.Module):
         what = repr(function) if isinstance(function, str) else f"a {type(function).__name__}"
-        raise UsageError(
-            f"reward_funcs holds {what}: a reward model is not called for you; wrap it in a function that takes "
-            "prompts and completions, runs the model under torch.no_grad() and returns a list of floats"
-        )
+        raise UsageError(f"reward_funcs holds {what}; give grouprl.lm.rewards.model.RewardModel(...) of it")
     if isinstance(function, type):
         raise UsageError(
             f"reward_funcs holds the class {function.__name__}; give an instance: {function.__name__}(...)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
@@ -12,6 +13,9 @@ from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
 from grouprl.lm.train.setup import Setup
 from grouprl.runs import RunFolder
 
+Evaluated = Callable[[int, float, HeldOut], None]
+"""Is told of an evaluation: the step, the seconds of training, and what was found."""
+
 
 class HeldOutEvaluation(TrainerCallback):
     """Greedy performance on held-out prompts: before the first step, every so many steps, and after the last.
@@ -19,14 +23,19 @@ class HeldOutEvaluation(TrainerCallback):
     Args:
         setup, book: the trainer's. prompts: the held-out ones. folder: is settled once the run can be resumed.
         every: optimizer steps between two evaluations; 0: only before and after.
+        told: is told of each, with its step and the seconds of training before it.
 
     Attributes:
         stop_requested: whether to save and stop after the step in progress.
         after: greedy performance at the end; None before, and of a run that was stopped.
     """
 
-    def __init__(self, setup: Setup, book: Bookkeeper, prompts: PromptSource, folder: RunFolder, every: int) -> None:
+    def __init__(
+        self, setup: Setup, book: Bookkeeper, prompts: PromptSource, folder: RunFolder, every: int,
+        told: Evaluated | None = None,
+    ) -> None:  # fmt: skip
         self.setup, self.book, self.prompts, self.folder, self.every = setup, book, prompts, folder, every
+        self.told = told
         self.stop_requested = False
         self.after: HeldOut | None = None
 
@@ -61,4 +70,6 @@ class HeldOutEvaluation(TrainerCallback):
         """Evaluate the model as it is now, and record the result."""
         result = evaluate_greedily(self.setup, self.prompts, state=self.book.state)
         self.book.record_held_out(result)
+        if self.told is not None:
+            self.told(self.book.state.global_step, self.book.counters.train_seconds, result)
         return result

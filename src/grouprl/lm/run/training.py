@@ -18,7 +18,7 @@ from grouprl.lm.generate.collect import ScoredGroups
 from grouprl.lm.models.find import SMOLLM2
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import TaskData, load_task_data
-from grouprl.lm.run.held_out import HeldOutEvaluation
+from grouprl.lm.run.held_out import Evaluated, HeldOutEvaluation
 from grouprl.lm.run.models import adapter, hide_file_bars, initial_model
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.report import leave_results
@@ -30,7 +30,7 @@ from grouprl.lm.train.sinks import Recording
 from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.lm.train.transcripts import transcripts_of_evaluation
 from grouprl.machine.busy import sleeping_when_busy
-from grouprl.machine.ranks import Ranks, join, refuse_several_processes
+from grouprl.machine.ranks import Ranks, refuse_several_processes
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.signals import stopping_on_signals
@@ -61,6 +61,7 @@ def train(
     overwrite: bool = False,
     progress_bar: bool | None = None,
     announce: Callable[[RunFolder], None] | None = None,
+    evaluated: Evaluated | None = None,
 ) -> RunResult:
     """Train by a recipe (a preset's name, a file, or a Recipe) and leave a run folder at ``out``.
 
@@ -69,6 +70,7 @@ def train(
         track: ``tensorboard``, ``wandb`` or ``none``, instead of the recipe's ``report_to``.
         progress_bar: False leaves out the bar and the lines of logs; default: as ``disable_tqdm`` says.
         announce: called with the run folder once everything asked for is known to be possible.
+        evaluated: is told of each evaluation on the held-out rows: the step, the seconds of training, the result.
 
     Raises:
         UsageError: something asked for is not possible; nothing is left behind.
@@ -98,16 +100,16 @@ def train(
                 f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out"
             )
         with RunFolder(Path(out)).locked() if ranks.first else nullcontext():
-            return _train(recipe, out, overwrite, progress_bar, announce, ranks)
+            return _train(recipe, out, overwrite, progress_bar, announce, evaluated, ranks)
 
 
 def _meet(config: GRPOConfig) -> Ranks:
-    return join(gpu=config.device.type == "cuda", timeout=config.ddp_timeout)
+    return config.join()
 
 
 def _train(
     recipe: Recipe, out: str | os.PathLike[str], overwrite: bool, progress_bar: bool | None,
-    announce: Callable[[RunFolder], None] | None, ranks: Ranks,
+    announce: Callable[[RunFolder], None] | None, evaluated: Evaluated | None, ranks: Ranks,
 ) -> RunResult:  # fmt: skip
     config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar)
     check_trackers(config.report_to)
@@ -122,7 +124,7 @@ def _train(
     if announce is not None and ranks.first:
         announce(folder)
     with folder.kept_in_order() if ranks.first else nullcontext():
-        return _run(folder, recipe, trainer, data, progress_bar, resume=False)
+        return _run(folder, recipe, trainer, data, progress_bar, resume=False, evaluated=evaluated)
 
 
 @sleeping_when_busy()
@@ -240,12 +242,12 @@ def _recording(folder: RunFolder, recipe: Recipe, progress_bar: bool | None) -> 
 
 def _run(
     folder: RunFolder, recipe: Recipe, trainer: GRPOTrainer, data: TaskData, progress_bar: bool | None,
-    resume: bool,
+    resume: bool, evaluated: Evaluated | None = None,
 ) -> RunResult:  # fmt: skip
     book = trainer.book
     book.recording = _recording(folder, recipe, progress_bar)
     prompts = trainer.prompts(data.held_out, "the held-out rows")
-    held_out = HeldOutEvaluation(trainer.setup, book, prompts, folder, recipe.eval_every)
+    held_out = HeldOutEvaluation(trainer.setup, book, prompts, folder, recipe.eval_every, evaluated)
     trainer.add_callback(held_out)
 
     def stop() -> None:
@@ -283,7 +285,7 @@ def evaluate(
     if answers is not None and user_path(answers).exists():
         raise UsageError(f"{answers} exists; name another file for the answers")
     if n is not None and n < 1:
-        raise UsageError(f"cannot evaluate on {n} held-out prompts; ask for at least 1")
+        raise UsageError(f"cannot evaluate on {n} held-out prompts or starts; ask for at least 1")
     of_file = RunFolder.open(path).read_config().get("recipe", {}).get("task", "").endswith(".jsonl")
     trained = open_trained(path, {} if n is None or of_file else {"n_eval": n})
     setup = trained.setup
@@ -294,6 +296,6 @@ def evaluate(
 
         def keep(drawn: ScoredGroups) -> None:
             if writer is not None:
-                writer.append(transcripts_of_evaluation(drawn, setup.player.names))
+                writer.append(transcripts_of_evaluation(drawn, setup.eval_player.names))
 
         return evaluate_greedily(setup, prompts, n, keep=keep)

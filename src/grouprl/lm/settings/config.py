@@ -12,16 +12,20 @@ from typing import Any
 from pydantic import PrivateAttr, ValidationError
 
 from grouprl.errors import UsageError, refuse, shown
+from grouprl.lm.settings.as_dataclass import DataclassLike
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
+from grouprl.lm.settings.fsdp import Sharding, read_sharding
 from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
-from grouprl.machine.ranks import here, join
+from grouprl.machine.ranks import Ranks, here, join
 from grouprl.objective_settings import explain
 from grouprl.redaction import with_secrets, without_secrets
 
 
-class GRPOConfig(Fields):
+class GRPOConfig(Fields, metaclass=DataclassLike):
     """Every choice of a training run in the language-model arena.
+
+    It reads as a dataclass, for transformers' HfArgumentParser, TRL's parser, ``dataclasses.asdict`` and ``replace``.
 
     Raises UsageError for an unknown or unsupported setting, or a value that is not allowed. An option of TRL's that is
     no setting here reads as its "off" value, so that callbacks written for transformers find what they look for.
@@ -125,12 +129,23 @@ class GRPOConfig(Fields):
         if self.use_cpu or not torch.cuda.is_available():
             return torch.device("cpu")
         place = here()
-        return torch.device("cuda", place.local) if place.world > 1 else torch.device("cuda")
+        if place.world == 1:
+            return torch.device("cuda")
+        return torch.device("cuda", place.local % torch.cuda.device_count())
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How to shard the weights, or None."""
+        return read_sharding(self.fsdp, self.fsdp_config) if self.fsdp else None
 
     @property
     def n_gpu(self) -> int:
         """1 if that is a GPU, else 0."""
         return int(self.device.type == "cuda")
+
+    def join(self) -> Ranks:
+        """Meet the other processes of this training: :func:`grouprl.machine.ranks.join` on the device of this one."""
+        return join(gpu=self.device.type == "cuda", timeout=self.ddp_timeout, backend=self.ddp_backend)
 
     def get_process_log_level(self) -> int:
         """The level of transformers' loggers."""
@@ -141,7 +156,7 @@ class GRPOConfig(Fields):
     @contextmanager
     def main_process_first(self, local: bool = True, desc: str = "") -> Iterator[None]:
         """A context that the first process goes through before the others, such as to prepare a dataset."""
-        ranks = join(gpu=self.device.type == "cuda", timeout=self.ddp_timeout)
+        ranks = self.join()
         if not ranks.first:
             ranks.wait()
         try:

@@ -7,7 +7,9 @@ to do instead. Checked against TRL 1.16 and transformers 5.23.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import logging
 from collections.abc import Callable, Collection, Mapping
 from enum import Enum
@@ -34,11 +36,14 @@ class Foreign(NamedTuple):
 
 GENERATION = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_completion_length",
+    "stop_strings",
 )  # fmt: skip
-"""What generation_kwargs may hold, beside max_new_tokens."""
+"""What generation_kwargs may hold."""
+_OF_GENERATION = {"max_new_tokens": "max_completion_length", "stop": "stop_strings"}
+"""What some of it is called there."""
 
 _END = "; the model's generation_config.eos_token_id is heard, and may hold several tokens that end a completion"
-_ENDS = dict.fromkeys(("stop_strings", "stop", "stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
+_ENDS = dict.fromkeys(("stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
 """What to use in the place of options that end a completion."""
 
 RENAMED = {
@@ -61,7 +66,8 @@ OF_PROCESS: dict[str, Callable[[Place], Any]] = {
 """What transformers' callbacks read of a configuration, and depends on the process."""
 
 TRAINER_ARGUMENTS = (
-    "model", "reward_funcs", "train_dataset", "eval_dataset", "processing_class", "peft_config", "callbacks",
+    "model", "reward_funcs", "reward_processing_classes", "eval_reward_funcs", "train_dataset", "eval_dataset",
+    "processing_class", "peft_config", "callbacks",
     "optimizers", "ref_model", "advantage_function", "surrogate_function", "tools", "environment_factory",
     "rollout_func",
 )  # fmt: skip
@@ -70,9 +76,9 @@ _SAMPLER = "the sampler is built in; leave it out"
 _ITS_SPEED = "the sampler is built in, and has its own cache and order of work"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding"
-_ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
+_ENTROPY = "entropy_coef is a constant here; set it, or epsilon_high above epsilon, such as 0.28; leave it out"
 _VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
-_LAUNCH = "each process holds the whole model; start several by torchrun to share the work, and leave it out"
+_LAUNCH = "start several processes by torchrun to share the work, and set fsdp=True to shard the weights; leave it out"
 _NOISE = "not offered; leave it out"
 _COMPILE = "the layers are compiled where that is possible"
 _PRECISION = "set bf16=True for low precision; leave it out"
@@ -95,14 +101,14 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_cap": None,
     }),
     (_ENTROPY, {
-        "entropy_coef": 0.0, "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
+        "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
         "entropy_coef_delta": 0.005, "entropy_target": 0.2,
     }),
     (_HUB, {
         "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
     }),
-    (_LAUNCH, {"fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None}),
+    (_LAUNCH, {"deepspeed": None, "parallelism_config": None}),
     (_NOISE, {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
     (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
@@ -144,14 +150,12 @@ FOREIGN: dict[str, Foreign] = {
     **{name: Foreign(off, advice) for advice, names in _FOREIGN_GROUPS for name, off in names.items()},
     **{name: Foreign(off, why, (), None) for why, names in _SPEED_GROUPS for name, off in names.items()},
     "vllm_importance_sampling_correction": Foreign(True, _VLLM_MISMATCH, (False,)),
-    "ddp_backend": Foreign(None, "gloo joins processes on CPUs and nccl those on GPUs; leave it out", ("gloo", "nccl")),
     "trust_remote_code": Foreign(False, "set model_init_kwargs={'trust_remote_code': True}"),
     "cast_lm_head_to_fp32": Foreign(False, _FLOAT32_HEAD),
     "router_aux_loss_coef": Foreign(None, "there is no load-balancing loss; leave it out", (0.0,)),
     "remove_unused_columns": Foreign(False, "reward functions are given every column they ask for; leave it out"),
     "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",), None),
     "generation_kwargs": Foreign(None),
-    "top_entropy_quantile": Foreign(1.0, "all tokens are learned from, whatever their entropy; leave it out"),
     "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
     "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
     "optim": Foreign(
@@ -181,7 +185,6 @@ SWITCHED = {
 """What says nothing unless its switch is on."""
 
 FOREIGN_ARGUMENTS: dict[str, Foreign] = {
-    "reward_processing_classes": Foreign(None),  # of reward models, which are refused themselves
     "quantization_config": Foreign(None, "weights are trained in float32 or bfloat16; leave it out"),
 }
 """Arguments of TRL's GRPOTrainer that are none of ours."""
@@ -251,13 +254,28 @@ def same(a: Any, b: Any) -> bool:
         return a is b
 
 
+def mapping_of(value: Any) -> Any:
+    """A mapping that a command line gives as JSON; anything else as it is. Raises ValueError if the text is none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("must be a mapping, or one as JSON text, such as '{\"name\": 1}'")
+    return found
+
+
 def _generation_settings(values: Any) -> tuple[dict[str, Any], list[str]]:
     """Settings of transformers' generate, under our names, and why the others among them are refused."""
+    with contextlib.suppress(ValueError):
+        values = mapping_of(values)
     if not isinstance(values, Mapping):
         return {}, [f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}"]
     settings, refused = {}, []
     for given, value in values.items():
-        name = "max_completion_length" if given == "max_new_tokens" else given
+        name = _OF_GENERATION.get(str(given), given)
         if given == "do_sample" and value is True:
             continue
         if name in GENERATION:

@@ -17,6 +17,7 @@ from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import PromptSource, prepare_starts, room_for_prompts
 from grouprl.lm.rewards.call import RewardCaller
+from grouprl.lm.rewards.model import RewardModel, with_models
 from grouprl.lm.settings.batch_plan import BatchPlan
 from grouprl.lm.settings.config import GRPOConfig
 
@@ -47,7 +48,58 @@ def make_interactions(config: GRPOConfig, acting: Acting) -> Interactions | None
     return Interactions(acting.environment_factory, acting.tools, limits, config.tool_timeout)
 
 
-def make_rewards(functions: Any, config: GRPOConfig, interactions: Interactions | None) -> RewardCaller:
+def about_acting(acting: Acting, interactions: Interactions | None) -> dict[str, Any]:
+    """What the model acts with, as plain values, by which a checkpoint is told from one of another run."""
+    function = acting.rollout_func
+    own = None if function is None else str(getattr(function, "__name__", type(function).__name__))
+    return {"rollout_func": own, **({} if interactions is None else interactions.described)}
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What judges: the arguments of a GRPOTrainer of the same names."""
+
+    reward_funcs: Any = None
+    reward_processing_classes: Any = None
+    eval_reward_funcs: Any = None
+
+
+def make_rewards(
+    judges: Judges, config: GRPOConfig, interactions: Interactions | None
+) -> tuple[RewardCaller, RewardCaller]:
+    """What judges in training and what judges in evaluation, which is the same unless something else is given.
+
+    Raises UsageError if nothing does, or a reward model cannot be used.
+    """
+    given = judges.reward_funcs
+    functions = None if given is None else _functions(given, judges.reward_processing_classes, config)
+    training = _caller(functions, config, interactions, config.reward_weights)
+    if judges.eval_reward_funcs is None:
+        return training, training
+    return training, _caller(_functions(judges.eval_reward_funcs, None, config), config, interactions, None)
+
+
+def check_readable(prompts: PromptSource | None, *callers: RewardCaller) -> None:
+    """Raises UsageError if a reward model cannot read the first of the prompts."""
+    if prompts is None or not any(isinstance(f, RewardModel) for caller in callers for f in caller.functions):
+        return
+    first = prompts[0].prompt
+    for caller in callers:
+        for function in caller.functions:
+            if isinstance(function, RewardModel):
+                function.check(first)
+
+
+def _functions(given: Any, tokenizers: Any, config: GRPOConfig) -> list[Any]:
+    return with_models(
+        given, tokenizers, device=config.device, model_init_kwargs=config.model_init_kwargs,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )  # fmt: skip
+
+
+def _caller(
+    functions: list[Any] | None, config: GRPOConfig, interactions: Interactions | None, weights: Any
+) -> RewardCaller:
     """The reward functions, those of environments behind the user's, with weight 1."""
     if interactions is None:
         if functions is None:
@@ -55,13 +107,12 @@ def make_rewards(functions: Any, config: GRPOConfig, interactions: Interactions 
                 "reward_funcs is missing; give a function of the completions, or environment_factory with an "
                 "environment that has get_reward"
             )
-        return RewardCaller(functions, config.reward_weights, config.reward_timeout)
-    own = [] if functions is None else [*functions] if isinstance(functions, list | tuple) else [functions]
+        return RewardCaller(functions, weights, config.reward_timeout)
+    own = functions or []
     if not own and not interactions.rewards and not interactions.gives_rewards:
         raise UsageError(
             "nothing gives rewards; give reward_funcs, or an environment with get_reward, which returns a number"
         )
-    weights = config.reward_weights
     if weights is not None and len(weights) == len(own):
         weights = (*weights, *[1.0] * len(interactions.rewards))
     return RewardCaller(

@@ -72,7 +72,7 @@ ALIASES: Mapping[str, Callable[[Any], Any]] = {
     "reward_funcs": lambda t: list(t.rewards.functions),
     "reward_func_names": lambda t: list(t.rewards.names),
     "reward_weights": lambda t: t.rewards.weights,
-    "reward_processing_classes": lambda t: [None] * len(t.rewards.names),
+    "reward_processing_classes": lambda t: [getattr(function, "tokenizer", None) for function in t.rewards.functions],
     "ref_model": _reference_model,
     "epsilon_low": lambda t: t.args.epsilon,
     "epsilon_high": lambda t: t.args.epsilon if t.args.epsilon_high is None else t.args.epsilon_high,

@@ -40,6 +40,7 @@ def describe(setup: Setup, rows_read: int | None = None) -> dict[str, Any]:
         },
         "ends": sorted(setup.policy.sampler.end_ids),
         "rewards": list(setup.player.names),
+        "acting": setup.acting,
         "functions": {"advantage": _name(setup.functions.advantage), "surrogate": _name(setup.functions.surrogate)},
         "optimizer": {"class": type(setup.optimizer).__name__, "parameters": _order(setup)},
         "data": None if setup.prompts is None else setup.prompts.fingerprint(rows_read),
@@ -58,7 +59,8 @@ def check(saved: Mapping[str, Any], setup: Setup, place: Path) -> None:
     if differences:
         raise UsageError(
             f"{place} belongs to another run: {'; '.join(differences[:3])}. Resume with the same model, tokenizer, "
-            "rewards, optimizer and dataset; to train its weights on in another way, give the folder as the model"
+            "rewards, tools, environments, optimizer and dataset; to train its weights on in another way, give the "
+            "folder as the model"
         )
     if here["data"] and data.get("columns") != here["data"]["columns"]:
         _log.warning(
@@ -98,6 +100,9 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
     for what, name in saved.get("functions", {}).items():
         if name != here["functions"][what]:
             yield f"its {what}_function was {name}, here it is {here['functions'][what]}"
+    for what, value in saved.get("acting", {}).items():
+        if value != here["acting"].get(what):
+            yield f"it was played with other {what}: {shown(value)}, here {shown(here['acting'].get(what))}"
     optimizer = saved.get("optimizer", here["optimizer"])
     if optimizer["class"] != here["optimizer"]["class"]:
         yield f"its optimizer is {optimizer['class']}, here it is {here['optimizer']['class']}"

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +18,7 @@ import torch
 from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.learning.sharded_parameters import ShardedParameters
 from grouprl.lm.generate.collect import Player, evaluation_metrics
 from grouprl.lm.generate.play import TURN_REWARDS
 from grouprl.lm.generate.shared import shared_out
@@ -27,13 +29,17 @@ from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
+from grouprl.lm.policy.sharded import ShardedModels
 from grouprl.lm.prompts import PromptSource, prepare_prompts
-from grouprl.lm.rewards.call import RewardCaller, RewardFunction
+from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.acting import (
     Acting,
+    Judges,
+    about_acting,
+    check_readable,
     make_interactions,
     make_player,
     make_rewards,
@@ -42,13 +48,14 @@ from grouprl.lm.train.acting import (
 )
 from grouprl.lm.train.wrappers import unwrapped
 from grouprl.machine.busy import sleeping_when_busy
-from grouprl.machine.ranks import Ranks, join
+from grouprl.machine.ranks import Ranks
 from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
 
 Read = Callable[[Any, str], PromptSource]
+_log = logging.getLogger("grouprl")
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,12 @@ class Setup:
         optimizer: steps the weights. default_optimizer: whether it is AdamW by the configuration.
         own_scheduler: a schedule of the user's own, or None for the configuration's, made anew for each run.
         rewards: the reward functions. player: samples, and has the reward functions judge.
+        eval_player: the same for evaluations, which other functions may judge.
         read: the prompts of a dataset, which it is given with the name of the argument.
         functions: an estimator and a surrogate of the user's own.
         prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
         output_dir: the folder of checkpoints and of what is recorded, the same wherever the process goes.
+        acting: what the model acts with, as plain values.
     """
 
     config: GRPOConfig
@@ -79,11 +88,13 @@ class Setup:
     own_scheduler: Any
     rewards: RewardCaller
     player: Player
+    eval_player: Player
     read: Read
     functions: UserFunctions
     prompts: PromptSource | None
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
+    acting: Mapping[str, Any]
 
     def check_weights(self) -> None:
         """Check that the model has the parameters it had at first, and finite weights.
@@ -105,43 +116,35 @@ class Setup:
 
 @sleeping_when_busy()
 def make_setup(
-    model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction] | None, args: Any, train_dataset: Any,
-    eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any, ref_model: Any,
-    functions: UserFunctions, acting: Acting,
+    model: Any, judges: Judges, args: Any, train_dataset: Any, eval_dataset: Any, tokenizer: Any, *,
+    optimizers: tuple[Any, Any] | None, peft_config: Any, ref_model: Any, functions: UserFunctions, acting: Acting,
 ) -> Setup:  # fmt: skip
     """From the arguments of a GRPOTrainer, which has them described.
 
     Raises UsageError for whatever cannot work.
     """
     config = _configuration(args)
-    ranks = join(gpu=config.device.type == "cuda", timeout=config.ddp_timeout)
+    ranks = config.join()
     with ranks.telling():
         return _make_setup(
-            config, ranks, model, reward_funcs, train_dataset, eval_dataset, tokenizer, optimizers=optimizers,
+            config, ranks, model, judges, train_dataset, eval_dataset, tokenizer, optimizers=optimizers,
             peft_config=peft_config, ref_model=ref_model, functions=functions, acting=acting,
         )  # fmt: skip
 
 
 def _make_setup(
-    config: GRPOConfig, ranks: Ranks, model: Any, reward_funcs: RewardFunction | Sequence[RewardFunction] | None,
-    train_dataset: Any, eval_dataset: Any, tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any,
-    ref_model: Any, functions: UserFunctions, acting: Acting,
+    config: GRPOConfig, ranks: Ranks, model: Any, judges: Judges, train_dataset: Any, eval_dataset: Any,
+    tokenizer: Any, *, optimizers: tuple[Any, Any] | None, peft_config: Any, ref_model: Any, functions: UserFunctions,
+    acting: Acting,
 ) -> Setup:  # fmt: skip
     ranks.check_same("settings", _compared(config), "start every rank with the same configuration")
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config, ranks.world)
     check_room(least_bytes(config, plan))
-    if ranks.world > 1:
-        for name, given in vars(acting).items():
-            if given:
-                raise UsageError(
-                    f"{name}: episodes of several turns are played in one process, and {ranks.world} were started "
-                    f"(this is rank {ranks.rank}); start the script without a launcher"
-                )
     interactions = make_interactions(config, acting)
-    rewards = make_rewards(reward_funcs, config, interactions)
+    rewards, eval_rewards = make_rewards(judges, config, interactions)
     torch.manual_seed(config.seed)
-    model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
+    model, tokenizer = _prepare_model(model, tokenizer, config, peft_config, ranks)
     if interactions is None:
         read: Read = functools.partial(read_prompts, model, tokenizer, config)
     else:
@@ -153,14 +156,19 @@ def _make_setup(
     if not eval_prompts and (config.eval_strategy != "no" or config.eval_on_start):
         setting = "eval_on_start=True" if config.eval_strategy == "no" else f"eval_strategy={config.eval_strategy!r}"
         raise UsageError(f"{setting} needs an eval_dataset; give one to GRPOTrainer, or leave the setting out")
-    names = (*rewards.names, *((TURN_REWARDS,) if interactions is not None and interactions.gives_rewards else ()))
+    check_readable(prompts, rewards, eval_rewards)
+    names = (*eval_rewards.names, *((TURN_REWARDS,) if interactions is not None and interactions.gives_rewards else ()))
     _check_best_metric(config, eval_prompts, names)
+    optimizer, scheduler = optimizers or (None, None)
     parameters = TrainedParameters(model)
     _check_same_weights(model, parameters, ranks)
+    sharded = _sharded(config, ranks, optimizer)
+    if sharded is not None:
+        sharded.take(model)
+        parameters = ShardedParameters(model, ranks)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
-    policy = Policy(model, tokenizer, config, unwrapped(ref_model), ranks)
-    optimizer, scheduler = optimizers or (None, None)
+    policy = Policy(model, tokenizer, config, unwrapped(ref_model), ranks, sharded)
     if optimizer is None and scheduler is not None:
         raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
     if optimizer is not None:
@@ -169,13 +177,15 @@ def _make_setup(
             raise UsageError("optimizers holds a scheduler of another optimizer; make it of the optimizer beside it")
     else:
         warn_if_steps_vanish(parameters, config.learning_rate)
+    player = make_player(policy, tokenizer, rewards, config, interactions, acting, prompts)
+    eval_player = player if eval_rewards is rewards else player.judged_by(eval_rewards)
     return Setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
-        player=shared_out(make_player(policy, tokenizer, rewards, config, interactions, acting, prompts), ranks),
+        player=shared_out(player, policy), eval_player=shared_out(eval_player, policy),
         read=read, functions=functions, prompts=prompts, eval_prompts=eval_prompts,
-        output_dir=ranks.once(lambda: _output_dir(model, config)),
+        output_dir=ranks.once(lambda: _output_dir(model, config)), acting=about_acting(acting, interactions),
     )  # fmt: skip
 
 
@@ -200,6 +210,22 @@ def _check_same_weights(model: Any, parameters: TrainedParameters, ranks: Ranks)
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         ranks.check_same("models", shapes | sums, "give every rank the same model")
         ranks.spread(*(p.detach() for p in parameters.tensors))
+
+
+def _sharded(config: GRPOConfig, ranks: Ranks, optimizer: Any) -> ShardedModels | None:
+    """What shards models, if the settings ask for it and there are several processes."""
+    sharding = config.sharding
+    if sharding is None:
+        return None
+    if ranks.world == 1:
+        _log.warning("fsdp shards weights among processes, and this is one; start several by torchrun to share them")
+        return None
+    if optimizer is not None:
+        raise UsageError(
+            "optimizers holds an optimizer of whole weights, and fsdp shards them; leave optimizers out (torch's AdamW "
+            "trains), or leave fsdp out"
+        )
+    return ShardedModels(ranks, sharding, config.device)
 
 
 def _check_best_metric(config: GRPOConfig, eval_prompts: Mapping[str, Any], functions: Sequence[str]) -> None:
@@ -300,7 +326,9 @@ def _check_optimizer(optimizer: Any, parameters: TrainedParameters) -> None:
         )
 
 
-def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:
+def _prepare_model(
+    model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any, ranks: Ranks
+) -> tuple[Any, Any]:  # fmt: skip
     """The model on its device, with adapter and frozen embeddings as asked for, and the tokenizer."""
     model = unwrapped(model)
     options: dict[str, Any] = {} if not isinstance(model, str | Path) else {"dtype": config.master_dtype}
@@ -327,7 +355,8 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
             "the model is on the meta device, or a part of it is: it has no values; load it without device_map and "
             "torch.device('meta')"
         )
-    loaded = loaded.to(config.device)
+    if not config.fsdp or ranks.world == 1:  # a model to be sharded may fit into no device
+        loaded = loaded.to(config.device)
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)
     check_read_back(loaded)

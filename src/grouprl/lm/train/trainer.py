@@ -7,17 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from grouprl.errors import UsageError
 from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.generate.shared import SharedPlayer
 from grouprl.lm.models.load import eos_token_ids
-from grouprl.lm.models.save import save_model
+from grouprl.lm.models.save import gathered_state, save_model
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.rewards.call import RewardFunction
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trl import check_arguments
 from grouprl.lm.train import checkpoint, evaluation, origin
-from grouprl.lm.train.acting import Acting
+from grouprl.lm.train.acting import Acting, Judges
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper, checked_callback
 from grouprl.lm.train.loop import Run, TrainOutput
@@ -29,6 +31,9 @@ from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
 
+Judge = RewardFunction | str | Any
+"""A reward function, or a reward model: its name, or itself."""
+
 
 class GRPOTrainer(ScriptMethods):
     """Group Relative Policy Optimization (arXiv 2402.03300) of a causal language model.
@@ -38,13 +43,17 @@ class GRPOTrainer(ScriptMethods):
 
     Args:
         model: hub id, folder, GGUF file, ``"smollm2"``, or a loaded model.
-        reward_funcs: one or several reward functions, as TRL calls them; see :mod:`grouprl.lm.rewards.call`. Not needed
-            where an environment gives the rewards.
+        reward_funcs: one or several reward functions, as TRL calls them; see :mod:`grouprl.lm.rewards.call`. A reward
+            model may stand in the place of one: a sequence classifier with one label, or its hub id or folder; see
+            :mod:`grouprl.lm.rewards.model`. Not needed where an environment gives the rewards.
         args: the configuration; default: ``GRPOConfig()``. TRL's own, as its parser of command lines makes it, is
             translated, with ``gradient_checkpointing`` left out.
         train_dataset, eval_dataset: Hugging Face datasets or lists of rows, each with a ``prompt``: text or messages.
             ``eval_dataset`` may be a mapping of several.
         processing_class: the tokenizer; default: the model's own.
+        reward_processing_classes: the tokenizers of reward models, in a list with an entry for each of
+            ``reward_funcs``, or the only one; default: the models' own.
+        eval_reward_funcs: what judges evaluations, with weight 1 each; default: ``reward_funcs``.
         callbacks: transformers' TrainerCallbacks, objects or classes.
         optimizers: ``(optimizer, scheduler)`` over the model's parameters instead of AdamW; without a scheduler, the
             configuration's is put on the optimizer.
@@ -73,12 +82,14 @@ class GRPOTrainer(ScriptMethods):
     def __init__(
         self,
         model: Any,
-        reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
+        reward_funcs: Judge | Sequence[Judge] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         *,
+        reward_processing_classes: Any = None,
+        eval_reward_funcs: Judge | Sequence[Judge] | None = None,
         callbacks: Sequence[Any] | None = None,
         optimizers: tuple[Any, Any] | None = (None, None),
         peft_config: Any = None,
@@ -93,8 +104,8 @@ class GRPOTrainer(ScriptMethods):
         check_arguments(others)
         use_huge_pages()
         setup = make_setup(
-            model, reward_funcs, args, train_dataset, eval_dataset, processing_class, optimizers=optimizers,
-            peft_config=peft_config, ref_model=ref_model,
+            model, Judges(reward_funcs, reward_processing_classes, eval_reward_funcs), args, train_dataset,
+            eval_dataset, processing_class, optimizers=optimizers, peft_config=peft_config, ref_model=ref_model,
             functions=UserFunctions(advantage_function, surrogate_function),
             acting=Acting(tools, environment_factory, rollout_func),
         )  # fmt: skip
@@ -110,9 +121,10 @@ class GRPOTrainer(ScriptMethods):
         vars(self).update(
             _train_dataset=train_dataset, _eval_dataset=eval_dataset, _given=(args, _values(args)), _running=False
         )
-        player = setup.player.player if isinstance(setup.player, SharedPlayer) else setup.player
-        if isinstance(player, RolloutPlayer):
-            player.trainer = self
+        for player in (setup.player, setup.eval_player):
+            inner = player.player if isinstance(player, SharedPlayer) else player
+            if isinstance(inner, RolloutPlayer):
+                inner.trainer = self
         renew_freed_memory()
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -289,14 +301,15 @@ class GRPOTrainer(ScriptMethods):
         """
         with self.policy.ranks.telling():
             self.setup.check_finite()
-            self.policy.ranks.once(lambda: self._save_model(output_dir))
+            state = gathered_state(self.model, first=self.policy.ranks.first)
+            self.policy.ranks.once(lambda: self._save_model(output_dir, state))
 
-    def _save_model(self, output_dir: str | Path | None) -> None:
+    def _save_model(self, output_dir: str | Path | None, state: dict[str, Tensor] | None) -> None:
         place = self.setup.output_dir if output_dir is None else user_path(output_dir)
         if place.absolute() == self.setup.output_dir.absolute():
-            checkpoint.write_beside(place, self.model, self.processing_class)
+            checkpoint.write_beside(place, self.model, self.processing_class, state)
         else:
-            save_model(self.model, self.processing_class, place)
+            save_model(self.model, self.processing_class, place, state=state)
 
     def add_callback(self, callback: Any) -> None:
         """Tell one more TrainerCallback (object or class) of what happens."""

@@ -29,15 +29,18 @@ class Calls:
 
     Args:
         name: the environment's, for messages.
-        timeout: seconds that a call of the environment may take; None for any time.
+        timeout: seconds that a call of the environment, or of a function of the user's, may take; None for any time.
+
+    A call that takes longer raises TimeoutError, and ``late`` says what was called.
     """
 
     def __init__(self, name: str, timeout: float | None) -> None:
         self.name, self._timeout = name, timeout
+        self.late = ""
 
     def reset(self, call: Callable[[], Any]) -> Step:
         """What ``reset`` returned. Raises TrainingError if that is no pair, TimeoutError if it took too long."""
-        result = self._run(call, "in reset")
+        result = self._run(call, "in reset", "reset")
         if not (isinstance(result, tuple | list) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise self.error("reset must return (observation, info), info being a dict", result, "in reset")
         return Step(result[0], 0.0, False, False, result[1])
@@ -45,7 +48,7 @@ class Calls:
     def step(self, call: Callable[[], Any], turn: int) -> Step:
         """What ``step`` returned. Raises TrainingError if it failed or is no five-tuple, TimeoutError as ``reset``."""
         when = f"at turn {turn}"
-        result = self._run(call, when)
+        result = self._run(call, when, "step")
         if not isinstance(result, tuple | list) or len(result) != 5:
             many = f"{len(result)} values: " if isinstance(result, tuple | list) else ""
             rule = "step must return (observation, reward, terminated, truncated, info)"
@@ -64,14 +67,19 @@ class Calls:
 
     def text(self, function: Callable[[], Any], source: str, when: str) -> str:
         """The text that ``function`` gives. Raises TrainingError if it fails or gives something else."""
-        said = self._guarded(function, f"in {source}, {when}")
+        where, own = f"in {source}, {when}", source == "obs_to_text"
+        said = self._run(function, where, source) if own else self._guarded(function, where)
         if not isinstance(said, str):
             fix = "return text" if source == "obs_to_text" else "give obs_to_text, a function that makes it text"
             raise TrainingError(f"{self.name} failed {when}: {source} gave {with_type(said)}, which is no text; {fix}")
         return said
 
-    def action(self, parser: Callable[[], Any], when: str) -> Any:
-        """What an action parser gives; None too for the ValueError by which it may say that it cannot parse."""
+    def action(self, parser: Callable[[], Any], when: str, *, own: bool) -> Any:
+        """What an action parser gives; None too for the ValueError by which it may say that it cannot parse.
+
+        Args:
+            own: whether it is a function of the user's.
+        """
 
         def parse() -> Any:
             try:
@@ -81,15 +89,16 @@ class Calls:
             except ValueError:
                 return None
 
-        return self._guarded(parse, f"in action_parser, {when}")
+        where = f"in action_parser, {when}"
+        return self._run(parse, where, "action_parser") if own else self._guarded(parse, where)
 
-    def result(self, call: Callable[[], Any], when: str) -> Any:
-        """What ``call`` gives. Raises TrainingError if it fails."""
-        return self._guarded(call, when)
+    def masks(self, call: Callable[[], Any], when: str) -> Any:
+        """What ``action_masks`` of the environment gives. Raises TrainingError if it fails."""
+        return self._run(call, f"in action_masks, {when}", "action_masks")
 
     def key(self, call: Callable[[], Any], when: str) -> Hashable:
         """What a function for the keys of states gives. Raises TrainingError if it fails or that is not hashable."""
-        given = self._guarded(call, f"in state, {when}")
+        given = self._run(call, f"in state, {when}", "state")
         try:
             hash(given)
         except TypeError:
@@ -100,7 +109,8 @@ class Calls:
         """What to say of a value that breaks a rule."""
         return TrainingError(f"{self.name} failed {when}: {rule}; it returned {with_type(given)}")
 
-    def _run(self, call: Callable[[], Any], when: str) -> Any:
+    def _run(self, call: Callable[[], Any], when: str, what: str) -> Any:
+        self.late = what
         return self._guarded(lambda: within(self._timeout, call), when)
 
     def _guarded(self, call: Callable[[], Any], when: str) -> Any:

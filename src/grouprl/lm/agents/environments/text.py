@@ -14,6 +14,7 @@ from grouprl.lm.agents.environments.games import GAMES
 from grouprl.lm.agents.environments.returned import Calls, Step
 from grouprl.lm.agents.environments.words import Words
 from grouprl.lm.agents.interaction import Answer, Message, Said
+from grouprl.runs.watchdog import Watch
 
 _MOST_TURNS = 64
 """Turns of an episode where neither ``max_turns`` nor the environment says."""
@@ -77,7 +78,8 @@ class TextEnvironment:
             env = of_gymnasium.make(str(self.env), kwargs)
         else:
             try:
-                env = maker(**kwargs)
+                with Watch(f"making environment {self.name}"):
+                    env = maker(**kwargs)
             except GrouprlError:
                 raise
             except Exception as error:  # whatever its constructor raises
@@ -135,8 +137,8 @@ def text_environment(
             nor ``success``; default: 1, or what suits an environment that is known.
         state: the key of a state, for estimators that compare turns in equal states; called with the observation.
             Default: the observation's text.
-        timeout: seconds that a reset or a step may take; None for any time. A step that takes longer truncates the
-            episode, and another environment takes the place of the one that hangs.
+        timeout: seconds that a reset or a step may take, and a call of obs_to_text, action_parser or state; None for
+            any time. What takes longer truncates the episode, and another environment takes the place of this one.
 
     Raises UsageError for arguments that do not go together, and for an environment that cannot be made.
     """
@@ -147,7 +149,7 @@ def text_environment(
     tried = factory()  # so that what cannot be made, said or parsed is known before training
     try:
         tried.begin({}, 0)
-        tried.parse("0")
+        tried.try_parser()
     finally:
         tried.close()
     return factory
@@ -200,14 +202,12 @@ class Episodes:
                 f"{self.name} begins with its own text, and a row has the prompt {shown(row['prompt'])}; "
                 "leave the column out, or give instructions= to text_environment"
             )
-        start = self._start(seed, row.get("options")) or self._start(seed, row.get("options"))
-        if start is None:
+        if not self._start(seed, row.get("options")) and not self._start(seed, row.get("options")):
             raise TrainingError(
-                f"{self._calls.name} had not ended its reset after {self._settings.timeout:g} s, twice; raise timeout=,"
-                " or see what it waits for"
+                f"{self._calls.name} had not ended its {self._calls.late} after {self._settings.timeout:g} s, twice; "
+                "raise timeout=, or see what it waits for"
             )
         self._seed, self._turn, self._return = seed, 0, 0.0
-        self._take(start, "in reset")
         rules, first = self._settings.instructions, f"{self._observation}{self._settings.cue}"
         rules = self._words.rules if rules is None else rules
         if self._settings.form == "text":
@@ -218,8 +218,16 @@ class Episodes:
     def answer(self, said: Said) -> Answer:
         """React to a turn of the model: parse an action and take it. Raises TrainingError if the environment fails."""
         self._turn += 1
-        when, state, env = f"at turn {self._turn}", self._state, self._env
-        action = self._calls.action(lambda: self.parse(said.text), when)
+        state = self._state
+        try:
+            return self._answer(said, state)
+        except TimeoutError:
+            self._replace(f"{self._calls.late} of turn {self._turn}")
+            return Answer(truncated=True, state=state, metrics={"environment/timeouts": 1.0, "success": 0.0})
+
+    def _answer(self, said: Said, state: Hashable) -> Answer:
+        when, env = f"at turn {self._turn}", self._env
+        action = self._parse(said.text, when)
         forbidden = action is not None and not self._permits(action)
         valid = action is not None and not forbidden
         metrics = {} if valid else {"environment/invalid_actions": 1.0}
@@ -228,12 +236,7 @@ class Episodes:
             step = Step(None, 0.0, False, False, {})
         else:
             action = action if valid else self._substitute()
-            try:
-                step = self._calls.step(lambda: env.step(action), self._turn)
-            except TimeoutError:
-                self._replace(f"step of turn {self._turn}")
-                metrics |= {"environment/timeouts": 1.0, "success": 0.0}
-                return Answer(truncated=True, state=state, metrics=metrics)
+            step = self._calls.step(lambda: env.step(action), self._turn)
             self._take(step, when)
             text = self._observation
         reward = step.reward + (0.0 if valid else self._settings.invalid_reward)
@@ -251,6 +254,19 @@ class Episodes:
         """The action that a text means, or None. Raises UsageError for a space of actions without words."""
         return self._words.parse(text)
 
+    def try_parser(self) -> None:
+        """Parse something. Raises UsageError for a space of actions without words, TrainingError if it takes long."""
+        try:
+            self._parse("0", "when it was tried")
+        except TimeoutError:
+            raise TrainingError(
+                f"action_parser of {self.name} had not ended after {self._settings.timeout:g} s for the text '0'; see "
+                "what it waits for, or raise timeout="
+            ) from None
+
+    def _parse(self, text: str, when: str) -> Any:
+        return self._calls.action(lambda: self.parse(text), when, own=self._settings.action_parser is not None)
+
     def close(self) -> None:
         """Close the environment."""
         env, self._env = self._env, None
@@ -259,8 +275,8 @@ class Episodes:
 
     # --- the environment ----------------------------------------------------------------------------------------------
 
-    def _start(self, seed: int, options: Any) -> Step | None:
-        """What its reset gives; None if it hangs, after which it is another environment's turn."""
+    def _start(self, seed: int, options: Any) -> bool:
+        """Reset it, and say its first observation; False if it hangs, after which it is another environment's turn."""
         settings = self._settings
         if self._env is None or callable(settings.env_kwargs):
             self.close()
@@ -276,10 +292,11 @@ class Episodes:
                 "options=None). The members of a group start from the same seed"
             )
         try:
-            return self._calls.reset(lambda: env.reset(**arguments))
+            self._take(self._calls.reset(lambda: env.reset(**arguments)), "in reset")
         except TimeoutError:
-            self._replace("reset")
-            return None
+            self._replace(self._calls.late)
+            return False
+        return True
 
     def _replace(self, what: str) -> None:
         """Leave an environment that hangs alone; another one is made for the next episode."""
@@ -320,7 +337,7 @@ class Episodes:
         text = self._calls.text(lambda: words.say(step.observation), source, when)
         self._mask = step.info.get("action_mask")
         if self._mask is None and words.masks is not None and not (step.terminated or step.truncated):
-            self._mask = self._calls.result(words.masks, f"in action_masks, {when}")
+            self._mask = self._calls.masks(words.masks, when)
         self._observation = f"{text}{self._possible()}"
         own = self._settings.state
         self._state = self._observation if own is None else self._calls.key(lambda: own(step.observation), when)

@@ -1,0 +1,136 @@
+"""A method of Stable-Baselines3 or sb3-contrib as a worker of `grouprl bench`: the file names it and the cell is read.
+
+    worker: .venv-peers/bin/python benchmarks/worker_peers.py ppo
+
+PPO, A2C, ARS and TRPO, with RL-Zoo's settings where zoo_ppo.py or zoo_others.py have them for the environment, and the
+settings of the method on top. Rewards at evaluation are raw and statistics of normalisation frozen, and episodes are
+played by the same function, from the same starts, as those of every other method.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # this library beside the others
+
+import zoo_others
+import zoo_ppo
+from grouprl.bench.episodes import play
+from grouprl.bench.worker import returns_of, tell, versions
+from worker_ppo import value_of
+
+
+def algorithm(name: str) -> type[BaseAlgorithm]:
+    if name in ("ppo", "a2c"):
+        import stable_baselines3 as library
+    else:
+        import sb3_contrib as library
+    found: type[BaseAlgorithm] = getattr(library, name.upper())
+    return found
+
+
+def tuned(name: str, subject: str) -> dict[str, Any]:
+    """RL-Zoo's settings. Raises ValueError if there are none: the comparison would be with defaults."""
+    table = zoo_ppo.SETTINGS if name == "ppo" else zoo_others.SETTINGS[name]
+    if subject not in table:
+        raise ValueError(f"there are no settings of RL-Zoo for {name} on {subject}; there are for {', '.join(table)}")
+    return dict(table[subject])
+
+
+class Points(BaseCallback):
+    """Evaluates greedily so many times in a run, between two updates; the clock of training stands still meanwhile."""
+
+    def __init__(self, run: Run, every: int) -> None:
+        super().__init__()
+        self.run, self.every, self.due = run, every, every
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps >= self.due:
+            self.due = self.num_timesteps - self.num_timesteps % self.every + self.every
+            self.run.point(self.num_timesteps)
+
+
+class Run:
+    """A model with its environments, what its evaluations have found, and how long they took."""
+
+    def __init__(self, name: str, cell: dict[str, Any]) -> None:
+        given = {**tuned(name, cell["subject"]), **cell["settings"]}
+        settings = {key: value_of(value) for key, value in given.items()}
+        n_envs, normalize = settings.pop("n_envs", 1), settings.pop("normalize", False)
+        policy = settings.pop("policy", "MlpPolicy")
+        self.cell = cell
+        self.venv: Any = make_vec_env(cell["env_id"], n_envs, seed=cell["seed"], env_kwargs=cell["env_kwargs"])
+        self.limit = self.venv.get_attr("spec")[0].max_episode_steps
+        self.normalized = bool(normalize)
+        if normalize:
+            options = normalize if isinstance(normalize, dict) else {}
+            self.venv = VecNormalize(self.venv, gamma=settings.get("gamma", 0.99), **options)
+        device = {"device": "cpu"}
+        self.model = algorithm(name)(policy, self.venv, seed=cell["seed"], **device, **settings)
+        self.began, self.paused = time.perf_counter(), 0.0
+
+    def seconds(self) -> float:
+        """Of training so far."""
+        return time.perf_counter() - self.began - self.paused
+
+    def play(self, episodes: int, starts: int, deterministic: bool) -> list[float]:
+        """Raw returns of complete episodes."""
+
+        def act(observations: Any) -> Any:
+            shown = self.venv.normalize_obs(observations) if self.normalized else observations
+            return self.model.predict(shown, deterministic=deterministic)[0]
+
+        return play(act, self.cell["env_id"], self.cell["env_kwargs"], episodes=episodes, seed=starts)
+
+    def point(self, step: int) -> None:
+        """Report a point of the curve."""
+        began, seconds = time.perf_counter(), self.seconds()
+        state = np.random.get_state(), torch.get_rng_state()
+        greedy = float(np.mean(self.play(self.cell["point_episodes"], self.cell["curve_starts"], True)))
+        np.random.set_state(state[0])
+        torch.set_rng_state(state[1])
+        self.paused += time.perf_counter() - began
+        tell({"point": {"step": step, "seconds": seconds, "greedy": greedy}})
+
+
+def main() -> None:
+    """Train for the steps of the cell, then play greedily and sampled."""
+    name, cell = sys.argv[1], json.loads(sys.stdin.readline())
+    torch.set_num_threads(1)
+    try:
+        run = Run(name, cell)
+        run.point(0)
+        run.began, run.paused = time.perf_counter(), 0.0
+        run.model.learn(cell["steps"], callback=Points(run, max(1, cell["steps"] // cell["points"])))
+        seconds = run.seconds()
+        greedy, sampled = (run.play(cell["episodes"], cell["final_starts"], how) for how in (True, False))
+    except Exception as error:
+        tell({"error": f"{type(error).__name__}: {error}"})
+        raise
+    packages = ["stable-baselines3", "torch", "numpy", "gymnasium"]
+    tell({
+        "result": {
+            "steps_done": run.model.num_timesteps, "train_seconds": seconds,
+            "greedy": returns_of(greedy), "sampled": returns_of(sampled),
+            "parameters": sum(p.numel() for p in run.model.policy.parameters()),
+            "versions": versions(*packages, *(["sb3-contrib"] if name in ("ars", "trpo") else [])),
+        }
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

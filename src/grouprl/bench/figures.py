@@ -1,0 +1,175 @@
+"""Figures of runs: sample efficiency, scores with their intervals, performance profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grouprl.bench.plan import Scale
+from grouprl.bench.results import Result, Results
+from grouprl.bench.statistics import Array, common_grid, interval, iqm, on_grid
+from grouprl.bench.tables import normalised
+from grouprl.runs.plots import COLOURS, dressed, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Panel = Callable[["Axes"], None]
+
+_BAND_RESAMPLES = 1000
+_PROFILE_POINTS = 60
+
+
+def curves(results: Results, scales: Mapping[str, Scale], out: Path) -> None:
+    """Sample efficiency: the IQM of greedy evaluations over steps, a panel for each subject, and one for all of them.
+
+    The panel of all has normalised scores over the share of the budget, if two subjects or more have a scale.
+    """
+    subjects = [subject for subject in results.runs if _curves_of(results, subject)]
+    together = [subject for subject in subjects if subject in scales]
+    panels: list[Panel] = [partial(_efficiency, results=results, subject=subject) for subject in subjects]
+    if len(together) > 1:
+        panels.append(partial(_overall, results=results, subjects=together, scales=scales))
+    if panels:
+        _figure(panels, results.settings, out)
+
+
+def scores(results: Results, metric: str, scales: Mapping[str, Scale], out: Path) -> None:
+    """Each setting's IQM with its interval, and the share of runs that score more than any level."""
+    scaled = {setting: normalised(results, metric, scales, setting) for setting in results.settings}
+    if len({subject for by in scaled.values() for subject in by}) > 1:
+        groups = {f"normalised {metric}": {setting: list(by.values()) for setting, by in scaled.items() if by}}
+    else:
+        groups = {f"{metric}, {subject}": _scores_of(results, subject, metric) for subject in results.runs}
+    panels: list[Panel] = [
+        partial(draw, strata=strata, name=name, settings=results.settings)
+        for name, strata in groups.items()
+        for draw in (_intervals, _profile)
+        if strata
+    ]
+    _figure(panels, results.settings, out)
+
+
+def both(results: Results, metric: str, out: Path) -> None:
+    """One figure of one subject: sample efficiency on the left, scores with intervals on the right."""
+    (subject,) = results.runs
+    own = _scores_of(results, subject, metric)
+    panels: list[Panel] = [partial(_intervals, strata=own, name=metric, settings=results.settings)]
+    if _curves_of(results, subject):
+        panels.insert(0, partial(_efficiency, results=results, subject=subject))
+    _figure(panels, results.settings, out)
+
+
+def _scores_of(results: Results, subject: str, metric: str) -> dict[str, list[Array]]:
+    """One stratum for each setting that has scores."""
+    found = {setting: results.scores(subject, setting, metric) for setting in results.runs[subject]}
+    return {setting: [scores] for setting, scores in found.items() if len(scores)}
+
+
+def _figure(panels: Sequence[Panel], settings: list[str], out: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    columns = min(len(panels), 4 if len(panels) > 6 else 3 if len(panels) > 4 else 2)
+    rows = -(-len(panels) // columns)
+    legend = -(-len(settings) // 3)
+    tall = max(3.3, 0.2 * len(settings) + 1.0)  # room for a line of text each
+    figure = Figure(figsize=(max(4.4 * columns, 5.0), tall * rows + 0.25 * legend), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, draw in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        draw(axes)
+        dressed(axes)
+    lines = [Line2D([], [], color=_colour(s, settings), linestyle=_style(s, settings), linewidth=1.8) for s in settings]
+    figure.legend(lines, settings, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    save(figure, out)
+
+
+def _colour(setting: str, settings: list[str]) -> str:
+    return COLOURS[settings.index(setting) % len(COLOURS)]
+
+
+def _style(setting: str, settings: list[str]) -> Any:
+    return ("-", "--", ":", "-.")[settings.index(setting) // len(COLOURS) % 4]
+
+
+def _curves_of(results: Results, subject: str) -> dict[str, list[Result]]:
+    found = {setting: [run for run in runs if run.curve] for setting, runs in results.runs[subject].items()}
+    return {setting: runs for setting, runs in found.items() if runs}
+
+
+def _line(axes: Axes, grid: Array, strata: list[Array], setting: str, settings: list[str]) -> None:
+    """The IQM of strata ``[points, runs]`` over a grid, with its 95 % interval as a band."""
+    colour = _colour(setting, settings)
+    axes.plot(grid, iqm(*strata), color=colour, linestyle=_style(setting, settings), linewidth=1.8)
+    band = interval(iqm, strata, resamples=_BAND_RESAMPLES)
+    if band is not None:
+        axes.fill_between(grid, *band, color=colour, alpha=0.15, linewidth=0)
+
+
+def _efficiency(axes: Axes, results: Results, subject: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    for setting, runs in _curves_of(results, subject).items():
+        grid = common_grid([run.curve for run in runs])
+        if len(grid):
+            values = np.stack([on_grid(run.curve, grid) for run in runs], axis=-1)
+            _line(axes, grid, [values], setting, results.settings)
+    axes.set_title(subject, fontsize=10)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("greedy, IQM")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _overall(axes: Axes, results: Results, subjects: list[str], scales: Mapping[str, Scale]) -> None:
+    shares = np.linspace(0.05, 1, 20)
+    for setting in results.settings:
+        strata = []
+        for subject in subjects:
+            low, high = scales[subject]
+            runs = _curves_of(results, subject).get(setting, [])
+            if runs:
+                values = np.stack([on_grid(run.curve, shares * run.steps) for run in runs], axis=-1)
+                strata.append((values - low) / (high - low))
+        if len(strata) == len(subjects):
+            _line(axes, shares, strata, setting, results.settings)
+    axes.set_title(f"all {len(subjects)}, normalised", fontsize=10)
+    axes.set_xlabel("share of the budget")
+    axes.set_ylabel("normalised greedy, IQM")
+
+
+def _intervals(axes: Axes, strata: Mapping[str, list[Array]], name: str, settings: list[str]) -> None:
+    for place, (setting, own) in enumerate(strata.items()):
+        colour = _colour(setting, settings)
+        found = interval(iqm, own)
+        if found is not None:
+            axes.plot(found, [place, place], color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
+        axes.plot([float(iqm(*own))], [place], "|", color=colour, markersize=14, markeredgewidth=2.5)
+    axes.set_yticks(range(len(strata)), list(strata), fontsize=8)
+    axes.set_ylim(len(strata) - 0.5, -0.5)
+    axes.set_xlabel(f"{name}: IQM, 95 % interval")
+
+
+def _profile(axes: Axes, strata: Mapping[str, list[Array]], name: str, settings: list[str]) -> None:
+    every = np.concatenate([stratum for own in strata.values() for stratum in own])
+    levels = np.linspace(every.min(), every.max(), _PROFILE_POINTS)
+    for setting, own in strata.items():
+        above = [(stratum[None, :] > levels[:, None]).astype(float) for stratum in own]
+
+        def share(*drawn: Array) -> Array:
+            mean: Array = np.mean([one.mean(-1) for one in drawn], axis=0)
+            return mean
+
+        colour = _colour(setting, settings)
+        axes.step(levels, share(*above), where="post", color=colour, linestyle=_style(setting, settings), linewidth=1.8)
+        band = interval(share, above, resamples=_BAND_RESAMPLES)
+        if band is not None:
+            axes.fill_between(levels, *band, step="post", color=colour, alpha=0.15, linewidth=0)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel(f"level of {name}")
+    axes.set_ylabel("share of runs above it")

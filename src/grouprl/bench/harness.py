@@ -1,0 +1,166 @@
+"""A benchmark from its file to rows, and from the rows to tables and figures."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from grouprl.bench import figures, pool, tables
+from grouprl.bench.cells import Cell
+from grouprl.bench.plan import Plan, Scale
+from grouprl.bench.results import Results, of_rows
+from grouprl.bench.rows import Row, Rows, commit
+from grouprl.bench.sweep import Sweep, Swept
+from grouprl.errors import UsageError, shown
+from grouprl.extras import require
+from grouprl.runs.files import write_text
+
+Say = Callable[[str], None]
+
+_DRAWN = 7
+"""Settings in the figure of a sweep: more colours cannot be told apart."""
+
+
+def run(plan: Plan, out: Path, *, jobs: int, again: bool = False, say: Say = print) -> int:
+    """Do the runs of a plan that the folder ``out`` has no row of; returns how many failed.
+
+    Args:
+        jobs: how many at once, each on a core of its own while there are enough. again: those that failed too.
+
+    Raises UsageError if another process works in the folder, or it cannot be written.
+    """
+    failed = 0
+    with Rows.held(out) as rows:
+        known = [cell for cell in plan.cells if cell.id in rows.by_id]
+        broken = [cell for cell in known if rows.by_id[cell.id]["status"] != "done"]
+        todo = deque(cell for cell in plan.cells if cell not in known or (again and cell in broken))
+        say(f"{len(plan.cells)} runs, {len(known) - len(broken)} done before, {len(todo)} to do; rows: {rows.path}")
+        if broken and not again:
+            say(f"note: {len(broken)} runs failed before and stay so; --again tries them again")
+        others = sorted({str(rows.by_id[cell.id].get("commit")) for cell in known} - {str(commit())})
+        if others:
+            say(f"note: rows of {', '.join(others)} count, here is {commit()}; use another --out if code may matter")
+        total, ended = len(todo), 0
+
+        def done(cell: Cell, outcome: pool.Outcome) -> None:
+            nonlocal failed, ended
+            rows.append(cell, outcome, jobs)
+            ended += 1
+            failed += outcome["status"] != "done"
+            say(f"[{ended}/{total}] {cell.name}: {_came_of(outcome)}")
+
+        pool.run(lambda: todo.popleft() if todo else None, done, jobs=jobs)
+    return failed
+
+
+def _came_of(outcome: pool.Outcome) -> str:
+    if outcome["status"] != "done":
+        return f"FAILED: {outcome['error']}"
+    sampled = f", sampled {tables.number(outcome['sampled']['mean'])}" if outcome.get("sampled") else ""
+    return f"greedy {tables.number(outcome['greedy']['mean'])}{sampled}, {outcome['seconds']:.1f} s"
+
+
+def rows_of(plan: Plan, rows: Iterable[Row]) -> list[Row]:
+    """The last row of each run of the plan, in the plan's order of methods and subjects."""
+    by_id = {row["id"]: row for row in rows}
+    methods = list(dict.fromkeys(cell.method for cell in plan.cells))
+    subjects = list(dict.fromkeys(cell.subject for cell in plan.cells))
+    found = [(cell, by_id[cell.id]) for cell in plan.cells if cell.id in by_id]
+    found.sort(key=lambda pair: (subjects.index(pair[0].subject), methods.index(pair[0].method), pair[0].seed))
+    return [row for _, row in found]
+
+
+def report(
+    rows: list[Row], out: Path, title: str, *, scales: Mapping[str, Scale] | None = None, metric: str = "greedy",
+    reference: str | None = None, about: str = "", missing: int = 0,
+) -> str:  # fmt: skip
+    """Write table.md, curves.png and scores.png into ``out``, and return the text.
+
+    Args:
+        scales: of subjects, for scores over all of them. metric: what the table is of. reference: the method that the
+            others are compared with; default: the first. missing: runs that have no row yet.
+
+    Raises UsageError if there is no run that is done, no run has the metric, or there is no such method.
+    """
+    results = of_rows(rows)
+    if not results.runs:
+        failed = f"; the first that failed: {results.notes[0]}" if results.notes else ""
+        raise UsageError(f"no run is done yet{failed}")
+    text = _text(results, title, about, metric, reference, scales or {})
+    notes = tables.warnings(results) + ([f"{missing} runs are still to be done"] if missing else [])
+    text += "".join(f"\nNote: {note}.\n" for note in notes)
+    figures.curves(results, scales or {}, out / "curves.png")
+    figures.scores(results, metric, scales or {}, out / "scores.png")
+    text += f"\n![Greedy evaluations over steps](curves.png)\n\n![Scores](scores.png)\n\n{_made_of(rows)}"
+    write_text(out / "table.md", text)
+    return text
+
+
+def _text(
+    results: Results, title: str, about: str, metric: str, reference: str | None, scales: Mapping[str, Scale]
+) -> str:
+    check_reference(results, reference)
+    require("scipy")
+    against = tables.reference_of(results, reference)
+    text = f"# {title}\n\n" + (f"{about}\n\n" if about else "") + tables.METHOD.format(reference=against) + "\n\n"
+    text += tables.table(results, metric, reference)
+    shared = [subject for subject in results.runs if subject in scales]
+    if len(shared) > 1:
+        ends = "; ".join(f"{s} {tables.number(scales[s][0])} to {tables.number(scales[s][1])}" for s in shared)
+        text += f"\n## All {len(shared)} together\n\nNormalised scores: 0 to 1 is {ends}.\n\n"
+        text += tables.overall(results, metric, scales, reference)
+    return text
+
+
+def report_sweep(sweep: Sweep, found: Swept, out: Path) -> str:
+    """Write table.md and sweep.png of a sweep into ``out``, and return the text: settings by rank, the best first.
+
+    Raises UsageError if no trial has ended well.
+    """
+    results = of_rows(found.rows)
+    if not results.runs:
+        failed = f"; the first that failed: {results.notes[0]}" if results.notes else ""
+        raise UsageError(f"no trial has ended{failed}")
+    text = f"# Sweep of {sweep.cell.subject}\n\n{table_text(results, sweep.metric, None)}"
+    if found.pruned:
+        text += f"\nPruned: {'; '.join(found.pruned)}.\n"
+    figures.both(results.first(_DRAWN), sweep.metric, out / "sweep.png")
+    text += f"\n![The best settings over steps, and their scores](sweep.png)\n\n{_made_of(found.rows)}"
+    write_text(out / "table.md", text)
+    return text
+
+
+def table_text(results: Results, metric: str, reference: str | None) -> str:
+    """A table of runs, how to read it, and what keeps it from saying what it seems to say.
+
+    Raises UsageError if no run has the metric, or none is of the reference.
+    """
+    check_reference(results, reference)
+    text = tables.METHOD.format(reference=tables.reference_of(results, reference)) + "\n\n"
+    text += tables.table(results, metric, reference)
+    return text + "".join(f"\nNote: {note}.\n" for note in tables.warnings(results))
+
+
+def draw(results: Results, metric: str, out: Path) -> None:
+    """A figure of runs: sample efficiency and scores of the one subject, or scores alone of several."""
+    if len(results.runs) == 1:
+        figures.both(results, metric, out)
+    else:
+        figures.scores(results, metric, {}, out)
+
+
+def check_reference(results: Results, reference: str | None) -> None:
+    """Raises UsageError if ``reference`` is not among the settings."""
+    if reference is not None and reference not in results.settings:
+        raise UsageError(f"reference={shown(reference)} has no run; there are {', '.join(results.settings)}")
+
+
+def _made_of(rows: list[Row]) -> str:
+    versions = sorted({f"{name} {v}" for row in rows for name, v in (row.get("versions") or {}).items()})
+    machines = sorted(
+        {f"{row['machine']['processor']}, {row['machine']['cores']} cores" for row in rows if "machine" in row}
+    )
+    commits = sorted({str(row["commit"]) for row in rows if row.get("commit")})
+    parts = [", ".join(versions), "; ".join(machines), *([f"commit {', '.join(commits)}"] if commits else [])]
+    return ". ".join(part for part in parts if part) + ".\n"

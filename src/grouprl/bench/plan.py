@@ -1,0 +1,237 @@
+"""A benchmark as a file: methods, what they are tried on, steps and seeds become a list of runs."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import shlex
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from grouprl.bench.cells import ENVIRONMENTS, LANGUAGE, Cell, check_distinct, parse_seeds
+from grouprl.errors import UsageError, shown
+from grouprl.importing import load_function
+from grouprl.reading import read_yaml, with_numbers
+
+FUNCTIONS = ("advantage_function", "surrogate_function")
+_FILE = ("about", "methods", "environments", "recipes", "steps", "seeds", "episodes", "points", "point_episodes")
+_METHOD = ("preset", "settings", "worker", "subjects", *FUNCTIONS)
+_SUBJECT = {
+    ENVIRONMENTS: ("env_id", "env_kwargs", "steps", "seeds", "scale"),
+    LANGUAGE: ("recipe", "steps", "seeds", "scale"),
+}
+_COUNTS = {"episodes": 100, "points": 20, "point_episodes": 20}
+
+Scale = tuple[float, float]
+"""The returns that count as 0 and as 1 in a normalised score."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a file asks for.
+
+    Attributes:
+        name: of the file. about: what it says of itself.
+        cells: the runs, seed by seed, so that what is there first covers everything.
+        scales: of subjects, where the file has them; language models have 0 to 1.
+    """
+
+    name: str
+    about: str
+    cells: list[Cell]
+    scales: dict[str, Scale]
+
+    def only(self, patterns: Collection[str]) -> Plan:
+        """The runs whose name, METHOD/SUBJECT/SEED, is like one of the patterns; the beginning of a name will do.
+
+        Raises UsageError for a pattern that is like none.
+        """
+        chosen: set[str] = set()
+        for pattern in patterns:
+            found = {
+                c.name for c in self.cells if any(fnmatch.fnmatchcase(c.name, p) for p in (pattern, f"{pattern}/*"))
+            }
+            if not found:
+                raise UsageError(
+                    f"no run is called {pattern!r}; runs are called METHOD/SUBJECT/SEED, such as "
+                    f"{self.cells[0].name}, and * stands for anything"
+                )
+            chosen |= found
+        return replace(self, cells=[cell for cell in self.cells if cell.name in chosen])
+
+
+def read(path: Path, *, steps: int | None = None, seeds: str | None = None) -> Plan:
+    """The plan in a YAML file. ``steps`` and ``seeds`` take the places of all that the file says.
+
+    Raises UsageError for what it must not hold; nothing is made yet (:func:`check` does that).
+    """
+    values = mapping(read_yaml(path), str(path), _FILE)
+    methods = {str(name): mapping(given, f"method {name}", _METHOD) for name, given in _named(values, "methods", path)}
+    subjects = [
+        (str(name), arena, mapping(given, f"{name} in {path}", _SUBJECT[arena]))
+        for arena, key in ((ENVIRONMENTS, "environments"), (LANGUAGE, "recipes"))
+        for name, given in _named(values, key, path)
+    ]
+    if not methods or not subjects:
+        raise UsageError(f"{path} must name methods, and environments or recipes to try them on")
+    counts = {name: whole(values.get(name, default), f"{name} in {path}") for name, default in _COUNTS.items()}
+    cells, scales = [], {}
+    for subject, arena, given in subjects:
+        scale = given.get("scale", [0.0, 1.0] if arena == LANGUAGE else None)
+        if scale is not None:
+            scales[subject] = _scale(scale, subject)
+        about = subject_fields(subject, arena, given, None if steps is not None else values.get("steps"))
+        about["steps"] = whole(steps if steps is not None else about["steps"], f"steps of {subject}")
+        tried = seeds if seeds is not None else given.get("seeds", values.get("seeds", "0-4"))
+        for method, options in methods.items():
+            if subject in _list(options.get("subjects", [subject]), f"subjects of method {method}"):
+                cell = _cell(method, options, subject, arena, {**about, **counts})
+                cells += [replace(cell, seed=seed) for seed in parse_seeds(tried)]
+    _check_subjects(methods, [name for name, _, _ in subjects])
+    check_distinct(cells)
+    cells.sort(key=lambda cell: cell.seed)
+    return Plan(path.stem, str(values.get("about", "")).strip(), cells, scales)
+
+
+def subject_fields(name: str, arena: str, given: Mapping[str, Any], steps: object) -> dict[str, Any]:
+    """Fields of a cell that say what is tried on, and for how many steps."""
+    if arena == LANGUAGE:
+        from grouprl.lm.run import recipe as recipes
+
+        source = str(given.get("recipe", name))
+        return {"recipe": source, "steps": given.get("steps", recipes.load(source).config.get("max_steps"))}
+    from grouprl.envs import presets
+
+    preset = presets.load(name) if name in presets.names() else None
+    usual = None if preset is None else preset.total_timesteps
+    kwargs = given.get("env_kwargs", preset.env_kwargs if preset is not None else {})
+    return {
+        "env_id": str(given.get("env_id", preset.env_id if preset is not None else name)),
+        "env_kwargs": mapping(kwargs, f"env_kwargs of {name}", None),
+        "steps": given.get("steps", steps if steps is not None else usual),
+    }  # fmt: skip
+
+
+def _cell(method: str, options: Mapping[str, Any], subject: str, arena: str, rest: dict[str, Any]) -> Cell:
+    settings = with_numbers(mapping(options.get("settings", {}), f"settings of method {method}", None))
+    functions = {name: str(options[name]) for name in FUNCTIONS if options.get(name) is not None}
+    worker = tuple(shlex.split(str(options["worker"]))) if options.get("worker") else ()
+    return Cell(
+        method, subject, arena, seed=0, settings=settings, functions=functions, worker=worker,
+        preset=preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None,
+        code=checksum(functions), **rest,
+    )  # fmt: skip
+
+
+def preset_of(name: object, subject: str) -> str | None:
+    from grouprl.envs import presets
+
+    if name in (None, "default"):
+        return None
+    if name == "auto":
+        return subject if subject in presets.names() else None
+    return presets.load(name).name  # type: ignore[arg-type]  # it refuses what is no name
+
+
+def checksum(functions: Mapping[str, str]) -> str:
+    """Of the files that hold the functions: with another estimator under the same name it is another run."""
+    found = hashlib.sha256()
+    for function in functions.values():
+        load_function(function)
+        file = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
+        found.update(Path(file).read_bytes() if file else b"")
+    return found.hexdigest()[:16] if functions else ""
+
+
+def check(plan: Plan) -> None:
+    """Try everything that can be tried before a run begins: settings, environments, recipes.
+
+    Raises UsageError for the first that cannot work.
+    """
+    own = {(c.method, c.subject): c for c in plan.cells if not c.worker}
+    for cell in own.values():
+        try:
+            if cell.arena == LANGUAGE:
+                from grouprl.lm.run import recipe as recipes
+
+                recipes.load(str(cell.recipe)).changed({**cell.settings, **cell.functions})
+            else:
+                from grouprl.envs import presets
+                from grouprl.envs.config import make_config
+
+                preset = {} if cell.preset is None else presets.load(cell.preset).config
+                make_config({**preset, **cell.settings})
+        except UsageError as error:
+            raise UsageError(f"method {cell.method} on {cell.subject}: {error}") from None
+    for cell in {c.subject: c for c in own.values() if c.arena == ENVIRONMENTS}.values():
+        from grouprl.envs.vector import make_vector
+
+        make_vector(str(cell.env_id), 1, "auto", cell.env_kwargs).close()
+
+
+# --- reading what people wrote ----------------------------------------------------------------------------------------
+def _named(values: Mapping[str, Any], key: str, path: Path) -> list[tuple[Any, Any]]:
+    """Names with their options: a mapping, or a list of names that need none."""
+    given = values.get(key) or {}
+    if isinstance(given, list):
+        twice = [name for name in given if given.count(name) > 1]
+        if twice:
+            raise UsageError(f"{key} in {path}: {shown(twice[0])} is named twice")
+        given = {name: {} for name in given} if all(isinstance(name, str) for name in given) else None
+    if not isinstance(given, dict):
+        raise UsageError(f"{key} in {path} must be a mapping of names to options, or a list of names")
+    for name in given:
+        if "/" in str(name) and key == "methods":
+            raise UsageError(f"method {shown(name)} in {path}: a method's name cannot hold a slash")
+    return list(given.items())
+
+
+def mapping(given: object, where: str, known: Collection[str] | None) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise UsageError(f"{where} must be a mapping, not {shown(given)}")
+    for key in given if known is not None else ():
+        if key not in (known or ()):
+            close = difflib.get_close_matches(key, known or (), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known or ())}"
+            raise UsageError(f"{where}: unknown key {key!r}; {hint}")
+    return given
+
+
+def _list(given: object, where: str) -> list[str]:
+    if isinstance(given, list) and all(isinstance(one, str) for one in given):
+        return given
+    raise UsageError(f"{where} must be a list of names, not {shown(given)}")
+
+
+def _check_subjects(methods: Mapping[str, Mapping[str, Any]], subjects: list[str]) -> None:
+    for method, options in methods.items():
+        for name in options.get("subjects", []):
+            if name not in subjects:
+                raise UsageError(
+                    f"method {method} has the subject {name!r}, which the file does not have: {', '.join(subjects)}"
+                )
+
+
+def whole(given: object, where: str) -> int:
+    if isinstance(given, str):  # YAML reads 1e6 as text
+        try:
+            given = float(given)
+        except ValueError:
+            given = None
+    if isinstance(given, bool) or not isinstance(given, int | float) or given < 1 or given != int(given):
+        raise UsageError(f"{where} must be a whole number, at least 1, such as 100000 or 1e6")
+    return int(given)
+
+
+def _scale(given: object, subject: str) -> Scale:
+    if isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(one, int | float) for one in given):
+        low, high = float(given[0]), float(given[1])
+        if low < high or low > high:
+            return low, high
+    raise UsageError(f"scale of {subject} must be two numbers, the returns that count as 0 and as 1: [-500, -100]")

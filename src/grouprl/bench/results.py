@@ -1,0 +1,117 @@
+"""What tables and figures are made of: the runs of a benchmark, of a sweep, or of folders, in one form."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from grouprl.bench.rows import Row
+from grouprl.bench.statistics import Array
+from grouprl.errors import UsageError
+
+HIGHER_IS_BETTER = ("greedy", "sampled")
+_MEASURED = ("train_seconds", "seconds", "peak_memory_mb")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that ended.
+
+    Attributes:
+        setting: what was tried, a line of the table. subject: what it was tried on. seed: of the run.
+        values: what it reached, by the name of the metric. curve: (step, value) of greedy evaluations.
+        steps: its budget.
+    """
+
+    setting: str
+    subject: str
+    seed: int
+    values: Mapping[str, float]
+    curve: Sequence[tuple[float, float]] = ()
+    steps: int = 0
+
+
+@dataclass
+class Results:
+    """Runs by subject and setting, each seed once, in the order in which they were given.
+
+    Attributes:
+        runs: subject -> setting -> runs, by seed. notes: what was left out.
+    """
+
+    runs: dict[str, dict[str, list[Result]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, given: Iterable[Result]) -> Results:
+        """Sort runs; of two with the same seed, the longer one counts, of two equally long ones the last."""
+        found: dict[str, dict[str, dict[int, Result]]] = {}
+        twice: dict[str, None] = {}
+        for one in given:
+            seeds = found.setdefault(one.subject, {}).setdefault(one.setting, {})
+            if one.seed in seeds:
+                twice[f"{one.setting} on {one.subject} has seed {one.seed} several times; it counts once"] = None
+                if one.steps < seeds[one.seed].steps:
+                    continue
+            seeds[one.seed] = one
+        runs = {
+            subject: {setting: [seeds[s] for s in sorted(seeds)] for setting, seeds in settings.items()}
+            for subject, settings in found.items()
+        }
+        return cls(runs, list(twice))
+
+    @property
+    def settings(self) -> list[str]:
+        """All of them, in order."""
+        return list(dict.fromkeys(setting for settings in self.runs.values() for setting in settings))
+
+    def first(self, n: int) -> Results:
+        """The runs of the first ``n`` settings."""
+        kept = set(self.settings[:n])
+        return Results({s: {k: v for k, v in by.items() if k in kept} for s, by in self.runs.items()}, self.notes)
+
+    def scores(self, subject: str, setting: str, metric: str) -> Array:
+        """``[runs]``: the metric of each run that has it."""
+        values = [run.values.get(metric, math.nan) for run in self.runs[subject].get(setting, [])]
+        return np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
+
+    def check_metric(self, metric: str) -> None:
+        """Raises UsageError if no run has it, with those that there are."""
+        known = sorted(
+            {name for by in self.runs.values() for runs in by.values() for run in runs for name in run.values}
+        )
+        if metric not in known:
+            close = difflib.get_close_matches(metric, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UsageError(f"no run has the metric {metric!r}; {hint}there are: {', '.join(known) or 'none'}")
+
+
+def of_rows(rows: Iterable[Row]) -> Results:
+    """The runs that are done among rows; those that failed become notes."""
+    done, failed = [], []
+    for row in rows:
+        if row["status"] == "done":
+            done.append(_of_row(row))
+        else:
+            failed.append(f"{row['method']}/{row['subject']}/{row['seed']} failed: {row.get('error')}")
+    results = Results.of(done)
+    results.notes += failed
+    return results
+
+
+def _of_row(row: Row) -> Result:
+    values: dict[str, Any] = {name: row.get(name) for name in _MEASURED}
+    values |= {name: row[name]["mean"] for name in HIGHER_IS_BETTER if isinstance(row.get(name), dict)}
+    curve = [(float(point["step"]), float(point["greedy"])) for point in row.get("curve", []) if "greedy" in point]
+    end = float(row.get("steps_done") or row["steps"])
+    if not curve or curve[-1][0] < end:
+        curve.append((end, float(values["greedy"])))
+    if curve:
+        values["curve_mean"] = float(np.mean([y for _, y in curve]))
+    known = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+    return Result(row["method"], row["subject"], row["seed"], known, curve, row["steps"])

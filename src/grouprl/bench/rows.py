@@ -1,0 +1,114 @@
+"""The rows of a benchmark: a file of JSON lines, one for each run that ended, that only grows."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from grouprl.bench.cells import Cell
+from grouprl.bench.pool import Outcome, cores
+from grouprl.errors import DamagedFileError
+from grouprl.runs.appended import AppendedFile
+from grouprl.runs.files import read_bytes
+from grouprl.runs.lock import locked
+from grouprl.runs.records import read_records
+
+Row = dict[str, Any]
+"""A run: the fields of its cell, ``id``, ``status``, and if it is done ``curve``, ``greedy``, ``sampled`` and more."""
+
+_WHAT = "file of rows"
+_NEEDED = {"id": str, "method": str, "subject": str, "arena": str, "seed": int, "steps": int, "status": str}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, in its order; none if there is no file; a torn last line is left out.
+
+    Raises DamagedFileError if it holds something else.
+    """
+    return list(read_records(path, _WHAT, _parse)) if os.path.lexists(path) else []
+
+
+def _parse(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict) or not all(isinstance(row[name], kind) for name, kind in _NEEDED.items()):
+            raise ValueError
+        if row["status"] == "done":
+            float(row["greedy"]["mean"])
+    except (ValueError, KeyError, TypeError):
+        raise DamagedFileError(f"{path} is no file of rows: line {number} is no run") from None
+    return row
+
+
+class Rows:
+    """The rows of one folder, by id; the last of an id counts.
+
+    Attributes:
+        path: the file. by_id: the rows in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.by_id = {row["id"]: row for row in read_rows(path)}
+        self._file = AppendedFile(path)
+        if os.path.lexists(path):
+            self._file.take_up(read_bytes(path, _WHAT))
+
+    @classmethod
+    @contextmanager
+    def held(cls, folder: Path) -> Iterator[Rows]:
+        """Those of a folder that this process alone writes meanwhile.
+
+        Raises UsageError if another process does, or the folder cannot be written.
+        """
+        with locked(folder):
+            rows = cls(folder / "rows.jsonl")
+            try:
+                yield rows
+            finally:
+                rows._file.close()
+
+    def append(self, cell: Cell, outcome: Outcome, jobs: int) -> Row:
+        """Write down what came of a cell."""
+        row = {"id": cell.id, **asdict(cell), **outcome, "jobs": jobs, **_context()}
+        row["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._file.append(json.dumps(row) + "\n")
+        self.by_id[cell.id] = row
+        return row
+
+
+@cache
+def _context() -> dict[str, Any]:
+    return {"commit": commit(), "machine": machine()}
+
+
+def machine() -> dict[str, Any]:
+    """What rows were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {"processor": next(names, platform.processor()), "cores": len(cores()), "system": platform.system()}
+
+
+@cache
+def commit() -> str | None:
+    """The commit of grouprl that runs, marked if the tree differs from it; None where it is no checkout."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", here.parent, *arguments], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return git("describe", "--always", "--dirty") if git("ls-files", "--error-unmatch", here.name) else None

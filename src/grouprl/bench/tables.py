@@ -1,0 +1,135 @@
+"""Tables of runs: interquartile means with intervals, and how often one setting beats another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from grouprl.bench.plan import Scale
+from grouprl.bench.results import Results
+from grouprl.bench.statistics import FEW_SEEDS, Array, difference, improvement, interval, iqm
+
+METHOD = (
+    "IQM: the mean of the middle half of the runs. In brackets: its 95 % interval by the stratified bootstrap over "
+    "seeds. `better`: the probability that a run of this setting returns more than one of {reference}, with its "
+    "interval; ties count half."
+)
+
+
+def number(value: float) -> str:
+    """Four significant digits at most, no exponent; nothing for what is not known."""
+    if not np.isfinite(value):
+        return ""
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 10 else f"{value:.3g}"
+
+
+def with_interval(strata: list[Array]) -> str:
+    """The IQM of strata, and its interval where there is one."""
+    if not strata or not all(len(stratum) for stratum in strata):
+        return ""
+    found = interval(iqm, strata)
+    text = number(float(iqm(*strata)))
+    return text if found is None else f"{text} [{number(float(found[0]))}, {number(float(found[1]))}]"
+
+
+def _better(ours: list[Array], others: list[Array]) -> str:
+    if not all(len(stratum) for stratum in (*ours, *others)):
+        return ""
+    found = interval(improvement, ours, others)
+    text = f"{float(improvement(ours, others)):.2f}"
+    return text if found is None else f"{text} [{float(found[0]):.2f}, {float(found[1]):.2f}]"
+
+
+def reference_of(results: Results, reference: str | None) -> str:
+    """The setting that others are compared with: the one named, or the first."""
+    return results.settings[0] if reference is None else reference
+
+
+def table(results: Results, metric: str, reference: str | None = None) -> str:
+    """Markdown: a line for each subject and setting. Raises UsageError if no run has the metric."""
+    results.check_metric(metric)
+    against = reference_of(results, reference)
+    others = [name for name in ("greedy", "sampled", "train_seconds", "peak_memory_mb") if name != metric]
+    others = [name for name in others if any(_has(results, subject, name) for subject in results.runs)]
+    shown = {"train_seconds": "seconds", "peak_memory_mb": "MB"}
+    header = ["subject", "setting", "steps", "seeds", f"{metric}: IQM [95 %]", "range", "better"]
+    lines = [[*header, *(shown.get(name, name) for name in others)]]
+    for subject, settings in results.runs.items():
+        for setting, runs in settings.items():
+            scores = results.scores(subject, setting, metric)
+            spread = f"{number(scores.min())} to {number(scores.max())}" if len(scores) else ""
+            beside = results.scores(subject, against, metric)
+            lines.append([
+                subject, setting, f"{max(run.steps for run in runs):,}", str(len(runs)),
+                with_interval([scores]), spread,
+                "" if setting == against or not len(beside) else _better([scores], [beside]),
+                *(_middle(results.scores(subject, setting, name)) for name in others),
+            ])  # fmt: skip
+    return markdown(lines)
+
+
+def _has(results: Results, subject: str, metric: str) -> bool:
+    return any(len(results.scores(subject, setting, metric)) for setting in results.runs[subject])
+
+
+def _middle(values: Array) -> str:
+    return number(float(iqm(values))) if len(values) else ""
+
+
+def normalised(results: Results, metric: str, scales: Mapping[str, Scale], setting: str) -> dict[str, Array]:
+    """Scores of a setting on each subject that has a scale and runs of it: 0 and 1 are what the scale names."""
+    found = {}
+    for subject, (low, high) in scales.items():
+        scores = results.scores(subject, setting, metric) if subject in results.runs else np.empty(0)
+        if len(scores):
+            found[subject] = (scores - low) / (high - low)
+    return found
+
+
+def overall(results: Results, metric: str, scales: Mapping[str, Scale], reference: str | None = None) -> str:
+    """Markdown: normalised scores over all subjects, each setting beside the reference on the subjects of both."""
+    against = reference_of(results, reference)
+    beside = normalised(results, metric, scales, against)
+    lines = [["setting", "subjects", "normalised IQM [95 %]", f"less that of {against}", "better"]]
+    for setting in results.settings:
+        own = normalised(results, metric, scales, setting)
+        both = [subject for subject in own if subject in beside]
+        compared = ["", ""]
+        if setting != against and both:
+            ours, others = [own[s] for s in both], [beside[s] for s in both]
+            found = interval(difference, ours, others)
+            text = f"{float(difference(ours, others)):+.3f}"
+            compared = [
+                text if found is None else f"{text} [{float(found[0]):+.3f}, {float(found[1]):+.3f}]",
+                _better(ours, others),
+            ]
+        if own:
+            lines.append([setting, str(len(own)), with_interval(list(own.values())), *compared])
+    return markdown(lines)
+
+
+def warnings(results: Results) -> list[str]:
+    """What keeps a table from saying what it seems to say."""
+    notes = list(results.notes)
+    few = sorted({len(runs) for by in results.runs.values() for runs in by.values() if len(runs) < FEW_SEEDS})
+    if few:
+        notes.append(
+            f"some settings have {few[0]} seed{'s' if few[0] > 1 else ''}: with fewer than {FEW_SEEDS} no difference "
+            "is sure, and an interval is hardly more than the range"
+        )
+    for subject, by in results.runs.items():
+        numbers = {len(runs) for runs in by.values()}
+        if len(numbers) > 1:
+            notes.append(f"settings on {subject} have different numbers of seeds: {min(numbers)} to {max(numbers)}")
+        budgets = {run.steps for runs in by.values() for run in runs}
+        if len(budgets) > 1:
+            notes.append(f"runs on {subject} have different budgets: {min(budgets):,} to {max(budgets):,} steps")
+    return notes
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its header."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

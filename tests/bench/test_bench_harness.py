@@ -1,0 +1,221 @@
+"""A benchmark from its file to rows, tables and figures, with workers that take no time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grouprl import GRPO, cli
+from grouprl.bench import harness, results, tables
+from grouprl.bench.episodes import play
+from grouprl.bench.rows import Rows, read_rows
+from grouprl.bench.worker import run_environment, run_language_model
+from grouprl.envs.evaluation import Evaluator
+from grouprl.errors import DamagedFileError, UsageError
+
+WORKER = """
+import json, sys
+cell = json.loads(sys.stdin.readline())
+open("calls", "a").write(cell["method"] + str(cell["seed"]) + " ")
+if cell["method"] == "broken" and not __import__("os").path.exists("mended"):
+    sys.exit("it broke")
+best = {"good": 100.0, "bad": 10.0}.get(cell["method"], 50.0) + cell["seed"]
+for step in (0, 50, 100):
+    print(json.dumps({"point": {"step": step, "seconds": step / 10, "greedy": best * step / 100}}))
+played = {"mean": best, "returns": [best], "episodes": 1}
+print(json.dumps({"result": {"steps_done": 100, "train_seconds": 10.0, "greedy": played, "sampled": played}}))
+"""
+FILE = f"""
+about: Three methods.
+methods:
+  good: {{worker: "{sys.executable} fake.py"}}
+  bad: {{worker: "{sys.executable} fake.py"}}
+  broken: {{worker: "{sys.executable} fake.py"}}
+environments:
+  CartPole-v1: {{scale: [0, 100]}}
+  Acrobot-v1: {{scale: [-500, -100]}}
+steps: 100
+seeds: 0-2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with a file of a benchmark and its worker."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake.py").write_text(WORKER)
+    (tmp_path / "some.yaml").write_text(FILE)
+    return tmp_path
+
+
+def call(*arguments: str) -> int:
+    argv, sys.argv = sys.argv, ["grouprl", *arguments]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def test_a_benchmark_leaves_rows_a_table_and_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("bench", "some.yaml", "--jobs", "4") == 1  # some failed
+    rows = read_rows(folder / "runs" / "bench-some" / "rows.jsonl")
+    assert len(rows) == 18
+    done = {(row["method"], row["subject"], row["seed"]): row for row in rows if row["status"] == "done"}
+    assert len(done) == 12
+    one = done["good", "CartPole-v1", 2]
+    assert one["greedy"]["mean"] == 102.0
+    assert [point["step"] for point in one["curve"]] == [0, 50, 100]
+    assert {"machine", "commit", "finished", "seconds", "peak_memory_mb", "settings", "jobs"} <= set(one)
+    assert {row["error"] for row in rows if row["status"] == "failed"} == {"it broke"}
+    text = (folder / "runs" / "bench-some" / "table.md").read_text()
+    assert "| CartPole-v1 | good | 100 | 3 | 101 [100.0, 102.0] | 100.0 to 102.0 |  | 101 | 10.0 |" in text.replace(
+        "101.0", "101"
+    )
+    assert "| 0.00 [0.00, 0.00] |" in text  # bad is never better than good
+    assert "broken/Acrobot-v1/0 failed: it broke" in text
+    assert "Normalised scores: 0 to 1 is CartPole-v1 0 to 100.0; Acrobot-v1 -500.0 to -100.0." in text
+    assert "with fewer than 5" in text
+    for picture in ("curves.png", "scores.png"):
+        assert (folder / "runs" / "bench-some" / picture).stat().st_size > 10_000
+    assert "error: 6 runs failed" in capsys.readouterr().err
+
+
+def test_what_has_a_row_is_not_done_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = ("--only", "good/CartPole-v1", "--only", "broken/CartPole-v1/0", "--out", "out", "--jobs", "1")
+    assert call("bench", "some.yaml", *some) == 1
+    assert (folder / "calls").read_text() == "good0 broken0 good1 good2 "
+    lines = (folder / "out" / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "out" / "rows.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1][:30])  # killed while it wrote a row
+    assert call("bench", "some.yaml", *some) == 0
+    assert (folder / "calls").read_text() == "good0 broken0 good1 good2 good2 "
+    assert "1 runs failed before and stay so; --again tries them again" in capsys.readouterr().out
+    (folder / "mended").touch()
+    assert call("bench", "some.yaml", *some, "--again") == 0
+    assert (folder / "calls").read_text().endswith("good2 broken0 ")
+    assert call("bench", "some.yaml", "--out", "out", "--only", "broken/CartPole-v1/0", "--list") == 0
+    assert capsys.readouterr().out.endswith("done    broken/CartPole-v1/0 (100 steps)\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("--metric", "greedi"),
+            "no run has the metric 'greedi'; did you mean 'greedy'? there are:",
+        ),
+        (("--reference", "best"), "reference='best' has no run; there are good"),
+        (("--only", "best"), "no run is called 'best'"),
+        (("--seeds", "x"), "seeds='x'"),
+        (("--out", "elsewhere", "--table"), "no run is done yet"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    assert call("bench", "some.yaml", "--only", "good/CartPole-v1/0") == 0
+    capsys.readouterr()
+    only = () if "--only" in arguments else ("--only", "good/CartPole-v1/0")
+    assert call("bench", "some.yaml", "--table", *only, *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_two_processes_do_not_write_into_one_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import threading
+
+    found: list[int] = []
+    with Rows.held(folder / "out"):
+        other = threading.Thread(target=lambda: found.append(call("bench", "some.yaml", "--out", "out")))
+        other.start()
+        other.join()
+    assert found == [2]
+    assert "is in use by" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_no_file_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": 3}\n')
+    with pytest.raises(DamagedFileError, match="line 1 is no run"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def row(method: str, seed: int, greedy: float, steps: int = 100) -> dict[str, Any]:
+    return {
+        "id": f"{method}{seed}{steps}", "method": method, "subject": "A", "arena": "environments", "seed": seed,
+        "steps": steps, "status": "done", "greedy": {"mean": greedy}, "curve": [],
+    }  # fmt: skip
+
+
+def test_a_seed_is_counted_once() -> None:
+    found = results.of_rows([row("a", 0, 1.0), row("a", 0, 3.0), row("a", 1, 5.0), row("a", 1, 7.0, steps=50)])
+    assert found.scores("A", "a", "greedy").tolist() == [3.0, 5.0]
+    assert len(found.notes) == 2
+
+
+def test_five_seeds_are_no_reason_to_warn_and_unequal_numbers_are() -> None:
+    five = [row("a", seed, 1.0) for seed in range(5)]
+    assert tables.warnings(results.of_rows(five)) == []
+    notes = tables.warnings(results.of_rows([*five, *(row("b", seed, 1.0) for seed in range(6))]))
+    assert notes == ["settings on A have different numbers of seeds: 5 to 6"]
+
+
+def test_a_report_of_nothing_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run is done yet"):
+        harness.report([], tmp_path, "none")
+
+
+# --- the workers -----------------------------------------------------------------------------------------------------
+CELL = {
+    "env_id": "CartPole-v1", "env_kwargs": {}, "preset": None, "seed": 3, "steps": 400, "points": 2, "functions": {},
+    "point_episodes": 2, "episodes": 5, "curve_starts": 10_003, "final_starts": 20_003,
+    "settings": {"n_envs": 4, "collect": "segments", "n_steps": 25, "epochs": 1, "warmup_steps": 0},
+}  # fmt: skip
+
+
+def test_a_run_on_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_bench_estimator.py").write_text("def ones(rewards, lengths, group):\n    return 0 * rewards + 1\n")
+    points: list[dict[str, Any]] = []
+    own = {"functions": {"advantage_function": "own_bench_estimator:ones"}}
+    found = run_environment({**CELL, **own}, points.append)
+    assert [point["step"] // 200 for point in points] == [0, 1, 2]
+    assert found["steps_done"] == points[-1]["step"]
+    assert len(found["greedy"]["returns"]) == len(found["sampled"]["returns"]) == 5
+    assert found["greedy"]["mean"] == sum(found["greedy"]["returns"]) / 5
+    assert found["greedy"]["returns"] != found["sampled"]["returns"]
+
+
+def test_a_run_of_a_language_model() -> None:
+    points: list[dict[str, Any]] = []
+    settings = {
+        "warm_start": {"steps": 1},
+        "n_train": 8,
+        "n_eval": 2,
+        "prompts_per_step": 2,
+        "max_completion_length": 4,
+    }
+    cell = {"recipe": "tiny", "settings": settings, "functions": {}, "seed": 0, "steps": 2}
+    found = run_language_model(cell, points.append)
+    assert [point["step"] for point in points] == [0, 2]
+    assert found["steps_done"] == 2
+    assert len(found["greedy"]["returns"]) == len(found["sampled"]["returns"]) == 2
+    json.dumps([points, found])
+
+
+def test_episodes_of_any_policy_are_those_that_the_evaluator_plays() -> None:
+    agent = GRPO("CartPole-v1", preset=None, seed=0)
+    evaluator = Evaluator("CartPole-v1", n_envs=7)
+    ours = evaluator.run(agent, 7, seed=5).returns
+    evaluator.close()
+    assert len(set(ours)) > 1
+    played = play(lambda seen: agent.predict(seen, deterministic=True)[0], "CartPole-v1", episodes=7, seed=5)
+    assert sorted(played) == sorted(ours)
+    more = play(lambda seen: agent.predict(seen, deterministic=True)[0], "CartPole-v1", episodes=25, seed=5)
+    assert len(more) == 25

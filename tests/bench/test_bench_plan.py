@@ -1,0 +1,143 @@
+"""Benchmarks as files: the runs they become, and what they must not hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grouprl.bench import plan
+from grouprl.bench.cells import parse_seeds
+from grouprl.errors import UsageError
+
+GOOD = """
+methods:
+  default: {}
+  preset: {preset: auto, settings: {learning_rate: 1e-3}}
+  peer: {worker: "python peer.py ppo", subjects: [CartPole-v1]}
+environments:
+  CartPole-v1: {steps: 1e3, scale: [20, 500]}
+  LunarLander-v3-continuous: {seeds: 7}
+seeds: 0-1
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "some.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_methods_times_subjects_times_seeds(tmp_path: Path) -> None:
+    planned = plan.read(write(tmp_path, GOOD))
+    assert [cell.name for cell in planned.cells] == [
+        "default/CartPole-v1/0", "preset/CartPole-v1/0", "peer/CartPole-v1/0",
+        "default/CartPole-v1/1", "preset/CartPole-v1/1", "peer/CartPole-v1/1",
+        "default/LunarLander-v3-continuous/7", "preset/LunarLander-v3-continuous/7",
+    ]  # fmt: skip
+    cells = {cell.name: cell for cell in planned.cells}
+    lander = cells["preset/LunarLander-v3-continuous/7"]
+    assert lander.env_id == "LunarLander-v3"  # a preset's name says which environment it is, and how it is made
+    assert lander.env_kwargs == {"continuous": True}
+    assert lander.preset == "LunarLander-v3-continuous"
+    assert lander.settings == {"learning_rate": 0.001}
+    assert cells["default/CartPole-v1/0"].preset is None
+    assert cells["default/CartPole-v1/0"].steps == 1000
+    assert cells["peer/CartPole-v1/1"].worker == ("python", "peer.py", "ppo")
+    assert planned.scales == {"CartPole-v1": (20.0, 500.0)}
+    assert len({cell.id for cell in planned.cells}) == 8
+
+
+def test_only_some_of_them(tmp_path: Path) -> None:
+    planned = plan.read(write(tmp_path, GOOD))
+    assert [cell.name for cell in planned.only(["peer/*/1", "preset/Lunar*"]).cells] == [
+        "peer/CartPole-v1/1", "preset/LunarLander-v3-continuous/7",
+    ]  # fmt: skip
+    assert len(planned.only(["default/CartPole-v1"]).cells) == 2
+    with pytest.raises(UsageError, match=r"no run is called 'peer/Acrobot'; runs are called METHOD/SUBJECT/SEED"):
+        planned.only(["peer/Acrobot"])
+
+
+def test_whatever_decides_a_result_makes_another_run_of_it(tmp_path: Path) -> None:
+    before = plan.read(write(tmp_path, GOOD)).cells[1].id
+    for old, new in (("1e-3", "2e-3"), ("1e3", "2e3"), ("seeds: 0-1", "seeds: 0-1\nepisodes: 7")):
+        assert plan.read(write(tmp_path, GOOD.replace(old, new))).cells[1].id != before
+    assert plan.read(write(tmp_path, GOOD.replace("seeds: 0-1", "seeds: 0-9\nabout: text"))).cells[1].id == before
+
+
+def test_an_estimator_that_was_changed_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path, "methods: {mine: {advantage_function: own_plan_module:f}}\nenvironments: [CartPole-v1]")
+    ids = []
+    for body in ("rewards", "2 * rewards"):
+        (tmp_path / "own_plan_module.py").write_text(f"def f(rewards, lengths, group):\n    return {body}\n")
+        ids.append(plan.read(file).cells[0].id)
+    assert ids[0] != ids[1]
+
+
+def test_language_models_are_recipes(tmp_path: Path) -> None:
+    planned = plan.read(write(tmp_path, "methods: [a]\nrecipes: {tiny: {steps: 3}}\nseeds: [0, 4]"))
+    assert [(cell.name, cell.recipe, cell.steps, cell.env_id) for cell in planned.cells] == [
+        ("a/tiny/0", "tiny", 3, None), ("a/tiny/4", "tiny", 3, None),
+    ]  # fmt: skip
+    assert planned.scales == {"tiny": (0.0, 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("methods: [a]", "must name methods, and environments or recipes"),
+        ("method: [a]", "unknown key 'method'; did you mean 'methods'?"),
+        ("methods: {a: {setings: {}}}\nenvironments: [CartPole-v1]", "unknown key 'setings'; did you mean 'settings'?"),
+        ("methods: {a/b: {}}\nenvironments: [CartPole-v1]", "cannot hold a slash"),
+        ("methods: [a]\nenvironments: [CartPole-v1]\nseeds: 0-", "write whole numbers and ranges: 0-4,7"),
+        ("methods: [a]\nenvironments: [CartPole-v1]\nsteps: 1.5", "must be a whole number, at least 1"),
+        ("methods: [a]\nenvironments: {CartPole-v1: {scale: 3}}", "must be two numbers"),
+        (
+            "methods: {a: {subjects: [Acrobot-v1]}}\nenvironments: [CartPole-v1]",
+            "the file does not have: CartPole-v1",
+        ),
+        ("methods: [a]\nenvironments: [NoSuchEnv-v0]", "steps of NoSuchEnv-v0 must be a whole number"),
+        ("methods: [a]\nrecipes: [tinny]", "did you mean 'tiny'?"),
+        ("methods: {a: {preset: CartPol-v1}}\nenvironments: [CartPole-v1]", "did you mean CartPole-v1"),
+        ("methods: {a: {advantage_function: nowhere:f}}\nenvironments: [CartPole-v1]", "no module 'nowhere'"),
+        ("methods: [a]\nenvironments: [CartPole-v1, CartPole-v1]", "is named twice"),
+        ("methods: [", "is not YAML"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, wrong: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan.read(write(tmp_path, wrong))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("methods: {a: {settings: {learnin_rate: 1}}}\nenvironments: [CartPole-v1]", "'learning_rate'"),
+        ("methods: {a: {settings: {gamma: 7}}}\nenvironments: [CartPole-v1]", "gamma"),
+        ("methods: {a: {settings: {num_generation: 4}}}\nrecipes: [tiny]", "'num_generations'"),
+        ("methods: [a]\nenvironments: {NoSuchEnv-v0: {steps: 10}}", "NoSuchEnv"),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_run_begins(tmp_path: Path, wrong: str, said: str) -> None:
+    planned = plan.read(write(tmp_path, wrong))
+    with pytest.raises(UsageError) as caught:
+        plan.check(planned)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds"),
+    [("0-4,7", [0, 1, 2, 3, 4, 7]), (3, [3]), ("2, 1 - 2", [2, 1]), ([5, "0-1"], [5, 0, 1])],
+)
+def test_seeds_are_numbers_and_ranges(given: object, seeds: list[int]) -> None:
+    assert parse_seeds(given) == seeds
+
+
+@pytest.mark.parametrize("wrong", ["", "4-1", "a", "-3", "1;2", True, 1.5, "0-99999999", None])
+def test_other_seeds_are_refused(wrong: object) -> None:
+    with pytest.raises(UsageError, match="seeds="):
+        parse_seeds(wrong)
