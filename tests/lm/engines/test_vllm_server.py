@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from small_vllm import build
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm import GRPOTrainer
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.streams import Stream
 
 
 class StandIn:
@@ -235,6 +238,23 @@ def test_an_adapter_is_merged_into_what_the_server_is_handed(tmp_path: Path, ser
     made = trainer(tmp_path, server.url, model=(adapted, tokenizer), max_steps=1)
     made.train()
     assert made.state.log_history[0]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_a_stop_string_ends_a_completion(tmp_path: Path, server: StandIn) -> None:
+    made = trainer(tmp_path, server.url, stop_strings=["e", "ij"], max_completion_length=20)
+    sampler, prompts = made.policy.sampler, [[1, 5, 9]]
+    free = sampler.sample(prompts, 16, SamplingSettings(20), Stream(2))
+    settings = replace(made.policy.sampling(), temperature=1.0)
+    cut = sampler.sample(prompts, 16, settings, Stream(2))
+    texts = made.processing_class.batch_decode([c.ids for c in free])
+    assert any(c.stopped for c in cut)
+    assert any(not c.stopped for c in cut)
+    for whole, text, c in zip(free, texts, cut, strict=True):
+        ends = [text.find(stop) + len(stop) for stop in ("e", "ij") if stop in text]
+        n = min(ends, default=len(whole.ids))  # each token is a character
+        assert (c.ids, c.stopped) == (whole.ids[:n], bool(ends))
+        assert c.finished == (bool(ends) or whole.finished)
+        assert torch.equal(c.logp, whole.logp[:n])
 
 
 def test_filters_beside_the_correction_are_warned_of(tmp_path: Path, server: StandIn, caplog: Any) -> None:

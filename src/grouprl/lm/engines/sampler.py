@@ -10,7 +10,7 @@ import torch
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.engines.colocated import ColocatedEngine
-from grouprl.lm.engines.engine import Engine, Request, options_of
+from grouprl.lm.engines.engine import Answer, Engine, Request, options_of
 from grouprl.lm.engines.server import ServerEngine
 from grouprl.lm.engines.weights import check_weights, hub_weights
 from grouprl.lm.packed.trial import Trial
@@ -66,12 +66,22 @@ class VllmSampler:
         with torch.no_grad():
             self.engine.load(hub_weights(self.model))
         answers = self.engine.generate(requests, options_of(settings, self.end_ids))
-        found = [Completion(a.ids, torch.tensor(a.logp, dtype=torch.float32), a.finished) for a in answers]
+        found = [self._completion(answer, settings) for answer in answers]
         if not all(completion.ids for completion in found):
             raise TrainingError(f"{self.engine.where} returned a completion without a token")
         if not all_finite(torch.cat([completion.logp for completion in found])):
             raise NotFiniteError("logits are not finite")
         return found
+
+    def _completion(self, answer: Answer, settings: SamplingSettings) -> Completion:
+        """The completion, up to a stop string if there is one: vLLM is handed tokens, and knows no text."""
+        ids, logp, stop = answer.ids, torch.tensor(answer.logp, dtype=torch.float32), settings.stop
+        if stop is not None:
+            may = stop.may_end(int(self.model.get_input_embeddings().weight.shape[0]))
+            for n in range(max(1, settings.min_new_tokens), len(ids) + 1):
+                if may[ids[n - 1]] and ids[n - 1] not in self.end_ids and stop.ends(ids[:n]):
+                    return Completion(ids[:n], logp[:n], True, stopped=True)
+        return Completion(ids, logp, answer.finished)
 
     def sample_episodes(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
+from grouprl.lm.settings.fsdp import read_sharding
 from grouprl.objective import ESTIMATORS, LOSSES
 from grouprl.objective_settings import objective_problems
 
@@ -15,6 +16,7 @@ def problems(config: Fields) -> list[str]:
         *_objective_problems(config),
         *_best_problems(config),
         *_vllm_problems(config),
+        *_sharding_problems(config),
     ]
 
 
@@ -155,6 +157,15 @@ def _vllm_problems(c: Fields) -> list[str]:
                 "vllm_importance_sampling_correction=False"
             )
     return found
+
+
+def _sharding_problems(c: Fields) -> list[str]:
+    try:
+        if c.fsdp:
+            read_sharding(c.fsdp, c.fsdp_config)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _remainder(steps: float, of: float) -> bool:
