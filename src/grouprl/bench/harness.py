@@ -72,7 +72,7 @@ def rows_of(plan: Plan, rows: Iterable[Row]) -> list[Row]:
 
 
 def rows_in(plan: Plan, out: Path) -> list[Row]:
-    """Those of a plan that the folder ``out`` has, for :func:`report`. Raises as :func:`~grouprl.bench.rows.read_rows`."""
+    """Those of a plan that ``out`` has, for :func:`report`. Raises DamagedFileError if its file holds no rows."""
     return rows_of(plan, read_rows(out / "rows.jsonl"))
 
 
