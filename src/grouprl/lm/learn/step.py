@@ -86,9 +86,10 @@ class Step:
     def remember_old(self) -> None:
         """Store log-probabilities under the current policy: before it moves, for a step that comes later."""
         index = steps_of(self.own, self.samples.lengths)
-        if self.micro_batches and not self.samples.knows_old(index):
-            logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
-            self.samples.remember_old(index, logp[index])
+        with self.policy.together():
+            if self.micro_batches and not self.samples.knows_old(index):
+                logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
+                self.samples.remember_old(index, logp[index])
 
     def gradients(self, sums: StepSums, mismatch: Mismatch, *, remember: bool, number: int = 0) -> Iterator[None]:
         """Write the gradient of the loss over one micro-batch after another, by a backward pass each.
@@ -101,14 +102,18 @@ class Step:
         samples, lengths = self.samples, self.samples.lengths
         reference = self.policy.reference if self.config.kl_in == "loss" else None
         active = steps_of(self.own, lengths)
-        if self.micro_batches and reference is not None and not samples.knows_reference(active):
-            samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
+        if reference is not None:
+            with reference.in_place(), self.policy.together():
+                if self.micro_batches and not samples.knows_reference(active):
+                    samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
         old_known = samples.knows_old(active)
         chosen, of_entropy = self._by_entropy()
         device = self.policy.device
         dropout = self.policy.log_probs.dropout
         apart = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=dropout)
-        with apart, self.policy.log_probs.learning() if self.micro_batches else nullcontext():
+        some = bool(self.micro_batches) or self.policy.sharded is not None
+        learning = self.policy.log_probs.learning() if some else nullcontext()
+        with apart, learning, self.policy.together(learning=True):
             for batch in self.micro_batches:
                 index = steps_of(batch.samples, lengths)
                 fixed = Fixed(
@@ -132,7 +137,7 @@ class Step:
                         "the loss depends on no trained weight: the adapter is merged into the model or switched off; "
                         "undo that (model.unmerge_adapter()), or begin anew with the model as it is now"
                     )
-                terms.loss.backward()  # type: ignore[no-untyped-call]
+                self.policy.backward(terms.loss)
                 here = sums_of(self.objective, terms, tokens.entropy, fixed)
                 logp = tokens.logp.detach().cpu()
                 self._check_finite(here, logp)
@@ -157,8 +162,9 @@ class Step:
         counted[steps_of(self.active, lengths)] = True
         if share < 1.0 and len(self.active):
             entropy = torch.zeros(len(self.weights))
-            if self.micro_batches:
-                entropy = self.policy.log_probs.terms_without_gradient(self.micro_batches, lengths).entropy
+            with self.policy.together():
+                if self.micro_batches:
+                    entropy = self.policy.log_probs.terms_without_gradient(self.micro_batches, lengths).entropy
             self.policy.ranks.add(entropy)  # each is 0 where another process has it
             ordered = entropy[counted].sort().values
             least = ordered[math.ceil((len(ordered) - 1) * (1.0 - share) - 1e-9)]

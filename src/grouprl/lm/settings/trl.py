@@ -36,11 +36,14 @@ class Foreign(NamedTuple):
 
 GENERATION = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_completion_length",
+    "stop_strings",
 )  # fmt: skip
-"""What generation_kwargs may hold, beside max_new_tokens."""
+"""What generation_kwargs may hold."""
+_OF_GENERATION = {"max_new_tokens": "max_completion_length", "stop": "stop_strings"}
+"""What some of it is called there."""
 
 _END = "; the model's generation_config.eos_token_id is heard, and may hold several tokens that end a completion"
-_ENDS = dict.fromkeys(("stop_strings", "stop", "stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
+_ENDS = dict.fromkeys(("stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
 """What to use in the place of options that end a completion."""
 
 RENAMED = {
@@ -75,7 +78,7 @@ _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding"
 _ENTROPY = "entropy_coef is a constant here; set it, or epsilon_high above epsilon, such as 0.28; leave it out"
 _VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
-_LAUNCH = "each process holds the whole model; start several by torchrun to share the work, and leave it out"
+_LAUNCH = "start several processes by torchrun to share the work, and set fsdp=True to shard the weights; leave it out"
 _NOISE = "not offered; leave it out"
 _COMPILE = "the layers are compiled where that is possible"
 _PRECISION = "set bf16=True for low precision; leave it out"
@@ -105,7 +108,7 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
     }),
-    (_LAUNCH, {"fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None}),
+    (_LAUNCH, {"deepspeed": None, "parallelism_config": None}),
     (_NOISE, {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
     (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
@@ -272,7 +275,7 @@ def _generation_settings(values: Any) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}"]
     settings, refused = {}, []
     for given, value in values.items():
-        name = "max_completion_length" if given == "max_new_tokens" else given
+        name = _OF_GENERATION.get(str(given), given)
         if given == "do_sample" and value is True:
             continue
         if name in GENERATION:
