@@ -60,7 +60,7 @@ def timed(policy: Policy, shape: tuple[int, int, int, int], tokenizer: Any) -> t
 def mismatch(
     model: Any, drawn: list[Any], prompts: list[list[int]], group: int, most: int
 ) -> tuple[float, float, float]:
-    """Mean and largest difference of log-probabilities, and the estimate k3 of KL(model || sampler), in nats a token."""
+    """Mean and largest difference of log-probabilities, and the estimate k3 of the divergence, in nats a token."""
     some = range(0, len(drawn), max(1, len(drawn) // most))
     with own_pass(model):
         own = torch.cat([own_terms(model, prompts[i // group], drawn[i].ids).logp for i in some])
@@ -116,7 +116,7 @@ def main() -> None:
             "# The built-in sampler beside vLLM",
             "",
             f"SmolLM2-135M, bfloat16, CPU, {torch.get_num_threads()} threads each, torch {torch.__version__}. Medians "
-            f"of {asked.rounds} pairs in turns (smallest to largest). vLLM runs eagerly in this process, with blocks of "
+            f"of {asked.rounds} pairs in turns (smallest to largest). vLLM runs eagerly in this process, blocks of "
             "32 tokens, and a generation of it includes handing over the weights. Log-probabilities are compared with "
             f"transformers in float32, on {asked.compared} completions. Made by `python benchmarks/lm_vllm.py`.",
             "",
@@ -124,7 +124,7 @@ def main() -> None:
             "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
-            f"Handing over the weights takes {statistics.median(transfers):.2f} s. Starting vLLM takes {started:.0f} s, "
+            f"Handing over the weights takes {statistics.median(transfers):.2f} s. Starting it takes {started:.0f} s, "
             f"and {memory:,.0f} MB beside a process of {base:,.0f} MB that has the model and the built-in sampler "
             f"({os.environ['VLLM_CPU_KVCACHE_SPACE']} GB of them are for keys and values, taken as they are used).",
             "",
