@@ -20,6 +20,8 @@ import pytest
 import typer
 
 from grouprl import GRPO, cli, objective
+from grouprl.bench import plan
+from grouprl.bench.worker import run_environment
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.recorder import RunSettings
@@ -65,12 +67,16 @@ def short_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     make = GRPOTrainer.__init__
 
-    def small(self: GRPOTrainer, model: Any, reward_funcs: Any, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+    def small(
+        self: GRPOTrainer, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any
+    ) -> None:
         # Whatever model a page names, its code is run on the tiny one, which has room for 64 characters.
         assert isinstance(model, str)
         model, kwargs["processing_class"] = build_tiny(0)
         config = LanguageConfig() if args is None else args
         config = config.replace(max_steps=1, max_completion_length=min(config.max_completion_length, 4), report_to=())
+        if "environment_factory" in kwargs:
+            config = config.replace(history="turn", max_turns=1)  # two turns have more characters
         make(self, model, reward_funcs, config, *rest, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "__init__", small)
@@ -178,7 +184,7 @@ def test_a_table_the_objective_does_not_have_is_an_error() -> None:
 @pytest.mark.parametrize(
     "name",
     ["README.md", "docs/index.md", "docs/tutorial.md", "docs/environments.md", "docs/architecture.md",
-     "docs/language-models.md", "docs/agents.md"],
+     "docs/language-models.md", "docs/agents.md", "docs/agents-environments.md"],
 )  # fmt: skip
 @pytest.mark.usefixtures("short_training")
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
@@ -246,11 +252,17 @@ def test_the_own_environment_example_runs(
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_the_comparison_example_leaves_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = str(ROOT / "examples" / "compare_estimators.py")
-    monkeypatch.setattr(sys, "argv", [script, "--steps", "500", "--seeds", "1", "--out", str(tmp_path)])
-    runpy.run_path(script, run_name="__main__")
-    assert (tmp_path / "estimators.png").exists()
+def test_the_comparison_example_is_a_benchmark_whose_methods_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = plan.read(ROOT / "examples" / "compare_estimators.yaml", steps=300)
+    plan.check(planned)
+    own = planned.only(["median/*/0"]).cells[0]
+    points: list[dict[str, Any]] = []
+    small = {"episodes": 2, "point_episodes": 1, "settings": {"n_envs": 4, "collect": "segments", "n_steps": 25}}
+    assert run_environment({**own.given(), **small}, points.append)["steps_done"] >= 300
+    assert len(points) > 1
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

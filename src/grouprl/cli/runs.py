@@ -16,6 +16,7 @@ from grouprl.runs.files import user_path
 if TYPE_CHECKING:
     from grouprl.lm.run.watching import Watching
     from grouprl.lm.train.evaluation import HeldOut
+    from grouprl.runs.wording import Wording
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as train or train-lm leaves it, or a model.safetensors.")]
 Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
@@ -60,7 +61,8 @@ def resume(
 def evaluate(
     run: Run,
     episodes: Annotated[
-        int | None, typer.Option(help="Complete episodes to play (default 100), or held-out prompts to answer.")
+        int | None,
+        typer.Option(help="Complete episodes (default 100), or held-out prompts of a language model."),
     ] = None,
     seed: Seed = 0,
     sampled: Sampled = False,
@@ -72,12 +74,14 @@ def evaluate(
     """Play complete episodes with a trained policy and print their returns; answer prompts with a language model."""
     if of_language(run):
         from grouprl.lm.run.training import evaluate as evaluate_model
+        from grouprl.runs import RunFolder
+        from grouprl.runs.wording import wording
 
         if sampled or env is not None:
             raise UsageError("--sampled and --on are for environments; a language model answers greedily")
         if seed:
             raise UsageError("--seed is for environments; a language model answers the same questions each time")
-        print(_measured(evaluate_model(run, episodes, answers)))
+        print(_measured(evaluate_model(run, episodes, answers), wording(RunFolder.open(run).read_config())))
         return
     from grouprl.envs.evaluation import evaluate as evaluate_agent
     from grouprl.envs.grpo import GRPO
@@ -98,12 +102,12 @@ def evaluate(
     )
 
 
-def _measured(result: HeldOut) -> str:
+def _measured(result: HeldOut, words: Wording) -> str:
     """What an evaluation of a language model found: success, turns of episodes, and what went wrong in them."""
     low, high = result.interval
     lines = [
-        f"accuracy {result.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), mean reward {result.reward:.3f}, "
-        f"greedy, on {result.n} held-out prompts"
+        f"{words.success} {result.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+        f"mean reward {result.reward:.3f}, greedy, on {result.n} {words.held_out}"
     ]
     if "episodes/mean_turns" in result.numbers:
         lines.append(f"{result.numbers['episodes/mean_turns']:.1f} turns an episode on average")

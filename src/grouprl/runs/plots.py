@@ -13,6 +13,7 @@ from grouprl.errors import UsageError
 from grouprl.runs.files import atomic_path
 from grouprl.runs.folder import RunFolder
 from grouprl.runs.metrics import read_metrics
+from grouprl.runs.wording import wording
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ _AXIS_NAMES = {
     "train_seconds": "Training time (s)",
     "eval_return": "Return in evaluation",
     "reward": "Reward",
-    "eval_accuracy": "Greedy accuracy on held-out prompts",
+    "eval_accuracy": "{Success} on {held_out}, greedy",
 }
 # Colours that people with colour blindness can tell apart (Okabe and Ito, 2008), the darkest first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -40,7 +41,7 @@ _EVALUATION_OF = {"return_mean": "eval_return", "reward": "eval_reward"}
 """What is shown beside a curve as dots: the same quantity, in evaluations."""
 _MEANING = {
     "return_mean": ("line: training, sampled actions, mean of recent episodes", "dot: evaluation, greedy actions"),
-    "reward": ("line: training, sampled completions", "dot: evaluation on held-out prompts"),
+    "reward": ("line: training, sampled completions", "dot: evaluation on {held_out}"),
 }
 """What the legend says of line and dots."""
 _FEWEST_FOR_AN_INTERVAL = 5
@@ -90,6 +91,7 @@ def plot_runs(
     if not run_paths:
         raise UsageError("No runs to plot. Give at least one run folder.")
     runs = [_load(RunFolder.open(path), x, y) for path in run_paths]
+    words = wording(runs[0].config)
     groups, notes = _without_repetitions(_group(runs, group_by), group_by)
     names = labels([group[0].config for group in groups], group_by)
 
@@ -101,10 +103,10 @@ def plot_runs(
     if threshold is not None:
         axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
     if y in _EVALUATION_OF and any(len(run.evaluation[0]) for run in runs):
-        line, dot = _MEANING[y]
+        line, dot = (words(text) for text in _MEANING[y])
         axes.plot([], [], color="0.5", linewidth=1.8, label=line)
         axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label=dot)
-    _dress(axes, runs, x, y)
+    _dress(axes, runs, x, words(_AXIS_NAMES[y]) if y in _AXIS_NAMES else y)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     save(figure, out)
     return notes
@@ -266,7 +268,7 @@ def _bootstrap(values: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
+def _dress(axes: Axes, runs: Sequence[_Run], x: str, y_name: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     subjects = {subject_of(run.config) for run in runs}
@@ -275,7 +277,7 @@ def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
         arenas = {"env_id" in run.config for run in runs}
         x_name = {True: "Environment steps", False: "Optimizer steps"}[arenas.pop()] if len(arenas) == 1 else x_name
     axes.set_xlabel(x_name)
-    axes.set_ylabel(_AXIS_NAMES.get(y, y))
+    axes.set_ylabel(y_name)
     if x == "step":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(subjects) == 1 and None not in subjects:
