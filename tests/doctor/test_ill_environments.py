@@ -74,7 +74,7 @@ def names(path: Path, env: str, steps: int, run: dict[str, Any] | None = None, *
     return {one.name for one in examine(path) if one.ill}
 
 
-CASES = {
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "no-signal": ("MountainCar-v0", 5000, {}),
     "reward-flat": ("CartPole-v1", 10_000, {"learning_rate": 1e-8, "collect": "episodes", "min_steps": 200}),
     "learning-rate-below-precision": ("CartPole-v1", 4000, {"learning_rate": 1e-10}),
