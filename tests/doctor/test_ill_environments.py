@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "reward-flat": ("CartPole-v1", 10_000, {"learning_rate": 1e-8, "collect": "episodes", "min_steps": 200}),
     "learning-rate-below-precision": ("CartPole-v1", 4000, {"learning_rate": 1e-10}),
     "kl-spike": ("CartPole-v1", 6000, {"learning_rate": 0.3, "epochs": 4}),
-    "all-clipped": ("CartPole-v1", 4000, {"learning_rate": 0.03, "epochs": 20, "epsilon": 0.01}),
+    "all-clipped": ("CartPole-v1", 2000, {"learning_rate": 0.003, "epochs": 20, "epsilon": 1e-4, "n_steps": 16}),
     "learning-rate-on-its-floor": (
         "CartPole-v1",
         5000,
