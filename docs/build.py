@@ -364,7 +364,7 @@ stands for all of its public functions. The objective is a third part, in `OBJEC
 
 OBJECTIVE_PARTS = (
     "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "features", "level",
-    "importance", "returns", "packed", "surrogates", "sequence", "divergences", "weights",
+    "importance", "returns", "packed", "surrogates", "sequence", "correction", "divergences", "weights",
 )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ import pytest
 import typer
 
 from grouprl import GRPO, cli, objective
+from grouprl.bench import plan
+from grouprl.bench.worker import run_environment
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.recorder import RunSettings
@@ -250,11 +252,17 @@ def test_the_own_environment_example_runs(
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_the_comparison_example_leaves_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = str(ROOT / "examples" / "compare_estimators.py")
-    monkeypatch.setattr(sys, "argv", [script, "--steps", "500", "--seeds", "1", "--out", str(tmp_path)])
-    runpy.run_path(script, run_name="__main__")
-    assert (tmp_path / "estimators.png").exists()
+def test_the_comparison_example_is_a_benchmark_whose_methods_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = plan.read(ROOT / "examples" / "compare_estimators.yaml", steps=300)
+    plan.check(planned)
+    own = planned.only(["median/*/0"]).cells[0]
+    points: list[dict[str, Any]] = []
+    small = {"episodes": 2, "point_episodes": 1, "settings": {"n_envs": 4, "collect": "segments", "n_steps": 25}}
+    assert run_environment({**own.given(), **small}, points.append)["steps_done"] >= 300
+    assert len(points) > 1
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field, field_validator
 from grouprl.errors import shown
 from grouprl.lm.settings import fsdp
 from grouprl.lm.settings.trl import mapping_of
+from grouprl.objective.correction import CorrectionMode
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
@@ -132,6 +133,40 @@ class Fields(ObjectiveSettings):
     )
     max_rows_per_decode: int | None = Field(
         None, ge=1, description="completions sampled side by side; default: as many as memory suggests"
+    )
+
+    # --- vLLM in the place of the built-in sampler -----------------------------------------------------------------
+    use_vllm: bool = Field(False, description="sample by vLLM, a package of its own, instead of the built-in sampler")
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate", description="colocate = vLLM runs in this process; server = a server that you have started samples"
+    )
+    vllm_server_base_url: str | None = Field(
+        None, description="address of that server, such as http://localhost:8000; default: host and port say it"
+    )
+    vllm_server_host: str = Field("0.0.0.0", description="its host")
+    vllm_server_port: int = Field(8000, ge=1, le=65535, description="its port")
+    vllm_server_timeout: float = Field(240.0, gt=0, description="seconds to wait until the server is up")
+    vllm_gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="share of the memory, on a CPU of the machine's, that vLLM takes in this process"
+    )
+    vllm_max_model_length: int | None = Field(
+        None, ge=1, description="most tokens of a prompt and its completion in vLLM; default: the model's context"
+    )
+    vllm_tensor_parallel_size: int = Field(
+        1, ge=1, description="devices that one model is split over; in this process 1, a server has its own option"
+    )
+    vllm_importance_sampling_correction: bool = Field(
+        True, description="weigh what vLLM sampled by how likely it is under the model as it learns"
+    )
+    vllm_importance_sampling_mode: CorrectionMode = Field(
+        "sequence_mask",
+        description="ratio of each token or of the whole completion; beyond a bound it is truncated, or masked to 0",
+    )
+    vllm_importance_sampling_clip_max: float | None = Field(
+        3.0, gt=0, description="upper bound of that ratio; null = none"
+    )
+    vllm_importance_sampling_clip_min: float | None = Field(
+        None, ge=0, description="lower bound of that ratio; null = none"
     )
 
     # --- episodes of several turns ---------------------------------------------------------------------------------
