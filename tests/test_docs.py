@@ -31,6 +31,7 @@ from grouprl.lm.models.tiny import build_tiny
 from grouprl.lm.run import recipe
 from grouprl.lm.run import training as lm_training
 from grouprl.lm.settings.batch_plan import batch_plan
+from grouprl.lm.settings.trl import FOREIGN, RENAMED
 from grouprl.objective_settings import OneOf
 from grouprl.runs import read_metrics
 
@@ -154,6 +155,17 @@ def test_the_reference_names_every_setting_once() -> None:
 def test_the_reference_names_every_setting_of_language_models_once() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", build.lm_settings_part(), re.M)
     assert rows == list(LanguageConfig.model_fields)
+
+
+def test_the_reference_says_what_becomes_of_every_setting_of_trl() -> None:
+    names = (ROOT / "docs" / "trl-1.16-settings.txt").read_text(encoding="utf-8").split()
+    part = build.trl_settings_part()
+    assert [name for name in names if f"`{name}`" not in part] == []
+    known = {*LanguageConfig.model_fields, *FOREIGN, *RENAMED}
+    assert [name for name in names if name not in known] == []
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    if trl.__version__.startswith("1.16."):
+        assert sorted(trl.GRPOConfig.__dataclass_fields__) == names
 
 
 def test_the_reference_has_every_function_of_the_objective() -> None:
