@@ -34,7 +34,8 @@ COLUMNS = (
     "step", "return_mean", "return_batch", "eval_return", "episodes", "skipped_batches", "degenerate_groups",
     "policy_entropy", "policy_std", "approx_kl", "clip_fraction", "reward", "eval_reward", "eval_accuracy", "entropy",
     "kl", "clip_ratio/region_mean", "frac_reward_zero_std", "frac_duplicates", "length_reward_correlation",
-    "completions/clipped_ratio", "completions/mean_length", "learning_rate", "memory_gb", "cpu_wait",
+    "completions/clipped_ratio", "completions/mean_length", "episodes/truncated", "learning_rate", "memory_gb",
+    "cpu_wait",
 )  # fmt: skip
 SETTINGS = ("lr_schedule", "learning_rate", "kl_target", "master_dtype", "max_completion_length")
 
