@@ -11,8 +11,9 @@ it names, and nothing else::
 
 For each folder this writes `healthy/NAME.csv`, with the columns that rules read and four digits of each number, and an
 entry in `healthy/runs.yaml`, with the settings that rules read. `ill/nth-word-seed42` is the recipe at its default
-seed: after 60 steps all completions of a group are copies, and the accuracy stays at 0.74::
+seed with another estimator: after 60 steps all completions of a group are copies, and the accuracy stays at 0.74::
 
+    grouprl train-lm nth-word --out ill-runs/nth-word-seed42 --set advantage=outcome --set scale_rewards=none
     python tests/doctor/record.py ill ill-runs/*
 """
 
