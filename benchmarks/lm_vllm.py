@@ -116,7 +116,7 @@ def main() -> None:
             "# The built-in sampler beside vLLM",
             "",
             f"SmolLM2-135M, bfloat16, CPU, {torch.get_num_threads()} threads each, torch {torch.__version__}. Medians "
-            f"of {asked.rounds} pairs in turns (smallest to largest). vLLM runs eagerly in this process, blocks of "
+            f"of {asked.rounds} pairs in turns (smallest to largest). vLLM runs eagerly in this process, in blocks of "
             "32 tokens, and a generation of it includes handing over the weights. Log-probabilities are compared with "
             f"transformers in float32, on {asked.compared} completions. Made by `python benchmarks/lm_vllm.py`.",
             "",

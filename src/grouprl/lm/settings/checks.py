@@ -117,6 +117,12 @@ def _objective_problems(c: Fields) -> list[str]:
 
 def _best_problems(c: Fields) -> list[str]:
     found: list[str] = []
+    n = c.num_generations_eval or c.num_generations
+    if c.eval_pass_k is not None and max(c.eval_pass_k) > n:
+        found.append(
+            f"eval_pass_k={list(c.eval_pass_k)}: an evaluation samples {n} completions of a prompt, and k must not "
+            "exceed that; raise num_generations_eval, or lower k"
+        )
     metric = c.metric_for_best_model or ("reward" if c.load_best_model_at_end else None)
     if metric is not None and c.eval_strategy == "no":
         found.append(

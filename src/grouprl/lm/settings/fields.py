@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -33,6 +33,17 @@ from grouprl.objective.losses import names as loss_names
 from grouprl.objective_settings import RENAMED_ADVANTAGES, RENAMED_LOSSES, ObjectiveSettings, OneOf
 
 Strategy = Literal["no", "steps", "epoch"]
+
+OWN_TRACKERS = ("tensorboard", "wandb")
+"""Trackers that grouprl writes to itself, in both arenas."""
+TrackerName = Literal[
+    "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune", "dvclive", "dagshub",
+    "codecarbon", "azure_ml", "flyte", "kubeflow",
+]  # fmt: skip
+TRACKERS: tuple[str, ...] = get_args(TrackerName)
+"""All trackers: the others are written to by transformers' callbacks."""
+_CALLED = {"comet": "comet_ml", "azureml": "azure_ml"}
+_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
 
 
 _LOSSES_ELSEWHERE = RENAMED_LOSSES | {"gspo": "grpo with importance_sampling_level='sequence'"}
@@ -51,8 +62,16 @@ class Fields(ObjectiveSettings):
     seed: int = Field(42, ge=0, description="of every random stream")
     data_seed: int | None = Field(None, ge=0, description="of the order of the prompts; default: seed")
     use_cpu: bool = Field(False, description="stay on the CPU even where there is an accelerator")
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        ("tensorboard",), description="trackers: tensorboard, wandb, several in a list, or none"
+    report_to: tuple[TrackerName, ...] = Field(
+        ("tensorboard",),
+        description="trackers: tensorboard, wandb, trackio, mlflow, comet_ml or another of transformers', several in a "
+        "list, all that are installed, or none",
+    )
+    project: str = Field("huggingface", description="of trackio")
+    trackio_space_id: str | None = Field(None, description="Space on the hub where trackio shows the run")
+    trackio_bucket_id: str | None = Field(None, description="bucket on the hub where trackio keeps it")
+    trackio_static_space_id: str | bool | None = Field(
+        None, description="Space where trackio leaves a snapshot after training; false = none"
     )
     disable_tqdm: bool | None = Field(None, description="no progress bar; default: none where there is no terminal")
 
@@ -301,6 +320,15 @@ class Fields(ObjectiveSettings):
     num_generations_eval: int | None = Field(
         None, ge=1, description="completions per prompt in evaluation; default: num_generations"
     )
+    eval_pass_k: tuple[int, ...] | None = Field(
+        None,
+        description="k of eval_pass@k, the chance that one of k completions is right, without bias from all of an "
+        "evaluation's; eval_avg@n, the share of right ones among n, comes with it",
+    )
+    solved_reward: float = Field(1.0, description="reward from which a completion counts as right in an evaluation")
+    solved_by: str | None = Field(
+        None, description="reward function whose reward that is; default: the weighted sum of all"
+    )
     save_strategy: Strategy = Field("steps", description="when checkpoints are written")
     save_steps: float = Field(500, gt=0, description="optimizer steps between; below 1: share of the run")
     save_total_limit: int | None = Field(None, ge=1, description="checkpoints kept; default: all")
@@ -356,16 +384,16 @@ class Fields(ObjectiveSettings):
     @field_validator("report_to", mode="before")
     @classmethod
     def _trackers(cls, value: Any) -> Any:
-        allowed = "choose tensorboard, wandb, both in a list, or none"
+        allowed = f"choose {', '.join(TRACKERS)}, several in a list, all, or none"
         if value is not None and value is not False and not isinstance(value, str | list | tuple | set | frozenset):
             raise ValueError(f"names no tracker; {allowed}")
         names = (value,) if isinstance(value, str) else tuple(value or ())
         if names == ("all",):
-            names = tuple(name for name in ("tensorboard", "wandb") if find_spec(name) is not None)
+            names = tuple(name for name in TRACKERS if find_spec(_PACKAGES.get(name, name)) is not None)
         for name in names:
-            if not isinstance(name, str) or name not in ("tensorboard", "wandb", "none"):
+            if not isinstance(name, str) or name not in (*TRACKERS, *_CALLED, "none"):
                 raise ValueError(f"{shown(name)} is no tracker here; {allowed}")
-        return tuple(name for name in names if name != "none")
+        return tuple(dict.fromkeys(_CALLED.get(name, name) for name in names if name != "none"))
 
     @field_validator(
         "model_init_kwargs", "gradient_checkpointing_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
@@ -385,6 +413,18 @@ class Fields(ObjectiveSettings):
     def _strings(cls, value: Any) -> Any:
         empty = isinstance(value, str | list | tuple) and not len(value)
         return None if empty else (value,) if isinstance(value, str) else value
+
+    @field_validator("eval_pass_k", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("eval_pass_k")
+    @classmethod
+    def _at_least_one(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and any(k < 1 for k in value):
+            raise ValueError("must hold whole numbers of at least 1, such as [1, 4]")
+        return value or None
 
     @field_validator("stop_strings")
     @classmethod

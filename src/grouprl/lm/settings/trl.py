@@ -87,7 +87,6 @@ _DETERMINISM = "call transformers.enable_full_determinism(seed) before training;
 _ORDER = "set shuffle_dataset=False for the order of the dataset; leave it out"
 _FULL_EVAL = "evaluation runs in the precision of training; leave it out"
 _LIGER = "log-probabilities never hold the whole vocabulary of a batch"
-_TRACKIO = "trackers are tensorboard and wandb; leave it out"
 
 _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     (_VLLM, {"vllm_model_impl": "vllm", "vllm_enable_sleep_mode": False, "vllm_structured_outputs_regex": None}),
@@ -103,8 +102,6 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     (_NOISE, {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
     (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
-    (_TRACKIO, {"project": "huggingface", "trackio_space_id": None, "trackio_bucket_id": None,
-                "trackio_static_space_id": None}),
     (_ORDER, {"train_sampling_strategy": "random", "group_by_length": False, "length_column_name": "length"}),
     ("", {
         "accelerator_config": None, "ds3_gather_for_generation": True, "log_multimodal": True,
