@@ -363,8 +363,8 @@ PYTHON = {
 stands for all of its public functions. The objective is a third part, in `OBJECTIVE_PARTS`."""
 
 OBJECTIVE_PARTS = (
-    "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "returns", "packed",
-    "surrogates", "sequence", "divergences", "weights",
+    "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "features", "level",
+    "importance", "returns", "packed", "surrogates", "sequence", "divergences", "weights",
 )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_train_lm_says_what_came_of_it_and_what_to_type_next(
     assert tiny(out, "--set", "task=sort", "--track", "none") == 0
     text = capsys.readouterr()
     assert f"training tiny on sort; the run folder is {out}" in text.out
-    assert "held-out accuracy, greedy:" in text.out
+    assert "accuracy on held-out prompts, greedy:" in text.out
     for command in ("chat", "evaluate", "plot"):
         assert f"grouprl {command} {out}" in text.out
     assert text.err == ""

@@ -65,12 +65,16 @@ def short_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     make = GRPOTrainer.__init__
 
-    def small(self: GRPOTrainer, model: Any, reward_funcs: Any, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+    def small(
+        self: GRPOTrainer, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any
+    ) -> None:
         # Whatever model a page names, its code is run on the tiny one, which has room for 64 characters.
         assert isinstance(model, str)
         model, kwargs["processing_class"] = build_tiny(0)
         config = LanguageConfig() if args is None else args
         config = config.replace(max_steps=1, max_completion_length=min(config.max_completion_length, 4), report_to=())
+        if "environment_factory" in kwargs:
+            config = config.replace(history="turn", max_turns=1)  # two turns have more characters
         make(self, model, reward_funcs, config, *rest, **kwargs)
 
     monkeypatch.setattr(GRPOTrainer, "__init__", small)
@@ -178,7 +182,7 @@ def test_a_table_the_objective_does_not_have_is_an_error() -> None:
 @pytest.mark.parametrize(
     "name",
     ["README.md", "docs/index.md", "docs/tutorial.md", "docs/environments.md", "docs/architecture.md",
-     "docs/language-models.md", "docs/agents.md"],
+     "docs/language-models.md", "docs/agents.md", "docs/agents-environments.md"],
 )  # fmt: skip
 @pytest.mark.usefixtures("short_training")
 def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:

@@ -5,6 +5,7 @@ them, drawn at random, gets SIGKILL at a random moment. torchrun ends the other 
 the newest checkpoint. The weights at the end are compared, bit for bit, with those of a run that was left alone.
 
     python benchmarks/robustness/rank_kills.py --n 20
+    python benchmarks/robustness/rank_kills.py --n 5 --fsdp     # the weights sharded
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ STEPS = 12
 PAUSE = 0.4
 """Seconds that each step waits, so that a kill at a random moment is one at a random step."""
 SECONDS = 180
+TIMEOUT = 60
+"""Seconds that a process waits for another that neither answers nor ends."""
 
 
-def work(folder: Path) -> None:
+def work(folder: Path, fsdp: bool) -> None:
     """What each process does: train, from the newest checkpoint if there is one, and leave the weights."""
     import torch
     from transformers import TrainerCallback
 
+    from grouprl.learning.shards import whole
     from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
     from grouprl.lm.models.tiny import build_tiny
 
@@ -47,7 +51,7 @@ def work(folder: Path) -> None:
     config = GRPOConfig(
         output_dir=folder / "run", prompts_per_step=2, num_generations=4, max_completion_length=4, max_steps=STEPS,
         steps_per_generation=2, num_iterations=2, save_strategy="steps", save_steps=1, save_total_limit=3,
-        learning_rate=1e-3, report_to=[], bf16=False, disable_tqdm=True,
+        learning_rate=1e-3, report_to=[], bf16=False, disable_tqdm=True, ddp_timeout=TIMEOUT, fsdp=fsdp,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model, task.reward, config, tasks.dataset(task, "train", 40, form="text"), processing_class=tokenizer,
@@ -57,15 +61,15 @@ def work(folder: Path) -> None:
     with (folder / f"starts{rank}").open("a") as file:
         file.write(f"{saved[-1].name if saved else 'nothing'}\n")
     trainer.train(resume_from_checkpoint=bool(saved))
-    torch.save({name: p.detach() for name, p in model.named_parameters()}, folder / f"weights{rank}.pt")
+    torch.save({name: whole(p) for name, p in model.named_parameters()}, folder / f"weights{rank}.pt")
 
 
-def launch(folder: Path, restarts: int) -> subprocess.Popen[bytes]:
+def launch(folder: Path, restarts: int, fsdp: bool = False) -> subprocess.Popen[bytes]:
     """torchrun with two processes."""
     folder.mkdir(parents=True)
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
-         str(restarts), "--monitor-interval", "0.1", __file__, "--work", str(folder)],
+         str(restarts), "--monitor-interval", "0.1", __file__, "--work", str(folder), *(["--fsdp"] if fsdp else [])],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=(folder / "log").open("wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -85,16 +89,17 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--only", type=int, help="the one try of this number")
     parser.add_argument("--out", type=Path, help="write the table there too")
+    parser.add_argument("--fsdp", action="store_true", help="shard the weights")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
-        work(options.work)
+        work(options.work, options.fsdp)
         return
     import torch
 
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        if end_of(launch(root / "alone", 0)):
+        if end_of(launch(root / "alone", 0, options.fsdp)):
             sys.exit((root / "alone" / "log").read_text())
         wanted = torch.load(root / "alone" / "weights0.pt")
         rows = [
@@ -108,7 +113,7 @@ def main() -> None:
             folder, rank = root / str(number), draw.randrange(2)
             begun = folder / (f"pid{rank}" if number % 4 == 0 else f"starts{rank}")  # one in four while it starts
             moment = draw.uniform(0.0, STEPS * PAUSE + 1.0)
-            process = launch(folder, 20)
+            process = launch(folder, 20, options.fsdp)
             while not begun.exists() and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(moment)

@@ -18,6 +18,7 @@ _NEEDED_BY = {
     "math": "the reward math_accuracy needs",
     "bench": "benchmarks and sweeps need",
     "wandb": "the tracker wandb needs",
+    "export": "an export to ONNX needs",
     "envpool": "EnvPool's environments need",
     "box2d": "environments of Box2D need",
     "mujoco": "environments of MuJoCo need",

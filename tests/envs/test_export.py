@@ -11,71 +11,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from policies_to_export import CASES, agent_for
 from torch import nn
-
-from grouprl import GRPO
-
-QUICK: dict[str, Any] = {"preset": None, "n_envs": 4, "min_steps": 64, "max_steps": 64, "epochs": 1, "warmup_steps": 64}
-
-BOX = spaces.Box(-5, 5, (3,), np.float64)
-NESTED = spaces.Dict(
-    {
-        "picture": spaces.Box(0, 255, (20, 24, 3), np.uint8),
-        "frames": spaces.Box(0, 255, (4, 16, 16), np.uint8),
-        "grey": spaces.Box(0, 255, (17, 16), np.uint8),
-        "place": spaces.Discrete(5, start=2),
-        "pair": spaces.Tuple([spaces.MultiDiscrete([2, 3]), spaces.Box(-9, 9, (2, 2), np.float32)]),
-        "lamps": spaces.MultiBinary(3),
-    }
-)
-MASKED = spaces.Dict({"x": spaces.Box(-1, 1, (2,), np.float32), "action_mask": spaces.MultiBinary(4)})
-
-CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "box": (BOX, spaces.Discrete(3, start=1), {}),
-    "relu": (BOX, spaces.Discrete(3), {"activation": "relu", "normalize_observations": False}),
-    "gaussian": (BOX, spaces.Box(np.float32([-1, 0, -np.inf]), np.float32([2, np.inf, np.inf])), {}),
-    "double": (BOX, spaces.Box(-1, 2, (2, 1), np.float64), {}),
-    "discrete": (spaces.Discrete(6, start=-1), spaces.MultiDiscrete([[2, 3]], start=[[0, 4]]), {}),
-    "nested": (NESTED, spaces.MultiBinary((1, 3)), {}),
-    "image": (spaces.Box(0, 255, (20, 24, 3), np.uint8), spaces.Discrete(2), {}),
-    "masked": (MASKED, spaces.Discrete(4), {}),
-    "own": (
-        BOX,
-        spaces.Discrete(2),
-        {"network": lambda i, o: nn.Sequential(nn.Linear(i, 4), nn.SiLU(), nn.Linear(4, o))},
-    ),
-    "own double": (BOX, spaces.Discrete(2), {"network": lambda i, o: nn.Linear(i, o).double()}),
-}
-
-
-def agent_for(name: str) -> GRPO:
-    seen, acted, settings = CASES[name]
-
-    class Random(gym.Env[Any, Any]):
-        observation_space: Any = seen
-        action_space: Any = acted
-
-        def look(self) -> Any:
-            made = self.observation_space.sample()
-            if name == "masked":
-                made["action_mask"][0] = 1
-            return made
-
-        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-            super().reset(seed=seed)
-            self.observation_space.seed(seed)
-            self.time = 0
-            return self.look(), {}
-
-        def step(self, action: Any) -> Any:
-            self.time += 1
-            return self.look(), float(self.np_random.normal()), self.time >= 10, False, {}
-
-    agent = GRPO(Random, learning_rate=1e-2, **QUICK | settings).learn(256)
-    with torch.no_grad():
-        for p in agent.policy.parameters():
-            p.mul_(1.5)  # so that no two actions are all but equally likely
-    return agent
 
 
 def batch(space: spaces.Space[Any], m: int) -> tuple[Any, list[torch.Tensor]]:
@@ -99,7 +36,7 @@ def batch(space: spaces.Space[Any], m: int) -> tuple[Any, list[torch.Tensor]]:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("masked ")])
 def test_every_way_out_of_torch_gives_what_the_agent_gives(name: str) -> None:
     agent = agent_for(name)
     space = agent.observation_space

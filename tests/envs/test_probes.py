@@ -134,7 +134,8 @@ def test_an_environment_that_only_truncates_is_worth_the_endless_sum_at_every_st
         advantages(rollout, agent.config, agent.loop.baseline)
     assert rollout.truncated.any()
     assert not rollout.terminated.any()
-    values = agent.loop.baseline.phi(dict(rollout.inputs), rollout.elapsed) @ agent.loop.baseline.weights
+    baseline = agent.loop.baseline
+    values = baseline.phi(baseline.seen(dict(rollout.inputs)), rollout.elapsed) @ baseline.weights
     assert torch.allclose(values, torch.full_like(values, 1 / (1 - 0.9)), rtol=0.02)
 
 

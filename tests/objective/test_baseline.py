@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.objective import RandomFeatures, Sketch, baseline, fit_baseline, gae
+from grouprl.objective import BaselineBatch, RandomFeatures, Sketch, baseline, fit_baseline, gae
 
 
 def flags(*values):
@@ -16,6 +16,14 @@ def chain(copies=1):
     states = torch.cat((torch.eye(3), torch.ones(3, 1)), 1).double().repeat(copies, 1)
     rewards = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).repeat(copies)
     return states, rewards, torch.full((copies,), 3)
+
+
+def batch_of(phi, rewards=None, samples=1):
+    """Whole episodes of equal length."""
+    n = len(phi)
+    rewards = torch.zeros(n, dtype=phi.dtype) if rewards is None else rewards
+    lengths, ends = torch.full((samples,), n // samples), torch.ones(samples, dtype=torch.bool)
+    return BaselineBatch(phi, phi[:samples], rewards, lengths, ends)
 
 
 def test_features_are_what_the_formula_says():
@@ -234,7 +242,8 @@ def test_the_matrix_of_rows_gives_the_weights_that_the_matrix_of_features_gives(
     phi[:, 5] = 0.0
     phi[:, -1] = 1.0
     targets = 50 + torch.randn(n, dtype=torch.float64, generator=generator)
-    primal, dual = baseline._primal(phi, ridge)(targets), baseline._dual(phi, ridge)(targets)
+    batches = [batch_of(phi[: n // 3]), batch_of(phi[n // 3 :])]  # an earlier one makes no difference
+    primal, dual = baseline._primal(batches, ridge)(targets), baseline._dual(batches, ridge)(targets)
     assert_close(dual, primal, rtol=1e-6, atol=1e-8)
     penalty = torch.full((60,), ridge).double() * (phi.square().sum(0)).clamp(min=n * 1e-3)
     penalty[-1] = n * 1e-6
@@ -277,3 +286,78 @@ def test_a_sketch_keeps_scalar_products_in_expectation():
     y += x
     found = [float((sketch(x) * sketch(y)).sum() * 8) for sketch in (Sketch.create(2048, 256, s) for s in range(50))]
     assert np.mean(found) == pytest.approx(float((x * y).sum()), rel=0.05)
+
+
+def test_earlier_batches_enter_the_regression_as_further_rows():
+    # one step an episode, a constant as the only feature: the value is the mean reward of all rows (ridge 1e-6)
+    ones = torch.ones(2, 1, dtype=torch.float64)
+    earlier = [batch_of(ones, torch.tensor([4.0, 6.0], dtype=torch.float64), samples=2)]
+    now = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    case = (ones, ones, now, torch.tensor([1, 1]), flags(1, 1), None, 0.9, 0.9)
+    assert fit_baseline(*case).values.tolist() == pytest.approx([2.0, 2.0], rel=1e-5)
+    fit = fit_baseline(*case, earlier=earlier)
+    assert fit.values.tolist() == pytest.approx([3.5, 3.5], rel=1e-5)  # (1 + 3 + 4 + 6) / 4
+    assert fit.advantages.tolist() == pytest.approx([-2.5, -0.5], rel=1e-4)  # of this batch alone
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_fit_with_earlier_batches_is_a_fit_to_all_their_samples(dual, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    if dual:
+        monkeypatch.setattr(baseline, "_DUAL_ABOVE", 0)
+        monkeypatch.setattr(baseline, "_primal", None)  # not called
+    phi = torch.randn(90, 100 if dual else 6, generator=generator)
+    phi[:, -1] = 1.0
+    rewards, lengths, ends = torch.randn(90, generator=generator), torch.tensor([10, 20, 15, 45]), flags(1, 0, 0, 1)
+    last, weights = torch.randn(4, phi.shape[1], generator=generator), torch.randn(phi.shape[1], generator=generator)
+    whole = fit_baseline(phi, last, rewards, lengths, ends, weights, 0.9, 0.8)
+    earlier = [
+        BaselineBatch(phi[30:45], last[2:3], rewards[30:45], lengths[2:3], ends[2:3]),
+        BaselineBatch(phi[45:], last[3:], rewards[45:], lengths[3:], ends[3:]),
+    ]
+    fit = fit_baseline(phi[:30], last[:2], rewards[:30], lengths[:2], ends[:2], weights, 0.9, 0.8, earlier=earlier)
+    assert_close(fit.weights, whole.weights, rtol=1e-3, atol=1e-4)
+    assert_close(fit.advantages, whole.advantages[:30], rtol=1e-3, atol=1e-3)
+    assert fit.values.shape == (30,)
+
+
+def test_the_matrix_of_a_kept_batch_is_computed_once(monkeypatch):
+    counted, gram = [], baseline._gram
+    monkeypatch.setattr(baseline, "_gram", lambda rows: counted.append(len(rows)) or gram(rows))
+    kept = batch_of(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), samples=2)
+    for _ in range(3):
+        fit_baseline(kept.phi[:30], kept.phi[:1], kept.rewards[:30], torch.tensor([30]), flags(1), None, 0.9, 0.9,
+                     earlier=[kept])  # fmt: skip
+    assert sorted(counted) == [30, 30, 30, 40]
+
+
+def test_an_earlier_batch_of_other_features_is_refused():
+    phi, rewards, lengths = chain()
+    with pytest.raises(UsageError, match="the 4 features of this one"):
+        fit_baseline(phi, phi[:1], rewards, lengths, flags(1), None, 0.9, 0.9, earlier=[batch_of(phi[:, 1:])])
+
+
+def test_with_its_level_set_a_fit_leaves_advantages_of_mean_0():
+    # Reward 1 for ever at gamma .9 is worth 10, in two sweeps from 0 (four, the first time) at lambda .5 not nearly.
+    ones, lengths = torch.ones(40, 1, dtype=torch.float64), torch.tensor([20, 20])
+    case = (ones, ones[:2], ones[:, 0], lengths, flags(0, 0), None, 0.9, 0.5)
+    assert fit_baseline(*case).values[0].item() < 7.0
+    fit = fit_baseline(*case, level=True)
+    assert fit.values.tolist() == pytest.approx([10.0] * 40, rel=1e-9)
+    assert fit.weights.item() == pytest.approx(10.0, rel=1e-9)  # from which the next fit begins
+    assert fit.last_values.tolist() == pytest.approx([10.0, 10.0], rel=1e-9)
+    assert float(fit.advantages.mean()) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_level_shows_a_fall_as_bad_as_it_is():
+    # Reward 1 a step; of 16 pieces of 32 steps one ends in a fall. V is a constant: its advantage before the fall is
+    # 1 - V, so the lower V lags, the better the fall looks.
+    ones, lengths = torch.ones(512, 1, dtype=torch.float64), torch.full((16,), 32)
+    ends = flags(1, *[0] * 15)
+    plain, levelled = (
+        fit_baseline(ones, ones[:16], ones[:, 0], lengths, ends, None, 0.99, 0.95, level=level)
+        for level in (False, True)
+    )
+    assert plain.last_values[0].item() == levelled.last_values[0].item() == 0.0
+    assert levelled.advantages[31].item() < plain.advantages[31].item() - 5.0
+    assert float(levelled.advantages.mean()) == pytest.approx(0.0, abs=1e-9)

@@ -12,13 +12,13 @@ from grouprl.runs.plots import (
     _bootstrap,
     _common_grid,
     _dress,
-    _flatten,
     _group,
-    _labels,
     _load,
     _moving_average,
     _Run,
     _without_repetitions,
+    flatten,
+    labels,
     plot_run,
     plot_runs,
 )
@@ -113,26 +113,26 @@ def test_runs_that_differ_only_in_the_seed_share_a_line() -> None:
     ]
     groups = _group([_Run(config, EMPTY, EMPTY) for config in configs], "seed")
     assert [[run.config["seed"] for run in group] for group in groups] == [[1, 2, 3], [1, 2, 3]]
-    assert _flatten(configs[0], "seed") == {"env_id": "A", "config.lr": 0.1}
+    assert flatten(configs[0], "seed") == {"env_id": "A", "config.lr": 0.1}
 
 
 def test_a_label_says_what_tells_a_configuration_from_the_others() -> None:
     a1 = {"env_id": "A", "seed": 1, "config": {"lr": 0.1, "n": 8}}
     a2 = {"env_id": "A", "seed": 1, "config": {"lr": 0.2, "n": 8}}
     b = {"env_id": "B", "seed": 1, "config": {"lr": 0.3, "n": 4}}
-    assert _labels([a1], "seed") == ["A"]
-    assert _labels([a1, a2], "seed") == ["lr=0.1", "lr=0.2"]
-    assert _labels([a1, b], "seed") == ["A", "B"]
-    assert _labels([a1, a2, b], "seed") == ["A, lr=0.1", "A, lr=0.2", "B"]
-    assert _labels([{"seed": 1}], "seed") == ["run"]
+    assert labels([a1], "seed") == ["A"]
+    assert labels([a1, a2], "seed") == ["lr=0.1", "lr=0.2"]
+    assert labels([a1, b], "seed") == ["A", "B"]
+    assert labels([a1, a2, b], "seed") == ["A, lr=0.1", "A, lr=0.2", "B"]
+    assert labels([{"seed": 1}], "seed") == ["run"]
 
 
 def test_a_label_leaves_out_what_changes_nothing_of_learning() -> None:
     def config(total: int, **settings: object) -> dict[str, object]:
         return {"env_id": "A", "run": {"total_timesteps": total, "eval_every": total // 20}, "config": settings}
 
-    assert _labels([config(100, lr=0.1), config(200, lr=0.2)], "seed") == ["lr=0.1", "lr=0.2"]
-    assert _labels([config(1000), config(2000)], "seed") == [
+    assert labels([config(100, lr=0.1), config(200, lr=0.2)], "seed") == ["lr=0.1", "lr=0.2"]
+    assert labels([config(1000), config(2000)], "seed") == [
         "total_timesteps=1000, eval_every=50",
         "total_timesteps=2000, eval_every=100",
     ]
@@ -142,13 +142,13 @@ def test_a_preset_stands_for_its_settings_unless_two_runs_share_it() -> None:
     a = {"env_id": "A", "preset": "script", "config": {"lr": 0.1, "n": 8}}
     b = {"env_id": "A", "preset": "formula", "config": {"lr": 0.2, "n": 4}}
     c = {"env_id": "A", "preset": "formula", "config": {"lr": 0.3, "n": 4}}
-    assert _labels([a, b], "seed") == ["preset=script", "preset=formula"]
-    assert _labels([a, b, c], "seed")[1:] == ["preset=formula, lr=0.2, n=4", "preset=formula, lr=0.3, n=4"]
+    assert labels([a, b], "seed") == ["preset=script", "preset=formula"]
+    assert labels([a, b, c], "seed")[1:] == ["preset=formula, lr=0.2, n=4", "preset=formula, lr=0.3, n=4"]
 
 
 def test_runs_without_a_preset_are_called_default_as_on_the_command_line() -> None:
     one, other = {"env_id": "A", "preset": None, "seed": 0}, {"env_id": "A", "preset": "formula", "seed": 0}
-    assert _labels([one, other], "seed") == ["preset=default", "preset=formula"]
+    assert labels([one, other], "seed") == ["preset=default", "preset=formula"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_setting_that_a_configuration_holds_twice_is_named_once() -> None:
     def config(rate: float) -> dict[str, object]:
         return {"task": "t", "recipe": {"config": {"lr": rate}}, "config": {"lr": rate}}
 
-    assert _labels([config(0.1), config(0.2)], "seed") == ["lr=0.1", "lr=0.2"]
+    assert labels([config(0.1), config(0.2)], "seed") == ["lr=0.1", "lr=0.2"]
 
 
 def test_one_seed_counts_once(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def _figure(panels: Sequence[Panel], settings: list[str], out: Path) -> None:
     columns = min(len(panels), 4 if len(panels) > 6 else 3 if len(panels) > 4 else 2)
     rows = -(-len(panels) // columns)
     legend = -(-len(settings) // 3)
-    figure = Figure(figsize=(max(4.4 * columns, 5.0), 3.3 * rows + 0.25 * legend), dpi=150, layout="constrained")
+    tall = max(3.3, 0.2 * len(settings) + 1.0)  # room for a line of text each
+    figure = Figure(figsize=(max(4.4 * columns, 5.0), tall * rows + 0.25 * legend), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for number, draw in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)

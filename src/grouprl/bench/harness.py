@@ -11,11 +11,15 @@ from grouprl.bench.cells import Cell
 from grouprl.bench.plan import Plan, Scale
 from grouprl.bench.results import Results, of_rows
 from grouprl.bench.rows import Row, Rows, commit
+from grouprl.bench.sweep import Sweep, Swept
 from grouprl.errors import UsageError, shown
 from grouprl.extras import require
 from grouprl.runs.files import write_text
 
 Say = Callable[[str], None]
+
+_DRAWN = 7
+"""Settings in the figure of a sweep: more colours cannot be told apart."""
 
 
 def run(plan: Plan, out: Path, *, jobs: int, again: bool = False, say: Say = print) -> int:
@@ -107,6 +111,43 @@ def _text(
         text += f"\n## All {len(shared)} together\n\nNormalised scores: 0 to 1 is {ends}.\n\n"
         text += tables.overall(results, metric, scales, reference)
     return text
+
+
+def report_sweep(sweep: Sweep, found: Swept, out: Path) -> str:
+    """Write table.md and sweep.png of a sweep into ``out``, and return the text: settings by rank, the best first.
+
+    Raises UsageError if no trial has ended well.
+    """
+    results = of_rows(found.rows)
+    if not results.runs:
+        failed = f"; the first that failed: {results.notes[0]}" if results.notes else ""
+        raise UsageError(f"no trial has ended{failed}")
+    text = f"# Sweep of {sweep.cell.subject}\n\n{table_text(results, sweep.metric, None)}"
+    if found.pruned:
+        text += f"\nPruned: {'; '.join(found.pruned)}.\n"
+    figures.both(results.first(_DRAWN), sweep.metric, out / "sweep.png")
+    text += f"\n![The best settings over steps, and their scores](sweep.png)\n\n{_made_of(found.rows)}"
+    write_text(out / "table.md", text)
+    return text
+
+
+def table_text(results: Results, metric: str, reference: str | None) -> str:
+    """A table of runs, how to read it, and what keeps it from saying what it seems to say.
+
+    Raises UsageError if no run has the metric, or none is of the reference.
+    """
+    check_reference(results, reference)
+    text = tables.METHOD.format(reference=tables.reference_of(results, reference)) + "\n\n"
+    text += tables.table(results, metric, reference)
+    return text + "".join(f"\nNote: {note}.\n" for note in tables.warnings(results))
+
+
+def draw(results: Results, metric: str, out: Path) -> None:
+    """A figure of runs: sample efficiency and scores of the one subject, or scores alone of several."""
+    if len(results.runs) == 1:
+        figures.both(results, metric, out)
+    else:
+        figures.scores(results, metric, {}, out)
 
 
 def check_reference(results: Results, reference: str | None) -> None:

@@ -69,23 +69,23 @@ def read(path: Path, *, steps: int | None = None, seeds: str | None = None) -> P
 
     Raises UsageError for what it must not hold; nothing is made yet (:func:`check` does that).
     """
-    values = _mapping(read_yaml(path), str(path), _FILE)
-    methods = {str(name): _mapping(given, f"method {name}", _METHOD) for name, given in _named(values, "methods", path)}
+    values = mapping(read_yaml(path), str(path), _FILE)
+    methods = {str(name): mapping(given, f"method {name}", _METHOD) for name, given in _named(values, "methods", path)}
     subjects = [
-        (str(name), arena, _mapping(given, f"{name} in {path}", _SUBJECT[arena]))
+        (str(name), arena, mapping(given, f"{name} in {path}", _SUBJECT[arena]))
         for arena, key in ((ENVIRONMENTS, "environments"), (LANGUAGE, "recipes"))
         for name, given in _named(values, key, path)
     ]
     if not methods or not subjects:
         raise UsageError(f"{path} must name methods, and environments or recipes to try them on")
-    counts = {name: _whole(values.get(name, default), f"{name} in {path}") for name, default in _COUNTS.items()}
+    counts = {name: whole(values.get(name, default), f"{name} in {path}") for name, default in _COUNTS.items()}
     cells, scales = [], {}
     for subject, arena, given in subjects:
         scale = given.get("scale", [0.0, 1.0] if arena == LANGUAGE else None)
         if scale is not None:
             scales[subject] = _scale(scale, subject)
-        about = _subject(subject, arena, given, None if steps is not None else values.get("steps"))
-        about["steps"] = _whole(steps if steps is not None else about["steps"], f"steps of {subject}")
+        about = subject_fields(subject, arena, given, None if steps is not None else values.get("steps"))
+        about["steps"] = whole(steps if steps is not None else about["steps"], f"steps of {subject}")
         tried = seeds if seeds is not None else given.get("seeds", values.get("seeds", "0-4"))
         for method, options in methods.items():
             if subject in _list(options.get("subjects", [subject]), f"subjects of method {method}"):
@@ -97,7 +97,7 @@ def read(path: Path, *, steps: int | None = None, seeds: str | None = None) -> P
     return Plan(path.stem, str(values.get("about", "")).strip(), cells, scales)
 
 
-def _subject(name: str, arena: str, given: Mapping[str, Any], steps: object) -> dict[str, Any]:
+def subject_fields(name: str, arena: str, given: Mapping[str, Any], steps: object) -> dict[str, Any]:
     """Fields of a cell that say what is tried on, and for how many steps."""
     if arena == LANGUAGE:
         from grouprl.lm.run import recipe as recipes
@@ -111,23 +111,23 @@ def _subject(name: str, arena: str, given: Mapping[str, Any], steps: object) -> 
     kwargs = given.get("env_kwargs", preset.env_kwargs if preset is not None else {})
     return {
         "env_id": str(given.get("env_id", preset.env_id if preset is not None else name)),
-        "env_kwargs": _mapping(kwargs, f"env_kwargs of {name}", None),
+        "env_kwargs": mapping(kwargs, f"env_kwargs of {name}", None),
         "steps": given.get("steps", steps if steps is not None else usual),
     }  # fmt: skip
 
 
 def _cell(method: str, options: Mapping[str, Any], subject: str, arena: str, rest: dict[str, Any]) -> Cell:
-    settings = with_numbers(_mapping(options.get("settings", {}), f"settings of method {method}", None))
+    settings = with_numbers(mapping(options.get("settings", {}), f"settings of method {method}", None))
     functions = {name: str(options[name]) for name in FUNCTIONS if options.get(name) is not None}
     worker = tuple(shlex.split(str(options["worker"]))) if options.get("worker") else ()
     return Cell(
         method, subject, arena, seed=0, settings=settings, functions=functions, worker=worker,
-        preset=_preset(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None,
-        code=_checksum(functions), **rest,
+        preset=preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None,
+        code=checksum(functions), **rest,
     )  # fmt: skip
 
 
-def _preset(name: object, subject: str) -> str | None:
+def preset_of(name: object, subject: str) -> str | None:
     from grouprl.envs import presets
 
     if name in (None, "default"):
@@ -137,7 +137,7 @@ def _preset(name: object, subject: str) -> str | None:
     return presets.load(name).name  # type: ignore[arg-type]  # it refuses what is no name
 
 
-def _checksum(functions: Mapping[str, str]) -> str:
+def checksum(functions: Mapping[str, str]) -> str:
     """Of the files that hold the functions: with another estimator under the same name it is another run."""
     found = hashlib.sha256()
     for function in functions.values():
@@ -190,7 +190,7 @@ def _named(values: Mapping[str, Any], key: str, path: Path) -> list[tuple[Any, A
     return list(given.items())
 
 
-def _mapping(given: object, where: str, known: Collection[str] | None) -> dict[str, Any]:
+def mapping(given: object, where: str, known: Collection[str] | None) -> dict[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
@@ -218,7 +218,7 @@ def _check_subjects(methods: Mapping[str, Mapping[str, Any]], subjects: list[str
                 )
 
 
-def _whole(given: object, where: str) -> int:
+def whole(given: object, where: str) -> int:
     if isinstance(given, str):  # YAML reads 1e6 as text
         try:
             given = float(given)

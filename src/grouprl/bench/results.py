@@ -70,6 +70,11 @@ class Results:
         """All of them, in order."""
         return list(dict.fromkeys(setting for settings in self.runs.values() for setting in settings))
 
+    def first(self, n: int) -> Results:
+        """The runs of the first ``n`` settings."""
+        kept = set(self.settings[:n])
+        return Results({s: {k: v for k, v in by.items() if k in kept} for s, by in self.runs.items()}, self.notes)
+
     def scores(self, subject: str, setting: str, metric: str) -> Array:
         """``[runs]``: the metric of each run that has it."""
         values = [run.values.get(metric, math.nan) for run in self.runs[subject].get(setting, [])]

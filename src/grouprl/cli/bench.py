@@ -85,3 +85,89 @@ def bench(
     if failed:
         print(f"error: {failed} runs failed; their rows say why", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command()
+def sweep(
+    what: Annotated[str, typer.Argument(help="An environment, a preset of either arena, a recipe, or a sweep's file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="KEY=VALUES", help="Values to try, A,B,C, or a range, LOW..HIGH; may be repeated."
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of each setting.  [default: 0-4]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(parser=count, metavar="N", help="Steps of a run.  [default: of the preset or recipe]")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Whose settings an environment begins with: auto, default or a name.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="grid (default where all settings have values), random, or tpe (for ranges).")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Settings that random and tpe try.  [default: 20]")] = None,
+    prune: Annotated[
+        bool | None, typer.Option("--prune", help="End settings early that are below the median of the others.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="greedy (default) or sampled returns at the end.")] = None,
+    jobs: Jobs = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the sweep.  [default: runs/sweep-NAME]")] = None,
+) -> None:
+    """Try settings with several seeds each, and rank them: a table with intervals, and a figure.
+
+    Optuna chooses the settings. A sweep that was stopped or killed goes on with the same command.
+
+    Examples:
+
+      grouprl sweep CartPole-v1 --set lr=1e-3,3e-4 --seeds 0-4
+
+      grouprl sweep LunarLander-v3 --set learning_rate=1e-4..1e-2 --set gamma=0.99,0.999 --trials 30 --prune
+
+      grouprl sweep tiny --set learning_rate=1e-4,2e-4 --steps 100
+    """
+    from grouprl.bench import asked, harness, pool
+    from grouprl.bench import sweep as sweeping
+    from grouprl.bench.space import Space
+    from grouprl.extras import require
+    from grouprl.runs.files import user_path
+    from grouprl.runs.signals import leaving_on_signals
+
+    for package in ("scipy", "optuna"):
+        require(package)
+    options = {
+        "seeds": seeds, "steps": steps, "preset": preset, "sampler": sampler, "trials": trials, "prune": prune,
+        "metric": metric, "of_command": Space.parse(settings or []),
+    }  # fmt: skip
+    swept = asked.asked(what, options)
+    swept.check()
+    folder = user_path(out) if out is not None else Path("runs") / f"sweep-{Path(swept.cell.subject).stem}"
+    with leaving_on_signals("stopped; the same command goes on, and runs that have a row are not done again"):
+        found = sweeping.run(swept, folder, jobs=jobs or len(pool.cores()), say=lambda line: print(line, flush=True))
+    print(f"\n{harness.report_sweep(swept, found, folder)}\nwrote {folder / 'table.md'} and {folder / 'sweep.png'}")
+    if found.broken:
+        raise typer.Exit(1)
+
+
+@app.command("table")
+def table_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders of either arena, or folders of benchmarks and sweeps.")
+    ],
+    metric: Annotated[
+        str,
+        typer.Option(help="greedy: the last evaluation; or a column of metrics.csv, whose last value counts."),
+    ] = "greedy",
+    reference: Reference = None,
+    out: Annotated[Path | None, typer.Option(help="A picture of the scores and curves, to be written.")] = None,
+) -> None:
+    """Compare runs that exist: several seeds of a setting are one line, with an interval."""
+    from grouprl.bench import folders, harness
+    from grouprl.extras import require
+
+    require("scipy")
+    results = folders.of_folders(runs)
+    print(harness.table_text(results, metric, reference))
+    if out is not None:
+        harness.draw(results, metric, out)
+        print(f"wrote {out}")

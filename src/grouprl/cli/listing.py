@@ -36,7 +36,7 @@ def presets_command(
         print(
             f"{known:28s} {preset.env_id:28s} {preset.total_timesteps:>10,d}  {preset.expect.get('mean_return', '-')}"
         )
-    print(f"\n{'grouprl train-lm':28s} {'task, model':28s} {'steps':>10s}  expect (greedy held-out accuracy)")
+    print(f"\n{'grouprl train-lm':28s} {'task, model':28s} {'steps':>10s}  expect (greedy, held out)")
     for known in recipe.names():
         made = recipe.load(known)
         what = f"{made.subject}, {made.model}"

@@ -16,13 +16,14 @@ from grouprl.runs.files import user_path
 if TYPE_CHECKING:
     from grouprl.lm.run.watching import Watching
     from grouprl.lm.train.evaluation import HeldOut
+    from grouprl.runs.wording import Wording
 
 Run = Annotated[Path, typer.Argument(help="A run folder, as train or train-lm leaves it, or a model.safetensors.")]
 Seed = Annotated[int, typer.Option(help="Seed of the episodes' starts.")]
 Sampled = Annotated[bool, typer.Option("--sampled", help="Sample from the policy instead of taking what is likeliest.")]
 
 
-def _of_language(run: Path) -> bool:
+def of_language(run: Path) -> bool:
     """Whether a run is of the language arena."""
     from grouprl.runs import RunFolder
 
@@ -31,7 +32,7 @@ def _of_language(run: Path) -> bool:
 
 def _check_arena(run: Path, *, language: bool) -> None:
     """Raises UsageError if a command for one arena is given a run of the other; anything but a run passes."""
-    if (run / "config.yaml").is_file() and _of_language(run) != language:
+    if (run / "config.yaml").is_file() and of_language(run) != language:
         what, other = ("an environment", "play") if language else ("a language model", "chat")
         raise UsageError(f"{run} is a run of {what}: {command('grouprl')} {other} {run}")
 
@@ -46,7 +47,7 @@ def resume(
 ) -> None:
     """Go on with an interrupted run as if it had never stopped."""
     progress_bar = False if quiet else None
-    if _of_language(run):
+    if of_language(run):
         from grouprl.lm.run import training as language
 
         train_lm.report(language.resume(run, steps=steps, progress_bar=progress_bar))
@@ -60,7 +61,8 @@ def resume(
 def evaluate(
     run: Run,
     episodes: Annotated[
-        int | None, typer.Option(help="Complete episodes to play (default 100), or held-out prompts to answer.")
+        int | None,
+        typer.Option(help="Complete episodes (default 100), or held-out prompts of a language model."),
     ] = None,
     seed: Seed = 0,
     sampled: Sampled = False,
@@ -70,14 +72,16 @@ def evaluate(
     ] = None,
 ) -> None:
     """Play complete episodes with a trained policy and print their returns; answer prompts with a language model."""
-    if _of_language(run):
+    if of_language(run):
         from grouprl.lm.run.training import evaluate as evaluate_model
+        from grouprl.runs import RunFolder
+        from grouprl.runs.wording import wording
 
         if sampled or env is not None:
             raise UsageError("--sampled and --on are for environments; a language model answers greedily")
         if seed:
             raise UsageError("--seed is for environments; a language model answers the same questions each time")
-        print(_measured(evaluate_model(run, episodes, answers)))
+        print(_measured(evaluate_model(run, episodes, answers), wording(RunFolder.open(run).read_config())))
         return
     from grouprl.envs.evaluation import evaluate as evaluate_agent
     from grouprl.envs.grpo import GRPO
@@ -98,12 +102,12 @@ def evaluate(
     )
 
 
-def _measured(result: HeldOut) -> str:
+def _measured(result: HeldOut, words: Wording) -> str:
     """What an evaluation of a language model found: success, turns of episodes, and what went wrong in them."""
     low, high = result.interval
     lines = [
-        f"accuracy {result.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), mean reward {result.reward:.3f}, "
-        f"greedy, on {result.n} held-out prompts"
+        f"{words.success} {result.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+        f"mean reward {result.reward:.3f}, greedy, on {result.n} {words.held_out}"
     ]
     if "episodes/mean_turns" in result.numbers:
         lines.append(f"{result.numbers['episodes/mean_turns']:.1f} turns an episode on average")
@@ -215,7 +219,7 @@ def plot(
     from grouprl.runs import RunFolder
     from grouprl.runs.plots import plot_runs
 
-    if all(_of_language(path) for path in runs):
+    if all(of_language(path) for path in runs):
         _report(plot_runs(runs, out, x=x, y=y or "reward"), out)
         return
     from grouprl.envs.vector import reward_threshold

@@ -86,6 +86,8 @@ def train_lm(
 
 def report(result: RunResult) -> None:
     """Say what a run left and what to type next."""
+    from grouprl.runs.wording import wording
+
     folder, grouprl = result.folder.path, command("grouprl")
     for note in result.notes:
         print(f"note: {note}")
@@ -98,7 +100,8 @@ def report(result: RunResult) -> None:
         f"{summary['total_steps']:,} steps in {summary['train_seconds']:.1f} s of training "
         f"({summary['tokens_per_second']:,.0f} sampled tokens/s, {summary['peak_memory_gb']:.2f} GB at most)"
     )
-    print(f"held-out accuracy, greedy: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after")
+    measured = wording(result.folder.read_config())("{success} on {held_out}, greedy")
+    print(f"{measured}: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after")
     print(f"run folder: {folder}")
     print(f"next:\n  {grouprl} chat {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
     if result.folder.report_page.exists():

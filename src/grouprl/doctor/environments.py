@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from grouprl.doctor.signs import (
     ENOUGH_ROWS,
+    clipped,
     far_below,
     flat,
     machine_busy,
     memory_grows,
     rate_below_precision,
     rate_spent,
-    rise,
+    risen,
 )
 from grouprl.doctor.table import Diagnosis, Rule, Table
 
@@ -92,8 +93,7 @@ def entropy_gone(table: Table) -> Diagnosis | None:
     half = len(entropy) // 2
     if gone[half:].mean() < 0.9:
         return None
-    gain, error = rise(table.values("return_batch")[half:])
-    if gain > 2 * error:
+    if risen(table.values("return_batch")[half:]):
         return None
     return Diagnosis(
         "entropy-gone",
@@ -112,14 +112,13 @@ def std_collapsed(table: Table) -> Diagnosis | None:
     spread = table.values("policy_std")
     if len(spread) < ENOUGH_ROWS or not float(spread[-1]) < 0.01 * float(spread[0]) or solved(table):
         return None
-    gain, error = rise(table.last("return_batch"))
-    if gain > 2 * error:
+    if risen(table.last("return_batch")):
         return None
     return Diagnosis(
         "std-collapsed",
         f"the standard deviation of actions fell from {spread[0]:.3g} to {spread[-1]:.2g}: nothing is explored now",
-        "Raise entropy_coef, lower learning_rate or kl_target, or begin wider with log_std_init. Look for rewards far "
-        "larger than the others.",
+        "Raise entropy_coef, lower learning_rate or kl_target, begin wider with log_std_init, or set a floor with "
+        "log_std_min. Look for rewards far larger than the others.",
     )
 
 
@@ -142,17 +141,15 @@ def kl_spike(table: Table) -> Diagnosis | None:
 
 
 def all_clipped(table: Table) -> Diagnosis | None:
-    """More than half of the steps of a batch end outside the clip, in the median over the last third.
+    """`signs.clipped` of the steps of a batch.
 
     A step counts if it has moved as its advantage asks, and further than the clip. So if all steps moved far and at
     random, half of them would. Healthy runs of the presets stay below 10 % there, also those with ten epochs.
     """
-    share = table.late("clip_fraction")
-    if len(table.values("clip_fraction")) < ENOUGH_ROWS or not share > 0.5:
-        return None
-    return Diagnosis(
-        "all-clipped",
-        f"{share:.0%} of the steps end up outside the clip, and give no gradient",
+    return clipped(
+        table,
+        "clip_fraction",
+        "steps",
         "Lower learning_rate or epochs, raise epsilon or minibatch_size, or set kl_stop=0.05.",
     )
 

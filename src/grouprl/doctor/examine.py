@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ from grouprl.doctor import environments, language
 from grouprl.doctor.signs import first_of
 from grouprl.doctor.table import Diagnosis, Rule, Table
 from grouprl.errors import UsageError
-from grouprl.runs.files import read_bytes
 from grouprl.runs.folder import RunFolder
 from grouprl.runs.metrics import read_metrics
 
@@ -64,11 +62,11 @@ def is_language(config: Mapping[str, Any]) -> bool:
 def goal_of(folder: RunFolder) -> float | None:
     """The return at which the environment counts as solved, as config.yaml says, or summary.json of older runs."""
     goal = folder.read_config().get("reward_threshold")
+    if goal is None:
+        goal = folder.read_summary().get("reward_threshold")
     try:
-        if goal is None and folder.is_finished():
-            goal = json.loads(read_bytes(folder.summary_path, "summary of a run")).get("reward_threshold")
         return None if goal is None else float(goal)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{folder.path} names no return that is a number as its reward_threshold ({error})") from None
 
 

@@ -6,13 +6,14 @@ import numpy as np
 
 from grouprl.doctor.signs import (
     ENOUGH_ROWS,
+    clipped,
     far_below,
     flat,
     machine_busy,
     memory_grows,
     rate_below_precision,
     rate_spent,
-    rise,
+    risen,
 )
 from grouprl.doctor.table import Diagnosis, Rule, Table
 
@@ -152,16 +153,14 @@ def kl_spike(table: Table) -> Diagnosis | None:
 
 
 def all_clipped(table: Table) -> Diagnosis | None:
-    """More than half of the tokens lose their gradient to the clip, in the median over the last third.
+    """`signs.clipped` of the tokens.
 
     With one optimizer step per generation none does. With several, a few in a hundred do.
     """
-    share = table.late("clip_ratio/region_mean")
-    if table.rows < ENOUGH_ROWS or not share > 0.5:
-        return None
-    return Diagnosis(
-        "all-clipped",
-        f"{share:.0%} of the tokens (or completions) are outside the clip, and give no gradient",
+    return clipped(
+        table,
+        "clip_ratio/region_mean",
+        "tokens (or completions)",
         "Lower learning_rate, num_iterations or steps_per_generation, or raise epsilon; with "
         "importance_sampling_level=sequence epsilon is far smaller (3e-4).",
     )
@@ -189,8 +188,7 @@ def reward_with_length(table: Table) -> Diagnosis | None:
     if len(lengths) < 30 or len(correlation) < ENOUGH_ROWS or float(correlation.mean()) < 0.5:
         return None
     before, after = float(table.first("completions/mean_length").mean()), table.late("completions/mean_length")
-    gain, error = rise(table.values("reward"))
-    if after < 1.25 * before or gain <= 2 * error:
+    if after < 1.25 * before or not risen(table.values("reward")):
         return None
     return Diagnosis(
         "reward-with-length",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from grouprl.doctor.charts import chart
 from grouprl.doctor.examine import examine, goal_of, is_language
 from grouprl.doctor.table import Diagnosis
-from grouprl.errors import UsageError
-from grouprl.runs.files import read_bytes, write_text
+from grouprl.runs.files import write_text
 from grouprl.runs.folder import RunFolder
 from grouprl.runs.metrics import read_metrics
 from grouprl.runs.pages import fill
+from grouprl.runs.wording import Wording, wording
 
 if TYPE_CHECKING:
     from grouprl.doctor.table import Array
@@ -37,8 +37,8 @@ _CURVES = {
         ("Memory", "GB held by the process", "memory_gb", None),
     ),
     True: (
-        ("Reward", "line: training, sampled; dots: held-out prompts, greedy", "reward", "eval_reward"),
-        ("Accuracy on held-out prompts", "greedy", "eval_accuracy", None),
+        ("Reward", "line: training, sampled; dots: {held_out}, greedy", "reward", "eval_reward"),
+        ("{Success} on {held_out}", "greedy", "eval_accuracy", None),
         ("Groups without signal", "share of groups with equal rewards", "frac_reward_zero_std", None),
         ("Copies", "share of completions equal to another of their group", "frac_duplicates", None),
         ("Completion length", "tokens, mean", "completions/mean_length", None),
@@ -76,8 +76,8 @@ def write_report(path: str | os.PathLike[str], defaults: Mapping[str, Any] | Non
     """
     folder = RunFolder.open(path)
     config, metrics, diagnoses = folder.read_config(), read_metrics(folder.metrics_path), examine(path)
-    language = is_language(config)
-    summary = _summary(folder)
+    language, words = is_language(config), wording(config)
+    summary = folder.read_summary()
     subject = str(config.get("task" if language else "env_id"))
     page = fill(
         "report.html",
@@ -86,23 +86,13 @@ def write_report(path: str | os.PathLike[str], defaults: Mapping[str, Any] | Non
             "ABOUT": _text(_about(config, metrics, finished=bool(summary))),
             "LINKS": _links(folder.path),
             "DOCTOR": _doctor(diagnoses),
-            "RESULT": _result(summary, metrics, language),
-            "CHARTS": "".join(_charts(metrics, language, goal_of(folder))),
+            "RESULT": _result(summary, metrics, language, words),
+            "CHARTS": "".join(_charts(metrics, language, goal_of(folder), words)),
             "SETTINGS": _settings(config, defaults or {}),
         },
     )
     write_text(folder.report_page, page)
     return folder.report_page
-
-
-def _summary(folder: RunFolder) -> dict[str, Any]:
-    if not folder.is_finished():
-        return {}
-    try:
-        found = json.loads(read_bytes(folder.summary_path, "summary of a run"))
-    except ValueError as error:
-        raise UsageError(f"{folder.summary_path} is damaged ({error})") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _about(config: Mapping[str, Any], metrics: Mapping[str, Array], *, finished: bool) -> str:
@@ -132,13 +122,13 @@ def _doctor(diagnoses: Sequence[Diagnosis]) -> str:
     )
 
 
-def _result(summary: Mapping[str, Any], metrics: Mapping[str, Array], language: bool) -> str:
+def _result(summary: Mapping[str, Any], metrics: Mapping[str, Array], language: bool, words: Wording) -> str:
     facts: list[tuple[str, str]] = []
     if not summary:
         return '<p class="soft">The run has left no summary: it goes on, or was interrupted.</p>'
     if language:
         facts += [
-            ("greedy accuracy before", _number(summary.get("accuracy_before"))),
+            (words("{success}, greedy, before"), _number(summary.get("accuracy_before"))),
             ("after", _number(summary.get("accuracy_after"))),
             ("greedy reward before", _number(summary.get("reward_before"))),
             ("after", _number(summary.get("reward_after"))),
@@ -166,7 +156,7 @@ def _result(summary: Mapping[str, Any], metrics: Mapping[str, Array], language: 
     )
 
 
-def _charts(metrics: Mapping[str, Array], language: bool, goal: float | None) -> list[str]:
+def _charts(metrics: Mapping[str, Array], language: bool, goal: float | None, words: Wording) -> list[str]:
     import numpy as np
 
     steps = metrics.get("step")
@@ -178,8 +168,9 @@ def _charts(metrics: Mapping[str, Array], language: bool, goal: float | None) ->
         if values is None or np.unique(values[np.isfinite(values)]).size < 2:
             continue
         threshold = goal if dots == "eval_return" else None
+        about = words(about)
         note = f"{about}; dashed: solved at {threshold:g}" if threshold is not None else about
-        drawn.append(chart(name, note, steps, values, metrics.get(dots) if dots else None, threshold))
+        drawn.append(chart(words(name), note, steps, values, metrics.get(dots) if dots else None, threshold))
     return drawn
 
 

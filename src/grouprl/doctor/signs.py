@@ -32,19 +32,23 @@ def rise(values: Array) -> tuple[float, float]:
     return gain, (variance * 2 / third) ** 0.5
 
 
+def risen(values: Array) -> bool:
+    """Whether :func:`rise` is more than two standard errors, which chance alone exceeds once in 40 runs."""
+    gain, error = rise(values)
+    return gain > 2 * error
+
+
 def flat(table: Table, column: str, solved: bool, advice: str) -> Diagnosis | None:
     """The reward has not risen: its last third lies less than two standard errors above its first.
 
-    Two standard errors are what chance alone exceeds once in 40 runs. At least 30 rows that have the column are asked
-    for, because thirds of fewer than 10 have a poor standard error. Before half of a run it is too early to say. A run
-    that has solved its task may have begun there, so it is left alone.
+    At least 30 rows that have the column are asked for, because thirds of fewer than 10 have a poor standard error.
+    Before half of a run it is too early to say. A run that has solved its task may have begun there, so it is left
+    alone.
     """
     values = table.values(column)
-    if len(values) < 30 or solved or table.progress < 0.5:
+    if len(values) < 30 or solved or table.progress < 0.5 or risen(values):
         return None
-    gain, error = rise(values)
-    if gain > 2 * error:
-        return None
+    _, error = rise(values)
     first, last = float(table.first(column).mean()), float(table.last(column).mean())
     return Diagnosis(
         "reward-flat",
@@ -69,8 +73,7 @@ def far_below(table: Table, evaluation: str, training: str, advice: str) -> Diag
         return None
     end, greedy = table.late(training), float(np.median(evaluations))
     gained = end - float(np.quantile(trained, 0.1))
-    gain, error = rise(trained)
-    if gain <= 2 * error or end - greedy <= 0.5 * gained:
+    if not risen(trained) or end - greedy <= 0.5 * gained:
         return None
     return Diagnosis(
         "evaluation-below-training",
@@ -78,6 +81,18 @@ def far_below(table: Table, evaluation: str, training: str, advice: str) -> Diag
         "actions are not sampled",
         advice,
     )
+
+
+def clipped(table: Table, column: str, what: str, advice: str) -> Diagnosis | None:
+    """More than half of a batch ends outside the clip, in the median over the last third.
+
+    Args:
+        column: the share that does. what: it is a share of. advice: what to try.
+    """
+    share = table.late(column)
+    if len(table.values(column)) < ENOUGH_ROWS or not share > 0.5:
+        return None
+    return Diagnosis("all-clipped", f"{share:.0%} of the {what} are outside the clip, and give no gradient", advice)
 
 
 def rate_spent(table: Table) -> Diagnosis | None:

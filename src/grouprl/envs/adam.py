@@ -8,7 +8,7 @@ code.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import c_float, c_size_t, c_void_p
 
 import torch
@@ -26,6 +26,7 @@ class Adam:
         learning_rate: alpha; may be set between steps.
         eps, betas: as in the paper.
         native: compiled code for float32 on CPUs, where there is a compiler.
+        floors: parameters that no step takes below a number.
 
     Attributes:
         first, second: the moments ``[P]`` of all parameters, end to end.
@@ -38,8 +39,10 @@ class Adam:
         eps: float = 1e-8,
         betas: tuple[float, float] = (0.9, 0.999),
         native: bool = True,
+        floors: Sequence[tuple[Tensor, float]] = (),
     ) -> None:
         self.parameters, self.learning_rate, self.eps, self.betas = parameters, learning_rate, eps, betas
+        self.floors = tuple(floors)
         self.first = parameters.values().zero_()
         self.second = torch.zeros_like(self.first)
         self.steps = 0
@@ -50,7 +53,17 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step along the gradient."""
+        """One step along the gradient, and back to the floors where it went below."""
+        self._step()
+        self.raise_to_floors()
+
+    @torch.no_grad()
+    def raise_to_floors(self) -> None:
+        """Lift what lies below its floor, as weights that were loaded may."""
+        for parameter, least in self.floors:
+            parameter.clamp_(min=least)
+
+    def _step(self) -> None:
         tensors, gradient = self.parameters.tensors, self.parameters.gradient
         beta1, beta2 = self.betas
         self.steps += 1

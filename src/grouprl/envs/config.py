@@ -73,6 +73,12 @@ class GRPOConfig(ObjectiveSettings):
     baseline_features: int = Field(128, ge=1, description="random features of the closed-form baseline")
     baseline_ridge: float = Field(1e-4, gt=0, description="ridge of its regression, relative to each feature's power")
     baseline_sweeps: int = Field(2, ge=1, description="regressions per batch, each on the targets of the last")
+    baseline_memory: int = Field(
+        0, ge=0, description="steps of earlier batches, whole ones, that its regression sees again; 0 = none"
+    )
+    baseline_level: bool = Field(
+        False, description="set the level and the scale of its values, so that the advantages of a batch have mean 0"
+    )
     skip_without_signal: bool = Field(True, description="no update from a batch whose rewards say nothing")
 
     # --- loss ----------------------------------------------------------------------------------------------------
@@ -87,6 +93,9 @@ class GRPOConfig(ObjectiveSettings):
     reference_every: int = Field(10, ge=1, description="updates between refreshes of a periodic reference")
 
     # --- update --------------------------------------------------------------------------------------------------
+    reuse: int = Field(
+        1, ge=1, le=64, description="batches that an update learns from: the newest, and those before it, weighted"
+    )
     epochs: int = Field(10, ge=1, description="passes over a batch")
     minibatch_size: int = Field(256, ge=1, description="steps per gradient step")
     minibatch_remainder: Literal["spread", "keep"] = Field(
@@ -112,6 +121,9 @@ class GRPOConfig(ObjectiveSettings):
     output_gain: float = Field(0.01, gt=0, description="orthogonal gain of the last layer")
     log_std_init: float | None = Field(
         None, description="initial log standard deviation of continuous actions; default: -0.5 - log(dimensions) / 2"
+    )
+    log_std_min: float | None = Field(
+        None, description="floor under the log standard deviation of continuous actions; default: none"
     )
     normalize_observations: bool = Field(True, description="running mean and variance, part of the model")
     native: bool = Field(True, description="compiled network, loss and optimizer on CPUs with a C compiler")
@@ -169,6 +181,22 @@ class GRPOConfig(ObjectiveSettings):
         if self.max_steps < self.min_steps:
             raise ValueError(
                 f"max_steps={self.max_steps} is below min_steps={self.min_steps}; raise one or lower the other"
+            )
+        if self.reuse > 1 and self.advantage != "baseline":
+            raise ValueError(
+                f"reuse={self.reuse} needs values of earlier steps, which advantage={self.advantage!r} does not have; "
+                "set reuse=1, or advantage=baseline"
+            )
+        batch = self.n_envs * self.n_steps if self.collect == "segments" else self.min_steps
+        if 0 < self.baseline_memory < batch:
+            raise ValueError(
+                f"baseline_memory={self.baseline_memory} holds no whole batch, which has {batch} steps; set some "
+                f"batches, such as {10 * batch}, or 0"
+            )
+        if None not in (self.log_std_init, self.log_std_min) and self.log_std_init < self.log_std_min:  # type: ignore[operator]
+            raise ValueError(
+                f"log_std_init={self.log_std_init} is below its floor, log_std_min={self.log_std_min}; lower the floor "
+                "or raise log_std_init"
             )
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from grouprl import objective
+from grouprl.envs.baseline_memory import BaselineMemory, Seen, parts_of
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.rollout import Rollout
 from grouprl.errors import TrainingError
@@ -47,13 +48,15 @@ class Baseline:
     weights: Tensor | None = None
     sketch: Sketch | None = None
     """Of a summary that is too wide for the features."""
+    memory: BaselineMemory = field(default_factory=lambda: BaselineMemory(0))
 
     @classmethod
     def create(cls, width: int, config: GRPOConfig, horizon: int) -> Baseline:
         """For a :func:`summary` of ``width`` numbers; no weights yet."""
         sketch = Sketch.create(width, SKETCHED, config.seed) if width > WIDE else None
         width = width if sketch is None else SKETCHED
-        return cls(RandomFeatures.create(width, config.baseline_features, config.seed), horizon, sketch=sketch)
+        features = RandomFeatures.create(width, config.baseline_features, config.seed)
+        return cls(features, horizon, sketch=sketch, memory=BaselineMemory(config.baseline_memory))
 
     def seen(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """What the features are made of: the summary of ``m`` prepared inputs, or its sketch, ``[m, D]``."""
@@ -67,9 +70,9 @@ class Baseline:
             made.append(part if self.sketch is None else self.sketch(part))
         return torch.cat(made) if len(made) != 1 else made[0]
 
-    def phi(self, inputs: Mapping[str, Tensor], elapsed: Tensor) -> Tensor:
-        """Features ``[m, F]`` of prepared inputs and the steps since the start of the episode ``[m]``."""
-        return self.features(self.seen(inputs), elapsed.float() / self.horizon)
+    def phi(self, seen: Tensor, elapsed: Tensor) -> Tensor:
+        """Features ``[m, F]`` of what :meth:`seen` gives and the steps since the start of the episode ``[m]``."""
+        return self.features(seen, elapsed.float() / self.horizon)
 
     def values(self, inputs: Mapping[str, Tensor], elapsed: Tensor) -> Tensor:
         """Values ``[m]`` under the last regression, a chunk of rows at a time."""
@@ -81,11 +84,23 @@ class Baseline:
             values.append(self.features.dot(observations, elapsed[rows].float() / self.horizon, self.weights))
         return torch.cat(values)
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it: the weights, and the batches in memory; nothing before the first fit."""
+        if self.weights is None:
+            return {}
+        return {"weights": self.weights} | {f"kept.{name}": value for name, value in self.memory.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        self.weights = state.get("weights")
+        self.memory.load(parts_of(state, "kept."), self.phi)
+
     def fit(self, rollout: Rollout, config: GRPOConfig) -> tuple[Tensor, Tensor, float]:
         """Refit on the rollout; values ``[S]``, advantages ``[S]`` neither centred nor scaled, the variance explained.
 
         Of a batch of more than ``MAX_FIT_STEPS`` steps some whole samples enter the regression: that many steps
-        over-determine a few hundred weights many times, and the regression is what an estimate costs.
+        over-determine a few hundred weights many times, and the regression is what an estimate costs. What entered
+        it is kept for the regressions of the next batches, if there is a memory.
         """
         samples, steps = fit_subset(rollout.lengths)
         every = steps.shape[0] == rollout.n_steps
@@ -93,19 +108,24 @@ class Baseline:
         def part(tensors: Mapping[str, Tensor], index: Tensor) -> Mapping[str, Tensor]:
             return tensors if every else {key: value[index] for key, value in tensors.items()}
 
-        fit = objective.fit_baseline(
-            self.phi(part(rollout.inputs, steps), rollout.elapsed[steps]),
-            self.phi(part(rollout.last_inputs, samples), rollout.last_elapsed[samples]),
+        seen = Seen(
+            self.seen(part(rollout.inputs, steps)),
+            rollout.elapsed[steps],
+            self.seen(part(rollout.last_inputs, samples)),
+            rollout.last_elapsed[samples],
             rollout.rewards[steps],
             rollout.lengths[samples],
             rollout.terminated[samples],
-            self.weights,
-            config.gamma,
-            config.gae_lambda,
-            ridge=config.baseline_ridge,
-            sweeps=config.baseline_sweeps,
         )
+        batch = seen.batch(self.phi)
+        fit = objective.fit_baseline(
+            batch.phi, batch.phi_last, batch.rewards, batch.lengths, batch.terminated, self.weights, config.gamma,
+            config.gae_lambda, ridge=config.baseline_ridge, sweeps=config.baseline_sweeps,
+            earlier=tuple(self.memory), level=config.baseline_level,
+        )  # fmt: skip
         self.weights = fit.weights
+        if self.memory.rows:
+            self.memory.add(seen, batch)
         values, advantages = fit.values, fit.advantages
         if not every:
             last = torch.where(rollout.terminated, 0.0, self.values(rollout.last_inputs, rollout.last_elapsed))
@@ -220,7 +240,8 @@ def advantages(
 
     ``own`` is a function of the user's, in the place of ``config.advantage``; what it returns is used as it is.
 
-    Where its entry in ``ESTIMATORS`` says so, they are centred and scaled once over the trainable steps of the batch.
+    Where its entry in ``ESTIMATORS`` says so, they are centred and scaled once over the trainable steps of the batch;
+    where earlier batches are reused, that is left to :class:`~grouprl.envs.reuse.Reuse`, which sees all of them.
     """
     rewards, lengths, group = rollout.rewards, rollout.lengths, rollout.group
     if own is not None:
@@ -238,7 +259,8 @@ def advantages(
         raw = estimator.function(rewards, lengths, group, told)
     if estimator.compares:
         info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)
-    made = objective.standardise(raw, rollout.trainable) if estimator.standardised else raw
+    scaled = estimator.standardised and config.reuse == 1
+    made = objective.standardise(raw, rollout.trainable) if scaled else raw
     if not bool(torch.isfinite(made).all()):
         raise TrainingError(
             f"advantage={config.advantage!r} gave an advantage that is not finite, for rewards from "

@@ -3,12 +3,13 @@
 It takes observations as the environment gives them, in a batch. Where the observation is one array it is called with
 that, ``[m, ...]``; where it is a Dict or Tuple, with a list of its leaves, in the order of ``module.leaves``. Numbers
 are converted to float32, integers to what the policy reads of them, and normalised; images are read as they are. A mask
-in the observation is heard; one in ``info`` is not: ask for the parameters, and set those of forbidden actions to a
-large negative number.
+in the observation is heard; one in ``info`` is not, but by :func:`deployed`, which takes it as a further input.
 """
 
 import copy
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
@@ -131,26 +132,26 @@ class _OneOf(nn.Module):
 
     start: Tensor
 
-    def __init__(self, nvec: list[int], start: Tensor, shape: list[int]) -> None:
+    def __init__(self, nvec: list[int], start: Tensor, shape: list[int], dtype: torch.dtype) -> None:
         super().__init__()
-        self.nvec, self.shape = nvec, [-1, *shape]
+        self.nvec, self.shape, self.dtype = nvec, [-1, *shape], dtype
         self.register_buffer("start", start.reshape(-1))
 
     def forward(self, params: Tensor) -> Tensor:
         parts = torch.split(params, self.nvec, 1)
         chosen = torch.stack([part.argmax(1) for part in parts], 1) + self.start
-        return chosen.reshape(self.shape)
+        return chosen.reshape(self.shape).to(self.dtype)
 
 
 class _Switches(nn.Module):
     """What is more likely on than off, ``[m, ...]`` of 0 and 1."""
 
-    def __init__(self, shape: list[int]) -> None:
+    def __init__(self, shape: list[int], dtype: torch.dtype) -> None:
         super().__init__()
-        self.shape = [-1, *shape]
+        self.shape, self.dtype = [-1, *shape], dtype
 
     def forward(self, params: Tensor) -> Tensor:
-        return (params > 0).long().reshape(self.shape)
+        return (params > 0).reshape(self.shape).to(self.dtype)
 
 
 class _Means(nn.Module):
@@ -165,12 +166,12 @@ class _Means(nn.Module):
         super().__init__()
         for name, values in zip(("low", "high", "middle", "half_range"), codec.affine(), strict=True):
             self.register_buffer(name, torch.tensor(values))
-        self.shape = [-1, *(codec.space.shape or ())]
+        self.shape, self.dtype = [-1, *(codec.space.shape or ())], torch_dtype(codec.space.dtype)
 
     def forward(self, params: Tensor) -> Tensor:
         mean = params[:, : self.low.shape[0]].to(self.low.dtype)
         actions = torch.minimum(torch.maximum(mean * self.half_range + self.middle, self.low), self.high)
-        return actions.reshape(self.shape)
+        return actions.reshape(self.shape).to(self.dtype)
 
 
 class _Whole(nn.Module):
@@ -203,16 +204,37 @@ class _OfOne(nn.Module):
         return out
 
 
+class _Deployed(nn.Module):
+    """Inputs one by one to actions and the parameters of their distribution, masked."""
+
+    def __init__(self, policy: Policy, codec: ActionCodec, mask: bool) -> None:
+        super().__init__()
+        self.whole, self.act, self.mask = _Whole(policy, codec, False), _actions(codec), mask
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        leaves = list(inputs)
+        mask = leaves.pop() if self.mask else None
+        params: Tensor = self.whole(leaves)
+        if mask is not None:
+            params = params.masked_fill(mask.flatten(1) == 0, self.whole.masked)
+        return self.act(params), params
+
+
+def torch_dtype(dtype: np.dtype[Any] | None) -> torch.dtype:
+    """Torch's name for a type of NumPy's. Raises TypeError if it has none."""
+    return torch.from_numpy(np.zeros(0, dtype)).dtype
+
+
 def _actions(codec: ActionCodec) -> nn.Module:
     space, distribution = codec.space, codec.distribution
-    shape = list(space.shape or ())
+    shape, dtype = list(space.shape or ()), torch_dtype(codec.space.dtype)
     if isinstance(distribution, DiagonalGaussian):
         return _Means(codec)
     if isinstance(distribution, IndependentBernoulli):
-        return _Switches(shape)
+        return _Switches(shape, dtype)
     nvec = list(distribution.nvec) if isinstance(distribution, MultiCategorical) else [distribution.n]
     assert isinstance(distribution, Categorical | MultiCategorical)
-    return _OneOf(nvec, torch.as_tensor(space.start, dtype=torch.int64), shape)  # type: ignore[attr-defined]
+    return _OneOf(nvec, torch.as_tensor(space.start, dtype=torch.int64), shape, dtype)  # type: ignore[attr-defined]
 
 
 def export_module(policy: Policy, codec: ActionCodec, actions: bool = True) -> nn.Module:
@@ -223,7 +245,20 @@ def export_module(policy: Policy, codec: ActionCodec, actions: bool = True) -> n
         actions: most likely actions, or parameters ``[m, K]`` of their distribution.
     """
     whole = _Whole(policy, codec, actions)
-    module = _OfOne(whole) if len(whole.leaves) == 1 else whole
+    return _frozen(_OfOne(whole) if len(whole.leaves) == 1 else whole)
+
+
+def deployed(policy: Policy, codec: ActionCodec, *, mask: bool) -> nn.Module:
+    """A module of the leaves of a batch of observations, one argument each, to ``(actions, parameters [m, K])``.
+
+    Args:
+        policy: what it is made of; it keeps no tie to it. codec: of the action space.
+        mask: it takes one more argument in the end, ``[m, K]``: what is not 0 is allowed.
+    """
+    return _frozen(_Deployed(policy, codec, mask))
+
+
+def _frozen(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module.cpu().eval()

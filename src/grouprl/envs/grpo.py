@@ -243,10 +243,13 @@ class GRPO:
     def set_env(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
         """Train on another environment with the same spaces from now on; its next batch starts with fresh episodes.
 
+        Nothing is learned any more from earlier batches, as ``baseline_memory`` and ``reuse`` have them.
+
         Raises:
             UsageError: its spaces differ from those the policy was built for.
         """
         self._held.set(env, env_kwargs)
+        self.loop.forget_batches()
 
     def get_env(self) -> VectorEnv[Any, Any, Any] | None:
         """The vector environment batches are collected from, or None after :meth:`load` without one."""

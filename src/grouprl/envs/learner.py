@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from grouprl.envs.config import GRPOConfig
 from grouprl.envs.fused import fused_gradient
 from grouprl.envs.model_file import load_policy, model_file
 from grouprl.envs.policy import Policy
-from grouprl.envs.rollout import Rollout
 from grouprl.envs.update import Batch, Terms, UpdateSettings, UpdateStats, update
 from grouprl.errors import UsageError
 from grouprl.learning.parameters import TrainedParameters
@@ -27,6 +27,26 @@ from grouprl.objective.losses import mean_over_steps
 from grouprl.objective.packed import segment_sum
 from grouprl.objective.user_functions import TensorFunction
 from grouprl.runs.files import user_path
+
+
+class Steps(Protocol):
+    """``S`` steps to learn from, packed: a :class:`~grouprl.envs.rollout.Rollout`, or several, and what is asked."""
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]: ...
+    @property
+    def actions(self) -> Tensor: ...
+    @property
+    def behaviour(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+    @property
+    def trainable(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    @property
+    def n_steps(self) -> int: ...
+
 
 LR_MIN = 1e-4
 LR_STEP = 1.5
@@ -61,7 +81,10 @@ class Learner:
             )
         self.policy, self.config, self.rng, self.ranks = policy, config, rng, ranks
         self.parameters = TrainedParameters(policy)
-        self.optimizer = Adam(self.parameters, config.learning_rate, config.adam_epsilon, native=config.native)
+        floors = [(policy.log_std, config.log_std_min)] if policy.gaussian and config.log_std_min is not None else []
+        self.optimizer = Adam(
+            self.parameters, config.learning_rate, config.adam_epsilon, native=config.native, floors=floors
+        )
         self.learning_rate = config.learning_rate
         self.updates = 0
         self.reference: Policy | None = None
@@ -82,7 +105,7 @@ class Learner:
 
     @torch.inference_mode(False)
     @torch.enable_grad()  # whoever switched gradients off, a script or an environment
-    def learn(self, rollout: Rollout, advantages: Tensor, progress: float) -> UpdateStats:
+    def learn(self, rollout: Steps, advantages: Tensor, progress: float) -> UpdateStats:
         """One update of the policy from one batch; ``progress`` in [0, 1] drives the schedules."""
         keep = torch.nonzero(rollout.trainable)[:, 0]
         every = len(keep) == rollout.n_steps
@@ -138,7 +161,7 @@ class Learner:
             self.refresh_reference()
         return stats
 
-    def _weights(self, rollout: Rollout, keep: Tensor) -> Tensor | None:
+    def _weights(self, rollout: Steps, keep: Tensor) -> Tensor | None:
         """Weights ``[m]`` with mean 1 of the steps learned from, or None where the loss gives all the same."""
         objective = self.settings.objective
         if LOSSES[objective.loss_type].weights is mean_over_steps:

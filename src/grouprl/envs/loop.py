@@ -14,20 +14,26 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from grouprl.envs.action_codec import ActionCodec
+from grouprl.envs.baseline_memory import parts_of
 from grouprl.envs.collect import Collector
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.estimate import DEFAULT_HORIZON, OFFERED, Baseline, advantages, has_signal, n_summary
-from grouprl.envs.learner import Learner
+from grouprl.envs.learner import Learner, Steps
 from grouprl.envs.policy import Policy
+from grouprl.envs.reuse import Reuse
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.sticky import StickyActions
 from grouprl.envs.vector import horizon
+from grouprl.errors import UsageError
 from grouprl.machine.ranks import ALONE, Ranks
 from grouprl.objective.user_functions import NO_USER_FUNCTIONS, UserFunctions, asked_for, check_asked
 
 Metrics = dict[str, float]
 
 RECENT_EPISODES = 100
+
+_BASELINE, _COLLECTOR, _REUSE = "baseline.", "collector.", "reuse."
+"""What the names of tensors begin with in a checkpoint."""
 
 RESTART_AFTER = 10
 """Time limits after which a scheduled checkpoint starts fresh episodes: cuts few of them, bounds the replay."""
@@ -76,7 +82,13 @@ class Loop:
         self.learner = Learner(policy, config, np.random.default_rng(seeds.shuffle), functions.surrogate, ranks)
         self.sticky = StickyActions(config.sticky)
         self.baseline: Baseline | None = None
-        self._weights_of_baseline: Tensor | None = None  # loaded before there were environments
+        self._state_of_baseline: dict[str, Tensor] = {}  # loaded before there were environments
+        self.reuse = Reuse(config.reuse) if config.reuse > 1 else None
+        if self.reuse is not None and functions.advantage is not None:
+            raise UsageError(
+                f"reuse={config.reuse} needs the values of the baseline for earlier steps, and advantage_function "
+                "takes its place; set reuse=1"
+            )
         self.functions = functions
         self.collector: Collector | None = None
         self.on_batch: Callable[[Rollout, Tensor], None] | None = None
@@ -104,11 +116,18 @@ class Loop:
         if fits and self.baseline is None:
             width = n_summary(observations.n_flat, dict(observations.images))
             self.baseline = Baseline.create(width, self.config, horizon(venv) or DEFAULT_HORIZON)
-            self.baseline.weights = self._weights_of_baseline
+            self.baseline.load(self._state_of_baseline)
 
     def detach(self) -> None:
         """Forget the environments; training on needs :meth:`attach` first."""
         self.collector = None
+
+    def forget_batches(self) -> None:
+        """Learn nothing more from earlier batches, as where they came from another environment."""
+        if self.baseline is not None:
+            self.baseline.memory.clear()
+        if self.reuse is not None:
+            self.reuse.clear()
 
     def restart_episodes(self) -> None:
         """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
@@ -138,6 +157,7 @@ class Loop:
         """
         began = perf_counter()
         self.learner.parameters.check()
+        self.learner.optimizer.raise_to_floors()
         config, collector = self.config, self.collector
         assert collector is not None
         if self.n_steps == 0:
@@ -178,15 +198,20 @@ class Loop:
         if config.skip_without_signal and not has_signal(rollout):
             return "no_signal", {}
         advantage, metrics = advantages(rollout, config, self.baseline, self.functions.advantage)
+        equal = config.skip_without_signal and not bool(advantage.any())
+        learned: Steps = rollout
+        if self.reuse is not None and self.baseline is not None and not equal:
+            learned, advantage, reused = self.reuse.join(rollout, advantage, self.policy, self.baseline.values, config)
+            metrics = metrics | reused
         estimated = perf_counter()
         metrics = metrics | {"time_advantages": estimated - began}
         if self.on_batch is not None:
-            self.on_batch(rollout, advantage)
+            self.on_batch(rollout, advantage[: rollout.n_steps])
             estimated = perf_counter()
-        if config.skip_without_signal and not bool(advantage.any()):
+        if equal:
             return "equal_advantages", metrics
         self.signal_steps += rollout.n_steps
-        stats = self.learner.learn(rollout, advantage, progress)
+        stats = self.learner.learn(learned, advantage, progress)
         metrics |= {key: float(value) for key, value in asdict(stats).items() if key != "undone"}
         return "undone" if stats.undone else None, metrics | {"time_update": perf_counter() - estimated}
 
@@ -233,13 +258,15 @@ class Loop:
         assert self.collector is not None
         tensors, state = self.state_without_environments()
         arrays, state["collector"] = self.collector.state()
-        return tensors | {f"collector.{key}": torch.from_numpy(value) for key, value in arrays.items()}, state
+        return tensors | {_COLLECTOR + key: torch.from_numpy(value) for key, value in arrays.items()}, state
 
     def state_without_environments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """:meth:`state`, but where the environments are."""
         tensors, learner = self.learner.state()
-        if self.baseline is not None and self.baseline.weights is not None:
-            tensors["baseline.weights"] = self.baseline.weights
+        baseline = self._state_of_baseline if self.baseline is None else self.baseline.state()
+        tensors |= {_BASELINE + name: value for name, value in baseline.items()}
+        if self.reuse is not None:
+            tensors |= {_REUSE + name: value for name, value in self.reuse.state().items()}
         counters = {
             "train_seconds": self.seconds,
             "signal_steps": self.signal_steps,
@@ -259,15 +286,16 @@ class Loop:
         """The inverse of :meth:`state`; the policy must have been loaded and the environments attached before."""
         assert self.collector is not None
         self.load_without_environments(tensors, state)
-        prefix = "collector."
-        arrays = {key.removeprefix(prefix): value.numpy() for key, value in tensors.items() if key.startswith(prefix)}
+        arrays = {key: value.numpy() for key, value in parts_of(tensors, _COLLECTOR).items()}
         self.collector.load(arrays, state["collector"])
 
     def load_without_environments(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_without_environments`; the policy must have been loaded before."""
-        self._weights_of_baseline = tensors.get("baseline.weights")
+        self._state_of_baseline = parts_of(tensors, _BASELINE)
         if self.baseline is not None:
-            self.baseline.weights = self._weights_of_baseline
+            self.baseline.load(self._state_of_baseline)
+        if self.reuse is not None:
+            self.reuse.load(parts_of(tensors, _REUSE))
         self.learner.load(tensors, state["learner"])
         for name, rng in self._streams().items():
             rng.bit_generator.state = state["rng"][name]

@@ -25,6 +25,11 @@ def least_bytes(config: GRPOConfig, inputs: int = 1, observation: int = 1) -> di
         batch: steps * float(_STEP + observation),
         f"hidden_sizes={list(config.hidden_sizes)}": _WEIGHT * sum(float(a) * b for a, b in pairwise(widths)),
     }
+    if config.reuse > 1:
+        needs[f"{batch} and reuse={config.reuse}"] = config.reuse * needs[batch]
+    if config.baseline_memory:
+        memory = f"baseline_memory={config.baseline_memory} and baseline_features={config.baseline_features}"
+        needs[memory] = 4.0 * config.baseline_features * config.baseline_memory
     if config.advantage == "baseline":
         needs[f"{batch} and baseline_features={config.baseline_features}"] = 4.0 * config.baseline_features * steps
     return needs

@@ -154,12 +154,14 @@ class ObservationCodec:
         self._images: dict[str, _Image] = {}
         self._image_shapes: dict[str, tuple[int, int, int]] = {}
         self._shapes: list[tuple[Path, tuple[int, ...]]] = []
+        self._leaf_spaces: list[Space] = []
         normalise: list[npt.NDArray[np.bool_]] = []
         scale: list[Array] = []
         n_flat = 0
         for path, leaf in _leaves(space):
             shape = tuple(leaf.shape or ())
             self._shapes.append((path, shape))
+            self._leaf_spaces.append(leaf)
             layout = _image_layout(leaf)
             if path == self._mask_path:
                 continue
@@ -215,6 +217,11 @@ class ObservationCodec:
     def leaf_names(self) -> list[str]:
         """Where each array of an observation stands, in the order of the space; one empty name if it is no Dict."""
         return [_name(path) for path, _ in self._shapes]
+
+    @property
+    def leaves(self) -> list[tuple[str, Space]]:
+        """The name and the space of each leaf, in the order of :attr:`leaf_names`."""
+        return list(zip(self.leaf_names, self._leaf_spaces, strict=True))
 
     @property
     def mask_place(self) -> int:

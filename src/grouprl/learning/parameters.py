@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import UsageError
+from grouprl.learning.shards import held
 from grouprl.machine.ranks import Ranks
 
 
@@ -68,7 +69,7 @@ class TrainedParameters:
         self._places: list[Tensor] = []
         self._added = False
         self.check()
-        _check_apart(self._forms)
+        self._check_apart()
 
     def check(self) -> None:
         """Check that the module holds the very parameters that were found in it, of the same kind.
@@ -85,6 +86,10 @@ class TrainedParameters:
         if len(found) != len(self._forms):
             gone = next(name for name in self._forms if name not in found)
             raise UsageError(f"the parameter {gone} is gone since training was set up; {_ADVICE}")
+
+    def _check_apart(self) -> None:
+        """Raise UsageError if two trainable parameters share memory."""
+        _check_apart(self._forms)
 
     # --- values ------------------------------------------------------------------------------------------------------
 
@@ -107,12 +112,12 @@ class TrainedParameters:
     @torch.no_grad()
     def total(self) -> float:
         """The sum of all weights."""
-        return sum(float(p.sum(dtype=torch.float64)) for p in self.tensors)
+        return sum(float(held(p).sum(dtype=torch.float64)) for p in self.tensors)
 
     def not_finite(self) -> str:
         """The name of a trained parameter, as the module has it now, that is not finite, or ""."""
         trained = {name for name, form in self._forms.items() if form.trained}
-        found = {name: p.detach() for name, p in self.module.named_parameters() if name in trained or p.requires_grad}
+        found = {name: held(p) for name, p in self.module.named_parameters() if name in trained or p.requires_grad}
         # A sum is finite wherever its terms are, unless they are huge, and takes a tenth of the time of asking each.
         sums = [p.sum(dtype=torch.promote_types(p.dtype, torch.float32)) for p in found.values()]
         if not sums or bool(torch.stack(sums).isfinite().all()):
@@ -190,15 +195,27 @@ class TrainedParameters:
 
     def clip(self, max_norm: float) -> float:
         """The norm of the gradient, which is scaled down to ``max_norm`` if that is above 0 and exceeded."""
-        norms = [
-            float(torch.linalg.vector_norm(whole, dtype=torch.promote_types(whole.dtype, torch.float32)))
-            for whole in self._whole
-        ]
-        norm = norms[0] if len(norms) == 1 else math.hypot(*norms)
+        norm = math.hypot(*map(norm_of, self._whole))
         if 0 < max_norm < norm:
             for whole in self._whole:
                 whole.mul_(max_norm / (norm + 1e-6))
         return norm
+
+
+_ROW = 1 << 12
+
+
+def norm_of(vector: Tensor) -> float:
+    """The Euclidean norm of ``vector [n]``, to about 1e-6 of it whatever n.
+
+    PyTorch adds the squares in float32, one behind the other: of 134 million numbers the norm came out 1 % too small.
+    Rows of 4096 are short enough for that, and their norms are added in float64. It takes no longer.
+    """
+    rows = len(vector) // _ROW * _ROW
+    wide = torch.promote_types(vector.dtype, torch.float32)
+    parts = [torch.linalg.vector_norm(vector[:rows].view(-1, _ROW), dim=1, dtype=wide)] if rows else []
+    rest = torch.linalg.vector_norm(vector[rows:], dtype=wide)
+    return float(torch.linalg.vector_norm(torch.cat([*parts, rest[None]]), dtype=torch.float64))
 
 
 _ADVICE = "undo that, or begin anew with the model as it is now"

@@ -107,11 +107,20 @@ class Ranks:
         """Which of n things are this process's: a contiguous block, of sizes that differ by at most one."""
         return range(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
+    @property
+    def group(self) -> Any:
+        """The group of torch.distributed that exchanges on CPUs; None for one process alone."""
+        return self._group
+
     # --- exchanges: every process takes part in each, in the same order ----------------------------------------------
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes, in their order. A value is anything that can be pickled."""
-        return [value] if self.world == 1 else self._exchange("gather", value)
+    def gather(self, value: T, what: str = "gather") -> list[T]:
+        """The values of all processes, in their order. A value is anything that can be pickled.
+
+        Args:
+            what: the word for it, by which a process is told from one that gathers something else.
+        """
+        return [value] if self.world == 1 else self._exchange(what, value)
 
     def once(self, function: Callable[[], T]) -> T:
         """What ``function`` gives in the first process, which alone calls it."""
@@ -173,6 +182,11 @@ class Ranks:
                 with suppress(Exception):  # the others may have ended
                     self._all_gather(("error", isinstance(error, UsageError), said))
             raise
+
+    def lost(self, error: Exception) -> TrainingError:
+        """The error in the place of ``error``, which a collective of torch raised because another process is gone."""
+        self._told = self._lost(error)
+        return self._told
 
     def _have_been_told(self, error: BaseException | None) -> bool:
         """Whether an error is one that all processes know of, or was made of it."""

@@ -25,7 +25,7 @@ from grouprl.objective.advantages import (
     standardise,
     timestep,
 )
-from grouprl.objective.baseline import BaselineFit, RandomFeatures, Sketch, fit_baseline
+from grouprl.objective.baseline import BaselineBatch, BaselineFit, fit_baseline
 from grouprl.objective.divergences import (
     DIVERGENCES,
     bernoulli_kl,
@@ -37,6 +37,9 @@ from grouprl.objective.divergences import (
     sampled_kl_loss,
 )
 from grouprl.objective.estimators import ESTIMATORS
+from grouprl.objective.features import RandomFeatures, Sketch
+from grouprl.objective.importance import effective_share, importance_weights, standardise_weighted
+from grouprl.objective.level import Level, fit_level
 from grouprl.objective.loss import Fixed, LossTerms, policy_loss
 from grouprl.objective.losses import LOSSES, Objective
 from grouprl.objective.outcomes import gdpo, maxrl, opo, pass_at_k, reinforce_pp
@@ -58,8 +61,10 @@ __all__ = [
     "DIVERGENCES",
     "ESTIMATORS",
     "LOSSES",
+    "BaselineBatch",
     "BaselineFit",
     "Fixed",
+    "Level",
     "LossTerms",
     "Objective",
     "RandomFeatures",
@@ -75,7 +80,9 @@ __all__ = [
     "discounted_suffix_sum",
     "dppo",
     "dppo_mask",
+    "effective_share",
     "fit_baseline",
+    "fit_level",
     "gae",
     "gaussian_kl",
     "gdpo",
@@ -83,6 +90,7 @@ __all__ = [
     "gspo_log_ratio",
     "gspo_token_log_ratio",
     "importance_logp",
+    "importance_weights",
     "k1",
     "k2",
     "k3",
@@ -110,6 +118,7 @@ __all__ = [
     "soft_overlong",
     "spo",
     "standardise",
+    "standardise_weighted",
     "timestep",
     "token_mean",
     "vespo",

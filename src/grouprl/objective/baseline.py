@@ -2,24 +2,23 @@
 
 No network, no optimiser, no value loss: the return expected at a state is phi(state) . w, and w is solved for on the
 group's own samples. To call a spade a spade: this is a linear critic, fitted by least squares instead of by gradient.
-Sources: linear-feature baselines, Duan et al. 2016, arXiv 1604.06778; random features, Rahimi and Recht 2007;
-generalised advantages, Schulman et al. 2016, arXiv 1506.02438.
+Sources: linear-feature baselines, Duan et al. 2016, arXiv 1604.06778; generalised advantages, Schulman et al. 2016,
+arXiv 1506.02438.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.objective.level import fit_level
 from grouprl.objective.packed import check_packed, check_per_sample
 from grouprl.objective.returns import gae
 
-_OBSERVATION_LIMIT = 10.0
-_TIME_SCALE = 4.0  # elapsed lies in [0, 1]: stretched to the spread of a normalised observation
 _SMALLEST_POWER = 1e-3  # of a feature, where the ridge is scaled by it: a feature that is all but 0 stays tame
 _CONSTANT_RIDGE = 1e-6  # the mean return must not be shrunk; this only keeps the matrix regular
 _ROWS_A_FEATURE = 4  # fewer rows than this for each feature follow their targets, each fit further than the last
@@ -28,104 +27,19 @@ _DUAL_ABOVE = 1024  # features up to which their own matrix costs little
 
 
 @dataclass(frozen=True)
-class RandomFeatures:
-    """phi(s, u) = [tanh((s, 4u) W + c), s, s^2, u, u^2, 1] with W and c drawn once and fixed.
+class BaselineBatch:
+    """A batch as a fit sees it; the arguments of :func:`fit_baseline`. Kept, it enters later fits as well."""
 
-    weight [D+1, d] ~ N(0, 1) / sqrt(max(1, D/4)) and offset [d] ~ U(-2, 2); D observation entries, d random features.
-    """
+    phi: Tensor
+    phi_last: Tensor
+    rewards: Tensor
+    lengths: Tensor
+    terminated: Tensor
 
-    weight: Tensor
-    offset: Tensor
-
-    @classmethod
-    def create(cls, n_observation: int, n_features: int, seed: int) -> "RandomFeatures":
-        """Draw W and c; the same seed gives the same features. Raises UsageError if a size is below 1."""
-        if n_observation < 1 or n_features < 1:
-            raise UsageError(
-                f"n_observation and n_features must be at least 1, got {n_observation} and {n_features}; "
-                "128 features suit most tasks."
-            )
-        rng = np.random.default_rng(seed)
-        weight = rng.standard_normal((n_observation + 1, n_features)) / math.sqrt(max(1.0, n_observation / 4.0))
-        offset = rng.uniform(-2.0, 2.0, n_features)
-        return cls(torch.from_numpy(weight).float(), torch.from_numpy(offset).float())
-
-    @property
-    def n_outputs(self) -> int:
-        """F = d + 2 D + 3, the number of features including the constant, which is the last."""
-        n_inputs, n_features = self.weight.shape
-        return n_features + 2 * (n_inputs - 1) + 3
-
-    @torch.no_grad()
-    def __call__(self, observations: Tensor, elapsed: Tensor) -> Tensor:
-        """[S, F] float32 from observations [S, D] and elapsed [S].
-
-        Observations come normalised and are clipped to +-10; elapsed is the time in the episode over its horizon.
-        Raises UsageError on shapes that do not fit.
-        """
-        hidden, s, u = self._parts(observations, elapsed)
-        return torch.cat((hidden, s, s.square(), u, u.square(), torch.ones_like(u)), 1)
-
-    @torch.no_grad()
-    def dot(self, observations: Tensor, elapsed: Tensor, weights: Tensor) -> Tensor:
-        """[S]: self(observations, elapsed) @ weights for weights [F], without laying the features side by side."""
-        hidden, s, u = self._parts(observations, elapsed)
-        w_hidden, w_s, w_square, w_time = torch.split(weights, [hidden.shape[1], s.shape[1], s.shape[1], 3])
-        time = torch.cat((u, u.square(), torch.ones_like(u)), 1)
-        return torch.mv(hidden, w_hidden).addmv_(s, w_s).addmv_(s.square(), w_square).addmv_(time, w_time)
-
-    def _parts(self, observations: Tensor, elapsed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """tanh((s, 4u) W + c) [S, d], s [S, D] and u [S, 1]."""
-        n_observation = self.weight.shape[0] - 1
-        if observations.ndim != 2 or observations.shape[1] != n_observation:
-            raise UsageError(
-                f"observations must have shape [S, {n_observation}], got {list(observations.shape)}; "
-                "flatten each observation to one row."
-            )
-        if elapsed.shape != observations.shape[:1]:
-            raise UsageError(
-                f"elapsed must have shape [{observations.shape[0]}], one per observation, got {list(elapsed.shape)}."
-            )
-        s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT)
-        u = elapsed.to(s).unsqueeze(1)
-        weight, offset = self.weight.to(s.device), self.offset.to(s.device)
-        # tanh(x) = 2 sigmoid(2x) - 1, which torch computes in a fraction of the time of tanh on a CPU.
-        doubled = torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight, beta=2.0, alpha=2.0)
-        return doubled.sigmoid_().mul_(2.0).sub_(1.0), s, u
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """Wide observations [S, D] as few sums [S, d]: each entry is added to one sum, with a random sign.
-
-    A regression costs the square of its width, and reading a batch costs the width: beyond some hundred entries the
-    first must not grow with the second. Scalar products stay the same in expectation. Source: feature hashing,
-    Weinberger et al. 2009, arXiv 0902.2206.
-
-    order [d * ceil(D / d)] holds the entries in the order in which they are dealt out to the sums, D for none;
-    sign [D].
-    """
-
-    order: Tensor
-    sign: Tensor
-    n_sums: int
-
-    @classmethod
-    def create(cls, n_observation: int, n_sums: int, seed: int) -> "Sketch":
-        """Draw order and signs; the same seed gives the same."""
-        rng = np.random.default_rng([seed, n_observation, n_sums])
-        order = np.full(n_sums * -(-n_observation // n_sums), n_observation)
-        order[:n_observation] = rng.permutation(n_observation)
-        sign = rng.choice(np.array([-1, 1], np.float32), n_observation)
-        return cls(torch.from_numpy(order), torch.from_numpy(sign), n_sums)
-
-    @torch.no_grad()
-    def __call__(self, observations: Tensor) -> Tensor:
-        """[S, d] float32 from observations [S, D], clipped to +-10 first."""
-        s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT) * self.sign.to(observations.device)
-        s = torch.nn.functional.pad(s, (0, 1))
-        dealt = s.index_select(1, self.order.to(s.device)).view(len(s), -1, self.n_sums)
-        return dealt.sum(1) / math.sqrt(dealt.shape[1])
+    @cached_property
+    def gram(self) -> Tensor:
+        """Phi'Phi [F, F] in the precision of phi, computed once."""
+        return _gram(self.phi)
 
 
 @dataclass(frozen=True)
@@ -151,6 +65,8 @@ def fit_baseline(
     lam: float,
     ridge: float = 1e-3,
     sweeps: int = 2,
+    earlier: Sequence[BaselineBatch] = (),
+    level: bool = False,
 ) -> BaselineFit:
     """Fit V(s) = phi(s) . w to the batch's own lambda-returns and return the values and advantages it gives.
 
@@ -166,26 +82,44 @@ def fit_baseline(
     The matrix is the same in every sweep and factored once, in float64: [F, F] or, where there are more features than
     rows, [n, n], which gives the same w. Without previous weights V starts at 0 and two sweeps are added.
 
+    ``earlier`` batches, of policies that differ little, enter the regression as further rows, with targets from the
+    same weights: Phi'Phi and Phi'y are sums over batches. The more rows there are, the less of one batch's own noise is
+    explained away. Values and advantages are those of the batch alone.
+
+    ``level`` ends with V <- c V + a, (c, a) from :func:`fit_level` on the batch itself, so that its advantages have
+    mean 0.
+
     Raises UsageError on shapes or settings that do not fit, TrainingError if the fit is not finite.
     """
     _check(phi, phi_last, rewards, lengths, terminated, weights, ridge, sweeps)
-    ridge *= max(1.0, _ROWS_A_FEATURE * min(phi.shape[1], _MOST_COUNTED) / len(phi)) ** 2
-    solve = _dual(phi, ridge) if phi.shape[1] > max(phi.shape[0], _DUAL_ABOVE) else _primal(phi, ridge)
+    batches = (BaselineBatch(phi, phi_last, rewards.to(phi.dtype), lengths, terminated), *earlier)
+    if any(batch.phi.shape[1] != phi.shape[1] for batch in batches):
+        raise UsageError(f"earlier batches must have the {phi.shape[1]} features of this one.")
+    n = sum(len(batch.phi) for batch in batches)
+    ridge *= max(1.0, _ROWS_A_FEATURE * min(phi.shape[1], _MOST_COUNTED) / n) ** 2
+    solve = _dual(batches, ridge) if phi.shape[1] > max(n, _DUAL_ABOVE) else _primal(batches, ridge)
+    own, *others = ((batch.phi_last, batch.rewards, batch.lengths, batch.terminated) for batch in batches)
+    every = tuple(map(torch.cat, zip(own, *others, strict=True))) if others else own
 
-    def evaluate(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        values = phi @ w
-        last_values = torch.where(terminated, 0.0, phi_last @ w)
-        return values, last_values, gae(rewards, values, last_values, lengths, gamma, lam)
+    def evaluate(w: Tensor, values: Tensor, last: Tensor, r: Tensor, n: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        last_values = torch.where(ends, 0.0, last @ w)
+        return last_values, gae(r, values, last_values, n, gamma, lam)
 
-    rewards = rewards.to(phi.dtype)
     w = phi.new_zeros(phi.shape[1]) if weights is None else weights.to(phi)
     for _ in range(sweeps if weights is not None else sweeps + 2):
-        values, _, advantages = evaluate(w)
-        w = solve(values + advantages)
-    values, last_values, advantages = evaluate(w)
+        values = torch.cat([batch.phi @ w for batch in batches]) if others else phi @ w
+        w = solve(values + evaluate(w, values, *every)[1])
+    values = phi @ w
+    last_values, advantages = evaluate(w, values, *own)
+    if level:
+        scale, shift = fit_level(values, last_values, rewards, lengths, terminated, gamma, lam)
+        w = w * scale
+        w[-1] += shift
+        values = phi @ w
+        last_values, advantages = evaluate(w, values, *own)
     if not bool(torch.isfinite(advantages).all()):
         raise TrainingError(
-            f"the baseline fit is not finite ({phi.shape[1]} features, {len(phi)} steps): a reward or an observation "
+            f"the baseline fit is not finite ({phi.shape[1]} features, {n} steps): a reward or an observation "
             "is nan or too large, or batches of so few steps lead each fit further astray; check the environment, or "
             "raise n_steps (min_steps) or baseline_ridge."
         )
@@ -198,19 +132,23 @@ _Solve = Callable[[Tensor], Tensor]
 """From targets [n] to the weights [F] of their regression."""
 
 
-def _primal(phi: Tensor, ridge: float) -> _Solve:
-    factor = _factor(phi, ridge)
+def _primal(batches: Sequence[BaselineBatch], ridge: float) -> _Solve:
+    factor = _factor(batches, ridge)
+    phis = [batch.phi for batch in batches]
 
     def solve(targets: Tensor) -> Tensor:
-        moment = phi.T @ targets
-        return torch.cholesky_solve(moment.to(factor).unsqueeze(1), factor).squeeze(1).to(phi)
+        first, *others = (
+            phi.T @ y for phi, y in zip(phis, torch.split(targets, [len(phi) for phi in phis]), strict=True)
+        )
+        moment = sum(others, start=first)
+        return torch.cholesky_solve(moment.to(factor).unsqueeze(1), factor).squeeze(1).to(targets)
 
     return solve
 
 
-def _dual(phi: Tensor, ridge: float) -> _Solve:
+def _dual(batches: Sequence[BaselineBatch], ridge: float) -> _Solve:
     """By the matrix [n, n]: (Phi'Phi + P)^-1 Phi' = P^-1 Phi' (Phi P^-1 Phi' + 1)^-1 for the diagonal penalty P."""
-    rows = phi.to("cpu", torch.float64)
+    rows = torch.cat([batch.phi for batch in batches]).to("cpu", torch.float64)
     penalty = _penalty(rows.square().sum(0), len(rows), ridge)
     gram = _gram((rows / penalty.sqrt()).T)
     if not bool(torch.isfinite(gram).all()):
@@ -220,7 +158,7 @@ def _dual(phi: Tensor, ridge: float) -> _Solve:
 
     def solve(targets: Tensor) -> Tensor:
         weighed = torch.cholesky_solve(targets.to(factor).unsqueeze(1), factor).squeeze(1)
-        return (rows.T @ weighed / penalty).to(phi)
+        return (rows.T @ weighed / penalty).to(targets)
 
     return solve
 
@@ -232,16 +170,18 @@ def _penalty(power: Tensor, n: int, ridge: float) -> Tensor:
     return penalty
 
 
-def _factor(phi: Tensor, ridge: float) -> Tensor:
-    """Cholesky factor [F, F], float64 on the CPU, of the regularised Gram matrix of phi [n, F]."""
+def _factor(batches: Sequence[BaselineBatch], ridge: float) -> Tensor:
+    """Cholesky factor [F, F], float64 on the CPU, of the regularised Gram matrix of the rows of all batches."""
     info = torch.ones(())
-    for dtype in (phi.dtype, torch.float64):
+    n = sum(len(batch.phi) for batch in batches)
+    for exact in (False, True):
         # float32 products are exact enough unless features all but coincide; then once more in float64.
-        rows = phi if dtype == phi.dtype else phi.cpu().to(dtype)
-        gram = _gram(rows).to("cpu", torch.float64)
+        grams = (_gram(batch.phi.cpu().double()) if exact else batch.gram for batch in batches)
+        first, *others = (gram.to("cpu", torch.float64) for gram in grams)
+        gram = sum(others, start=first)
         if not bool(torch.isfinite(gram).all()):
             raise TrainingError("the baseline's features are not finite; check the environment's observations.")
-        gram.diagonal().add_(_penalty(gram.diagonal(), rows.shape[0], ridge))
+        gram.diagonal().add_(_penalty(gram.diagonal(), n, ridge))
         factor, info = torch.linalg.cholesky_ex(gram)
         if int(info) == 0:
             return torch.as_tensor(factor)

@@ -22,6 +22,8 @@ class Fixed(NamedTuple):
         logp_ref: ``[m]`` under the reference; None: no sampled divergence.
         lengths: ``[n]`` steps of each sample, if the m steps are those of n whole samples, end to end.
         turns: ``[k]`` steps of each turn of these samples, end to end.
+        chosen: ``[m]`` bool, the steps whose surrogate counts; None: all.
+        entropy_weights: ``[m]`` of the entropy bonus; None: ``weights``.
     """
 
     advantages: Tensor
@@ -30,6 +32,8 @@ class Fixed(NamedTuple):
     logp_ref: Tensor | None = None
     lengths: Tensor | None = None
     turns: Tensor | None = None
+    chosen: Tensor | None = None
+    entropy_weights: Tensor | None = None
 
 
 class LossTerms(NamedTuple):
@@ -40,12 +44,14 @@ class LossTerms(NamedTuple):
         surrogate: ``[m]``. kl: ``[m]``, or None without a divergence.
         cut: two of ``[m]`` bool, the steps of negative and of positive advantage that the loss bounds, as `Loss.cut`
             says; None where that was not asked for, or cannot happen.
+        bonus: what the loss is lower for the entropy, a number; None where the entropy has no weights of its own.
     """
 
     loss: Tensor
     surrogate: Tensor
     kl: Tensor | None
     cut: tuple[Tensor, Tensor] | None
+    bonus: Tensor | None = None
 
 
 def policy_loss(
@@ -58,6 +64,8 @@ def policy_loss(
     count_cut: bool = True,
 ) -> LossTerms:
     """sum_t w_t (surrogate_t + beta KL_t - entropy_coef H_t) over m steps, to be minimised.
+
+    The surrogate is 0 for steps that are not `fixed.chosen`. The entropy may have weights of its own.
 
     The surrogate is `objective.loss_type`'s; with `fixed.logp_old` None its ratio is 1 in value and
     exp(logp - sg(logp)) in gradient. Weights are fixed for a whole optimizer step, so that the losses of its parts add
@@ -93,17 +101,27 @@ def policy_loss(
             logp, old.to(logp.dtype), fixed.advantages, fixed.lengths, objective.off_policy_mask_threshold
         )
 
+    if fixed.chosen is not None:
+        surrogate = surrogate * fixed.chosen
     losses = surrogate
     if kl is None and fixed.logp_ref is not None:
         kl = sampled_kl_loss(logp, fixed.logp_ref, objective.kl_estimator, fixed.logp_old)
     if kl is not None:
         losses = losses + objective.beta * kl
+    bonus = None
     if entropy is not None and objective.entropy_coef > 0:
-        losses = losses - objective.entropy_coef * entropy
+        if fixed.entropy_weights is None:
+            losses = losses - objective.entropy_coef * entropy
+        else:
+            bonus = objective.entropy_coef * (fixed.entropy_weights * entropy).sum()
     loss = (fixed.weights * losses).sum()
+    if bonus is not None:
+        loss = loss - bonus
 
     cut = None
     if count_cut and own is None and entry.cut is not None and fixed.logp_old is not None:
         with torch.no_grad():
             cut = entry.cut(objective, effective, old, advantages)
-    return LossTerms(loss, surrogate.detach(), None if kl is None else kl.detach(), cut)
+    return LossTerms(
+        loss, surrogate.detach(), None if kl is None else kl.detach(), cut, None if bonus is None else bonus.detach()
+    )

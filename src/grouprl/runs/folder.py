@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -191,6 +192,21 @@ class RunFolder:
             )
         write_json(self.summary_path, summary)
 
+    def read_summary(self) -> dict[str, Any]:
+        """The mapping in summary.json, empty if the run has not finished. Raises UsageError if it is damaged."""
+        if not self.is_finished():
+            return {}
+        data = read_bytes(self.summary_path, "summary of a run", most_bytes=1 << 24)
+        try:
+            summary = json.loads(data)
+        except ValueError as error:
+            raise DamagedFileError(f"{self.summary_path} is damaged: {' '.join(str(error).split())}.") from error
+        return _mapping(summary, self.summary_path)
+
+    def export_path(self, kind: str) -> Path:
+        """The folder of the model as other programs read it, of `kind` onnx, torch or merged."""
+        return self.path / f"export-{kind}"
+
     def is_finished(self) -> bool:
         """Whether the run has left its summary, the last thing that it writes."""
         return self.summary_path.is_file()
@@ -299,9 +315,9 @@ class RunFolder:
         """What a run has made, config.yaml last."""
         paths = (
             self.checkpoints_path, self.tensorboard_path, self.path / "wandb", self.model_folder,
-            *self.path.glob("checkpoint-*"), self.metrics_path, self.model_path, self.curve_path, self.video_path,
-            self.summary_path, self.transcripts_path, self.transcripts_page, self.episodes_path, self.episodes_page,
-            self.report_page, self.config_path,
+            *self.path.glob("checkpoint-*"), *self.path.glob("export-*"), self.metrics_path, self.model_path,
+            self.curve_path, self.video_path, self.summary_path, self.transcripts_path, self.transcripts_page,
+            self.episodes_path, self.episodes_page, self.report_page, self.config_path,
         )  # fmt: skip
         return [path for path in paths if path.exists() or path.is_symlink()]
 

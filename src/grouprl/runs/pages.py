@@ -10,11 +10,12 @@ from typing import Any
 
 
 def fill(name: str, title: str, parts: Mapping[str, str]) -> str:
-    """The template ``name`` of this package with the style of all pages, a title, and ``parts`` in their places.
+    """The template ``name`` of this package with what all pages share, a title, and ``parts`` in their places.
 
     ``title`` is any text. The parts go in as they are: HTML that is escaped already, or what :func:`embed` gives.
     """
-    return _assemble(_template(name), {"STYLE": _template("page.css"), "TITLE": html.escape(title), **parts})
+    shared = {"STYLE": _template("page.css"), "SCRIPT": _template("page.js"), "TITLE": html.escape(title)}
+    return _assemble(_template(name), {**shared, **parts})
 
 
 def _template(name: str) -> str:

@@ -13,6 +13,7 @@ from grouprl.errors import UsageError
 from grouprl.runs.files import atomic_path
 from grouprl.runs.folder import RunFolder
 from grouprl.runs.metrics import read_metrics
+from grouprl.runs.wording import wording
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ _AXIS_NAMES = {
     "train_seconds": "Training time (s)",
     "eval_return": "Return in evaluation",
     "reward": "Reward",
-    "eval_accuracy": "Greedy accuracy on held-out prompts",
+    "eval_accuracy": "{Success} on {held_out}, greedy",
 }
 # Colours that people with colour blindness can tell apart (Okabe and Ito, 2008), the darkest first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -40,7 +41,7 @@ _EVALUATION_OF = {"return_mean": "eval_return", "reward": "eval_reward"}
 """What is shown beside a curve as dots: the same quantity, in evaluations."""
 _MEANING = {
     "return_mean": ("line: training, sampled actions, mean of recent episodes", "dot: evaluation, greedy actions"),
-    "reward": ("line: training, sampled completions", "dot: evaluation on held-out prompts"),
+    "reward": ("line: training, sampled completions", "dot: evaluation on {held_out}"),
 }
 """What the legend says of line and dots."""
 _FEWEST_FOR_AN_INTERVAL = 5
@@ -90,21 +91,22 @@ def plot_runs(
     if not run_paths:
         raise UsageError("No runs to plot. Give at least one run folder.")
     runs = [_load(RunFolder.open(path), x, y) for path in run_paths]
+    words = wording(runs[0].config)
     groups, notes = _without_repetitions(_group(runs, group_by), group_by)
-    labels = _labels([group[0].config for group in groups], group_by)
+    names = labels([group[0].config for group in groups], group_by)
 
     figure = Figure(figsize=(7.0, 4.3), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
+    for number, (group, label) in enumerate(zip(groups, names, strict=True)):
         _draw(axes, group, label, COLOURS[number % len(COLOURS)], show_evaluation=y in _EVALUATION_OF)
     if threshold is not None:
         axes.axhline(threshold, color="0.35", linestyle="--", linewidth=1, label=f"threshold {threshold:g}", zorder=1)
     if y in _EVALUATION_OF and any(len(run.evaluation[0]) for run in runs):
-        line, dot = _MEANING[y]
+        line, dot = (words(text) for text in _MEANING[y])
         axes.plot([], [], color="0.5", linewidth=1.8, label=line)
         axes.plot([], [], "o", color="0.5", **_EVALUATION_STYLE, label=dot)
-    _dress(axes, runs, x, y)
+    _dress(axes, runs, x, words(_AXIS_NAMES[y]) if y in _AXIS_NAMES else y)
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=2)
     save(figure, out)
     return notes
@@ -140,14 +142,14 @@ def _load(folder: RunFolder, x: str, y: str) -> _Run:
     return _Run(folder.read_config(), curve, points(_EVALUATION_OF.get(y, "")))
 
 
-def _flatten(config: Mapping[str, Any], group_by: str, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], group_by: str, prefix: str = "") -> dict[str, Any]:
     """{"config": {"lr": 1}} -> {"config.lr": 1}, without the keys called `group_by`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if key == group_by or prefix + key == group_by:
             continue
         if isinstance(value, Mapping):
-            flat |= _flatten(value, group_by, f"{prefix}{key}.")
+            flat |= flatten(value, group_by, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
@@ -156,7 +158,7 @@ def _flatten(config: Mapping[str, Any], group_by: str, prefix: str = "") -> dict
 def _group(runs: Sequence[_Run], group_by: str) -> list[list[_Run]]:
     groups: dict[str, list[_Run]] = {}
     for run in runs:
-        identity = json.dumps(_flatten(run.config, group_by), sort_keys=True, default=str)
+        identity = json.dumps(flatten(run.config, group_by), sort_keys=True, default=str)
         groups.setdefault(identity, []).append(run)
     return list(groups.values())
 
@@ -177,12 +179,12 @@ def _without_repetitions(groups: Sequence[Sequence[_Run]], group_by: str) -> tup
     return kept, notes
 
 
-def _labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
+def labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
     """For each configuration the settings that tell it from others with the same env_id, and the env_id if it must."""
-    flat = [_flatten(config, group_by) for config in configs]
-    labels = []
+    flat = [flatten(config, group_by) for config in configs]
+    found = []
     for own in flat:
-        rivals = [other for other in flat if _subject(other) == _subject(own)]
+        rivals = [other for other in flat if subject_of(other) == subject_of(own)]
         keys = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
         keys = [key for key in keys if not key.startswith(_NOT_LEARNED_FROM)] or keys
         if "preset" in keys and all(rival is own or rival.get("preset") != own["preset"] for rival in rivals):
@@ -192,12 +194,12 @@ def _labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
             named["preset"] = "default"  # as the command line calls it
         settings = [f"{name}={value}" for name, value in named.items()]
         settings = settings[:3] + (["..."] if len(settings) > 3 else [])
-        subject = [str(_subject(own))] if _subject(own) and (not settings or len(rivals) < len(flat)) else []
-        labels.append(", ".join([*subject, *settings]) or "run")
-    return labels
+        subject = [str(subject_of(own))] if subject_of(own) and (not settings or len(rivals) < len(flat)) else []
+        found.append(", ".join([*subject, *settings]) or "run")
+    return found
 
 
-def _subject(config: Mapping[str, Any]) -> Any:
+def subject_of(config: Mapping[str, Any]) -> Any:
     """What was learned: an environment, or a task."""
     return config.get("env_id") or config.get("task")
 
@@ -266,16 +268,16 @@ def _bootstrap(values: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def _dress(axes: Axes, runs: Sequence[_Run], x: str, y: str) -> None:
+def _dress(axes: Axes, runs: Sequence[_Run], x: str, y_name: str) -> None:
     from matplotlib.ticker import EngFormatter
 
-    subjects = {_subject(run.config) for run in runs}
+    subjects = {subject_of(run.config) for run in runs}
     x_name = _AXIS_NAMES.get(x, x)
     if x == "step":
         arenas = {"env_id" in run.config for run in runs}
         x_name = {True: "Environment steps", False: "Optimizer steps"}[arenas.pop()] if len(arenas) == 1 else x_name
     axes.set_xlabel(x_name)
-    axes.set_ylabel(_AXIS_NAMES.get(y, y))
+    axes.set_ylabel(y_name)
     if x == "step":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if len(subjects) == 1 and None not in subjects:

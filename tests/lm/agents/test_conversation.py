@@ -42,6 +42,13 @@ def turn(text: str, finished: bool = True) -> Turn:
     return Turn([*ids, TOKENIZER.eos_token_id] if finished else ids, finished)
 
 
+def test_a_turn_that_a_stop_string_ended_is_ended_and_its_end_is_the_partners() -> None:
+    c, ids = conversation(Answer("More.")), TOKENIZER("On", add_special_tokens=False)["input_ids"]
+    reply = c.reply(Turn(ids, True, stopped=True))
+    assert reply.ids[0] == TOKENIZER.eos_token_id
+    assert (c.interaction.heard[0].text, c.interaction.heard[0].finished) == ("On", True)
+
+
 def test_turns_are_heard_answered_and_counted() -> None:
     c = conversation(
         Answer("More.", 0.5, state="s", metrics={"moves": 1}), Answer("End.", 1, True, metrics={"moves": 2})

@@ -1,6 +1,7 @@
 """The trained weights of a model, their gradient, and the optimizer of both."""
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from grouprl.errors import UsageError
-from grouprl.learning.parameters import TrainedParameters
+from grouprl.learning.parameters import TrainedParameters, norm_of
 from grouprl.lm.learn.optimizer import load_optimizer_state, make_optimizer, make_schedule, optimizer_state
 from grouprl.lm.packed.low_precision import LowPrecision
 from grouprl.lm.settings.config import GRPOConfig
@@ -277,3 +278,10 @@ def test_the_learning_rate_follows_the_schedule(settings: dict, expected: list) 
     assert [a for a, b in zip(rates, expected, strict=True) if b is not None] == pytest.approx(
         [b for b in expected if b is not None]
     )
+
+
+@pytest.mark.parametrize("n", [0, 5, 4096, 100_000, 20_000_000])
+def test_the_norm_of_a_long_gradient_is_right(n: int) -> None:
+    """torch adds squares one behind the other in float32: the norm of so many is off by far more."""
+    vector = torch.full((n,), 1e-3)
+    assert math.isclose(norm_of(vector), 1e-3 * math.sqrt(n), rel_tol=2e-6)

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.lm.models import save
 from grouprl.lm.models.load import load
 from grouprl.lm.models.save import independent_state, save_model
 from grouprl.lm.models.tiny import build_tiny
+from grouprl.runs.atomic_folder import atomic_folder
 
 
 def flatten(model: torch.nn.Module) -> torch.Tensor:
@@ -219,8 +219,8 @@ def test_an_adapter_of_an_unnamed_base_is_refused(tmp_path: Path) -> None:
 DIE = """
 import os, sys
 from pathlib import Path
-from grouprl.lm.models import save
-with save._atomic_folder(Path(sys.argv[1])) as folder:
+from grouprl.runs.atomic_folder import atomic_folder
+with atomic_folder(Path(sys.argv[1]), lambda path: None) as folder:
     (folder / "model.safetensors").write_bytes(b"half")
     os._exit(9)
 """
@@ -239,7 +239,7 @@ def test_a_model_that_was_moved_away_when_its_process_was_killed_is_there_again(
     path = tmp_path / "m"
     save_model(*build_tiny(0), path)
     path.rename(tmp_path / f".m.{2**22 + 1}-0123abcd-0.old")
-    with pytest.raises(RuntimeError, match="broken"), save._atomic_folder(path):
+    with pytest.raises(RuntimeError, match="broken"), atomic_folder(path, lambda path: None):
         raise RuntimeError("broken")
     assert load(str(path))[0] is not None
     assert list(tmp_path.iterdir()) == [path]

@@ -51,6 +51,40 @@ def test_log_probabilities_entropies_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("both", [False, True], ids=["entropies alone", "with log-probabilities"])
+def test_entropies_carry_a_gradient_where_that_is_asked_for(bias: bool, temperature: float, both: bool) -> None:
+    h, weight, b, targets = inputs(33, bias=bias)
+    upstream = torch.randn(2, 33, generator=torch.Generator().manual_seed(1))
+    if not both:
+        upstream[0] = 0
+    logp, entropy = by_definition(h, weight, b, targets, temperature)
+    leaves = [h, weight] + ([] if b is None else [b])
+    wanted = torch.autograd.grad((torch.stack([logp, entropy]) * upstream).sum(), leaves)
+    terms = log_probs(h, weight, b, targets, temperature, products(), by_entropy=True)
+    torch.testing.assert_close(terms.entropy, entropy.float(), rtol=0, atol=1e-5)
+    (torch.stack([*terms]) * upstream).sum().backward()
+    for leaf, gradient in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=2e-5)
+
+
+def test_the_gradient_of_entropies_is_as_exact_as_low_precision_is() -> None:
+    h, weight, _, targets = inputs(64, bias=False)
+    _, entropy = by_definition(h, weight, None, targets, 0.7)
+    wanted = torch.autograd.grad(entropy.sum(), [h, weight])
+    log_probs(h, weight, None, targets, 0.7, products(torch.bfloat16), by_entropy=True).entropy.sum().backward()
+    for leaf, gradient in zip([h, weight], wanted, strict=True):
+        assert float((leaf.grad - gradient).norm() / gradient.norm()) < 0.02
+
+
+def test_a_token_of_probability_0_adds_nothing_to_the_gradient_of_an_entropy() -> None:
+    h = torch.tensor([[200.0, 0.0, 1.0]], requires_grad=True)
+    terms = log_probs(h, nn.Parameter(torch.eye(3)), None, torch.tensor([1]), 1.0, products(), by_entropy=True)
+    terms.entropy.sum().backward()
+    torch.testing.assert_close(h.grad, torch.zeros(1, 3))
+
+
 def test_gradients_are_added_to_those_that_are_there_in_place() -> None:
     h, weight, b, targets = inputs(5, bias=True)
     assert b is not None

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from grouprl import cli
+from grouprl.cli import train_lm
 from grouprl.errors import UsageError
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run import training
 from grouprl.lm.run.watching import Watching, is_agent
 from grouprl.lm.train.evaluation import HeldOut
+from grouprl.runs import RunFolder
 
 
 def small(**changes: Any) -> recipes.Recipe:
@@ -58,7 +60,10 @@ def test_evaluation_says_the_share_solved_with_an_interval_turns_and_how_episode
     assert not ended.value.code
     said = capsys.readouterr().out
     assert "95 % interval" in said
-    assert "on 8 held-out prompts" in said
+    assert said.startswith("solved ")
+    assert "on 8 held-out starts" in said
+    assert "accuracy" not in said
+    assert "prompt" not in said
     assert "turns an episode on average" in said
     assert "episodes/truncated: 0.000" in said
 
@@ -101,3 +106,13 @@ def test_a_person_watches_on_the_command_line(
 def test_a_run_of_answers_is_no_agent(tmp_path: Path) -> None:
     assert not is_agent(str(tmp_path))
     assert not is_agent("smollm2")
+
+
+def test_a_run_in_an_environment_is_described_by_what_it_solved(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "solved, greedy, before" in page
+    assert "Accuracy" not in page
+    assert "held-out prompts" not in page
+    folder = RunFolder.open(run)
+    train_lm.report(training.RunResult(folder, 40, folder.read_summary(), []))
+    assert "solved on held-out starts, greedy: " in capsys.readouterr().out

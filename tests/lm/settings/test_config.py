@@ -134,7 +134,18 @@ def test_what_is_no_tracker_is_refused_with_those_there_are(value: Any) -> None:
     assert GRPOConfig(report_to=False).report_to == GRPOConfig(report_to=None).report_to == ()
 
 
-@pytest.mark.parametrize("name", ["stop_strings", "stop", "eos_token_id"])
+@pytest.mark.parametrize("given", ["</answer>", ["</answer>", "\n\n"]])
+def test_stop_strings_are_a_setting_and_a_generation_argument(given: Any) -> None:
+    wanted = GRPOConfig(stop_strings=given)
+    assert wanted.stop_strings == ((given,) if isinstance(given, str) else tuple(given))
+    assert GRPOConfig(generation_kwargs={"stop_strings": given}) == GRPOConfig(generation_kwargs={"stop": given})
+    assert GRPOConfig(generation_kwargs={"stop": given}) == wanted
+    assert GRPOConfig(stop_strings=[]).stop_strings is None
+    with pytest.raises(UsageError, match="must hold no empty text"):
+        GRPOConfig(stop_strings=["a", ""])
+
+
+@pytest.mark.parametrize("name", ["stop_token_ids", "eos_token_id"])
 def test_an_option_that_ends_completions_is_refused_with_what_does(name: str) -> None:
     with pytest.raises(UsageError, match=r"the sampler does not know it; .*generation_config\.eos_token_id is heard"):
         GRPOConfig(generation_kwargs={name: "x"})
@@ -219,7 +230,7 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
         ("fp16", True, "set bf16=True"),
         ("optim", "adafactor", "pass optimizers="),
         ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),
-        ("top_entropy_quantile", 0.2, "all tokens are learned from"),
+        ("use_adaptive_entropy", True, "entropy_coef is a constant here"),
         ("deepspeed", "zero3.json", "each process holds the whole model; start several by torchrun"),
         ("auto_find_batch_size", True, "tokens_per_micro_batch"),
         ("use_bias_correction_kl", False, "the gradient of KL"),
@@ -234,7 +245,7 @@ def test_a_start_says_all_that_it_refuses_each_on_its_line() -> None:
     with pytest.raises(UsageError) as refusal:
         GRPOConfig(
             use_vllm=True, fp16=True, learning_rat=1, lr=2, model=3, warmup_ratio=0.1, warmup_steps=5, temperature=-1,
-            generation_kwargs={"num_beams": 4, "stop": "x"}, logging_dir="logs",
+            generation_kwargs={"num_beams": 4, "stop_token_ids": [1]}, logging_dir="logs",
         )  # fmt: skip
     first, *others = str(refusal.value).splitlines()
     assert first == "these cannot stay as they are:"

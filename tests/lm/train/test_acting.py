@@ -478,10 +478,10 @@ def test_transcripts_show_rewards_beside_the_turns_that_had_them(tmp_path: Path)
 
 
 def test_an_evaluation_in_parts_has_the_numbers_of_all_its_episodes(tmp_path: Path, monkeypatch) -> None:
-    def sampled(config, greedy):  # the likeliest tokens of this model are no calls
-        return policy.sampling_settings(config, greedy=False)
+    def sampled(self, *, greedy):  # the likeliest tokens of this model are no calls
+        return policy.sampling_settings(self.config, greedy=False)
 
-    monkeypatch.setattr(evaluation, "sampling_settings", sampled)
+    monkeypatch.setattr(policy.Policy, "sampling", sampled)
     found = []
     for n, at_once in enumerate((8, 3)):
         made = trainer(tmp_path / str(n), {"per_device_eval_batch_size": at_once}, eval_dataset=ROWS * 2)

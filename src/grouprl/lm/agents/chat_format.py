@@ -107,7 +107,7 @@ class ChatFormat:
         """The tokens that follow a turn of the model: what is said to it, and the opening of its next turn.
 
         Args:
-            finished: whether the model ended its turn itself; otherwise the end is the first of the tokens.
+            finished: whether the model ended its turn with the end token; otherwise the end is the first of the tokens.
 
         Raises:
             TrainingError: the chat template cannot render the messages.

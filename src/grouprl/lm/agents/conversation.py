@@ -100,8 +100,8 @@ class Conversation:
         Raises:
             GrouprlError: the interaction is at fault.
         """
-        text = self._form.text(turn.ids, turn.finished)
-        message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.finished))
+        text = self._form.text(turn.ids, turn.closed)
+        message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.closed))
         spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
         self.spoken.append(len(self.messages))
         self.messages.append(spoken)
@@ -124,7 +124,7 @@ class Conversation:
         if over:
             return _OVER
         if not anew:
-            return Reply(self._form.following(self._as_given(said), finished=turn.finished))
+            return Reply(self._form.following(self._as_given(said), finished=turn.closed))
         prompt = self._as_given(said if answer.anew else [*self._opening, spoken, *said])
         where = f"the prompt after {self._turn()}"
         return Reply(self._form.first(prompt, self._schemas, self.start, where, limited=False).ids, anew=True)

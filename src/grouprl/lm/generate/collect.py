@@ -324,7 +324,7 @@ def sample_and_score(
 def texts_of(completions: Sequence[Completion], tokenizer: Any, skip_special_tokens: bool) -> list[str]:
     """What the model wrote, without the token that ended it and without padding."""
     padding = getattr(tokenizer, "pad_token_id", None)
-    ids = [[t for t in (c.ids[:-1] if c.finished else c.ids) if t != padding] for c in completions]
+    ids = [[t for t in (c.ids[:-1] if c.finished and not c.stopped else c.ids) if t != padding] for c in completions]
     return list(tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens))
 
 

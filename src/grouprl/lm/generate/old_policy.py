@@ -33,7 +33,9 @@ def old_and_reference(
         None if turns is None else [turns[i] for i in own],
     )  # fmt: skip
     batches = [MicroBatch(batch.groups, torch.tensor(own)[batch.samples]) for batch in of_own]
-    logp_old = policy.log_probs.without_gradient(batches, lengths)
-    logp_ref = policy.reference.log_probs(batches, lengths)
+    with policy.together():
+        logp_old = policy.log_probs.without_gradient(batches, lengths)
+    with policy.reference.in_place(), policy.together():
+        logp_ref = policy.reference.log_probs(batches, lengths)
     policy.ranks.add(logp_old, logp_ref)  # each is 0 where another process has it
     return logp_old, logp_ref

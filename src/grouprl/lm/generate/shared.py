@@ -13,6 +13,7 @@ from torch import Tensor
 from grouprl.errors import TrainingError, first_line
 from grouprl.lm.generate.collect import Player, ScoredGroups, logged_means
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.draw import SamplingSettings
@@ -25,11 +26,11 @@ class SharedPlayer:
     """Several processes play out the prompts: each its own, and each has all groups afterwards.
 
     Args:
-        player: plays out those of this process. ranks: the processes.
+        player: plays out those of this process. policy: of the processes.
     """
 
-    def __init__(self, player: Player, ranks: Ranks) -> None:
-        self.player, self.ranks, self.names = player, ranks, player.names
+    def __init__(self, player: Player, policy: Policy) -> None:
+        self.player, self.policy, self.ranks, self.names = player, policy, policy.ranks, player.names
 
     def draw(
         self, prompts: list[Prompt], group_size: int, stream: Stream | Draws, numbers: Sequence[int],
@@ -40,11 +41,12 @@ class SharedPlayer:
         own = places[self.ranks.rank]
         draws = draws_of(stream, len(prompts) * group_size)
         found: ScoredGroups | None = None
-        if own:
-            of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
-            rows = [prompts[i] for i in own]
-            found = self.player.draw(rows, group_size, of_own, [numbers[i] for i in own], settings, state)
-            found.leave_out_columns()  # the others have them
+        with self.policy.together():
+            if own:
+                of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
+                rows = [prompts[i] for i in own]
+                found = self.player.draw(rows, group_size, of_own, [numbers[i] for i in own], settings, state)
+                found.leave_out_columns()  # the others have them
         parts = [part for part in self._gathered(found) if part is not None]
         for place, part in zip([place for place in places if place], parts, strict=True):
             part.take_columns([prompts[i] for i in place])
@@ -71,13 +73,13 @@ class SharedPlayer:
 
     def judged_by(self, rewards: RewardCaller) -> SharedPlayer:
         """As `Player.judged_by`."""
-        return SharedPlayer(self.player.judged_by(rewards), self.ranks)
+        return SharedPlayer(self.player.judged_by(rewards), self.policy)
 
     def close(self) -> None:
         """As `Player.close`."""
         self.player.close()
 
 
-def shared_out(player: Player, ranks: Ranks) -> Player:
-    """The player, or what shares out its work among several processes."""
-    return player if ranks.world == 1 else SharedPlayer(player, ranks)
+def shared_out(player: Player, policy: Policy) -> Player:
+    """The player, or what shares out its work among the processes of the policy."""
+    return player if policy.ranks.world == 1 else SharedPlayer(player, policy)

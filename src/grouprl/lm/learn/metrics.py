@@ -29,10 +29,12 @@ class StepSums:
     """Share of a completion's ratios cut off below, in the completion with the smallest; of a turn's if it has one."""
     most_high: float = 0.0
     """Above, in the one with the largest."""
+    bonus: float = 0.0
+    """Of the entropy, weighted as it is in the loss."""
 
     def add(self, other: StepSums) -> None:
         """Add another part's sums."""
-        for name in ("loss", "kl", "entropy", "low", "high", "tokens"):
+        for name in ("loss", "bonus", "kl", "entropy", "low", "high", "tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.least_low = min(self.least_low, other.least_low)
         self.most_high = max(self.most_high, other.most_high)
@@ -49,7 +51,10 @@ def sums_of(objective: Objective, terms: LossTerms, entropy: Tensor, fixed: Fixe
     lengths = fixed.turns if objective.importance_sampling_level == "turn" else fixed.lengths
     assert lengths is not None
     zero = torch.zeros((), device=terms.loss.device)
-    found = {"loss": terms.loss, "kl": zero if terms.kl is None else terms.kl.sum(), "entropy": entropy.sum()}
+    found = {
+        "loss": terms.loss, "bonus": zero if terms.bonus is None else terms.bonus,
+        "kl": zero if terms.kl is None else terms.kl.sum(), "entropy": entropy.sum(),
+    }  # fmt: skip
     if terms.cut is None:
         found |= dict.fromkeys(("low", "high", "least_low", "most_high"), zero)
     else:

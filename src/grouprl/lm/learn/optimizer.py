@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.learning.shards import held
 from grouprl.lm.settings.config import GRPOConfig
 
 _log = logging.getLogger("grouprl")
@@ -40,7 +42,7 @@ def warn_if_steps_vanish(parameters: TrainedParameters, learning_rate: float) ->
     A step moves an entry by about the learning rate. It rounds to nothing if that is less than half the distance to the
     next number of bfloat16, which is 2^-7 for numbers from 1 to 2 and in proportion for others.
     """
-    low = [p.flatten() for p in parameters.tensors if p.dtype == torch.bfloat16]
+    low = [held(p).flatten() for p in parameters.tensors if p.dtype == torch.bfloat16]
     if not low:
         return
     entries = torch.cat([x[:: max(1, len(x) // _ASKED)].float().abs() for x in low])
@@ -94,6 +96,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
             else:
                 rest[f"{number}.{name}"] = value
     return tensors, {"rest": rest, "groups": state["param_groups"]}
+
+
+def stepped_by(optimizer: torch.optim.Optimizer) -> Callable[[str], Tensor | None]:
+    """For a name in :func:`optimizer_state` the parameter whose state it is, or None."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def find(name: str) -> Tensor | None:
+        number = name.partition(".")[0]
+        return parameters[int(number)] if number.isdecimal() and int(number) < len(parameters) else None
+
+    return find
 
 
 def load_optimizer_state(

@@ -47,9 +47,9 @@ class Step:
         chosen: ``[n]`` the samples, by index. objective: what is minimised.
 
     Samples that cannot move the model get no forward pass: cut-off ones with mask_truncated_completions, and those of
-    advantage 0 if no KL term moves them. They still count in the denominators. An episode of several samples weighs as
-    one sample that holds the tokens of all of them. Several processes share out the groups among them, and each passes
-    over its own.
+    advantage 0 if no KL term and no entropy bonus moves them, and their entropies decide nothing. They still count in
+    the denominators. An episode of several samples weighs as one sample that holds the tokens of all of them. Several
+    processes share out the groups among them, and each passes over its own.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Step:
         )
         active = counted.clone()
         kl_loss = config.beta > 0 and config.kl_in == "loss"
-        if config.skip_zero_advantage and not kl_loss:
+        by_entropy = config.entropy_coef > 0 or config.top_entropy_quantile < 1.0
+        if config.skip_zero_advantage and not kl_loss and not by_entropy:
             active &= segment_sum(samples.advantages.abs(), lengths)[chosen] > 0
         self.active = chosen[active]
         self.all_active = len(self.active) == int(counted.sum())
@@ -85,9 +86,10 @@ class Step:
     def remember_old(self) -> None:
         """Store log-probabilities under the current policy: before it moves, for a step that comes later."""
         index = steps_of(self.own, self.samples.lengths)
-        if self.micro_batches and not self.samples.knows_old(index):
-            logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
-            self.samples.remember_old(index, logp[index])
+        with self.policy.together():
+            if self.micro_batches and not self.samples.knows_old(index):
+                logp = self.policy.log_probs.without_gradient(self.micro_batches, self.samples.lengths)
+                self.samples.remember_old(index, logp[index])
 
     def gradients(self, sums: StepSums, mismatch: Mismatch, *, remember: bool, number: int = 0) -> Iterator[None]:
         """Write the gradient of the loss over one micro-batch after another, by a backward pass each.
@@ -100,13 +102,18 @@ class Step:
         samples, lengths = self.samples, self.samples.lengths
         reference = self.policy.reference if self.config.kl_in == "loss" else None
         active = steps_of(self.own, lengths)
-        if self.micro_batches and reference is not None and not samples.knows_reference(active):
-            samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
+        if reference is not None:
+            with reference.in_place(), self.policy.together():
+                if self.micro_batches and not samples.knows_reference(active):
+                    samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
         old_known = samples.knows_old(active)
+        chosen, of_entropy = self._by_entropy()
         device = self.policy.device
         dropout = self.policy.log_probs.dropout
         apart = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=dropout)
-        with apart, self.policy.log_probs.learning() if self.micro_batches else nullcontext():
+        some = bool(self.micro_batches) or self.policy.sharded is not None
+        learning = self.policy.log_probs.learning() if some else nullcontext()
+        with apart, learning, self.policy.together(learning=True):
             for batch in self.micro_batches:
                 index = steps_of(batch.samples, lengths)
                 fixed = Fixed(
@@ -116,17 +123,21 @@ class Step:
                     logp_ref=None if reference is None else samples.logp_ref[index].to(device),
                     lengths=lengths[batch.samples].to(device),
                     turns=samples.turn_lengths[steps_of(batch.samples, samples.n_turns)].to(device),
+                    chosen=None if chosen is None else chosen[index].to(device),
+                    entropy_weights=None if of_entropy is None else of_entropy[index].to(device),
                 )
                 if dropout:  # depends on the seed, on the pass and on the group alone
                     torch.manual_seed(seed_for(self.config.seed, number, int(batch.samples[0])))
                 tokens = self.policy.log_probs.evaluate(batch)
-                terms = policy_loss(self.objective, tokens.logp, fixed)
+                terms = policy_loss(
+                    self.objective, tokens.logp, fixed, entropy=None if of_entropy is None else tokens.entropy
+                )
                 if not terms.loss.requires_grad:
                     raise UsageError(
                         "the loss depends on no trained weight: the adapter is merged into the model or switched off; "
                         "undo that (model.unmerge_adapter()), or begin anew with the model as it is now"
                     )
-                terms.loss.backward()  # type: ignore[no-untyped-call]
+                self.policy.backward(terms.loss)
                 here = sums_of(self.objective, terms, tokens.entropy, fixed)
                 logp = tokens.logp.detach().cpu()
                 self._check_finite(here, logp)
@@ -136,6 +147,29 @@ class Step:
                 if remember and not old_known:
                     samples.remember_old(index, logp)
                 yield None
+
+    def _by_entropy(self) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens are learned from, ``[S]`` bool, and what each weighs in the entropy bonus; None: all, no bonus.
+
+        Those of the highest entropy are learned from (arXiv 2506.01939): at or above the quantile over all tokens that
+        count in the step, under the policy as it is. The bonus is a mean over these tokens, whatever ``loss_type``.
+        """
+        config, lengths = self.config, self.samples.lengths
+        share, bonus = config.top_entropy_quantile, config.entropy_coef > 0
+        if share == 1.0 and not bonus:
+            return None, None
+        counted, chosen = torch.zeros(len(self.weights)).bool(), None
+        counted[steps_of(self.active, lengths)] = True
+        if share < 1.0 and len(self.active):
+            entropy = torch.zeros(len(self.weights))
+            with self.policy.together():
+                if self.micro_batches:
+                    entropy = self.policy.log_probs.terms_without_gradient(self.micro_batches, lengths).entropy
+            self.policy.ranks.add(entropy)  # each is 0 where another process has it
+            ordered = entropy[counted].sort().values
+            least = ordered[math.ceil((len(ordered) - 1) * (1.0 - share) - 1e-9)]
+            chosen = counted = counted & (entropy >= least)
+        return chosen, counted / counted.sum().clamp(min=1) if bonus else None
 
     def _check_finite(self, sums: StepSums, logp: Tensor) -> None:
         """Raise TrainingError if a number of a micro-batch is not finite: about the first that is not, in their order.
@@ -216,6 +250,8 @@ def optimizer_step(
         "set bf16=False", before_step=on_gradient, meet=meet, ranks=ranks,
     )  # fmt: skip
     metrics = {"loss": sums.loss, "grad_norm": norm, **mismatch.metrics()}
+    if step.config.entropy_coef > 0:
+        metrics |= {"policy_loss": sums.loss + sums.bonus, "entropy_coef": step.config.entropy_coef}
     metrics |= cut_metrics(step.objective, sums, step.n_ratios, all_active=step.all_active)
     if sums.tokens:
         metrics["entropy"] = sums.entropy / sums.tokens

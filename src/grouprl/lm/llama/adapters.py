@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
+from grouprl.learning.shards import held
 
 
 def is_lora(module: Any) -> bool:
@@ -59,7 +60,7 @@ def nonzero_adapters(model: nn.Module) -> Iterator[None]:
 
     A part of each new adapter is 0. Otherwise a computation that leaves adapters out would pass the trial.
     """
-    empty = [p for p in model.parameters() if p.requires_grad and _is_zero(p.detach())]
+    empty = [held(p) for p in model.parameters() if p.requires_grad and _is_zero(held(p))]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in empty:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import UsageError, first_line
+from grouprl.learning.shards import held, is_sharded, place_of, put, sharded_like
 from grouprl.lm.models.find import find_local
 from grouprl.lm.models.gguf_file import read_gguf
 from grouprl.lm.models.weight_files import difference, read, some
@@ -77,12 +78,12 @@ def save_adapters(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
     options = {"save_embedding_layers": embeddings} if _is_peft_model(model) else {}
     model.save_pretrained(folder, state_dict=dict(state), **options)
     own = model.state_dict()
-    held = {id(value) for name in _saved(model) for value in _in_peft_format(model, name, state, embeddings).values()}
-    written = {own[name].data_ptr() for name in own if id(state[name]) in held}
+    kept = {id(value) for name in _saved(model) for value in _in_peft_format(model, name, state, embeddings).values()}
+    written = {place_of(own[name]) for name in own if id(state[name]) in kept}
     rest = {
         name: state[name].contiguous()
         for name, parameter in model.named_parameters()
-        if (parameter.requires_grad or name.startswith(_PROMPT_ENCODER)) and parameter.data_ptr() not in written
+        if (parameter.requires_grad or name.startswith(_PROMPT_ENCODER)) and place_of(parameter) not in written
     }
     strange = [name for name in rest if not name.startswith(_PROMPT_ENCODER)]
     if strange:
@@ -94,6 +95,14 @@ def save_adapters(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
     names, active = [*model.peft_config], _active(model)
     if rest or names != ["default"]:
         save_file(rest, folder / REST, {"adapters": json.dumps(names), "active": json.dumps(active)})
+
+
+def saved_names(model: Any, state: Mapping[str, Tensor]) -> set[str]:
+    """Which weights in the state dict of a model with adapters :func:`save_adapters` writes."""
+    embeddings = _embeddings_differ(model)
+    chosen = {id(value) for name in _saved(model) for value in _in_peft_format(model, name, state, embeddings).values()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return trained | {name for name, value in state.items() if id(value) in chosen}
 
 
 def _is_peft_model(model: Any) -> bool:
@@ -203,10 +212,10 @@ def load_adapters(model: Any, folder: Path) -> None:
         if not any(key.startswith(f"{_PROMPT_ENCODER}{name}.") for key in rest):
             _put(model, name, values)
     for name, value in rest.items():
-        own[name].copy_(value)
+        put(own[name], value)
     for name, values in stored.items():
         now = _in_peft_format(model, name)
-        wrong = [key for key, value in now.items() if not torch.equal(value, values[key].to(value))]
+        wrong = [key for key, value in now.items() if not _is(value, values[key])]
         if wrong:
             raise UsageError(f"PEFT did not load {some(wrong)} from {folder} into the adapter {name!r}")
 
@@ -234,9 +243,19 @@ def _difference_of(model: Any, name: str, values: Mapping[str, Tensor]) -> str:
     return difference(wrong, shapes.keys() - known.keys(), shapes, {key: value.shape for key, value in known.items()})
 
 
+def _is(weight: Tensor, value: Tensor) -> bool:
+    """Whether what this process holds of a weight is that of ``value``, which is whole."""
+    return torch.equal(held(weight), held(sharded_like(value.to(weight.device, weight.dtype), weight)))
+
+
 def _put(model: Any, name: str, values: dict[str, Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
+    places = _in_peft_format(model, name)
+    if any(map(is_sharded, places.values())):  # PEFT copies whole tensors alone
+        for key, place in places.items():
+            put(place, values[key])
+        return
     try:
         set_peft_model_state_dict(model, values, adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:

@@ -17,6 +17,7 @@ from grouprl.lm.models.adapters import adapter_places, base_of, put_adapters_on
 from grouprl.lm.models.explain import explained
 from grouprl.lm.models.find import HUB_KEYS, SMOLLM2, SMOLLM2_HUB_ID, find
 from grouprl.lm.models.gguf import load_gguf_model, load_gguf_tokenizer
+from grouprl.lm.models.weight_files import are_sharded
 from grouprl.runs.manifest import check_manifest
 
 if TYPE_CHECKING:
@@ -161,6 +162,11 @@ def _load_folder(name: str, path: Path, options: Mapping[str, Any]) -> PreTraine
     if not (path / "config.json").exists():
         raise UsageError(
             f"{path} holds no model: there is no config.json. A model's folder has one beside its weights."
+        )
+    if are_sharded(path):
+        raise UsageError(
+            f"{path} is a checkpoint of a sharded model, in parts; give it to train(resume_from_checkpoint=...), and "
+            "save_model writes the model whole (as checkpoints do with state_dict_type='FULL_STATE_DICT')"
         )
     kept = {key: value for key, value in options.items() if key not in HUB_KEYS}
     with explained(name, _reason(path)):

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import DamagedFileError, UsageError, first_line
+from grouprl.learning.shards import held, place_of, put
 from grouprl.lm.models.adapters import has_adapters, load_adapters
-from grouprl.lm.models.weight_files import damaged, difference, open_all
+from grouprl.lm.models.save import untied
+from grouprl.lm.models.weight_files import are_sharded, damaged, difference, open_all
+from grouprl.runs import shards
 from grouprl.runs.manifest import check_manifest
+from grouprl.runs.shards import SHARDS
 
 _WEIGHTS = "model.safetensors"
 
@@ -35,8 +39,22 @@ def load_weights(model: Any, path: Path) -> None:
         raise damaged(path, error) from error
     if has_adapters(model):
         load_adapters(model, path)
+    elif are_sharded(path):
+        _load_shards(model, path)
     else:
         _load_plain(model, path)
+
+
+def _load_shards(model: Any, path: Path) -> None:
+    own = untied(model)
+    found = shards.read(path / SHARDS, "weights", own.get)
+    shapes = {name: value.shape for name, value in found.items()}
+    wrong = [name for name, value in own.items() if shapes.get(name) != value.shape]
+    if wrong or found.keys() - own.keys():
+        said = difference(wrong, found.keys() - own.keys(), shapes, {name: value.shape for name, value in own.items()})
+        raise UsageError(f"{path} is the checkpoint of another model: {said}")
+    for name, value in own.items():
+        held(value).copy_(held(found[name]))
 
 
 def _load_plain(model: Any, path: Path) -> None:
@@ -71,25 +89,21 @@ def _load_plain(model: Any, path: Path) -> None:
         if missing or additional:
             said = difference(missing, additional, shapes, {name: place.shape for name, place in own.items()})
             raise UsageError(f"{path} is the checkpoint of another model: {said}")
-        first: dict[tuple[int, torch.Size], str] = {}
+        first: dict[tuple[int, int, torch.Size], str] = {}
         for name in fits:
-            other = first.setdefault(_place(own[name]), name)
+            other = first.setdefault(place_of(own[name]), name)
             if other != name and not torch.equal(value(other), value(name)):
                 raise UsageError(f"{path} is the checkpoint of another model: {other} and {name} are one weight here")
         for name in fits:
-            own[name].copy_(value(name))
+            put(own[name], value(name))
         for name, tensor in translated.items():
-            own[name].copy_(tensor)
+            put(own[name], tensor)
 
 
 def _left(own: Mapping[str, Tensor], filled: Iterable[str]) -> list[str]:
     """The names of the weights that are not ``filled``, nor tied to one that is."""
-    places = {_place(own[name]) for name in filled}
-    return [name for name, value in own.items() if _place(value) not in places]
-
-
-def _place(value: Tensor) -> tuple[int, torch.Size]:
-    return value.data_ptr(), value.shape
+    places = {place_of(own[name]) for name in filled}
+    return [name for name, value in own.items() if place_of(value) not in places]
 
 
 def _names_on_disk(model: Any) -> dict[str, str]:
@@ -101,7 +115,9 @@ def _names_on_disk(model: Any) -> dict[str, str]:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # it is no public function
         return {}
-    weights = {name: torch.empty_like(value, device="meta") for name, value in model.state_dict().items()}
+    weights = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in model.state_dict().items()
+    }
     by_identity = {id(value): name for name, value in weights.items()}
     renamed = revert_weight_conversion(model, dict(weights))
     return {by_identity[id(value)]: name for name, value in renamed.items() if id(value) in by_identity}
@@ -117,7 +133,7 @@ def _as_transformers_reads(model: Any, path: Path) -> tuple[dict[str, Tensor], s
     floats = {value.dtype for value in model.state_dict().values() if value.is_floating_point()}
     with torch.random.fork_rng(devices=[]), _quiet():
         try:
-            answer: Any = type(model).from_pretrained(
+            answer: Any = _class_of(model).from_pretrained(
                 path, config=copy.deepcopy(model.config), dtype=reduce(torch.promote_types, floats, torch.bfloat16),
                 local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
@@ -129,6 +145,11 @@ def _as_transformers_reads(model: Any, path: Path) -> tuple[dict[str, Tensor], s
     misshaped = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"]}
     random = set(report["missing_keys"]) | misshaped
     return {n: v for n, v in loaded.state_dict().items() if n not in random}, set(report["unexpected_keys"])
+
+
+def _class_of(model: Any) -> Any:
+    """The model's class: one that fully_shard made is a class of its own, in front of it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
 @contextmanager

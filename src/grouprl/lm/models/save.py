@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError
-from grouprl.lm.models.adapters import CONFIG, REST, WEIGHTS, adapter_places, has_adapters, save_adapters
+from grouprl.errors import UsageError
+from grouprl.learning.shards import is_sharded, place_of, whole
+from grouprl.lm.models.adapters import CONFIG, REST, WEIGHTS, adapter_places, has_adapters, save_adapters, saved_names
 from grouprl.lm.models.generation_config import writable_generation_config
-from grouprl.runs.files import explain_os_error, user_path
-from grouprl.runs.in_place import check_in_place
+from grouprl.runs.atomic_folder import atomic_folder
+from grouprl.runs.files import user_path
 from grouprl.runs.manifest import write_manifest
-from grouprl.runs.temporaries import beside, remove_left_over
+from grouprl.runs.shards import SHARDS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,21 +29,23 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None,
     path: str | os.PathLike[str],
     also: Callable[[Path], object] | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` reads: weights (safetensors), configuration, tokenizer.
 
     A PEFT model leaves the folder of its adapter, in PEFT's format. Checksums of all files are in one beside them.
     Parameters may be views into one flat tensor. An older model at `path` is replaced once the new one is on the disk.
-    `also` may write further files into the folder it is given, before that takes its place.
+    `also` may write further files into the folder it is given, before that takes its place. `state` are the weights of
+    a sharded model, as :func:`gathered_state` gave them; an empty one leaves them to `also`.
 
     Raises:
         UsageError: `path` cannot be written, or something else lies there.
         TrainingError: the disk is full or broken.
     """
-    with _atomic_folder(user_path(path)) as folder:
+    with atomic_folder(user_path(path), _check_replaceable) as folder:
         save = save_adapters if has_adapters(model) else _save_plain
         with nullcontext() if hasattr(model, "get_base_model") else writable_generation_config(model, folder):
-            save(model, folder, independent_state(model))
+            save(model, folder, independent_state(model) if state is None else state)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if also is not None:
@@ -70,8 +72,45 @@ def independent_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def gathered_state(model: nn.Module, *, first: bool) -> dict[str, Tensor] | None:
+    """The state dict of a sharded model, whole and on the CPU; None if it is not sharded. All processes call this.
+
+    One weight after another is gathered. Of a model with adapters, only what is saved is: the rest stays sharded.
+
+    Args:
+        first: this is the process that writes. The others keep nothing.
+    """
+    own = model.state_dict()
+    if not any(map(is_sharded, own.values())):
+        return None
+    wanted = saved_names(model, own) if has_adapters(model) else own.keys()
+    state: dict[str, Tensor] = {}
+    of_place: dict[tuple[int, int, Any], Tensor] = {}
+    for name, value in own.items():
+        if name not in wanted:
+            state[name] = value
+            continue
+        if place_of(value) not in of_place:
+            gathered = whole(value)
+            of_place[place_of(value)] = gathered.cpu() if first else gathered[:0]
+        state[name] = of_place[place_of(value)]
+    return state
+
+
+def untied(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, in which of weights that are tied the first alone stands."""
+    seen: dict[tuple[int, int, Any], str] = {}
+    own = model.state_dict()
+    return {name: value for name, value in own.items() if seen.setdefault(place_of(value), name) == name}
+
+
 def _save_plain(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
-    model.save_pretrained(folder, state_dict=state)
+    if state:
+        model.save_pretrained(folder, state_dict=state)
+        return
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 _OF_A_MODEL = (
@@ -86,42 +125,6 @@ def model_files(folder: Path) -> set[Path]:
     return inner | {file for pattern in _OF_A_MODEL for file in folder.glob(pattern)}
 
 
-@contextmanager
-def _atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; move it to `path` on success, remove it on failure."""
-    target = path.absolute()
-    check_in_place(target)
-    remove_left_over(target.parent, target.name)
-    _check_replaceable(path)
-    temporary, old = beside(target), beside(target, "old")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        mode = temporary.stat().st_mode & 0o666  # some writers make files that only their owner can read
-        for file in [*temporary.rglob("*"), temporary]:
-            if file.is_file():
-                file.chmod(mode)
-            _flush(file)
-        if target.exists():
-            os.replace(target, old)  # a folder cannot be replaced in one step unless it is empty
-        os.replace(temporary, target)
-        _flush(target.parent)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    except GrouprlError:
-        raise
-    except Exception as error:
-        if "(os error " not in str(error):  # how safetensors and tokenizers, written in Rust, pass on a full disk
-            raise
-        reason = str(error).rstrip(".")
-        raise TrainingError(f"Cannot write {path}: {reason}. Free some space, or write to another disk.") from error
-    finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def _check_replaceable(path: Path) -> None:
     """Raise UsageError unless `path` is absent, empty, or a folder of nothing but a model."""
     if not path.exists():
@@ -130,19 +133,10 @@ def _check_replaceable(path: Path) -> None:
         raise UsageError(f"Cannot write a model to {path}: that is a file. Give a folder.")
     names = sorted(entry.name for entry in path.iterdir())
     adapters = [name for name in names if (path / name / CONFIG).is_file()]
-    known = {*adapters, "additional_chat_templates"}
+    known = {*adapters, "additional_chat_templates", SHARDS}
     foreign = [name for name in names if not name.endswith(_OURS) and name not in known]
     if foreign or (names and not adapters and not {"config.json", CONFIG} & set(names)):
         raise UsageError(
             f"Cannot write a model to {path}: the folder would be replaced, and it holds {(foreign or names)[0]}. "
             "Give another folder, such as one inside it."
         )
-
-
-def _flush(path: Path) -> None:
-    with suppress(OSError):  # Windows cannot open folders, and some network disks cannot flush
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

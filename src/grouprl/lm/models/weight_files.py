@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from grouprl.errors import DamagedFileError
+from grouprl.runs.shards import SHARDS
 
 
 def read(file: Path) -> dict[str, Tensor]:
@@ -71,3 +72,8 @@ def difference(
 def some(names: Sequence[str]) -> str:
     """The first of many names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def are_sharded(folder: Path) -> bool:
+    """Whether the weights in a folder are in parts, each written by a process, and not as Transformers reads them."""
+    return (folder / SHARDS).is_dir() and not any(folder.glob("*model*.safetensors"))

@@ -24,7 +24,8 @@ class TokenTerms(NamedTuple):
 
     Attributes:
         logp: ``[m]`` float32, the log-probability of the token in nats. It carries a gradient.
-        entropy: ``[m]`` float32, the entropy in nats of the distribution of the token. It carries no gradient.
+        entropy: ``[m]`` float32, the entropy in nats of the distribution of the token. It carries a gradient where that
+            was asked for.
     """
 
     logp: Tensor
@@ -32,8 +33,9 @@ class TokenTerms(NamedTuple):
 
 
 def log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, precision: LowPrecision
-) -> TokenTerms:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, precision: LowPrecision,
+    by_entropy: bool = False,
+) -> TokenTerms:  # fmt: skip
     """Log-probabilities of targets, and entropies, under softmax((hidden weight^T + bias) / temperature).
 
     The backward pass adds the gradients of ``weight`` and ``bias`` to their ``.grad`` and returns the gradient of
@@ -46,8 +48,11 @@ def log_probs(
         targets: ``[m]`` int64, the token ids.
         temperature: a positive number that divides the logits.
         precision: the precision of matrix products. The softmax always runs in float32.
+        by_entropy: whether entropies carry a gradient too. The backward pass then reads the probabilities once more.
     """
-    logp, entropy = _LogProb.apply(hidden, weight, bias, targets, temperature, precision, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    logp, entropy = _LogProb.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, temperature, precision, torch.is_grad_enabled(), by_entropy
+    )
     return TokenTerms(logp, entropy)
 
 
@@ -62,6 +67,7 @@ class _LogProb(torch.autograd.Function):
         temperature: float,
         precision: LowPrecision,
         learning: bool,
+        by_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         low = h.detach().to(precision.dtype)
         compiled = precision.native and native.can_do_logits(low, weight, bias)
@@ -77,17 +83,24 @@ class _LogProb(torch.autograd.Function):
             logp, entropy, others = there(z, targets, temperature, learning=learning)
         else:
             logp, entropy, others = _softmax(z, targets, temperature, learning)
-        ctx.save_for_backward(low, z, targets, others)
+        ctx.save_for_backward(low, z, targets, others, *((logp, entropy) if by_entropy else ()))
         ctx.weight, ctx.bias, ctx.temperature, ctx.dtype = weight, bias, temperature, h.dtype
         ctx.w, ctx.native, ctx.compiled = w, precision.native, compiled
-        ctx.mark_non_differentiable(entropy)
+        if not by_entropy:
+            ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        h, p, targets, others = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        h, p, targets, others, *values = ctx.saved_tensors
         scale = gradient.float() / ctx.temperature  # [m]
         at_target = scale * others
+        if values:
+            logp, entropy = values
+            by = of_entropy.float() / ctx.temperature
+            at_target = at_target - by * (1.0 - others) * (logp + entropy)
+            p = _pull(p, scale, by, entropy)
+            scale = torch.ones_like(scale)
         dh = None
         if ctx.needs_input_grad[0]:
             dh = native.logits_gradient(p, ctx.w) if ctx.compiled else torch.mm(p, ctx.w).float()
@@ -101,7 +114,27 @@ class _LogProb(torch.autograd.Function):
         if bias is not None and bias.requires_grad:
             add_gradient(bias, (p.t() @ (-scale).to(p.dtype)[:, None])[:, 0])
             add_rows(bias.grad, targets, at_target.to(bias.dtype))
-        return dh, None, None, None, None, None, None
+        return dh, *[None] * 7
+
+
+def _pull(p: Tensor, scale: Tensor, by: Tensor, entropy: Tensor) -> Tensor:
+    """What a gradient through log-probabilities and entropies takes from each logit, beside that of the target.
+
+    The entropy H of p has the derivative -p_j (log p_j + H) by the logit j.
+
+    Args:
+        p: ``[m, V]`` probabilities, 0 at the targets. scale, by: ``[m]`` the gradients of log-probability and entropy.
+
+    Returns:
+        ``[m, V]`` of the type of p: p_j (scale + by (log p_j + H)).
+    """
+    out = torch.empty_like(p)
+    rows = _ROWS if p.device.type == "cpu" else 1024
+    for some in range(0, len(p), rows):
+        at = slice(some, some + rows)
+        x = p[at].float()
+        out[at] = x * (scale[at] + by[at] * entropy[at])[:, None] + by[at][:, None] * torch.xlogy(x, x)
+    return out
 
 
 def _softmax(z: Tensor, targets: Tensor, temperature: float, learning: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -132,6 +132,7 @@ def own_terms(
     completion: Sequence[int],
     temperature: float = 1.0,
     turns: Spans | None = None,
+    by_entropy: bool = False,
 ) -> TokenTerms:
     """Compute log-probabilities and entropies of a completion by the model's own forward pass over one sequence.
 
@@ -141,6 +142,7 @@ def own_terms(
         completion: the ``n`` token ids of the completion.
         temperature: a positive number that divides the logits.
         turns: the turns of the model in the completion, or None if all of it is the model's.
+        by_entropy: whether entropies carry a gradient too.
 
     Returns:
         Log-probabilities and entropies of the ``m`` tokens of the model, each ``[m]`` float32 in nats.
@@ -152,7 +154,8 @@ def own_terms(
     if turns is not None:
         logits, targets = (torch.cat([x[start:stop] for start, stop in turns]) for x in (logits, targets))
     logp = (logits.float() / temperature).log_softmax(-1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    of = logp if by_entropy else logp.detach()
+    entropy = -(of.exp() * of.clamp(min=torch.finfo(of.dtype).min)).sum(-1)  # a token that is ruled out adds nothing
     return TokenTerms(logp.gather(1, targets[:, None])[:, 0], entropy)
 
 

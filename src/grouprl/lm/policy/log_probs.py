@@ -48,7 +48,12 @@ class LogProbs:
         dropout: whether the model's dropout layers are active while learning.
         native: whether to use compiled attention where it supports the model.
         layers: fused implementations of the model's layers, or None to run the modules of the model.
+
+    Attributes:
+        by_entropy: whether entropies carry a gradient, as an entropy bonus needs; False unless it is set.
     """
+
+    by_entropy = False
 
     def __init__(
         self,
@@ -177,20 +182,21 @@ class LogProbs:
         # adds them in a fixed order.
         hidden = hidden[pack.predictors] if hidden.is_cuda else hidden.index_select(0, pack.predictors)
         head = self.backbone.head
-        return log_probs(hidden, head.weight, head.bias, pack.targets, self.temperature, self.precision)
+        return log_probs(
+            hidden, head.weight, head.bias, pack.targets, self.temperature, self.precision, self.by_entropy
+        )
 
     def _evaluate_plainly(self, groups: Sequence[Group]) -> TokenTerms:
         """Compute the same as :meth:`evaluate` with a plain call of the model for each sample."""
         device, low = next(self.model.parameters()).device, self.precision.dtype != torch.float32
         with torch.autocast(device.type, self.precision.dtype, enabled=low):
             terms = [
-                own_terms(self.model, group.prompt, completion, self.temperature, turns)
+                own_terms(self.model, group.prompt, completion, self.temperature, turns, self.by_entropy)
                 for group in groups
                 for completion, turns in zip(group.completions, group.turns or repeat(None), strict=False)
             ]
         return TokenTerms(torch.cat([t.logp for t in terms]), torch.cat([t.entropy for t in terms]))
 
-    @torch.no_grad()
     def without_gradient(self, micro_batches: Sequence[MicroBatch], lengths: Tensor) -> Tensor:
         """Compute log-probabilities without gradients and without dropout.
 
@@ -205,14 +211,20 @@ class LogProbs:
         Raises:
             TrainingError: some are not finite.
         """
+        return self.terms_without_gradient(micro_batches, lengths).logp
+
+    @torch.no_grad()
+    def terms_without_gradient(self, micro_batches: Sequence[MicroBatch], lengths: Tensor) -> TokenTerms:
+        """The same with entropies: two of ``[S]``."""
         ends = lengths.cumsum(0)
-        out = torch.zeros(int(ends[-1]), device=lengths.device)
+        logp, entropy = (torch.zeros(int(ends[-1]), device=lengths.device) for _ in range(2))
         with self.learning(dropout=False):
             for batch in micro_batches:
-                out[steps_of(batch.samples, lengths)] = self.evaluate(batch).logp.to(out.device)
-        if not all_finite(out):
+                at, terms = steps_of(batch.samples, lengths), self.evaluate(batch)
+                logp[at], entropy[at] = terms.logp.to(logp.device), terms.entropy.to(logp.device)
+        if not all_finite(logp):
             raise not_finite("log-probabilities of completions", self.model)
-        return out
+        return TokenTerms(logp, entropy)
 
 
 @torch.no_grad()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grouprl.errors import UsageError, first_line
 from grouprl.lm.llama.adapters import nonzero_adapters
@@ -20,6 +21,7 @@ from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
 from grouprl.lm.packed.trial import Trial
 from grouprl.lm.policy.log_probs import LogProbs, check_logits
 from grouprl.lm.policy.reference import Reference
+from grouprl.lm.policy.sharded import ShardedModels
 from grouprl.lm.policy.structure import structure
 from grouprl.lm.policy.trial import PolicyTrial
 from grouprl.lm.sample.draw import SamplingSettings
@@ -27,6 +29,7 @@ from grouprl.lm.sample.finite import NotFiniteError, not_finite
 from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
 from grouprl.lm.sample.sampler import Sampler, Steps
+from grouprl.lm.sample.stopping import Stops
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Partner, Sampled
 from grouprl.lm.settings.config import GRPOConfig
@@ -49,7 +52,7 @@ class Policy:
         tokenizer: defines which tokens end a completion.
         config: the settings of the run, among them precision, temperature, size of micro-batches and ``beta``.
         ref_model: the reference model of the KL divergence. By default the reference is the model as it is now.
-        ranks: the processes that share the work.
+        ranks: the processes that share the work. sharded: what made ``model`` a sharded one, or None.
 
     Attributes:
         model: the model.
@@ -68,9 +71,11 @@ class Policy:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None, ranks: Ranks = ALONE
-    ) -> None:
-        self.model, self.config, self.ranks = model, config, ranks
+        self, model: Any, tokenizer: Any, config: GRPOConfig, ref_model: Any = None, ranks: Ranks = ALONE,
+        sharded: ShardedModels | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.ranks, self.sharded = model, config, ranks, sharded
+        self._stops = Stops(config.stop_strings, tokenizer) if config.stop_strings else None
         self.device: torch.device = next(model.parameters()).device
         fast = supports_bf16(self.device)
         if config.bf16 and not fast and self.device.type != "cpu":
@@ -78,14 +83,17 @@ class Policy:
         low = fast if config.bf16 is None else config.bf16
         weight_dtype = next(model.parameters()).dtype
         dtype = torch.bfloat16 if low or weight_dtype == torch.bfloat16 else torch.float32
-        check_logits("the model's logits", model)
+        with self.together():
+            check_logits("the model's logits", model)
         self.precision = LowPrecision(model, dtype, config.native)
-        if config.gradient_checkpointing:  # before the trials, as it changes how the model learns
+        recompute = sharded is not None and sharded.sharding.recompute
+        if config.gradient_checkpointing or recompute:  # before the trials, as it changes how the model learns
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs or {"use_reentrant": False})
         trial = PolicyTrial(model, self.precision.dtype)
         ends = eos_token_ids(model, tokenizer)
-        with nonzero_adapters(model):
+        with nonzero_adapters(model), self.together():
             self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
+            self.log_probs.by_entropy = config.entropy_coef > 0
             self.packed = self.log_probs.backbone is not None
             self.sampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
         if not self.packed and config.attention == "auto":
@@ -94,6 +102,21 @@ class Policy:
             self._say_own_pass_fails(trial.trial)
         self.reference = self._reference(ref_model)
         self._structure = structure(model)
+
+    def together(self, *, learning: bool = False) -> AbstractContextManager[Any]:
+        """Around passes of the model, which all processes make together if it is sharded; each comes here then.
+
+        Args:
+            learning: each pass is followed by :meth:`backward`.
+        """
+        return nullcontext() if self.sharded is None else self.sharded.together(learning=learning)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` to that of the model."""
+        if self.sharded is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self.sharded.backward(loss)
 
     def check(self) -> None:
         """Check that learner and sampler still compute what the model does, if a module of it was changed.
@@ -105,7 +128,7 @@ class Policy:
         if now == self._structure:
             return
         trial = PolicyTrial(self.model, self.precision.dtype)
-        with nonzero_adapters(self.model):
+        with nonzero_adapters(self.model), self.together():
             wrong = trial.learner(self.log_probs) or (
                 trial.plain_sampler(self.sampler)
                 if isinstance(self.sampler, PlainSampler)
@@ -142,11 +165,15 @@ class Policy:
             UsageError: ``adjust`` is given, but the packed paths do not run the model.
             TrainingError: the logits of the model are not finite.
         """
-        settings = settings or sampling_settings(self.config)
+        settings = settings or self.sampling()
         try:
             return self.sampler.sample(prompts, group_size, settings, source, adjust)
         except NotFiniteError:
             raise not_finite("the model's logits", self.model) from None
+
+    def sampling(self, *, greedy: bool = False) -> SamplingSettings:
+        """How to sample as the configuration says, or (``greedy``) the likeliest tokens."""
+        return sampling_settings(self.config, greedy=greedy, stop=self._stops)
 
     def share(self, sizes: Sequence[int], group: Sequence[int]) -> list[int]:
         """Which of n samples this process learns from: whole groups, such that all have about as many tokens.
@@ -192,7 +219,7 @@ class Policy:
             UsageError: a prompt leaves no room for a turn.
             TrainingError: the logits of the model are not finite.
         """
-        settings = settings or sampling_settings(self.config)
+        settings = settings or self.sampling()
         try:
             return self.sampler.sample_episodes(
                 prompts, group_size, settings, source, partner, context_length(self.model)
@@ -209,7 +236,9 @@ class Policy:
         config = self.config
         dropout = not config.disable_dropout and has_dropout(model)
         backbone, why = (None, "attention='plain' asks for it")
-        if config.attention == "auto":
+        if self.sharded is not None:
+            why = "its weights are sharded (fsdp)"
+        elif config.attention == "auto":
             backbone, why = find_backbone(model, trial.trial)
         if backbone is not None:
             budget = config.tokens_per_micro_batch or self._tokens_at_once(backbone)
@@ -227,7 +256,9 @@ class Policy:
                     _log.warning("%s learns more slowly, without fused layers: %s", _class(model), why)
         budget = config.tokens_per_micro_batch or _TOKENS
         learner = LogProbs(model, None, precision, config.temperature, budget, dropout, config.native)
-        wrong = trial.learner(learner) or trial.causality() or trial.gradient(learner)
+        wrong = trial.learner(learner) or trial.causality()
+        if not wrong and self.sharded is None:  # a sharded model has no gradient of one weight alone
+            wrong = trial.gradient(learner)
         if wrong:
             raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
         return learner, why
@@ -282,14 +313,18 @@ class Policy:
                     "ref_model shares weights with the model and would be trained along; leave it out (the reference "
                     "is then the model as it is now), or pass a copy"
                 )
-            ref_model = ref_model.to(self.device)
-            check_logits("the logits of ref_model", ref_model)
+            if self.sharded is None:
+                ref_model = ref_model.to(self.device)
+            else:
+                self.sharded.take(ref_model)
+            with self.together():
+                check_logits("the logits of ref_model", ref_model)
             # The parameters of ref_model keep requires_grad=True, although nothing computes their gradients. torch uses
             # other products for weights without it, and these round differently. The KL divergence between a model and
             # its copy would then not be 0.
             precision = LowPrecision(ref_model, self.precision.dtype, self.config.native)
             trial = PolicyTrial(ref_model, precision.dtype)
-            with nonzero_adapters(ref_model):
+            with nonzero_adapters(ref_model), self.together():
                 other = ref_model, self._find_learner(ref_model, precision, trial)[0]
         reference = Reference(self.model, self.log_probs, other)
         if self.config.sync_ref_model:
@@ -335,22 +370,23 @@ def has_dropout(model: Any) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def sampling_settings(config: GRPOConfig, *, greedy: bool = False) -> SamplingSettings:
+def sampling_settings(config: GRPOConfig, *, greedy: bool = False, stop: Stops | None = None) -> SamplingSettings:
     """The sampling settings of a configuration.
 
     Args:
         config: the settings of the run.
         greedy: take the likeliest token at each step, with neither filters nor a repetition penalty.
+        stop: the stop strings, with what reads them.
     """
     if greedy:
         return SamplingSettings(
             config.max_completion_length, temperature=0.0, min_new_tokens=config.min_new_tokens,
-            max_turn_tokens=config.max_turn_length,
+            max_turn_tokens=config.max_turn_length, stop=stop,
         )  # fmt: skip
     return SamplingSettings(
         max_new_tokens=config.max_completion_length, temperature=config.temperature, top_k=config.top_k,
         top_p=config.top_p, min_p=config.min_p or 0.0, repetition_penalty=config.repetition_penalty,
-        min_new_tokens=config.min_new_tokens, max_turn_tokens=config.max_turn_length,
+        min_new_tokens=config.min_new_tokens, max_turn_tokens=config.max_turn_length, stop=stop,
     )  # fmt: skip
 
 

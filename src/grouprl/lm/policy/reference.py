@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.learning.shards import exchange, held, put
 from grouprl.lm.policy.log_probs import LogProbs, MicroBatch
 from grouprl.lm.sample.finite import NotFiniteError
 
@@ -30,7 +31,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, log_probs: LogProbs, other: tuple[nn.Module, LogProbs] | None = None) -> None:
         self._mine = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._log_probs, self._stands_in = log_probs, other is None
+        self._log_probs, self._stands_in, self._is_in_place = log_probs, other is None, False
         if other is None:
             self._weights: Mapping[str, Tensor] = {name: p.detach().clone() for name, p in self._mine.items()}
         else:
@@ -51,21 +52,32 @@ class Reference:
             TrainingError: some are not finite.
         """
         try:
-            with self._in_place() if self._stands_in else nullcontext():
+            with self.in_place():
                 return self._log_probs.without_gradient(micro_batches, lengths)
         except NotFiniteError as error:
             raise TrainingError(f"of the reference of the KL divergence, {error}") from None
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        before = {name: p.data for name, p in self._mine.items()}
+    def in_place(self) -> Iterator[None]:
+        """Put the weights of the reference into the model while the context is open.
+
+        :meth:`log_probs` does so by itself. But a sharded model is the reference in all processes or in none, so those
+        that have nothing to compute come here too.
+        """
+        if self._is_in_place or not self._stands_in:
+            yield
+            return
+        self._swap()
+        self._is_in_place = True
         try:
-            for name, p in self._mine.items():
-                p.data = self._weights[name]
             yield
         finally:
-            for name, p in self._mine.items():
-                p.data = before[name]
+            self._is_in_place = False
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, p in self._mine.items():
+            exchange(p, self._weights[name])
 
     def check_can_follow(self) -> None:
         """Check that :meth:`follow` can move the reference towards the model.
@@ -93,7 +105,8 @@ class Reference:
             alpha: the share of the model, in [0, 1].
         """
         for name, p in self._mine.items():
-            self._weights[name].lerp_(p.to(self._weights[name]), alpha)
+            to = held(self._weights[name])
+            to.lerp_(held(p).to(to), alpha)
 
     def state(self) -> dict[str, Tensor]:
         """The weights that :meth:`follow` changes, by name."""
@@ -103,4 +116,4 @@ class Reference:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore the weights from a dictionary that :meth:`state` returned."""
         for name, value in state.items():
-            self._weights[name].copy_(value)
+            put(self._weights[name], value)

@@ -8,7 +8,7 @@ from typing import Any
 from grouprl.errors import UsageError
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
-from grouprl.lm.policy.policy import Policy, sampling_settings
+from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import prepare_prompts
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import load_task_data
@@ -33,7 +33,7 @@ class Chat:
     ) -> None:  # fmt: skip
         self.policy, self.tokenizer, self.config = Policy(model, tokenizer, config), tokenizer, config
         self.before, self.text, self.about = before, text, about
-        self.settings = sampling_settings(config, greedy=not sampled)
+        self.settings = self.policy.sampling(greedy=not sampled)
         self.stream = Stream(config.seed)
 
     @classmethod

@@ -285,7 +285,7 @@ def evaluate(
     if answers is not None and user_path(answers).exists():
         raise UsageError(f"{answers} exists; name another file for the answers")
     if n is not None and n < 1:
-        raise UsageError(f"cannot evaluate on {n} held-out prompts; ask for at least 1")
+        raise UsageError(f"cannot evaluate on {n} held-out prompts or starts; ask for at least 1")
     of_file = RunFolder.open(path).read_config().get("recipe", {}).get("task", "").endswith(".jsonl")
     trained = open_trained(path, {} if n is None or of_file else {"n_eval": n})
     setup = trained.setup

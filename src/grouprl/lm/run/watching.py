@@ -10,7 +10,6 @@ from grouprl.lm.agents.interaction import Message
 from grouprl.lm.agents.tool_calls import as_text
 from grouprl.lm.generate.collect import EVALUATION_STARTS
 from grouprl.lm.generate.episodes import Episode
-from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.run.trained import Trained, open_trained
 from grouprl.lm.sample.streams import EVALUATION, Stream
 from grouprl.runs import RunFolder
@@ -34,7 +33,7 @@ class Watching:
 
     def __init__(self, trained: Trained, sampled: bool) -> None:
         self._trained, self._next = trained, 0
-        self._settings = sampling_settings(trained.config, greedy=not sampled)
+        self._settings = trained.setup.policy.sampling(greedy=not sampled)
         self._stream = Stream(trained.config.seed, EVALUATION)
         held_out = trained.data.held_out
         self._opening: Any = held_out[0]["prompt"][:-1] if self.asks else []

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grouprl.lm.sample.stopping import Stops
+
 _BLOCK = 256
 _NEVER = float("-inf")
 
@@ -30,6 +32,7 @@ class SamplingSettings:
         min_new_tokens: the sampler draws no end-of-sequence token before the completion, or the turn of an episode, has
             this many tokens.
         max_turn_tokens: the most tokens of a turn in an episode, or None if ``max_new_tokens`` alone limits it.
+        stop: texts that end a completion or a turn, from ``min_new_tokens`` tokens on, or None.
     """
 
     max_new_tokens: int
@@ -40,6 +43,7 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
     max_turn_tokens: int | None = None
+    stop: Stops | None = None
 
     @property
     def filtered(self) -> bool:

@@ -121,6 +121,7 @@ class _Game:
         self._running: list[_Row] = []
         self._rows: dict[int, _Row] = {}
         self._seen: Tensor | None = None
+        self._may_stop: Tensor | None = None
         self._done: dict[int, list[Sampled]] = {}
 
     def play(self, prompts: Sequence[Sequence[int]], group_size: int) -> list[list[Sampled]]:
@@ -247,6 +248,8 @@ class _Game:
     def _draw(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Draw the next token of each of n rows from ``logits [n, V]``. Then a row runs on, or waits for a reply."""
         settings = self._settings
+        if settings.stop is not None and self._may_stop is None:
+            self._may_stop = settings.stop.may_end(logits.shape[-1])
         if self._seen is not None:
             slots = torch.tensor([row.slot for row in rows], device=logits.device)
             logits = penalise_repetition(logits, self._seen[slots], settings.repetition_penalty)
@@ -264,13 +267,21 @@ class _Game:
             row.logp.append(logp)
             row.drawn += 1
             n = len(row.ids) - row.start
-            finished = token in self._ends
+            stopped = token not in self._ends and self._stops(row, token, n)
+            finished = stopped or token in self._ends
             if finished or n == settings.max_turn_tokens or self._room(row.prompt, len(row.ids)) <= 0:
                 row.turns.append((row.start, len(row.ids)))
                 row.finished.append(finished)
-                self._replies.ask(row.episode, Turn(row.ids[row.start :], finished))
+                self._replies.ask(row.episode, Turn(row.ids[row.start :], finished, stopped))
             else:
                 self._running.append(row)
+
+    def _stops(self, row: _Row, token: int, n: int) -> bool:
+        """Whether ``token``, the last of the n tokens of a turn, completes a stop string in it."""
+        stop = self._settings.stop
+        if stop is None or self._may_stop is None or n < self._settings.min_new_tokens:
+            return False
+        return bool(self._may_stop[token]) and stop.ends(row.ids[row.start :])
 
     def _numbers(self, rows: Sequence[_Row]) -> list[float]:
         """The random number of each row for its next token. A row counts the tokens that it drew in all its samples."""

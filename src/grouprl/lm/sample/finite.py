@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError
+from grouprl.learning.shards import held
 
 _SHOWN = 3
 
@@ -18,7 +19,9 @@ def not_finite(what: str, model: nn.Module) -> NotFiniteError:
 
     It names the weights that are not finite. If there are none, activations overflow.
     """
-    names = [name for name, p in model.named_parameters() if p.is_floating_point() and not bool(p.isfinite().all())]
+    names = [
+        name for name, p in model.named_parameters() if p.is_floating_point() and not bool(held(p).isfinite().all())
+    ]
     if not names:
         return NotFiniteError(
             f"{what} are not finite, although all weights are, so the activations overflow; load the model with "

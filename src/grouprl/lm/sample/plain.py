@@ -35,11 +35,11 @@ class _Drawing:
 
     Args:
         begin: makes the rows, from the number of tokens in the vocabulary.
-        keep: keep the log-probabilities that the model itself gives the tokens.
+        keep: keep the log-probabilities that the model itself gives the tokens. end: a token by which it ends a row.
     """
 
-    def __init__(self, begin: Callable[[int], Rows], keep: bool) -> None:
-        self._begin, self._keep = begin, keep
+    def __init__(self, begin: Callable[[int], Rows], keep: bool, end: int) -> None:
+        self._begin, self._keep, self._end = begin, keep, end
         self._model_logp: list[Tensor] = []
         self.rows: Rows | None = None
         self._step = 0
@@ -52,7 +52,10 @@ class _Drawing:
         self._step += 1
         if self._keep:
             self._model_logp.append(scores.float().log_softmax(-1).gather(1, self.rows.token[:, None])[:, 0])
-        return torch.full_like(scores, float("-inf")).scatter_(1, self.rows.token[:, None], 0.0)
+        token = self.rows.token
+        if self.rows.settings.stop is not None and (over := self.rows.ended()):
+            token = token.index_fill(0, torch.tensor(over, device=token.device), self._end)  # generate need not go on
+        return torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
 
     def completions(self) -> list[Completion]:
         """What was drawn."""
@@ -247,12 +250,12 @@ class PlainSampler:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         drawing = _Drawing(
             lambda v: Rows(prompts, group_size, settings, self.end_ids, v, device, draws),
-            _changes_more_than_temperature(settings),
-        )
+            _changes_more_than_temperature(settings), self.end_ids[0],
+        )  # fmt: skip
         self.model.generate(
             input_ids=ids.repeat_interleave(group_size, 0), attention_mask=mask.repeat_interleave(group_size, 0),
             do_sample=False, max_new_tokens=settings.max_new_tokens, eos_token_id=self.end_ids,
-            pad_token_id=self.pad_id, logits_processor=[drawing],
+            pad_token_id=self.pad_id, logits_processor=[drawing], synced_gpus=False,
         )  # fmt: skip
         return drawing.completions()
 

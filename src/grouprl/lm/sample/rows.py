@@ -33,7 +33,8 @@ class Completion:
         ids: the ``n`` sampled token ids. They include the end-of-sequence token if the completion has one.
         logp: ``[n]`` float32, on the CPU. The log-probability in nats of each token under the distribution from which
             it was drawn.
-        finished: True if the completion ended with an end-of-sequence token, False if the maximal length cut it off.
+        finished: True if the completion ended by itself, False if the maximal length cut it off.
+        stopped: True if it ended with a stop string, and not with an end-of-sequence token.
         model_logp: ``[n]`` float32, on the CPU. The same under the model's own distribution, without temperature,
             penalties and filters, where the sampler keeps it.
     """
@@ -42,6 +43,7 @@ class Completion:
     logp: Tensor
     finished: bool
     model_logp: Tensor | None = None
+    stopped: bool = False
 
 
 class Rows:
@@ -81,6 +83,7 @@ class Rows:
         n, longest = len(prompts) * group_size, settings.max_new_tokens
         self.settings, self.device, self.adjust, self.first = settings, device, adjust, first
         self._draws = draws
+        self._end_set = set(end_ids)
         self._end_ids = torch.tensor([i for i in end_ids if i < vocabulary], device=device, dtype=torch.int64)
         self._ends = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self._ends[self._end_ids] = True
@@ -99,6 +102,9 @@ class Rows:
         self._logps = torch.zeros(n, longest, device=device)
         self._lengths = torch.zeros(n, dtype=torch.int64, device=device)
         self._ended = torch.zeros(n, dtype=torch.bool, device=device)
+        self._may_stop = None if settings.stop is None else settings.stop.may_end(vocabulary)
+        self._stopped: set[int] = set()
+        self._looked = 0
 
     def __len__(self) -> int:
         return len(self._which)
@@ -134,6 +140,7 @@ class Rows:
 
     def ended(self) -> list[int]:
         """The indices of the rows that have ended. On a GPU this waits for all work launched so far."""
+        self._look_for_stops()
         over = self._ended[self._which]
         return over.nonzero()[:, 0].tolist() if self.device.type == "cuda" or bool(over.any()) else []
 
@@ -147,9 +154,27 @@ class Rows:
 
         Raises NotFiniteError if logits were not finite. A log-probability shows this, so that no step needs to ask.
         """
+        self._look_for_stops()
         tokens, logps, ended = self._tokens.cpu(), self._logps.cpu(), self._ended.tolist()
         if not all_finite(logps.masked_fill(torch.arange(logps.shape[1]) >= self._lengths.cpu()[:, None], 0.0)):
             raise NotFiniteError("logits are not finite")
         return [
-            Completion(tokens[i, :n].tolist(), logps[i, :n], ended[i]) for i, n in enumerate(self._lengths.tolist())
+            Completion(tokens[i, :n].tolist(), logps[i, :n], ended[i], stopped=i in self._stopped)
+            for i, n in enumerate(self._lengths.tolist())
         ]
+
+    def _look_for_stops(self) -> None:
+        """End rows where a stop string was completed since the last look; what they drew behind it is left out."""
+        stop, drawn = self.settings.stop, 0 if self._may_stop is None else int(self._at)
+        if stop is None or self._may_stop is None or drawn == self._looked:
+            return
+        new, lengths = self._tokens[:, self._looked : drawn].cpu(), self._lengths.tolist()
+        for row, i in self._may_stop[new].nonzero().tolist():
+            n = self._looked + i + 1
+            if row in self._stopped or n > lengths[row] or n < self.settings.min_new_tokens:
+                continue
+            if int(new[row, i]) in self._end_set or not stop.ends(self._tokens[row, :n].tolist()):
+                continue
+            self._stopped.add(row)
+            self._ended[row], self._lengths[row] = True, n
+        self._looked = drawn

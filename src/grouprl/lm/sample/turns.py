@@ -20,11 +20,18 @@ class Turn:
 
     Attributes:
         ids: the sampled token ids, at least one. They include the token that ended the turn if one did.
-        finished: True if the model ended the turn with an end token, False if a budget of tokens cut it off.
+        finished: True if the model ended the turn, False if a budget of tokens cut it off.
+        stopped: True if it ended with a stop string, and not with an end token.
     """
 
     ids: list[int]
     finished: bool
+    stopped: bool = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether the last token is an end token."""
+        return self.finished and not self.stopped
 
 
 @dataclass(frozen=True)

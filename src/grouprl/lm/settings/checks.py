@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
+from grouprl.lm.settings.fsdp import read_sharding
 from grouprl.objective import ESTIMATORS, LOSSES
 from grouprl.objective_settings import objective_problems
 
@@ -14,6 +15,7 @@ def problems(config: Fields) -> list[str]:
         *_advantage_problems(config),
         *_objective_problems(config),
         *_best_problems(config),
+        *_sharding_problems(config),
     ]
 
 
@@ -131,6 +133,15 @@ def _best_problems(c: Fields) -> list[str]:
     if metric in ("loss", "eval_loss"):
         found.append(f"metric_for_best_model={metric!r}: evaluations have no loss, they judge; 'reward' is usual")
     return found
+
+
+def _sharding_problems(c: Fields) -> list[str]:
+    try:
+        if c.fsdp:
+            read_sharding(c.fsdp, c.fsdp_config)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _remainder(steps: float, of: float) -> bool:

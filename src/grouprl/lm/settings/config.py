@@ -15,6 +15,7 @@ from grouprl.errors import UsageError, refuse, shown
 from grouprl.lm.settings.as_dataclass import DataclassLike
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
+from grouprl.lm.settings.fsdp import Sharding, read_sharding
 from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
 from grouprl.machine.ranks import Ranks, here, join
 from grouprl.objective_settings import explain
@@ -131,6 +132,11 @@ class GRPOConfig(Fields, metaclass=DataclassLike):
         if place.world == 1:
             return torch.device("cuda")
         return torch.device("cuda", place.local % torch.cuda.device_count())
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How to shard the weights, or None."""
+        return read_sharding(self.fsdp, self.fsdp_config) if self.fsdp else None
 
     @property
     def n_gpu(self) -> int:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from grouprl.errors import shown
+from grouprl.lm.settings import fsdp
 from grouprl.lm.settings.trl import mapping_of
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
@@ -125,6 +126,10 @@ class Fields(ObjectiveSettings):
         None, ge=0, le=1, description="least probability, relative to that of the likeliest token"
     )
     repetition_penalty: float = Field(1.0, gt=0, description="above 1, tokens seen before become less likely")
+    stop_strings: tuple[str, ...] | None = Field(
+        None,
+        description="texts that end a completion, or a turn of an episode; the token that completes one is the last",
+    )
     max_rows_per_decode: int | None = Field(
         None, ge=1, description="completions sampled side by side; default: as many as memory suggests"
     )
@@ -200,6 +205,15 @@ class Fields(ObjectiveSettings):
     vespo_lambda_pos: float = Field(3.0, gt=0, description="how fast above, A >= 0")
     vespo_k_neg: float = Field(3.0, gt=0, description="how fast below, A < 0")
     vespo_lambda_neg: float = Field(2.0, gt=0, description="how fast above, A < 0")
+    top_entropy_quantile: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="learn from this share of the tokens of an optimizer step, those of the highest entropy; 1 = all",
+    )
+    entropy_coef: float = Field(
+        0.0, ge=0, description="weight of the entropy bonus, a mean over the tokens that are learned from"
+    )
     off_policy_mask_threshold: float | None = Field(
         None, gt=0, description="no loss from completions of negative advantage further than this from the sampler"
     )
@@ -275,6 +289,11 @@ class Fields(ObjectiveSettings):
         description="how they talk; default: nccl between GPUs, one for each process, and gloo between CPUs. gloo on "
         "GPUs lets several processes share one",
     )
+    fsdp: bool | str = Field(
+        False,
+        description="shard the weights of a model that fits into no process (FSDP2), where several train together",
+    )
+    fsdp_config: dict[str, Any] | None = Field(None, description="how to shard, as in transformers")
     do_train: bool = Field(False, description="for scripts that ask for it; nothing here does")
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")
@@ -288,6 +307,16 @@ class Fields(ObjectiveSettings):
                 "the name is no text in UTF-8, which saving a tokenizer needs; name another folder, or set PYTHONUTF8=1"
             )
         return os.path.expanduser(path) if isinstance(path, str) else path
+
+    @field_validator("fsdp", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> bool | str:
+        return fsdp.switch(value)
+
+    @field_validator("fsdp_config", mode="before")
+    @classmethod
+    def _fsdp_mapping(cls, value: Any) -> dict[str, Any] | None:
+        return fsdp.mapping(value)
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -315,6 +344,19 @@ class Fields(ObjectiveSettings):
     @classmethod
     def _no(cls, value: Any) -> Any:
         return "no" if value is False else value  # which is how YAML reads a bare no
+
+    @field_validator("stop_strings", mode="before")
+    @classmethod
+    def _strings(cls, value: Any) -> Any:
+        empty = isinstance(value, str | list | tuple) and not len(value)
+        return None if empty else (value,) if isinstance(value, str) else value
+
+    @field_validator("stop_strings")
+    @classmethod
+    def _no_empty_string(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value and not all(value):
+            raise ValueError("must hold no empty text, which would end every completion")
+        return value
 
     @field_validator("top_k", mode="before")
     @classmethod

@@ -36,11 +36,14 @@ class Foreign(NamedTuple):
 
 GENERATION = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens", "max_completion_length",
+    "stop_strings",
 )  # fmt: skip
-"""What generation_kwargs may hold, beside max_new_tokens."""
+"""What generation_kwargs may hold."""
+_OF_GENERATION = {"max_new_tokens": "max_completion_length", "stop": "stop_strings"}
+"""What some of it is called there."""
 
 _END = "; the model's generation_config.eos_token_id is heard, and may hold several tokens that end a completion"
-_ENDS = dict.fromkeys(("stop_strings", "stop", "stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
+_ENDS = dict.fromkeys(("stop_token_ids", "eos_token_id", "forced_eos_token_id"), _END)
 """What to use in the place of options that end a completion."""
 
 RENAMED = {
@@ -73,9 +76,9 @@ _SAMPLER = "the sampler is built in; leave it out"
 _ITS_SPEED = "the sampler is built in, and has its own cache and order of work"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding"
-_ENTROPY = "there is no entropy term; set epsilon_high above epsilon, such as 0.28, against a collapse of the entropy"
+_ENTROPY = "entropy_coef is a constant here; set it, or epsilon_high above epsilon, such as 0.28; leave it out"
 _VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
-_LAUNCH = "each process holds the whole model; start several by torchrun to share the work, and leave it out"
+_LAUNCH = "start several processes by torchrun to share the work, and set fsdp=True to shard the weights; leave it out"
 _NOISE = "not offered; leave it out"
 _COMPILE = "the layers are compiled where that is possible"
 _PRECISION = "set bf16=True for low precision; leave it out"
@@ -98,14 +101,14 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_cap": None,
     }),
     (_ENTROPY, {
-        "entropy_coef": 0.0, "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
+        "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
         "entropy_coef_delta": 0.005, "entropy_target": 0.2,
     }),
     (_HUB, {
         "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
     }),
-    (_LAUNCH, {"fsdp": None, "fsdp_config": None, "deepspeed": None, "parallelism_config": None}),
+    (_LAUNCH, {"deepspeed": None, "parallelism_config": None}),
     (_NOISE, {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
     (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
@@ -153,7 +156,6 @@ FOREIGN: dict[str, Foreign] = {
     "remove_unused_columns": Foreign(False, "reward functions are given every column they ask for; leave it out"),
     "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",), None),
     "generation_kwargs": Foreign(None),
-    "top_entropy_quantile": Foreign(1.0, "all tokens are learned from, whatever their entropy; leave it out"),
     "use_bias_correction_kl": Foreign(True, "the KL term always has the gradient of KL(policy || reference)"),
     "log_unique_prompts": Foreign(False, "set transcripts to say how many samples of a step are kept"),
     "optim": Foreign(
@@ -273,7 +275,7 @@ def _generation_settings(values: Any) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"generation_kwargs={shown(values)} must be a mapping of {', '.join(sorted(GENERATION))}"]
     settings, refused = {}, []
     for given, value in values.items():
-        name = "max_completion_length" if given == "max_new_tokens" else given
+        name = _OF_GENERATION.get(str(given), given)
         if given == "do_sample" and value is True:
             continue
         if name in GENERATION:

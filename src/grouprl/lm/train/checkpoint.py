@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import DamagedFileError, UsageError
+from grouprl.learning.shards import is_sharded, sharded_like
 from grouprl.lm.fingerprint import digest
 from grouprl.lm.generate.samples import Samples, Turns
-from grouprl.lm.models.save import model_files, save_model
+from grouprl.lm.models.save import gathered_state, model_files, save_model, untied
 from grouprl.lm.packed.packing import Spans
 from grouprl.lm.prompts import Prompt, PromptSource
+from grouprl.machine.ranks import ALONE, Ranks
+from grouprl.runs import shards
 from grouprl.runs.files import explain_os_error, list_folder, write_json
 from grouprl.runs.folder import newest_good
 from grouprl.runs.manifest import MANIFEST, STATE_FILE, check_manifest
 from grouprl.runs.state import load_state, read_meta, save_state
+from grouprl.runs.temporaries import beside
 
 STATE = STATE_FILE
 _INNER = ".model"
@@ -39,32 +43,75 @@ class Checkpoint:
     meta: dict[str, Any]
     file: Path = Path()
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose name begins with ``prefix.``, without it."""
-        return {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
+    def part(self, prefix: str, like: Callable[[str], Tensor | None] = lambda _: None) -> dict[str, Tensor]:
+        """The tensors whose name begins with ``prefix.``, without it.
+
+        Args:
+            like: for such a name the tensor here that takes it up, of which this process may hold a part.
+        """
+        inner = {k.removeprefix(f"{prefix}."): v for k, v in self.tensors.items() if k.startswith(f"{prefix}.")}
+        found: dict[str, Tensor] = {}
+        for name, value in inner.items():
+            place = like(name)
+            found[name] = value if place is None else sharded_like(value, place)
+        return found | shards.read(self.file.parent / shards.SHARDS, prefix, like)
 
 
-def write(path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None, state: Any) -> None:
+def write(
+    path: Path, model: Any, tokenizer: Any, checkpoint: Checkpoint | None, state: Any, ranks: Ranks = ALONE,
+    *, whole: bool = True,
+) -> None:  # fmt: skip
     """Write a checkpoint folder, whole or not at all; without a ``checkpoint``, the model and TrainerState alone.
+
+    Of sharded tensors each process writes its part. All of them call this; the first writes everything else.
+
+    Args:
+        whole: gather the weights of a sharded model, so that ``from_pretrained`` reads the folder.
 
     Raises UsageError if the place cannot be written, TrainingError if the disk is full.
     """
+    tensors = {} if checkpoint is None else checkpoint.tensors
+    sharded = {name: value for name, value in tensors.items() if is_sharded(value)}
+    weights = gathered_state(model, first=ranks.first) if whole or checkpoint is None else {}
+    if weights == {}:
+        sharded |= {f"weights.{name}": value for name, value in untied(model).items()}
+    parts = ranks.once(lambda: _new_folder(beside(path.absolute()))) if sharded else None
 
     def also(folder: Path) -> None:
         write_json(folder / "trainer_state.json", trainer_state(state))
         if checkpoint is not None:
-            save_state(folder / STATE, checkpoint.tensors, {**checkpoint.meta, "listed": True})
+            own = {name: value for name, value in tensors.items() if name not in sharded}
+            save_state(folder / STATE, own, {**checkpoint.meta, "listed": True})
+        if parts is not None:
+            os.replace(parts, folder / shards.SHARDS)
 
-    save_model(model, tokenizer, path, also=also)
+    try:
+        if parts is not None:
+            shards.write(parts, sharded, ranks.group)
+        ranks.once(lambda: save_model(model, tokenizer, path, also=also, state=weights))
+    finally:
+        if parts is not None and ranks.first:
+            shutil.rmtree(parts, ignore_errors=True)
 
 
-def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
+def _new_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    return path
+
+
+def write_beside(folder: Path, model: Any, tokenizer: Any, state: dict[str, Tensor] | None = None) -> None:
     """Write a model's files into a folder that holds other things too, such as checkpoints; an older model's go.
+
+    Args:
+        state: the weights of a sharded model, gathered.
 
     Raises UsageError if the place cannot be written, TrainingError if the disk is full; no file is ever half written.
     """
     finish_beside(folder)
-    save_model(model, tokenizer, folder / _INNER)
+    save_model(model, tokenizer, folder / _INNER, state=state)
     written = finish_beside(folder)
     for stale in model_files(folder) - written:
         (shutil.rmtree if stale.is_dir() else os.remove)(stale)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grouprl.lm.generate.collect import EVALUATION_STARTS, Metrics, ScoredGroups, describe_scored
-from grouprl.lm.policy.policy import sampling_settings
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.sample.streams import EVALUATION, Stream
 from grouprl.lm.train.setup import Setup
@@ -70,7 +69,7 @@ def evaluate(
     size = prompts.size if n is None else min(n, prompts.size)
     groups = max(1, (at_once or size * group_size) // group_size)
     stream = Stream(setup.config.seed, EVALUATION)
-    settings = sampling_settings(setup.config, greedy=greedy)
+    settings = setup.policy.sampling(greedy=greedy)
     for start in range(0, size, groups):
         chunk = [prompts[i] for i in range(start, min(start + groups, size))]
         numbers = range(EVALUATION_STARTS + start, EVALUATION_STARTS + start + len(chunk))

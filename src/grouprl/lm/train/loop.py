@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,13 @@ import transformers
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.learning.shards import held
 from grouprl.lm.generate.collect import Collector, Metrics
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.kernels import compile as kernels
-from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state
+from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state, stepped_by
 from grouprl.lm.learn.step import Step, optimizer_step
+from grouprl.lm.models.adapters import has_adapters
 from grouprl.lm.prompts import PromptOrder
 from grouprl.lm.sample.streams import Stream
 from grouprl.lm.settings.batch_plan import steps_per_epoch, total_steps
@@ -220,7 +223,9 @@ class Run:
         if self.samples is not None:
             self.samples.share_known(ranks)
         state = None if self.config.save_only_model else self._state()
-        ranks.once(lambda: checkpoint.write(path, setup.model, setup.tokenizer, state, book.state))
+        sharded = setup.policy.sharded
+        whole = sharded is None or sharded.sharding.whole or has_adapters(setup.model)
+        checkpoint.write(path, setup.model, setup.tokenizer, state, book.state, ranks, whole=whole)
         book.after_save(path)
 
     def _state(self) -> Checkpoint:
@@ -257,13 +262,18 @@ class Run:
         tensors = {name: value for name, value in own.tensors.items() if not name.startswith("optimizer.")}
         check_like(saved.file, saved.tensors, saved.meta, tensors, kinds)
 
-    def _check_moments(self, saved: Checkpoint) -> None:
-        """Raise DamagedFileError if the state of AdamW is not whole; it has been compared with the parameters."""
+    def _check_moments(self, file: Path, found: dict[str, Tensor]) -> None:
+        """Raise DamagedFileError if the state of AdamW is not whole; it has been compared with the parameters.
+
+        Args:
+            found: the state, in ``file`` or beside it.
+        """
         moments: dict[str, Tensor] = {}
         parts = (part for group in self.setup.optimizer.param_groups for part in group["params"])
         for number, part in enumerate(parts):
             moments |= {f"{number}.exp_avg": part, f"{number}.exp_avg_sq": part, f"{number}.step": torch.tensor(0.0)}
-        check_like(saved.file, saved.part("optimizer"), None, moments)
+        held_parts = {name: held(value) for name, value in found.items()}
+        check_like(file, held_parts, None, {name: held(value) for name, value in moments.items()})
 
     def _restore(self, saved: Checkpoint) -> None:
         setup, meta = self.setup, saved.meta
@@ -281,14 +291,13 @@ class Run:
         self._check(saved)
         own = setup.own_scheduler is not None
         rates = [] if own else list(self.scheduler.base_lrs)
+        moments = saved.part("optimizer", stepped_by(setup.optimizer))
         try:
-            load_optimizer_state(
-                setup.optimizer, saved.part("optimizer"), meta["optimizer"], own_settings=setup.default_optimizer
-            )
+            load_optimizer_state(setup.optimizer, moments, meta["optimizer"], own_settings=setup.default_optimizer)
         except ValueError as error:
             raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
         if setup.default_optimizer:
-            self._check_moments(saved)
+            self._check_moments(saved.file, moments)
         self.scheduler.load_state_dict(meta["scheduler"])
         if not own:
             follow_settings(self.scheduler, rates)
@@ -299,9 +308,10 @@ class Run:
         self.stream.drawn = meta["drawn"]
         self.order.load(meta["order"])
         self.collector.tokens, self.update = meta["tokens"], meta["update"]
-        moved = saved.part("reference")
-        if moved and setup.policy.reference is not None:
-            setup.policy.reference.load(moved)
+        reference = setup.policy.reference
+        moved = {} if reference is None else saved.part("reference", reference.state().get)
+        if moved and reference is not None:
+            reference.load(moved)
             self.reference_moved = True
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
@@ -336,7 +346,7 @@ _MAY_CHANGE = {
     "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "max_steps", "num_train_epochs", "transcripts",
     "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
-    "do_train", "do_eval", "do_predict", "ddp_timeout", "num_generations_eval", "reward_timeout",
+    "do_train", "do_eval", "do_predict", "ddp_timeout", "fsdp", "fsdp_config", "num_generations_eval", "reward_timeout",
 }  # fmt: skip
 """Settings that do not change what is learned, or are what a run is resumed to change."""
 

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +18,7 @@ import torch
 from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
+from grouprl.learning.sharded_parameters import ShardedParameters
 from grouprl.lm.generate.collect import Player, evaluation_metrics
 from grouprl.lm.generate.play import TURN_REWARDS
 from grouprl.lm.generate.shared import shared_out
@@ -27,6 +29,7 @@ from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
+from grouprl.lm.policy.sharded import ShardedModels
 from grouprl.lm.prompts import PromptSource, prepare_prompts
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.finite import not_finite
@@ -52,6 +55,7 @@ from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
 
 Read = Callable[[Any, str], PromptSource]
+_log = logging.getLogger("grouprl")
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def _make_setup(
     interactions = make_interactions(config, acting)
     rewards, eval_rewards = make_rewards(judges, config, interactions)
     torch.manual_seed(config.seed)
-    model, tokenizer = _prepare_model(model, tokenizer, config, peft_config)
+    model, tokenizer = _prepare_model(model, tokenizer, config, peft_config, ranks)
     if interactions is None:
         read: Read = functools.partial(read_prompts, model, tokenizer, config)
     else:
@@ -155,12 +159,16 @@ def _make_setup(
     check_readable(prompts, rewards, eval_rewards)
     names = (*eval_rewards.names, *((TURN_REWARDS,) if interactions is not None and interactions.gives_rewards else ()))
     _check_best_metric(config, eval_prompts, names)
+    optimizer, scheduler = optimizers or (None, None)
     parameters = TrainedParameters(model)
     _check_same_weights(model, parameters, ranks)
+    sharded = _sharded(config, ranks, optimizer)
+    if sharded is not None:
+        sharded.take(model)
+        parameters = ShardedParameters(model, ranks)
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
-    policy = Policy(model, tokenizer, config, unwrapped(ref_model), ranks)
-    optimizer, scheduler = optimizers or (None, None)
+    policy = Policy(model, tokenizer, config, unwrapped(ref_model), ranks, sharded)
     if optimizer is None and scheduler is not None:
         raise UsageError("optimizers holds a scheduler without the optimizer it steps; give both, or neither")
     if optimizer is not None:
@@ -175,7 +183,7 @@ def _make_setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
-        player=shared_out(player, ranks), eval_player=shared_out(eval_player, ranks),
+        player=shared_out(player, policy), eval_player=shared_out(eval_player, policy),
         read=read, functions=functions, prompts=prompts, eval_prompts=eval_prompts,
         output_dir=ranks.once(lambda: _output_dir(model, config)), acting=about_acting(acting, interactions),
     )  # fmt: skip
@@ -202,6 +210,22 @@ def _check_same_weights(model: Any, parameters: TrainedParameters, ranks: Ranks)
         shapes = {name: list(p.shape) for name, p in model.named_parameters()}
         ranks.check_same("models", shapes | sums, "give every rank the same model")
         ranks.spread(*(p.detach() for p in parameters.tensors))
+
+
+def _sharded(config: GRPOConfig, ranks: Ranks, optimizer: Any) -> ShardedModels | None:
+    """What shards models, if the settings ask for it and there are several processes."""
+    sharding = config.sharding
+    if sharding is None:
+        return None
+    if ranks.world == 1:
+        _log.warning("fsdp shards weights among processes, and this is one; start several by torchrun to share them")
+        return None
+    if optimizer is not None:
+        raise UsageError(
+            "optimizers holds an optimizer of whole weights, and fsdp shards them; leave optimizers out (torch's AdamW "
+            "trains), or leave fsdp out"
+        )
+    return ShardedModels(ranks, sharding, config.device)
 
 
 def _check_best_metric(config: GRPOConfig, eval_prompts: Mapping[str, Any], functions: Sequence[str]) -> None:
@@ -302,7 +326,9 @@ def _check_optimizer(optimizer: Any, parameters: TrainedParameters) -> None:
         )
 
 
-def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any) -> tuple[Any, Any]:
+def _prepare_model(
+    model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any, ranks: Ranks
+) -> tuple[Any, Any]:  # fmt: skip
     """The model on its device, with adapter and frozen embeddings as asked for, and the tokenizer."""
     model = unwrapped(model)
     options: dict[str, Any] = {} if not isinstance(model, str | Path) else {"dtype": config.master_dtype}
@@ -329,7 +355,8 @@ def _prepare_model(model: Any, tokenizer: Any, config: GRPOConfig, peft_config: 
             "the model is on the meta device, or a part of it is: it has no values; load it without device_map and "
             "torch.device('meta')"
         )
-    loaded = loaded.to(config.device)
+    if not config.fsdp or ranks.world == 1:  # a model to be sharded may fit into no device
+        loaded = loaded.to(config.device)
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)
     check_read_back(loaded)

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from grouprl.errors import UsageError
 from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.generate.shared import SharedPlayer
 from grouprl.lm.models.load import eos_token_ids
-from grouprl.lm.models.save import save_model
+from grouprl.lm.models.save import gathered_state, save_model
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.rewards.call import RewardFunction
 from grouprl.lm.settings.config import GRPOConfig
@@ -299,14 +301,15 @@ class GRPOTrainer(ScriptMethods):
         """
         with self.policy.ranks.telling():
             self.setup.check_finite()
-            self.policy.ranks.once(lambda: self._save_model(output_dir))
+            state = gathered_state(self.model, first=self.policy.ranks.first)
+            self.policy.ranks.once(lambda: self._save_model(output_dir, state))
 
-    def _save_model(self, output_dir: str | Path | None) -> None:
+    def _save_model(self, output_dir: str | Path | None, state: dict[str, Tensor] | None) -> None:
         place = self.setup.output_dir if output_dir is None else user_path(output_dir)
         if place.absolute() == self.setup.output_dir.absolute():
-            checkpoint.write_beside(place, self.model, self.processing_class)
+            checkpoint.write_beside(place, self.model, self.processing_class, state)
         else:
-            save_model(self.model, self.processing_class, place)
+            save_model(self.model, self.processing_class, place, state=state)
 
     def add_callback(self, callback: Any) -> None:
         """Tell one more TrainerCallback (object or class) of what happens."""

@@ -38,7 +38,7 @@ class ScriptMethods:
         args, model, processing_class, policy, parameters, optimizer, rewards, plan, functions: those of ``setup``.
     """
 
-    is_deepspeed_enabled = is_fsdp_enabled = False
+    is_deepspeed_enabled = False
     setup: Setup
     book: Bookkeeper
     args: GRPOConfig
@@ -57,6 +57,11 @@ class ScriptMethods:
             processing_class=setup.tokenizer, policy=setup.policy, parameters=setup.parameters, rewards=setup.rewards,
             optimizer=setup.optimizer,
         )  # fmt: skip
+
+    @property
+    def is_fsdp_enabled(self) -> bool:
+        """Whether the weights are sharded."""
+        return self.policy.sharded is not None
 
     @property
     def state(self) -> Any:

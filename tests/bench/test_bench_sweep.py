@@ -1,0 +1,199 @@
+"""Sweeps: what they try, that a killed one goes on, and what they report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from grouprl.bench import harness, sweep
+from grouprl.bench.asked import asked
+from grouprl.bench.cells import ENVIRONMENTS, Cell
+from grouprl.bench.space import Space
+from grouprl.bench.sweep import Sweep
+from grouprl.errors import UsageError
+
+WORKER = """
+import json, os, sys, time
+cell = json.loads(sys.stdin.readline())
+with open(os.path.join(os.path.dirname(__file__), "calls"), "a") as file:
+    file.write(f"{cell['settings']['a']}/{cell['seed']} ")
+slow = cell["settings"].get("slow")
+if cell["settings"]["a"] == "breaks":
+    sys.exit("it broke")
+best = {"small": 1.0, "large": 9.0}.get(cell["settings"]["a"], cell["settings"]["a"])
+for step in range(10, 101, 10):
+    print(json.dumps({"point": {"step": step, "greedy": best * step}}), flush=True)
+    time.sleep(slow or 0)
+played = {"mean": best + cell["seed"] / 10, "returns": [best]}
+print(json.dumps({"result": {"steps_done": 100, "train_seconds": 1.0, "greedy": played, "sampled": played}}))
+"""
+
+
+def made(tmp_path: Path, **given: object) -> Sweep:
+    """A sweep of values of ``a`` whose runs take no time."""
+    (tmp_path / "fake.py").write_text(WORKER)
+    cell = Cell("", "Env", ENVIRONMENTS, 100, 0, worker=(sys.executable, str(tmp_path / "fake.py")), points=10)
+    space = Space.read({"a": ["small", "large"], **given})
+    return Sweep(cell, space, [0, 1], "grid", len(space.grid()))
+
+
+def calls(tmp_path: Path) -> list[str]:
+    file = tmp_path / "calls"
+    return file.read_text().split() if file.exists() else []
+
+
+def test_a_sweep_runs_every_setting_with_every_seed_and_ranks_them(tmp_path: Path) -> None:
+    one = made(tmp_path)
+    found = sweep.run(one, tmp_path / "out", jobs=2, say=lambda line: None)
+    assert found.ranked == ["a=large", "a=small"]
+    assert sorted(calls(tmp_path)) == ["large/0", "large/1", "small/0", "small/1"]
+    text = harness.report_sweep(one, found, tmp_path / "out")
+    assert text.index("| Env | a=large | 100 | 2 | 9.05") < text.index("| Env | a=small | 100 | 2 | 1.05")
+    assert "0.00 [0.00, 0.00]" in text  # small is never better than large
+    assert "with fewer than 5 no difference is sure" in text
+    assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
+    again = sweep.run(one, tmp_path / "out", jobs=2, say=lambda line: None)
+    assert again.ranked == found.ranked
+    assert len(calls(tmp_path)) == 4  # nothing was done again
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, sampler: str) -> None:
+    one = replace(made(tmp_path, slow=0.05), sampler=sampler, trials=2 if sampler == "grid" else 4)
+    code = f"""
+from pathlib import Path
+from grouprl.bench import sweep
+from grouprl.bench.cells import Cell
+from grouprl.bench.space import Space
+from grouprl.bench.sweep import Sweep
+sweep.run({one!r}, Path({str(tmp_path / "out")!r}), jobs=1)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:
+        for _ in range(400):
+            if len(calls(tmp_path)) >= 2:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    with (tmp_path / "out" / "study.journal").open("ab") as file:
+        file.write(b'{"op_code": 4, "torn')  # as a kill leaves it
+    Path(tmp_path / "out" / "study.journal.lock").symlink_to(tmp_path / "nowhere")
+    done = len((tmp_path / "out" / "rows.jsonl").read_text().splitlines())
+    assert done >= 1
+    before = len(calls(tmp_path))
+    found = sweep.run(one, tmp_path / "out", jobs=1, say=lambda line: None)
+    assert set(found.ranked) <= {"a=large", "a=small"}
+    rows = (tmp_path / "out" / "rows.jsonl").read_text().splitlines()
+    assert len(calls(tmp_path)) - before == len(rows) - done  # what had a row was not done again
+    if sampler == "grid":
+        assert found.ranked == ["a=large", "a=small"]
+        assert len(rows) == 4
+    assert os.listdir(tmp_path / "out")
+
+
+def test_settings_below_the_median_of_the_others_are_pruned(tmp_path: Path) -> None:
+    one = made(tmp_path, slow=0.05)
+    values = [5.0, 6.0, 7.0, 8.0, 1.0]
+    one = replace(one, space=Space.read({"a": values, "slow": 0.05}), seeds=[0], trials=5, prune=True)
+    found = sweep.run(one, tmp_path / "out", jobs=1, say=lambda line: None)
+    assert found.ranked == ["a=8", "a=7", "a=6", "a=5"]
+    assert found.pruned == ["a=1"]
+    assert "Pruned: a=1." in harness.report_sweep(one, found, tmp_path / "out")
+
+
+def test_a_setting_that_breaks_does_not_stop_the_others(tmp_path: Path) -> None:
+    one = made(tmp_path)
+    one = replace(one, space=Space.read({"a": ["breaks", "large"]}))
+    found = sweep.run(one, tmp_path / "out", jobs=1, say=lambda line: None)
+    assert (found.ranked, found.broken) == (["a=large"], ["a=breaks"])
+    assert "a=breaks/Env/0 failed: it broke" in harness.report_sweep(one, found, tmp_path / "out")
+    assert sweep.run(one, tmp_path / "out", jobs=1, say=lambda line: None).broken == ["a=breaks"]
+    assert len(calls(tmp_path)) == 4
+
+
+def test_the_same_settings_asked_for_twice_are_run_once(tmp_path: Path) -> None:
+    one = replace(made(tmp_path), sampler="random", trials=6)
+    found = sweep.run(one, tmp_path / "out", jobs=3, say=lambda line: None)
+    assert len(found.ranked) == 6
+    assert len(calls(tmp_path)) == len(set(calls(tmp_path)))
+
+
+def test_values_are_lists_ranges_or_stay() -> None:
+    given = Space.parse(["lr=1e-3,3e-4", "gamma=0.9..0.999", "hidden_sizes=[64,64],[32]", "epochs=4", "n_envs=2..64"])
+    space = Space.read(given)
+    assert space.choices == {"learning_rate": [0.001, 0.0003], "hidden_sizes": [[64, 64], [32]]}
+    assert space.ranges == {"gamma": (0.9, 0.999), "n_envs": (2, 64)}
+    assert space.fixed == {"epochs": 4}
+    distributions = space.distributions()
+    assert not distributions["gamma"].log  # type: ignore[attr-defined]
+    assert distributions["n_envs"].log  # type: ignore[attr-defined]  # its ends differ by a factor of more than ten
+    settings = {"learning_rate": 0.0003, "hidden_sizes": [32], "gamma": 0.95}
+    assert space.of_text(space.as_text(settings)) == settings
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (["lr"], "write KEY=VALUE,VALUE or KEY=LOW..HIGH"),
+        (["lr="], "write KEY=VALUE,VALUE or KEY=LOW..HIGH"),
+        (["lr=1", "lr=2"], "is given twice"),
+        (["lr=1,2", "learning_rate=3"], "'learning_rate' is given twice"),
+        (["lr=1..0.1"], "is no range; write two numbers, the lower one first"),
+        (["lr=1,1.0,1"], "has a value twice"),
+        (["lr=[1"], "is not YAML"),
+    ],
+)
+def test_other_values_are_refused(pairs: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Space.read(Space.parse(pairs))
+    assert said in str(caught.value)
+
+
+def test_a_sweep_is_of_an_environment_a_recipe_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"of_command": Space.parse(["lr=1e-3,3e-4"]), "seeds": "0-2,7"}
+    one = asked("CartPole-v1", given)
+    assert (one.cell.env_id, one.cell.preset, one.cell.steps) == ("CartPole-v1", "CartPole-v1", 100_000)
+    assert (one.seeds, one.sampler, one.trials) == ([0, 1, 2, 7], "grid", 2)
+    one.check()
+    of_language = asked("tiny", given)
+    assert (of_language.cell.recipe, of_language.cell.env_id) == ("tiny", None)
+    of_language.check()
+    Path("some.yaml").write_text(
+        "environment: Acrobot-v1\nset: {learning_rate: 1e-4..1e-2, epochs: 2}\nsteps: 1e4\ntrials: 9\nseeds: 3\n"
+    )
+    of_file = asked("some.yaml", {"steps": 50})
+    assert (of_file.cell.subject, of_file.cell.steps, of_file.sampler, of_file.trials) == ("Acrobot-v1", 50, "tpe", 9)
+    assert of_file.cells({"learning_rate": 0.001})[0].settings == {"epochs": 2, "learning_rate": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("what", "given", "said"),
+    [
+        ("CartPole-v1", [], "nothing is swept"),
+        ("CartPole-v1", ["learnin_rate=1,2"], "'learning_rate'"),
+        ("CartPole-v1", ["gamma=0.9,7"], "gamma"),
+        ("NoSuchEnv-v0", ["lr=1,2"], "no preset that does; --steps"),
+        ("none.yaml", ["lr=1,2"], "there is no file 'none.yaml'"),
+        ("CartPole-v1", ["advantage_function=a:b,c:d"], "compare functions with grouprl bench"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_line(what: str, given: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        asked(what, {"of_command": Space.parse(given)}).check()
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grid_has_no_ranges_and_a_sampler_is_one_of_three() -> None:
+    options = {"of_command": Space.parse(["lr=1e-4..1e-2"])}
+    with pytest.raises(UsageError, match="a grid needs values, and learning_rate has a range"):
+        asked("CartPole-v1", {**options, "sampler": "grid"})
+    with pytest.raises(UsageError, match="must be one of grid, random, tpe"):
+        asked("CartPole-v1", {**options, "sampler": "bayes"})

@@ -1,0 +1,103 @@
+"""Earlier batches in the regression of the baseline: which are kept, in memory and in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import probes
+import pytest
+import torch
+
+from grouprl import GRPO, UsageError
+from grouprl.envs.baseline_memory import BaselineMemory, Seen
+from grouprl.envs.config import make_config
+from grouprl.objective import RandomFeatures
+from grouprl.runs.state import load_state
+
+SETTINGS: dict[str, Any] = probes.FAST | {"baseline_memory": 600, "baseline_level": True}
+
+
+def seen(steps: int, number: float = 0.0) -> Seen:
+    """One sample that terminated."""
+    generator = torch.Generator().manual_seed(int(number))
+    states = torch.randn(steps, 3, generator=generator)
+    counted = torch.arange(steps)
+    ends = torch.ones(1, dtype=torch.bool)
+    return Seen(states, counted, states[:1], counted[:1], torch.full((steps,), number), torch.tensor([steps]), ends)
+
+
+def test_the_newest_whole_batches_that_fit_are_kept() -> None:
+    features, memory = RandomFeatures.create(3, 4, seed=0), BaselineMemory(100)
+    for number, steps in enumerate([40, 30, 50, 20]):
+        memory.add(seen(steps, number), seen(steps, number).batch(features))
+    assert [float(batch.rewards[0]) for batch in memory] == [1.0, 2.0, 3.0]  # 30 + 50 + 20 steps
+    memory.add(seen(101, 4), seen(101, 4).batch(features))
+    assert list(memory) == []  # it holds no batch of 101
+
+
+def test_what_is_read_back_gives_the_same_features() -> None:
+    features, memory, again = RandomFeatures.create(3, 4, seed=0), BaselineMemory(100), BaselineMemory(100)
+    for number in (1, 2):
+        memory.add(seen(30, number), seen(30, number).batch(features))
+    state = memory.state()
+    assert sum(t.numel() for name, t in state.items() if name.startswith("0.")) == 30 * (3 + 1 + 1) + 3 + 1 + 1 + 1
+    again.load(state, features)
+    for one, other in zip(memory, again, strict=True):
+        assert torch.equal(one.phi, other.phi)
+        assert torch.equal(one.gram, other.gram)
+        assert torch.equal(one.phi_last, other.phi_last)
+        assert torch.equal(one.rewards, other.rewards)
+    del state["1.rewards"]
+    with pytest.raises(KeyError, match="rewards"):
+        again.load(state, features)
+
+
+def kept(agent: GRPO) -> list[int]:
+    assert agent.loop.baseline is not None
+    return [len(batch.phi) for batch in agent.loop.baseline.memory]
+
+
+def test_a_run_keeps_batches_until_another_environment_is_set(tmp_path: Path) -> None:
+    agent = GRPO(probes.Delayed, **SETTINGS).learn(64 + 4 * 256)
+    assert kept(agent) == [256, 256]
+    agent.checkpoint(tmp_path / "point.safetensors")
+    names = load_state(tmp_path / "point.safetensors")[0]
+    assert {name for name in names if name.startswith("baseline.kept.1.")} == {
+        f"baseline.kept.1.{name}" for name in Seen.__dataclass_fields__
+    }
+    assert kept(GRPO.from_checkpoint(tmp_path / "point.safetensors", probes.Delayed)) == [256, 256]
+    agent.set_env(probes.Delayed)
+    assert kept(agent) == []
+    without = GRPO(probes.Delayed, **SETTINGS | {"baseline_memory": 0}).learn(64 + 2 * 256)
+    assert kept(without) == []
+
+
+def test_a_copy_keeps_them_too() -> None:
+    agent = GRPO(probes.Delayed, **SETTINGS).learn(64 + 3 * 256)
+    twin = agent.__deepcopy__({}).__deepcopy__({})  # whose environments are not made yet
+    twin.ready()
+    assert kept(twin) == kept(agent) == [256, 256]
+    assert agent.loop.baseline is not None
+    assert twin.loop.baseline is not None
+    assert torch.equal(twin.loop.baseline.weights, agent.loop.baseline.weights)
+
+
+def test_the_weights_differ_from_those_of_a_run_without() -> None:
+    one, other = (
+        GRPO(probes.Delayed, **SETTINGS | {"baseline_memory": n, "baseline_level": False}).learn(64 + 2 * 256)
+        for n in (0, 600)
+    )
+    assert one.loop.baseline is not None
+    assert other.loop.baseline is not None
+    assert not torch.equal(one.loop.baseline.weights, other.loop.baseline.weights)
+
+
+def test_a_memory_that_holds_no_batch_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"baseline_memory=1000 holds no whole batch, which has 2048 steps; set .* 20480"
+    ):
+        make_config({"collect": "segments", "baseline_memory": 1000})
+    with pytest.raises(UsageError, match="4096 steps"):
+        make_config({"baseline_memory": 4095})
+    assert make_config({"baseline_memory": 4096}).baseline_memory == 4096

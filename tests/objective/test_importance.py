@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from grouprl.errors import UsageError
+from grouprl.objective import clipped, effective_share, importance_weights, standardise, standardise_weighted
+
+
+def every(n):
+    return torch.ones(n, dtype=torch.bool)
+
+
+def test_a_weight_is_the_ratio_of_probabilities_up_to_its_bound():
+    now, then = torch.tensor([0.3, 0.1, 0.9, 0.0]).log(), torch.tensor([0.6, 0.1, 0.1, 0.5]).log()
+    assert_close(importance_weights(now, then), torch.tensor([0.5, 1.0, 2.0, 0.0]))
+    assert_close(importance_weights(now, then, largest=1.5), torch.tensor([0.5, 1.0, 1.5, 0.0]))
+    assert importance_weights(torch.tensor([500.0]), torch.tensor([-500.0])).tolist() == [2.0]  # exp overflows
+
+
+def test_the_effective_share_by_hand():
+    assert effective_share(torch.tensor([1.0, 1.0, 2.0])) == pytest.approx(16 / 18)
+    assert effective_share(torch.full((7,), 0.3)) == pytest.approx(1.0)
+    assert effective_share(torch.tensor([0.0, 0.0, 0.0, 5.0])) == 0.25
+    assert effective_share(torch.zeros(3)) == 0.0
+
+
+def test_weighted_advantages_by_hand():
+    # mean (0 + 2 + 2 * 6) / 4 = 3.5; sum w (A - mean)^2 = 12.25 + 2.25 + 12.5 = 27; over 4 - 6/4 = 2.5 is 10.8
+    made = standardise_weighted(torch.tensor([0.0, 2.0, 6.0]), torch.tensor([1.0, 1.0, 2.0]), every(3))
+    assert_close(made, torch.tensor([-3.5, -1.5, 5.0]) / 10.8**0.5)
+
+
+def test_with_weights_of_1_it_is_standardise():
+    raw, where = torch.randn(50, generator=torch.Generator().manual_seed(0)), every(50)
+    where[::7] = False
+    assert_close(standardise_weighted(raw, torch.ones(50), where), standardise(raw, where))
+
+
+def test_steps_that_are_left_out_or_weigh_nothing_move_no_other():
+    raw, weights, where = torch.tensor([0.0, 2.0, 6.0, 99.0, -77.0]), torch.tensor([1.0, 1.0, 2.0, 1.0, 0.0]), every(5)
+    where[3] = False
+    made = standardise_weighted(raw, weights, where)
+    assert_close(made[:3], torch.tensor([-3.5, -1.5, 5.0]) / 10.8**0.5)
+    assert made[4].item() == 0.0
+
+
+def test_equal_advantages_and_weights_of_one_step_give_exactly_0():
+    equal = torch.full((4,), 0.1)
+    assert standardise_weighted(equal, torch.tensor([0.5, 1.0, 1.3, 2.0]), every(4)).tolist() == [0.0] * 4
+    raw = torch.tensor([1.0, 2.0])
+    assert standardise_weighted(raw, torch.tensor([0.0, 2.0]), every(2)).tolist() == [0.0, 0.0]
+    assert standardise_weighted(raw, torch.zeros(2), every(2)).tolist() == [0.0, 0.0]
+
+
+def test_a_weight_in_the_advantage_weighs_the_clipped_surrogate():
+    generator = torch.Generator().manual_seed(0)
+    logp, old, a = (torch.randn(40, generator=generator) for _ in range(3))
+    w = torch.rand(40, generator=generator) * 2
+    assert_close(clipped(logp, old, w * a, 0.2), w * clipped(logp, old, a, 0.2))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x = torch.zeros(3)
+    with pytest.raises(UsageError, match="one shape"):
+        importance_weights(x, x[:2])
+    with pytest.raises(UsageError, match="largest must be above 0"):
+        importance_weights(x, x, largest=0.0)
+    with pytest.raises(UsageError, match="one shape"):
+        standardise_weighted(x, x[:2], every(3))
+    with pytest.raises(UsageError, match="boolean"):
+        standardise_weighted(x, x, x)
