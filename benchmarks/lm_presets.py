@@ -1,7 +1,7 @@
 """What the presets of the language arena reach: accuracy on held-out questions before and after, over seeds.
 
     python benchmarks/lm_presets.py                               # all presets, seeds 0, 1, 2: about 15 minutes
-    python benchmarks/lm_presets.py --preset tiny --seeds 0,1,2,42   # one of them; the newest run of a seed counts
+    python benchmarks/lm_presets.py --preset tiny --seeds 0,1,2,3,42 # one of them; the newest run of a seed counts
     python benchmarks/lm_presets.py --table                       # render again, run nothing
 
 Each run is the command of the README, ``grouprl train-lm PRESET --seed SEED``, in a process of its own. What it writes

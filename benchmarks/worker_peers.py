@@ -1,9 +1,10 @@
 """A method of Stable-Baselines3 or sb3-contrib as a worker of `grouprl bench`: the file names it and the cell is read.
 
-    worker: .venv-peers/bin/python benchmarks/worker_peers.py ppo
+    worker: .venv-peers/bin/python benchmarks/worker_peers.py ppo [--or-defaults]
 
 PPO, A2C, ARS and TRPO, with RL-Zoo's settings where zoo_ppo.py or zoo_others.py have them for the environment, and the
-settings of the method on top. Rewards at evaluation are raw and statistics of normalisation frozen, and episodes are
+settings of the method on top. Where they have none this is an error, or with --or-defaults the library's own defaults,
+and the row says which. Rewards at evaluation are raw and statistics of normalisation frozen, and episodes are
 played by the same function, from the same starts, as those of every other method.
 """
 
@@ -40,9 +41,11 @@ def algorithm(name: str) -> type[BaseAlgorithm]:
     return found
 
 
-def tuned(name: str, subject: str) -> dict[str, Any]:
-    """RL-Zoo's settings. Raises ValueError if there are none: the comparison would be with defaults."""
+def tuned(name: str, subject: str, or_defaults: bool) -> dict[str, Any]:
+    """RL-Zoo's settings. Raises ValueError if there are none, and the library's defaults will not do."""
     table = zoo_ppo.SETTINGS if name == "ppo" else zoo_others.SETTINGS[name]
+    if subject not in table and or_defaults:
+        return {}
     if subject not in table:
         raise ValueError(f"there are no settings of RL-Zoo for {name} on {subject}; there are for {', '.join(table)}")
     return dict(table[subject])
@@ -67,14 +70,15 @@ class Points(BaseCallback):
 class Run:
     """A model with its environments, what its evaluations have found, and how long they took."""
 
-    def __init__(self, name: str, cell: dict[str, Any]) -> None:
-        given = {**tuned(name, cell["subject"]), **cell["settings"]}
+    def __init__(self, name: str, cell: dict[str, Any], or_defaults: bool) -> None:
+        zoo = tuned(name, cell["subject"], or_defaults)
+        self.settings_of = "RL-Zoo" if zoo else "the library's defaults"
+        given = {**zoo, **cell["settings"]}
         settings = {key: value_of(value) for key, value in given.items()}
         n_envs, normalize = settings.pop("n_envs", 1), settings.pop("normalize", False)
         policy = settings.pop("policy", "MlpPolicy")
         self.cell = cell
         self.venv: Any = make_vec_env(cell["env_id"], n_envs, seed=cell["seed"], env_kwargs=cell["env_kwargs"])
-        self.limit = self.venv.get_attr("spec")[0].max_episode_steps
         self.normalized = bool(normalize)
         if normalize:
             options = normalize if isinstance(normalize, dict) else {}
@@ -112,7 +116,7 @@ def main() -> None:
     name, cell = sys.argv[1], json.loads(sys.stdin.readline())
     torch.set_num_threads(1)
     try:
-        run = Run(name, cell)
+        run = Run(name, cell, "--or-defaults" in sys.argv)
         run.point(0)
         run.began, run.paused = time.perf_counter(), 0.0
         run.model.learn(cell["steps"], callback=Points(run, max(1, cell["steps"] // cell["points"])))
@@ -125,6 +129,7 @@ def main() -> None:
     tell({
         "result": {
             "steps_done": run.model.num_timesteps, "train_seconds": seconds,
+            "settings_of": run.settings_of,
             "greedy": returns_of(greedy), "sampled": returns_of(sampled),
             "parameters": sum(p.numel() for p in run.model.policy.parameters()),
             "versions": versions(*packages, *(["sb3-contrib"] if name in ("ars", "trpo") else [])),

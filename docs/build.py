@@ -174,6 +174,7 @@ def reference() -> str:
         run_settings_part(),
         presets_part(),
         lm_settings_part(),
+        trl_settings_part(),
         recipes_part(),
         commands_part(),
         python_part(),
@@ -200,6 +201,34 @@ def lm_settings_part() -> str:
         "[language-models.md](language-models.md) says what they do together, [papers.md](papers.md) which of them "
         "make which paper.\n"
     ) + _settings_tables(Fields, "Language models: ")
+
+
+def trl_settings_part() -> str:
+    """What becomes of every field of TRL's GRPOConfig, those that are settings here first."""
+    from grouprl.lm.settings.fields import Fields
+    from grouprl.lm.settings.trl import FOREIGN, RENAMED
+
+    names = (ROOT / "docs" / "trl-1.16-settings.txt").read_text(encoding="utf-8").split()
+    own = [name for name in names if name in Fields.model_fields]
+    rows = [[f"`{name}`", f"is `{RENAMED[name]}`"] for name in names if name in RENAMED and name not in own]
+    for name in (name for name in names if name not in own and name not in RENAMED):
+        option = FOREIGN[name]
+        off = " or ".join(f"`{value}`" for value in dict.fromkeys(map(str, (option.off, *option.also_off))))
+        if not option.advice:
+            fate = "accepted at any value, because it changes no number here"
+        elif option.warned is None:
+            fate = f"accepted, and left out with a warning: {option.advice}"
+        else:
+            fate = f"accepted at {off}, else refused: {option.advice}"
+            if option.warned:
+                fate += f"; left out with a warning: {', '.join(f'`{value}`' for value in option.warned)}"
+        rows.append([f"`{name}`", fate])
+    return (
+        "## Settings of TRL\n\nEvery field of `GRPOConfig` in TRL 1.16. These work as settings of the same name: "
+        + ", ".join(f"`{name}`" for name in own)
+        + ".\n\nThe others:\n\n"
+        + table(["field", "what becomes of it"], rows)
+    )
 
 
 def _settings_tables(config: type[BaseModel], before: str = "") -> str:
@@ -364,7 +393,7 @@ stands for all of its public functions. The objective is a third part, in `OBJEC
 
 OBJECTIVE_PARTS = (
     "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "features", "level",
-    "importance", "returns", "packed", "surrogates", "sequence", "divergences", "weights",
+    "importance", "returns", "packed", "surrogates", "sequence", "correction", "divergences", "weights",
 )  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: 
         (["tiny", "--set", "task=revrse"], "did you mean 'reverse'"),
         (["tiny", "--set", "task=5"], "task=5 of recipe tiny must be text"),
         (["tiny", "--set", "config=5"], "config describes a recipe and cannot be set"),
-        (["tiny", "--set", "use_vllm=true"], "use_vllm=True"),
+        (["tiny", "--set", "fp16=true"], "fp16=True"),
         (["tiny", "--set", "report_to=wandb", "--track", "none"], "report_to='wandb' and --track none both name"),
         (["tiny", "--set", "load_best_model_at_end=true"], "there are none; set eval_strategy='steps'"),
         (["tiny", "--set", "output_dir=zzz"], "--out names the folder"),

@@ -20,6 +20,8 @@ import pytest
 import typer
 
 from grouprl import GRPO, cli, objective
+from grouprl.bench import plan
+from grouprl.bench.worker import run_environment
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.recorder import RunSettings
@@ -29,6 +31,7 @@ from grouprl.lm.models.tiny import build_tiny
 from grouprl.lm.run import recipe
 from grouprl.lm.run import training as lm_training
 from grouprl.lm.settings.batch_plan import batch_plan
+from grouprl.lm.settings.trl import FOREIGN, RENAMED
 from grouprl.objective_settings import OneOf
 from grouprl.runs import read_metrics
 
@@ -154,6 +157,17 @@ def test_the_reference_names_every_setting_of_language_models_once() -> None:
     assert rows == list(LanguageConfig.model_fields)
 
 
+def test_the_reference_says_what_becomes_of_every_setting_of_trl() -> None:
+    names = (ROOT / "docs" / "trl-1.16-settings.txt").read_text(encoding="utf-8").split()
+    part = build.trl_settings_part()
+    assert [name for name in names if f"`{name}`" not in part] == []
+    known = {*LanguageConfig.model_fields, *FOREIGN, *RENAMED}
+    assert [name for name in names if name not in known] == []
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    if trl.__version__.startswith("1.16."):
+        assert sorted(trl.GRPOConfig.__dataclass_fields__) == names
+
+
 def test_the_reference_has_every_function_of_the_objective() -> None:
     part = build.python_part()
     part = part[part.index("### The objective") :]
@@ -199,7 +213,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
         printed = io.StringIO()
         with redirect_stdout(printed):
             exec(
-                compile("\n" * above + textwrap.dedent(fence["code"]), name, "exec"), names
+                compile("\n" * above + textwrap.dedent(fence["code"]), name, "exec", dont_inherit=True), names
             )  # the lines of a traceback are the page's
         if following and following["kind"] == "text" and not text[fence.end() : following.start()].strip():
             assert printed.getvalue() == following["code"], f"{name}, line {above + 1}"
@@ -250,11 +264,17 @@ def test_the_own_environment_example_runs(
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_the_comparison_example_leaves_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = str(ROOT / "examples" / "compare_estimators.py")
-    monkeypatch.setattr(sys, "argv", [script, "--steps", "500", "--seeds", "1", "--out", str(tmp_path)])
-    runpy.run_path(script, run_name="__main__")
-    assert (tmp_path / "estimators.png").exists()
+def test_the_comparison_example_is_a_benchmark_whose_methods_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = plan.read(ROOT / "examples" / "compare_estimators.yaml", steps=300)
+    plan.check(planned)
+    own = planned.only(["median/*/0"]).cells[0]
+    points: list[dict[str, Any]] = []
+    small = {"episodes": 2, "point_episodes": 1, "settings": {"n_envs": 4, "collect": "segments", "n_steps": 25}}
+    assert run_environment({**own.given(), **small}, points.append)["steps_done"] >= 300
+    assert len(points) > 1
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

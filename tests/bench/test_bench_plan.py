@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,25 @@ def test_an_estimator_that_was_changed_is_another_run(tmp_path: Path, monkeypatc
         (tmp_path / "own_plan_module.py").write_text(f"def f(rewards, lengths, group):\n    return {body}\n")
         ids.append(plan.read(file).cells[0].id)
     assert ids[0] != ids[1]
+
+
+def test_a_function_beside_the_file_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside").mkdir()
+    file = write(tmp_path / "beside", "methods: {a: {advantage_function: own_beside:f}}\nenvironments: [CartPole-v1]")
+    (tmp_path / "beside" / "own_beside.py").write_text("def f(rewards, lengths, group):\n    return rewards\n")
+    monkeypatch.chdir(tmp_path)
+    cell = plan.read(file).cells[0]
+    assert cell.folder == str(tmp_path / "beside")
+    assert cell.id == replace(cell, folder="/elsewhere").id  # the same run, wherever its file lies
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "benchmarks").glob("*.yaml")), ids=lambda f: f.name
+)
+def test_the_files_that_ship_are_plans_whose_settings_are_allowed(file: Path) -> None:
+    planned = plan.read(file)
+    assert len(planned.cells) > 100
+    plan.check(planned)
 
 
 def test_language_models_are_recipes(tmp_path: Path) -> None:

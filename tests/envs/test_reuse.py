@@ -16,6 +16,7 @@ from grouprl import GRPO, UsageError
 from grouprl.envs.config import make_config
 from grouprl.envs.reuse import Reuse
 from grouprl.envs.rollout import Rollout
+from grouprl.envs.sizes import least_bytes
 from grouprl.objective import effective_share, gae, standardise, standardise_weighted
 from grouprl.runs.state import load_state
 
@@ -200,3 +201,9 @@ def test_estimators_without_values_are_refused() -> None:
         make_config({"reuse": 2, "advantage": "outcome"})
     with pytest.raises(UsageError, match="advantage_function takes its place; set reuse=1"):
         GRPO(probes.Delayed, **SETTINGS, advantage_function=lambda rewards, lengths, group: rewards)
+
+
+def test_the_memory_that_kept_batches_take_is_counted_before_it_is_taken() -> None:
+    needs = least_bytes(make_config({"reuse": 4, "baseline_memory": 8192}))
+    assert needs["min_steps=4096 and reuse=4"] == 4 * needs["min_steps=4096"]
+    assert needs["baseline_memory=8192 and baseline_features=128"] == 8192 * 128 * 4

@@ -3,7 +3,17 @@ import torch
 from torch.testing import assert_close
 
 from grouprl.errors import UsageError
-from grouprl.objective import clipped, effective_share, importance_weights, standardise, standardise_weighted
+from grouprl.objective import (
+    LOSSES,
+    Fixed,
+    Objective,
+    effective_share,
+    importance_weights,
+    policy_loss,
+    standardise,
+    standardise_weighted,
+)
+from grouprl.objective.losses import names as loss_names
 
 
 def every(n):
@@ -52,11 +62,18 @@ def test_equal_advantages_and_weights_of_one_step_give_exactly_0():
     assert standardise_weighted(raw, torch.zeros(2), every(2)).tolist() == [0.0, 0.0]
 
 
-def test_a_weight_in_the_advantage_weighs_the_clipped_surrogate():
+@pytest.mark.parametrize("delta", [None, 3.0])
+@pytest.mark.parametrize("name", loss_names(environments=True))
+def test_a_weight_in_the_advantage_weighs_the_loss_of_its_step(name, delta):
     generator = torch.Generator().manual_seed(0)
-    logp, old, a = (torch.randn(40, generator=generator) for _ in range(3))
-    w = torch.rand(40, generator=generator) * 2
-    assert_close(clipped(logp, old, w * a, 0.2), w * clipped(logp, old, a, 0.2))
+    logp, old = (-3 * torch.rand(40, generator=generator, dtype=torch.float64) for _ in range(2))
+    a, w = (torch.randn(40, generator=generator, dtype=torch.float64) for _ in range(2))
+    w = w.abs()
+    high = 1.5 if LOSSES[name].cap else None
+    objective = Objective(loss_type=name, delta=delta, epsilon_high=high)
+    one, other = (policy_loss(objective, logp, Fixed(x, 1.0, old)) for x in (a, w * a))
+    assert_close(other.surrogate, w * one.surrogate)
+    assert other.cut is None or all(map(torch.equal, other.cut, one.cut))
 
 
 def test_shapes_that_do_not_fit_are_refused():

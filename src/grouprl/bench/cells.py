@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from grouprl.errors import UsageError, shown
@@ -31,7 +31,7 @@ class Cell:
         worker: the command that does it; empty: grouprl itself.
         episodes: played at the end, greedily and again sampled. points: evaluations along the way; point_episodes: of
             each. A language model is evaluated on its recipe's held-out rows, as often as that says.
-        code: a checksum of the files that hold the functions.
+        code: a checksum of the files that hold the functions. folder: where they are found, beside the current one.
     """
 
     method: str
@@ -50,6 +50,7 @@ class Cell:
     points: int = 20
     point_episodes: int = 20
     code: str = ""
+    folder: str = ""
 
     @property
     def name(self) -> str:
@@ -58,8 +59,9 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """A hash of all that decides its outcome."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """A hash of all that decides its outcome, wherever its file lies."""
+        decides = asdict(replace(self, folder=""))
+        return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def given(self) -> dict[str, Any]:
         """What a worker is told, as plain values."""

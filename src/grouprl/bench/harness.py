@@ -10,7 +10,7 @@ from grouprl.bench import figures, pool, tables
 from grouprl.bench.cells import Cell
 from grouprl.bench.plan import Plan, Scale
 from grouprl.bench.results import Results, of_rows
-from grouprl.bench.rows import Row, Rows, commit
+from grouprl.bench.rows import Row, Rows, commit, read_rows
 from grouprl.bench.sweep import Sweep, Swept
 from grouprl.errors import UsageError, shown
 from grouprl.extras import require
@@ -69,6 +69,11 @@ def rows_of(plan: Plan, rows: Iterable[Row]) -> list[Row]:
     found = [(cell, by_id[cell.id]) for cell in plan.cells if cell.id in by_id]
     found.sort(key=lambda pair: (subjects.index(pair[0].subject), methods.index(pair[0].method), pair[0].seed))
     return [row for _, row in found]
+
+
+def rows_in(plan: Plan, out: Path) -> list[Row]:
+    """Those of a plan that ``out`` has, for :func:`report`. Raises DamagedFileError if its file holds no rows."""
+    return rows_of(plan, read_rows(out / "rows.jsonl"))
 
 
 def report(

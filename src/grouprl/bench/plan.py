@@ -89,7 +89,7 @@ def read(path: Path, *, steps: int | None = None, seeds: str | None = None) -> P
         tried = seeds if seeds is not None else given.get("seeds", values.get("seeds", "0-4"))
         for method, options in methods.items():
             if subject in _list(options.get("subjects", [subject]), f"subjects of method {method}"):
-                cell = _cell(method, options, subject, arena, {**about, **counts})
+                cell = _cell(method, options, subject, arena, {**about, **counts}, path.parent)
                 cells += [replace(cell, seed=seed) for seed in parse_seeds(tried)]
     _check_subjects(methods, [name for name, _, _ in subjects])
     check_distinct(cells)
@@ -116,14 +116,16 @@ def subject_fields(name: str, arena: str, given: Mapping[str, Any], steps: objec
     }  # fmt: skip
 
 
-def _cell(method: str, options: Mapping[str, Any], subject: str, arena: str, rest: dict[str, Any]) -> Cell:
+def _cell(
+    method: str, options: Mapping[str, Any], subject: str, arena: str, rest: dict[str, Any], folder: Path
+) -> Cell:
     settings = with_numbers(mapping(options.get("settings", {}), f"settings of method {method}", None))
     functions = {name: str(options[name]) for name in FUNCTIONS if options.get(name) is not None}
     worker = tuple(shlex.split(str(options["worker"]))) if options.get("worker") else ()
     return Cell(
         method, subject, arena, seed=0, settings=settings, functions=functions, worker=worker,
         preset=preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None,
-        code=checksum(functions), **rest,
+        code=checksum(functions, folder), folder=str(folder.absolute()) if functions else "", **rest,
     )  # fmt: skip
 
 
@@ -137,11 +139,11 @@ def preset_of(name: object, subject: str) -> str | None:
     return presets.load(name).name  # type: ignore[arg-type]  # it refuses what is no name
 
 
-def checksum(functions: Mapping[str, str]) -> str:
+def checksum(functions: Mapping[str, str], folder: Path | None = None) -> str:
     """Of the files that hold the functions: with another estimator under the same name it is another run."""
     found = hashlib.sha256()
     for function in functions.values():
-        load_function(function)
+        load_function(function, folder)
         file = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
         found.update(Path(file).read_bytes() if file else b"")
     return found.hexdigest()[:16] if functions else ""

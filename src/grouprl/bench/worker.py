@@ -49,7 +49,7 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     from grouprl.envs.evaluation import Evaluator
     from grouprl.envs.grpo import GRPO
 
-    functions = {name: load_function(function) for name, function in cell["functions"].items()}
+    functions = {name: load_function(function, cell["folder"] or None) for name, function in cell["functions"].items()}
     agent = GRPO(
         cell["env_id"], preset=cell["preset"], env_kwargs=cell["env_kwargs"], seed=cell["seed"],
         **functions, **cell["settings"],
@@ -99,6 +99,8 @@ def run_language_model(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     def evaluated(step: int, seconds: float, found: HeldOut) -> None:
         point({"step": step, "seconds": seconds, "greedy": found.accuracy, "reward": found.reward})
 
+    for function in cell["functions"].values():
+        load_function(function, cell["folder"] or None)  # found from now on, also by the name that the recipe has
     with tempfile.TemporaryDirectory() as folder:
         result = training.train(
             cell["recipe"], Path(folder) / "run", settings={**cell["settings"], **cell["functions"]},

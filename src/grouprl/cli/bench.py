@@ -76,7 +76,7 @@ def bench(
             failed = harness.run(
                 planned, folder, jobs=jobs or len(pool.cores()), again=again, say=lambda line: print(line, flush=True)
             )
-    found = harness.rows_of(planned, read_rows(folder / "rows.jsonl"))
+    found = harness.rows_in(planned, folder)
     text = harness.report(
         found, folder, planned.name, scales=planned.scales, metric=metric, reference=reference, about=planned.about,
         missing=len(planned.cells) - len(found),

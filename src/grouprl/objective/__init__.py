@@ -26,6 +26,7 @@ from grouprl.objective.advantages import (
     timestep,
 )
 from grouprl.objective.baseline import BaselineBatch, BaselineFit, fit_baseline
+from grouprl.objective.correction import sampler_correction
 from grouprl.objective.divergences import (
     DIVERGENCES,
     bernoulli_kl,
@@ -111,6 +112,7 @@ __all__ = [
     "sample_mean",
     "sample_sum",
     "sampled_kl_loss",
+    "sampler_correction",
     "sapo",
     "segment_ids",
     "segment_sum",

@@ -22,6 +22,8 @@ class Fixed(NamedTuple):
         logp_ref: ``[m]`` under the reference; None: no sampled divergence.
         lengths: ``[n]`` steps of each sample, if the m steps are those of n whole samples, end to end.
         turns: ``[k]`` steps of each turn of these samples, end to end.
+        correction: ``[m]`` by which surrogates are multiplied, where another program sampled than the one that learns;
+            see `sampler_correction`. None: 1.
         chosen: ``[m]`` bool, the steps whose surrogate counts; None: all.
         entropy_weights: ``[m]`` of the entropy bonus; None: ``weights``.
     """
@@ -32,6 +34,7 @@ class Fixed(NamedTuple):
     logp_ref: Tensor | None = None
     lengths: Tensor | None = None
     turns: Tensor | None = None
+    correction: Tensor | None = None
     chosen: Tensor | None = None
     entropy_weights: Tensor | None = None
 
@@ -63,7 +66,7 @@ def policy_loss(
     kl: Tensor | None = None,
     count_cut: bool = True,
 ) -> LossTerms:
-    """sum_t w_t (surrogate_t + beta KL_t - entropy_coef H_t) over m steps, to be minimised.
+    """sum_t w_t (c_t surrogate_t + beta KL_t - entropy_coef H_t) over m steps, to be minimised.
 
     The surrogate is 0 for steps that are not `fixed.chosen`. The entropy may have weights of its own.
 
@@ -100,6 +103,8 @@ def policy_loss(
         surrogate = surrogate * off_policy_mask(
             logp, old.to(logp.dtype), fixed.advantages, fixed.lengths, objective.off_policy_mask_threshold
         )
+    if fixed.correction is not None:
+        surrogate = surrogate * fixed.correction
 
     if fixed.chosen is not None:
         surrogate = surrogate * fixed.chosen

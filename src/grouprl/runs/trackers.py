@@ -138,6 +138,12 @@ class WandbTracker:
         """Log `metrics` at `step`."""
         self._run.log({key: value for key, value in metrics.items() if value is not None}, step=step)
 
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Log a table at `step`: a value for each of `columns` in each of `rows`."""
+        import wandb
+
+        self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, step=step)
+
     def close(self) -> None:
         """Finish the run, unless it was there before."""
         if not self._given:

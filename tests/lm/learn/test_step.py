@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ from grouprl.lm.learn.step import Mismatch, Step, optimizer_step, step_weights
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.objective import Objective, surrogates
+from grouprl.objective import Objective, sampler_correction, surrogates
+from grouprl.objective.packed import last_index
 
 GROUPS = random_groups(*MIXED)
 COMPLETIONS = [c for g in GROUPS for c in g.completions]
@@ -331,6 +333,44 @@ def test_a_second_iteration_uses_the_log_probabilities_of_the_first() -> None:
     second = run.take(step, remember=True)
     assert second["clip_ratio/region_mean"] > 0 == first["clip_ratio/region_mean"]
     assert not any(name.startswith("sampling/") for name in second)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["on policy", "old policy known"])
+@pytest.mark.parametrize(
+    ("mode", "low", "high"),
+    [("token_truncate", None, 1.1), ("sequence_mask", 0.9, 1.1), ("sequence_truncate", 0.9, None)],
+)
+def test_what_another_program_sampled_is_weighed_by_how_likely_it_is_here(
+    mode: Any, low: float | None, high: float | None, known: bool
+) -> None:
+    run, of = Run(build("llama")), samples(ADVANTAGES + 0.1)
+    here = naive_values(run.model)
+    of.logp_sampled = here - 0.1 * torch.randn(S, generator=torch.Generator().manual_seed(1))
+    if known:
+        of.remember_old(torch.arange(S), here)
+    config = run.config.replace(
+        use_vllm=True, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low,
+        vllm_importance_sampling_clip_max=high,
+    )  # fmt: skip
+    step = Step(run.policy, of, ALL, config, Objective.of(config))
+    found = run.gradient(step)
+    weight = sampler_correction(here, of.logp_sampled, LENGTHS, mode, low, high)
+    assert len(weight.unique()) > 2  # some are within the bounds
+    of.advantages = of.advantages * weight
+    assert relative_error(found, naive_gradient(run.model, run.config, of, here, None)) < 1e-5
+
+    mismatch = Mismatch()
+    for _ in step.gradients(StepSums(), mismatch, remember=False):
+        pass
+    ratios = weight if mode.startswith("token") else weight[last_index(LENGTHS)]
+    apart = (here - of.logp_sampled).abs()
+    assert mismatch.metrics() == pytest.approx({
+        "sampling/sampling_logp_difference/mean": float(apart.mean()),
+        "sampling/sampling_logp_difference/max": float(apart.max()),
+        "sampling/importance_sampling_ratio/min": float(ratios.min()),
+        "sampling/importance_sampling_ratio/mean": float(ratios.mean()),
+        "sampling/importance_sampling_ratio/max": float(ratios.max()),
+    }, abs=1e-4)  # fmt: skip
 
 
 @pytest.mark.parametrize(

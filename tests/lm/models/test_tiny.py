@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,39 @@ def test_the_loss_is_the_mean_over_answers_and_their_ends_whatever_the_padding()
     queue = iter(pairs)
     losses = warm_start(model, tokenizer, lambda _: next(queue), steps=1, batch_size=2)
     assert losses == [pytest.approx(expected / tokens, abs=1e-5)]
+
+
+def test_the_warm_start_ends_before_it_learns_from_the_first_batch_that_it_answers_well_enough() -> None:
+    settings: dict[str, Any] = {"learning_rate": 5e-3, "seed": 1, "batch_size": 32}
+    ended, tokenizer = build_tiny(0)
+    losses = warm_start(ended, tokenizer, reverse, steps=200, accuracy=0.3, **settings)
+    assert 5 < len(losses) < 200
+
+    counted, _ = build_tiny(0)
+    before = warm_start(counted, tokenizer, reverse, steps=len(losses) - 1, **settings)
+    assert losses[:-1] == before
+    assert all(torch.equal(a, b) for a, b in zip(ended.parameters(), counted.parameters(), strict=True))
+
+    generator = random.Random(1)
+    batches = [[reverse(generator) for _ in range(32)] for _ in losses]
+    assert greedy_accuracy(ended, tokenizer, batches[-1]) >= 0.3
+    with pytest.raises(UsageError, match=rf"right after {len(before)} steps, short of accuracy=0.3"):
+        warm_start(build_tiny(0)[0], tokenizer, reverse, steps=len(before), accuracy=0.3, **settings)
+
+
+def greedy_accuracy(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> float:
+    """The share of answers that decoding says token by token."""
+    prompts = torch.tensor([tokenizer(question)["input_ids"] for question, _ in pairs])
+    said = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=4)
+    texts = tokenizer.batch_decode(said[:, prompts.shape[1] :], skip_special_tokens=False)
+    return sum(text == f"{answer}$" for text, (_, answer) in zip(texts, pairs, strict=True)) / len(pairs)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.5, float("nan")])
+def test_an_accuracy_that_is_no_share_is_refused(accuracy: float) -> None:
+    model, tokenizer = build_tiny(0)
+    with pytest.raises(UsageError, match="must be a share of the answers"):
+        warm_start(model, tokenizer, reverse, steps=1, accuracy=accuracy)
 
 
 def test_a_pair_longer_than_the_model_is_refused() -> None:

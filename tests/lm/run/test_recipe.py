@@ -29,6 +29,13 @@ def test_every_preset_is_a_recipe_whose_settings_are_allowed(name: str) -> None:
     assert GRPOConfig(**given.config).max_steps > 0
 
 
+def test_the_smallest_preset_has_room_to_learn_and_learns() -> None:
+    measured = recipe.load("tiny").expect
+    assert 0.3 <= measured["accuracy_before"] <= 0.6
+    assert measured["accuracy_after"] > 0.95
+    assert len(measured["seeds"]) >= 5
+
+
 def test_a_file_gives_the_recipe_it_holds(tmp_path: Path) -> None:
     given = recipe.load(written(tmp_path, {"model": "tiny", "task": "sort", "config": {"seed": 1}}))
     assert (given.name, given.model, given.task, given.config) == ("mine", "tiny", "sort", {"seed": 1})

@@ -473,7 +473,7 @@ def test_a_configuration_that_was_changed_is_named(
         ({"task_options": {"size": 3}}, "no option 'size'"),
         ({"form": "speech"}, "form='speech' is neither"),
         ({"task": "rows.jsonl"}, "reward must name a function"),
-        ({"warm_start": {"epochs": 3}}, "it takes steps and learning_rate"),
+        ({"warm_start": {"epochs": 3}}, "it takes steps, learning_rate and accuracy"),
         ({"model": "smollm2"}, "warm_start is for model: tiny"),
         ({"lora": {"rank": 3}}, "lora: .*rank.*peft.LoraConfig"),
         ({"lora": {"r": 0}}, "peft_config does not fit the model: .*positive"),

@@ -63,6 +63,7 @@ def test_no_name_is_both_a_setting_and_something_else() -> None:
         ("report_to", "wandb", ("wandb",)),
         ("report_to", ["tensorboard", "wandb"], ("tensorboard", "wandb")),
         ("report_to", "none", ()),
+        ("report_to", ["trackio", "comet", "comet_ml"], ("trackio", "comet_ml")),
         ("report_to", None, ()),
         ("top_k", None, 0),
         ("eval_strategy", False, "no"),
@@ -127,9 +128,9 @@ def test_a_strange_value_is_taken_or_refused_in_a_line(name: str) -> None:
     assert not [message for message in said if "\n" in message or len(message) > 2000]
 
 
-@pytest.mark.parametrize("value", [True, 1, 0.5, {"tensorboard": 1}, ["tensorboard", 3], "mlflow"])
+@pytest.mark.parametrize("value", [True, 1, 0.5, {"tensorboard": 1}, ["tensorboard", 3], "sacred"])
 def test_what_is_no_tracker_is_refused_with_those_there_are(value: Any) -> None:
-    with pytest.raises(UsageError, match=r"report_to=.*choose tensorboard, wandb, both in a list, or none"):
+    with pytest.raises(UsageError, match=r"report_to=.*choose tensorboard, wandb, trackio, .*in a list, all, or none"):
         GRPOConfig(report_to=value)
     assert GRPOConfig(report_to=False).report_to == GRPOConfig(report_to=None).report_to == ()
 
@@ -168,7 +169,7 @@ def test_a_setting_that_changes_in_a_run_is_refused_with_what_takes_its_place() 
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"loss_type": "vesp"}, r"loss_type='vesp': .*'dapo'.*did you mean 'vespo'"),
         ({"advantage": "gae"}, r"advantage='gae': .*'leave_one_out'"),
-        ({"report_to": "mlflow"}, "'mlflow' is no tracker here; choose tensorboard"),
+        ({"report_to": "sacred"}, "'sacred' is no tracker here; choose tensorboard"),
         ({"max_steps": 0}, "max_steps=0: must be at least 1, or -1"),
         ({"logging_steps": 2.5}, r"logging_steps=2\.5: must be a whole number"),
         ({"transcripts": -1}, "transcripts=-1: must be at least 0"),
@@ -226,12 +227,12 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
 @pytest.mark.parametrize(
     ("name", "value", "advice"),
     [
-        ("use_vllm", True, "use_vllm=True: the sampler is built in; leave it out"),
+        ("push_to_hub", True, "push_to_hub=True: upload when training is done"),
         ("fp16", True, "set bf16=True"),
         ("optim", "adafactor", "pass optimizers="),
         ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),
         ("use_adaptive_entropy", True, "entropy_coef is a constant here"),
-        ("deepspeed", "zero3.json", "each process holds the whole model; start several by torchrun"),
+        ("deepspeed", "zero3.json", "start several processes by torchrun .*fsdp=True"),
         ("auto_find_batch_size", True, "tokens_per_micro_batch"),
         ("use_bias_correction_kl", False, "the gradient of KL"),
     ],
@@ -244,19 +245,19 @@ def test_a_foreign_option_at_another_value_is_refused_with_what_to_do(name: str,
 def test_a_start_says_all_that_it_refuses_each_on_its_line() -> None:
     with pytest.raises(UsageError) as refusal:
         GRPOConfig(
-            use_vllm=True, fp16=True, learning_rat=1, lr=2, model=3, warmup_ratio=0.1, warmup_steps=5, temperature=-1,
-            generation_kwargs={"num_beams": 4, "stop_token_ids": [1]}, logging_dir="logs",
+            push_to_hub=True, fp16=True, learning_rat=1, lr=2, model=3, warmup_ratio=0.1, warmup_steps=5,
+            temperature=-1, generation_kwargs={"num_beams": 4, "stop_token_ids": [1]}, logging_dir="logs",
         )  # fmt: skip
     first, *others = str(refusal.value).splitlines()
     assert first == "these cannot stay as they are:"
     assert [line.split()[0].split("=")[0].strip("'") for line in others] == [
-        "generation_kwargs", "generation_kwargs", "use_vllm", "fp16", "unknown", "lr", "model", "warmup_steps",
+        "generation_kwargs", "generation_kwargs", "push_to_hub", "fp16", "unknown", "lr", "model", "warmup_steps",
         "temperature",
     ]  # fmt: skip
     with pytest.raises(UsageError) as refusal:  # what does not go together is said beside them
-        GRPOConfig(use_vllm=True, num_generations=8, prompts_per_step=2, per_device_train_batch_size=3)
+        GRPOConfig(push_to_hub=True, num_generations=8, prompts_per_step=2, per_device_train_batch_size=3)
     assert [line.split("=")[0].strip() for line in str(refusal.value).splitlines()[1:]] == [
-        "use_vllm", "prompts_per_step",
+        "push_to_hub", "prompts_per_step",
     ]  # fmt: skip
     with pytest.raises(UsageError, match=r"(?s)no argument 'modl'.*quantization_config: weights"):
         check_arguments({"modl": 1, "quantization_config": "4 bits"})
@@ -545,3 +546,34 @@ def test_a_folder_that_no_tokenizer_could_be_saved_in_is_refused() -> None:
     for folder in ("h\udce4", Path("h\udce4")):
         with pytest.raises(UsageError, match=r"output_dir=.*h.* the name is no text in UTF-8"):
             GRPOConfig(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"vllm_tensor_parallel_size": 2},
+            "vllm_tensor_parallel_size=2: .* with --tensor-parallel-size",
+        ),
+        ({"vllm_importance_sampling_clip_min": 4.0}, r"clip_min=4\.0 is above vllm_importance_sampling_clip_max=3\.0"),
+        ({"loss_type": "vespo"}, "loss_type='vespo' .* set vllm_importance_sampling_correction=False"),
+        ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex='a[+]': vLLM samples"),
+        ({"vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode=True: vLLM samples"),
+        ({"vllm_mode": "colocated"}, "vllm_mode='colocated'"),
+        ({"vllm_importance_sampling_mode": "turn_mask"}, "vllm_importance_sampling_mode='turn_mask'"),
+        ({"vllm_server_port": 70000}, "vllm_server_port=70000"),
+    ],
+)
+def test_what_vllm_cannot_be_asked_for_is_refused_by_name(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        GRPOConfig(use_vllm=True, **given)
+
+
+def test_the_settings_of_vllm_have_the_names_and_defaults_of_trl() -> None:
+    c = GRPOConfig(use_vllm=True, vllm_importance_sampling_cap=2.0, vllm_group_port=51000)
+    assert c.vllm_importance_sampling_clip_max == 2.0
+    assert (c.vllm_mode, c.vllm_server_timeout, c.vllm_gpu_memory_utilization) == ("colocate", 240.0, 0.3)
+    assert GRPOConfig(**c.to_dict()) == c
+    without = GRPOConfig(use_vllm=True, vllm_importance_sampling_clip_max=None)
+    assert without.vllm_importance_sampling_clip_max is None
+    GRPOConfig(use_vllm=False, vllm_structured_outputs_regex="a+", vllm_tensor_parallel_size=2)

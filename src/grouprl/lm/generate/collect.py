@@ -232,9 +232,10 @@ class ScoredGroups:
         """What there is to say beside lengths and rewards."""
         return {}
 
-    def solved(self) -> list[bool]:
-        """``[N]`` whether the reward is that of a right answer, 1 or more."""
-        return [bool(value >= 1 - 1e-9) for value in self.returns.tolist()]
+    def solved(self, reward: float = 1.0, by: str | None = None) -> list[bool]:
+        """``[N]`` whether each is right: its reward, or that of the function ``by``, reaches ``reward``."""
+        values = self.returns if by is None else self.rewards.values[:, self.rewards.names.index(by)]
+        return [bool(value >= reward - 1e-9) for value in values.tolist()]
 
     def leave_out_columns(self) -> None:
         """Drop the columns of the dataset, which may be large, before the groups are sent to who has the dataset."""

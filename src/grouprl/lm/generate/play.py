@@ -94,9 +94,11 @@ class EpisodeGroups(ScoredGroups):
         played = zip(self.completions, of_each, strict=True)
         self.completions = [replace(e, start=replace(e.start, columns=columns)) for e, columns in played]
 
-    def solved(self) -> list[bool]:
-        """``[N]`` whether an episode was solved, as its environment says, else by its return."""
-        by_return = super().solved()
+    def solved(self, reward: float = 1.0, by: str | None = None) -> list[bool]:
+        """``[N]`` whether an episode was solved: as its environment says, unless ``by`` is given, else by reward."""
+        by_return = super().solved(reward, by)
+        if by is not None:
+            return by_return
         return [bool(e.metrics.get("success", right)) for e, right in zip(self.completions, by_return, strict=True)]
 
     def signal(self, config: GRPOConfig, own: TensorFunction | None) -> list[bool]:

@@ -21,7 +21,7 @@ from grouprl.lm.policy.policy import Policy
 from grouprl.lm.sample.finite import all_finite, not_finite
 from grouprl.lm.sample.streams import seed_for
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.objective import LOSSES, Fixed, Objective, policy_loss
+from grouprl.objective import LOSSES, Fixed, Objective, policy_loss, sampler_correction
 from grouprl.objective.packed import last_index, segment_ids, segment_sum
 
 
@@ -129,6 +129,8 @@ class Step:
                 if dropout:  # depends on the seed, on the pass and on the group alone
                     torch.manual_seed(seed_for(self.config.seed, number, int(batch.samples[0])))
                 tokens = self.policy.log_probs.evaluate(batch)
+                correction = self._correction(tokens.logp.detach(), index, fixed)
+                fixed = fixed._replace(correction=correction)
                 terms = policy_loss(
                     self.objective, tokens.logp, fixed, entropy=None if of_entropy is None else tokens.entropy
                 )
@@ -142,11 +144,35 @@ class Step:
                 logp = tokens.logp.detach().cpu()
                 self._check_finite(here, logp)
                 sums.add(here)
-                if not old_known:
-                    mismatch.add(logp - samples.logp_sampled[index])
+                if not old_known or correction is not None:
+                    old = samples.logp_old[index] if old_known else logp
+                    mismatch.add(old - samples.logp_sampled[index])
+                if correction is not None:
+                    of_samples = correction[last_index(lengths[batch.samples])]
+                    mismatch.add_ratios(correction if self._of_tokens else of_samples)
                 if remember and not old_known:
                     samples.remember_old(index, logp)
                 yield None
+
+    @property
+    def _of_tokens(self) -> bool:
+        return self.config.vllm_importance_sampling_mode.startswith("token")
+
+    def _correction(self, logp: Tensor, index: Tensor, fixed: Fixed) -> Tensor | None:
+        """By what surrogates are multiplied as another program sampled, ``[m]``, or None if none did.
+
+        Args:
+            logp: ``[m]`` under the policy. index: the tokens. fixed: what is fixed of them.
+        """
+        config = self.config
+        if not (config.use_vllm and config.vllm_importance_sampling_correction):
+            return None
+        assert fixed.lengths is not None
+        return sampler_correction(
+            logp if fixed.logp_old is None else fixed.logp_old, self.samples.logp_sampled[index].to(logp.device),
+            fixed.lengths, config.vllm_importance_sampling_mode, config.vllm_importance_sampling_clip_min,
+            config.vllm_importance_sampling_clip_max,
+        )  # fmt: skip
 
     def _by_entropy(self) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens are learned from, ``[S]`` bool, and what each weighs in the entropy bonus; None: all, no bonus.
@@ -193,11 +219,16 @@ class Step:
 
 @dataclass
 class Mismatch:
-    """How far the learner's log-probabilities lie from the sampler's, where it is the same policy."""
+    """How far the learner's log-probabilities of the policy that sampled lie from the sampler's."""
 
     total: float = 0.0
     largest: float = 0.0
     tokens: int = 0
+    least_ratio: float = math.inf
+    """Of the weights by which that is corrected, one for each token or one for each sample, within their bounds."""
+    all_ratios: float = 0.0
+    most_ratio: float = 0.0
+    ratios: int = 0
 
     def add(self, difference: Tensor) -> None:
         """Add the differences ``[m]`` of some tokens."""
@@ -205,19 +236,35 @@ class Mismatch:
         self.total, self.largest = self.total + float(apart.sum()), max(self.largest, float(apart.max()))
         self.tokens += len(difference)
 
+    def add_ratios(self, ratios: Tensor) -> None:
+        """Add the weights ``[k]`` of some tokens or samples."""
+        least, most, together = torch.stack([ratios.min(), ratios.max(), ratios.sum()]).tolist()
+        self.least_ratio, self.most_ratio = min(self.least_ratio, least), max(self.most_ratio, most)
+        self.all_ratios, self.ratios = self.all_ratios + together, self.ratios + len(ratios)
+
     def merge(self, other: Mismatch) -> None:
         """Add what another process met."""
         self.total, self.largest = self.total + other.total, max(self.largest, other.largest)
         self.tokens += other.tokens
+        self.least_ratio = min(self.least_ratio, other.least_ratio)
+        self.most_ratio = max(self.most_ratio, other.most_ratio)
+        self.all_ratios, self.ratios = self.all_ratios + other.all_ratios, self.ratios + other.ratios
 
     def metrics(self) -> dict[str, float]:
         """In TRL's names; none if there was nothing to compare."""
         if not self.tokens:
             return {}
-        return {
+        found = {
             "sampling/sampling_logp_difference/mean": self.total / self.tokens,
             "sampling/sampling_logp_difference/max": self.largest,
         }
+        if self.ratios:
+            found |= {
+                "sampling/importance_sampling_ratio/min": self.least_ratio,
+                "sampling/importance_sampling_ratio/mean": self.all_ratios / self.ratios,
+                "sampling/importance_sampling_ratio/max": self.most_ratio,
+            }
+        return found
 
 
 def optimizer_step(

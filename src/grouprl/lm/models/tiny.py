@@ -89,19 +89,26 @@ def warm_start(
     learning_rate: float = 2e-3,
     seed: int = 0,
     batch_size: int = 128,
+    accuracy: float | None = None,
 ) -> list[float]:
-    """Supervised steps on (question, answer) pairs, with AdamW; the loss of each, in nats per answer token.
+    """Supervised steps on (question, answer) pairs, with AdamW; the loss of each batch, in nats per answer token.
 
     Args:
         pairs: draws a pair with the random generator it is given.
         steps, learning_rate, batch_size: of AdamW, without weight decay, gradients clipped to norm 1.
         seed: of the generator.
+        accuracy: end as soon as this share of a new batch is answered right, before learning from it; `steps` is then
+            the most. Models of different seeds get there at different steps, so no number of steps leaves them alike.
 
-    Raises UsageError if a pair is longer than the model can take, TrainingError if the loss stops being finite.
+    Raises UsageError if a pair is longer than the model can take, or `steps` do not reach `accuracy`; TrainingError if
+    the loss stops being finite.
     """
+    if accuracy is not None and not 0 < accuracy <= 1:
+        raise UsageError(f"accuracy={accuracy} must be a share of the answers, above 0 and at most 1.")
     generator = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    losses = []
+    losses: list[float] = []
+    reached = 0.0
     for step in range(steps):
         inputs, targets = _batch(tokenizer, [pairs(generator) for _ in range(batch_size)])
         if inputs.shape[1] > model.config.max_position_embeddings:
@@ -109,16 +116,29 @@ def warm_start(
                 f"A pair has {inputs.shape[1]} tokens, the model takes {model.config.max_position_embeddings}. "
                 "Draw shorter pairs."
             )
+        targets = targets.to(model.device)
         logits = model(input_ids=inputs.to(model.device)).logits
-        loss = cross_entropy(logits.flatten(0, 1).float(), targets.to(model.device).flatten(), ignore_index=_IGNORED)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=_IGNORED)
         losses.append(loss.item())
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"The loss of warm-start step {step} is {losses[-1]}. Lower learning_rate={learning_rate}."
+            )
+        if accuracy is not None:
+            # Every token is the likeliest after those before it, so the greedy answer is the right one, and its end.
+            right = (logits.argmax(-1) == targets) | (targets == _IGNORED)
+            reached = right.all(1).float().mean().item()
+            if reached >= accuracy:
+                break
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    else:
+        if accuracy is not None:
+            raise UsageError(
+                f"The warm start answers {reached:.2f} right after {steps} steps, short of accuracy={accuracy}. "
+                "Raise steps, or lower accuracy."
             )
     optimizer.zero_grad()
     return losses

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import UsageError, first_line
+from grouprl.lm.engines.sampler import vllm_sampler
 from grouprl.lm.llama.adapters import nonzero_adapters
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.context import context_length
@@ -26,6 +27,7 @@ from grouprl.lm.policy.structure import structure
 from grouprl.lm.policy.trial import PolicyTrial
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.finite import NotFiniteError, not_finite
+from grouprl.lm.sample.interface import CompletionSampler
 from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
 from grouprl.lm.sample.sampler import Sampler, Steps
@@ -95,7 +97,7 @@ class Policy:
             self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
             self.log_probs.by_entropy = config.entropy_coef > 0
             self.packed = self.log_probs.backbone is not None
-            self.sampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
+            self.sampler: CompletionSampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
         if not self.packed and config.attention == "auto":
             _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
         if self.packed and self.precision.dtype != torch.float32:
@@ -129,11 +131,7 @@ class Policy:
             return
         trial = PolicyTrial(self.model, self.precision.dtype)
         with nonzero_adapters(self.model), self.together():
-            wrong = trial.learner(self.log_probs) or (
-                trial.plain_sampler(self.sampler)
-                if isinstance(self.sampler, PlainSampler)
-                else self.sampler.disagreement(trial.trial)
-            )
+            wrong = trial.learner(self.log_probs) or self.sampler.disagreement(trial.trial)
         if wrong:
             raise UsageError(
                 f"modules of the model were replaced or changed since training was set up, and are not heard: {wrong}; "
@@ -276,13 +274,15 @@ class Policy:
                 _class(self.model), _name(self.precision.dtype), type(error).__name__, first_line(error)[:200],
             )  # fmt: skip
 
-    def _find_sampler(self, ends: Sequence[int], pad: int | None, trial: PolicyTrial) -> Sampler | PlainSampler:
+    def _find_sampler(self, ends: Sequence[int], pad: int | None, trial: PolicyTrial) -> CompletionSampler:
         """The fastest sampler that agrees with the model's own forward pass.
 
         Raises:
             UsageError: not even the slowest sampler agrees with it.
         """
         backbone, config, model, why = self.log_probs.backbone, self.config, self.model, ""
+        if config.use_vllm:
+            return vllm_sampler(model, config, self.precision.dtype, ends, trial.trial)
         if backbone is not None:
             rows = config.max_rows_per_decode or self._rows_that_fit(backbone)
             try:
@@ -292,7 +292,7 @@ class Policy:
                 _log.warning("%s samples without packed attention, exactly but slowly: %s", _class(model), error)
         for steps in PLAIN_STEPS:
             sampler = PlainSampler(model, self.precision.dtype, ends, ends[0] if pad is None else pad, steps)
-            wrong = trial.plain_sampler(sampler)
+            wrong = sampler.disagreement(trial.trial)
             if not wrong:
                 if why:
                     _log.warning("%s samples by %s, which is slower: otherwise %s", _class(model), steps, why)

@@ -49,7 +49,8 @@ def initial_model(recipe: Recipe, config: GRPOConfig, task: Task | None) -> tupl
         try:
             warm_start(model, tokenizer, pair, seed=config.seed, **recipe.warm_start)
         except TypeError as error:
-            raise UsageError(f"warm_start={recipe.warm_start}: {error}; it takes steps and learning_rate") from error
+            known = "it takes steps, learning_rate and accuracy"
+            raise UsageError(f"warm_start={recipe.warm_start}: {error}; {known}") from error
     return model, tokenizer
 
 

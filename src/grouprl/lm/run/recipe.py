@@ -38,7 +38,8 @@ class Recipe:
         form: prompts as ``messages`` or as bare ``text``.
         n_train, n_eval: rows drawn from the task's two splits; a file is used whole.
         eval_every: optimizer steps between greedy evaluations on the held-out rows; 0: only before and after.
-        warm_start: settings of a short supervised start (tiny models only): steps, learning_rate.
+        warm_start: settings of a short supervised start (tiny models only): steps, learning_rate, and an accuracy at
+            which it ends.
         lora: settings of peft's LoraConfig, to train an adapter instead of all weights.
         config: settings of :class:`~grouprl.lm.settings.config.GRPOConfig`.
         needs: what to install, if anything. expect: what it reached, and the command that shows it.

@@ -25,6 +25,7 @@ from grouprl.lm.run.report import leave_results
 from grouprl.lm.run.saved import reading
 from grouprl.lm.run.trained import open_trained
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.settings.fields import OWN_TRACKERS
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
 from grouprl.lm.train.sinks import Recording
@@ -113,7 +114,7 @@ def _train(
     announce: Callable[[RunFolder], None] | None, evaluated: Evaluated | None, ranks: Ranks,
 ) -> RunResult:  # fmt: skip
     config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar)
-    check_trackers(config.report_to)
+    check_trackers([name for name in config.report_to if name in OWN_TRACKERS])
     data = load_task_data(recipe)
     trainer = build(recipe, config, data)
     described = recipe.changed({"seed": config.seed}).to_dict() | _absolute(recipe)

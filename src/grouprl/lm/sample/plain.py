@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.lm.packed.trial import is_rounding, own_pass, own_terms
+from grouprl.lm.packed.trial import Trial, is_rounding, own_pass, own_terms
 from grouprl.lm.sample.appending import ReadAgain
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.episodes import play
 from grouprl.lm.sample.rows import Adjust, Completion, Rows
 from grouprl.lm.sample.streams import Draws, Stream, draws_of
+from grouprl.lm.sample.trial import drawn_verdict
 from grouprl.lm.sample.turns import Partner, Sampled
 
 _log = logging.getLogger("grouprl")
@@ -160,6 +161,16 @@ class PlainSampler:
                 decoder, slots, prompts, group_size, settings, self.end_ids, partner, draws, context,
                 sum(map(len, prompts)) + 1,
             )  # fmt: skip
+
+    def disagreement(self, trial: Trial) -> str:
+        """Compare with the model's own forward pass. Returns "", or what is wrong.
+
+        It is tried in float32 first if the weights are float32, because rounding would hide differences.
+        """
+        first = next(self.model.parameters()).dtype
+        exactly = PlainSampler(self.model, first, self.end_ids, self.pad_id, self.steps)
+        of_both = [(exactly, first), (self, self.dtype)] if first != self.dtype else [(self, self.dtype)]
+        return next((wrong for one, dtype in of_both if (wrong := drawn_verdict(one.draw, trial, dtype))), "")
 
     @torch.no_grad()
     def draw(

@@ -63,6 +63,12 @@ class Draws:
         """The random numbers of some of the completions, by index."""
         return Draws(self.seed, self.use, self.numbers[rows if isinstance(rows, slice) else list(rows)])
 
+    def seeds(self) -> list[int]:
+        """A seed of 63 bits for each completion, for a sampler with random numbers of its own."""
+        key = self.seed & _WORD, (self.seed >> 32) & _WORD  # no token has that number
+        low, high, _, _ = philox((_WORD, self.numbers & _LOW, self.numbers >> _HALF, self.use), key)
+        return [int(a) | (int(b) >> 1) << 32 for a, b in zip(low, high, strict=True)]
+
     def uniform(self, first: int | Sequence[int], n: int) -> Tensor:
         """``[n, N]`` float32 in [0, 1): the numbers for the tokens ``first`` to ``first + n - 1`` of each completion.
 

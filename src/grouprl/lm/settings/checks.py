@@ -15,6 +15,7 @@ def problems(config: Fields) -> list[str]:
         *_advantage_problems(config),
         *_objective_problems(config),
         *_best_problems(config),
+        *_vllm_problems(config),
         *_sharding_problems(config),
     ]
 
@@ -116,6 +117,12 @@ def _objective_problems(c: Fields) -> list[str]:
 
 def _best_problems(c: Fields) -> list[str]:
     found: list[str] = []
+    n = c.num_generations_eval or c.num_generations
+    if c.eval_pass_k is not None and max(c.eval_pass_k) > n:
+        found.append(
+            f"eval_pass_k={list(c.eval_pass_k)}: an evaluation samples {n} completions of a prompt, and k must not "
+            "exceed that; raise num_generations_eval, or lower k"
+        )
     metric = c.metric_for_best_model or ("reward" if c.load_best_model_at_end else None)
     if metric is not None and c.eval_strategy == "no":
         found.append(
@@ -132,6 +139,29 @@ def _best_problems(c: Fields) -> list[str]:
             )
     if metric in ("loss", "eval_loss"):
         found.append(f"metric_for_best_model={metric!r}: evaluations have no loss, they judge; 'reward' is usual")
+    return found
+
+
+def _vllm_problems(c: Fields) -> list[str]:
+    if not c.use_vllm:
+        return []
+    found: list[str] = []
+    if c.vllm_tensor_parallel_size > 1:
+        found.append(
+            f"vllm_tensor_parallel_size={c.vllm_tensor_parallel_size}: vLLM in this process runs on one device; leave "
+            "it out, or start a server with --tensor-parallel-size and set vllm_mode='server'"
+        )
+    if c.vllm_importance_sampling_correction:
+        low, high = c.vllm_importance_sampling_clip_min, c.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low > high:
+            found.append(
+                f"vllm_importance_sampling_clip_min={low} is above vllm_importance_sampling_clip_max={high}; swap them"
+            )
+        if c.loss_type == "vespo":
+            found.append(
+                "loss_type='vespo' weighs completions by their ratio itself; set "
+                "vllm_importance_sampling_correction=False"
+            )
     return found
 
 

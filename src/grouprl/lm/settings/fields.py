@@ -19,19 +19,31 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, field_validator
 
 from grouprl.errors import shown
 from grouprl.lm.settings import fsdp
 from grouprl.lm.settings.trl import mapping_of
+from grouprl.objective.correction import CorrectionMode
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
 from grouprl.objective_settings import RENAMED_ADVANTAGES, RENAMED_LOSSES, ObjectiveSettings, OneOf
 
 Strategy = Literal["no", "steps", "epoch"]
+
+OWN_TRACKERS = ("tensorboard", "wandb")
+"""Trackers that grouprl writes to itself, in both arenas."""
+TrackerName = Literal[
+    "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune", "dvclive", "dagshub",
+    "codecarbon", "azure_ml", "flyte", "kubeflow",
+]  # fmt: skip
+TRACKERS: tuple[str, ...] = get_args(TrackerName)
+"""All trackers: the others are written to by transformers' callbacks."""
+_CALLED = {"comet": "comet_ml", "azureml": "azure_ml"}
+_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
 
 
 _LOSSES_ELSEWHERE = RENAMED_LOSSES | {"gspo": "grpo with importance_sampling_level='sequence'"}
@@ -50,8 +62,16 @@ class Fields(ObjectiveSettings):
     seed: int = Field(42, ge=0, description="of every random stream")
     data_seed: int | None = Field(None, ge=0, description="of the order of the prompts; default: seed")
     use_cpu: bool = Field(False, description="stay on the CPU even where there is an accelerator")
-    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
-        ("tensorboard",), description="trackers: tensorboard, wandb, several in a list, or none"
+    report_to: tuple[TrackerName, ...] = Field(
+        ("tensorboard",),
+        description="trackers: tensorboard, wandb, trackio, mlflow, comet_ml or another of transformers', several in a "
+        "list, all that are installed, or none",
+    )
+    project: str = Field("huggingface", description="of trackio")
+    trackio_space_id: str | None = Field(None, description="Space on the hub where trackio shows the run")
+    trackio_bucket_id: str | None = Field(None, description="bucket on the hub where trackio keeps it")
+    trackio_static_space_id: str | bool | None = Field(
+        None, description="Space where trackio leaves a snapshot after training; false = none"
     )
     disable_tqdm: bool | None = Field(None, description="no progress bar; default: none where there is no terminal")
 
@@ -132,6 +152,40 @@ class Fields(ObjectiveSettings):
     )
     max_rows_per_decode: int | None = Field(
         None, ge=1, description="completions sampled side by side; default: as many as memory suggests"
+    )
+
+    # --- vLLM in the place of the built-in sampler -----------------------------------------------------------------
+    use_vllm: bool = Field(False, description="sample by vLLM, a package of its own, instead of the built-in sampler")
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate", description="colocate = vLLM runs in this process; server = a server that you have started samples"
+    )
+    vllm_server_base_url: str | None = Field(
+        None, description="address of that server, such as http://localhost:8000; default: host and port say it"
+    )
+    vllm_server_host: str = Field("0.0.0.0", description="its host")
+    vllm_server_port: int = Field(8000, ge=1, le=65535, description="its port")
+    vllm_server_timeout: float = Field(240.0, gt=0, description="seconds to wait until the server is up")
+    vllm_gpu_memory_utilization: float = Field(
+        0.3, gt=0, le=1, description="share of the memory, on a CPU of the machine's, that vLLM takes in this process"
+    )
+    vllm_max_model_length: int | None = Field(
+        None, ge=1, description="most tokens of a prompt and its completion in vLLM; default: the model's context"
+    )
+    vllm_tensor_parallel_size: int = Field(
+        1, ge=1, description="devices that one model is split over; in this process 1, a server has its own option"
+    )
+    vllm_importance_sampling_correction: bool = Field(
+        True, description="weigh what vLLM sampled by how likely it is under the model as it learns"
+    )
+    vllm_importance_sampling_mode: CorrectionMode = Field(
+        "sequence_mask",
+        description="ratio of each token or of the whole completion; beyond a bound it is truncated, or masked to 0",
+    )
+    vllm_importance_sampling_clip_max: float | None = Field(
+        3.0, gt=0, description="upper bound of that ratio; null = none"
+    )
+    vllm_importance_sampling_clip_min: float | None = Field(
+        None, ge=0, description="lower bound of that ratio; null = none"
     )
 
     # --- episodes of several turns ---------------------------------------------------------------------------------
@@ -266,6 +320,15 @@ class Fields(ObjectiveSettings):
     num_generations_eval: int | None = Field(
         None, ge=1, description="completions per prompt in evaluation; default: num_generations"
     )
+    eval_pass_k: tuple[int, ...] | None = Field(
+        None,
+        description="k of eval_pass@k, the chance that one of k completions is right, without bias from all of an "
+        "evaluation's; eval_avg@n, the share of right ones among n, comes with it",
+    )
+    solved_reward: float = Field(1.0, description="reward from which a completion counts as right in an evaluation")
+    solved_by: str | None = Field(
+        None, description="reward function whose reward that is; default: the weighted sum of all"
+    )
     save_strategy: Strategy = Field("steps", description="when checkpoints are written")
     save_steps: float = Field(500, gt=0, description="optimizer steps between; below 1: share of the run")
     save_total_limit: int | None = Field(None, ge=1, description="checkpoints kept; default: all")
@@ -321,16 +384,16 @@ class Fields(ObjectiveSettings):
     @field_validator("report_to", mode="before")
     @classmethod
     def _trackers(cls, value: Any) -> Any:
-        allowed = "choose tensorboard, wandb, both in a list, or none"
+        allowed = f"choose {', '.join(TRACKERS)}, several in a list, all, or none"
         if value is not None and value is not False and not isinstance(value, str | list | tuple | set | frozenset):
             raise ValueError(f"names no tracker; {allowed}")
         names = (value,) if isinstance(value, str) else tuple(value or ())
         if names == ("all",):
-            names = tuple(name for name in ("tensorboard", "wandb") if find_spec(name) is not None)
+            names = tuple(name for name in TRACKERS if find_spec(_PACKAGES.get(name, name)) is not None)
         for name in names:
-            if not isinstance(name, str) or name not in ("tensorboard", "wandb", "none"):
+            if not isinstance(name, str) or name not in (*TRACKERS, *_CALLED, "none"):
                 raise ValueError(f"{shown(name)} is no tracker here; {allowed}")
-        return tuple(name for name in names if name != "none")
+        return tuple(dict.fromkeys(_CALLED.get(name, name) for name in names if name != "none"))
 
     @field_validator(
         "model_init_kwargs", "gradient_checkpointing_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
@@ -350,6 +413,18 @@ class Fields(ObjectiveSettings):
     def _strings(cls, value: Any) -> Any:
         empty = isinstance(value, str | list | tuple) and not len(value)
         return None if empty else (value,) if isinstance(value, str) else value
+
+    @field_validator("eval_pass_k", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("eval_pass_k")
+    @classmethod
+    def _at_least_one(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and any(k < 1 for k in value):
+            raise ValueError("must hold whole numbers of at least 1, such as [1, 4]")
+        return value or None
 
     @field_validator("stop_strings")
     @classmethod

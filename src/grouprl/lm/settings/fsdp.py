@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import first_line, shown
+from grouprl.lm.settings.trl import same
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,17 @@ def switch(value: Any) -> bool | str:
 
     Raises ValueError, with what is allowed, for anything else.
     """
-    if value in _OFF or value is True:
+    if value is True or any(same(value, off) for off in _OFF):
         return value is True
     words = value.split() if isinstance(value, str) else value
-    if not isinstance(words, list | tuple) or any(getattr(word, "value", word) not in _OLD for word in words):
+    if not isinstance(words, list | tuple) or not all(_is_old(word) for word in words):
         raise ValueError(f"must be true or false, got {shown(value)}; fsdp_config says how to shard")
     return " ".join(str(getattr(word, "value", word)) for word in words) or False
+
+
+def _is_old(word: Any) -> bool:
+    text = getattr(word, "value", word)
+    return isinstance(text, str) and text in _OLD
 
 
 def mapping(value: Any) -> dict[str, Any] | None:

@@ -51,6 +51,7 @@ RENAMED = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run there too
 }
 
@@ -72,12 +73,11 @@ TRAINER_ARGUMENTS = (
     "rollout_func",
 )  # fmt: skip
 
-_SAMPLER = "the sampler is built in; leave it out"
+_VLLM = "vLLM samples with its own model, awake and freely; leave it out"
 _ITS_SPEED = "the sampler is built in, and has its own cache and order of work"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding"
 _ENTROPY = "entropy_coef is a constant here; set it, or epsilon_high above epsilon, such as 0.28; leave it out"
-_VLLM_MISMATCH = "the sampler is the model that is trained, so there is no mismatch to correct; leave it out"
 _LAUNCH = "start several processes by torchrun to share the work, and set fsdp=True to shard the weights; leave it out"
 _NOISE = "not offered; leave it out"
 _COMPILE = "the layers are compiled where that is possible"
@@ -87,19 +87,9 @@ _DETERMINISM = "call transformers.enable_full_determinism(seed) before training;
 _ORDER = "set shuffle_dataset=False for the order of the dataset; leave it out"
 _FULL_EVAL = "evaluation runs in the precision of training; leave it out"
 _LIGER = "log-probabilities never hold the whole vocabulary of a batch"
-_TRACKIO = "trackers are tensorboard and wandb; leave it out"
 
 _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
-    (_SAMPLER, {
-        "use_vllm": False, "vllm_mode": "colocate", "vllm_model_impl": "vllm", "vllm_enable_sleep_mode": False,
-        "vllm_structured_outputs_regex": None, "vllm_server_base_url": None, "vllm_server_host": "0.0.0.0",
-        "vllm_server_port": 8000, "vllm_server_timeout": 240.0, "vllm_group_port": 51216,
-        "vllm_gpu_memory_utilization": 0.3, "vllm_max_model_length": None, "vllm_tensor_parallel_size": 1,
-    }),
-    (_VLLM_MISMATCH, {
-        "vllm_importance_sampling_mode": "sequence_mask", "vllm_importance_sampling_clip_max": 3.0,
-        "vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_cap": None,
-    }),
+    (_VLLM, {"vllm_model_impl": "vllm", "vllm_enable_sleep_mode": False, "vllm_structured_outputs_regex": None}),
     (_ENTROPY, {
         "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
         "entropy_coef_delta": 0.005, "entropy_target": 0.2,
@@ -112,8 +102,6 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     (_NOISE, {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
     (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
-    (_TRACKIO, {"project": "huggingface", "trackio_space_id": None, "trackio_bucket_id": None,
-                "trackio_static_space_id": None}),
     (_ORDER, {"train_sampling_strategy": "random", "group_by_length": False, "length_column_name": "length"}),
     ("", {
         "accelerator_config": None, "ds3_gather_for_generation": True, "log_multimodal": True,
@@ -149,7 +137,7 @@ _SMALL_ADAMW = (
 FOREIGN: dict[str, Foreign] = {
     **{name: Foreign(off, advice) for advice, names in _FOREIGN_GROUPS for name, off in names.items()},
     **{name: Foreign(off, why, (), None) for why, names in _SPEED_GROUPS for name, off in names.items()},
-    "vllm_importance_sampling_correction": Foreign(True, _VLLM_MISMATCH, (False,)),
+    "vllm_group_port": Foreign(51216),  # weights are handed over by a file
     "trust_remote_code": Foreign(False, "set model_init_kwargs={'trust_remote_code': True}"),
     "cast_lm_head_to_fp32": Foreign(False, _FLOAT32_HEAD),
     "router_aux_loss_coef": Foreign(None, "there is no load-balancing loss; leave it out", (0.0,)),

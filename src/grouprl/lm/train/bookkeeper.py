@@ -21,6 +21,7 @@ from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.groups import describe_groups
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.sinks import Counters, Metrics, Recording, Sink, Transcripts, open_sinks
+from grouprl.lm.train.trackers import tracker_callbacks
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.machine.usage import Usage
 from grouprl.runs.lock import locked
@@ -58,7 +59,7 @@ class Bookkeeper:
         self.state: Any = self._fresh_state()
         self.control: Any = TrainerControl()
         self.handler: Any = CallbackHandler(  # type: ignore[no-untyped-call]
-            [DefaultFlowCallback, *map(checked_callback, callbacks)],
+            [DefaultFlowCallback, *tracker_callbacks(setup.config.report_to), *map(checked_callback, callbacks)],
             setup.model,
             setup.tokenizer,
             setup.optimizer,

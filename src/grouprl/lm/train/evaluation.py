@@ -6,8 +6,9 @@ from a random stream of its own, the same at every evaluation, so that evaluatin
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,18 @@ def evaluate(
         yield scored
 
 
+def pass_at(right: Sequence[int], n: int, k: int) -> float:
+    """The chance that one of ``k`` completions of a prompt is right, a mean over prompts.
+
+    Of ``n`` completions c are right. The share of all choices of k among the n that hold a right one,
+    1 - C(n - c, k) / C(n, k), estimates it without bias (arXiv 2107.03374). With k = 1 it is the share of right ones.
+
+    Args:
+        right: c of each prompt. n, k: ``k`` is not above ``n``.
+    """
+    return sum(1.0 - math.comb(n - c, k) / math.comb(n, k) for c in right) / len(right)
+
+
 def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = None) -> Metrics:
     """TRL's metrics of completions of all prompts, as the settings of evaluation say; one each with ``greedy``.
 
@@ -88,7 +101,13 @@ def measure(setup: Setup, prompts: PromptSource, *, greedy: bool, state: Any = N
     chunks = evaluate(
         setup, prompts, greedy=greedy, group_size=group_size, at_once=config.per_device_eval_batch_size, state=state
     )
-    metrics = describe_scored(list(chunks))
+    parts = list(chunks)
+    metrics = describe_scored(parts)
+    if config.eval_pass_k is not None and not greedy:
+        solved = [right for part in parts for right in part.solved(config.solved_reward, config.solved_by)]
+        right = [sum(solved[i : i + group_size]) for i in range(0, len(solved), group_size)]
+        metrics |= {f"pass@{k}": pass_at(right, group_size, k) for k in config.eval_pass_k}
+        metrics[f"avg@{group_size}"] = pass_at(right, group_size, 1)
     seconds = time.perf_counter() - began
     assert prompts.size is not None
     return {**metrics, "runtime": seconds, "samples_per_second": prompts.size * group_size / seconds}
@@ -111,7 +130,7 @@ def evaluate_greedily(
     whole: ScoredGroups | None = None
     for drawn in evaluate(setup, prompts, greedy=True, n=n, at_once=at_once, state=state):
         returns += drawn.returns.tolist()
-        solved += drawn.solved()
+        solved += drawn.solved(setup.config.solved_reward, setup.config.solved_by)
         whole = drawn if whole is None else whole.concatenate(drawn)
         if keep is not None:
             keep(drawn)

@@ -19,6 +19,7 @@ from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.learning.sharded_parameters import ShardedParameters
+from grouprl.lm.engines.sampler import check_alone
 from grouprl.lm.generate.collect import Player, evaluation_metrics
 from grouprl.lm.generate.play import TURN_REWARDS
 from grouprl.lm.generate.shared import shared_out
@@ -140,6 +141,7 @@ def _make_setup(
     ranks.check_same("settings", _compared(config), "start every rank with the same configuration")
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config, ranks.world)
+    check_alone(config, ranks.world, episodes=any(vars(acting).values()))
     check_room(least_bytes(config, plan))
     interactions = make_interactions(config, acting)
     rewards, eval_rewards = make_rewards(judges, config, interactions)
@@ -159,6 +161,8 @@ def _make_setup(
     check_readable(prompts, rewards, eval_rewards)
     names = (*eval_rewards.names, *((TURN_REWARDS,) if interactions is not None and interactions.gives_rewards else ()))
     _check_best_metric(config, eval_prompts, names)
+    if config.solved_by is not None and config.solved_by not in names:
+        raise UsageError(f"solved_by={config.solved_by!r} is no reward function of evaluations; they are {list(names)}")
     optimizer, scheduler = optimizers or (None, None)
     parameters = TrainedParameters(model)
     _check_same_weights(model, parameters, ranks)
@@ -326,6 +330,18 @@ def _check_optimizer(optimizer: Any, parameters: TrainedParameters) -> None:
         )
 
 
+def _tell_of_experts(model: Any) -> None:
+    """Warn if TRL would add a loss that balances the load of the model's experts, as there is none here."""
+    text = model.config.get_text_config()
+    coefficient = getattr(text, "router_aux_loss_coef", None)
+    if hasattr(text, "output_router_logits") and coefficient:
+        _log.warning(
+            "the model is a mixture of experts, whose configuration has router_aux_loss_coef=%g: TRL adds this loss, "
+            "which balances the experts' load, and here there is none; look at the load if you train for long",
+            coefficient,
+        )  # fmt: skip
+
+
 def _prepare_model(
     model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any, ranks: Ranks
 ) -> tuple[Any, Any]:  # fmt: skip
@@ -360,4 +376,5 @@ def _prepare_model(
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)
     check_read_back(loaded)
+    _tell_of_experts(loaded)
     return loaded, tokenizer

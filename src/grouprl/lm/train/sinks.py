@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from grouprl.doctor import Watch
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.settings.fields import OWN_TRACKERS
 from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.setup import Setup
+from grouprl.lm.train.trackers import table_of
 from grouprl.lm.train.transcripts import transcripts_of, whole_groups
 from grouprl.printing import show
 from grouprl.runs import MetricsLog, Progress, Tracker, make_trackers, read_metrics
+from grouprl.runs.trackers import WandbTracker
 from grouprl.runs.transcripts import TranscriptWriter
 
 Metrics = dict[str, float]
@@ -216,6 +220,28 @@ class Transcripts(Sink):
         self.writer.close()
 
 
+class CompletionTables(Sink):
+    """Completions as tables of Weights & Biases and of Trackio, whenever the numbers of steps are logged."""
+
+    def __init__(self, trackers: Sequence[Tracker], report_to: Sequence[str], names: tuple[str, ...]) -> None:
+        self.boards = [tracker for tracker in trackers if isinstance(tracker, WandbTracker)]
+        self.trackio, self.names = "trackio" in report_to, names
+        self._samples: Samples | None = None
+
+    def after_step(self, step: int, metrics: Metrics, samples: Samples) -> None:
+        self._samples = samples
+
+    def log(self, step: int, logs: Metrics) -> None:
+        if self._samples is None or "loss" not in logs or not (self.boards or self.trackio):
+            return
+        columns, rows = table_of(self._samples, self.names, step)
+        for board in self.boards:
+            board.log_table("completions", columns, rows, step)
+        if self.trackio:
+            trackio = import_module("trackio")  # its callback has found it, and begun the run
+            trackio.log({"completions": trackio.Table(columns=columns, data=rows)})
+
+
 class Doctor(Sink):
     """Warns once of each illness that the numbers of the steps show."""
 
@@ -259,14 +285,16 @@ def open_sinks(setup: Setup, recording: Recording, counters: Counters, total: in
     config, folder = setup.config, setup.output_dir
     about = config.to_dict() if recording.about is None else recording.about
     trackers = make_trackers(
-        config.report_to, tensorboard_folder=folder / "tensorboard", wandb_folder=folder,
-        name=config.run_name or folder.name, config=about,
+        [name for name in config.report_to if name in OWN_TRACKERS], tensorboard_folder=folder / "tensorboard",
+        wandb_folder=folder, name=config.run_name or folder.name, config=about,
     )  # fmt: skip
     yield Trackers(trackers, counters)
     if recording.metrics_path is not None:
         yield MetricsFile(recording.metrics_path, counters)
     if recording.each_generation or config.log_completions:
         yield Transcripts(folder / "transcripts.jsonl", setup.player.names, config, recording.each_generation)
+    if config.log_completions:
+        yield CompletionTables(trackers, config.report_to, setup.player.names)
     yield Doctor(config, total)
     bar = None if config.disable_tqdm is None else not config.disable_tqdm
     lines = recording.lines and config.logging_strategy != "no"

@@ -1,0 +1,168 @@
+"""The sampler that asks vLLM, with the weights handed over before each generation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.engines.colocated import ColocatedEngine
+from grouprl.lm.engines.engine import Answer, Engine, Request, options_of
+from grouprl.lm.engines.server import ServerEngine
+from grouprl.lm.engines.weights import check_weights, hub_weights
+from grouprl.lm.packed.trial import Trial
+from grouprl.lm.sample.draw import SamplingSettings
+from grouprl.lm.sample.finite import NotFiniteError, all_finite
+from grouprl.lm.sample.rows import Adjust, Completion
+from grouprl.lm.sample.streams import Draws, Stream, draws_of
+from grouprl.lm.sample.trial import drawn_verdict
+from grouprl.lm.sample.turns import Partner, Sampled
+from grouprl.lm.settings.config import GRPOConfig
+
+_log = logging.getLogger("grouprl")
+
+
+class VllmSampler:
+    """Samples completions by vLLM.
+
+    Weights are handed over at each call, so completions are always those of the model as it is. Every completion is a
+    request of its own, with a seed of its own.
+
+    Args:
+        model: a causal model of transformers, or a PEFT model around one.
+        engine: vLLM with a model of this shape. end_ids: the tokens that end a completion.
+
+    Attributes:
+        end_ids: the same, in order.
+    """
+
+    def __init__(self, model: Any, engine: Engine, end_ids: Sequence[int]) -> None:
+        self.model, self.engine = model, engine
+        self.end_ids = sorted(set(end_ids))
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        source: torch.Generator | Stream | Draws,
+        adjust: Adjust | None = None,
+    ) -> list[Completion]:
+        """As :meth:`grouprl.lm.sample.interface.CompletionSampler.sample`, without ``adjust``."""
+        if adjust is not None:
+            raise UsageError("vLLM cannot adjust logits; set use_vllm=False")
+        longest = max(map(len, prompts), default=0)
+        if longest + settings.max_new_tokens > self.engine.context:
+            raise UsageError(
+                f"a prompt has {longest} tokens and its completion up to {settings.max_new_tokens}, and "
+                f"{self.engine.where} takes {self.engine.context} in all; raise {self.engine.context_setting}, or "
+                "lower max_completion_length"
+            )
+        seeds = draws_of(source, len(prompts) * group_size).seeds()
+        requests = [Request(list(prompts[i // group_size]), seed) for i, seed in enumerate(seeds)]
+        with torch.no_grad():
+            self.engine.load(hub_weights(self.model))
+        answers = self.engine.generate(requests, options_of(settings, self.end_ids))
+        found = [self._completion(answer, settings) for answer in answers]
+        if not all(completion.ids for completion in found):
+            raise TrainingError(f"{self.engine.where} returned a completion without a token")
+        if not all_finite(torch.cat([completion.logp for completion in found])):
+            raise NotFiniteError("logits are not finite")
+        return found
+
+    def _completion(self, answer: Answer, settings: SamplingSettings) -> Completion:
+        """The completion, up to a stop string if there is one: vLLM is handed tokens, and knows no text."""
+        ids, logp, stop = answer.ids, torch.tensor(answer.logp, dtype=torch.float32), settings.stop
+        if stop is not None:
+            may = stop.may_end(int(self.model.get_input_embeddings().weight.shape[0]))
+            for n in range(max(1, settings.min_new_tokens), len(ids) + 1):
+                if may[ids[n - 1]] and ids[n - 1] not in self.end_ids and stop.ends(ids[:n]):
+                    return Completion(ids[:n], logp[:n], True, stopped=True)
+        return Completion(ids, logp, answer.finished)
+
+    def sample_episodes(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        settings: SamplingSettings,
+        source: torch.Generator | Stream | Draws,
+        partner: Partner,
+        context: int | None = None,
+    ) -> list[list[Sampled]]:
+        """Raises UsageError: see `refuse_episodes`, which says so before anything is sampled."""
+        raise UsageError(_EPISODES)
+
+    def disagreement(self, trial: Trial) -> str:
+        """As :meth:`grouprl.lm.sample.interface.CompletionSampler.disagreement`."""
+        return drawn_verdict(self.sample, trial, self.engine.dtype)
+
+
+_EPISODES = (
+    "use_vllm=True samples single completions, and tools, environments and rollout_func are not offered with it; set "
+    "use_vllm=False"
+)
+
+
+def check_alone(config: GRPOConfig, world: int, *, episodes: bool) -> None:
+    """Raise UsageError if vLLM is asked for what it cannot do here.
+
+    Args:
+        world: the number of processes. episodes: whether there are tools, environments or a rollout function.
+    """
+    if not config.use_vllm:
+        return
+    if episodes:
+        raise UsageError(_EPISODES)
+    if world > 1:
+        raise UsageError(
+            f"use_vllm=True samples for one process, and {world} were started; start the script without a launcher, or "
+            "set use_vllm=False"
+        )
+
+
+def vllm_sampler(
+    model: Any, config: GRPOConfig, dtype: torch.dtype, end_ids: Sequence[int], trial: Trial
+) -> VllmSampler:
+    """Start vLLM or find its server, hand it the weights, and try it.
+
+    Args:
+        model: a causal model, or a PEFT model around one. dtype: of the learner's products, which vLLM takes too.
+
+    Raises:
+        UsageError: vLLM is not installed or cannot run the model, there is no such server, or it samples otherwise than
+            the model.
+    """
+    check_weights(model)
+    if config.vllm_importance_sampling_correction and _reshaped(config):
+        _log.warning(
+            "%s: completions come from fewer tokens than the model learns from, so the ratios of the importance "
+            "sampling correction are all below 1, and the more so the longer they are; set it to its default, or "
+            "vllm_importance_sampling_correction=False", " and ".join(_reshaped(config)),
+        )  # fmt: skip
+    make: Callable[[Any, GRPOConfig, torch.dtype], Engine]
+    make = ServerEngine if config.vllm_mode == "server" else ColocatedEngine
+    sampler = VllmSampler(model, make(model, config, dtype), end_ids)
+    try:
+        wrong = sampler.disagreement(trial)
+    except TrainingError as error:
+        raise UsageError(str(error)) from error
+    if wrong:
+        raise UsageError(
+            f"{sampler.engine.where} samples otherwise than the model: {wrong}; "
+            + ("start the server with the model that is trained, or " if config.vllm_mode == "server" else "")
+            + "set use_vllm=False"
+        )
+    return sampler
+
+
+def _reshaped(config: GRPOConfig) -> list[str]:
+    """The settings that let the sampler draw from another distribution than the learner knows."""
+    found = {
+        f"top_p={config.top_p}": config.top_p < 1, f"top_k={config.top_k}": config.top_k > 0,
+        f"min_p={config.min_p}": bool(config.min_p),
+        f"repetition_penalty={config.repetition_penalty}": config.repetition_penalty != 1,
+    }  # fmt: skip
+    return [name for name, on in found.items() if on]
