@@ -77,7 +77,8 @@ def _encoded(header: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
 def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    return memoryview(data)
 
 
 def _write(file: Any, tensor: Tensor) -> str:
