@@ -213,7 +213,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(name: str) -> None:
         printed = io.StringIO()
         with redirect_stdout(printed):
             exec(
-                compile("\n" * above + textwrap.dedent(fence["code"]), name, "exec"), names
+                compile("\n" * above + textwrap.dedent(fence["code"]), name, "exec", dont_inherit=True), names
             )  # the lines of a traceback are the page's
         if following and following["kind"] == "text" and not text[fence.end() : following.start()].strip():
             assert printed.getvalue() == following["code"], f"{name}, line {above + 1}"

@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=100, help="tries per arena")
     parser.add_argument("--only", help="one try, such as envs:17")
-    parser.add_argument("--raw", type=Path, default=Path(tempfile.gettempdir()) / "grouprl-kills.jsonl")
+    parser.add_argument("--raw", type=Path, help="where tries are kept; those of an earlier, unfinished call count")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "kills.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kills-") as place:
@@ -174,6 +174,7 @@ def main() -> None:
             name, _, number = options.only.partition(":")
             print(*bench.tries(name, int(number)), sep="\n")
             return
+        options.raw = options.raw or Path(place) / "tries.jsonl"
         known = [json.loads(line) for line in options.raw.read_text().splitlines()] if options.raw.exists() else []
         counts = {name: Counter(outcome for n, _, outcome in known if n == name) for name in ARENAS}
         tried = {(name, number) for name, number, _ in known}

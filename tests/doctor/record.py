@@ -11,8 +11,9 @@ it names, and nothing else::
 
 For each folder this writes `healthy/NAME.csv`, with the columns that rules read and four digits of each number, and an
 entry in `healthy/runs.yaml`, with the settings that rules read. `ill/nth-word-seed42` is the recipe at its default
-seed: after 60 steps all completions of a group are copies, and the accuracy stays at 0.74::
+seed with another estimator: after 60 steps all completions of a group are copies, and the accuracy stays at 0.74::
 
+    grouprl train-lm nth-word --out ill-runs/nth-word-seed42 --set advantage=outcome --set scale_rewards=none
     python tests/doctor/record.py ill ill-runs/*
 """
 
@@ -33,7 +34,8 @@ COLUMNS = (
     "step", "return_mean", "return_batch", "eval_return", "episodes", "skipped_batches", "degenerate_groups",
     "policy_entropy", "policy_std", "approx_kl", "clip_fraction", "reward", "eval_reward", "eval_accuracy", "entropy",
     "kl", "clip_ratio/region_mean", "frac_reward_zero_std", "frac_duplicates", "length_reward_correlation",
-    "completions/clipped_ratio", "completions/mean_length", "learning_rate", "memory_gb", "cpu_wait",
+    "completions/clipped_ratio", "completions/mean_length", "episodes/truncated", "learning_rate", "memory_gb",
+    "cpu_wait",
 )  # fmt: skip
 SETTINGS = ("lr_schedule", "learning_rate", "kl_target", "master_dtype", "max_completion_length")
 

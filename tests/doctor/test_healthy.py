@@ -1,7 +1,7 @@
 """No rule speaks on a healthy run of a preset, neither at its end nor at any of the looks that a running run gets.
 
 The runs are recorded (`record.py` says how), all but those of the presets that take longest: BipedalWalker-v3,
-HalfCheetah-v5, Swimmer-v5 and Walker2d-v5.
+HalfCheetah-v5, Swimmer-v5 and Walker2d-v5; and of the recipes that train SmolLM2 in an environment or with a tool.
 """
 
 from __future__ import annotations

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
+from grouprl import GRPO
 from grouprl.cli.common import app
-from grouprl.doctor import examine
+from grouprl.doctor import Table, examine, examine_table
 from grouprl.envs import training
 from grouprl.runs import MetricsLog, RunFolder
 
@@ -43,8 +45,27 @@ class Coin(gym.Env[Any, Any]):
         return np.zeros(1, np.float32), reward, False, self.t == 20, {}
 
 
-if "CoinOfTheDoctor-v0" not in gym.registry:
-    gym.register("CoinOfTheDoctor-v0", Coin)  # type: ignore[arg-type]
+class Endless(Coin):
+    """No episode ends."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), float(action), False, False, {}
+
+
+class Leaking(Coin):
+    """Keeps what it should drop: 2 MB an episode, of new memory, whatever other tests have freed."""
+
+    kept: ClassVar[list[Any]] = []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        self.kept.append(mmap.mmap(-1, 2 << 20))
+        self.kept[-1].write(b"1" * (2 << 20))
+        return super().reset(seed=seed)
+
+
+for name, made in {"Coin": Coin, "Leaking": Leaking}.items():
+    if f"{name}OfTheDoctor-v0" not in gym.registry:
+        gym.register(f"{name}OfTheDoctor-v0", made)  # type: ignore[arg-type]
 
 
 def names(path: Path, env: str, steps: int, run: dict[str, Any] | None = None, **settings: Any) -> set[str]:
@@ -55,11 +76,18 @@ def names(path: Path, env: str, steps: int, run: dict[str, Any] | None = None, *
     return {one.name for one in examine(path) if one.ill}
 
 
-CASES = {
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "no-signal": ("MountainCar-v0", 5000, {}),
     "reward-flat": ("CartPole-v1", 10_000, {"learning_rate": 1e-8, "collect": "episodes", "min_steps": 200}),
     "learning-rate-below-precision": ("CartPole-v1", 4000, {"learning_rate": 1e-10}),
     "kl-spike": ("CartPole-v1", 6000, {"learning_rate": 0.3, "epochs": 4}),
+    "all-clipped": ("CartPole-v1", 2000, {"learning_rate": 0.003, "epochs": 20, "epsilon": 1e-4, "n_steps": 16}),
+    "learning-rate-on-its-floor": (
+        "CartPole-v1",
+        5000,
+        {"n_steps": 32, "lr_schedule": "adaptive", "kl_target": 1e-6, "epochs": 8},
+    ),
+    "memory-grows": ("LeakingOfTheDoctor-v0", 6000, {}),
     "entropy-gone": ("CartPole-v1", 6000, {"learning_rate": 0.1, "epochs": 4, "entropy_coef": 0.0}),
 }
 
@@ -67,7 +95,20 @@ CASES = {
 @pytest.mark.parametrize("illness", CASES)
 def test_a_run_made_ill_is_found_to_be_ill_in_that_way(illness: str, tmp_path: Path) -> None:
     env, steps, settings = CASES[illness]
-    assert illness in names(tmp_path / "r", env, steps, **settings)
+    found = names(tmp_path / "r", env, steps, **settings)
+    Leaking.kept.clear()
+    assert illness in found
+
+
+def test_an_environment_without_an_end_is_named() -> None:
+    rows: list[dict[str, float]] = []
+    settings = SMALL | {"n_envs": 64, "minibatch_size": 4096, "epochs": 1}
+    agent = GRPO(Endless, preset=None, seed=0, **settings)
+    agent.learn(51_000, callback=lambda _, metrics: rows.append(dict(metrics)))  # a run would evaluate it for long
+    columns = {name: np.array([row.get(name, np.nan) for row in rows]) for name in rows[-1]}
+    assert "no-episode-ends" in {one.name for one in examine_table(Table(columns), language_model=False)}
+    fewer = {name: values[:-1] for name, values in columns.items()}
+    assert "no-episode-ends" not in {one.name for one in examine_table(Table(fewer), language_model=False)}
 
 
 def test_a_policy_that_must_not_decide_is_evaluated_far_below_training(tmp_path: Path) -> None:

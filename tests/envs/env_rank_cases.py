@@ -139,5 +139,11 @@ def the_run(folder: Path, steps: int, *, resume: bool = False) -> dict[str, torc
     return {name: value.clone() for name, value in result.agent.policy.state_dict().items()}
 
 
+def last(out: Path, folder: Path) -> None:
+    """The last link of a chain, as one of two processes."""
+    torch.set_num_threads(1)
+    torch.save(the_run(folder, 4000, resume=True), out / f"rank{here().rank}.pt")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1])) if len(sys.argv) == 2 else last(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -72,3 +72,15 @@ def test_what_is_not_there_is_named_with_where_it_was_looked_for(module: str, tm
         find_spec(f"{module.partition(':')[0]}:Missing")
     with pytest.raises(UsageError, match=rf"looked for in {tmp_path} and among the installed packages"):
         find_spec("no_such_module_here:Env")
+
+
+def test_a_checkpoint_in_the_place_of_the_model_of_a_run_is_named(module: str, tmp_path: Path) -> None:
+    training.train(
+        module, tmp_path / "run", steps=200, settings={"warmup_steps": 0, "min_steps": 128, "n_envs": 4},
+        run={**RUN, "checkpoint_every": 100}, progress_bar=False,
+    )  # fmt: skip
+    first, *_ = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert GRPO.load(first).policy is not None
+    (tmp_path / "run" / "model.safetensors").write_bytes(first.read_bytes())
+    with pytest.raises(UsageError, match=r"model.safetensors holds a checkpoint, and not .* newest good checkpoint of"):
+        GRPO.load(tmp_path / "run")

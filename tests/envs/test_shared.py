@@ -55,8 +55,15 @@ def test_a_run_of_two_processes_is_that_of_one_and_goes_on_with_either_number(bo
     shutil.copytree(out / "before", tmp_path / "before")
     on = env_rank_cases.the_run(tmp_path / "before", 4000, resume=True)
     assert same(found[0]["on"], on)
+    shutil.copytree(out / "run", tmp_path / "chain")
+    shutil.copytree(tmp_path / "straight", tmp_path / "one")
     longer = env_rank_cases.the_run(out / "run", 4000, resume=True)
     assert same(longer, env_rank_cases.the_run(tmp_path / "straight", 4000, resume=True))
+    # In one chain: by two processes, then by one, and by two again; beside a run of one process.
+    for place, steps in (("chain", 2500), ("one", 2500), ("one", 4000)):
+        alone = env_rank_cases.the_run(tmp_path / place, steps, resume=True)
+    for of_rank in of_two(Path(env_rank_cases.__file__), tmp_path, tmp_path / "chain"):
+        assert same(of_rank, alone)
     assert same(found[0]["on"], found[1]["on"])
     names = {path.name for path in (out / "run").iterdir()}
     assert {"config.yaml", "metrics.csv", "summary.json", "model.safetensors"} <= names

@@ -161,5 +161,11 @@ def main(out: Path) -> None:
     torch.save(found, out / f"rank{place.rank}.pt")
 
 
+def last(out: Path, folder: Path) -> None:
+    """The last link of a chain, as one of two processes."""
+    torch.set_num_threads(1)
+    torch.save(resumed(folder, stop=None, resume=True), out / f"rank{here().rank}.pt")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1])) if len(sys.argv) == 2 else last(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import agent_rank_cases
 import torch
 from rank_cases import LORA, Gradients, some
 from small_runs import EVAL_ROWS, ROWS, Stop, logged, trainer, warm, without_times
@@ -71,6 +72,17 @@ def saved(made: GRPOTrainer, folder: Path) -> str:
     place = folder.parent / f"{folder.name}-model"
     made.save_model(place)
     return str(place)
+
+
+def agents(folder: Path) -> dict[str, Any]:
+    """Episodes of several turns, with a KL term that passes over all of them before anything is learned."""
+    settings, given = agent_rank_cases.SAME["penalty in the reward"]
+    made = agent_rank_cases.trainer(
+        folder, {"max_steps": 2, "fsdp": True, "attention": "plain", **settings}, **copy.deepcopy(given)
+    )
+    made.train()
+    assert made.last_samples is not None
+    return {"weights": _weights(made), "completions": made.last_samples.completions}
 
 
 CHAIN = {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 7, "beta": 0.1, "sync_ref_model": True,
@@ -137,6 +149,7 @@ def main(out: Path) -> None:
             found[f"error {name}"] = "nothing was raised"
         except (GrouprlError, KeyError) as error:
             found[f"error {name}"] = f"{type(error).__name__}: {error}"
+    found["agents"] = agents(out / "agents")
     parts = {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
     found["straight"] = chain(out / "straight", stop=None, resume=False)
     found["stopped"] = chain(out / "stopped", stop=3, resume=False)
@@ -148,11 +161,11 @@ def main(out: Path) -> None:
     torch.save(found, out / f"rank{place.rank}.pt")
 
 
-def last(folder: Path, out: Path) -> None:
-    """The last link of a chain, by two processes."""
+def last(out: Path, folder: Path) -> None:
+    """The last link of a chain, as one of two processes."""
     torch.set_num_threads(1)
     torch.save(chain(folder, stop=None, resume=True), out / f"rank{here().rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1])) if len(sys.argv) == 2 else last(Path(sys.argv[2]), Path(sys.argv[1]))
+    main(Path(sys.argv[1])) if len(sys.argv) == 2 else last(Path(sys.argv[1]), Path(sys.argv[2]))

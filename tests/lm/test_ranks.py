@@ -91,17 +91,22 @@ def test_what_fails_on_one_process_ends_all_with_its_words(name: str, both: Any)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(both: Any, tmp_path: Path) -> None:
-    """Two processes, then one; one, then two; each within a generation that was sampled by the others."""
+    """Two processes, then one; one, then two; two, one and two; within a generation that was sampled by the others."""
     out, found = both
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     straight = rank_cases.resumed(tmp_path / "straight", stop=None, resume=False)
     shutil.copytree(out / "resumed", tmp_path / "on")
+    shutil.copytree(out / "resumed", tmp_path / "chain")
     two_one = rank_cases.resumed(tmp_path / "on", stop=None, resume=True)
+    assert rank_cases.resumed(tmp_path / "chain", stop=7, resume=True)["step"] == 7
     torch.set_num_threads(threads)
+    chain = of_two(Path(rank_cases.__file__), tmp_path, tmp_path / "chain")  # two, one, and two again
     assert found[0]["stopped"]["step"] == 4
     assert straight["step"] == two_one["step"] == found[0]["on"]["step"] == 9
     for name, value in straight["weights"].items():
         assert float((two_one["weights"][name] - value).abs().max()) < 1e-5
         assert float((found[0]["on"]["weights"][name] - value).abs().max()) < 1e-5
         assert torch.equal(found[0]["on"]["weights"][name], found[1]["on"]["weights"][name])
+        assert float((chain[0]["weights"][name] - value).abs().max()) < 1e-5
+        assert torch.equal(chain[0]["weights"][name], chain[1]["weights"][name])

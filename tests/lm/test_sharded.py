@@ -59,6 +59,13 @@ def test_two_sharded_processes_train_as_one_does(name: str, both: Any, tmp_path:
             assert math.isclose(value, theirs[key], rel_tol=1e-4, abs_tol=2e-5), key
 
 
+def test_agents_play_and_learn_as_in_one_process(both: Any, tmp_path: Path) -> None:
+    one = alone(sharded_cases.agents, tmp_path)
+    for found in both[1]:
+        assert found["agents"]["completions"] == one["completions"]
+        assert furthest(found["agents"]["weights"], one["weights"]) < 1e-5
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_each_holds_its_part(name: str, both: Any) -> None:
     held = [found[name]["held"] for found in both[1]]

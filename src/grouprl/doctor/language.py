@@ -82,7 +82,8 @@ def duplicates(table: Table) -> Diagnosis | None:
         "duplicates",
         f"{table.late('frac_duplicates'):.0%} of the completions are copies of another one in their group, so there is "
         "nothing to compare",
-        f"{sampling}Lower learning_rate, raise prompts_per_step, or set beta=0.01, which stays near the first model.",
+        f"{sampling}Lower learning_rate, raise prompts_per_step, set advantage=maxrl (for rewards of 0 and 1), which "
+        "weighs rare successes more, or set beta=0.01, which stays near the first model.",
     )
 
 

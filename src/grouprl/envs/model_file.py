@@ -82,6 +82,10 @@ def fill_policy(policy: Policy, tensors: Mapping[str, Tensor], path: Path) -> No
         UsageError: the tensors are those of a policy for other spaces or with another network.
     """
     own = {key.removeprefix(POLICY_PREFIX): value for key, value in tensors.items() if key.startswith(POLICY_PREFIX)}
+    if own and path.name == "model.safetensors" and RunFolder(path.parent).checkpoints():
+        raise DamagedFileError(
+            f"{path} holds a checkpoint, and not the model that its run ended with: something was put in its place."
+        )
     own = own or dict(tensors)
     check_like(path, own, None, policy.state_dict())
     try:

@@ -64,6 +64,21 @@ def use_huge_pages(room: int = ROOM) -> None:
         libc.free(block)  # stays at the end of the heap, where the next blocks are taken from
 
 
+def return_freed_memory() -> None:
+    """Ask glibc to return what is freed to the kernel, for a process that must stay small: each block of 64 KB or more.
+
+    Otherwise layers that are gathered and let go of, one after another, would hold as much as all of them together.
+    Undoes :func:`keep_freed_memory`. A no-op where the C library is not glibc.
+    """
+    libc = _libc()
+    if libc is not None:
+        m_trim_threshold, m_mmap_threshold, m_mmap_max, m_arena_max = -1, -3, -4, -8
+        for setting, value in (
+            (m_mmap_max, 65536), (m_mmap_threshold, 65536), (m_trim_threshold, 65536), (m_arena_max, 1),
+        ):  # fmt: skip
+            libc.mallopt(setting, value)
+
+
 def renew_freed_memory() -> None:
     """Give what is free within the heap back to the kernel, to be made of pages of 2 MB when it is used again.
 

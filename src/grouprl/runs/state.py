@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from xxhash import xxh3_64
 
-from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError, first_line
+from grouprl.errors import DamagedFileError, GrouprlError, UsageError, first_line
 from grouprl.runs.files import atomic_path, check_file, plain_number, user_path
+from grouprl.runs.tensor_file import checksum, dtype_name, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,22 +42,19 @@ def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta
         UsageError: a value is no dense tensor, `meta` is not JSON, or the path cannot be written.
         TrainingError: the disk is full or broken.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     try:
         text = json.dumps(dict(meta), default=plain_number)
     except (TypeError, ValueError) as error:
         raise UsageError(f"Cannot store the meta data of {path} as JSON: {error}.") from error
     stored = _independent(tensors)
-    checksums = json.dumps({name: _checksum(tensor) for name, tensor in sorted(stored.items())})
-    header = {"grouprl_format": str(FORMAT_VERSION), "meta": text, "checksums": checksums, "header": "0" * 16}
+
+    def metadata(header: dict[str, Any], checksums: Mapping[str, str]) -> dict[str, str]:
+        listed = json.dumps(dict(sorted(checksums.items())))
+        found = {"grouprl_format": str(FORMAT_VERSION), "meta": text, "checksums": listed}
+        return {**found, "header": _header_checksum({**header, "__metadata__": found})}
+
     with atomic_path(path) as temporary:
-        try:
-            save_file(stored, str(temporary), metadata=header)
-            _complete_header(temporary)
-        except SafetensorError as error:  # it wraps the operating system's own errors, such as a full disk
-            raise TrainingError(f"Cannot write {path}: {str(error).rstrip('.')}.") from error
+        write_tensors(temporary, stored, metadata)
 
 
 def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -78,7 +76,7 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         _log.warning("%s was written by an older grouprl, without checksums: damage to it would not be noticed", path)
         return tensors, meta
     for name, tensor in tensors.items():
-        if checksums.get(name) != _checksum(tensor):
+        if checksums.get(name) != checksum(tensor):
             raise DamagedFileError(f"{path} is damaged: {name!r} is not what was saved (its checksum differs).")
     return tensors, meta
 
@@ -183,33 +181,11 @@ def _raw_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _complete_header(path: Path) -> None:
-    """Add the header's own checksum, and put its entries in a fixed order: equal states should be equal files."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        header["__metadata__"]["header"] = _header_checksum(header)
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) > size:
-            raise AssertionError("the same entries in another order are as long as before")
-        file.seek(8)
-        file.write(text.ljust(size))
-
-
 def _header_checksum(header: Mapping[str, Any]) -> str:
     """Of all entries of a header but the checksum itself."""
     own = {name: value for name, value in header["__metadata__"].items() if name != "header"}
     text = json.dumps({**header, "__metadata__": own}, sort_keys=True)
     return str(xxh3_64(text.encode("utf-8", "surrogatepass")).hexdigest())
-
-
-def _checksum(tensor: Tensor) -> str:
-    """xxh3_64 of the bytes of a contiguous tensor on the CPU."""
-    import torch
-
-    data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-    return str(xxh3_64(data).hexdigest())
 
 
 def _parse_header(
@@ -258,6 +234,8 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise UsageError(f"Cannot store {name!r}: expected a dense tensor, got {type(tensor).__name__}.")
+        if dtype_name(tensor) is None:
+            raise UsageError(f"Cannot store {name!r}: safetensors files hold no {tensor.dtype}.")
         plain = tensor.detach().cpu().contiguous()
         memory = plain.untyped_storage().data_ptr()
         if memory in seen:

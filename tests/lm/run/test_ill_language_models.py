@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,30 @@ def nothing(completions: list[Any], **columns: Any) -> list[float]:
 def longer(completions: list[Any], **columns: Any) -> list[float]:
     """The longer the better."""
     return [float(len(completion)) for completion in completions]
+
+
+def half(completions: list[Any], **columns: Any) -> list[float]:
+    """Half a point for each `a` at the beginning: a task that is never solved, and that one answer is best for."""
+    return [0.5 * completion.startswith("aaa") + 0.1 * completion.count("a") / 5 for completion in completions]
+
+
+CALLS: list[int] = []
+
+
+def late(completions: list[Any], **columns: Any) -> list[float]:
+    """Nothing for twelve steps, and then something that the model is torn away by."""
+    CALLS.append(len(completions))
+    return half(completions) if len(CALLS) > 13 else nothing(completions)
+
+
+KEPT: list[Any] = []
+
+
+def keeping(completions: list[Any], **columns: Any) -> list[float]:
+    """Keeps 12 MB a step, of new memory: NumPy would take what earlier tests have freed."""
+    KEPT.append(mmap.mmap(-1, 12 << 20))
+    KEPT[-1].write(b"1" * (12 << 20))
+    return [float(completion.count("a")) for completion in completions]
 
 
 def names(folder: Path, reward: str | None = None, warm: int = 10, **config: Any) -> set[str]:
@@ -42,6 +67,20 @@ CASES: dict[str, dict[str, Any]] = {
     "duplicates": {"reward": f"{HERE}:nothing", "temperature": 0.001, "warm": 40},
     "learning-rate-below-precision": {"master_dtype": "bfloat16", "learning_rate": 1e-6},
     "reward-flat": {"learning_rate": 1e-12, "max_steps": 40},
+    "entropy-gone": {"reward": f"{HERE}:half", "beta": 1e-3, "learning_rate": 0.1, "max_steps": 24},
+    "kl-spike": {"reward": f"{HERE}:late", "beta": 1e-3, "learning_rate": 0.1, "max_steps": 24},
+    "all-clipped": {
+        "reward": f"{HERE}:longer",
+        "learning_rate": 3e-3,
+        "num_iterations": 8,
+        "epsilon": 1e-6,
+        "max_steps": 32,
+        "max_completion_length": 20,
+        "warm": 60,
+        "importance_sampling_level": "sequence",
+    },
+    "learning-rate-spent": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 4}, "max_steps": 20},
+    "memory-grows": {"reward": f"{HERE}:keeping", "max_steps": 40},
     "reward-with-length": {
         "reward": f"{HERE}:longer",
         "max_steps": 40,
@@ -56,7 +95,9 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_run_made_ill_is_found_to_be_ill_in_that_way(
     illness: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    CALLS.clear()
     found = names(tmp_path / "r", **CASES[illness])
+    KEPT.clear()
     assert illness in found
     if illness in ("no-signal", "all-truncated", "duplicates", "learning-rate-below-precision"):
         said = [record.message for record in caplog.records if record.message.startswith(f"doctor, {illness}:")]

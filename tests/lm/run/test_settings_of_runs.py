@@ -295,3 +295,20 @@ def test_the_configuration_of_a_run_repeats_it_with_its_trackers(tmp_path: Path)
     training.train(tmp_path / "a" / "config.yaml", tmp_path / "b", progress_bar=False)
     assert not (tmp_path / "b" / "tensorboard").exists()
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_a_damaged_configuration_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    from grouprl.lm.run.saved import settings_of
+    from grouprl.runs import RunFolder
+
+    run(tmp_path / "run", max_steps=2)
+    folder = RunFolder.open(tmp_path / "run")
+    text = folder.config_path.read_text()
+    folder.config_path.write_text(text.replace("delta:", "deltc:").replace("ddp_timeout:", "ddr_timeout:"))
+    for call in (lambda: training.resume(folder.path), lambda: settings_of(folder)):
+        with pytest.raises(UsageError, match=r"config\.yaml: .*'deltc'; did you mean.*'ddr_timeout'") as found:
+            call()
+        assert "\n" not in str(found.value)
+    folder.config_path.write_text("arena: lm\nrecipe: {}\n")
+    with pytest.raises(UsageError, match="not the configuration of a language-model run"):
+        settings_of(folder)

@@ -11,6 +11,7 @@ from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import TaskData, load_task_data
 from grouprl.lm.run.models import hide_file_bars, load_trained
 from grouprl.lm.run.recipe import Recipe
+from grouprl.lm.run.saved import settings_of
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.trainer import GRPOTrainer
@@ -42,7 +43,7 @@ def open_trained(path: str | os.PathLike[str], changes: Mapping[str, Any], **set
     folder = RunFolder.open(path)
     hide_file_bars()
     recipe = recipes.load(folder.path).with_secrets().changed(changes)
-    config = GRPOConfig(**{**folder.read_config()["config"], "output_dir": str(folder.path.absolute())}).replace(
+    config = settings_of(folder, output_dir=str(folder.path.absolute())).replace(
         beta=0.0, sync_ref_model=False, eval_strategy="no", eval_on_start=False, load_best_model_at_end=False,
         metric_for_best_model=None, disable_tqdm=True, **settings,
     ).with_secrets()  # fmt: skip

@@ -22,6 +22,7 @@ from grouprl.lm.run.held_out import Evaluated, HeldOutEvaluation
 from grouprl.lm.run.models import adapter, hide_file_bars, initial_model
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.report import leave_results
+from grouprl.lm.run.saved import reading
 from grouprl.lm.run.trained import open_trained
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.fields import OWN_TRACKERS
@@ -148,12 +149,9 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
 
 def _settings_of(folder: RunFolder, progress_bar: bool | None) -> tuple[Recipe, GRPOConfig]:
     saved = folder.read_config()
-    try:
+    with reading(folder):
         recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]}).with_secrets()
-        config = _settings(saved["config"], folder.path, progress_bar).with_secrets()
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{folder.config_path} is not the configuration of a language-model run ({error})") from None
-    return recipe, config
+        return recipe, _settings(saved["config"], folder.path, progress_bar).with_secrets()
 
 
 def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None, ranks: Ranks) -> RunResult:

@@ -25,7 +25,8 @@ from grouprl.lm.train.bookkeeper import Bookkeeper, checked_callback
 from grouprl.lm.train.loop import Run, TrainOutput
 from grouprl.lm.train.setup import make_setup, read_eval_prompts
 from grouprl.lm.train.trl_methods import ScriptMethods
-from grouprl.machine.memory import renew_freed_memory, use_huge_pages
+from grouprl.machine.memory import renew_freed_memory, return_freed_memory, use_huge_pages
+from grouprl.machine.ranks import here
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
@@ -102,7 +103,10 @@ class GRPOTrainer(ScriptMethods):
         **others: Any,
     ) -> None:
         check_arguments(others)
-        use_huge_pages()
+        if getattr(args, "fsdp", False) and here().world > 1:
+            return_freed_memory()
+        else:
+            use_huge_pages()
         setup = make_setup(
             model, Judges(reward_funcs, reward_processing_classes, eval_reward_funcs), args, train_dataset,
             eval_dataset, processing_class, optimizers=optimizers, peft_config=peft_config, ref_model=ref_model,
