@@ -132,4 +132,9 @@ def warnings(results: Results) -> list[str]:
 def markdown(lines: list[list[str]]) -> str:
     """A table whose first line is its header."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that ends neither its cell nor its line, and is no HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
