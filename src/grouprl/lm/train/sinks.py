@@ -285,7 +285,7 @@ def open_sinks(setup: Setup, recording: Recording, counters: Counters, total: in
     config, folder = setup.config, setup.output_dir
     about = config.to_dict() if recording.about is None else recording.about
     trackers = make_trackers(
-        [name for name in config.report_to if name in OWN_TRACKERS], tensorboard_folder=folder / "tensorboard",
+        tuple(name for name in config.report_to if name in OWN_TRACKERS), tensorboard_folder=folder / "tensorboard",
         wandb_folder=folder, name=config.run_name or folder.name, config=about,
     )  # fmt: skip
     yield Trackers(trackers, counters)
