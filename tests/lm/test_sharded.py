@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from grouprl.errors import DamagedFileError, UsageError
 from grouprl.lm import GRPOConfig
 from grouprl.lm.models.load import load
+from grouprl.lm.train.setup import _sharded
+from grouprl.machine.ranks import Place, Ranks
 from several import of_two
 
 
@@ -162,6 +164,7 @@ def test_one_process_shards_nothing_and_says_so(tmp_path: Path, caplog: pytest.L
         ("full_shard auto_wrap", None, True, True),
         (["shard_grad_op"], {"fsdp_state_dict_type": "SHARDED_STATE_DICT"}, False, False),
         (True, {"reshard_after_forward": "false", "xla": False, "min_num_params": 0, "version": 2}, False, True),
+        ("true", '{"reshard_after_forward": false}', False, True),
     ],
 )
 def test_settings_of_transformers_are_understood(fsdp: Any, config: Any, reshard: bool, whole: bool) -> None:
@@ -171,7 +174,22 @@ def test_settings_of_transformers_are_understood(fsdp: Any, config: Any, reshard
     assert GRPOConfig(**made.to_dict()).sharding == made.sharding
 
 
-@pytest.mark.parametrize("off", [None, False, "", []])
+@pytest.mark.parametrize(
+    ("fsdp", "words"),
+    [(True, "cpu_ram_efficient_loading=True is left out"), (False, "nothing is sharded; set fsdp=True")],
+)
+def test_what_of_the_configuration_has_no_effect_is_said(
+    fsdp: bool, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"fsdp_cpu_ram_efficient_loading": "true"}
+    _sharded(GRPOConfig(fsdp=fsdp, fsdp_config=config), Ranks(Place(0, 2)), None)
+    assert words in caplog.text
+    caplog.clear()
+    _sharded(GRPOConfig(fsdp=fsdp, fsdp_config={"xla": False, "min_num_params": 0}), Ranks(Place(0, 2)), None)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("off", [None, False, "", [], "false"])
 def test_it_is_off(off: Any) -> None:
     assert GRPOConfig(fsdp=off, fsdp_config={"cpu_offload": True}).sharding is None
 

@@ -119,7 +119,8 @@ def entropy_gone(table: Table) -> Diagnosis | None:
     """The entropy of the next token is below 0.01 nats, less than a tenth of what it was, and the task is not solved.
 
     At 0.01 nats a token is drawn as the greedy one in more than 99.8 % of all places: samples of a prompt are
-    copies, or soon will be.
+    copies, or soon will be. Once no group has a signal and beta is 0, nothing is learned from and no entropy is known:
+    `no_signal` or `duplicates` speaks then.
     """
     entropy = table.values("entropy")
     if len(entropy) < ENOUGH_ROWS or solved(table):

@@ -140,6 +140,17 @@ def test_a_language_model_in_a_folder_would_judge_at_random_and_is_refused(tmp_p
         made_of(str(tmp_path / "lm"), tiny_tokenizer())
 
 
+def test_a_folder_with_several_labels_or_no_tokenizer_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    classifier(labels=3).save_pretrained(tmp_path / "three")
+    with pytest.raises(
+        UsageError, match=r"score.weight has the shape \[3, 16\], and one label takes \[1, 16\]; give a"
+    ):
+        made_of(str(tmp_path / "three"), tiny_tokenizer())
+    classifier().save_pretrained(tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"bare: .*if it has none, give one as reward_processing_classes"):
+        made_of(str(tmp_path / "bare"))
+
+
 def test_texts_beyond_what_the_model_reads_and_templates_that_are_missing_are_errors() -> None:
     made = reward_model()
     with pytest.raises(UsageError, match=r"are 33 tokens for the reward model .* which reads 32 at most"):

@@ -51,6 +51,11 @@ def parsed(*words: str, kind: Any = GRPOConfig) -> Any:
         ("--warmup_ratio 0.0 --warmup_steps 5", {"warmup_steps": 5}),
         ("--warmup_steps 5 --warmup_ratio 0.0", {"warmup_steps": 5}),
         ("--activation_checkpointing", {"gradient_checkpointing": True}),
+        ("--fsdp", {"fsdp": True}),
+        (
+            '--fsdp true --fsdp_config {"reshard_after_forward":false}',
+            {"fsdp": True, "fsdp_config": {"reshard_after_forward": False}},
+        ),
         ("--push_to_hub false --hub_model_id me/mine --dataloader_num_workers 4 --log_level info", {}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ def test_a_tracker_that_is_not_installed_is_refused_in_a_line(tmp_path: Path, mo
     with pytest.raises(UsageError, match=r"report_to='clearml' cannot be used: ClearMLCallback requires") as said:
         trainer(tmp_path, report_to="clearml")
     assert "\n" not in str(said.value)
+
+
+def test_a_callback_that_could_not_be_made_leaves_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    monkeypatch.setattr(integration_utils, "is_mlflow_available", lambda: False)
+    with pytest.raises(UsageError, match="report_to='mlflow' cannot be used") as said:
+        trainer(tmp_path, report_to="mlflow")
+    del said
+    gc.collect()
+    assert not unraisable
 
 
 class Told(TrainerCallback):

@@ -92,7 +92,7 @@ def gathered_state(model: nn.Module, *, first: bool) -> dict[str, Tensor] | None
             continue
         if place_of(value) not in of_place:
             gathered = whole(value)
-            of_place[place_of(value)] = gathered.cpu() if first else gathered[:0]
+            of_place[place_of(value)] = gathered.cpu() if first else gathered.new_empty(0)
         state[name] = of_place[place_of(value)]
     return state
 

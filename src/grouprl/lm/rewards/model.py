@@ -176,9 +176,14 @@ def _load(name: str, options: Mapping[str, Any]) -> Any:
     kept = {key: value for key, value in options.items() if key not in HUB_KEYS}
     with explained(f"the reward model {name}"):
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, output_loading_info=True, **kept
+            path, num_labels=1, output_loading_info=True, **{**kept, "ignore_mismatched_sizes": True}
         )
     model, about = loaded
+    for weight, there, here in about["mismatched_keys"]:
+        raise UsageError(
+            f"{name} is no reward model with one label: its {weight} has the shape {[*there]}, and one label takes "
+            f"{[*here]}; give a model with num_labels=1, or a function that calls it and picks a label"
+        )
     if missing := sorted(about["missing_keys"]):
         raise UsageError(
             f"{name} is no reward model: {len(missing)} weights are missing and would be random "
@@ -197,5 +202,8 @@ def _tokenizer(path: str, name: str, options: Mapping[str, Any]) -> Any:
             "reward_processing_classes"
         )
     place = find(path, **{key: options[key] for key in HUB_KEYS if key in options})
-    with explained(f"the tokenizer of the reward model {path}"):
+    with explained(
+        f"the tokenizer of the reward model {path}",
+        lambda error: f"{first_line(error)}; if it has none, give one as reward_processing_classes",
+    ):
         return AutoTokenizer.from_pretrained(place, trust_remote_code=bool(options.get("trust_remote_code")))

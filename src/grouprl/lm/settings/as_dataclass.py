@@ -91,7 +91,7 @@ def _readable(annotation: Any) -> tuple[Any, dict[str, Any]]:
     elif kind not in (bool, int, float, str):
         more["metavar"] = "JSON"
         kind = str
-    if kind is bool and optional:
+    if bool in parts and (optional or kind is not bool):
         more |= {"nargs": "?", "const": True}
     return (kind | None if optional else kind), more
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import first_line, shown
-from grouprl.lm.settings.trl import same
+from grouprl.lm.settings.trl import mapping_of, same
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Sharding:
         wrap: gather layer by layer, and not the whole model at once. layers: the names of their classes; default: as
             the model says.
         recompute: activations of each layer in the backward pass.
+        lean_start: it was asked that one process alone loads the weights, which is not offered.
     """
 
     reshard: bool = True
@@ -30,6 +31,7 @@ class Sharding:
     wrap: bool = True
     layers: tuple[str, ...] = ()
     recompute: bool = False
+    lean_start: bool = False
 
 
 _OFF = (None, False, "", "no")
@@ -41,7 +43,7 @@ _OLD: dict[str, tuple[str, Any] | None] = {
 
 _NO_NUMBER = (
     "forward_prefetch", "backward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers",
-    "cpu_ram_efficient_loading", "min_num_params", "xla_fsdp_settings", "xla_fsdp_v2", "xla_fsdp_grad_ckpt",
+    "min_num_params", "xla_fsdp_settings", "xla_fsdp_v2", "xla_fsdp_grad_ckpt",
 )  # fmt: skip
 """Entries that change no number, and that FSDP2 or this trainer has no use for."""
 
@@ -51,6 +53,8 @@ def switch(value: Any) -> bool | str:
 
     Raises ValueError, with what is allowed, for anything else.
     """
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # as a command line gives it
+        value = value.lower() == "true"
     if value is True or any(same(value, off) for off in _OFF):
         return value is True
     words = value.split() if isinstance(value, str) else value
@@ -67,8 +71,10 @@ def _is_old(word: Any) -> bool:
 def mapping(value: Any) -> dict[str, Any] | None:
     """``fsdp_config`` as a mapping without the prefix that accelerate gives its entries.
 
-    Raises ValueError if it is none, nor the path of a JSON file of one.
+    Raises ValueError if it is none, nor one as JSON text, nor the path of a JSON file of one.
     """
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = mapping_of(value)
     if isinstance(value, str):
         try:
             value = json.loads(Path(value).expanduser().read_text(encoding="utf-8"))
@@ -99,6 +105,7 @@ def read_sharding(switched: bool | str, config: Mapping[str, Any] | None) -> Sha
         wrap=_one_of("auto_wrap_policy", policy, ("TRANSFORMER_BASED_WRAP", "NO_WRAP")) != "NO_WRAP",
         layers=(layers,) if isinstance(layers, str) else tuple(map(str, layers)),
         recompute=_flag("activation_checkpointing", values.pop("activation_checkpointing", False)),
+        lean_start=_flag("cpu_ram_efficient_loading", values.pop("cpu_ram_efficient_loading", False)),
     )
     if str(version) != "2":
         raise ValueError(f"fsdp_config: version={shown(version)} is not offered; leave it out, which means FSDP2")

@@ -32,8 +32,8 @@ class HeldOut:
 
     Attributes:
         reward: the mean reward.
-        accuracy: the share of prompts with a reward of 1 or more; of episodes, the share that its environment counts as
-            solved, if it says which are.
+        accuracy: the share of prompts whose reward reaches ``solved_reward``; of episodes, the share that their
+            environment counts as solved, if it says which are.
         n: how many there were.
         numbers: what there is to say of episodes, such as their mean number of turns: means by the name of the metric.
     """

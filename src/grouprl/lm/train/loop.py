@@ -347,8 +347,12 @@ _MAY_CHANGE = {
     "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
     "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
     "do_train", "do_eval", "do_predict", "ddp_timeout", "fsdp", "fsdp_config", "num_generations_eval", "reward_timeout",
+    "ddp_backend", "solved_reward", "solved_by", "project", "vllm_gpu_memory_utilization",
 }  # fmt: skip
 """Settings that do not change what is learned, or are what a run is resumed to change."""
+_MAY_CHANGE_BY_PREFIX = (
+    "logging_", "log_", "eval_", "save_", "num_completions", "per_device_eval", "trackio_", "vllm_server_",
+)  # fmt: skip
 
 
 def _tell_changes(before: dict[str, Any], config: GRPOConfig) -> None:
@@ -357,9 +361,7 @@ def _tell_changes(before: dict[str, Any], config: GRPOConfig) -> None:
     changed = [
         f"{name}={value!r} (was {before[name]!r})"
         for name, value in now.items()
-        if value != before.get(name, value)
-        and name not in _MAY_CHANGE
-        and not name.startswith(("logging_", "log_", "eval_", "save_", "num_completions", "per_device_eval"))
+        if value != before.get(name, value) and name not in _MAY_CHANGE and not name.startswith(_MAY_CHANGE_BY_PREFIX)
     ]
     if changed:
         _log.warning("resumed with other settings than the checkpoint's, from here on: %s", ", ".join(changed))

@@ -220,10 +220,17 @@ def _sharded(config: GRPOConfig, ranks: Ranks, optimizer: Any) -> ShardedModels 
     """What shards models, if the settings ask for it and there are several processes."""
     sharding = config.sharding
     if sharding is None:
+        if any((config.fsdp_config or {}).values()) and ranks.first:
+            _log.warning("fsdp_config says how to shard, and nothing is sharded; set fsdp=True, or leave it out")
         return None
     if ranks.world == 1:
         _log.warning("fsdp shards weights among processes, and this is one; start several by torchrun to share them")
         return None
+    if sharding.lean_start and ranks.first:
+        _log.warning(
+            "fsdp_config: cpu_ram_efficient_loading=True is left out: while it starts, each process holds the whole "
+            "model in main memory"
+        )
     if optimizer is not None:
         raise UsageError(
             "optimizers holds an optimizer of whole weights, and fsdp shards them; leave optimizers out (torch's AdamW "

@@ -22,6 +22,8 @@ def tracker_callbacks(names: Sequence[str]) -> list[Any]:
         if name in OWN_TRACKERS:
             continue
         callbacks = import_module("transformers.integrations.integration_utils").INTEGRATION_TO_CALLBACK
+        if name in ("mlflow", "dagshub"):  # whose __del__ asks for it, also of one that could not be made
+            callbacks[name]._auto_end_run = False
         try:
             made.append(callbacks[name]())
         except Exception as error:  # of the tracker's package, or because it is missing
