@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grouprl import cli
-from grouprl.printing import LastingStream, show
+from grouprl.printing import LastingStream, in_markdown, show
 
 TEXT = "h\xe4, \u20ac, \U0001f600, \ud800, \x00"
 
@@ -52,6 +52,10 @@ def test_text_of_others_does_nothing_to_a_terminal(text: str, expected: str) -> 
     stream = encoded("utf-8")
     show(text, stream)
     assert written(stream).decode() == expected + "\n"
+
+
+def test_text_of_others_stays_in_its_line_of_markdown() -> None:
+    assert in_markdown("a\n---\n# <script>x</script>\x1b[2J") == r"a --- # &lt;script>x&lt;/script>\x1b[2J"
 
 
 def full() -> io.TextIOWrapper:

@@ -18,6 +18,11 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def in_markdown(text: object) -> str:
+    """A text of others for one line of Markdown, which it does not end, without control characters and HTML."""
+    return visible(" ".join(str(text).split())).replace("<", "&lt;")
+
+
 def show(text: str, file: TextIO | None = None) -> None:
     """Print ``text`` on ``file``, by default standard output, with its control characters made `visible`.
 

@@ -9,6 +9,7 @@ import numpy as np
 from grouprl.bench.plan import Scale
 from grouprl.bench.results import RETURNS, Results
 from grouprl.bench.statistics import FEW_SEEDS, Array, difference, improvement, interval, iqm
+from grouprl.printing import in_markdown
 
 _METHOD = (
     "IQM: the mean of the middle half of the runs. In brackets: its 95 % interval by the stratified bootstrap over "
@@ -147,4 +148,4 @@ def markdown(lines: list[list[str]]) -> str:
 
 def _cell(text: str) -> str:
     """Text that ends neither its cell nor its line, and is no HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return in_markdown(text).replace("|", "\\|")
