@@ -61,7 +61,7 @@ def text_of(page: Path) -> str:
     "summary",
     [
         {"eval": NASTY}, {"eval": {"mean_return": NASTY, "episodes": float("inf")}}, {"train_seconds": 10**400},
-        {"reward_threshold": 1, "solved_at_steps": NASTY}, {"reward_threshold": NASTY, "solved_at_steps": [1]},
+        {"reward_threshold": 1, "solved_at_steps": NASTY}, {"reward_threshold": 1, "solved_at_steps": [1]},
     ],
 )  # fmt: skip
 def test_a_summary_of_something_else_is_shown_without_its_numbers(tmp_path: Path, summary: dict[str, Any]) -> None:
