@@ -75,13 +75,13 @@ def server(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
             self.answer(200, {name: policy.about[name] for name in ("env_id", "inputs", "outputs")})
 
         def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            if length > MOST_BYTES:
-                self.answer(413, {"error": f"a request has at most {MOST_BYTES} bytes"})
-                return
             try:
+                length = int(self.headers.get("Content-Length") or 0)
+                if not 0 <= length <= MOST_BYTES:
+                    self.answer(413, {"error": f"a request has at most {MOST_BYTES} bytes, and says how many"})
+                    return
                 self.answer(200, {"action": policy.act(json.loads(self.rfile.read(length)))})
-            except ValueError as error:  # no JSON, or no observation
+            except (ValueError, RecursionError) as error:  # no length, no JSON, or no observation
                 self.answer(400, {"error": str(error)})
 
         def log_message(self, format: str, *args: Any) -> None:

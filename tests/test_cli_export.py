@@ -161,3 +161,22 @@ def test_the_server_refuses_what_is_no_observation(address: str, body: Any, said
         post(address, body)
     assert caught.value.code == 400
     assert json.load(caught.value)["error"] == said
+
+
+@pytest.mark.parametrize(
+    ("length", "body", "status", "said"),
+    [
+        ("many", b"{}", 400, "invalid literal"),
+        ("-1", b"{}", 413, "a request has at most 16777216 bytes"),
+        ("20000000", b"{}", 413, "a request has at most 16777216 bytes"),
+        ("50000", b"[" * 50_000, 400, "recursion"),
+    ],
+)
+def test_the_server_answers_a_request_that_is_none(
+    address: str, length: str, body: bytes, status: int, said: str
+) -> None:
+    request = urllib.request.Request(address, body, {"Content-Length": length})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=10)
+    assert caught.value.code == status
+    assert said in json.load(caught.value)["error"]

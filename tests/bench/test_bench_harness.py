@@ -114,6 +114,7 @@ def test_what_has_a_row_is_not_done_again(folder: Path, capsys: pytest.CaptureFi
         (("--only", "best"), "no run is called 'best'"),
         (("--seeds", "x"), "seeds='x'"),
         (("--out", "elsewhere", "--table"), "no run is done yet"),
+        (("--steps", "200"), "none of the 1 rows in runs/bench-some is of these runs: steps, seeds, settings or code"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -166,6 +167,11 @@ def test_five_seeds_are_no_reason_to_warn_and_unequal_numbers_are() -> None:
     assert notes == ["settings on A have different numbers of seeds: 5 to 6"]
 
 
+def test_a_warning_about_a_setting_is_a_note() -> None:
+    warned = [{**row("a", seed, 1.0), "warnings": ["gamma=0.9 has no effect: none"]} for seed in range(5)]
+    assert tables.warnings(results.of_rows(warned)) == ["a on A: gamma=0.9 has no effect: none"]
+
+
 def test_a_report_of_nothing_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run is done yet"):
         harness.report([], tmp_path, "none")
@@ -184,7 +190,9 @@ def test_a_run_on_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "own_bench_estimator.py").write_text("def ones(rewards, lengths, group):\n    return 0 * rewards + 1\n")
     points: list[dict[str, Any]] = []
     own = {"functions": {"advantage_function": "own_bench_estimator:ones"}}
+    own["settings"] = {**CELL["settings"], "log_std_min": -1.0}
     found = run_environment({**CELL, **own}, points.append)
+    assert [said.partition(":")[0] for said in found["warnings"]] == ["log_std_min=-1.0 has no effect"]
     assert [point["step"] // 200 for point in points] == [0, 1, 2]
     assert found["steps_done"] == points[-1]["step"]
     assert len(found["greedy"]["returns"]) == len(found["sampled"]["returns"]) == 5

@@ -137,6 +137,8 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, wrong: str, said: str) 
     [
         ("methods: {a: {settings: {learnin_rate: 1}}}\nenvironments: [CartPole-v1]", "'learning_rate'"),
         ("methods: {a: {settings: {gamma: 7}}}\nenvironments: [CartPole-v1]", "gamma"),
+        ("methods: {a: {settings: {seed: 1}}}\nenvironments: [CartPole-v1]", "seed is no setting here; give seeds"),
+        ("methods: {a: {settings: {seed: 1}}}\nrecipes: [tiny]", "seed is no setting here; give seeds"),
         ("methods: {a: {settings: {num_generation: 4}}}\nrecipes: [tiny]", "'num_generations'"),
         ("methods: [a]\nenvironments: {NoSuchEnv-v0: {steps: 10}}", "NoSuchEnv"),
     ],

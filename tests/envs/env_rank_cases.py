@@ -74,6 +74,8 @@ SAME: dict[str, tuple[Any, dict[str, Any]]] = {
     "vectorised": ("CartPole-v1", {}),
     "workers": (Walk, {"vectorization": "async", "n_envs": 4}),
     "groups": (Walk, {"group_size": 4, "n_envs": 8, "advantage": "outcome"}),
+    "earlier batches": (Masked, {"advantage": "baseline", "reuse": 3, "baseline_memory": 640, "baseline_level": True}),
+    "earlier batches of continuous actions": ("Pendulum-v1", {"reuse": 2, "log_std_min": -0.51, "n_envs": 3}),
     "gradients shared out": (
         Walk,
         {"min_steps": 8192, "max_steps": 8192, "n_envs": 32, "minibatch_size": 8192, "epochs": 1, "threads": 2},
@@ -134,7 +136,7 @@ def the_run(folder: Path, steps: int, *, resume: bool = False) -> dict[str, torc
                "checkpoint_every": 500}  # fmt: skip
         result = training.train(
             "Pendulum-v1", folder, preset=None, steps=steps, run=how, progress_bar=False,
-            settings={"n_envs": 2, "min_steps": 100, "epochs": 1, "seed": 1},
+            settings={"n_envs": 2, "min_steps": 100, "epochs": 1, "seed": 1, "reuse": 3, "baseline_memory": 1000},
         )  # fmt: skip
     return {name: value.clone() for name, value in result.agent.policy.state_dict().items()}
 

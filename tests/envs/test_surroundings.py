@@ -152,11 +152,22 @@ def test_agents_made_in_several_threads_are_those_of_one() -> None:
         ({"n_steps": 16}, "n_steps=16"),
         ({"advantage": "outcome", "max_steps": 20_000}, "max_steps=20000"),
         ({"collect": "segments", "min_steps": 32}, "min_steps=32"),
+        ({"log_std_min": -1.0}, "log_std_min=-1.0"),
+        ({"log_std_init": -1.0}, "log_std_init=-1.0"),
+        ({"advantage": "outcome", "baseline_level": True}, "baseline_level=True"),
+        ({"advantage": "outcome", "baseline_memory": 40_960}, "baseline_memory=40960"),
+        ({"advantage_function": lambda rewards, lengths, group: rewards, "gae_lambda": 0.9}, "gae_lambda=0.9"),
     ],
 )
-def test_a_size_of_batches_without_effect_is_named(settings: dict[str, Any], name: str) -> None:
+def test_a_setting_without_effect_is_named(settings: dict[str, Any], name: str) -> None:
     with pytest.warns(UserWarning, match=f"{name} has no effect"):
-        GRPO(Plain, preset=None, **settings)
+        GRPO("CartPole-v1", preset=None, **settings)
+
+
+def test_settings_with_an_effect_are_not_named(recwarn: pytest.WarningsRecorder) -> None:
+    GRPO("Pendulum-v1", preset=None, log_std_min=-1.0, baseline_level=True, baseline_memory=40_960, gae_lambda=0.9)
+    GRPO(Plain, preset=None, advantage_function=lambda rewards, lengths, group, values: values, baseline_level=True)
+    assert not [str(one.message) for one in recwarn if "no effect" in str(one.message)]
 
 
 def test_actions_are_remembered_within_a_bound_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,8 +72,18 @@ def rows_of(plan: Plan, rows: Iterable[Row]) -> list[Row]:
 
 
 def rows_in(plan: Plan, out: Path) -> list[Row]:
-    """Those of a plan that ``out`` has, for :func:`report`. Raises DamagedFileError if its file holds no rows."""
-    return rows_of(plan, read_rows(out / "rows.jsonl"))
+    """Those of a plan that ``out`` has, for :func:`report`.
+
+    Raises UsageError if it has rows of other runs only, DamagedFileError if its file holds something else.
+    """
+    rows = read_rows(out / "rows.jsonl")
+    found = rows_of(plan, rows)
+    if rows and not found:
+        raise UsageError(
+            f"none of the {len(rows)} rows in {out} is of these runs: steps, seeds, settings or code were others; give "
+            "the options that they were made with"
+        )
+    return found
 
 
 def report(
@@ -164,7 +174,7 @@ def check_reference(results: Results, reference: str | None) -> None:
 def _made_of(rows: list[Row]) -> str:
     versions = sorted({f"{name} {v}" for row in rows for name, v in (row.get("versions") or {}).items()})
     machines = sorted(
-        {f"{row['machine']['processor']}, {row['machine']['cores']} cores" for row in rows if "machine" in row}
+        {f"{row['machine']['processor']}, cores: {row['machine']['cores']}" for row in rows if "machine" in row}
     )
     commits = sorted({str(row["commit"]) for row in rows if row.get("commit")})
     parts = [", ".join(versions), "; ".join(machines), *([f"commit {', '.join(commits)}"] if commits else [])]

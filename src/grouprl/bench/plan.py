@@ -157,6 +157,8 @@ def check(plan: Plan) -> None:
     own = {(c.method, c.subject): c for c in plan.cells if not c.worker}
     for cell in own.values():
         try:
+            if "seed" in cell.settings:
+                raise UsageError("seed is no setting here; give seeds in the file, or --seeds 0-4")
             if cell.arena == LANGUAGE:
                 from grouprl.lm.run import recipe as recipes
 

@@ -92,15 +92,17 @@ class Results:
 
 
 def of_rows(rows: Iterable[Row]) -> Results:
-    """The runs that are done among rows; those that failed become notes."""
+    """The runs that are done among rows; those that failed, and warnings of the others, become notes."""
     done, failed = [], []
+    warned: dict[str, None] = {}
     for row in rows:
         if row["status"] == "done":
             done.append(_of_row(row))
+            warned |= {f"{row['method']} on {row['subject']}: {said}": None for said in row.get("warnings") or ()}
         else:
             failed.append(f"{row['method']}/{row['subject']}/{row['seed']} failed: {row.get('error')}")
     results = Results.of(done)
-    results.notes += failed
+    results.notes += [*failed, *warned]
     return results
 
 

@@ -8,6 +8,7 @@ import platform
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -50,10 +51,12 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     from grouprl.envs.grpo import GRPO
 
     functions = {name: load_function(function, cell["folder"] or None) for name, function in cell["functions"].items()}
-    agent = GRPO(
-        cell["env_id"], preset=cell["preset"], env_kwargs=cell["env_kwargs"], seed=cell["seed"],
-        **functions, **cell["settings"],
-    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always", UserWarning)
+        agent = GRPO(
+            cell["env_id"], preset=cell["preset"], env_kwargs=cell["env_kwargs"], seed=cell["seed"],
+            **functions, **cell["settings"],
+        )  # fmt: skip
     evaluator = Evaluator(cell["env_id"], cell["env_kwargs"], n_envs=min(AT_ONCE, cell["point_episodes"]))
     every = max(1, cell["steps"] // cell["points"])
     due = every
@@ -78,6 +81,7 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     return {
         "steps_done": agent.num_timesteps, "train_seconds": agent.train_seconds, "greedy": greedy, "sampled": sampled,
         "parameters": sum(p.numel() for p in agent.policy.parameters()),
+        "warnings": [str(one.message) for one in heard if issubclass(one.category, UserWarning)],
         "versions": versions("grouprl", "torch", "numpy", "gymnasium"),
     }  # fmt: skip
 

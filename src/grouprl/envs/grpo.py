@@ -132,7 +132,10 @@ class GRPO:
             raise
         if chosen is not None and not isinstance(env, str):
             presets.warn_of_another_environment(chosen, venv.spec)
-        for name, why in without_effect(config, settings).items():
+        unused = without_effect(
+            config, settings, fits_baseline=self.loop.baseline is not None, continuous=self.policy.gaussian
+        )
+        for name, why in unused.items():
             warnings.warn(f"{name}={settings[name]!r} has no effect: {why}", stacklevel=2)
         if settings.get("n_envs", venv.num_envs) != venv.num_envs:
             warnings.warn(
