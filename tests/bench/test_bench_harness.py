@@ -87,6 +87,21 @@ def test_a_benchmark_leaves_rows_a_table_and_figures(folder: Path, capsys: pytes
     assert "error: 6 runs failed" in capsys.readouterr().err
 
 
+def test_seconds_are_neither_better_nor_on_the_scale_of_returns(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ("--only", "good/*/0", "--only", "bad/*/0")
+    assert call("bench", "some.yaml", *only) == 0
+    assert "Normalised scores" in capsys.readouterr().out
+    assert call("bench", "some.yaml", *only, "--table", "--metric", "curve_mean") == 0
+    assert "Normalised scores" in capsys.readouterr().out
+    assert call("bench", "some.yaml", *only, "--table", "--metric", "train_seconds") == 0
+    text = capsys.readouterr().out
+    assert "Normalised scores" not in text
+    assert "| range | larger |" in text
+    assert "`larger`: the probability that a run of this setting has a larger `train_seconds` than one of good" in text
+
+
 def test_what_has_a_row_is_not_done_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     some = ("--only", "good/CartPole-v1", "--only", "broken/CartPole-v1/0", "--out", "out", "--jobs", "1")
     assert call("bench", "some.yaml", *some) == 1

@@ -207,3 +207,14 @@ def test_the_memory_that_kept_batches_take_is_counted_before_it_is_taken() -> No
     needs = least_bytes(make_config({"reuse": 4, "baseline_memory": 8192}))
     assert needs["min_steps=4096 and reuse=4"] == 4 * needs["min_steps=4096"]
     assert needs["baseline_memory=8192 and baseline_features=128"] == 8192 * 128 * 4
+
+
+def test_of_more_batches_than_are_kept_the_newest_are_read() -> None:
+    agent = GRPO(probes.Delayed, **SETTINGS).learn(64 + 4 * 8 * 64)
+    assert agent.loop.reuse is not None
+    state = agent.loop.reuse.state()
+    assert "1.rewards" in state
+    fewer = Reuse(2)
+    fewer.load(state)  # must end
+    assert torch.equal(fewer.state()["0.rewards"], state["1.rewards"])
+    assert len(fewer) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from grouprl.bench import figures, pool, tables
 from grouprl.bench.cells import Cell
 from grouprl.bench.plan import Plan, Scale
-from grouprl.bench.results import Results, of_rows
+from grouprl.bench.results import RETURNS, Results, of_rows
 from grouprl.bench.rows import Row, Rows, commit, read_rows
 from grouprl.bench.sweep import Sweep, Swept
 from grouprl.errors import UsageError, shown
@@ -93,8 +93,8 @@ def report(
     """Write table.md, curves.png and scores.png into ``out``, and return the text.
 
     Args:
-        scales: of subjects, for scores over all of them. metric: what the table is of. reference: the method that the
-            others are compared with; default: the first. missing: runs that have no row yet.
+        scales: of subjects, for scores over all of them where the metric is a return. metric: what the table is of.
+        reference: the method that the others are compared with; default: the first. missing: runs that have no row yet.
 
     Raises UsageError if there is no run that is done, no run has the metric, or there is no such method.
     """
@@ -102,11 +102,12 @@ def report(
     if not results.runs:
         failed = f"; the first that failed: {results.notes[0]}" if results.notes else ""
         raise UsageError(f"no run is done yet{failed}")
-    text = _text(results, title, about, metric, reference, scales or {})
+    of_metric = (scales or {}) if metric in RETURNS else {}
+    text = _text(results, title, about, metric, reference, of_metric)
     notes = tables.warnings(results) + ([f"{missing} runs are still to be done"] if missing else [])
     text += "".join(f"\nNote: {note}.\n" for note in notes)
     figures.curves(results, scales or {}, out / "curves.png")
-    figures.scores(results, metric, scales or {}, out / "scores.png")
+    figures.scores(results, metric, of_metric, out / "scores.png")
     text += f"\n![Greedy evaluations over steps](curves.png)\n\n![Scores](scores.png)\n\n{_made_of(rows)}"
     write_text(out / "table.md", text)
     return text
@@ -118,7 +119,7 @@ def _text(
     check_reference(results, reference)
     require("scipy")
     against = tables.reference_of(results, reference)
-    text = f"# {title}\n\n" + (f"{about}\n\n" if about else "") + tables.METHOD.format(reference=against) + "\n\n"
+    text = f"# {title}\n\n" + (f"{about}\n\n" if about else "") + tables.method(metric, against) + "\n\n"
     text += tables.table(results, metric, reference)
     shared = [subject for subject in results.runs if subject in scales]
     if len(shared) > 1:
@@ -152,7 +153,7 @@ def table_text(results: Results, metric: str, reference: str | None) -> str:
     Raises UsageError if no run has the metric, or none is of the reference.
     """
     check_reference(results, reference)
-    text = tables.METHOD.format(reference=tables.reference_of(results, reference)) + "\n\n"
+    text = tables.method(metric, tables.reference_of(results, reference)) + "\n\n"
     text += tables.table(results, metric, reference)
     return text + "".join(f"\nNote: {note}.\n" for note in tables.warnings(results))
 

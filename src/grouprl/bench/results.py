@@ -14,7 +14,8 @@ from grouprl.bench.rows import Row
 from grouprl.bench.statistics import Array
 from grouprl.errors import UsageError
 
-HIGHER_IS_BETTER = ("greedy", "sampled")
+RETURNS = ("greedy", "sampled", "curve_mean")
+"""Metrics that are returns: more is better, and the scale of a subject is of them."""
 _MEASURED = ("train_seconds", "seconds", "peak_memory_mb")
 
 
@@ -108,7 +109,7 @@ def of_rows(rows: Iterable[Row]) -> Results:
 
 def _of_row(row: Row) -> Result:
     values: dict[str, Any] = {name: row.get(name) for name in _MEASURED}
-    values |= {name: row[name]["mean"] for name in HIGHER_IS_BETTER if isinstance(row.get(name), dict)}
+    values |= {name: row[name]["mean"] for name in RETURNS if isinstance(row.get(name), dict)}
     curve = [(float(point["step"]), float(point["greedy"])) for point in row.get("curve", []) if "greedy" in point]
     end = float(row.get("steps_done") or row["steps"])
     if not curve or curve[-1][0] < end:

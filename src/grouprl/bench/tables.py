@@ -7,14 +7,24 @@ from collections.abc import Mapping
 import numpy as np
 
 from grouprl.bench.plan import Scale
-from grouprl.bench.results import Results
+from grouprl.bench.results import RETURNS, Results
 from grouprl.bench.statistics import FEW_SEEDS, Array, difference, improvement, interval, iqm
 
-METHOD = (
+_METHOD = (
     "IQM: the mean of the middle half of the runs. In brackets: its 95 % interval by the stratified bootstrap over "
-    "seeds. `better`: the probability that a run of this setting returns more than one of {reference}, with its "
-    "interval; ties count half."
+    "seeds. `{column}`: the probability that a run of this setting has a larger `{metric}` than one of {reference}, "
+    "with its interval; ties count half."
 )
+
+
+def method(metric: str, reference: str) -> str:
+    """How to read a table of a metric whose settings are compared with ``reference``."""
+    return _METHOD.format(column=_comparison(metric), metric=metric, reference=reference)
+
+
+def _comparison(metric: str) -> str:
+    """The name of the column that compares: more is better for returns only."""
+    return "better" if metric in RETURNS else "larger"
 
 
 def number(value: float) -> str:
@@ -54,7 +64,7 @@ def table(results: Results, metric: str, reference: str | None = None) -> str:
     others = [name for name in ("greedy", "sampled", "train_seconds", "peak_memory_mb") if name != metric]
     others = [name for name in others if any(_has(results, subject, name) for subject in results.runs)]
     shown = {"train_seconds": "seconds", "peak_memory_mb": "MB"}
-    header = ["subject", "setting", "steps", "seeds", f"{metric}: IQM [95 %]", "range", "better"]
+    header = ["subject", "setting", "steps", "seeds", f"{metric}: IQM [95 %]", "range", _comparison(metric)]
     lines = [[*header, *(shown.get(name, name) for name in others)]]
     for subject, settings in results.runs.items():
         for setting, runs in settings.items():

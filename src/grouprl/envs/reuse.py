@@ -153,9 +153,11 @@ class Reuse:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state`. Raises KeyError for what it cannot have given."""
+        kept: list[Earlier] = []
+        while found := parts_of(state, f"{len(kept)}."):
+            kept.append(Earlier.from_state(found))
         self.clear()
-        while found := parts_of(state, f"{len(self._kept)}."):
-            self._kept.append(Earlier.from_state(found))
+        self._kept.extend(kept)
 
 
 def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
