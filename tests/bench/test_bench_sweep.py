@@ -209,4 +209,3 @@ def test_a_journal_of_something_else_is_one_line_that_says_what_to_do(tmp_path: 
     with pytest.raises(DamagedFileError, match=r"study\.journal is no journal of a sweep[^\n]*; move it away: [^\n]*$"):
         sweep.run(made(tmp_path), journal.parent, jobs=1, say=lambda line: None)
     assert not calls(tmp_path)
-    assert journal.read_bytes() == found

@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations import integration_utils
 
 from grouprl.errors import UsageError
 from grouprl.lm.run import training
+from grouprl.lm.run.chat import Chat
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.training import RunResult
 
@@ -312,3 +314,20 @@ def test_a_damaged_configuration_is_one_line_that_names_the_file(tmp_path: Path)
     folder.config_path.write_text("arena: lm\nrecipe: {}\n")
     with pytest.raises(UsageError, match="not the configuration of a language-model run"):
         settings_of(folder)
+
+
+def test_a_model_is_used_without_what_only_its_training_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path / "run", max_steps=2)
+    file = tmp_path / "run" / "config.yaml"
+    saved = yaml.safe_load(file.read_text())
+    saved["config"] |= {
+        "use_vllm": True, "vllm_mode": "server", "vllm_server_timeout": 0.1, "vllm_server_port": 9, "fsdp": True,
+        "fsdp_config": {"activation_checkpointing": True}, "report_to": ["clearml"],
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(saved))
+    monkeypatch.setattr(integration_utils, "is_clearml_available", lambda: False)
+    assert training.evaluate(tmp_path / "run").n == 8
+    assert Chat.open(str(tmp_path / "run")).config.use_vllm is False
+    assert "fsdp" not in caplog.text

@@ -13,7 +13,7 @@ from grouprl.lm.prompts import prepare_prompts
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import load_task_data
 from grouprl.lm.run.models import hide_file_bars, load_trained
-from grouprl.lm.run.saved import settings_of
+from grouprl.lm.run.saved import settings_for_use
 from grouprl.lm.sample.streams import Stream
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.runs import RunFolder
@@ -51,7 +51,7 @@ class Chat:
             return cls(model, tokenizer, config, [], text, sampled, f"{source}, as it is")
         folder = RunFolder.open(source)
         recipe = recipes.load(folder.path).with_secrets()
-        config = settings_of(folder).replace(beta=0.0, sync_ref_model=False).with_secrets()
+        config = settings_for_use(folder).with_secrets()
         if max_tokens is not None:
             config = config.replace(max_completion_length=max_tokens)
         data = load_task_data(recipe.changed({} if recipe.task.endswith(".jsonl") else {"n_train": 1, "n_eval": 1}))

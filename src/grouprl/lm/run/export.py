@@ -14,7 +14,7 @@ from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import load_task_data
 from grouprl.lm.run.models import hide_file_bars, load_trained, trained_model
 from grouprl.lm.run.recipe import Recipe
-from grouprl.lm.run.saved import settings_of
+from grouprl.lm.run.saved import settings_for_use
 from grouprl.printing import in_markdown
 from grouprl.redaction import redact
 from grouprl.runs import RunFolder
@@ -54,7 +54,7 @@ def export(run: str | os.PathLike[str], out: str | os.PathLike[str] | None, form
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"{target} exists already; delete it, or name another folder with --out")
     hide_file_bars()
-    config = settings_of(folder).replace(beta=0.0, sync_ref_model=False).with_secrets()
+    config = settings_for_use(folder).with_secrets()
     task = load_task_data(recipe.changed({} if recipe.task.endswith(".jsonl") else {"n_train": 1, "n_eval": 1})).task
     model, tokenizer = load_trained(folder, recipe, config, task)
     before = _log_probs(model)

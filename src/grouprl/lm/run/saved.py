@@ -32,3 +32,16 @@ def settings_of(folder: RunFolder, **changes: Any) -> GRPOConfig:
     """The settings of a run, with some changed. Raises UsageError as :func:`reading`."""
     with reading(folder):
         return GRPOConfig(**{**folder.read_config()["config"], **changes})
+
+
+def settings_for_use(folder: RunFolder, **changes: Any) -> GRPOConfig:
+    """The settings of a run whose model is used and no longer trained, with some changed.
+
+    Whoever uses it may have neither what only training needs, such as trackers and a server that samples, nor several
+    processes.
+
+    Raises UsageError as :func:`reading`.
+    """
+    return settings_of(folder, **changes).replace(
+        beta=0.0, sync_ref_model=False, report_to=(), use_vllm=False, fsdp=False, fsdp_config=None
+    )

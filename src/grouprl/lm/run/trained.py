@@ -11,7 +11,7 @@ from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import TaskData, load_task_data
 from grouprl.lm.run.models import hide_file_bars, load_trained
 from grouprl.lm.run.recipe import Recipe
-from grouprl.lm.run.saved import settings_of
+from grouprl.lm.run.saved import settings_for_use
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.trainer import GRPOTrainer
@@ -43,9 +43,9 @@ def open_trained(path: str | os.PathLike[str], changes: Mapping[str, Any], **set
     folder = RunFolder.open(path)
     hide_file_bars()
     recipe = recipes.load(folder.path).with_secrets().changed(changes)
-    config = settings_of(folder, output_dir=str(folder.path.absolute())).replace(
-        beta=0.0, sync_ref_model=False, eval_strategy="no", eval_on_start=False, load_best_model_at_end=False,
-        metric_for_best_model=None, disable_tqdm=True, **settings,
+    config = settings_for_use(folder, output_dir=str(folder.path.absolute())).replace(
+        eval_strategy="no", eval_on_start=False, load_best_model_at_end=False, metric_for_best_model=None,
+        disable_tqdm=True, **settings,
     ).with_secrets()  # fmt: skip
     data = load_task_data(recipe)
     model, tokenizer = load_trained(folder, recipe, config, data.task)
