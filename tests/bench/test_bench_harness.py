@@ -144,6 +144,15 @@ def test_a_mistake_is_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("wrong", [("--metric", "greedi"), ("--reference", "best")])
+def test_a_table_that_cannot_be_made_is_refused_before_a_run_begins(
+    folder: Path, capsys: pytest.CaptureFixture[str], wrong: tuple[str, str]
+) -> None:
+    assert call("bench", "some.yaml", "--only", "good/CartPole-v1/0", *wrong) == 2
+    assert wrong[1] in capsys.readouterr().err
+    assert not (folder / "calls").exists()
+
+
 def test_two_processes_do_not_write_into_one_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import threading
 

@@ -32,7 +32,8 @@ def test_the_newest_whole_batches_that_fit_are_kept() -> None:
     for number, steps in enumerate([40, 30, 50, 20]):
         memory.add(seen(steps, number), seen(steps, number).batch(features))
     assert [float(batch.rewards[0]) for batch in memory] == [1.0, 2.0, 3.0]  # 30 + 50 + 20 steps
-    memory.add(seen(101, 4), seen(101, 4).batch(features))
+    with pytest.warns(UserWarning, match="a batch of 101 steps"):
+        memory.add(seen(101, 4), seen(101, 4).batch(features))
     assert list(memory) == []  # it holds no batch of 101
 
 
@@ -101,3 +102,13 @@ def test_a_memory_that_holds_no_batch_is_refused() -> None:
     with pytest.raises(UsageError, match="4096 steps"):
         make_config({"baseline_memory": 4095})
     assert make_config({"baseline_memory": 4096}).baseline_memory == 4096
+
+
+def test_batches_that_are_too_large_for_it_are_named_once(recwarn: pytest.WarningsRecorder) -> None:
+    settings = {"preset": None, "min_steps": 100, "max_steps": 400, "min_signals": 400, "n_envs": 4, "warmup_steps": 0}
+    agent = GRPO("CartPole-v1", baseline_memory=150, **settings).learn(1500)
+    assert agent.loop.baseline is not None
+    assert not list(agent.loop.baseline.memory)
+    assert agent.loop.batches > 2
+    (said,) = [str(one.message) for one in recwarn if "baseline_memory" in str(one.message)]
+    assert said.startswith("baseline_memory=150 has no effect on a batch of 4")

@@ -9,7 +9,7 @@ from pathlib import Path
 from grouprl.bench import figures, pool, tables
 from grouprl.bench.cells import Cell
 from grouprl.bench.plan import Plan, Scale
-from grouprl.bench.results import RETURNS, Results, of_rows
+from grouprl.bench.results import RETURNS, Results, check_metric_of_rows, of_rows
 from grouprl.bench.rows import Row, Rows, commit, read_rows
 from grouprl.bench.sweep import Sweep, Swept
 from grouprl.errors import UsageError, shown
@@ -166,10 +166,20 @@ def draw(results: Results, metric: str, out: Path) -> None:
         figures.scores(results, metric, {}, out)
 
 
+def check_report(plan: Plan, metric: str, reference: str | None) -> None:
+    """Raises UsageError before a run begins for what :func:`report` would refuse after the last."""
+    check_metric_of_rows(metric)
+    _check_reference(list(dict.fromkeys(cell.method for cell in plan.cells)), reference)
+
+
 def check_reference(results: Results, reference: str | None) -> None:
     """Raises UsageError if ``reference`` is not among the settings."""
-    if reference is not None and reference not in results.settings:
-        raise UsageError(f"reference={shown(reference)} has no run; there are {', '.join(results.settings)}")
+    _check_reference(results.settings, reference)
+
+
+def _check_reference(known: list[str], reference: str | None) -> None:
+    if reference is not None and reference not in known:
+        raise UsageError(f"reference={shown(reference)} has no run; there are {', '.join(known)}")
 
 
 def _made_of(rows: list[Row]) -> str:

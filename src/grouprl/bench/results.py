@@ -86,10 +86,19 @@ class Results:
         known = sorted(
             {name for by in self.runs.values() for runs in by.values() for run in runs for name in run.values}
         )
-        if metric not in known:
-            close = difflib.get_close_matches(metric, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UsageError(f"no run has the metric {metric!r}; {hint}there are: {', '.join(known) or 'none'}")
+        _check_metric(metric, known)
+
+
+def _check_metric(metric: str, known: Sequence[str]) -> None:
+    if metric not in known:
+        close = difflib.get_close_matches(metric, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UsageError(f"no run has the metric {metric!r}; {hint}there are: {', '.join(known) or 'none'}")
+
+
+def check_metric_of_rows(metric: str) -> None:
+    """Raises UsageError if no row can have it, before there are any."""
+    _check_metric(metric, sorted((*RETURNS, *_MEASURED)))
 
 
 def of_rows(rows: Iterable[Row]) -> Results:

@@ -70,6 +70,7 @@ def bench(
             print(f"{rows[cell.id]['status'] if cell.id in rows else 'to do':7s} {cell.name} ({cell.steps:,} steps)")
         return
     failed = 0
+    harness.check_report(planned, metric, reference)
     if not table:
         plan.check(planned)
         with leaving_on_signals("stopped; the same command goes on, and runs that have a row are not done again"):

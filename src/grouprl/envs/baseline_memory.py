@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -46,12 +47,20 @@ class BaselineMemory:
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self._kept: deque[tuple[Seen, BaselineBatch]] = deque()
+        self._warned = False
 
     def __iter__(self) -> Iterator[BaselineBatch]:
         return (batch for _, batch in self._kept)
 
     def add(self, seen: Seen, batch: BaselineBatch) -> None:
-        """Keep a batch, and forget the oldest ones that are too many then."""
+        """Keep a batch, and forget the oldest ones that are too many then; warn once if it is too large itself."""
+        if len(batch.phi) > self.rows and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"baseline_memory={self.rows} has no effect on a batch of {len(batch.phi)} steps: it holds whole ones; "
+                f"set some batches, such as {10 * len(batch.phi)}",
+                stacklevel=2,
+            )
         self._kept.append((seen, batch))
         while sum(len(batch.phi) for _, batch in self._kept) > self.rows:
             self._kept.popleft()
