@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,19 @@ def test_a_signal_before_a_run_begins_is_one_line_and_leaves_nothing(tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "stopped; grouprl resume goes on with a run that had begun\n")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_that_was_swallowed_is_heard_where_work_begins() -> None:
+    with leaving_on_signals() as stopped:
+        assert not stopped()
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt), stopping_on_signals(lambda: None):
+            pass
+    with stopping_on_signals(lambda: None):
+        pass
 
 
 SWALLOWING = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -25,9 +26,18 @@ def _leave() -> None:
 
 
 def leave_if_asked() -> None:
-    """Raises KeyboardInterrupt once more if a library swallowed that of a signal, as some do in their imports."""
+    """Raises KeyboardInterrupt once more if a library swallowed that of a signal, as destructors do."""
     if any(_left):
         raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether ``frame`` was called, directly or not, by an import."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
@@ -56,16 +66,18 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 def leaving_on_signals(
     said: str = "stopped; grouprl resume goes on with a run that had begun",
 ) -> Iterator[Callable[[], bool]]:
-    """Within, a signal is ``said`` in one line and raises KeyboardInterrupt; a second one ends the process.
+    """Within, a signal is ``said`` in one line and raises KeyboardInterrupt; a second one ends the process. Within
+    an import the first one does.
 
-    Yields a function that says whether one came: a library may make another error of the KeyboardInterrupt, as
-    transformers does of what ends an import.
+    Yields a function that says whether one came: a library may make another error of the KeyboardInterrupt.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
         for n in heard:
             signal.signal(n, signal.SIG_DFL)
         show(said, sys.stderr)
+        if _is_importing(frame):  # of which libraries in C make an abort, and others an error of their own
+            os._exit(130)
         _leave()
 
     leave_if_asked()

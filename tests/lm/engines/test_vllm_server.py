@@ -2,8 +2,10 @@
 
 import json
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,26 @@ def test_a_server_that_is_not_there_is_named_with_its_setting() -> None:
         trainer(Path("never"), "http://127.0.0.1:9")
     with pytest.raises(UsageError, match=r"at http://127\.0\.0\.1:9 \(vllm_server_host, vllm_server_port\)"):
         trainer(Path("never"), "", vllm_server_base_url=None, vllm_server_host="127.0.0.1", vllm_server_port=9)
+
+
+def test_a_password_in_the_address_is_sent_and_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+
+    def urlopen(request: Any, timeout: float) -> Any:
+        sent.append(request)
+        raise IncompleteRead(b"half")
+
+    monkeypatch.setattr("grouprl.lm.engines.server.urlopen", urlopen)
+    with pytest.raises(UsageError, match=r"at http://127\.0\.0\.1/llm \(vllm[^\n]* does not answer: [^\n]*$") as found:
+        trainer(Path("never"), "http://me:pa%3A55word@127.0.0.1/llm/")
+    assert "55word" not in str(found.value)
+    assert sent[0].full_url == "http://127.0.0.1/llm/health"
+    assert b64decode(sent[0].get_header("Authorization").removeprefix("Basic ")) == b"me:pa:55word"
+
+
+def test_an_address_that_is_none_is_one_line() -> None:
+    with pytest.raises(UsageError, match=r"at http://127\.0\.0\.1:port .* does not answer: nonnumeric port[^\n]*$"):
+        trainer(Path("never"), "http://127.0.0.1:port")
 
 
 def test_a_server_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path, server: StandIn) -> None:

@@ -6,11 +6,14 @@ import json
 import os
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import unquote
 from urllib.request import Request as HttpRequest
 from urllib.request import urlopen
 
@@ -52,7 +55,7 @@ class ServerEngine:
 
     def __init__(self, model: Any, config: GRPOConfig, dtype: torch.dtype) -> None:
         given = config.vllm_server_base_url
-        self.url = (given or f"http://{config.vllm_server_host}:{config.vllm_server_port}").rstrip("/")
+        self.url, self._headers = _address(given or f"http://{config.vllm_server_host}:{config.vllm_server_port}")
         setting = "vllm_server_base_url" if given else "vllm_server_host, vllm_server_port"
         self.where = f"the vLLM server at {self.url} ({setting})"
         name = str(read_setting(model.config, "_name_or_path") or "MODEL")
@@ -165,7 +168,7 @@ class ServerEngine:
     ) -> Any:  # fmt: skip
         """What the server answers. Raises ServerError, which says what failed."""
         data = None if body is None else json.dumps(body).encode()
-        request = HttpRequest(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        request = HttpRequest(self.url + path, data, self._headers, method=method)
         try:
             with urlopen(request, timeout=timeout) as response:
                 text = response.read()
@@ -174,13 +177,24 @@ class ServerEngine:
             reason = f"{path} says {error.code} {_said(error)}"
         except ValueError as error:
             reason = f"{path} gives no JSON: {first_line(error)}"
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             why = getattr(error, "reason", error)
             raise ServerError(
                 f"{self.where} does not answer: {first_line(why) if isinstance(why, BaseException) else why}"
                 + ("; start it again, and resume from the last checkpoint" if failed != "failed" else "")
             ) from error
         raise ServerError(f"{self.where} {failed}: {reason}" + (f"; {advice}" if advice else ""))
+
+
+def _address(given: str) -> tuple[str, dict[str, str]]:
+    """An address without the name and password that it may hold, and the headers of requests, which send them."""
+    headers = {"Content-Type": "application/json"}
+    before, sign, rest = given.rstrip("/").partition("://")
+    host, slash, path = rest.partition("/")
+    who, at, host = host.rpartition("@")
+    if at:
+        headers["Authorization"] = f"Basic {b64encode(unquote(who).encode()).decode()}"
+    return f"{before}{sign}{host}{slash}{path}", headers
 
 
 def _said(error: HTTPError) -> str:
@@ -190,7 +204,7 @@ def _said(error: HTTPError) -> str:
         said = json.loads(text)
         said = said.get("error", said.get("detail", said)) if isinstance(said, Mapping) else said
         text = str(said.get("message", said) if isinstance(said, Mapping) else said)
-    except (OSError, ValueError):
+    except (OSError, HTTPException, ValueError):
         text = str(error.reason)
     return " ".join(text.split())[:300]
 
