@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grouprl import cli
-from grouprl.printing import LastingStream, show
+from grouprl.printing import LastingStream, in_markdown, show
 
 TEXT = "h\xe4, \u20ac, \U0001f600, \ud800, \x00"
 
@@ -26,9 +26,9 @@ def written(stream: io.TextIOWrapper) -> bytes:
 @pytest.mark.parametrize(
     ("encoding", "expected"),
     [
-        ("ascii", b"h\\xe4, \\u20ac, \\U0001f600, \\ud800, \x00\n"),
-        ("cp1252", b"h\xe4, \x80, \\U0001f600, \\ud800, \x00\n"),
-        ("utf-8", b"h\xc3\xa4, \xe2\x82\xac, \xf0\x9f\x98\x80, \\ud800, \x00\n"),
+        ("ascii", b"h\\xe4, \\u20ac, \\U0001f600, \\ud800, \\x00\n"),
+        ("cp1252", b"h\xe4, \x80, \\U0001f600, \\ud800, \\x00\n"),
+        ("utf-8", b"h\xc3\xa4, \xe2\x82\xac, \xf0\x9f\x98\x80, \\ud800, \\x00\n"),
     ],
 )
 def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch, encoding: str, expected: bytes) -> None:
@@ -39,6 +39,23 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch, enco
     monkeypatch.setattr(sys, "stdout", out)
     show(TEXT)
     assert written(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"), ("a\rb\r\nc\n\td", "a\\rb\r\nc\n\td"),
+        ("\x9b31m \x7f \u202e \u2028", r"\x9b31m \x7f \u202e \u2028"), ("h\xe4 \u20ac \u05d0", "h\xe4 \u20ac \u05d0"),
+    ],
+)  # fmt: skip
+def test_text_of_others_does_nothing_to_a_terminal(text: str, expected: str) -> None:
+    stream = encoded("utf-8")
+    show(text, stream)
+    assert written(stream).decode() == expected + "\n"
+
+
+def test_text_of_others_stays_in_its_line_of_markdown() -> None:
+    assert in_markdown("a\n---\n# <script>x</script>\x1b[2J") == r"a --- # &lt;script>x&lt;/script>\x1b[2J"
 
 
 def full() -> io.TextIOWrapper:

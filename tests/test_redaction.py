@@ -118,3 +118,19 @@ def test_errors_and_the_log_hold_no_secrets(caplog: pytest.LogCaptureFixture) ->
         assert "(secret)" in str(error)
     logging.getLogger("grouprl").warning("settings %s at %s", {"password": "pw12"}, "https://a:b@c")
     assert caplog.messages == ["settings {'password': '(secret)'} at https://(secret)@c"]
+
+
+def test_a_secret_of_the_environment_is_told_in_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, held in {"WANDB_API_KEY": "0123abcd" * 5, "MY_PASSWORD": "short", "SSL_KEY": "/etc/keys/own.pem"}.items():
+        monkeypatch.setenv(name, held)
+    said = "login with " + "0123abcd" * 5 + " failed; short; /etc/keys/own.pem"
+    assert redact(said) == "login with (secret $WANDB_API_KEY) failed; short; /etc/keys/own.pem"
+    given = {"address": f"https://host/{'0123abcd' * 5}/v1?x=y"}
+    hidden = without_secrets(given)
+    assert hidden == {"address": "https://host/(secret $WANDB_API_KEY)/v1?x=y"}
+    assert with_secrets(hidden, "env_kwargs") == given
+
+
+def test_what_is_logged_steers_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("grouprl").warning("the environment says %s", "\x1b[2J")
+    assert caplog.messages == ["the environment says \\x1b[2J"]

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+_CONTROL = re.compile("(?!\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What a terminal does instead of showing it, and what turns the order of the text around; not tab and line ends."""
+
+
+def visible(text: str) -> str:
+    """``text`` that does nothing to a terminal, such as clear it: control characters are written as ``\\x1b``."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def in_markdown(text: object) -> str:
+    """A text of others for one line of Markdown, which it does not end, without control characters and HTML."""
+    return visible(" ".join(str(text).split())).replace("<", "&lt;")
+
 
 def show(text: str, file: TextIO | None = None) -> None:
-    """Print ``text`` on ``file``, by default standard output.
+    """Print ``text`` on ``file``, by default standard output, with its control characters made `visible`.
 
     What its encoding lacks is written as ``\\xe4``, ``\\u20ac``. Nothing happens if nobody can read it any more.
     """
+    text = visible(text)
     stream = sys.stdout if file is None else file
     if stream is not None:
         lasting = LastingStream(stream)

@@ -10,7 +10,10 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+from grouprl.printing import visible
 
 _HIDDEN = "(secret)"
 _PLACE = re.compile(r"\(secret(?: \$(\w+))?\)")
@@ -51,12 +54,34 @@ _HARMLESS = {
 
 
 def redact(text: str) -> str:
-    """``text`` without what has the shape of a secret, or stands quoted behind the name of one."""
+    """``text`` without what has the shape of a secret, stands quoted behind the name of one, or is one of the
+    environment's."""
+    for name, held in _of_environment():
+        text = text.replace(held, f"(secret ${name})")
     text = _SHAPES.sub(_HIDDEN, text)
     text = _IN_URL.sub(_HIDDEN, text)
     text = _BEARER.sub(_HIDDEN, text)
     text = _QUERY.sub(lambda m: f"{m['name']}={_HIDDEN}" if _is_secret(m["name"], m["value"]) else m[0], text)
     return _ASSIGNED.sub(_redact_assigned, text)
+
+
+_SHORTEST = 8
+"""Characters of a variable's value that is looked for in text: shorter ones are words, such as ``true``."""
+
+
+def _of_environment() -> list[tuple[str, str]]:
+    """Variables whose names are those of secrets, and whose values can be nothing else; longer values first."""
+    found = [
+        (name, held)
+        for name, held in os.environ.items()
+        if len(held) >= _SHORTEST and name != "PWD" and os.sep not in held[:1] and _is_secret_name(name)
+    ]
+    return sorted(found, key=lambda pair: -len(pair[1]))
+
+
+@cache
+def _is_secret_name(name: str) -> bool:
+    return _is_secret(name, "something")
 
 
 def _redact_assigned(match: re.Match[str]) -> str:
@@ -95,6 +120,8 @@ def with_secrets(value: Any, where: str) -> Any:
     place = _PLACE.search(value) if isinstance(value, str) else None
     if place is None:
         return value
+    if place[1] and place[1] in os.environ:  # also within other text, such as an address
+        return with_secrets(value[: place.start()] + os.environ[place[1]] + value[place.end() :], where)
     name = re.sub(r"\W", "_", where.rpartition(".")[2]).upper()
     variables = [place[1], f"GROUPRL_{name}", *(("HF_TOKEN",) if name.endswith("TOKEN") else ())]
     for variable in variables:
@@ -119,10 +146,10 @@ def _is_secret(name: str, value: Any) -> bool:
 
 
 class _Redacting(logging.Filter):
-    """Takes secrets out of what grouprl logs."""
+    """Takes secrets out of what grouprl logs, and what would steer a terminal."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), None
+        record.msg, record.args = visible(redact(record.getMessage())), None
         return True
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from grouprl import GRPO, cli
 from grouprl.bench import harness, results, tables
+from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.episodes import play
 from grouprl.bench.rows import Rows, read_rows
 from grouprl.bench.worker import run_environment, run_language_model
@@ -169,6 +170,35 @@ def test_a_file_of_something_else_is_no_file_of_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"id": 3}\n')
     with pytest.raises(DamagedFileError, match="line 1 is no run"):
         read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"curve": None}, {"curve": [1]}, {"curve": [{"step": "x"}]}, {"steps_done": "x"}, {"sampled": {}},
+        {"greedy": {"mean": "1"}}, {"seconds": 10**400}, {"versions": []}, {"machine": {}},
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_stand_in_a_table_is_one_line(tmp_path: Path, changed: dict[str, Any]) -> None:
+    lines = [json.dumps(row("a", seed, 1.0) | extra) for seed, extra in enumerate(({}, changed))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(
+        DamagedFileError, match=rf"rows.jsonl is no file of rows: line 2 is no run: {next(iter(changed))}[^\n]*$"
+    ):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_rows_hold_no_secrets(tmp_path: Path) -> None:
+    cell = Cell("m", "s", ENVIRONMENTS, 10, 0, env_kwargs={"api_key": "mine12345", "n": 3})
+    with Rows.held(tmp_path) as rows:
+        rows.append(cell, {"status": "failed", "error": "no"}, 1)
+    (found,) = read_rows(tmp_path / "rows.jsonl")
+    assert found["env_kwargs"] == {"api_key": "(secret)", "n": 3}
+    assert found["id"] == cell.id
+
+
+def test_a_name_ends_neither_its_cell_nor_its_line() -> None:
+    assert tables.markdown([["a"], ["x|y\n<img src=x>"]]) == "| a |\n| --- |\n| x\\|y &lt;img src=x> |\n"
 
 
 def row(method: str, seed: int, greedy: float, steps: int = 100) -> dict[str, Any]:

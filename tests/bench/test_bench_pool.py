@@ -64,6 +64,15 @@ def test_a_worker_is_given_its_cell_and_its_points_and_result_are_heard(tmp_path
         ("os.kill(os.getpid(), 9)", "killed by SIGKILL"),
         ("pass", "it ended without a result"),
         (RESULT + "; sys.exit(3)", "it ended without a result"),
+        (
+            'print(json.dumps({"result": {"mean": 5.0}}))',
+            "its worker gave no result that can be used: greedy: Field required",
+        ),
+        (
+            'print(json.dumps({"point": {"step": "x"}})); ' + RESULT,
+            "its worker gave no result that can be used: curve.0.step: Input should be a valid number",
+        ),
+        ('raise ValueError("no entry with hf_" + "a1B2" * 8)', "ValueError: no entry with (secret)"),
     ],
 )
 def test_a_worker_that_breaks_is_an_outcome_and_the_others_go_on(tmp_path: Path, code: str, error: str) -> None:
@@ -71,6 +80,12 @@ def test_a_worker_that_breaks_is_an_outcome_and_the_others_go_on(tmp_path: Path,
     assert outcomes["bad"]["status"] == "failed"
     assert outcomes["bad"]["error"] == error
     assert outcomes["good"]["status"] == "done"
+
+
+def test_a_secret_is_kept_out_of_what_a_worker_said(tmp_path: Path) -> None:
+    code = 'sys.stderr.write("hf_" + "a1B2" * 8 + "x" * 1975); sys.exit(1)'
+    said = run(worker(tmp_path, "bad", code))["bad"]
+    assert "B2" not in said["said"] + said["error"]
 
 
 def test_a_command_that_does_not_exist_is_an_outcome_too() -> None:

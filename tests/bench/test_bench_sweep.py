@@ -17,7 +17,7 @@ from grouprl.bench.asked import asked
 from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.space import Space
 from grouprl.bench.sweep import Sweep
-from grouprl.errors import UsageError
+from grouprl.errors import DamagedFileError, UsageError
 
 WORKER = """
 import json, os, sys, time
@@ -197,3 +197,15 @@ def test_a_grid_has_no_ranges_and_a_sampler_is_one_of_three() -> None:
         asked("CartPole-v1", {**options, "sampler": "grid"})
     with pytest.raises(UsageError, match="must be one of grid, random, tpe"):
         asked("CartPole-v1", {**options, "sampler": "bayes"})
+
+
+@pytest.mark.parametrize(
+    "found", [b"hello\n", b"[1]\n", b"null\n", b'{"op_code": 99, "worker_id": "x"}\n', b"\0\0\n", b"\xff\xfe\n"]
+)
+def test_a_journal_of_something_else_is_one_line_that_says_what_to_do(tmp_path: Path, found: bytes) -> None:
+    journal = tmp_path / "out" / "study.journal"
+    journal.parent.mkdir()
+    journal.write_bytes(found)
+    with pytest.raises(DamagedFileError, match=r"study\.journal is no journal of a sweep[^\n]*; move it away: [^\n]*$"):
+        sweep.run(made(tmp_path), journal.parent, jobs=1, say=lambda line: None)
+    assert not calls(tmp_path)

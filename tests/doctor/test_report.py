@@ -57,6 +57,19 @@ def text_of(page: Path) -> str:
     return re.sub(r"\s+", " ", parser.found)
 
 
+@pytest.mark.parametrize(
+    "summary",
+    [
+        {"eval": NASTY}, {"eval": {"mean_return": NASTY, "episodes": float("inf")}}, {"train_seconds": 10**400},
+        {"reward_threshold": 1, "solved_at_steps": NASTY}, {"reward_threshold": 1, "solved_at_steps": [1]},
+    ],
+)  # fmt: skip
+def test_a_summary_of_something_else_is_shown_without_its_numbers(tmp_path: Path, summary: dict[str, Any]) -> None:
+    page = write_report(run(tmp_path / "run", summary=summary).path)
+    assert "\u2013" in text_of(page)
+    assert "<script>alert" not in page.read_text()
+
+
 def test_it_says_what_the_run_was_how_it_went_and_what_is_wrong(tmp_path: Path) -> None:
     final = {"mean_return": 38.5, "std_return": 1.5, "episodes": 100, "min": 30, "max": 39}
     folder = run(tmp_path / "r", rises=True, summary={"eval": final, "reward_threshold": 35.0, "solved_at_steps": 3600})

@@ -75,3 +75,29 @@ def test_a_signal_before_a_run_begins_is_one_line_and_leaves_nothing(tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "stopped; grouprl resume goes on with a run that had begun\n")
     assert not (tmp_path / "run").exists()
+
+
+SWALLOWING = """
+import os, signal, sys
+import grouprl.cli
+what = sys.argv.pop()
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "grouprl.envs.training":
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                [None for _ in range(1000)]
+            except KeyboardInterrupt:
+                if what == "replaced":
+                    raise ModuleNotFoundError("could not import a module") from None
+sys.meta_path.insert(0, Interrupting())
+grouprl.cli.main()
+"""
+
+
+@pytest.mark.parametrize("what", ["replaced", "swallowed"])
+def test_a_signal_that_a_library_makes_something_else_of_still_ends_the_command(tmp_path: Path, what: str) -> None:
+    command = ["train", "CartPole-v1", "--steps", "2000", "--out", str(tmp_path / "run"), what]
+    done = subprocess.run([sys.executable, "-c", SWALLOWING, *command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped; grouprl resume goes on with a run that had begun\n")
+    assert not (tmp_path / "run" / "model.safetensors").exists()

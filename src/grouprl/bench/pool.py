@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from grouprl.bench.cells import Cell
+from grouprl.bench.outcomes import problem
+from grouprl.redaction import redact
 
 Outcome = dict[str, Any]
 """What came of a cell: ``status`` (done or failed), ``curve``, what the worker said, and what was measured of it."""
@@ -73,13 +75,22 @@ class _Running:
         """What came of it, once it has ended."""
         seconds, code = time.monotonic() - self.began, self.process.returncode
         measured = {"seconds": seconds, "peak_memory_mb": self.peak_mb, "curve": self.points}
-        if code == 0 and isinstance(self.said.get("result"), dict) and "error" not in self.said:
-            return {"status": "done", **measured, **self.said["result"]}
-        self.err.seek(0)
-        tail = self.err.read()[-_TAIL:].decode("utf-8", "replace").strip()
+        tail = self._tail()
         last = tail.splitlines()[-1] if tail else "it ended without a result"
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else last
-        return {"status": "failed", **measured, "error": str(self.said.get("error", ended)), "said": tail}
+        if code == 0 and isinstance(self.said.get("result"), dict) and "error" not in self.said:
+            done = {**measured, **self.said["result"], "status": "done"}
+            wrong = problem(done)
+            if wrong is None:
+                return done
+            measured, ended = {**measured, "curve": []}, f"its worker gave no result that can be used: {wrong}"
+        error = redact(str(self.said.get("error", ended)))
+        return {"status": "failed", **measured, "error": error, "said": tail}
+
+    def _tail(self) -> str:
+        """The last of what it said on standard error, without secrets, of which none may be cut in two before."""
+        self.err.seek(0)
+        return redact(self.err.read()[-3 * _TAIL :].decode("utf-8", "replace"))[-_TAIL:].strip()
 
     def end(self) -> None:
         """Kill it with all that it started."""

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.bench.cells import Cell
+from grouprl.bench.outcomes import problem
 from grouprl.bench.pool import Outcome, cores
 from grouprl.errors import DamagedFileError
+from grouprl.redaction import without_secrets
 from grouprl.runs.appended import AppendedFile
 from grouprl.runs.files import read_bytes
 from grouprl.runs.lock import locked
@@ -42,10 +44,11 @@ def _parse(path: Path, number: int, line: bytes) -> Row:
         row = json.loads(line)
         if not isinstance(row, dict) or not all(isinstance(row[name], kind) for name, kind in _NEEDED.items()):
             raise ValueError
-        if row["status"] == "done":
-            float(row["greedy"]["mean"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, RecursionError):
         raise DamagedFileError(f"{path} is no file of rows: line {number} is no run") from None
+    wrong = problem(row) if row["status"] == "done" else None
+    if wrong is not None:
+        raise DamagedFileError(f"{path} is no file of rows: line {number} is no run: {wrong}")
     return row
 
 
@@ -78,8 +81,8 @@ class Rows:
                 rows._file.close()
 
     def append(self, cell: Cell, outcome: Outcome, jobs: int) -> Row:
-        """Write down what came of a cell."""
-        row = {"id": cell.id, **asdict(cell), **outcome, "jobs": jobs, **_context()}
+        """Write down what came of a cell, without the secrets among its settings."""
+        row: Row = without_secrets({"id": cell.id, **asdict(cell), **outcome, "jobs": jobs, **_context()})
         row["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._file.append(json.dumps(row) + "\n")
         self.by_id[cell.id] = row

@@ -20,7 +20,7 @@ from grouprl.bench.rows import Row, Rows
 from grouprl.bench.space import Settings, Space
 from grouprl.bench.statistics import iqm
 from grouprl.bench.tables import number
-from grouprl.errors import UsageError
+from grouprl.errors import DamagedFileError, UsageError, first_line
 from grouprl.runs.appended import whole_lines
 from grouprl.runs.files import write_bytes
 
@@ -110,11 +110,19 @@ def _study(sweep: Sweep, journal: Path) -> Study:
         write_bytes(journal, whole_lines(data))
     samplers = {"tpe": optuna.samplers.TPESampler(seed=0), "random": optuna.samplers.RandomSampler(seed=0)}
     points = sweep.cell.points
-    return optuna.create_study(
-        study_name=sweep.name, storage=JournalStorage(JournalFileBackend(str(journal))), load_if_exists=True,
-        direction="maximize", sampler=samplers.get(sweep.sampler, samplers["random"]),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=points // 4),
-    )  # fmt: skip
+    try:
+        return optuna.create_study(
+            study_name=sweep.name, storage=JournalStorage(JournalFileBackend(str(journal))), load_if_exists=True,
+            direction="maximize", sampler=samplers.get(sweep.sampler, samplers["random"]),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=points // 4),
+        )  # fmt: skip
+    except OSError:
+        raise
+    except Exception as error:  # whatever Optuna meets in lines that are not its own
+        raise DamagedFileError(
+            f"{journal} is no journal of a sweep, or a damaged one ({type(error).__name__}: {first_line(error)}); move "
+            "it away: runs that have a row are not done again"
+        ) from error
 
 
 @dataclass

@@ -9,6 +9,7 @@ import numpy as np
 from grouprl.bench.plan import Scale
 from grouprl.bench.results import RETURNS, Results
 from grouprl.bench.statistics import FEW_SEEDS, Array, difference, improvement, interval, iqm
+from grouprl.printing import in_markdown
 
 _METHOD = (
     "IQM: the mean of the middle half of the runs. In brackets: its 95 % interval by the stratified bootstrap over "
@@ -142,4 +143,9 @@ def warnings(results: Results) -> list[str]:
 def markdown(lines: list[list[str]]) -> str:
     """A table whose first line is its header."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join("| " + " | ".join(map(_cell, line)) + " |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that ends neither its cell nor its line, and is no HTML."""
+    return in_markdown(text).replace("|", "\\|")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from grouprl.cli.common import app, count
+from grouprl.printing import show
 
 Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at once, each on one core.  [default: one for each core]")]
 Metric = Annotated[
@@ -39,7 +40,7 @@ def bench(
     metric: Metric = "greedy",
     reference: Reference = None,
     table: Annotated[bool, typer.Option("--table", help="Run nothing: make tables and figures again.")] = False,
-    show: Annotated[bool, typer.Option("--list", help="Run nothing: name the runs.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Run nothing: name the runs.")] = False,
 ) -> None:
     """Run a benchmark: methods x environments or language models x seeds, then tables and figures.
 
@@ -65,24 +66,22 @@ def bench(
     planned = planned.only(only) if only else planned
     folder = user_path(out) if out is not None else Path("runs") / f"bench-{planned.name}"
     rows = {row["id"]: row for row in read_rows(folder / "rows.jsonl")}
-    if show:
+    if listed:
         for cell in planned.cells:
-            print(f"{rows[cell.id]['status'] if cell.id in rows else 'to do':7s} {cell.name} ({cell.steps:,} steps)")
+            show(f"{rows[cell.id]['status'] if cell.id in rows else 'to do':7s} {cell.name} ({cell.steps:,} steps)")
         return
     failed = 0
     harness.check_report(planned, metric, reference)
     if not table:
         plan.check(planned)
         with leaving_on_signals("stopped; the same command goes on, and runs that have a row are not done again"):
-            failed = harness.run(
-                planned, folder, jobs=jobs or len(pool.cores()), again=again, say=lambda line: print(line, flush=True)
-            )
+            failed = harness.run(planned, folder, jobs=jobs or len(pool.cores()), again=again, say=show)
     found = harness.rows_in(planned, folder)
     text = harness.report(
         found, folder, planned.name, scales=planned.scales, metric=metric, reference=reference, about=planned.about,
         missing=len(planned.cells) - len(found),
     )  # fmt: skip
-    print(f"\n{text}\nwrote {folder / 'table.md'}, curves.png and scores.png")
+    show(f"\n{text}\nwrote {folder / 'table.md'}, curves.png and scores.png")
     if failed:
         print(f"error: {failed} runs failed; their rows say why", file=sys.stderr)
         raise typer.Exit(1)
@@ -144,8 +143,8 @@ def sweep(
     swept.check()
     folder = user_path(out) if out is not None else Path("runs") / f"sweep-{Path(swept.cell.subject).stem}"
     with leaving_on_signals("stopped; the same command goes on, and runs that have a row are not done again"):
-        found = sweeping.run(swept, folder, jobs=jobs or len(pool.cores()), say=lambda line: print(line, flush=True))
-    print(f"\n{harness.report_sweep(swept, found, folder)}\nwrote {folder / 'table.md'} and {folder / 'sweep.png'}")
+        found = sweeping.run(swept, folder, jobs=jobs or len(pool.cores()), say=show)
+    show(f"\n{harness.report_sweep(swept, found, folder)}\nwrote {folder / 'table.md'} and {folder / 'sweep.png'}")
     if found.broken:
         raise typer.Exit(1)
 
@@ -168,7 +167,7 @@ def table_command(
 
     require("scipy")
     results = folders.of_folders(runs)
-    print(harness.table_text(results, metric, reference))
+    show(harness.table_text(results, metric, reference))
     if out is not None:
         harness.draw(results, metric, out)
         print(f"wrote {out}")

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import typer
 from grouprl.errors import GrouprlError, UsageError, first_line, shown
 from grouprl.extras import explain_missing
 from grouprl.machine.ranks import launched
-from grouprl.printing import lasting_streams
+from grouprl.printing import lasting_streams, show
 from grouprl.reading import parse_yaml, with_numbers
 from grouprl.runs.signals import leaving_on_signals
 
@@ -61,8 +61,8 @@ def count(text: str) -> int:
 
 def main() -> None:
     """Entry point: one clear line for an error of the user's or the environment's, a traceback only for ours."""
-    with lasting_streams() as problem, leaving_on_signals(), _only_the_first_prints():
-        status = _status()
+    with lasting_streams() as problem, leaving_on_signals() as stopped, _only_the_first_prints():
+        status = _status(stopped)
         if reason := problem():
             print(f"error: standard output could not be written: {reason}", file=sys.stderr)
             status = status or 1
@@ -93,10 +93,10 @@ def _is_held_up() -> bool:
     return bool(others) and limits is not None and limits.gave_up
 
 
-def _status() -> int | str | None:
+def _status(stopped: Callable[[], bool]) -> int | str | None:
     """Run the command; what it exits with."""
     try:
-        app()
+        _run(stopped)
     except SystemExit as stop:
         return stop.code
     except KeyboardInterrupt:
@@ -104,18 +104,18 @@ def _status() -> int | str | None:
     except GrouprlError as error:
         if os.environ.get("GROUPRL_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        show(f"error: {error}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except ModuleNotFoundError as error:
         explained = explain_missing(error)
         if explained is None or os.environ.get("GROUPRL_TRACEBACK"):
             raise
-        print(f"error: {explained}", file=sys.stderr)
+        show(f"error: {explained}", sys.stderr)
         return 2
     except ImportError as error:  # a library that cannot be loaded, such as where memory is limited
         if (error.name or "").startswith("grouprl") or os.environ.get("GROUPRL_TRACEBACK"):
             raise
-        print(f"error: a package cannot be loaded: {first_line(error)}", file=sys.stderr)
+        show(f"error: a package cannot be loaded: {first_line(error)}", sys.stderr)
         return 1
     except MemoryError:
         if os.environ.get("GROUPRL_TRACEBACK"):
@@ -125,9 +125,19 @@ def _status() -> int | str | None:
     except OSError as error:  # a name that is too long, a folder without permission, ...
         if error.filename is None or os.environ.get("GROUPRL_TRACEBACK"):
             raise
-        print(f"error: cannot use {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        show(f"error: cannot use {shown(str(error.filename))}: {error.strerror}", sys.stderr)
         return 2
     return 0
+
+
+def _run(stopped: Callable[[], bool]) -> None:
+    """Run the command. After a signal an error says nothing: it may be what a library made of an import that ended."""
+    try:
+        app()
+    except Exception:
+        if stopped():
+            raise KeyboardInterrupt from None
+        raise
 
 
 def assigned(pairs: list[str] | None) -> dict[str, Any]:

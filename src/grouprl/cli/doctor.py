@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from grouprl.cli.common import app
+from grouprl.printing import show
 
 
 @app.command()
@@ -28,7 +29,7 @@ def doctor(
     if as_json:
         print(json.dumps({"run": str(run), "healthy": not ill, "diagnoses": [asdict(one) for one in found]}, indent=2))
     else:
-        print(to_text(found))
+        show(to_text(found))
     if ill:
         raise typer.Exit(1)
 
@@ -50,4 +51,4 @@ def report(
         from grouprl.envs.recorder import default_settings
 
         defaults = default_settings()
-    print(f"wrote {write_report(run, defaults)}")
+    show(f"wrote {write_report(run, defaults)}")

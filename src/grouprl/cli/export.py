@@ -10,6 +10,7 @@ import typer
 from grouprl.cli.common import app
 from grouprl.cli.runs import Run, of_language
 from grouprl.errors import UsageError
+from grouprl.printing import show
 from grouprl.runs.files import user_path
 
 
@@ -37,7 +38,7 @@ def export(
         from grouprl.lm.run.export import export as export_model
 
         for line in export_model(run, out, format):
-            print(line)
+            show(line)
         return
     from grouprl.envs.exported import export_policy
     from grouprl.envs.grpo import GRPO
@@ -52,6 +53,6 @@ def export(
         out = folder.export_path(kind) if folder else given.with_name(f"{given.stem}-export-{kind}")
     made = export_policy(agent, out, kind, run=folder)
     for note in made.notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
     print(f"agrees with predict in {made.checked}; largest difference {made.difference:.1e}")
     print(f"wrote {made.file}; {made.folder / 'README.md'} says how to load it")

@@ -11,6 +11,7 @@ import typer
 from grouprl.cli import train, train_lm
 from grouprl.cli.common import app, command, count
 from grouprl.errors import UsageError
+from grouprl.printing import show
 from grouprl.runs.files import user_path
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def evaluate(
             raise UsageError("--sampled and --on are for environments; a language model answers greedily")
         if seed:
             raise UsageError("--seed is for environments; a language model answers the same questions each time")
-        print(_measured(evaluate_model(run, episodes, answers), wording(RunFolder.open(run).read_config())))
+        show(_measured(evaluate_model(run, episodes, answers), wording(RunFolder.open(run).read_config())))
         return
     from grouprl.envs.evaluation import evaluate as evaluate_agent
     from grouprl.envs.grpo import GRPO
@@ -95,7 +96,7 @@ def evaluate(
         agent, env, 100 if episodes is None else episodes, deterministic=not sampled, seed=seed
     ).summary()
     kind = "sampled" if sampled else "greedy"
-    print(
+    show(
         f"{env or agent.env_id}: mean return {result['mean_return']:.2f} +- {result['std_return']:.2f} "
         f"(std over episodes), min {result['min']:.2f}, max {result['max']:.2f}, "
         f"{result['episodes']:.0f} {kind} episodes of {result['mean_length']:.0f} steps on average"
@@ -131,18 +132,18 @@ def chat(
     _check_arena(user_path(run), language=True)
     if is_agent(run):
         watching = Watching.open(run, sampled=sampled, max_tokens=tokens)
-        print(watching.about)
+        show(watching.about)
         _watch(watching)
         return
     from grouprl.lm.run.chat import Chat
 
     conversation = Chat.open(run, sampled=sampled, max_tokens=tokens, bare=bare)
-    print(f"{conversation.about} (an empty line ends it)")
+    show(f"{conversation.about} (an empty line ends it)")
     while question := _typed():
         try:
-            print(conversation.ask(question), flush=True)
+            show(conversation.ask(question))
         except UsageError as error:  # of this question; the next one may do
-            print(f"error: {error}", file=sys.stderr)
+            show(f"error: {error}", sys.stderr)
 
 
 def _typed() -> str | None:
@@ -162,9 +163,9 @@ def _watch(watching: Watching) -> None:
             return
         try:
             for said in watching.play(line):
-                print(said, flush=True)
+                show(said)
         except UsageError as error:  # of this line; the next one may do
-            print(f"error: {error}", file=sys.stderr)
+            show(f"error: {error}", sys.stderr)
 
 
 @app.command()
@@ -198,7 +199,7 @@ def play(
     if not path.exists() or path.stat().st_mtime_ns == before:
         raise UsageError("; ".join(notes))
     for note in notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
     print(f"wrote {path}")
 
 
@@ -232,5 +233,5 @@ def plot(
 
 def _report(notes: list[str], out: Path) -> None:
     for note in notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
     print(f"wrote {out}")

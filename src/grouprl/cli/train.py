@@ -9,6 +9,7 @@ import typer
 
 from grouprl.cli.common import app, assigned, command, count
 from grouprl.errors import UsageError
+from grouprl.printing import show
 from grouprl.reading import read_yaml
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def report(result: RunResult) -> None:
     """Say what a run left and what to type next."""
     folder = result.folder.path
     for note in result.notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
     if result.summary is None:
         print(f"stopped after {result.agent.num_timesteps} steps; nothing is lost. Go on with:")
         print(f"  {command('grouprl')} resume {folder}")

@@ -9,6 +9,7 @@ import typer
 
 from grouprl.cli.common import app, assigned, command, count
 from grouprl.errors import UsageError
+from grouprl.printing import show
 
 if TYPE_CHECKING:
     from grouprl.lm.run.training import RunResult
@@ -90,7 +91,7 @@ def report(result: RunResult) -> None:
 
     folder, grouprl = result.folder.path, command("grouprl")
     for note in result.notes:
-        print(f"note: {note}")
+        show(f"note: {note}")
     if result.summary is None:
         print(f"stopped after {result.steps} steps; nothing is lost. Go on with:")
         print(f"  {grouprl} resume {folder}")

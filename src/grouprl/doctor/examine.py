@@ -66,7 +66,7 @@ def goal_of(folder: RunFolder) -> float | None:
         goal = folder.read_summary().get("reward_threshold")
     try:
         return None if goal is None else float(goal)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UsageError(f"{folder.path} names no return that is a number as its reward_threshold ({error})") from None
 
 

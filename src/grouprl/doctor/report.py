@@ -135,7 +135,8 @@ def _result(summary: Mapping[str, Any], metrics: Mapping[str, Array], language: 
             ("tokens per second", _number(summary.get("tokens_per_second"))),
         ]
     else:
-        final = summary.get("eval") or {}
+        final = summary.get("eval")
+        final = final if isinstance(final, Mapping) else {}
         spread = f"{_number(final.get('mean_return'))} ± {_number(final.get('std_return'))}"
         episodes = _number(final.get("episodes"))
         facts += [
@@ -148,7 +149,7 @@ def _result(summary: Mapping[str, Any], metrics: Mapping[str, Array], language: 
         solved = summary.get("solved_at_steps")
         if summary.get("reward_threshold") is not None:
             goal = _number(summary["reward_threshold"])
-            facts.append((f"solved (at {goal}) after", "not solved" if solved is None else f"{solved:,} steps"))
+            facts.append((f"solved (at {goal}) after", "not solved" if solved is None else f"{_number(solved)} steps"))
         facts.append(("steps per second", _number(summary.get("steps_per_second"))))
     facts.append(("seconds of training", _number(summary.get("train_seconds"))))
     return (
@@ -211,7 +212,11 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+_LARGEST = 1e18
+"""The largest number in size that says anything; a damaged summary may have infinity, or one that no float holds."""
+
+
 def _number(value: Any) -> str:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value != value:
+    if not isinstance(value, int | float) or isinstance(value, bool) or value != value or abs(value) > _LARGEST:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.3g}"

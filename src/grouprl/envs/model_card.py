@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.env_kwargs import to_json
+from grouprl.printing import in_markdown
 from grouprl.redaction import redact, without_secrets
 from grouprl.runs import RunFolder
 
@@ -29,7 +30,7 @@ def model_card(agent: GRPO, made: Exported, run: RunFolder | None) -> str:
 
     result = run.read_summary().get("eval") if run is not None else None
     result = result if isinstance(result, dict) and "mean_return" in result else None
-    name = agent.env_id or "an environment of its own"
+    name = in_markdown(agent.env_id or "an environment of its own")
     front = yaml.safe_dump(_metadata(name, result), sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{front}---\n\n# A policy for {name}\n",
@@ -157,7 +158,7 @@ def _versions(made: Exported) -> list[tuple[str, str]]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
+    lines = [head, ["---"] * len(head), *[[in_markdown(cell).replace("|", "\\|") for cell in row] for row in rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -20,6 +20,7 @@ from grouprl.runs.files import explain_os_error, is_sealed, list_folder, read_by
 from grouprl.runs.in_place import check_in_place
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
+from grouprl.runs.signals import leave_if_asked
 from grouprl.runs.state import load_state
 from grouprl.runs.temporaries import is_left_over
 
@@ -371,6 +372,7 @@ def newest_good(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[Path,
         try:
             return path, read(path)
         except DamagedFileError as error:
+            leave_if_asked()  # an import that a signal ended makes any file look damaged
             _log.warning("%s cannot be used, an older checkpoint may do: %s", path, error)
     return None
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from grouprl.printing import LastingStream, show
+from grouprl.printing import LastingStream, show, visible
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -58,7 +58,7 @@ class Progress:
         """Show a line of text, above the bar if there is one."""
         self._said = time.monotonic()
         if self._bar is not None:
-            self._bar.write(text, file=self._stream)
+            self._bar.write(visible(text), file=self._stream)
         elif sys.stderr is not None:
             show(text, sys.stderr)
 

@@ -15,6 +15,21 @@ Handler = Callable[[int, FrameType | None], object]
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+_left: list[bool] = []
+"""For each `leaving_on_signals` that was entered, whether a signal has come since."""
+
+
+def _leave() -> None:
+    _left[:] = [True] * len(_left)
+    raise KeyboardInterrupt
+
+
+def leave_if_asked() -> None:
+    """Raises KeyboardInterrupt once more if a library swallowed that of a signal, as some do in their imports."""
+    if any(_left):
+        raise KeyboardInterrupt
+
+
 @contextmanager
 def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Within, the first signal calls ``stop`` and lets the current update end; a second one acts at once.
@@ -30,8 +45,9 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
     def at_once(number: int, frame: FrameType | None) -> None:
         show("stopped at once; grouprl resume goes on from the last checkpoint", sys.stderr)
-        raise KeyboardInterrupt
+        _leave()
 
+    leave_if_asked()
     with _handling(handle) as heard:
         yield
 
@@ -39,17 +55,26 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def leaving_on_signals(
     said: str = "stopped; grouprl resume goes on with a run that had begun",
-) -> Iterator[None]:
-    """Within, a signal is ``said`` in one line and raises KeyboardInterrupt; a second one ends the process."""
+) -> Iterator[Callable[[], bool]]:
+    """Within, a signal is ``said`` in one line and raises KeyboardInterrupt; a second one ends the process.
+
+    Yields a function that says whether one came: a library may make another error of the KeyboardInterrupt, as
+    transformers does of what ends an import.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         for n in heard:
             signal.signal(n, signal.SIG_DFL)
         show(said, sys.stderr)
-        raise KeyboardInterrupt
+        _leave()
 
-    with _handling(leave) as heard:
-        yield
+    leave_if_asked()
+    _left.append(False)
+    try:
+        with _handling(leave) as heard:
+            yield lambda: any(_left)
+    finally:
+        _left.pop()
 
 
 @contextmanager

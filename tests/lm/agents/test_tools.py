@@ -232,3 +232,19 @@ def test_text_in_parts_is_text() -> None:
         return [{"type": "text", "text": "a "}, {"type": "text", "text": at}]
 
     assert tools(look).call("look", {"at": "door"}).text == "a door"
+
+
+def ask_an_address(key: str) -> str:
+    """Ask.
+
+    Args:
+        key: A key.
+    """
+    raise ConnectionError(f"no answer of https://host/v1?api_key={key}")
+
+
+def test_a_model_reads_no_secret_in_the_error_of_a_tool() -> None:
+    said = tools(ask_an_address).call("ask_an_address", {"key": "mine12345"})
+    assert said.failed
+    assert "mine12345" not in said.text
+    assert "ConnectionError: no answer of https://host/v1?api_key=(secret)" in said.text

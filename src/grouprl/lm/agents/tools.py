@@ -15,6 +15,7 @@ from typing import Any
 from grouprl.errors import UsageError, first_line, shown
 from grouprl.lm.agents.tool_calls import Schema
 from grouprl.lm.rewards.event_loop import EventLoop
+from grouprl.redaction import redact
 from grouprl.runs.time_limit import Expired, within
 
 Function = Callable[..., Any]
@@ -122,7 +123,8 @@ class Tools:
         return Outcome(bounded(text, self._most))
 
     def _failed(self, why: str) -> Outcome:
-        return Outcome(bounded(str({"error": why}), self._most), failed=True)
+        # An error quotes what it failed with, such as an address with its key: no word for a model or a transcript.
+        return Outcome(bounded(redact(str({"error": why})), self._most), failed=True)
 
 
 class NotTextError(ValueError):

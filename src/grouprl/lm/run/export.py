@@ -15,6 +15,7 @@ from grouprl.lm.run.data import load_task_data
 from grouprl.lm.run.models import hide_file_bars, load_trained, trained_model
 from grouprl.lm.run.recipe import Recipe
 from grouprl.lm.run.saved import settings_for_use
+from grouprl.printing import in_markdown
 from grouprl.redaction import redact
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path, write_text
@@ -85,11 +86,11 @@ def _card(recipe: Recipe, folder: RunFolder) -> str:
     measured = {name: summary[name] for name in ("accuracy_before", "accuracy_after") if name in summary}
     lines = [
         "---\nlibrary_name: transformers\ntags: [grpo, grouprl]\n---\n",
-        f"# {recipe.model}, trained on {recipe.subject}\n",
+        f"# {in_markdown(recipe.model)}, trained on {in_markdown(recipe.subject)}\n",
         f"Trained with GRPO in grouprl {version('grouprl')}, with adapters that are merged into these weights.\n",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n",
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```\n',
-        *(f"- {name.replace('_', ' ')}: {value}" for name, value in measured.items()),
+        *(f"- {name.replace('_', ' ')}: {in_markdown(value)}" for name, value in measured.items()),
         f"- torch {torch.__version__}, transformers {version('transformers')}",
     ]
     return redact("\n".join(lines) + "\n")
