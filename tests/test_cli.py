@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 from grouprl import GRPO, cli
+from grouprl.runs import time_limit
 
 FAST = [
     "--set", "n_envs=4", "--set", "collect=segments", "--set", "n_steps=64", "--set", "epochs=1",
@@ -228,3 +231,22 @@ def test_a_run_without_compiled_code_says_so(
     assert "note: trained without compiled code, more slowly and with other digits: there is no C compiler" in (
         capsys.readouterr().out
     )
+
+
+def test_a_command_called_in_a_thread_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that calls it there goes on, also if a call was given up before."""
+    monkeypatch.setattr(time_limit, "gave_up", True)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.append(("at once", status)))
+    monkeypatch.setattr(sys, "argv", ["grouprl", "doctor", "no such run"])
+    ended: list[tuple[str, object]] = []
+
+    def call() -> None:
+        try:
+            cli.main()
+        except SystemExit as stop:
+            ended.append(("raised", stop.code))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert ended == [("raised", 2)]

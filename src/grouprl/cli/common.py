@@ -88,7 +88,8 @@ def _only_the_first_prints() -> Iterator[None]:
 def _is_held_up() -> bool:
     """Whether threads of a call that was given up go on, for which the process would wait when it ends."""
     limits = sys.modules.get("grouprl.runs.time_limit")
-    others = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    here = (threading.main_thread(), threading.current_thread())
+    others = [t for t in threading.enumerate() if not t.daemon and t not in here]
     return bool(others) and limits is not None and limits.gave_up
 
 

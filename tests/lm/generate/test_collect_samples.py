@@ -1,6 +1,7 @@
 """A generation, on a scripted policy whose every completion is known beforehand."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,10 @@ class Script:
             micro_batches=lambda prompts, completions, group, turns: [], without_gradient=self._log_probs
         )
         self.share = lambda sizes, group: list(range(len(sizes)))
-        self.reference = SimpleNamespace(log_probs=lambda parts, lengths: self._log_probs(parts, lengths) - 0.1)
+        self.together = nullcontext
+        self.reference = SimpleNamespace(
+            in_place=nullcontext, log_probs=lambda parts, lengths: self._log_probs(parts, lengths) - 0.1
+        )
 
     def sample(self, prompts, group_size, generator, settings=None):
         self.asked.append([list(p) for p in prompts])
