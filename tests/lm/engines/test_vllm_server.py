@@ -22,6 +22,10 @@ from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.streams import Stream
 
 
+class _Patient(ThreadingHTTPServer):
+    request_queue_size = 128  # all requests of a generation come at once
+
+
 class StandIn:
     """A server of the routes that are asked, whose model is ``build()`` with other weights until it is handed some."""
 
@@ -62,7 +66,7 @@ class StandIn:
                 self.end_headers()
                 self.wfile.write(text)
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = _Patient(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
         self.thread.start()
