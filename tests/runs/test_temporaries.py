@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from grouprl.errors import UsageError
 from grouprl.runs import RunFolder
 from grouprl.runs.files import atomic_path, write_text
 from grouprl.runs.lock import locked
@@ -93,3 +94,9 @@ def test_a_folder_that_was_moved_away_to_be_replaced_comes_back(tmp_path: Path, 
     with locked(tmp_path):
         assert names(tmp_path) == [".lock", "model", "model/file"]
     assert (tmp_path / "model" / "file").read_text() == ("model" if replaced else f".model.{dead}.old")
+
+
+@pytest.mark.parametrize("path", ["", ".", "/", "..", "runs/.."])
+def test_nothing_is_written_in_the_place_of_a_folder_without_a_name(path: str) -> None:
+    with pytest.raises(UsageError, match="is a folder that is there already"), atomic_path(Path(path)):
+        pytest.fail("there is nothing to write")

@@ -28,7 +28,7 @@ def model_file(path: Path) -> Path:
     returned need not exist.
     """
     path = path if path.name else path.absolute()  # "." has no name of its own
-    beside = path.with_name(path.name + ".safetensors")
+    beside = path.parent / f"{path.name}.safetensors"
     if not path.is_dir():
         return path if path.suffix == ".safetensors" or path.exists() else beside
     model = path / "model.safetensors"

@@ -10,6 +10,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from grouprl.errors import UsageError
+
 _NAME = re.compile(r"\.(.+)\.(\d+)-([0-9a-f]{8})-\d+\.(tmp|old)(\.[^.]*)?")
 _SESSION = secrets.token_hex(4)
 """Tells this process from a dead one of the same number: in a container each process may be number 1."""
@@ -20,7 +22,11 @@ def beside(target: Path, kind: str = "tmp", suffix: str = "") -> Path:
     """A new path beside `target`: for what will replace it ("tmp"), or for what it replaces ("old").
 
     `suffix` is the end of the target's name, where that of the new path must be the same.
+
+    Raises UsageError if `target` has no name, as the current folder and the root have none.
     """
+    if target.name in ("", ".."):
+        raise UsageError(f"{target} is a folder that is there already; give the name of what is to be written in it")
     stem = target.name.removesuffix(suffix)
     return target.with_name(f".{stem}.{os.getpid()}-{_SESSION}-{next(_count)}.{kind}{suffix}")
 
