@@ -92,6 +92,16 @@ def test_filters_and_greedy_draws_are_those_of_the_settings(made: GRPOTrainer) -
     assert all(min(abs(float(c.logp) - p) for p in pair) < 1e-3 for c in first[:16])
 
 
+def test_more_prompt_tokens_than_one_pass_takes_are_drawn_from_as_well(made: GRPOTrainer) -> None:
+    sampler = made.policy.sampler
+    size = min(40, sampler.engine.context - 4)
+    prompts = [[1, *(3 + (i + j * j) % 9 for j in range(size - 1))] for i in range(400)]
+    drawn = sampler.sample(prompts, 1, SamplingSettings(2), Stream(7))
+    assert len(drawn) == 400
+    last = sampler.sample(prompts[399:], 1, SamplingSettings(2), Stream(7).next(400).of(slice(399, 400)))
+    assert last[0].ids == drawn[399].ids
+
+
 def test_what_does_not_fit_into_the_context_is_refused(made: GRPOTrainer) -> None:
     with pytest.raises(UsageError, match=r"takes 64 in all; raise vllm_max_model_length"):
         made.policy.sampler.sample(PROMPTS, 1, SamplingSettings(60), Stream(0))

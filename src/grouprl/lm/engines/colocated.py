@@ -47,7 +47,9 @@ class ColocatedEngine:
         device = next(model.parameters()).device
         for name, value in _BEFORE.items():
             os.environ.setdefault(name, value)
-        options: dict[str, Any] = {"block_size": _CPU_BLOCK} if device.type == "cpu" else {}
+        # Between the parts of a prompt vLLM turns a request's generator back, which torch cannot do on a CPU.
+        on_cpu = {"block_size": _CPU_BLOCK, "enable_chunked_prefill": False}
+        options: dict[str, Any] = on_cpu if device.type == "cpu" else {}
         with _undisturbed(), tempfile.TemporaryDirectory() as folder:
             try:
                 from vllm import LLM, SamplingParams
