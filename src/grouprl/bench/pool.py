@@ -87,8 +87,8 @@ class _Running:
     def outcome(self) -> Outcome:
         """What came of it, once it has ended."""
         seconds, code = time.monotonic() - self.began, self.process.returncode
-        measured = {"seconds": seconds, "cpu_seconds": self.cpu_seconds, "peak_memory_mb": self.peak_mb}
-        measured["curve"] = self.points
+        spent = {"seconds": seconds, "cpu_seconds": self.cpu_seconds, "peak_memory_mb": self.peak_mb}
+        measured = {**spent, "curve": self.points}
         tail = self._tail()
         last = tail.splitlines()[-1] if tail else "it ended without a result"
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else last
