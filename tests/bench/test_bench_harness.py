@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from grouprl import GRPO, cli
+from command_line import call
+from grouprl import GRPO
 from grouprl.bench import harness, heard, results, tables, worker
 from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.episodes import play
@@ -52,17 +53,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fake.py").write_text(WORKER)
     (tmp_path / "some.yaml").write_text(FILE)
     return tmp_path
-
-
-def call(*arguments: str) -> int:
-    argv, sys.argv = sys.argv, ["grouprl", *arguments]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 def test_a_benchmark_leaves_rows_a_table_and_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
