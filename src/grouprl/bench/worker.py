@@ -54,7 +54,9 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     from grouprl.envs.grpo import GRPO
     from grouprl.envs.vector import reward_threshold
 
-    functions = {name: load_function(function, cell["folder"] or None) for name, function in cell["functions"].items()}
+    functions: dict[str, Any] = {
+        name: load_function(function, cell["folder"] or None) for name, function in cell["functions"].items()
+    }
     environment: dict[str, Any] = {"env": cell["env_id"], "env_kwargs": cell["env_kwargs"]}
     if sigma := cell.get("reward_noise", 0.0):
         environment = {"env": noisy_maker(cell["env_id"], cell["env_kwargs"], sigma, cell["seed"])}
