@@ -23,8 +23,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "src"), str(ROOT)]  # this library beside the others, and benchmarks.pixels
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # this library beside the others
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks.pixels
 
 import zoo_others
 import zoo_ppo
