@@ -220,39 +220,6 @@ class GRPOConfig(ObjectiveSettings):
         return "sync" if self.vectorization == "auto" and self.group_size is not None else self.vectorization
 
 
-def without_effect(
-    config: GRPOConfig, given: Mapping[str, Any], *, fits_baseline: bool, continuous: bool
-) -> dict[str, str]:
-    """Which of the settings ``given``, beside defaults, are not asked: names, and why.
-
-    They say how large a batch is, how the baseline is fitted, or how noisy actions are.
-
-    Args:
-        config: what all settings are. given: those that somebody chose.
-        fits_baseline: whether the closed-form baseline is. continuous: whether actions are drawn around a mean.
-    """
-    if config.whole_episodes:
-        unused = {
-            "n_steps": "a batch holds whole episodes, at least min_steps in all",
-            "max_steps": "a batch holds whole episodes",
-            "min_signals": "a batch holds whole episodes",
-        }
-    elif config.collect == "segments":
-        why = "collect is 'segments', and a batch holds n_steps per environment"
-        unused = dict.fromkeys(("min_steps", "max_steps", "min_signals"), why)
-    else:
-        unused = {"n_steps": "it counts with collect='segments'; set that, or min_steps, the least steps of a batch"}
-    fields = GRPOConfig.model_fields
-    if not fits_baseline:
-        of_baseline = [name for name in fields if name.startswith("baseline_")]
-        why = "no baseline is fitted; set advantage='baseline', or let advantage_function ask for values"
-        unused |= dict.fromkeys((*of_baseline, "gae_lambda"), why)
-    if not continuous:
-        why = "only continuous actions, of a Box, have a standard deviation"
-        unused |= dict.fromkeys(("log_std_init", "log_std_min"), why)
-    return {name: why for name, why in unused.items() if name in given and given[name] != fields[name].get_default()}
-
-
 def check_names(values: Mapping[str, Any]) -> None:
     """Raises UsageError for names that are no settings, each with the closest one that is."""
     refuse(_no_settings(values))

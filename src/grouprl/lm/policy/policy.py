@@ -20,6 +20,7 @@ from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
 from grouprl.lm.packed.trial import Trial
+from grouprl.lm.policy.balance import find_experts
 from grouprl.lm.policy.log_probs import LogProbs, check_logits
 from grouprl.lm.policy.reference import Reference
 from grouprl.lm.policy.sharded import ShardedModels
@@ -95,7 +96,8 @@ class Policy:
         ends = eos_token_ids(model, tokenizer)
         with nonzero_adapters(model), self.together():
             self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
-            self.log_probs.by_entropy = config.entropy_coef > 0
+            self.log_probs.by_entropy = config.has_entropy_bonus
+            self.log_probs.experts = find_experts(model, config.router_aux_loss_coef, trial.trial)
             self.packed = self.log_probs.backbone is not None
             self.sampler: CompletionSampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
         if not self.packed and config.attention == "auto":
