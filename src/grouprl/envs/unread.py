@@ -64,4 +64,5 @@ RULES: tuple[Unread, ...] = (
     ),
 )  # fmt: skip
 """All of them. They know, beside the settings: ``fits_baseline``, whether the closed-form baseline is; ``continuous``,
-whether actions are drawn around a mean; ``own_network``, ``own_advantage`` and ``own_surrogate``, whether such was given."""
+whether actions are drawn around a mean; ``own_network``, ``own_advantage`` and ``own_surrogate``, whether it was given.
+"""

@@ -25,7 +25,7 @@ from grouprl.lm.run.report import leave_results
 from grouprl.lm.run.saved import reading
 from grouprl.lm.run.trained import open_trained
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.settings.fields import OWN_TRACKERS
+from grouprl.lm.settings.trackers import OWN_TRACKERS
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
 from grouprl.lm.train.sinks import Recording

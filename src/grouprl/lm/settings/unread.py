@@ -56,7 +56,8 @@ RULES: tuple[Unread, ...] = (
         "lr_scheduler_type='constant' has no warmup; set 'constant_with_warmup', or leave it out",
     ),
     Unread(
-        ("num_train_epochs",), lambda c, _: c.max_steps > 0, "max_steps says how long the run is; leave one of them out",
+        ("num_train_epochs",), lambda c, _: c.max_steps > 0,
+        "max_steps says how long the run is; leave one of them out",
     ),
     Unread(
         ("data_seed",), lambda c, _: not c.shuffle_dataset, "shuffle_dataset=False keeps the order of the dataset",
@@ -99,4 +100,5 @@ RULES: tuple[Unread, ...] = (
     ),
 )  # fmt: skip
 """All of them. They know, beside the settings: ``episodes``, whether the model acts in several turns; ``own_optimizer``,
-``own_schedule``, ``own_advantage`` and ``own_surrogate``, whether such was given."""
+``own_schedule``, ``own_advantage`` and ``own_surrogate``, whether it was given.
+"""
