@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -30,9 +30,26 @@ class Expired(BaseException):
     """Raised within the call. It is no ``Exception``, so that code which handles those does not take it for its own."""
 
 
+_of_thread = threading.local()
+
+
+@contextlib.contextmanager
+def handing_over(to_main: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """In this thread, while the context is open, calls that compute are handed to ``to_main``.
+
+    It has the main thread call what it is given, waits, and returns or raises what that did.
+    """
+    _of_thread.to_main = to_main
+    try:
+        yield
+    finally:
+        del _of_thread.to_main
+
+
 def within(
-    seconds: float | None, call: Callable[[], T], progress: Callable[[], int] | None = None, name: str = "a call"
-) -> T:
+    seconds: float | None, call: Callable[[], T], progress: Callable[[], int] | None = None, name: str = "a call",
+    *, computes: bool = False,
+) -> T:  # fmt: skip
     """What ``call()`` returns, if it does in time; None: whenever it does.
 
     With ``progress``, a number that grows while the call gets on, the time counts from its last change.
@@ -42,10 +59,17 @@ def within(
     written beside their place and then moved, so the newest checkpoint stays. In another thread, and on
     Windows, the call runs in a thread beside, which ends as soon as it is back from what it waits for.
 
+    A call that computes within C, such as a regular expression that backtracks, keeps Python's lock, so that no other
+    thread runs, and none could end it. The main thread can be interrupted there. So a call that ``computes`` is made
+    there if this thread is :func:`handing_over`.
+
     Raises TimeoutError when ``seconds`` are over, and whatever the call raises.
     """
     if seconds is None:
         return call()
+    to_main = getattr(_of_thread, "to_main", None)
+    if computes and to_main is not None:
+        return to_main(lambda: within(seconds, call, progress, name))  # type: ignore[no-any-return]
     in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
     left = _Left(seconds, progress)
     try:

@@ -51,7 +51,7 @@ def test_the_bonus_is_in_the_loss_after_a_step_of_low_entropy_alone(low: bool, t
     assert bonus == pytest.approx([w * h for w, h in zip(applied, entropy, strict=True)], abs=1e-6)
     after = [0.05, 0.06, 0.06, 0.06] if low else [0.01] * 4
     assert [entry["entropy_coef"] for entry in logged(made)] == pytest.approx(after)
-    without = trainer(tmp_path / "b", max_steps=4)
+    without = trainer(tmp_path / "b", max_steps=4, use_adaptive_entropy=True, entropy_target=0.0)
     without.train()
     assert same(weights(made), weights(without)) != low
 

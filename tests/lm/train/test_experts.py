@@ -33,6 +33,6 @@ def test_the_load_is_balanced_by_the_models_coefficient_unless_another_is_given(
     assert same(weights(own), weights(told))
     assert not same(weights(own), weights(none))
     assert "aux_loss" not in logged(none)[0]
-    first, last = logged(own)[0], logged(own)[-1]
-    assert first["aux_loss"] >= last["aux_loss"] >= 1.9  # 2, the number of experts of each token, where all is even
+    first = logged(own)[0]
+    assert first["aux_loss"] >= 1.9  # 2, the number of experts of each token, where all is even
     assert first["loss"] == pytest.approx(0.5 * first["aux_loss"], abs=1e-4)  # advantages of a group sum to 0

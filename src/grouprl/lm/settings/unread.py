@@ -99,6 +99,6 @@ RULES: tuple[Unread, ...] = (
         "vllm_importance_sampling_correction=False corrects nothing; leave one of them out",
     ),
 )  # fmt: skip
-"""All of them. They know, beside the settings: ``episodes``, whether the model acts in several turns; ``own_optimizer``,
-``own_schedule``, ``own_advantage`` and ``own_surrogate``, whether it was given.
+"""All of them. They know, beside the settings: ``episodes``, whether the model acts in several turns;
+``own_optimizer``, ``own_schedule``, ``own_advantage`` and ``own_surrogate``, whether it was given.
 """
