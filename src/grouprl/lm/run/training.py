@@ -14,7 +14,7 @@ import torch
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.importing import load_function
-from grouprl.lm.generate.collect import ScoredGroups
+from grouprl.lm.generate.scored_groups import ScoredGroups
 from grouprl.lm.models.find import SMOLLM2
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import TaskData, load_task_data
