@@ -6,21 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small_runs import ROWS, logged, same, trainer, weights
-from transformers import MixtralConfig, MixtralForCausalLM
-
-from grouprl.lm.models.tiny import ALPHABET, tiny_tokenizer
-
-
-def mixture(coefficient: float) -> tuple[Any, Any]:
-    config = MixtralConfig(
-        vocab_size=len(ALPHABET), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64, router_aux_loss_coef=coefficient,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return MixtralForCausalLM(config).eval(), tiny_tokenizer()
+from small_runs import ROWS, logged, mixture, same, trainer, weights
 
 
 def test_the_load_is_balanced_by_the_models_coefficient_unless_another_is_given(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ _FIELDS = tuple(Fields.model_fields)
 _VLLM = tuple(name for name in _FIELDS if name.startswith("vllm_"))
 _SERVER = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout")
 _HERE = ("vllm_gpu_memory_utilization", "vllm_max_model_length")
-_CORRECTION = tuple(name for name in _FIELDS if name.startswith("vllm_importance_sampling_"))
+_CORRECTION = tuple(
+    name for name in _FIELDS if name.startswith(("vllm_importance_sampling_mode", "vllm_importance_sampling_clip"))
+)
 _OPTIMIZER = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate")
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
