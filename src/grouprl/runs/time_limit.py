@@ -19,6 +19,9 @@ T = TypeVar("T")
 _AGAIN = 1.0
 """Seconds between two attempts to end a call that goes on in spite of the first."""
 
+_LOOK = 0.2
+"""Seconds of computing between two looks at the time that is left."""
+
 _ATTEMPTS = 10
 """After so many the process ends instead: code that handles every exception for ever leaves no other way."""
 
@@ -121,12 +124,17 @@ def _interrupted(left: _Left, call: Callable[[], T], name: str) -> T:
             _end_process(f"{name} has gone on {_ATTEMPTS} times after its time was over, because it handles every "
                          "exception; let it handle none but those it knows (except ValueError:, say)")  # fmt: skip
 
+    def look(number: int, frame: FrameType | None) -> None:
+        if running and left.now() <= 0:
+            raise Expired
+
     before = signal.signal(signal.SIGURG, interrupt)
     timer = threading.Thread(target=wait, name="grouprl-time-limit", daemon=True)
     try:
         try:
             timer.start()
-            return call()
+            with _looking(look):
+                return call()
         finally:
             running = False
     except Expired:
@@ -137,6 +145,29 @@ def _interrupted(left: _Left, call: Callable[[], T], name: str) -> T:
         if timer.is_alive():
             timer.join()
         signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def _looking(look: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While this is open, the main thread calls ``look`` again and again, as long as the process computes.
+
+    A thread that waits for the end of the time does not run while C code keeps Python's lock. The system's timer does,
+    and a regular expression looks for signals as it goes. SIGVTALRM is hardly used; whoever does use it keeps it.
+    """
+    if signal.getsignal(signal.SIGVTALRM) not in (signal.SIG_DFL, _nothing):
+        yield
+        return
+    signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _LOOK, _LOOK)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, _nothing)  # and not the default, by which a late signal would end the process
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """For a signal that comes when nobody waits for it any more."""
 
 
 def _end_process(why: str) -> None:
