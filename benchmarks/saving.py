@@ -1,7 +1,7 @@
 """What checksums cost when a checkpoint is saved: the processor's time for them, beside that of the whole.
 
-The model has SmolLM2's shape (135 million weights, float32) and random values; beside it stand the moments of AdamW. No
-package of the model is needed. Saving ends on the disk: every file is flushed before its folder takes its place. How
+The model has SmolLM2's shape (135 million weights, float32) and random values; beside it stand the moments of AdamW.
+Saving ends on the disk: every file is flushed before its folder takes its place. How
 long that takes depends on the disk and on what else it does, so the processor's time is measured as well as the clock's.
 
     python benchmarks/saving.py --rounds 5 --out benchmarks/results/saving.md
