@@ -2,7 +2,7 @@
 
 The model has SmolLM2's shape (135 million weights, float32) and random values; beside it stand the moments of AdamW.
 Saving ends on the disk: every file is flushed before its folder takes its place. How
-long that takes depends on the disk and on what else it does, so the processor's time is measured as well as the clock's.
+long that takes depends on the disk and on what else it does, so the processor's time is measured beside the clock's.
 
     python benchmarks/saving.py --rounds 5 --out benchmarks/results/saving.md
 """
