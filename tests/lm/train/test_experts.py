@@ -11,7 +11,9 @@ from small_runs import ROWS, logged, mixture, same, trainer, weights
 
 def test_the_load_is_balanced_by_the_models_coefficient_unless_another_is_given(tmp_path: Path) -> None:
     def run(name: str, coefficient: float, **given: Any) -> Any:
-        made = trainer(tmp_path / name, model=mixture(coefficient), rows=ROWS[:4], max_steps=3, **given)
+        made = trainer(
+            tmp_path / name, model=mixture(coefficient), rows=ROWS[:4], max_steps=3, loss_type="grpo", **given
+        )
         made.train()
         return made
 
