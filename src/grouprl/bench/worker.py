@@ -8,12 +8,12 @@ import platform
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grouprl.bench.heard import warnings_heard
 from grouprl.errors import GrouprlError, first_line
 from grouprl.importing import load_function
 
@@ -47,16 +47,17 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
         cell: of :class:`~grouprl.bench.cells.Cell`, as plain values. point: is told of each evaluation.
     """
     from grouprl.bench.episodes import AT_ONCE
+    from grouprl.doctor import Watch
     from grouprl.envs.evaluation import Evaluator
     from grouprl.envs.grpo import GRPO
+    from grouprl.envs.vector import reward_threshold
 
     functions = {name: load_function(function, cell["folder"] or None) for name, function in cell["functions"].items()}
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always", UserWarning)
-        agent = GRPO(
-            cell["env_id"], preset=cell["preset"], env_kwargs=cell["env_kwargs"], seed=cell["seed"],
-            **functions, **cell["settings"],
-        )  # fmt: skip
+    agent = GRPO(
+        cell["env_id"], preset=cell["preset"], env_kwargs=cell["env_kwargs"], seed=cell["seed"],
+        **functions, **cell["settings"],
+    )  # fmt: skip
+    watch = Watch(agent.config.model_dump(), language_model=False, goal=reward_threshold(cell["env_id"]))
     evaluator = Evaluator(cell["env_id"], cell["env_kwargs"], n_envs=min(AT_ONCE, cell["point_episodes"]))
     every = max(1, cell["steps"] // cell["points"])
     due = every
@@ -66,11 +67,18 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
 
     def after_update(agent: GRPO, metrics: dict[str, float]) -> None:
         nonlocal due
-        if agent.num_timesteps < due:
-            return
+        evaluated: dict[str, float] = {}
+        if agent.num_timesteps >= due:
+            evaluated = {"eval_return": evaluate_now(agent, metrics)}
+        watch.note({**metrics, **evaluated}, agent.num_timesteps / cell["steps"])
+
+    def evaluate_now(agent: GRPO, metrics: dict[str, float]) -> float:
+        nonlocal due
         due = agent.num_timesteps - agent.num_timesteps % every + every
         training = {} if metrics["return_mean"] != metrics["return_mean"] else {"training": metrics["return_mean"]}
-        point({"step": agent.num_timesteps, "seconds": agent.train_seconds, "greedy": greedy_now(), **training})
+        greedy = greedy_now()
+        point({"step": agent.num_timesteps, "seconds": agent.train_seconds, "greedy": greedy, **training})
+        return greedy
 
     point({"step": 0, "seconds": 0.0, "greedy": greedy_now()})
     agent.learn(cell["steps"], callback=after_update)
@@ -81,7 +89,6 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     return {
         "steps_done": agent.num_timesteps, "train_seconds": agent.train_seconds, "greedy": greedy, "sampled": sampled,
         "parameters": sum(p.numel() for p in agent.policy.parameters()),
-        "warnings": [str(one.message) for one in heard if issubclass(one.category, UserWarning)],
         "versions": versions("grouprl", "torch", "numpy", "gymnasium"),
     }  # fmt: skip
 
@@ -124,11 +131,17 @@ def run_language_model(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
+    """Do a cell of either arena; returns what a row says of it, with what was warned of."""
+    do = run_environment if cell["env_id"] is not None else run_language_model
+    with warnings_heard() as warned:
+        return {**do(cell, point), "warnings": warned}
+
+
 def main() -> None:
     """Do the cell on standard input."""
     cell = json.loads(sys.stdin.readline())
     sys.stdout = sys.stderr  # what a user's own code prints is no message to the pool
-    run = run_environment if cell["env_id"] is not None else run_language_model
     try:
         result = run(cell, lambda found: tell({"point": found}))
     except Exception as error:
