@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from grouprl.errors import UsageError, refuse
+from grouprl.errors import refuse
 
 _NEVER = {
     "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
@@ -54,19 +54,13 @@ def asks_for_cpu(environ: Mapping[str, str] = os.environ) -> bool:
     return _on(environ, "ACCELERATE_USE_CPU")
 
 
-def fsdp_config(environ: Mapping[str, str] = os.environ) -> dict[str, str | list[str]] | None:
-    """How to shard weights, as transformers' ``fsdp_config`` has it, or None if that is not asked for.
+def fsdp_version(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Which FSDP is to shard weights, or None if that is not asked for. The launcher means 1 unless it is told."""
+    return (environ.get("FSDP_VERSION", "").strip() or "1") if _on(environ, "ACCELERATE_USE_FSDP") else None
 
-    Raises UsageError for the first version of FSDP, which the launcher means unless it is told otherwise.
-    """
-    if not _on(environ, "ACCELERATE_USE_FSDP"):
-        return None
-    version = environ.get("FSDP_VERSION", "").strip() or "1"
-    if version != "2":
-        raise UsageError(
-            f"accelerate launch --use_fsdp asks for version {version} of FSDP (FSDP_VERSION={version}), which is not "
-            "offered; launch with --fsdp_version 2"
-        )
+
+def fsdp_config(environ: Mapping[str, str] = os.environ) -> dict[str, str | list[str]]:
+    """How FSDP2 is to shard weights, as transformers' ``fsdp_config`` has it."""
     found: dict[str, str | list[str]] = dict(_UNLESS_SAID)
     for name, entry in _FSDP.items():
         value = environ.get(name, "").strip()
@@ -78,7 +72,7 @@ def fsdp_config(environ: Mapping[str, str] = os.environ) -> dict[str, str | list
 def refuse_all_of_it(what: str, environ: Mapping[str, str] = os.environ) -> None:
     """Raise UsageError if the launcher asks ``what`` for more than processes: sharding, low precision and the like."""
     found = never_offered(environ)
-    if _on(environ, "ACCELERATE_USE_FSDP"):
+    if fsdp_version(environ) is not None:
         found.append(_problem("ACCELERATE_USE_FSDP", environ["ACCELERATE_USE_FSDP"], "--use_fsdp", what))
     if mixed_precision(environ) == "bf16":
         found.append(_problem("ACCELERATE_MIXED_PRECISION", "bf16", "--mixed_precision", what))

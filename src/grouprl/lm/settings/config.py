@@ -16,7 +16,7 @@ from grouprl.lm.settings.as_dataclass import DataclassLike
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.fsdp import Sharding, read_sharding
-from grouprl.lm.settings.launcher import with_launcher
+from grouprl.lm.settings.launcher import of_launcher
 from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
 from grouprl.machine.ranks import Ranks, here, join
 from grouprl.objective_settings import explain
@@ -43,8 +43,6 @@ class GRPOConfig(Fields, metaclass=DataclassLike):
             values["output_dir"] = output_dir
         fields = type(self).model_fields
         settings, refused = translate(values, fields)
-        settings, in_vain = with_launcher(settings, {name: field.default for name, field in fields.items()})
-        refused += in_vain
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -52,6 +50,8 @@ class GRPOConfig(Fields, metaclass=DataclassLike):
         else:
             if self.eval_strategy != "no":
                 self.do_eval = True
+            for name, value in of_launcher(self).items():
+                setattr(self, name, value)
             if found := problems(self):
                 refused.append("; ".join(found))
         refuse(refused)

@@ -6,45 +6,47 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from grouprl.errors import UsageError, shown
-from grouprl.lm.settings.fsdp import mapping
-from grouprl.machine.accelerate_launch import asks_for_cpu, fsdp_config, mixed_precision, never_offered
+from grouprl.lm.settings.fields import Fields
+from grouprl.machine.accelerate_launch import (
+    asks_for_cpu,
+    fsdp_config,
+    fsdp_version,
+    mixed_precision,
+    never_offered,
+)
 
 
-def with_launcher(
-    settings: Mapping[str, Any], default: Mapping[str, Any], environ: Mapping[str, str] = os.environ
-) -> tuple[dict[str, Any], list[str]]:
-    """The settings with those that the launcher asks for, and what has to be said of what it asks for in vain.
-
-    What the script says of how to shard wins over the launcher.
-
-    Args:
-        settings: those that the script gives. default: the values of those that it does not give.
-    """
-    found, refused = dict(settings), never_offered(environ)
+def of_launcher(c: Fields, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The settings that the launcher asks for. What the script says of how to shard wins over the launcher."""
+    found: dict[str, Any] = {}
     if asks_for_cpu(environ):
         found["use_cpu"] = True
-    if mixed_precision(environ) == "bf16":
-        if found.get("bf16") is None:
-            found["bf16"] = True
-        elif str(found["bf16"]).lower() == "false":
-            refused.append(
-                "accelerate launch --mixed_precision bf16 (ACCELERATE_MIXED_PRECISION) and bf16=False say two things; "
-                "leave one of them out"
-            )
-    try:
-        if (launched := fsdp_config(environ)) is not None:
-            found["fsdp"] = found.get("fsdp") or True
-            found["fsdp_config"] = {**launched, **(mapping(found.get("fsdp_config")) or {})}
-    except UsageError as error:
-        refused.append(str(error))
-    except ValueError:  # of a setting that is no mapping, which is said where it is checked
-        pass
-    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip()
-    own = found.get("gradient_accumulation_steps", default["gradient_accumulation_steps"])
-    if steps not in ("", "auto", "1", str(own)):
-        refused.append(
-            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} and gradient_accumulation_steps={shown(own)} say two "
-            "things; set gradient_accumulation_steps, and unset the variable"
+    if c.bf16 is None and mixed_precision(environ) == "bf16":
+        found["bf16"] = True
+    if fsdp_version(environ) == "2":
+        found["fsdp"] = c.fsdp or True
+        found["fsdp_config"] = {**fsdp_config(environ), **(c.fsdp_config or {})}
+    return found
+
+
+def launcher_problems(c: Fields, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """What the launcher asks for in vain, and what to do about it, one sentence each."""
+    found = never_offered(environ)
+    if c.bf16 is False and mixed_precision(environ) == "bf16":
+        found.append(
+            "accelerate launch --mixed_precision bf16 (ACCELERATE_MIXED_PRECISION) and bf16=False say two things; "
+            "leave one of them out"
         )
-    return found, refused
+    version = fsdp_version(environ)
+    if version not in (None, "2"):
+        found.append(
+            f"accelerate launch --use_fsdp asks for version {version} of FSDP (FSDP_VERSION={version}), which is not "
+            "offered; launch with --fsdp_version 2"
+        )
+    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "").strip()
+    if steps not in ("", "auto", "1", str(c.gradient_accumulation_steps)):
+        found.append(
+            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} and gradient_accumulation_steps="
+            f"{c.gradient_accumulation_steps} say two things; set gradient_accumulation_steps, and unset the variable"
+        )
+    return found
