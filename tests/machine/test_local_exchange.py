@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import socket
 import threading
@@ -101,10 +102,14 @@ def test_processes_on_several_hosts_have_no_such_connection(monkeypatch: pytest.
 
 
 def test_where_one_process_cannot_connect_none_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ConnectionRefusedError
+    own, numbers = socket.create_connection, itertools.count()
 
-    monkeypatch.setattr(socket, "create_connection", refuse)
+    def refuse_the_second(*given: Any, **named: Any) -> socket.socket:
+        if next(numbers) == 1:
+            raise ConnectionRefusedError
+        return own(*given, **named)
+
+    monkeypatch.setattr(socket, "create_connection", refuse_the_second)
     meeting = Meeting(3)
     assert meeting.of_all(lambda rank: connect(rank, 3, meeting.gather_of(rank), 20, patience=0.1)) == [None] * 3
 
