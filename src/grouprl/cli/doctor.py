@@ -38,7 +38,10 @@ def doctor(
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder, of either arena, finished or not.")],
 ) -> None:
-    """Write report.html into a run folder: settings, curves, evaluation, what the doctor says, links."""
+    """Write report.html anew into a run folder.
+
+    It has settings, curves, the evaluation, what the doctor says, and links.
+    """
     from grouprl.doctor.examine import is_language
     from grouprl.doctor.report import write_report
     from grouprl.runs import RunFolder

@@ -44,7 +44,9 @@ def train_lm(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train a language model and leave a run folder: model, metrics, transcripts, curve, summary.
+    """Train a language model and leave a run folder.
+
+    It holds the model, metrics, transcripts, curves, a report and a summary.
 
     Examples:
 

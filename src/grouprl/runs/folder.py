@@ -20,6 +20,7 @@ from grouprl.runs.files import explain_os_error, is_sealed, list_folder, read_by
 from grouprl.runs.in_place import check_in_place
 from grouprl.runs.lock import LOCK, locked
 from grouprl.runs.metrics import read_metrics
+from grouprl.runs.nearby import another_run
 from grouprl.runs.signals import leave_if_asked
 from grouprl.runs.state import load_state
 from grouprl.runs.temporaries import is_left_over
@@ -86,16 +87,14 @@ class RunFolder:
         folder = cls(user_path(path).absolute())
         try:
             if not folder.path.is_dir():
-                raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
+                raise UsageError(f"There is no run folder {path}. {another_run(folder.path)}")
             if not folder.config_path.is_file() and folder._replaced.is_dir():
                 folder.abandon()  # another was to replace it, and was killed before it began
             os.listdir(folder.path)
         except OSError as error:
             raise DamagedFileError(f"Cannot read {path}: {error.strerror or error}.") from error
         if not os.path.lexists(folder.config_path):
-            raise UsageError(
-                f"{path} is not a run folder: it holds no config.yaml. Give one that `grouprl train` made."
-            )
+            raise UsageError(f"{path} is not a run folder: it holds no config.yaml. {another_run(folder.path)}")
         return folder
 
     @property
