@@ -188,7 +188,9 @@ def report(result: RunResult) -> None:
     )
     print(f"run folder: {folder}")
     grouprl = command("grouprl")
-    print(f"next:\n  {grouprl} play {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
+    shows = not any(note.startswith("no video") for note in result.notes)  # else it has no pictures to show
+    commands = ("play",) * shows + ("evaluate", "plot", "doctor")
+    print("\n".join(["next:", *(f"  {grouprl} {command} {folder}" for command in commands)]))
     if result.folder.episodes_page.exists():
         print(f"  open {result.folder.episodes_page} in a browser: episodes with baseline and advantage")
     if result.folder.report_page.exists():
