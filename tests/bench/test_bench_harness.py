@@ -9,13 +9,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 
 from command_line import call
 from grouprl import GRPO
-from grouprl.bench import harness, heard, results, tables, worker
+from grouprl.bench import clock, harness, heard, results, tables, worker
 from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.episodes import play
+from grouprl.bench.noise import noisy
 from grouprl.bench.rows import Rows, read_rows
 from grouprl.envs.evaluation import Evaluator
 from grouprl.errors import DamagedFileError, UsageError
@@ -275,6 +278,50 @@ def test_a_run_on_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(found["greedy"]["returns"]) == len(found["sampled"]["returns"]) == 5
     assert found["greedy"]["mean"] == sum(found["greedy"]["returns"]) / 5
     assert found["greedy"]["returns"] != found["sampled"]["returns"]
+    assert len(found["approx_kl"]) == 10  # an update for each batch of 40 steps
+    assert all(one >= 0 for one in found["approx_kl"])
+    spent = [point["cpu_seconds"] for point in points]
+    assert spent == sorted(spent)
+    assert spent[0] == 0
+    assert found["train_cpu_seconds"] >= spent[-1] > 0
+
+
+def test_noise_is_on_the_rewards_of_training_and_not_on_those_of_evaluations() -> None:
+    points: list[dict[str, Any]] = []
+    found = worker.run({**CELL, "reward_noise": 0.5}, points.append)
+    returns = found["greedy"]["returns"] + found["sampled"]["returns"]
+    assert all(value == int(value) for value in returns)  # every step of CartPole is worth 1
+    assert any(point["training"] != round(point["training"]) for point in points if "training" in point)
+
+
+def test_every_environment_has_noise_of_its_own() -> None:
+    wrap = noisy(3.0, seed=1)
+    envs = [wrap(gym.make("CartPole-v1")) for _ in range(2)]
+    found = []
+    for env in envs:
+        rewards = []
+        for _ in range(100):
+            env.reset(seed=7)  # equal starts, and equal steps after them
+            rewards += [float(env.step(0)[1]) for _ in range(5)]
+        found.append(np.array(rewards) - 1.0)
+    assert len({*found[0], *found[1]}) == 1000
+    assert abs(np.std(found) - 3.0) < 0.3
+    assert abs(np.mean(found)) < 0.4
+    again = noisy(3.0, seed=1)(gym.make("CartPole-v1"))
+    again.reset()
+    assert float(again.step(0)[1]) - 1.0 == pytest.approx(found[0][0])
+
+
+def test_the_clock_of_training_stands_still_in_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0, 1.0]
+    monkeypatch.setattr(clock, "_now", lambda: (now[0], now[1]))
+    training = clock.TrainingClock()
+    now[:] = [13.0, 3.0]
+    with training.paused():
+        now[:] = [20.0, 9.0]
+        assert training.cpu_seconds == 8.0  # a pause is taken off when it ends
+    now[:] = [21.0, 9.5]
+    assert (training.seconds, training.cpu_seconds) == (4.0, 2.5)
 
 
 def test_a_run_of_a_language_model() -> None:

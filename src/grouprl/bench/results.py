@@ -18,7 +18,7 @@ from grouprl.errors import UsageError
 RETURNS = ("greedy", "sampled", "curve_mean")
 """Metrics that are returns: more is better, and the scale of a subject is of them."""
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
-_MEASURED = ("train_seconds", "seconds", "peak_memory_mb")
+_MEASURED = ("train_seconds", "train_cpu_seconds", "seconds", "cpu_seconds", "peak_memory_mb")
 
 
 @dataclass(frozen=True)
