@@ -81,10 +81,11 @@ def train(
     from grouprl.runs import default_run_path
 
     settings, run = _split(assigned(assignments))
-    if env is None and any("=" not in one for one in env_assignments or []):
+    stray = next((one for one in env_assignments or [] if "=" not in one), None)
+    if env is None and stray is not None:
         raise UsageError(
             "--env gives an argument to the environment, KEY=VALUE; which one to train on comes first: "
-            f"grouprl train {env_assignments[0]}"
+            f"grouprl train {stray}"
         )
     env_kwargs = assigned(env_assignments)
     if config is not None:
