@@ -44,6 +44,11 @@ CASES: list[tuple[Rule, Table, Table]] = [
     (environments.return_flat, table(return_batch=NOISE), table(return_batch=RISING)),
     (environments.return_flat, table(return_batch=-RISING), table(9.0, return_batch=NOISE, eval_return=9)),
     (
+        environments.return_flat,
+        table(settings={"reset_each_batch": True}, return_batch=RISING, eval_return=NOISE),
+        table(settings={"reset_each_batch": True}, return_batch=NOISE, eval_return=RISING),
+    ),
+    (
         environments.entropy_gone,
         table(policy_entropy=np.where(STEPS < 9, 1.0, 0.001), return_batch=NOISE),
         table(policy_entropy=np.where(STEPS < 9, 1.0, 0.001), return_batch=RISING),

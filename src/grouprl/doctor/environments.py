@@ -26,6 +26,15 @@ def solved(table: Table) -> bool:
     return any(value >= table.goal for value in (*table.last("eval_return"), table.late("return_mean")))
 
 
+def _returns(table: Table) -> str:
+    """The column of returns that share no episode, as means over the last 100 episodes do.
+
+    Where each batch begins with new episodes, those that outlast it are in no batch's returns: the better a policy
+    is, the fewer of its episodes count. There only evaluations tell whether it has learned.
+    """
+    return "eval_return" if table.settings.get("reset_each_batch") else "return_batch"
+
+
 def no_signal(table: Table) -> Diagnosis | None:
     """Nine in ten batches of the last third taught nothing, and the environment is not solved.
 
@@ -67,10 +76,10 @@ def no_episode_ends(table: Table) -> Diagnosis | None:
 
 
 def return_flat(table: Table) -> Diagnosis | None:
-    """`signs.flat` of the returns of each batch, which share no episode as means over the last 100 episodes do."""
+    """`signs.flat` of the returns of each batch."""
     return flat(
         table,
-        "return_batch",
+        _returns(table),
         solved(table),
         "Look at explained_variance (near 0: the baseline sees nothing that tells good states from bad) and grad_norm. "
         "Raise learning_rate, min_steps or sticky, or try another advantage.",
@@ -92,7 +101,7 @@ def entropy_gone(table: Table) -> Diagnosis | None:
     half = len(entropy) // 2
     if gone[half:].mean() < 0.9:
         return None
-    if risen(table.values("return_batch")[half:]):
+    if risen(table.recent(_returns(table), parts=2)):
         return None
     return Diagnosis(
         "entropy-gone",
@@ -111,7 +120,7 @@ def std_collapsed(table: Table) -> Diagnosis | None:
     spread = table.values("policy_std")
     if len(spread) < ENOUGH_ROWS or not float(spread[-1]) < 0.01 * float(spread[0]) or solved(table):
         return None
-    if risen(table.last("return_batch")):
+    if risen(table.last(_returns(table))):
         return None
     return Diagnosis(
         "std-collapsed",

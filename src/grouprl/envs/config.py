@@ -126,6 +126,11 @@ class GRPOConfig(ObjectiveSettings):
     log_std_min: float | None = Field(
         None, description="floor under the log standard deviation of continuous actions; default: none"
     )
+    log_std_final: float | None = Field(
+        None,
+        description="what it comes down to between 70 and 90 percent of a run, below the floor too; default: "
+        "it is left to the gradient",
+    )
     normalize_observations: bool = Field(True, description="running mean and variance, part of the model")
     native: bool = Field(True, description="compiled network, loss and optimizer on CPUs with a C compiler")
 
@@ -199,6 +204,11 @@ class GRPOConfig(ObjectiveSettings):
                 f"log_std_init={self.log_std_init} is below its floor, log_std_min={self.log_std_min}; lower the floor "
                 "or raise log_std_init"
             )
+        if None not in (self.log_std_init, self.log_std_final) and self.log_std_init < self.log_std_final:  # type: ignore[operator]
+            raise ValueError(
+                f"log_std_final={self.log_std_final} is above log_std_init={self.log_std_init}, and noise only comes "
+                "down to it; lower log_std_final or raise log_std_init"
+            )
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")
         if found := objective_problems(self, self.loss_type, self.advantage):
@@ -250,7 +260,7 @@ def without_effect(
         unused |= dict.fromkeys((*of_baseline, "gae_lambda"), why)
     if not continuous:
         why = "only continuous actions, of a Box, have a standard deviation"
-        unused |= dict.fromkeys(("log_std_init", "log_std_min"), why)
+        unused |= dict.fromkeys(("log_std_init", "log_std_min", "log_std_final"), why)
     return {name: why for name, why in unused.items() if name in given and given[name] != fields[name].get_default()}
 
 
