@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.fsdp import read_sharding
+from grouprl.lm.settings.launcher import launcher_problems
 from grouprl.objective import ESTIMATORS, LOSSES
 from grouprl.objective_settings import objective_problems
 
@@ -17,6 +18,7 @@ def problems(config: Fields) -> list[str]:
         *_best_problems(config),
         *_vllm_problems(config),
         *_sharding_problems(config),
+        *launcher_problems(config),
     ]
 
 
@@ -109,6 +111,11 @@ def _objective_problems(c: Fields) -> list[str]:
         found.append(
             f"importance_sampling_level={c.importance_sampling_level!r} does not go with loss_type={c.loss_type!r}; "
             f"set importance_sampling_level={levels[0]!r}"
+        )
+    if c.entropy_coef_min > c.entropy_coef_max:
+        found.append(
+            f"entropy_coef_min={c.entropy_coef_min} is above entropy_coef_max={c.entropy_coef_max}; lower one or raise "
+            "the other"
         )
     if c.sync_ref_model and c.beta == 0:
         found.append("sync_ref_model=True needs a reference model, which beta=0 has not; set beta, or leave it out")
