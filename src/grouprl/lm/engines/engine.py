@@ -48,12 +48,14 @@ class Engine(Protocol):
         context_setting: what that is set by, for messages.
         where: which vLLM this is, for messages.
         dtype: of its products.
+        serves_all: whether one vLLM serves all processes of the training, so that the first hands it the weights.
     """
 
     context: int
     context_setting: str
     where: str
     dtype: torch.dtype
+    serves_all: bool
 
     def load(self, weights: Weights) -> None:
         """Sample by these weights from now on, and forget all keys and values. Raises TrainingError."""

@@ -282,7 +282,7 @@ class Policy:
         """
         backbone, config, model, why = self.log_probs.backbone, self.config, self.model, ""
         if config.use_vllm:
-            return vllm_sampler(model, config, self.precision.dtype, ends, trial.trial)
+            return vllm_sampler(model, config, self.precision.dtype, ends, trial.trial, self.ranks)
         if backbone is not None:
             rows = config.max_rows_per_decode or self._rows_that_fit(backbone)
             try:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import util
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,10 @@ class Sampler:
     def _slower(self, how: str, why: str) -> None:
         self.why = why
         _log.warning("%s samples %s: %s", type(self.backbone.core).__name__, how, why)
+
+    def ready(self) -> AbstractContextManager[Any]:
+        """As :meth:`grouprl.lm.sample.interface.CompletionSampler.ready`: there is nothing to do."""
+        return nullcontext()
 
     def sample(
         self,
