@@ -1,18 +1,18 @@
 """A method of Stable-Baselines3 or sb3-contrib as a worker of `grouprl bench`: the file names it and the cell is read.
 
-    worker: .venv-peers/bin/python benchmarks/worker_peers.py ppo [--or-defaults]
+    worker: .venv-peers/bin/python benchmarks/worker_peers.py ppo [--or-defaults | --defaults]
 
 PPO, A2C, ARS and TRPO, with RL-Zoo's settings where zoo_ppo.py or zoo_others.py have them for the environment, and the
 settings of the method on top. Where they have none this is an error, or with --or-defaults the library's own defaults,
-and the row says which. Rewards at evaluation are raw and statistics of normalisation frozen, and episodes are
-played by the same function, from the same starts, as those of every other method.
+and the row says which. With --defaults RL-Zoo's are not asked. Rewards at evaluation are raw and statistics of
+normalisation frozen, and episodes are played by the same function, from the same starts, as those of every other
+method.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # this librar
 
 import zoo_others
 import zoo_ppo
+from grouprl.bench.clock import TrainingClock
 from grouprl.bench.episodes import play
+from grouprl.bench.noise import noisy
 from grouprl.bench.worker import returns_of, tell, versions
 from worker_ppo import value_of
 
@@ -70,26 +72,23 @@ class Points(BaseCallback):
 class Run:
     """A model with its environments, what its evaluations have found, and how long they took."""
 
-    def __init__(self, name: str, cell: dict[str, Any], or_defaults: bool) -> None:
-        zoo = tuned(name, cell["subject"], or_defaults)
+    def __init__(self, name: str, cell: dict[str, Any], zoo: dict[str, Any]) -> None:
         self.settings_of = "RL-Zoo" if zoo else "the library's defaults"
         given = {**zoo, **cell["settings"]}
         settings = {key: value_of(value) for key, value in given.items()}
         n_envs, normalize = settings.pop("n_envs", 1), settings.pop("normalize", False)
         policy = settings.pop("policy", "MlpPolicy")
         self.cell = cell
-        self.venv: Any = make_vec_env(cell["env_id"], n_envs, seed=cell["seed"], env_kwargs=cell["env_kwargs"])
+        noise = noisy(cell["reward_noise"], cell["seed"]) if cell["reward_noise"] else None
+        environment = {"env_kwargs": cell["env_kwargs"], "wrapper_class": noise}
+        self.venv: Any = make_vec_env(cell["env_id"], n_envs, seed=cell["seed"], **environment)
         self.normalized = bool(normalize)
         if normalize:
             options = normalize if isinstance(normalize, dict) else {}
             self.venv = VecNormalize(self.venv, gamma=settings.get("gamma", 0.99), **options)
         device = {"device": "cpu"}
         self.model = algorithm(name)(policy, self.venv, seed=cell["seed"], **device, **settings)
-        self.began, self.paused = time.perf_counter(), 0.0
-
-    def seconds(self) -> float:
-        """Of training so far."""
-        return time.perf_counter() - self.began - self.paused
+        self.clock = TrainingClock()
 
     def play(self, episodes: int, starts: int, deterministic: bool) -> list[float]:
         """Raw returns of complete episodes."""
@@ -102,13 +101,13 @@ class Run:
 
     def point(self, step: int) -> None:
         """Report a point of the curve."""
-        began, seconds = time.perf_counter(), self.seconds()
-        state = np.random.get_state(), torch.get_rng_state()
-        greedy = float(np.mean(self.play(self.cell["point_episodes"], self.cell["curve_starts"], True)))
-        np.random.set_state(state[0])
-        torch.set_rng_state(state[1])
-        self.paused += time.perf_counter() - began
-        tell({"point": {"step": step, "seconds": seconds, "greedy": greedy}})
+        spent = {"seconds": self.clock.seconds, "cpu_seconds": self.clock.cpu_seconds}
+        with self.clock.paused():
+            state = np.random.get_state(), torch.get_rng_state()
+            greedy = float(np.mean(self.play(self.cell["point_episodes"], self.cell["curve_starts"], True)))
+            np.random.set_state(state[0])
+            torch.set_rng_state(state[1])
+        tell({"point": {"step": step, **spent, "greedy": greedy}})
 
 
 def main() -> None:
@@ -116,11 +115,12 @@ def main() -> None:
     name, cell = sys.argv[1], json.loads(sys.stdin.readline())
     torch.set_num_threads(1)
     try:
-        run = Run(name, cell, "--or-defaults" in sys.argv)
+        given = {} if "--defaults" in sys.argv else tuned(name, cell["subject"], "--or-defaults" in sys.argv)
+        run = Run(name, cell, given)
         run.point(0)
-        run.began, run.paused = time.perf_counter(), 0.0
+        run.clock = TrainingClock()
         run.model.learn(cell["steps"], callback=Points(run, max(1, cell["steps"] // cell["points"])))
-        seconds = run.seconds()
+        spent = {"train_seconds": run.clock.seconds, "train_cpu_seconds": run.clock.cpu_seconds}
         greedy, sampled = (run.play(cell["episodes"], cell["final_starts"], how) for how in (True, False))
     except Exception as error:
         tell({"error": f"{type(error).__name__}: {error}"})
@@ -128,8 +128,7 @@ def main() -> None:
     packages = ["stable-baselines3", "torch", "numpy", "gymnasium"]
     tell({
         "result": {
-            "steps_done": run.model.num_timesteps, "train_seconds": seconds,
-            "settings_of": run.settings_of,
+            "steps_done": run.model.num_timesteps, **spent, "settings_of": run.settings_of,
             "greedy": returns_of(greedy), "sampled": returns_of(sampled),
             "parameters": sum(p.numel() for p in run.model.policy.parameters()),
             "versions": versions(*packages, *(["sb3-contrib"] if name in ("ars", "trpo") else [])),

@@ -14,6 +14,7 @@ import gymnasium
 import pytest
 import yaml
 
+from command_line import call
 from grouprl import GRPO, cli
 from grouprl.runs import time_limit
 
@@ -21,18 +22,6 @@ FAST = [
     "--set", "n_envs=4", "--set", "collect=segments", "--set", "n_steps=64", "--set", "epochs=1",
     "--set", "warmup_steps=0", "--set", "eval_episodes=2", "--set", "final_episodes=2", "--preset", "default",
 ]  # fmt: skip
-
-
-def call(*arguments: str | Path) -> int:
-    """Run the entry point as the shell would; returns the exit status."""
-    argv, sys.argv = sys.argv, ["grouprl", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 @pytest.fixture(scope="module")

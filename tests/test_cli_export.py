@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from torch import nn
 
-from grouprl import GRPO, cli
+from command_line import call
+from grouprl import GRPO
 from grouprl.runs.state import load_state, save_state
 
 EXAMPLE = Path(__file__).parents[1] / "examples/serve_policy.py"
@@ -24,18 +25,6 @@ FAST = [
     "--set", "n_envs=4", "--set", "collect=segments", "--set", "n_steps=64", "--set", "epochs=1", "--no-video",
     "--set", "warmup_steps=0", "--set", "eval_episodes=2", "--set", "final_episodes=2", "--preset", "default",
 ]  # fmt: skip
-
-
-def call(*arguments: str | Path) -> int:
-    """Run the entry point as the shell would; returns the exit status."""
-    argv, sys.argv = sys.argv, ["grouprl", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 @pytest.fixture(scope="module")

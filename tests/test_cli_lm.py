@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grouprl import cli
+from command_line import call
 
 FAST = [
     "--quiet", "--set", "n_train=32", "--set", "n_eval=8", "--set", "prompts_per_step=2", "--set", "num_generations=4",
@@ -25,18 +25,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def call(*arguments: str | Path) -> int:
-    """Run the entry point as the shell would; returns the exit status."""
-    argv, sys.argv = sys.argv, ["grouprl", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 def tiny(out: Path, *arguments: str) -> int:

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, GetCoreSchemaHandler, ValidationError, field_validator
@@ -160,8 +161,16 @@ def sections(config: type[BaseModel]) -> dict[str, list[str]]:
     return found
 
 
-def unknown_setting(name: str, known: Collection[str], otherwise: Callable[[], str]) -> str:
-    """What to say of a name that is no setting: its new name, the nearest one, or ``otherwise()``."""
+def unknown_setting(
+    name: str, known: Collection[str], otherwise: Callable[[], str], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """What to say of a name that is no setting: its new name, the nearest one, or ``otherwise()``.
+
+    Args:
+        elsewhere: Names of other libraries, where the nearest name by letters would mislead: what to do instead.
+    """
+    if name in elsewhere:
+        return f"there is no setting {name!r}: {elsewhere[name]}"
     new = RENAMED_SETTINGS.get(name)
     if new in known:
         clip = ": dapo clips, dapo with delta=3.0 is the dual clip, spo is spo" if name == "surrogate" else ""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 
-from grouprl import GRPO, cli
-from grouprl.bench import harness, results, tables
+from command_line import call
+from grouprl import GRPO
+from grouprl.bench import clock, harness, heard, results, tables, worker
 from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.episodes import play
+from grouprl.bench.noise import noisy
 from grouprl.bench.rows import Rows, read_rows
-from grouprl.bench.worker import run_environment, run_language_model
 from grouprl.envs.evaluation import Evaluator
 from grouprl.errors import DamagedFileError, UsageError
 
@@ -51,17 +56,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "fake.py").write_text(WORKER)
     (tmp_path / "some.yaml").write_text(FILE)
     return tmp_path
-
-
-def call(*arguments: str) -> int:
-    argv, sys.argv = sys.argv, ["grouprl", *arguments]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 def test_a_benchmark_leaves_rows_a_table_and_figures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,6 +220,35 @@ def test_a_warning_about_a_setting_is_a_note() -> None:
     assert tables.warnings(results.of_rows(warned)) == ["a on A: gamma=0.9 has no effect: none"]
 
 
+def test_warnings_that_differ_in_their_numbers_are_one_note_for_each_setting() -> None:
+    ill = "doctor, no-signal: in {} of the groups all rewards are equal (mean reward 1.5e-3). Try: less"
+    rows = [
+        {**row(f"lr=1e-{n}", seed, 1.0), "warnings": [ill.format(f"{seed}0%")]} for n in (3, 4) for seed in range(5)
+    ]
+    found = results.of_rows(rows).notes
+    assert [note.partition(" (mean")[0] for note in found] == [
+        f"lr=1e-{n} on A: doctor, no-signal: in 00% of the groups all rewards are equal" for n in (3, 4)
+    ]
+    assert all(note.endswith("(4 more like it)") for note in found)
+
+
+def test_what_is_warned_of_is_kept_once_and_shown() -> None:
+    shown: list[str] = []
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest: shown.append(str(message))  # type: ignore[assignment]
+        with heard.warnings_heard() as said:
+            for _ in range(3):
+                warnings.warn("of a setting", stacklevel=1)
+                logging.getLogger("grouprl.some").warning("of %s", "a file")
+            warnings.warn("of code", DeprecationWarning, stacklevel=1)
+            for i in range(100):
+                warnings.warn(f"at step {i}", RuntimeWarning, stacklevel=1)
+        logging.getLogger("grouprl.some").warning("later")
+    assert said[:3] == ["of a setting", "of a file", "at step 0"]
+    assert len(said) == 20
+    assert len(shown) >= 101
+
+
 def test_a_report_of_nothing_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run is done yet"):
         harness.report([], tmp_path, "none")
@@ -244,27 +267,74 @@ def test_a_run_on_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "own_bench_estimator.py").write_text("def ones(rewards, lengths, group):\n    return 0 * rewards + 1\n")
     points: list[dict[str, Any]] = []
     own = {"functions": {"advantage_function": "own_bench_estimator:ones"}}
-    own["settings"] = {**CELL["settings"], "log_std_min": -1.0}
-    found = run_environment({**CELL, **own}, points.append)
-    assert [said.partition(":")[0] for said in found["warnings"]] == ["log_std_min=-1.0 has no effect"]
+    own["settings"] = {**CELL["settings"], "log_std_min": -1.0, "n_steps": 10, "epochs": 20, "epsilon": 1e-6}
+    found = worker.run({**CELL, **own}, points.append)
+    assert [said.partition(":")[0] for said in found["warnings"]] == [
+        "log_std_min=-1.0 has no effect",  # when it was made
+        "doctor, all-clipped",  # while it learned
+    ]
     assert [point["step"] // 200 for point in points] == [0, 1, 2]
     assert found["steps_done"] == points[-1]["step"]
     assert len(found["greedy"]["returns"]) == len(found["sampled"]["returns"]) == 5
     assert found["greedy"]["mean"] == sum(found["greedy"]["returns"]) / 5
     assert found["greedy"]["returns"] != found["sampled"]["returns"]
+    assert len(found["approx_kl"]) == 10  # an update for each batch of 40 steps
+    assert all(one >= 0 for one in found["approx_kl"])
+    spent = [point["cpu_seconds"] for point in points]
+    assert spent == sorted(spent)
+    assert spent[0] == 0
+    assert found["train_cpu_seconds"] >= spent[-1] > 0
+
+
+def test_noise_is_on_the_rewards_of_training_and_not_on_those_of_evaluations() -> None:
+    points: list[dict[str, Any]] = []
+    found = worker.run({**CELL, "reward_noise": 0.5}, points.append)
+    returns = found["greedy"]["returns"] + found["sampled"]["returns"]
+    assert all(value == int(value) for value in returns)  # every step of CartPole is worth 1
+    assert any(point["training"] != round(point["training"]) for point in points if "training" in point)
+
+
+def test_every_environment_has_noise_of_its_own() -> None:
+    wrap = noisy(3.0, seed=1)
+    envs = [wrap(gym.make("CartPole-v1")) for _ in range(2)]
+    found = []
+    for env in envs:
+        rewards = []
+        for _ in range(100):
+            env.reset(seed=7)  # equal starts, and equal steps after them
+            rewards += [float(env.step(0)[1]) for _ in range(5)]
+        found.append(np.array(rewards) - 1.0)
+    assert len({*found[0], *found[1]}) == 1000
+    assert abs(np.std(found) - 3.0) < 0.3
+    assert abs(np.mean(found)) < 0.4
+    again = noisy(3.0, seed=1)(gym.make("CartPole-v1"))
+    again.reset()
+    assert float(again.step(0)[1]) - 1.0 == pytest.approx(found[0][0])
+
+
+def test_the_clock_of_training_stands_still_in_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0, 1.0]
+    monkeypatch.setattr(clock, "_now", lambda: (now[0], now[1]))
+    training = clock.TrainingClock()
+    now[:] = [13.0, 3.0]
+    with training.paused():
+        now[:] = [20.0, 9.0]
+        assert training.cpu_seconds == 8.0  # a pause is taken off when it ends
+    now[:] = [21.0, 9.5]
+    assert (training.seconds, training.cpu_seconds) == (4.0, 2.5)
 
 
 def test_a_run_of_a_language_model() -> None:
     points: list[dict[str, Any]] = []
     settings = {
-        "warm_start": {"steps": 1},
-        "n_train": 8,
-        "n_eval": 2,
-        "prompts_per_step": 2,
+        "warm_start": {"steps": 1}, "n_train": 8, "n_eval": 2, "prompts_per_step": 12, "num_generations": 2,
         "max_completion_length": 4,
-    }
-    cell = {"recipe": "tiny", "settings": settings, "functions": {}, "seed": 0, "steps": 2}
-    found = run_language_model(cell, points.append)
+    }  # fmt: skip
+    cell = {"env_id": None, "recipe": "tiny", "settings": settings, "functions": {}, "seed": 0, "steps": 2}
+    found = worker.run(cell, points.append)
+    assert [said.partition(":")[0] for said in found["warnings"]] == [
+        "a generation takes 12 prompts and the dataset has 8",
+    ]
     assert [point["step"] for point in points] == [0, 2]
     assert found["steps_done"] == 2
     assert len(found["greedy"]["returns"]) == len(found["sampled"]["returns"]) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grouprl.bench import plan
-from grouprl.bench.cells import parse_seeds
+from grouprl.bench.cells import ENVIRONMENTS, Cell, parse_seeds
 from grouprl.errors import UsageError
 
 GOOD = """
@@ -66,6 +66,23 @@ def test_whatever_decides_a_result_makes_another_run_of_it(tmp_path: Path) -> No
     assert plan.read(write(tmp_path, GOOD.replace("seeds: 0-1", "seeds: 0-9\nabout: text"))).cells[1].id == before
 
 
+def test_noise_is_in_the_size_of_a_reward(tmp_path: Path) -> None:
+    text = """
+methods: {plain: {}, noisy: {reward_noise: 5e-1}}
+environments: {CartPole-v1: {steps: 10}, Pendulum-v1: {steps: 10, reward_size: 6}}
+seeds: 0
+"""
+    cells = plan.read(write(tmp_path, text)).cells
+    assert {cell.name: cell.reward_noise for cell in cells} == {
+        "plain/CartPole-v1/0": 0.0, "noisy/CartPole-v1/0": 0.5, "plain/Pendulum-v1/0": 0.0, "noisy/Pendulum-v1/0": 3.0,
+    }  # fmt: skip
+    assert replace(cells[1], reward_noise=1.0).id != cells[1].id
+
+
+def test_runs_without_noise_are_those_of_rows_that_know_of_none() -> None:
+    assert Cell("a", "CartPole-v1", ENVIRONMENTS, 100, 3, env_id="CartPole-v1").id == "e065db9e297ef518"
+
+
 def test_an_estimator_that_was_changed_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path, "methods: {mine: {advantage_function: own_plan_module:f}}\nenvironments: [CartPole-v1]")
@@ -87,11 +104,11 @@ def test_a_function_beside_the_file_is_found_from_anywhere(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "benchmarks").glob("*.yaml")), ids=lambda f: f.name
+    "file", sorted((Path(__file__).parents[2] / "benchmarks").rglob("*.yaml")), ids=lambda f: f.name
 )
 def test_the_files_that_ship_are_plans_whose_settings_are_allowed(file: Path) -> None:
     planned = plan.read(file)
-    assert len(planned.cells) > 100
+    assert len(planned.cells) > 10
     plan.check(planned)
 
 
@@ -107,6 +124,15 @@ def test_language_models_are_recipes(tmp_path: Path) -> None:
     ("wrong", "said"),
     [
         ("methods: [a]", "must name methods, and environments or recipes"),
+        (
+            "methods: {a: {reward_noise: -1}}\nenvironments: [CartPole-v1]",
+            "reward_noise of method a=-1 must be a number of 0 or more",
+        ),
+        (
+            "methods: [a]\nenvironments: {CartPole-v1: {reward_size: 0}}",
+            "reward_size of CartPole-v1=0 must be a number above 0",
+        ),
+        ("methods: {a: {reward_noise: 1}}\nrecipes: [tiny]", "tiny is a language model; name the method's subjects"),
         ("method: [a]", "unknown key 'method'; did you mean 'methods'?"),
         ("methods: {a: {setings: {}}}\nenvironments: [CartPole-v1]", "unknown key 'setings'; did you mean 'settings'?"),
         ("methods: {a/b: {}}\nenvironments: [CartPole-v1]", "cannot hold a slash"),

@@ -93,6 +93,17 @@ def test_a_command_that_does_not_exist_is_an_outcome_too() -> None:
     assert outcomes["none"]["error"] == "cannot start '/no/such/program': No such file or directory"
 
 
+def test_the_seconds_of_processors_count_those_of_the_processes_that_a_worker_waited_for(tmp_path: Path) -> None:
+    code = """
+    import subprocess
+    burn = "import time\\nwhile time.process_time() < {}: pass"
+    subprocess.run([sys.executable, "-c", burn.format(0.3)], check=True)
+    while time.process_time() < 0.2: pass
+    print(json.dumps({"result": {"greedy": {"mean": 0.0}}}))
+    """
+    assert run(worker(tmp_path, "busy", code))["busy"]["cpu_seconds"] >= 0.5
+
+
 SLEEP = """
 open(cell["env_kwargs"]["mark"], "w").write(str(os.getpid()))
 time.sleep(60)

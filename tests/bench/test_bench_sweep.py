@@ -102,9 +102,9 @@ def test_settings_below_the_median_of_the_others_are_pruned(tmp_path: Path) -> N
     values = [5.0, 6.0, 7.0, 8.0, 1.0]
     one = replace(one, space=Space.read({"a": values, "slow": 0.05}), seeds=[0], trials=5, prune=True)
     found = sweep.run(one, tmp_path / "out", jobs=1, say=lambda line: None)
-    assert found.ranked == ["a=8", "a=7", "a=6", "a=5"]
-    assert found.pruned == ["a=1"]
-    assert "Pruned: a=1." in harness.report_sweep(one, found, tmp_path / "out")
+    assert found.ranked == ["a=8.0", "a=7.0", "a=6.0", "a=5.0"]
+    assert found.pruned == ["a=1.0"]
+    assert "Pruned: a=1.0." in harness.report_sweep(one, found, tmp_path / "out")
 
 
 def test_a_setting_that_breaks_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -135,6 +135,33 @@ def test_values_are_lists_ranges_or_stay() -> None:
     assert distributions["n_envs"].log  # type: ignore[attr-defined]  # its ends differ by a factor of more than ten
     settings = {"learning_rate": 0.0003, "hidden_sizes": [32], "gamma": 0.95}
     assert space.of_text(space.as_text(settings)) == settings
+
+
+AWKWARD = [
+    0.00001234, 1e-5, 1.23412e-5, 1.23413e-5, 1, 1.0, "1", "1.0", "1e-5", None, "None", "null", True, "true", "a",
+    "a, b=1", '"a"', "a ", "", [1, 2], "[1, 2]", [1.0, 2], {"a": 1}, "{a: 1}", 10**20, 1e20, 123456.7, 123456.8,
+]  # fmt: skip
+
+
+def test_settings_that_differ_never_have_one_label() -> None:
+    space = Space(choices={"x": AWKWARD, "y": [1, 2]})
+    found = {space.label({"x": x, "y": y}) for x in AWKWARD for y in (1, 2)}
+    assert len(found) == 2 * len(AWKWARD)
+    assert space.label({"x": 0.00001234, "y": 1}) == "x=1.234e-5, y=1"
+    assert space.label({"x": 1e-5, "y": 1}) == "x=1e-5, y=1"
+
+
+def test_a_label_says_all_digits_of_what_was_tried() -> None:
+    space = Space.read(Space.parse(["lr=1e-5..1e-2", "gamma=0.99..0.99999", "epochs=1..9"]))
+    tried = {"learning_rate": 0.000348721948, "gamma": 0.9912345678, "epochs": 3}
+    settings = space.of_text(tried)
+    assert settings == {"learning_rate": 0.0003487, "gamma": 0.9912346, "epochs": 3}
+    label = space.label(settings)
+    assert label == "learning_rate=0.0003487, gamma=0.9912346, epochs=3"
+    assert Space.read(Space.parse(label.split(", "))).fixed == settings  # as people type it
+    narrow = Space.read({"x": "0.123456..0.123457"})
+    assert narrow.of_text({"x": 0.123456}) == {"x": 0.123456}
+    assert narrow.of_text({"x": 0.12345699999}) == {"x": 0.123457}
 
 
 @pytest.mark.parametrize(

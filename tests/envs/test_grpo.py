@@ -596,7 +596,7 @@ class TestConfiguration:
     def test_an_unknown_setting_is_refused_with_the_closest_name(self):
         with pytest.raises(UsageError, match="did you mean 'learning_rate'"):
             GRPO("CartPole-v1", learning_rat=1)
-        with pytest.raises(UsageError, match="known settings"):
+        with pytest.raises(UsageError, match="grouprl settings, and help"):
             GRPO("CartPole-v1", xyzzy=1)
 
     @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from grouprl import GRPO, UsageError
 from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.metric_names import tracked
-from grouprl.envs.stable_baselines import ATTRIBUTES, ELSEWHERE
+from grouprl.envs.stable_baselines import ATTRIBUTES, EVERYWHERE
 
 QUICK: dict[str, Any] = {"preset": None, "n_envs": 2, "collect": "segments", "n_steps": 16, "warmup_steps": 0}
 
@@ -121,13 +121,28 @@ def test_what_is_read_from_a_model_is_there_or_named() -> None:
         agent.policy.predict(agent.observation_space.sample())
 
 
-@pytest.mark.parametrize("text", [*ATTRIBUTES.values(), *ELSEWHERE.values()])
+@pytest.mark.parametrize("text", sorted({*ATTRIBUTES.values(), *EVERYWHERE.values()}))
 def test_what_is_advised_exists(text: str) -> None:
     agent = GRPO("CartPole-v1", **QUICK)
     for name in re.findall(r"\bagent\.(\w+)", text):
         assert hasattr(agent, name)
     for setting in re.findall(r"\b(\w+)=", text):
         assert setting in GRPOConfig.model_fields or setting in ("network", "progress_bar", "seed", "callback", "env")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("clip_coef", "epsilon"),
+        ("anneal_lr", "lr_schedule"),
+        ("total_timesteps", "learn"),
+        ("buffer_size", "on-policy"),
+    ],
+)
+def test_a_name_of_another_library_is_answered_and_hides_no_setting(name: str, advice: str) -> None:
+    with pytest.raises(UsageError, match=f"there is no setting '{name}': .*{advice}"):
+        GRPO("CartPole-v1", **{name: 1})
+    assert not set(EVERYWHERE) & set(GRPOConfig.model_fields)
 
 
 def test_trackers_show_its_groups() -> None:

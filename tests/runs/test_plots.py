@@ -127,6 +127,12 @@ def test_a_label_says_what_tells_a_configuration_from_the_others() -> None:
     assert labels([{"seed": 1}], "seed") == ["run"]
 
 
+def test_labels_of_settings_that_differ_in_many_ways_differ() -> None:
+    found = labels([{"env_id": "A", "a": i, "b": i, "c": i, "d": j} for i in (1, 2) for j in (1, 2, 3)], "seed")
+    assert found[:3] == ["a=1, b=1, c=1, ...", "a=1, b=1, c=1, ... (2)", "a=1, b=1, c=1, ... (3)"]
+    assert len(set(found)) == 6
+
+
 def test_a_label_leaves_out_what_changes_nothing_of_learning() -> None:
     def config(total: int, **settings: object) -> dict[str, object]:
         return {"env_id": "A", "run": {"total_timesteps": total, "eval_every": total // 20}, "config": settings}

@@ -29,6 +29,7 @@ class Cell:
         preset: whose settings an environment's run begins with; None: the robust default.
         settings: those of the method. functions: ``module:function`` by the name of the argument.
         worker: the command that does it; empty: grouprl itself.
+        reward_noise: the standard deviation of Gaussian noise on every reward of training, in the reward's units.
         episodes: played at the end, greedily and again sampled. points: evaluations along the way; point_episodes: of
             each. A language model is evaluated on its recipe's held-out rows, as often as that says.
         code: a checksum of the files that hold the functions. folder: where they are found, beside the current one.
@@ -46,6 +47,7 @@ class Cell:
     settings: dict[str, Any] = field(default_factory=dict)
     functions: dict[str, str] = field(default_factory=dict)
     worker: tuple[str, ...] = ()
+    reward_noise: float = 0.0
     episodes: int = 100
     points: int = 20
     point_episodes: int = 20
@@ -61,6 +63,8 @@ class Cell:
     def id(self) -> str:
         """A hash of all that decides its outcome, wherever its file lies."""
         decides = asdict(replace(self, folder=""))
+        if not self.reward_noise:  # rows of before there was any stay those of the same runs
+            del decides["reward_noise"]
         return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def given(self) -> dict[str, Any]:

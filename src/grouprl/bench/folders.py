@@ -41,7 +41,7 @@ def of_folders(paths: Sequence[str | os.PathLike[str]]) -> Results:
         identity = json.dumps(flatten(config, "seed"), sort_keys=True, default=str)
         configs.setdefault(identity, config)
         runs.append((identity, folder))
-    names = _unique(dict(zip(configs, labels(list(configs.values()), "seed"), strict=True)))
+    names = dict(zip(configs, labels(list(configs.values()), "seed"), strict=True))
     benchmarks = of_rows(rows)
     given = [run for settings in benchmarks.runs.values() for of_one in settings.values() for run in of_one]
     given += [_result(folder, names[identity]) for identity, folder in runs]
@@ -49,15 +49,6 @@ def of_folders(paths: Sequence[str | os.PathLike[str]]) -> Results:
     results.notes += benchmarks.notes
     results.notes += [f"{folder.path} is not finished" for _, folder in runs if not folder.is_finished()]
     return results
-
-
-def _unique(names: dict[str, str]) -> dict[str, str]:
-    """Different labels for different settings: a label names three of the settings that differ at most."""
-    found: dict[str, str] = {}
-    for identity, name in names.items():
-        taken = sum(other == name or other.startswith(f"{name} (") for other in found.values())
-        found[identity] = f"{name} ({taken + 1})" if taken else name
-    return found
 
 
 def _result(folder: RunFolder, setting: str) -> Result:

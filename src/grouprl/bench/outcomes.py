@@ -32,7 +32,9 @@ class _Done(_Part):
     curve: list[_Point] = []
     steps_done: float | None = None
     train_seconds: float | None = None
+    train_cpu_seconds: float | None = None
     seconds: float | None = None
+    cpu_seconds: float | None = None
     peak_memory_mb: float | None = None
     versions: dict[str, str] | None = None
     machine: _Machine = _Machine(processor="", cores=0)

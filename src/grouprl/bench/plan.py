@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import math
 import shlex
 import sys
 from collections.abc import Collection, Mapping
@@ -19,9 +20,9 @@ from grouprl.reading import read_yaml, with_numbers
 
 FUNCTIONS = ("advantage_function", "surrogate_function")
 _FILE = ("about", "methods", "environments", "recipes", "steps", "seeds", "episodes", "points", "point_episodes")
-_METHOD = ("preset", "settings", "worker", "subjects", *FUNCTIONS)
+_METHOD = ("preset", "settings", "worker", "subjects", "reward_noise", *FUNCTIONS)
 _SUBJECT = {
-    ENVIRONMENTS: ("env_id", "env_kwargs", "steps", "seeds", "scale"),
+    ENVIRONMENTS: ("env_id", "env_kwargs", "steps", "seeds", "scale", "reward_size"),
     LANGUAGE: ("recipe", "steps", "seeds", "scale"),
 }
 _COUNTS = {"episodes": 100, "points": 20, "point_episodes": 20}
@@ -90,6 +91,7 @@ def read(path: Path, *, steps: int | None = None, seeds: str | None = None) -> P
         for method, options in methods.items():
             if subject in _list(options.get("subjects", [subject]), f"subjects of method {method}"):
                 cell = _cell(method, options, subject, arena, {**about, **counts}, path.parent)
+                cell = replace(cell, reward_noise=_noise(method, options, subject, arena, given))
                 cells += [replace(cell, seed=seed) for seed in parse_seeds(tried)]
     _check_subjects(methods, [name for name, _, _ in subjects])
     check_distinct(cells)
@@ -127,6 +129,17 @@ def _cell(
         preset=preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None,
         code=checksum(functions, folder), folder=str(folder.absolute()) if functions else "", **rest,
     )  # fmt: skip
+
+
+def _noise(method: str, options: Mapping[str, Any], subject: str, arena: str, given: Mapping[str, Any]) -> float:
+    """Of a method on a subject: the method's noise, in the size of the subject's reward."""
+    sigma = _positive(options.get("reward_noise", 0.0), f"reward_noise of method {method}", zero=True)
+    if sigma and arena == LANGUAGE:
+        raise UsageError(
+            f"reward_noise of method {method} is for environments, and {subject} is a language model; name the "
+            "method's subjects, or leave it out"
+        )
+    return sigma * _positive(given.get("reward_size", 1.0), f"reward_size of {subject}")
 
 
 def preset_of(name: object, subject: str) -> str | None:
@@ -231,6 +244,13 @@ def whole(given: object, where: str) -> int:
     if isinstance(given, bool) or not isinstance(given, int | float) or given < 1 or given != int(given):
         raise UsageError(f"{where} must be a whole number, at least 1, such as 100000 or 1e6")
     return int(given)
+
+
+def _positive(given: object, where: str, *, zero: bool = False) -> float:
+    number = with_numbers({"it": given})["it"]  # YAML reads 1e-3 as text
+    if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf and (number or zero):
+        return float(number)
+    raise UsageError(f"{where}={shown(given)} must be a number{' of 0 or more' if zero else ' above 0'}, such as 0.5")
 
 
 def _scale(given: object, subject: str) -> Scale:

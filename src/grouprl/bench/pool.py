@@ -51,6 +51,7 @@ class _Running:
     points: list[dict[str, Any]] = field(default_factory=list)
     said: dict[str, Any] = field(default_factory=dict)
     peak_mb: float | None = None
+    cpu_seconds: float | None = None
     _rest: bytes = b""
 
     def listen(self) -> list[dict[str, Any]]:
@@ -71,10 +72,23 @@ class _Running:
         self.points += new
         return new
 
+    def ended(self) -> bool:
+        """Whether it has; how long it had processors, with the processes that it has waited for, is known then."""
+        if self.process.returncode is None:
+            try:
+                pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else waited for it
+                return self.process.poll() is not None
+            if pid:
+                self.process.returncode = os.waitstatus_to_exitcode(status)
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        return self.process.returncode is not None
+
     def outcome(self) -> Outcome:
         """What came of it, once it has ended."""
         seconds, code = time.monotonic() - self.began, self.process.returncode
-        measured = {"seconds": seconds, "peak_memory_mb": self.peak_mb, "curve": self.points}
+        spent = {"seconds": seconds, "cpu_seconds": self.cpu_seconds, "peak_memory_mb": self.peak_mb}
+        measured = {**spent, "curve": self.points}
         tail = self._tail()
         last = tail.splitlines()[-1] if tail else "it ended without a result"
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else last
@@ -127,7 +141,7 @@ def run(
                 return
             time.sleep(_PERIOD)
             for one in list(running):
-                ended = one.process.poll() is not None
+                ended = one.ended()
                 for new in one.listen():
                     if point is not None:
                         point(one.cell, new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,8 @@ from grouprl.errors import UsageError
 
 RETURNS = ("greedy", "sampled", "curve_mean")
 """Metrics that are returns: more is better, and the scale of a subject is of them."""
-_MEASURED = ("train_seconds", "seconds", "peak_memory_mb")
+_NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
+_MEASURED = ("train_seconds", "train_cpu_seconds", "seconds", "cpu_seconds", "peak_memory_mb")
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,23 @@ def check_metric_of_rows(metric: str) -> None:
 def of_rows(rows: Iterable[Row]) -> Results:
     """The runs that are done among rows; those that failed, and warnings of the others, become notes."""
     done, failed = [], []
-    warned: dict[str, None] = {}
+    warned: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         if row["status"] == "done":
             done.append(_of_row(row))
-            warned |= {f"{row['method']} on {row['subject']}: {said}": None for said in row.get("warnings") or ()}
+            for said in row.get("warnings") or ():
+                alike = (row["method"], row["subject"], _NUMBER.sub("", said))
+                warned.setdefault(alike, []).append(f"{row['method']} on {row['subject']}: {said}")
         else:
             failed.append(f"{row['method']}/{row['subject']}/{row['seed']} failed: {row.get('error')}")
     results = Results.of(done)
-    results.notes += [*failed, *warned]
+    results.notes += [*failed, *(_of_several(notes) for notes in warned.values())]
     return results
+
+
+def _of_several(notes: Sequence[str]) -> str:
+    """The first of notes that differ in their numbers at most, as those of several seeds do, and of how many more."""
+    return f"{notes[0]} ({len(notes) - 1} more like it)" if len(set(notes)) > 1 else notes[0]
 
 
 def _of_row(row: Row) -> Result:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +94,7 @@ class Space:
 
         found: dict[str, BaseDistribution] = {n: CategoricalDistribution(_texts(v)) for n, v in self.choices.items()}
         for name, (low, high) in self.ranges.items():
-            log = low > 0 and high / low >= _LOGARITHMIC
+            log = _logarithmic(low, high)
             whole = isinstance(low, int) and isinstance(high, int)
             found[name] = IntDistribution(int(low), int(high), log) if whole else FloatDistribution(low, high, log)
         return found
@@ -102,12 +104,12 @@ class Space:
         return {n: _text(value) if n in self.choices else value for n, value in settings.items()}
 
     def of_text(self, params: Mapping[str, Any]) -> Settings:
-        """Settings from what Optuna has."""
+        """Settings from what Optuna has; those of a range with few digits, so that a label can say all of them."""
         own = {name: dict(zip(_texts(values), values, strict=True)) for name, values in self.choices.items()}
-        return {name: own[name][value] if name in own else value for name, value in params.items()}
+        return {n: own[n][v] if n in own else _with_few_digits(v, *self.ranges[n]) for n, v in params.items()}
 
     def label(self, settings: Mapping[str, Any]) -> str:
-        """A trial's settings in a line."""
+        """A trial's settings in a line, each as `--set` reads it: settings that differ never have the same label."""
         return ", ".join(f"{name}={_said(settings[name])}" for name in self.varied) or "as it is"
 
 
@@ -120,7 +122,27 @@ def _texts(values: Sequence[Any]) -> list[str]:
 
 
 def _said(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """The shortest text that YAML reads as exactly this value, and that ends where a label goes on."""
+    if isinstance(value, float):
+        return re.sub(r"e-0+", "e-", repr(value))  # 1e-5, not 1e-05
+    if isinstance(value, str) and not re.search(r"[,=]", value):
+        with suppress(UsageError):
+            if with_numbers(parse_yaml(value, "a value")) == value:
+                return value
+    return _text(value)
+
+
+def _logarithmic(low: float, high: float) -> bool:
+    """Whether a range is searched by the logarithms of its numbers."""
+    return low > 0 and high / low >= _LOGARITHMIC
+
+
+def _with_few_digits(value: float, low: float, high: float) -> float:
+    """A number of a range as people would write it: to four digits, or to a ten-thousandth of a linear range."""
+    if isinstance(value, int):
+        return value
+    few = float(f"{value:.4g}") if _logarithmic(low, high) else round(value, 4 - math.floor(math.log10(high - low)))
+    return min(max(few, low), high)
 
 
 def _ends(name: str, text: str) -> tuple[float, float]:

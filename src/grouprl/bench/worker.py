@@ -8,12 +8,12 @@ import platform
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grouprl.bench.heard import warnings_heard
 from grouprl.errors import GrouprlError, first_line
 from grouprl.importing import load_function
 
@@ -46,42 +46,62 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     Args:
         cell: of :class:`~grouprl.bench.cells.Cell`, as plain values. point: is told of each evaluation.
     """
+    from grouprl.bench.clock import TrainingClock
     from grouprl.bench.episodes import AT_ONCE
+    from grouprl.bench.noise import noisy_maker
+    from grouprl.doctor import Watch
     from grouprl.envs.evaluation import Evaluator
     from grouprl.envs.grpo import GRPO
+    from grouprl.envs.vector import reward_threshold
 
-    functions = {name: load_function(function, cell["folder"] or None) for name, function in cell["functions"].items()}
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always", UserWarning)
-        agent = GRPO(
-            cell["env_id"], preset=cell["preset"], env_kwargs=cell["env_kwargs"], seed=cell["seed"],
-            **functions, **cell["settings"],
-        )  # fmt: skip
+    functions: dict[str, Any] = {
+        name: load_function(function, cell["folder"] or None) for name, function in cell["functions"].items()
+    }
+    environment: dict[str, Any] = {"env": cell["env_id"], "env_kwargs": cell["env_kwargs"]}
+    if sigma := cell.get("reward_noise", 0.0):
+        environment = {"env": noisy_maker(cell["env_id"], cell["env_kwargs"], sigma, cell["seed"])}
+    agent = GRPO(**environment, preset=cell["preset"], seed=cell["seed"], **functions, **cell["settings"])
+    watch = Watch(agent.config.model_dump(), language_model=False, goal=reward_threshold(cell["env_id"]))
     evaluator = Evaluator(cell["env_id"], cell["env_kwargs"], n_envs=min(AT_ONCE, cell["point_episodes"]))
     every = max(1, cell["steps"] // cell["points"])
     due = every
+    moved: list[float] = []
 
     def greedy_now() -> float:
-        return evaluator.run(agent, cell["point_episodes"], seed=cell["curve_starts"]).summary()["mean_return"]
+        with clock.paused():
+            return evaluator.run(agent, cell["point_episodes"], seed=cell["curve_starts"]).summary()["mean_return"]
 
     def after_update(agent: GRPO, metrics: dict[str, float]) -> None:
         nonlocal due
-        if agent.num_timesteps < due:
-            return
+        if "approx_kl" in metrics:  # it is not in those of a batch that was skipped
+            moved.append(metrics["approx_kl"])
+        evaluated: dict[str, float] = {}
+        if agent.num_timesteps >= due:
+            evaluated = {"eval_return": evaluate_now(agent, metrics)}
+        with clock.paused():
+            watch.note({**metrics, **evaluated}, agent.num_timesteps / cell["steps"])
+
+    def evaluate_now(agent: GRPO, metrics: dict[str, float]) -> float:
+        nonlocal due
         due = agent.num_timesteps - agent.num_timesteps % every + every
         training = {} if metrics["return_mean"] != metrics["return_mean"] else {"training": metrics["return_mean"]}
-        point({"step": agent.num_timesteps, "seconds": agent.train_seconds, "greedy": greedy_now(), **training})
+        spent = {"seconds": agent.train_seconds, "cpu_seconds": clock.cpu_seconds}
+        greedy = greedy_now()
+        point({"step": agent.num_timesteps, **spent, "greedy": greedy, **training})
+        return greedy
 
-    point({"step": 0, "seconds": 0.0, "greedy": greedy_now()})
+    clock = TrainingClock()
+    point({"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "greedy": greedy_now()})
+    clock = TrainingClock()
     agent.learn(cell["steps"], callback=after_update)
+    spent = {"train_seconds": agent.train_seconds, "train_cpu_seconds": clock.cpu_seconds}
     evaluator.close()
     last = Evaluator(cell["env_id"], cell["env_kwargs"], n_envs=min(AT_ONCE, cell["episodes"]))
     greedy, sampled = (_played(last, agent, cell, deterministic) for deterministic in (True, False))
     last.close()
     return {
-        "steps_done": agent.num_timesteps, "train_seconds": agent.train_seconds, "greedy": greedy, "sampled": sampled,
-        "parameters": sum(p.numel() for p in agent.policy.parameters()),
-        "warnings": [str(one.message) for one in heard if issubclass(one.category, UserWarning)],
+        "steps_done": agent.num_timesteps, **spent, "greedy": greedy, "sampled": sampled,
+        "parameters": sum(p.numel() for p in agent.policy.parameters()), "approx_kl": moved,
         "versions": versions("grouprl", "torch", "numpy", "gymnasium"),
     }  # fmt: skip
 
@@ -124,11 +144,17 @@ def run_language_model(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
+    """Do a cell of either arena; returns what a row says of it, with what was warned of."""
+    do = run_environment if cell["env_id"] is not None else run_language_model
+    with warnings_heard() as warned:
+        return {**do(cell, point), "warnings": warned}
+
+
 def main() -> None:
     """Do the cell on standard input."""
     cell = json.loads(sys.stdin.readline())
     sys.stdout = sys.stderr  # what a user's own code prints is no message to the pool
-    run = run_environment if cell["env_id"] is not None else run_language_model
     try:
         result = run(cell, lambda found: tell({"point": found}))
     except Exception as error:

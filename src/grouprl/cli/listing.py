@@ -107,14 +107,15 @@ def _shown(name: str, default: Any, meaning: str) -> str:
 
 
 def _unknown(name: str, known: list[str], lm: bool) -> UsageError:
-    from grouprl.envs.stable_baselines import ELSEWHERE
+    from grouprl.envs.stable_baselines import EVERYWHERE
+    from grouprl.lm.settings.other_libraries import ELSEWHERE
     from grouprl.objective_settings import unknown_setting
 
     others = _of_environments() if lm else _of_language_models()
     if any(row[0] == name for _, rows in others for row in rows):
         arena, option = ("environments", "") if lm else ("language models", " --lm")
         return UsageError(f"{name!r} is a setting of {arena} alone: grouprl settings{option} {name}")
-    if name in ELSEWHERE and not lm:
-        return UsageError(f"there is no setting {name!r}: {ELSEWHERE[name]}")
     option = " --lm" if lm else ""
-    return UsageError(unknown_setting(name, known, lambda: f"grouprl settings{option} lists them"))
+    return UsageError(
+        unknown_setting(name, known, lambda: f"grouprl settings{option} lists them", ELSEWHERE if lm else EVERYWHERE)
+    )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from grouprl.envs.stable_baselines import ELSEWHERE
+from grouprl.envs.stable_baselines import EVERYWHERE
 from grouprl.errors import refuse
 from grouprl.objective import DIVERGENCES, ESTIMATORS
 from grouprl.objective.estimators import names as estimator_names
@@ -27,6 +27,7 @@ from grouprl.objective_settings import (
 )
 
 _ADVANTAGES, _LOSSES = estimator_names(environments=True), loss_names(environments=True)
+_ALL = "grouprl settings, and help(GRPOConfig), list them all"
 NEEDS_WHOLE_EPISODES = tuple(name for name in _ADVANTAGES if ESTIMATORS[name].whole_samples)
 
 
@@ -261,13 +262,7 @@ def check_names(values: Mapping[str, Any]) -> None:
 def _no_settings(values: Mapping[str, Any]) -> list[str]:
     """What to say of each name that is no setting."""
     known = GRPOConfig.model_fields
-    return [
-        f"there is no setting {name!r}: {ELSEWHERE[name]}"
-        if name in ELSEWHERE
-        else unknown_setting(name, known, lambda: f"known settings: {', '.join(sorted(known))}")
-        for name in values
-        if name not in known
-    ]
+    return [unknown_setting(name, known, lambda: _ALL, EVERYWHERE) for name in values if name not in known]
 
 
 def make_config(values: Mapping[str, Any]) -> GRPOConfig:

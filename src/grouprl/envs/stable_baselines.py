@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from grouprl.envs import other_libraries
 from grouprl.errors import UsageError, with_type
 from grouprl.objective_settings import ALIASES
 
@@ -45,6 +46,9 @@ ELSEWHERE = {
 }
 """Arguments of Stable-Baselines3 that are no settings here: for each, one sentence with what to do instead."""
 
+EVERYWHERE = {**other_libraries.ELSEWHERE, **ELSEWHERE}
+"""The same, with the names of other libraries."""
+
 
 ATTRIBUTES = {
     "logger": "a callback gets the metrics of every update, and callback=Run(folder) writes "
@@ -73,8 +77,8 @@ def missing_attribute(name: str, settings: Collection[str]) -> str:
         return f"{said}: {ATTRIBUTES[name]}"
     if setting in settings:
         return f"{said}: it is agent.config.{setting}"
-    if name in ELSEWHERE:
-        return f"{said}: {ELSEWHERE[name]}"
+    if name in EVERYWHERE:
+        return f"{said}: {EVERYWHERE[name]}"
     return said
 
 
@@ -84,7 +88,7 @@ SIGNATURE = "a callback is a function callback(agent, metrics) that returns Fals
 def refuse_arguments(function: str, names: Sequence[str]) -> None:
     """Raise UsageError for arguments that ``function`` does not have, with what to do instead."""
     for name in names:
-        hint = ELSEWHERE.get(name) or f"it takes {', '.join(_ARGUMENTS[function])}"
+        hint = EVERYWHERE.get(name) or f"it takes {', '.join(_ARGUMENTS[function])}"
         raise UsageError(f"{function} has no argument {name!r}: {hint}")
 
 

@@ -231,3 +231,12 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def free_path(wanted: Path) -> Path:
+    """The path, with -2, -3, ... after it if it is taken."""
+    path, number = wanted, 2
+    while path.exists():
+        path = wanted.with_name(f"{wanted.name}-{number}")
+        number += 1
+    return path

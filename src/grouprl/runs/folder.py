@@ -1,4 +1,4 @@
-"""The folder of one run: where its files are, how it is made, opened and read back."""
+"""The folder of one run: how it is made, opened, read back and finished."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,13 +15,13 @@ from typing import Any, TypeVar
 
 from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError
 from grouprl.reading import parse_yaml
-from grouprl.runs.files import explain_os_error, is_sealed, list_folder, read_bytes, user_path, write_json, write_yaml
+from grouprl.runs import replacing
+from grouprl.runs.files import explain_os_error, free_path, is_sealed, read_bytes, user_path, write_json, write_yaml
 from grouprl.runs.in_place import check_in_place
-from grouprl.runs.lock import LOCK, locked
-from grouprl.runs.metrics import read_metrics
+from grouprl.runs.layout import RunLayout
+from grouprl.runs.lock import locked
 from grouprl.runs.signals import leave_if_asked
 from grouprl.runs.state import load_state
-from grouprl.runs.temporaries import is_left_over
 
 T = TypeVar("T")
 
@@ -30,14 +29,10 @@ _log = logging.getLogger("grouprl")
 _told: set[bytes] = set()
 """Configurations that were changed by hand, as this process has said already."""
 
-_CHECKPOINT = re.compile(r"step_(\d+)\.safetensors")
-
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunFolder(RunLayout):
     """The folder of one run. Make it with `create` or `open`, which check; the files are made as the run goes on."""
-
-    path: Path
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config: Mapping[str, Any], *, overwrite: bool = False) -> RunFolder:
@@ -50,9 +45,9 @@ class RunFolder:
         """
         folder = cls(user_path(path).absolute())
         try:
-            if folder._holds_something():
+            if folder.holds_something():
                 folder._check_replaceable(overwrite)
-                folder._put_aside()
+                replacing.put_aside(folder)
             write_yaml(folder.config_path, dict(config), seal=True)
         except OSError as error:
             raise explain_os_error(error, folder.path) from error
@@ -62,7 +57,7 @@ class RunFolder:
         """Raises UsageError if `create` could not make a run here; nothing is touched."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file. Choose another folder.")
-        if self._holds_something():
+        if self.holds_something():
             self._check_replaceable(overwrite)
 
     @contextmanager
@@ -87,7 +82,7 @@ class RunFolder:
         try:
             if not folder.path.is_dir():
                 raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
-            if not folder.config_path.is_file() and folder._replaced.is_dir():
+            if not folder.config_path.is_file() and replacing.is_replacing(folder):
                 folder.abandon()  # another was to replace it, and was killed before it began
             os.listdir(folder.path)
         except OSError as error:
@@ -97,76 +92,6 @@ class RunFolder:
                 f"{path} is not a run folder: it holds no config.yaml. Give one that `grouprl train` made."
             )
         return folder
-
-    @property
-    def config_path(self) -> Path:
-        """What reproduces the run (YAML)."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_path(self) -> Path:
-        """One row per update (CSV)."""
-        return self.path / "metrics.csv"
-
-    @property
-    def model_path(self) -> Path:
-        """The model the run leaves (safetensors)."""
-        return self.path / "model.safetensors"
-
-    @property
-    def model_folder(self) -> Path:
-        """The language model the run leaves: a Hugging Face folder."""
-        return self.path / "model"
-
-    @property
-    def transcripts_path(self) -> Path:
-        """What a language model wrote while it learned (JSON lines)."""
-        return self.path / "transcripts.jsonl"
-
-    @property
-    def transcripts_page(self) -> Path:
-        """The same, to browse (HTML)."""
-        return self.path / "transcripts.html"
-
-    @property
-    def episodes_path(self) -> Path:
-        """Some batches of an environment as they were learned from (JSON lines)."""
-        return self.path / "episodes.jsonl"
-
-    @property
-    def episodes_page(self) -> Path:
-        """The same, to browse (HTML)."""
-        return self.path / "episodes.html"
-
-    @property
-    def report_page(self) -> Path:
-        """What the run was and how it went, on one page (HTML)."""
-        return self.path / "report.html"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """The folder of the states a run can be resumed from."""
-        return self.path / "checkpoints"
-
-    @property
-    def curve_path(self) -> Path:
-        """The learning curve (PNG)."""
-        return self.path / "curve.png"
-
-    @property
-    def video_path(self) -> Path:
-        """An episode of the trained model (MP4)."""
-        return self.path / "episode.mp4"
-
-    @property
-    def summary_path(self) -> Path:
-        """The result of the run (JSON)."""
-        return self.path / "summary.json"
-
-    @property
-    def tensorboard_path(self) -> Path:
-        """The folder of TensorBoard's event files."""
-        return self.path / "tensorboard"
 
     def read_config(self) -> dict[str, Any]:
         """The mapping in config.yaml. Raises UsageError if it is missing, not YAML or no mapping."""
@@ -186,7 +111,7 @@ class RunFolder:
         Raises TrainingError if what it would sum up has been deleted since, and as `write_json` does.
         """
         check_in_place(self.path)
-        if not self._usable():
+        if not self.is_usable():
             raise TrainingError(
                 f"{self.path} holds no run any more: its config.yaml, or its model and checkpoints, were deleted while "
                 "the run finished; start anew"
@@ -204,10 +129,6 @@ class RunFolder:
             raise DamagedFileError(f"{self.summary_path} is damaged: {' '.join(str(error).split())}.") from error
         return _mapping(summary, self.summary_path)
 
-    def export_path(self, kind: str) -> Path:
-        """The folder of the model as other programs read it, of `kind` onnx, torch or merged."""
-        return self.path / f"export-{kind}"
-
     def is_finished(self) -> bool:
         """Whether the run has left its summary, the last thing that it writes."""
         return self.summary_path.is_file()
@@ -224,15 +145,6 @@ class RunFolder:
         except OSError as error:
             raise explain_os_error(error, self.summary_path) from error
 
-    def checkpoint_path(self, step: int) -> Path:
-        """Where the checkpoint taken after `step` steps belongs."""
-        return self.checkpoints_path / f"step_{step:012d}.safetensors"
-
-    def checkpoints(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
-        matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in list_folder(self.checkpoints_path)]
-        return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
-
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole, or None; each newer one that is not is named in the log."""
         found = newest_good(self.checkpoints(), load_state)
@@ -248,17 +160,13 @@ class RunFolder:
             except OSError as error:
                 raise explain_os_error(error, path) from error
 
-    # A run that replaces another is made in its place; the other one's files wait in .replaced. Whatever happens in
-    # between, one look says what to do: config.yaml goes there first and comes back last, so without one in the folder
-    # itself what is there belongs to the older run.
-
     @contextmanager
     def kept_in_order(self) -> Iterator[None]:
         """Around a run: if it fails, `abandon` it, and say where to find what it had recorded."""
         try:
             yield
         except BaseException as error:
-            usable, place = self._usable(), self.abandon()
+            usable, place = self.is_usable(), self.abandon()
             if isinstance(error, GrouprlError) and place is not None and not usable:
                 said = str(error).rstrip(".")
                 raise type(error)(f"{said}. What it recorded is in {place}.") from error
@@ -266,9 +174,7 @@ class RunFolder:
 
     def settle(self) -> None:
         """Delete the run that this one replaces, if there is one: this one can be used, or resumed from."""
-        if self._replaced.is_dir():
-            (self._replaced / self.config_path.name).unlink(missing_ok=True)
-            shutil.rmtree(self._replaced, ignore_errors=True)
+        replacing.settle(self)
 
     def abandon(self) -> Path | None:
         """After a failure: keep what is of use, and bring back the run that this one was to replace.
@@ -276,91 +182,16 @@ class RunFolder:
         A run with a checkpoint stays. One that has recorded a step stays too, in a folder beside this one if it was to
         replace another; of one that has not, nothing is left. Returns where it is, or None.
         """
-        try:
-            if self._usable():
-                self.settle()
-                return self.path
-            if not self.config_path.is_file() or not self._has_steps():
-                if self.config_path.is_file():
-                    for path in self._own():
-                        _delete(path)
-                self._bring_back()
-                return None
-            if not self._replaced.is_dir():
-                return self.path
-            beside = _free(self.path.with_name(f"{self.path.name}-failed"))
-            beside.mkdir()
-            for path in self._own():
-                os.replace(path, beside / path.name)
-            self._bring_back()
-        except OSError as error:
-            raise explain_os_error(error, self.path) from error
-        return beside
-
-    def _usable(self) -> bool:
-        places = (self.checkpoints_path, self.model_folder, self.model_path, *self.path.glob("checkpoint-*"))
-        return self.config_path.is_file() and any(place.exists() for place in places)
-
-    def _has_steps(self) -> bool:
-        try:
-            steps = read_metrics(self.metrics_path).get("step", ())
-        except UsageError:
-            return False
-        return any(step > 0 for step in steps)
-
-    @property
-    def _replaced(self) -> Path:
-        return self.path / ".replaced"
-
-    def _own(self) -> list[Path]:
-        """What a run has made, config.yaml last."""
-        paths = (
-            self.checkpoints_path, self.tensorboard_path, self.path / "wandb", self.model_folder,
-            *self.path.glob("checkpoint-*"), *self.path.glob("export-*"), self.metrics_path, self.model_path,
-            self.curve_path, self.video_path, self.summary_path, self.transcripts_path, self.transcripts_page,
-            self.episodes_path, self.episodes_page, self.report_page, self.config_path,
-        )  # fmt: skip
-        return [path for path in paths if path.exists() or path.is_symlink()]
+        return replacing.abandon(self)
 
     def _check_replaceable(self, overwrite: bool) -> None:
-        if not self.config_path.is_file() and not (self._replaced / self.config_path.name).is_file():
+        if not self.config_path.is_file() and not replacing.older_config(self).is_file():
             raise UsageError(f"{self.path} is not empty and holds no run. Choose another folder.")
         if not overwrite:
             raise UsageError(
                 f"{self.path} already holds a run. Choose another folder, continue that run with "
                 f"`grouprl resume {self.path}`, or overwrite it (--overwrite, in Python overwrite=True)."
             )
-
-    def _put_aside(self) -> None:
-        if self._replaced.is_dir():  # of a run that was killed
-            self.abandon()
-        self._replaced.mkdir(exist_ok=True)
-        try:
-            for path in reversed(self._own()):
-                os.replace(path, self._replaced / path.name)
-        except OSError:
-            self._bring_back()
-            raise
-
-    def _bring_back(self) -> None:
-        """Put the files of an older run in their places, and delete the folder if nothing is in it then."""
-        if self._replaced.is_dir():
-            for path in sorted(self._replaced.iterdir(), key=lambda path: path.name == self.config_path.name):
-                os.replace(path, self.path / path.name)
-            self._replaced.rmdir()
-        if not self._holds_something():
-            with suppress(OSError):  # whoever holds the folder deletes it
-                self.path.rmdir()
-
-    def _holds_something(self) -> bool:
-        return self.path.is_dir() and any(path.name != LOCK and not is_left_over(path) for path in self.path.iterdir())
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def newest_good(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[Path, T] | None:
@@ -380,16 +211,7 @@ def newest_good(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[Path,
 def default_run_path(root: str | os.PathLike[str], name: str, seed: int) -> Path:
     """A path that does not exist yet: root/NAME-seedSEED-DATE-TIME, with -2, -3, ... after it if that is taken."""
     safe_name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    return _free(user_path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
-def _free(wanted: Path) -> Path:
-    """The path, with -2, -3, ... after it if it is taken."""
-    path, number = wanted, 2
-    while path.exists():
-        path = wanted.with_name(f"{wanted.name}-{number}")
-        number += 1
-    return path
+    return free_path(user_path(root) / f"{safe_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:

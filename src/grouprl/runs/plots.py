@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -180,7 +181,10 @@ def _without_repetitions(groups: Sequence[Sequence[_Run]], group_by: str) -> tup
 
 
 def labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
-    """For each configuration the settings that tell it from others with the same env_id, and the env_id if it must."""
+    """For each configuration the settings that tell it from others with the same env_id, and the env_id if it must.
+
+    A label names three settings at most. Those that would be the same are numbered.
+    """
     flat = [flatten(config, group_by) for config in configs]
     found = []
     for own in flat:
@@ -196,6 +200,15 @@ def labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
         settings = settings[:3] + (["..."] if len(settings) > 3 else [])
         subject = [str(subject_of(own))] if subject_of(own) and (not settings or len(rivals) < len(flat)) else []
         found.append(", ".join([*subject, *settings]) or "run")
+    return _numbered(found)
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Names of which no two are the same: "a", "a" -> "a", "a (2)"."""
+    found: list[str] = []
+    for name in names:
+        again = (f"{name} ({number})" for number in itertools.count(2))
+        found.append(name if name not in found else next(one for one in again if one not in (*found, *names)))
     return found
 
 

@@ -9,14 +9,10 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from grouprl.lm.generate.collect import (
-    Collector,
-    CompletionPlayer,
-    describe_scored,
-    evaluation_metrics,
-    sample_and_score,
-)
+from grouprl.lm.generate.collect import Collector
+from grouprl.lm.generate.completions import CompletionPlayer, sample_and_score
 from grouprl.lm.generate.estimate import groups_with_signal
+from grouprl.lm.generate.scored_groups import describe_scored, evaluation_metrics
 from grouprl.lm.prompts import Prompt, PromptOrder
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.rows import Completion

@@ -43,8 +43,9 @@ def test_a_row_is_the_same_whoever_is_beside_it(dtype: torch.dtype) -> None:
 def test_logits_are_the_same_whether_tokens_are_read_one_by_one_or_together(dtype: torch.dtype) -> None:
     sampler = native(wide("mistral"), dtype)
     ids = torch.randint(97, (3, 40), generator=seeded()).tolist()
-    with sampler._sampling(), torch.no_grad():
-        decoder = sampler._appending(4, 64)
+    decode = sampler._decode
+    with decode.prepared(), torch.no_grad():
+        decoder = decode.appending(4, 64)
         decoder.begin([PROMPTS[0], PROMPTS[2]], [[3, 0], [2, 1]])
         for token in ids[0]:
             one_by_one = decoder.append([0], [[token]])
@@ -56,6 +57,6 @@ def test_logits_are_the_same_whether_tokens_are_read_one_by_one_or_together(dtyp
 
 
 def test_stretches_that_are_read_wrongly_are_left_to_torch(monkeypatch) -> None:
-    monkeypatch.setattr("grouprl.lm.sample.sampler.NativeRows", without_a_token(NativeRows))
+    monkeypatch.setattr("grouprl.lm.sample.decode_steps.NativeRows", without_a_token(NativeRows))
     model = wide("llama")
     assert Sampler(Backbone(model), LowPrecision(model, torch.float32), ENDS).steps == "blocks"

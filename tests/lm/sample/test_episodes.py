@@ -178,7 +178,7 @@ def test_a_trial_finds_stretches_that_are_read_wrongly(monkeypatch) -> None:
     sampler = packed(build("llama"))
     trial = Trial(sampler.backbone.model)
     assert sampler.disagreement(trial) == ""
-    monkeypatch.setattr("grouprl.lm.sample.sampler.TorchRows", without_a_token(TorchRows))
+    monkeypatch.setattr("grouprl.lm.sample.decode_steps.TorchRows", without_a_token(TorchRows))
     assert "stretches of tokens" in sampler.disagreement(trial)
     with pytest.raises(UnsupportedError):
         packed(build("llama"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from grouprl.lm.packed.backbone import Backbone
 from grouprl.lm.packed.low_precision import LowPrecision
+from grouprl.lm.packed.packing import Group
+from grouprl.lm.sample.decode_steps import DecodeSteps
+from grouprl.lm.sample.decode_trials import step_logits
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.recordings import CudaGraphRecorder, Repeated
 from grouprl.lm.sample.rows import Completion
@@ -136,8 +140,11 @@ def test_others_are_recorded_after_one_that_cannot_be() -> None:
 def test_recordings_that_give_no_numbers_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     made = Sampler(Backbone(model), LowPrecision(model, torch.float32), ENDS, steps="blocks")
-    really = made._try
-    monkeypatch.setattr(made, "_try", lambda recorder=None: really() if recorder is None else really() * torch.nan)
+
+    def none_when_replayed(decode: DecodeSteps, groups: Sequence[Group], *repeated: Any) -> Tensor:
+        return step_logits(decode, groups) * (torch.nan if repeated else 1)
+
+    monkeypatch.setattr("grouprl.lm.sample.sampler.step_logits", none_when_replayed)
     made.record_with(TapeRecorder())
     assert made.recorder is None
     assert "replayed ones give other logits" in made.why

@@ -3,6 +3,7 @@ import inspect
 import logging
 import math
 import pickle
+import re
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from grouprl.errors import UsageError
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, interval, total_steps
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.settings.other_libraries import ELSEWHERE
 from grouprl.lm.settings.trl import FOREIGN, FOREIGN_ARGUMENTS, RENAMED, TRAINER_ARGUMENTS, check_arguments
 from grouprl.lm.train.trainer import GRPOTrainer
 from grouprl.objective import Objective
@@ -295,11 +297,22 @@ def test_options_that_could_change_no_number_are_accepted_at_any_value() -> None
         ("vllm_gpu_memory", "did you mean 'vllm_gpu_memory_utilization'"),
         ("xyzzy", r"help\(GRPOConfig\) and `grouprl settings --lm` list"),
         ("reward_funcs", "is an argument of GRPOTrainer"),
+        ("max_seq_length", "no setting 'max_seq_length': max_completion_length"),
+        ("batch_size", "no setting 'batch_size': prompts_per_step"),
+        ("use_peft", "no setting 'use_peft': pass GRPOTrainer"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_closest_known_one(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         GRPOConfig(**{name: 1})
+
+
+def test_what_is_said_of_names_of_other_libraries_names_settings_that_exist_and_hides_none() -> None:
+    known = {*GRPOConfig.model_fields, *RENAMED, *FOREIGN, *TRAINER_ARGUMENTS}
+    assert not set(ELSEWHERE) & known
+    for text in ELSEWHERE.values():
+        for name in re.findall(r"\b([a-z0-9]+(?:_[a-z0-9]+)+)\b", text):
+            assert name in known or name == "leave_one_out", text
 
 
 def test_what_is_neither_setting_nor_option_is_no_attribute() -> None:

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from grouprl.errors import UsageError
-from grouprl.lm.settings.fields import TRACKERS
+from grouprl.lm.settings.trackers import TRACKERS
 
 
 def test_the_trackers_are_transformers_own() -> None:

@@ -19,9 +19,9 @@ from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.conversation import Conversation, Conversations, Rules
 from grouprl.lm.agents.interaction import Message
 from grouprl.lm.agents.interactions import Interactions, name_of
-from grouprl.lm.generate.collect import Metrics, ScoredGroups
 from grouprl.lm.generate.episodes import Episode, samples_of_episodes, turn_advantages
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.generate.scored_groups import Metrics, ScoredGroups
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.call import RewardCaller, total

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import GrouprlError, TrainingError, first_line, shown
-from grouprl.lm.generate.collect import texts_of
+from grouprl.lm.generate.completions import texts_of
 from grouprl.lm.generate.episodes import Episode
 from grouprl.lm.generate.play import EpisodeGroups, samples_of_groups
 from grouprl.lm.generate.samples import Samples

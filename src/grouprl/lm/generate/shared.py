@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from grouprl.errors import TrainingError, first_line
-from grouprl.lm.generate.collect import Player, ScoredGroups, logged_means
+from grouprl.lm.generate.collect import Player
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.generate.scored_groups import ScoredGroups, logged_means
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.call import RewardCaller

@@ -275,7 +275,7 @@ class Where(NamedTuple):
 
 
 class NativeDecoder:
-    """Decodes rows of several prompts, one token per row and step; a :class:`grouprl.lm.sample.sampler.Decoder`.
+    """Decodes rows of several prompts, one token per row and step; a :class:`grouprl.lm.sample.decode_steps.Decoder`.
 
     Args:
         pack: the P prompts. group_size: rows of each. max_new_tokens: most tokens of a row.

@@ -25,12 +25,13 @@ from grouprl.lm.policy.reference import Reference
 from grouprl.lm.policy.sharded import ShardedModels
 from grouprl.lm.policy.structure import structure
 from grouprl.lm.policy.trial import PolicyTrial
+from grouprl.lm.sample.decode_steps import Steps
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.finite import NotFiniteError, not_finite
 from grouprl.lm.sample.interface import CompletionSampler
 from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
-from grouprl.lm.sample.sampler import Sampler, Steps
+from grouprl.lm.sample.sampler import Sampler
 from grouprl.lm.sample.stopping import Stops
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Partner, Sampled

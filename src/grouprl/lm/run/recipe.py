@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from grouprl.errors import UsageError, shown
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.lm.settings.other_libraries import ELSEWHERE
 from grouprl.objective_settings import unknown_setting
 from grouprl.reading import parse_yaml, read_yaml
 from grouprl.redaction import with_secrets, without_secrets
@@ -110,7 +111,7 @@ class Recipe:
         for name in config:
             if name not in GRPOConfig.model_fields and name in assignments and name not in _accepted():
                 known = [*own, *GRPOConfig.model_fields]
-                raise UsageError(unknown_setting(name, known, lambda: "grouprl settings --lm lists them"))
+                raise UsageError(unknown_setting(name, known, lambda: "grouprl settings --lm lists them", ELSEWHERE))
         return Recipe(**{**self.__dict__, **values, "config": config})
 
     def to_dict(self) -> dict[str, Any]:

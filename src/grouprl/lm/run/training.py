@@ -14,7 +14,7 @@ import torch
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.importing import load_function
-from grouprl.lm.generate.collect import ScoredGroups
+from grouprl.lm.generate.scored_groups import ScoredGroups
 from grouprl.lm.models.find import SMOLLM2
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run.data import TaskData, load_task_data
@@ -25,7 +25,7 @@ from grouprl.lm.run.report import leave_results
 from grouprl.lm.run.saved import reading
 from grouprl.lm.run.trained import open_trained
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.settings.fields import OWN_TRACKERS
+from grouprl.lm.settings.trackers import OWN_TRACKERS
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.evaluation import HeldOut, evaluate_greedily
 from grouprl.lm.train.sinks import Recording

@@ -13,7 +13,7 @@ from grouprl.lm.packed.packing import Pack
 
 
 class TorchDecoder:
-    """Decodes B rows with torch operations. It implements :class:`grouprl.lm.sample.sampler.Decoder`.
+    """Decodes B rows with torch operations. It implements :class:`grouprl.lm.sample.decode_steps.Decoder`.
 
     Args:
         hidden: a function of token ids ``[B]``, their positions ``[B]`` and an attention plan. It returns the last

@@ -17,14 +17,14 @@ What TRL has and this has not is in `grouprl.lm.settings.trl`; what a batch is, 
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from grouprl.errors import shown
-from grouprl.lm.settings import fsdp
+from grouprl.lm.settings import readers
+from grouprl.lm.settings.fsdp import mapping as fsdp_mapping
+from grouprl.lm.settings.fsdp import switch as fsdp_switch
+from grouprl.lm.settings.trackers import TrackerName, read_trackers
 from grouprl.lm.settings.trl import mapping_of
 from grouprl.objective.correction import CorrectionMode
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
@@ -33,18 +33,6 @@ from grouprl.objective.losses import names as loss_names
 from grouprl.objective_settings import RENAMED_ADVANTAGES, RENAMED_LOSSES, ObjectiveSettings, OneOf
 
 Strategy = Literal["no", "steps", "epoch"]
-
-OWN_TRACKERS = ("tensorboard", "wandb")
-"""Trackers that grouprl writes to itself, in both arenas."""
-TrackerName = Literal[
-    "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune", "dvclive", "dagshub",
-    "codecarbon", "azure_ml", "flyte", "kubeflow",
-]  # fmt: skip
-TRACKERS: tuple[str, ...] = get_args(TrackerName)
-"""All trackers: the others are written to by transformers' callbacks."""
-_CALLED = {"comet": "comet_ml", "azureml": "azure_ml"}
-_PACKAGES = {"azure_ml": "azureml", "flyte": "flytekit"}
-
 
 _LOSSES_ELSEWHERE = RENAMED_LOSSES | {"gspo": "grpo with importance_sampling_level='sequence'"}
 
@@ -361,108 +349,21 @@ class Fields(ObjectiveSettings):
     do_eval: bool = Field(False, description="the same; true where eval_strategy is given")
     do_predict: bool = Field(False, description="the same")
 
-    @field_validator("output_dir", mode="before")
-    @classmethod
-    def _path(cls, value: Any) -> Any:
-        path = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if isinstance(path, str) and not _is_utf8(path):
-            raise ValueError(
-                "the name is no text in UTF-8, which saving a tokenizer needs; name another folder, or set PYTHONUTF8=1"
-            )
-        return os.path.expanduser(path) if isinstance(path, str) else path
-
-    @field_validator("fsdp", mode="before")
-    @classmethod
-    def _switch(cls, value: Any) -> bool | str:
-        return fsdp.switch(value)
-
-    @field_validator("fsdp_config", mode="before")
-    @classmethod
-    def _fsdp_mapping(cls, value: Any) -> dict[str, Any] | None:
-        return fsdp.mapping(value)
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _trackers(cls, value: Any) -> Any:
-        allowed = f"choose {', '.join(TRACKERS)}, several in a list, all, or none"
-        if value is not None and value is not False and not isinstance(value, str | list | tuple | set | frozenset):
-            raise ValueError(f"names no tracker; {allowed}")
-        names = (value,) if isinstance(value, str) else tuple(value or ())
-        if names == ("all",):
-            names = tuple(name for name in TRACKERS if find_spec(_PACKAGES.get(name, name)) is not None)
-        for name in names:
-            if not isinstance(name, str) or name not in (*TRACKERS, *_CALLED, "none"):
-                raise ValueError(f"{shown(name)} is no tracker here; {allowed}")
-        return tuple(dict.fromkeys(_CALLED.get(name, name) for name in names if name != "none"))
-
-    @field_validator(
+    # --- how values are read: see grouprl.lm.settings.readers -----------------------------------------------------
+    _output_dir = field_validator("output_dir", mode="before")(readers.path)
+    _report_to = field_validator("report_to", mode="before")(read_trackers)
+    _fsdp = field_validator("fsdp", mode="before")(fsdp_switch)
+    _fsdp_config = field_validator("fsdp_config", mode="before")(fsdp_mapping)
+    _mappings = field_validator(
         "model_init_kwargs", "gradient_checkpointing_kwargs", "chat_template_kwargs", "lr_scheduler_kwargs",
         mode="before",
-    )  # fmt: skip
-    @classmethod
-    def _mapping(cls, value: Any) -> Any:
-        return mapping_of(value)
-
-    @field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")
-    @classmethod
-    def _no(cls, value: Any) -> Any:
-        return "no" if value is False else value  # which is how YAML reads a bare no
-
-    @field_validator("stop_strings", mode="before")
-    @classmethod
-    def _strings(cls, value: Any) -> Any:
-        empty = isinstance(value, str | list | tuple) and not len(value)
-        return None if empty else (value,) if isinstance(value, str) else value
-
-    @field_validator("eval_pass_k", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @field_validator("eval_pass_k")
-    @classmethod
-    def _at_least_one(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and any(k < 1 for k in value):
-            raise ValueError("must hold whole numbers of at least 1, such as [1, 4]")
-        return value or None
-
-    @field_validator("stop_strings")
-    @classmethod
-    def _no_empty_string(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value and not all(value):
-            raise ValueError("must hold no empty text, which would end every completion")
-        return value
-
-    @field_validator("top_k", mode="before")
-    @classmethod
-    def _all_tokens(cls, value: Any) -> Any:
-        return 0 if value is None or (type(value) is int and value == -1) else value  # vLLM's word for all
-
-    @field_validator("transcripts")
-    @classmethod
-    def _count(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 0:
-            raise ValueError("must be at least 0, or 'all'")
-        return value
-
-    @field_validator("max_steps")
-    @classmethod
-    def _some_steps(cls, value: int) -> int:
-        if value == 0:
-            raise ValueError("must be at least 1, or -1 for num_train_epochs to say")
-        return value
-
-    @field_validator("warmup_steps", "logging_steps", "eval_steps", "save_steps")
-    @classmethod
-    def _share_or_count(cls, value: float | None) -> float | None:
-        if value is not None and value >= 1 and not value.is_integer():
-            raise ValueError("must be a whole number of steps, or a share of the run below 1")
-        return int(value) if value is not None and value.is_integer() else value
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    )(mapping_of)  # fmt: skip
+    _strategies = field_validator("logging_strategy", "eval_strategy", "save_strategy", mode="before")(readers.strategy)
+    _stop_strings = field_validator("stop_strings", mode="before")(readers.texts)
+    _some_text = field_validator("stop_strings")(readers.no_empty_text)
+    _eval_pass_k = field_validator("eval_pass_k", mode="before")(readers.numbers)
+    _at_least_one = field_validator("eval_pass_k")(readers.at_least_one)
+    _top_k = field_validator("top_k", mode="before")(readers.top_k)
+    _transcripts = field_validator("transcripts")(readers.number_of_transcripts)
+    _max_steps = field_validator("max_steps")(readers.max_steps)
+    _shares = field_validator("warmup_steps", "logging_steps", "eval_steps", "save_steps")(readers.share_or_count)

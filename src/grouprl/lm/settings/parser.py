@@ -11,6 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from grouprl.errors import UsageError, refuse, shown
+from grouprl.lm.settings.other_libraries import ELSEWHERE
 from grouprl.objective_settings import unknown_setting
 from grouprl.reading import read_yaml
 
@@ -59,7 +60,7 @@ class TrlParser(HfArgumentParser):
         strange = (unknown[::2] if fail_with_unknown_args else []) + [word for word in rest if word.startswith("--")]
         known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         names = list(dict.fromkeys(word.lstrip("-").partition("=")[0] for word in strange))
-        refuse([unknown_setting(name, known, lambda: "--help lists the settings") for name in names])
+        refuse([unknown_setting(name, known, lambda: "--help lists the settings", ELSEWHERE) for name in names])
         if rest:
             raise UsageError(f"the command line has {shown(rest)}, which belongs to no option")
         return tuple(found)

@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from grouprl.errors import refuse, shown
+from grouprl.lm.settings.other_libraries import ELSEWHERE
 from grouprl.machine.ranks import Place
 from grouprl.objective_settings import unknown_setting
 
@@ -289,6 +290,5 @@ def _foreign_problem(name: str, value: Any, known: Collection[str]) -> str | Non
         return f"{name}={shown(value)}: {option.advice}"
     if name in TRAINER_ARGUMENTS:
         return f"{name!r} is an argument of GRPOTrainer, not a setting; pass it there"
-    return unknown_setting(
-        name, [*known, *RENAMED, *FOREIGN], lambda: "help(GRPOConfig) and `grouprl settings --lm` list the settings"
-    )
+    listed = "help(GRPOConfig) and `grouprl settings --lm` list the settings"
+    return unknown_setting(name, [*known, *RENAMED, *FOREIGN], lambda: listed, ELSEWHERE)

@@ -9,7 +9,8 @@ from grouprl.errors import UsageError, shown
 from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.interactions import Interactions
 from grouprl.lm.agents.tool_use import Limits
-from grouprl.lm.generate.collect import CompletionPlayer, Player
+from grouprl.lm.generate.collect import Player
+from grouprl.lm.generate.completions import CompletionPlayer
 from grouprl.lm.generate.play import EpisodePlayer
 from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.models.context import context_length

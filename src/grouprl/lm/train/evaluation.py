@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grouprl.lm.generate.collect import EVALUATION_STARTS, Metrics, ScoredGroups, describe_scored
+from grouprl.lm.generate.collect import EVALUATION_STARTS
+from grouprl.lm.generate.scored_groups import Metrics, ScoredGroups, describe_scored
 from grouprl.lm.prompts import PromptSource
 from grouprl.lm.sample.streams import EVALUATION, Stream
 from grouprl.lm.train.setup import Setup

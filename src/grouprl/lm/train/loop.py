@@ -16,8 +16,9 @@ from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.learning.shards import held
-from grouprl.lm.generate.collect import Collector, Metrics
+from grouprl.lm.generate.collect import Collector
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.generate.scored_groups import Metrics
 from grouprl.lm.kernels import compile as kernels
 from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state, stepped_by
 from grouprl.lm.learn.step import Step, optimizer_step

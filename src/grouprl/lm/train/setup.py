@@ -20,8 +20,9 @@ from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.learning.sharded_parameters import ShardedParameters
 from grouprl.lm.engines.sampler import check_sampled_by_vllm
-from grouprl.lm.generate.collect import Player, evaluation_metrics
+from grouprl.lm.generate.collect import Player
 from grouprl.lm.generate.play import TURN_REWARDS
+from grouprl.lm.generate.scored_groups import evaluation_metrics
 from grouprl.lm.generate.shared import shared_out
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.context import context_length

@@ -12,7 +12,7 @@ from typing import Any
 from grouprl.doctor import Watch
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.settings.config import GRPOConfig
-from grouprl.lm.settings.fields import OWN_TRACKERS
+from grouprl.lm.settings.trackers import OWN_TRACKERS
 from grouprl.lm.train.evaluation import HeldOut
 from grouprl.lm.train.setup import Setup
 from grouprl.lm.train.trackers import table_of

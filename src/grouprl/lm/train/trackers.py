@@ -8,7 +8,7 @@ from typing import Any
 
 from grouprl.errors import UsageError, first_line
 from grouprl.lm.generate.samples import Samples
-from grouprl.lm.settings.fields import OWN_TRACKERS
+from grouprl.lm.settings.trackers import OWN_TRACKERS
 from grouprl.lm.train.transcripts import transcripts_of
 
 
