@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from small_vllm import build
+from transformers import AutoModelForCausalLM
 
-from grouprl.lm.engines.engine import Answer, Request, Weights
-from grouprl.lm.models.tiny import MAX_LENGTH
+from grouprl.lm.engines.engine import Answer, Request, Weights, drawing
 
 
 @torch.no_grad()
@@ -33,10 +33,13 @@ def drawn(
 class OwnEngine:
     """A vLLM in this process, with a model of its own."""
 
-    where, context_setting, serves_all = "the stand-in", "no setting", False
+    where, context_setting, side_by_side = "the stand-in", "no setting", False
+    serves_all = False
 
     def __init__(self, model: Any, config: Any, dtype: torch.dtype, ranks: Any = None) -> None:
-        self.model, self.dtype, self.context, self.loads = build(7)[0], dtype, MAX_LENGTH, 0
+        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model, self.dtype, self.loads = AutoModelForCausalLM.from_config(core.config).eval(), dtype, 0
+        self.context = core.config.max_position_embeddings
 
     def load(self, weights: Weights) -> None:
         """As `Engine.load`."""
@@ -45,7 +48,7 @@ class OwnEngine:
 
     def generate(self, requests: Sequence[Request], options: Mapping[str, Any]) -> list[Answer]:
         """As `Engine.generate`."""
-        found = [drawn(self.model, request.prompt, request.seed, options) for request in requests]
+        found = [drawn(self.model, request.prompt, request.seed, drawing(request, options)) for request in requests]
         return [Answer(ids, logps, ids[-1] in options["stop_token_ids"]) for ids, logps in found]
 
 
@@ -54,10 +57,14 @@ class _Patient(ThreadingHTTPServer):
 
 
 class StandIn:
-    """A server of the routes that are asked, whose model is ``build()`` with other weights until it is handed some."""
+    """A server of the routes that are asked, whose model has weights of its own until it is handed some.
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = build(7)
+    Args:
+        model: default: that of `small_vllm`.
+    """
+
+    def __init__(self, model: Any = None) -> None:
+        self.model = build(7)[0] if model is None else model
         self.mode, self.dev, self.loads = "processed_logprobs", True, 0
         self.fails: dict[str, Any] = {}
         """What routes answer instead: a status and a body."""
@@ -99,9 +106,10 @@ class StandIn:
         self.thread.start()
 
     def route(self, path: str, body: Any) -> Any:
+        served = {"id": "small", "max_model_len": self.model.config.max_position_embeddings}
         of_model = {"dtype": "torch.float32", "logprobs_mode": self.mode, "hf_text_config": self.model.config.to_dict()}
         fixed: dict[str, Any] = {
-            "/health": {}, "/v1/models": {"data": [{"id": "small", "max_model_len": 64}]}, "/reset_prefix_cache": None,
+            "/health": {}, "/v1/models": {"data": [served]}, "/reset_prefix_cache": None,
         }  # fmt: skip
         if path in fixed:
             return fixed[path]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_agents
 import torch
 import vllm_rank_cases
-from vllm_rank_cases import REAL, SAME, STEPS
+from vllm_rank_cases import AGENTS, REAL, SAME, STEPS, play
 from vllm_stand_in import OwnEngine, StandIn
 
 from several import of_two
@@ -26,17 +27,30 @@ def server() -> Iterator[StandIn]:
 
 
 @pytest.fixture(scope="module")
-def both(server: StandIn, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def of_agents() -> Iterator[StandIn]:
+    made = StandIn(small_agents.model())
+    with torch.no_grad():
+        made.model.get_input_embeddings().weight.mul_(0.5)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def both(
+    server: StandIn, of_agents: StandIn, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """What two processes gave of all cases, and what the server was asked meanwhile."""
-    found = of_two(Path(vllm_rank_cases.__file__), tmp_path_factory.mktemp("ranks"), server.url, "stand-in")
+    found = of_two(Path(vllm_rank_cases.__file__), tmp_path_factory.mktemp("ranks"), server.url, of_agents.url)
     return found, {"loads": server.loads, "asked": len(server.asked)}
 
 
-def alone(name: str, folder: Path, url: str | None) -> dict[str, Any]:
+def alone(name: str, folder: Path, url: str | None, do: Any = vllm_rank_cases.run) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return vllm_rank_cases.run(name, folder, url)
+        return do(name, folder, url)  # type: ignore[no-any-return]
     finally:
         torch.set_num_threads(threads)
 
@@ -68,6 +82,25 @@ def test_two_processes_with_a_vllm_each_sample_as_one_does(
     check_same(alone(name, tmp_path, None), first, second)
 
 
+@pytest.mark.parametrize("name", AGENTS)
+def test_two_processes_play_episodes_with_one_server_as_one_does(
+    name: str, both: Any, of_agents: StandIn, tmp_path: Path
+) -> None:
+    first, second = (found[f"server, {name}"] for found in both[0])
+    check_same(alone(name, tmp_path, of_agents.url, play), first, second)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_two_processes_play_episodes_with_a_vllm_each_as_one_does(
+    name: str, both: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grouprl.lm.engines.sampler.ColocatedEngine", OwnEngine)
+    first, second = (found[f"own, {name}"] for found in both[0])
+    check_same(alone(name, tmp_path, None, play), first, second)
+    if name == "three groups":
+        assert {len(spans) for spans in first["texts"][1]} != {1}
+
+
 def test_the_server_gets_the_weights_once_and_each_row_from_one_process(both: Any) -> None:
     rows = sum(4 * SAME[name].get("prompts_per_step", 2) * STEPS for name in SAME)
     evaluated = 4  # completions of the one prompt, after two steps
@@ -96,7 +129,7 @@ def test_a_real_vllm_in_each_of_two_processes_samples_as_one_does(
 ) -> None:
     pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    found = of_two(Path(vllm_rank_cases.__file__), tmp_path, "", "vllm")
+    found = of_two(Path(vllm_rank_cases.__file__), tmp_path, "", "")
     for name in REAL:
         first, second = (each[f"own, {name}"] for each in found)
         check_same(alone(name, tmp_path / name, None), first, second)

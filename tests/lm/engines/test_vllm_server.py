@@ -149,16 +149,6 @@ def test_a_prompt_beyond_the_context_of_the_server_is_named(tmp_path: Path, serv
         made.train()
 
 
-def test_what_is_not_offered_with_vllm_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    loaded, tokenizer = build()
-    given = config(tmp_path, use_vllm=True, max_completion_length=6)
-    with pytest.raises(UsageError, match="tools, environments and rollout_func are not offered with it"):
-        GRPOTrainer(
-            model=loaded, reward_funcs=length, args=given, train_dataset=ROWS, processing_class=tokenizer,
-            rollout_func=lambda prompts, trainer: {},
-        )  # fmt: skip
-
-
 def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path: Path, server: StandIn) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import agent_rank_cases
 import torch
 from peft import LoraConfig
 from small_runs import EVAL_ROWS, ROWS, config, logged, without_times
@@ -48,16 +49,20 @@ def length(completions: list[str], **others: Any) -> list[float]:
     return [float(len(text)) + 0.1 * (ord(text[-1]) % 7 if text else 0) for text in completions]
 
 
+def server_at(url: str | None) -> dict[str, Any]:
+    """Settings by which a server at ``url`` samples, or a vLLM of its own."""
+    if url is None:
+        return {}
+    return {"vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 5.0}
+
+
 def trainer(folder: Path, url: str | None, **given: Any) -> GRPOTrainer:
     """A trainer that samples by the server at ``url``, or by a vLLM of its own."""
     own = {name: given.pop(name) for name in ("eval_dataset", "peft_config") if name in given}
-    how: dict[str, Any] = {} if url is None else {
-        "vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 5.0
-    }  # fmt: skip
     model, tokenizer = build()
     settings = {"use_vllm": True, "bf16": False, "use_cpu": True, "max_completion_length": 6, "max_steps": STEPS}
     return GRPOTrainer(
-        model=model, reward_funcs=length, args=config(folder, **settings | how | given), train_dataset=ROWS,
+        model=model, reward_funcs=length, args=config(folder, **settings | server_at(url) | given), train_dataset=ROWS,
         processing_class=tokenizer, **own,
     )  # fmt: skip
 
@@ -72,6 +77,21 @@ def run(name: str, folder: Path, url: str | None) -> dict[str, Any]:
     ]
     return {"weights": {name: whole(value).clone() for name, value in made.model.named_parameters()},
             "log": without_times(log), "texts": made.last_samples.texts}  # fmt: skip
+
+
+AGENTS = ("three groups", "a prompt for each turn", "function of the user's")
+"""Of the cases of `agent_rank_cases`."""
+
+
+def play(name: str, folder: Path, url: str | None) -> dict[str, Any]:
+    """What agents did and learned."""
+    settings, given = agent_rank_cases.SAME[name]
+    made = agent_rank_cases.trainer(folder, {"use_vllm": True, **server_at(url), **settings, "max_steps": 2}, **given)
+    made.train()
+    samples = made.last_samples
+    assert samples is not None
+    return {"weights": {name: value.detach().clone() for name, value in made.model.named_parameters()},
+            "log": without_times(logged(made)), "texts": [samples.completions, samples.turns.spans]}  # fmt: skip
 
 
 def _unanswered(folder: Path, url: str | None) -> None:
@@ -101,13 +121,18 @@ FAILING: dict[str, Callable[[Path, str | None], Any]] = {
 """What fails."""
 
 
-def main(out: Path, url: str, how: str) -> None:
-    """Do all of it as one of two processes, and write what came of it."""
+def main(out: Path, url: str, of_agents: str) -> None:
+    """Do all of it as one of two processes, and write what came of it.
+
+    Args:
+        url, of_agents: addresses of servers of both models; empty: try a real vLLM in this process.
+    """
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    if how != "vllm":
+    if url:
         grouprl.lm.engines.server._PART = 1 << 12  # several files for a small model
         found |= {f"server, {name}": run(name, out / f"server {name}", url) for name in SAME}
+        found |= {f"server, {name}": play(name, out / f"server {name}", of_agents) for name in AGENTS}
         for name, fails in FAILING.items():
             try:
                 fails(out / name, url)
@@ -115,7 +140,9 @@ def main(out: Path, url: str, how: str) -> None:
             except GrouprlError as error:
                 found[f"error {name}"] = f"{type(error).__name__}: {error}"
         grouprl.lm.engines.sampler.ColocatedEngine = OwnEngine  # type: ignore[misc,assignment]
-    found |= {f"own, {name}": run(name, out / f"own {name}", None) for name in (REAL if how == "vllm" else SAME)}
+    found |= {f"own, {name}": run(name, out / f"own {name}", None) for name in (SAME if url else REAL)}
+    if url:
+        found |= {f"own, {name}": play(name, out / f"own {name}", None) for name in AGENTS}
     torch.save(found, out / f"rank{here().rank}.pt")
 
 

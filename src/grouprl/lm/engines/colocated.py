@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from grouprl.errors import TrainingError, UsageError, first_line
-from grouprl.lm.engines.engine import Answer, Request, Weights
+from grouprl.lm.engines.engine import Answer, Request, Weights, drawing
 from grouprl.lm.models.context import context_length
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.machine.ranks import ALONE, Ranks
@@ -42,7 +42,7 @@ class ColocatedEngine:
 
     where = "vLLM in this process"
     context_setting = "vllm_max_model_length"
-    serves_all = False
+    side_by_side = serves_all = False
 
     def __init__(self, model: Any, config: GRPOConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
         self.dtype = dtype
@@ -73,7 +73,7 @@ class ColocatedEngine:
                     model=folder, skip_tokenizer_init=True, load_format="dummy", generation_config="vllm",
                     dtype=str(dtype).removeprefix("torch."), seed=config.seed, logprobs_mode="processed_logprobs",
                     gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-                    max_model_len=config.vllm_max_model_length or context_length(model),
+                    enable_prefix_caching=True, max_model_len=config.vllm_max_model_length or context_length(model),
                     enforce_eager=device.type == "cpu",  # where compiling takes a minute
                     **options,
                 )  # fmt: skip
@@ -100,7 +100,7 @@ class ColocatedEngine:
     def generate(self, requests: Sequence[Request], options: Mapping[str, Any]) -> list[Answer]:
         """As `Engine.generate`."""
         prompts = [{"prompt_token_ids": request.prompt} for request in requests]
-        drawing = [self._sampling(**options, seed=request.seed, detokenize=False) for request in requests]
+        drawing = [self._sampling(**drawing(request, options), detokenize=False) for request in requests]
         try:
             with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):  # vLLM draws from it too
                 outputs = self._llm.generate(prompts, drawing, use_tqdm=False)

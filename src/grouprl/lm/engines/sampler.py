@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.engines.colocated import ColocatedEngine
 from grouprl.lm.engines.engine import Answer, Engine, Request, options_of
 from grouprl.lm.engines.server import ServerEngine
+from grouprl.lm.engines.turns import play
 from grouprl.lm.engines.weights import check_weights, gathers, hub_weights
 from grouprl.lm.packed.trial import Trial
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.finite import NotFiniteError, all_finite
+from grouprl.lm.sample.progress import Bounds
 from grouprl.lm.sample.rows import Adjust, Completion
 from grouprl.lm.sample.streams import Draws, Stream, draws_of
 from grouprl.lm.sample.trial import drawn_verdict
@@ -100,9 +103,15 @@ class VllmSampler:
                 "lower max_completion_length"
             )
         seeds = draws_of(source, len(prompts) * group_size).seeds()
-        requests = [Request(list(prompts[i // group_size]), seed) for i, seed in enumerate(seeds)]
+        requests = [
+            Request(list(prompts[i // group_size]), seed, settings.max_new_tokens) for i, seed in enumerate(seeds)
+        ]
         with self.ready():
-            answers = self.engine.generate(requests, options_of(settings, self.end_ids))
+            return self._ask(settings, requests)
+
+    def _ask(self, settings: SamplingSettings, requests: Sequence[Request]) -> list[Completion]:
+        """A completion for each request, with finite log-probabilities."""
+        answers = self.engine.generate(requests, options_of(settings, self.end_ids))
         found = [self._completion(answer, settings) for answer in answers]
         if not all(completion.ids for completion in found):
             raise TrainingError(f"{self.engine.where} returned a completion without a token")
@@ -138,29 +147,30 @@ class VllmSampler:
         partner: Partner,
         context: int | None = None,
     ) -> list[list[Sampled]]:
-        """Raises UsageError: see `refuse_episodes`, which says so before anything is sampled."""
-        raise UsageError(_EPISODES)
+        """As :meth:`grouprl.lm.sample.interface.CompletionSampler.sample_episodes`.
+
+        An episode is cut where vLLM takes no more tokens, as where the context of the model ends.
+        """
+        if not self._ready:
+            self._check_alone()
+        draws = draws_of(source, len(prompts) * group_size)
+        longest = max(map(len, prompts), default=0)
+        if longest >= self.engine.context:
+            raise UsageError(
+                f"a prompt has {longest} tokens, and {self.engine.where} takes {self.engine.context} in all, so it "
+                f"leaves no room for a turn; raise {self.engine.context_setting}, or leave out such prompts"
+            )
+        bounds = Bounds(settings, self.engine.context if context is None else min(context, self.engine.context))
+        with self.ready():
+            return play(
+                functools.partial(self._ask, settings), [prompts[i // group_size] for i in range(len(draws))], bounds,
+                partner, draws, side_by_side=self.engine.side_by_side,
+            )  # fmt: skip
 
     def disagreement(self, trial: Trial) -> str:
         """As :meth:`grouprl.lm.sample.interface.CompletionSampler.disagreement`."""
         with self.ready():
             return drawn_verdict(self.sample, trial, self.engine.dtype)
-
-
-_EPISODES = (
-    "use_vllm=True samples single completions, and tools, environments and rollout_func are not offered with it; set "
-    "use_vllm=False"
-)
-
-
-def check_sampled_by_vllm(config: GRPOConfig, *, episodes: bool) -> None:
-    """Raise UsageError if vLLM is asked for what it does not do here.
-
-    Args:
-        episodes: whether there are tools, environments or a rollout function.
-    """
-    if config.use_vllm and episodes:
-        raise UsageError(_EPISODES)
 
 
 def vllm_sampler(

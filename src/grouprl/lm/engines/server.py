@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError, first_line, shown
-from grouprl.lm.engines.engine import Answer, Request, Weights
+from grouprl.lm.engines.engine import Answer, Request, Weights, drawing
 from grouprl.lm.models.context import read_setting
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.machine.ranks import ALONE, Ranks
@@ -58,7 +58,7 @@ class ServerEngine:
     """
 
     context_setting = "--max-model-len of the server"
-    serves_all = True
+    side_by_side = serves_all = True
 
     def __init__(self, model: Any, config: GRPOConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
         given = config.vllm_server_base_url
@@ -127,12 +127,12 @@ class ServerEngine:
     def generate(self, requests: Sequence[Request], options: Mapping[str, Any]) -> list[Answer]:
         """As `Engine.generate`."""
         shared = {
-            **options, "model": self.name, "return_token_ids": True, "skip_special_tokens": False,
+            "model": self.name, "return_token_ids": True, "skip_special_tokens": False,
             "add_special_tokens": False,
         }  # fmt: skip
 
         def ask(request: Request) -> Answer:
-            return self._answer({**shared, "prompt": request.prompt, "seed": request.seed})
+            return self._answer({**drawing(request, options), **shared, "prompt": request.prompt})
 
         with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(requests)))) as threads:
             running = [threads.submit(ask, request) for request in requests]

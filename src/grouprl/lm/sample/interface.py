@@ -63,7 +63,7 @@ class CompletionSampler(Protocol):
     ) -> list[list[Sampled]]:
         """Sample ``group_size`` episodes of each prompt, as :meth:`grouprl.lm.sample.sampler.Sampler.sample_episodes`.
 
-        Raises UsageError if this sampler plays no episodes.
+        Raises UsageError, NotFiniteError or TrainingError as :meth:`sample` does.
         """
 
     def disagreement(self, trial: Trial) -> str:
