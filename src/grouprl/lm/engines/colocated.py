@@ -100,10 +100,10 @@ class ColocatedEngine:
     def generate(self, requests: Sequence[Request], options: Mapping[str, Any]) -> list[Answer]:
         """As `Engine.generate`."""
         prompts = [{"prompt_token_ids": request.prompt} for request in requests]
-        drawing = [self._sampling(**drawing(request, options), detokenize=False) for request in requests]
+        params = [self._sampling(**drawing(request, options), detokenize=False) for request in requests]
         try:
             with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):  # vLLM draws from it too
-                outputs = self._llm.generate(prompts, drawing, use_tqdm=False)
+                outputs = self._llm.generate(prompts, params, use_tqdm=False)
         except Exception as error:
             raise TrainingError(f"vLLM failed while it sampled: {_reason(error)}; set use_vllm=False") from error
         return [_answer(output.outputs[0]) for output in outputs]

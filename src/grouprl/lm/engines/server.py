@@ -92,13 +92,14 @@ class ServerEngine:
 
     def load(self, weights: Weights) -> None:
         """As `Engine.load`: through files that the server reads."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(self._folder.name)
         try:
             for number, part in enumerate(self._parts(weights)):
                 save_file(part, folder / f"model-{number:05d}.safetensors", {"format": "pt"})
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"cannot write the weights for {self.where} to {folder}: {first_line(error)}; set TMPDIR to a folder "
                 "with more room, which the server sees too"
