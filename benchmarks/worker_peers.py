@@ -24,6 +24,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # this library beside the others
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks.pixels
 
 import zoo_others
 import zoo_ppo

@@ -6,10 +6,23 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch, as each process of several has, since sums depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def start(program: Path, *arguments: str, world: int = 2) -> list[subprocess.Popen[str]]:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+from programs import docs_program
 
-
-def load_units() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_units", DOCS / "units.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-units = load_units()
+units = docs_program("units")
 PAGES = units.units()
 
 

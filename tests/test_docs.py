@@ -12,7 +12,6 @@ import textwrap
 from contextlib import redirect_stdout
 from html import unescape
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_args
 
 import cmarkgfm
@@ -34,6 +33,7 @@ from grouprl.lm.settings.batch_plan import batch_plan
 from grouprl.lm.settings.trl import FOREIGN, RENAMED
 from grouprl.objective_settings import OneOf
 from grouprl.runs import read_metrics
+from programs import docs_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,16 +43,7 @@ LONGEST = 2_000
 FENCE = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n)?^ *```(?P<kind>\w+)\n(?P<code>.*?)^ *```$", re.M | re.S)
 
 
-def load_build() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load_build()
+build = docs_program("build")
 
 
 def short(page: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,9 @@ def test_a_function_beside_the_file_is_found_from_anywhere(tmp_path: Path, monke
 def test_the_files_that_ship_are_plans_whose_settings_are_allowed(file: Path) -> None:
     planned = plan.read(file)
     assert len(planned.cells) > 10
+    if find_spec("minatar") is None:
+        others = [cell for cell in planned.cells if not str(cell.env_id).startswith("benchmarks.pixels:")]
+        planned = replace(planned, cells=others)
     plan.check(planned)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from busy_core import shared_core
 from grouprl import GRPO
 from grouprl.cli.common import app
 from grouprl.doctor import Table, examine, examine_table
@@ -63,7 +65,23 @@ class Leaking(Coin):
         return super().reset(seed=seed)
 
 
-for name, made in {"Coin": Coin, "Leaking": Leaking}.items():
+class Narrow(gym.Env[Any, Any]):
+    """The nearer to 0 the better, to one digit: nothing is left to gain once a policy is narrow, and much to lose."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.t += 1
+        return np.zeros(1, np.float32), -round(float(abs(action[0])), 1), False, self.t == 16, {}
+
+
+for name, made in {"Coin": Coin, "Leaking": Leaking, "Narrow": Narrow}.items():
     if f"{name}OfTheDoctor-v0" not in gym.registry:
         gym.register(f"{name}OfTheDoctor-v0", made)  # type: ignore[arg-type]
 
@@ -88,6 +106,11 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         {"n_steps": 32, "lr_schedule": "adaptive", "kl_target": 1e-6, "epochs": 8},
     ),
     "memory-grows": ("LeakingOfTheDoctor-v0", 6000, {}),
+    "std-collapsed": (
+        "NarrowOfTheDoctor-v0",
+        12_000,
+        {"log_std_init": 2.0, "n_steps": 32, "learning_rate": 0.02, "epochs": 20, "entropy_coef": 0.0},
+    ),
     "entropy-gone": ("CartPole-v1", 6000, {"learning_rate": 0.1, "epochs": 4, "entropy_coef": 0.0}),
 }
 
@@ -98,6 +121,15 @@ def test_a_run_made_ill_is_found_to_be_ill_in_that_way(illness: str, tmp_path: P
     found = names(tmp_path / "r", env, steps, **settings)
     Leaking.kept.clear()
     assert illness in found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts how long a thread waits")
+def test_a_run_beside_others_on_its_core_is_told_that_the_machine_is_busy(tmp_path: Path) -> None:
+    with shared_core():
+        names(tmp_path / "r", "CartPole-v1", 4000)
+    said = {one.name: one for one in examine(tmp_path / "r")}
+    assert not said["machine-busy"].ill
+    assert "waited for a processor in" in said["machine-busy"].finding
 
 
 def test_an_environment_without_an_end_is_named() -> None:

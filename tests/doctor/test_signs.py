@@ -86,6 +86,11 @@ CASES: list[tuple[Rule, Table, Table]] = [
         table(reward=0.1, frac_reward_zero_std=1, eval_accuracy=0.95),
     ),
     (
+        language.no_signal,
+        table(reward=0.1, frac_reward_zero_std=1, eval_accuracy=np.where(STEPS == 1, 0.95, np.nan)),
+        table(reward=0.95, frac_reward_zero_std=1, eval_accuracy=np.where(STEPS == 1, 0.03, np.nan)),  # long ago
+    ),
+    (
         language.duplicates,
         table(reward=0.1, frac_reward_zero_std=1, frac_duplicates=1),
         table(reward=0.99, frac_reward_zero_std=1, frac_duplicates=1),
@@ -183,3 +188,16 @@ def test_an_illness_is_told_once_while_a_run_goes_on(caplog: pytest.LogCaptureFi
     assert told[9] == ["all-clipped"]  # the first of ten looks, which has enough rows
     assert len(caplog.records) == 1
     assert "kl_stop" in caplog.text
+
+
+def test_a_long_run_is_looked_at_long_before_a_tenth_of_it() -> None:
+    watch = Watch({}, language_model=False)
+    told = [watch.note({"step": i, "clip_fraction": 0.9 * (i > 40)}, i / 10_000) for i in range(1, 1000)]
+    assert [i for i, names in enumerate(told, 1) if names] == [64]
+
+
+def test_a_column_that_comes_late_is_blank_before() -> None:
+    watch = Watch({}, language_model=True)
+    rows = [{"reward": 0.1} | ({"frac_reward_zero_std": 1.0} if i > 20 else {}) for i in range(1, 41)]
+    told = [watch.note(row, i / 40) for i, row in enumerate(rows, 1)]
+    assert [i for i, names in enumerate(told, 1) if names] == [24]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from gymnasium import spaces
 
 from grouprl import GRPO
 from grouprl.envs import training
-from grouprl.errors import GrouprlError
-from grouprl.machine.ranks import here
+from grouprl.errors import GrouprlError, TrainingError
+from grouprl.machine.ranks import Ranks, here, join
 
 
 class Walk(gym.Env[Any, Any]):
@@ -67,6 +68,15 @@ class Failing(Walk):
         return super().step(action)
 
 
+class Hanging(Walk):
+    """Does not come back after some steps on the second process."""
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if here().rank == 1 and self.np_random.random() < 0.1:
+            time.sleep(1000)
+        return super().step(action)
+
+
 BRIEF = {"min_steps": 64, "warmup_steps": 20, "n_envs": 5, "minibatch_size": 64, "epochs": 2, "seed": 3, "preset": None}
 SAME: dict[str, tuple[Any, dict[str, Any]]] = {
     "masks in the observation": (Walk, {}),
@@ -104,10 +114,28 @@ def stop_on_last(agent: GRPO, metrics: dict[str, float]) -> bool:
 
 FAILING: dict[str, Callable[[], Any]] = {
     "environment": lambda: GRPO(Failing, **BRIEF).learn(5000),
+    "hanging": lambda: GRPO(Hanging, **BRIEF, env_timeout=0.5).learn(5000),
     "setting": lambda: GRPO(Walk, **{**BRIEF, "seed": here().rank}).learn(500),
     "one environment": lambda: GRPO(Walk(), **BRIEF),
     "too few": lambda: GRPO(Walk, **{**BRIEF, "n_envs": 1}),
 }
+
+
+def between_hosts() -> dict[str, Any]:
+    """What the processes exchange where they run on several hosts, by torch.distributed alone."""
+    ranks = Ranks(here(), join().group)
+    found: dict[str, Any] = {
+        "gathered": [x.tolist() for x in ranks.gather(np.full(ranks.rank + 1, ranks.rank))],
+        "any": ranks.agree(ranks.first),
+    }
+    try:
+        with ranks.telling():
+            if not ranks.first:
+                raise ValueError("the wheel came off")
+            ranks.wait()
+    except (TrainingError, ValueError) as error:
+        found["error"] = str(error)
+    return found
 
 
 def main(out: Path) -> None:
@@ -122,6 +150,7 @@ def main(out: Path) -> None:
             found[f"error {name}"] = f"{type(error).__name__}: {error}"
     stopped = GRPO(Walk, **BRIEF).learn(5000, callback=stop_on_last)
     found["stopped at"] = stopped.num_timesteps
+    found["between hosts"] = between_hosts()
     found["run"] = the_run(out / "run", 1500)
     found["on"] = the_run(out / "alone", 4000, resume=True)
     torch.save(found, out / f"rank{here().rank}.pt")

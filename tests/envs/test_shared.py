@@ -13,16 +13,16 @@ import pytest
 import torch
 from env_rank_cases import SAME
 
-from several import of_two
+from grouprl import GRPO
+from grouprl.errors import UsageError
+from several import of_two, one_thread
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """A process of several has one thread, and the network that is drawn at first depends on how many draw it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,20 @@ def test_what_stops_one_process_stops_all(both: Any) -> None:
     assert both[1][0]["stopped at"] < 5000
 
 
+def test_processes_on_several_hosts_exchange_the_same(both: Any) -> None:
+    first, second = (found["between hosts"] for found in both[1])
+    for found in (first, second):
+        assert found["gathered"] == [[0], [1, 1]]
+        assert found["any"] == [True]
+    assert first["error"] == "rank 1: ValueError: the wheel came off"
+    assert second["error"] == "the wheel came off"
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("environment", "the wheel came off"),
+        ("hanging", "had not ended after 0.5 s, which env_timeout"),
         ("setting", "the ranks have different agents: seed is 0 on rank 0 and 1 on rank 1"),
         ("one environment", "2 processes share out the environments, so each must make its own: pass an id"),
         ("too few", "n_envs=1 leaves rank 1 of 2 without an environment; raise n_envs"),
@@ -86,5 +96,14 @@ def test_what_stops_one_process_stops_all(both: Any) -> None:
 def test_what_fails_on_one_process_ends_all_with_its_words(name: str, words: str, both: Any) -> None:
     for found in both[1]:
         assert words in found[f"error {name}"]
-    if name == "environment":
-        assert "rank 1: " in both[1][0]["error environment"]
+    if name in ("environment", "hanging"):
+        assert "rank 1: " in both[1][0][f"error {name}"]
+
+
+def test_what_a_launcher_asks_for_beside_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    words = r"(?s)these cannot.*--use_fsdp .* is not offered for environments; leave it.*--mixed_precision .*=bf16"
+    with pytest.raises(UsageError, match=words):
+        GRPO("CartPole-v1")

@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rank_cases
-import torch
+from compared import check_learned_alike, furthest
 from rank_cases import SAME
 
-from several import of_two
+from several import of_two, one_thread
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """What two processes gave of all cases, and the folder they did them in."""
     out = tmp_path_factory.mktemp("ranks")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rank_cases.resumed(out / "alone", stop=4, resume=False)
-    torch.set_num_threads(threads)
+    with one_thread():
+        rank_cases.resumed(out / "alone", stop=4, resume=False)
     return out, of_two(Path(rank_cases.__file__), out)
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_two_processes_train_as_one_does(name: str, both: Any, tmp_path: Path) -> None:
     first, second = (found[name] for found in both[1])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     alone = rank_cases.run(name, tmp_path, 1)
-    torch.set_num_threads(threads)
     assert first["texts"] == second["texts"] == alone["texts"]
-    assert len(alone["gradients"]) == len(first["gradients"]) == (2 if name == "stop of one" else alone_steps(name))
-    own = alone["gradients"][0]
-    assert float((first["gradients"][0] - own).norm()) <= 1e-6 * float(own.norm())
-    for weight, value in alone["weights"].items():
-        assert torch.equal(first["weights"][weight], second["weights"][weight])
-        assert float((first["weights"][weight] - value).abs().max()) < 1e-5
-    assert without_wall(first["log"]) == without_wall(second["log"])
-    for ours, theirs in zip(alone["log"], first["log"], strict=True):
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            assert math.isclose(value, theirs[key], rel_tol=1e-4, abs_tol=2e-5), key
-
-
-def alone_steps(name: str) -> int:
-    return int(SAME[name].get("max_steps", 4))
-
-
-def without_wall(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in entry.items() if "runtime" not in key} for entry in log]
+    steps = 2 if name == "stop of one" else int(SAME[name].get("max_steps", 4))
+    assert len(alone["gradients"]) == steps
+    check_learned_alike(alone, first, second)
 
 
 def test_one_process_alone_writes(both: Any) -> None:
@@ -93,20 +71,15 @@ def test_what_fails_on_one_process_ends_all_with_its_words(name: str, both: Any)
 def test_a_run_goes_on_with_another_number_of_processes(both: Any, tmp_path: Path) -> None:
     """Two processes, then one; one, then two; two, one and two; within a generation that was sampled by the others."""
     out, found = both
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     straight = rank_cases.resumed(tmp_path / "straight", stop=None, resume=False)
     shutil.copytree(out / "resumed", tmp_path / "on")
     shutil.copytree(out / "resumed", tmp_path / "chain")
     two_one = rank_cases.resumed(tmp_path / "on", stop=None, resume=True)
     assert rank_cases.resumed(tmp_path / "chain", stop=7, resume=True)["step"] == 7
-    torch.set_num_threads(threads)
     chain = of_two(Path(rank_cases.__file__), tmp_path, tmp_path / "chain")  # two, one, and two again
     assert found[0]["stopped"]["step"] == 4
     assert straight["step"] == two_one["step"] == found[0]["on"]["step"] == 9
-    for name, value in straight["weights"].items():
-        assert float((two_one["weights"][name] - value).abs().max()) < 1e-5
-        assert float((found[0]["on"]["weights"][name] - value).abs().max()) < 1e-5
-        assert torch.equal(found[0]["on"]["weights"][name], found[1]["on"]["weights"][name])
-        assert float((chain[0]["weights"][name] - value).abs().max()) < 1e-5
-        assert torch.equal(chain[0]["weights"][name], chain[1]["weights"][name])
+    for gone_on in (two_one, found[0]["on"], chain[0]):
+        assert furthest(gone_on["weights"], straight["weights"]) < 1e-5
+    for of_rank, of_other in ((found[0]["on"], found[1]["on"]), chain):
+        assert furthest(of_rank["weights"], of_other["weights"]) == 0

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sharded_cases
 import torch
+from compared import check_learned_alike, furthest
 from sharded_cases import SAME
 from small_runs import warm
 from transformers import AutoModelForCausalLM
@@ -31,38 +30,16 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     return out, of_two(Path(sharded_cases.__file__), out)
 
 
-def alone(function: Callable[..., dict[str, Any]], *given: Any, **settings: Any) -> dict[str, Any]:
-    """What this process gives, on one thread as each of the two has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function(*given, **settings)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
-
-
 @pytest.mark.parametrize("name", SAME)
 def test_two_sharded_processes_train_as_one_does(name: str, both: Any, tmp_path: Path) -> None:
     first, second = (found[name] for found in both[1])
-    one = alone(sharded_cases.run, name, tmp_path / "run")
+    one = sharded_cases.run(name, tmp_path / "run")
     assert first["texts"] == second["texts"] == one["texts"]
-    own = one["gradients"][0]
-    assert float((first["gradients"][0] - own).norm()) <= 1e-6 * float(own.norm())
-    assert furthest(first["weights"], second["weights"]) == 0
-    assert furthest(first["weights"], one["weights"]) < 1e-5
-    for ours, theirs in zip(one["log"], first["log"], strict=True):
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            assert math.isclose(value, theirs[key], rel_tol=1e-4, abs_tol=2e-5), key
+    check_learned_alike(one, first, second)
 
 
 def test_agents_play_and_learn_as_in_one_process(both: Any, tmp_path: Path) -> None:
-    one = alone(sharded_cases.agents, tmp_path)
+    one = sharded_cases.agents(tmp_path)
     for found in both[1]:
         assert found["agents"]["completions"] == one["completions"]
         assert furthest(found["agents"]["weights"], one["weights"]) < 1e-5
@@ -107,10 +84,10 @@ def test_a_chain_of_two_processes_one_and_two_again(both: Any, tmp_path: Path) -
     """Sharded checkpoints are read by one process, and its own by two that shard them."""
     out, found = both
     shutil.copytree(out / "parts at 3", tmp_path / "chain")
-    middle = alone(sharded_cases.chain, tmp_path / "chain", stop=6, resume=True)
+    middle = sharded_cases.chain(tmp_path / "chain", stop=6, resume=True)
     assert middle["step"] == 6
     last = of_two(Path(sharded_cases.__file__), tmp_path, tmp_path / "chain")
-    straight = alone(sharded_cases.chain, tmp_path / "alone", stop=None, resume=False)
+    straight = sharded_cases.chain(tmp_path / "alone", stop=None, resume=False)
     assert last[0]["step"] == straight["step"] == 7
     assert furthest(last[0]["weights"], last[1]["weights"]) == 0
     assert furthest(last[0]["weights"], straight["weights"]) < 1e-5

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_batches import batches, check_permuted
 from torch.testing import assert_close
 
 from grouprl.errors import TrainingError, UsageError
@@ -243,24 +244,10 @@ def test_arguments_that_do_not_fit_are_refused():
         outcome(REWARDS.long(), LENGTHS, GROUP)
 
 
-@st.composite
-def batches(draw):
-    samples = draw(st.integers(1, 8))
-    lengths = draw(st.lists(st.integers(1, 6), min_size=samples, max_size=samples))
-    group = draw(st.lists(st.integers(0, 2), min_size=samples, max_size=samples))
-    rewards = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
-    return rewards.double(), torch.tensor(lengths), torch.tensor(group)
-
-
 @given(batches(), st.randoms(use_true_random=False))
 def test_permuting_the_samples_permutes_the_advantages(batch, random):
-    rewards, lengths, group = batch
-    order = list(range(len(lengths)))
-    random.shuffle(order)
-    permuted = (torch.cat([rewards.split(lengths.tolist())[i] for i in order]), lengths[order], group[order])
     for estimate in EPISODE:
-        pieces = estimate(*batch).split(lengths.tolist())
-        assert_close(estimate(*permuted), torch.cat([pieces[i] for i in order]), rtol=1e-9, atol=1e-9)
+        check_permuted(estimate, batch, random)
 
 
 @given(batches())

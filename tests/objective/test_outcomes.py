@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_batches import batches, check_permuted
 from torch.testing import assert_close
 
 from grouprl.errors import TrainingError, UsageError
@@ -253,27 +254,13 @@ def test_a_group_of_one_gets_exactly_zero(estimate):
     assert estimate(torch.tensor([0.1, 0.7]), torch.tensor([2]), torch.tensor([4])).tolist() == [0.0, 0.0]
 
 
-@st.composite
-def batches(draw):
-    samples = draw(st.integers(1, 8))
-    lengths = draw(st.lists(st.integers(1, 6), min_size=samples, max_size=samples))
-    group = draw(st.lists(st.integers(0, 2), min_size=samples, max_size=samples))
-    rewards = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
-    return rewards.double(), torch.tensor(lengths), torch.tensor(group)
-
-
-@given(batches(), st.randoms(use_true_random=False))
+@given(batches(torch.rand), st.randoms(use_true_random=False))
 def test_permuting_the_samples_permutes_the_advantages(batch, random):
-    rewards, lengths, group = batch
-    order = list(range(len(lengths)))
-    random.shuffle(order)
-    permuted = (torch.cat([rewards.split(lengths.tolist())[i] for i in order]), lengths[order], group[order])
     for estimate in ALL:
-        pieces = estimate(*batch).split(lengths.tolist())
-        assert_close(estimate(*permuted), torch.cat([pieces[i] for i in order]), rtol=1e-9, atol=1e-9)
+        check_permuted(estimate, batch, random)
 
 
-@given(batches())
+@given(batches(torch.rand))
 def test_every_step_of_a_sample_has_the_same_advantage(batch):
     for estimate in ALL:
         for piece in estimate(*batch).split(batch[1].tolist()):

@@ -10,7 +10,6 @@ from grouprl.doctor.signs import (
     machine_busy,
     memory_grows,
     rate_below_precision,
-    rate_spent,
     risen,
 )
 from grouprl.doctor.table import Diagnosis, Rule, Table
@@ -193,7 +192,7 @@ def precision(table: Table) -> Diagnosis | None:
 
 RULES: tuple[Rule, ...] = (
     no_signal, no_episode_ends, return_flat, entropy_gone, std_collapsed, kl_spike, all_clipped, evaluation_far_below,
-    rate_spent, rate_on_its_floor, precision, memory_grows, machine_busy,
+    rate_on_its_floor, precision, memory_grows, machine_busy,
 )  # fmt: skip
 """All of them, in the order in which a report gives them."""
 

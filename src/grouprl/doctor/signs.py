@@ -99,7 +99,7 @@ def rate_spent(table: Table) -> Diagnosis | None:
     """The learning rate was below a hundredth of its highest value in the last fifth of the updates, or all of them.
 
     A cosine is below a hundredth for its last 6 %, a straight line for 1 %. A run that spends a fifth there was planned
-    shorter than it is.
+    shorter than it is. Schedules of environments always last as long as the run.
     """
     rates = table.values("learning_rate")
     if len(rates) < ENOUGH_ROWS:

@@ -64,6 +64,14 @@ class Table:
         values = self.values(name)
         return values[len(values) - -(-len(values) // 3) :]
 
+    def recent(self, name: str) -> Array:
+        """The numbers of a column in the last third of all rows, without blanks."""
+        import numpy as np
+
+        column = self.columns.get(name)
+        late = np.empty(0) if column is None else column[len(column) - -(-len(column) // 3) :]
+        return late[np.isfinite(late)]
+
     def late(self, name: str) -> float:
         """The median of the last third, NaN where there is nothing."""
         import numpy as np

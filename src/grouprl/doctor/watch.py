@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,9 @@ _log = logging.getLogger("grouprl")
 
 LOOKS = 10
 """How often a whole run is looked at, evenly spaced: ten looks cost less than a thousandth of a short run."""
+
+EARLY_LOOK = 32
+"""A long run is also looked at after so many updates, twice as many, and so on: a tenth of it may take hours."""
 
 
 class Watch:
@@ -25,26 +30,32 @@ class Watch:
 
     def __init__(self, settings: Mapping[str, Any], *, language_model: bool, goal: float | None = None) -> None:
         self.settings, self.language_model, self.goal = settings, language_model, goal
-        self._rows: list[Mapping[str, Any]] = []
+        self._columns: dict[str, array[float]] = {}
+        self._rows = 0
         self._told: set[str] = set()
-        self._looks = 0
+        self._looks, self._early = 0, EARLY_LOOK
 
     def note(self, row: Mapping[str, Any], progress: float) -> list[str]:
         """A row of metrics at this share of the run; returns the names of illnesses that were now told."""
-        self._rows.append(row)
-        if int(progress * LOOKS) <= self._looks:
+        self._append(row)
+        looks = int(progress * LOOKS)
+        if looks <= self._looks and self._rows < self._early:
             return []
-        self._looks = int(progress * LOOKS)
-        found = examine_running(Table(_columns(self._rows), self.settings, self.goal, progress), self.language_model)
+        import numpy as np
+
+        self._looks, self._early = looks, self._early * (2 if self._rows >= self._early else 1)
+        columns = {name: np.array(values) for name, values in self._columns.items()}
+        found = examine_running(Table(columns, self.settings, self.goal, progress), self.language_model)
         new = [one for one in found if one.ill and one.name not in self._told]
         for one in new:
             _log.warning("doctor, %s: %s. Try: %s", one.name, one.finding, one.advice)
             self._told.add(one.name)
         return [one.name for one in new]
 
-
-def _columns(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
-    import numpy as np
-
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.array([row.get(name, np.nan) for row in rows], float) for name in names}
+    def _append(self, row: Mapping[str, Any]) -> None:
+        """Add a row, in 8 bytes a number: a long run has many, and a dictionary of them takes ten times as much."""
+        for name in row.keys() - self._columns.keys():
+            self._columns[name] = array("d", [math.nan]) * self._rows
+        for name, values in self._columns.items():
+            values.append(float(row.get(name, math.nan)))
+        self._rows += 1

@@ -42,6 +42,7 @@ from grouprl.envs.stable_baselines import (
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
+from grouprl.machine.accelerate_launch import refuse_all_of_it
 from grouprl.machine.ranks import Ranks, join
 from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
@@ -54,6 +55,7 @@ Callback = Callable[["GRPO", Metrics], bool | None]
 
 def _met(config: GRPOConfig) -> Ranks:
     """The processes that train together."""
+    refuse_all_of_it("environments")
     return join(gpu=config.device.startswith("cuda"))
 
 

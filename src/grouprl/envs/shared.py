@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from gymnasium import spaces
@@ -12,6 +13,8 @@ from gymnasium.vector.utils import batch_space
 
 from grouprl.envs.workers import close_vector
 from grouprl.machine.ranks import Place, Ranks
+
+T = TypeVar("T")
 
 
 class Shared(VectorEnv[Any, Any, Any]):
@@ -33,6 +36,12 @@ class Shared(VectorEnv[Any, Any, Any]):
         if hasattr(own, "envs"):
             self.envs = own.envs
         self._share = ranks.share(n)
+        self._waiting = False
+
+    @property
+    def waited(self) -> int:
+        """A number that grows while this process waits for the others, whose steps have a time limit of their own."""
+        return time.monotonic_ns() if self._waiting else 0
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
@@ -40,13 +49,13 @@ class Shared(VectorEnv[Any, Any, Any]):
         """Reset all of them, from one seed or from one for each."""
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int | np.integer) else seed
         own = None if seeds is None else [seeds[i] for i in self._share]
-        parts = self._ranks.gather(self.own.reset(seed=own, options=options))  # type: ignore[arg-type]  # a list is allowed
+        parts = self._gather(self.own.reset(seed=own, options=options))  # type: ignore[arg-type]  # a list is allowed
         return self._observations([part[0] for part in parts]), self._infos([part[1] for part in parts])
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step all of them, each process its own."""
         own = _rows(self.single_action_space, actions, slice(self._share.start, self._share.stop))
-        parts = self._ranks.gather(self.own.step(own))
+        parts = self._gather(self.own.step(own))
         observations, rewards, terminated, truncated, infos = zip(*parts, strict=True)
         return (
             self._observations(observations), np.concatenate(rewards), np.concatenate(terminated),
@@ -56,6 +65,13 @@ class Shared(VectorEnv[Any, Any, Any]):
     def close_extras(self, **kwargs: Any) -> None:
         """Close those of this process."""
         close_vector(self.own)
+
+    def _gather(self, own: T) -> list[T]:
+        self._waiting = True
+        try:
+            return self._ranks.gather(own)
+        finally:
+            self._waiting = False
 
     def _observations(self, parts: Sequence[Any]) -> Any:
         return _joined(self.single_observation_space, parts)

@@ -12,6 +12,7 @@ from gymnasium import Env
 from gymnasium.vector import VectorEnv
 
 from grouprl.envs.checked import Checked
+from grouprl.envs.shared import Shared
 from grouprl.errors import TrainingError
 from grouprl.runs.time_limit import within
 from grouprl.runs.watchdog import Watch
@@ -48,10 +49,13 @@ class StepWatch:
 
         with self._watch:
             try:
-                return within(self._timeout, here, self._steps, "an environment")
+                return within(self._timeout, here, self._got_on, "an environment")
             except TimeoutError as error:
                 who = self._who(_raised(error.__context__))
                 raise _late(f"a step of {who}", self._timeout) from error
+
+    def _got_on(self) -> int:
+        return self._steps() + (self._venv.waited if isinstance(self._venv, Shared) else 0)
 
     def _who(self, frames: Iterator[FrameType]) -> str:
         """The environment that these frames, innermost first, are waiting for."""

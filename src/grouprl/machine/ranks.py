@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, shown
+from grouprl.machine.local_exchange import LocalExchange, connect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +98,7 @@ class Ranks:
     def __init__(self, place: Place, group: Any = None) -> None:
         self.rank, self.world, self.local = place
         self._group = group
+        self._local: LocalExchange | None = None
         self._told: BaseException | None = None
 
     @property
@@ -111,6 +114,15 @@ class Ranks:
     def group(self) -> Any:
         """The group of torch.distributed that exchanges on CPUs; None for one process alone."""
         return self._group
+
+    def connect(self, timeout: float) -> Ranks:
+        """Exchange without torch.distributed from now on, if all processes run on one host; gives itself.
+
+        Args:
+            timeout: seconds to wait for another process.
+        """
+        self._local = connect(self.rank, self.world, self._all_gather, timeout)
+        return self
 
     # --- exchanges: every process takes part in each, in the same order ----------------------------------------------
 
@@ -184,8 +196,18 @@ class Ranks:
             raise
 
     def lost(self, error: Exception) -> TrainingError:
-        """The error in the place of ``error``, which a collective of torch raised because another process is gone."""
-        self._told = self._lost(error)
+        """The error in the place of ``error``, which an exchange raised because another process is gone or hangs."""
+        said = first_line(error)
+        if "imed out" in said or "imeout" in said:
+            self._told = TrainingError(
+                f"rank {self.rank} waited too long for another rank, which hangs or computes for longer than "
+                "ddp_timeout says; look at what it does (py-spy dump), or raise ddp_timeout"
+            )
+        else:
+            self._told = TrainingError(
+                f"rank {self.rank} lost another rank, which ended without a word: it was killed, or ran out of memory; "
+                "resume from the newest checkpoint, or let torchrun --max-restarts do it"
+            )
         return self._told
 
     def _have_been_told(self, error: BaseException | None) -> bool:
@@ -213,25 +235,19 @@ class Ranks:
     def _all_gather(self, value: Any) -> list[Any]:
         import torch.distributed as dist
 
+        if self._local is not None:
+            message = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+            try:
+                messages = self._local.gather(message)
+            except OSError as error:
+                raise self.lost(error) from None
+            return [pickle.loads(said) for said in messages]
         found: list[Any] = [None] * self.world
         try:
             dist.all_gather_object(found, value, group=self._group)
         except (RuntimeError, ValueError) as error:
-            self._told = self._lost(error)
-            raise self._told from None
+            raise self.lost(error) from None
         return found
-
-    def _lost(self, error: Exception) -> TrainingError:
-        said = first_line(error)
-        if "imed out" in said or "imeout" in said:
-            return TrainingError(
-                f"rank {self.rank} waited too long for another rank, which hangs or computes for longer than "
-                "ddp_timeout says; look at what it does (py-spy dump), or raise ddp_timeout"
-            )
-        return TrainingError(
-            f"rank {self.rank} lost another rank, which ended without a word: it was killed, or ran out of memory; "
-            "resume from the newest checkpoint, or let torchrun --max-restarts do it"
-        )
 
     def _on_tensor(self, what: Callable[[Any, Any, Tensor], Any], tensor: Tensor) -> None:
         import torch
@@ -247,8 +263,7 @@ class Ranks:
             if not exact:
                 tensor.copy_(passed)
         except RuntimeError as error:
-            self._told = self._lost(error)
-            raise self._told from None
+            raise self.lost(error) from None
 
 
 ALONE = Ranks(Place())
@@ -310,7 +325,7 @@ def join(*, gpu: bool = False, timeout: float = 1800.0, backend: str | None = No
                 "that all were started, that the port is free, and GLOO_SOCKET_IFNAME on several hosts"
             ) from error
         atexit.register(_part)
-    _joined = Ranks(place, dist.new_group(backend="gloo", timeout=wait))
+    _joined = Ranks(place, dist.new_group(backend="gloo", timeout=wait)).connect(timeout)
     if place.rank:  # what all of them would say is said once
         logging.getLogger("grouprl").setLevel(logging.ERROR)
     return _joined

@@ -9,7 +9,8 @@ from architectures import EOS, MIXED, PAD, PLAIN, as_samples, build, naive, rand
 from small_policies import adapted, policy
 
 from grouprl.errors import UsageError
-from grouprl.lm.policy.policy import Policy, has_dropout, sampling_settings
+from grouprl.lm.policy.fastest import has_dropout
+from grouprl.lm.policy.policy import Policy, sampling_settings
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.plain import PlainSampler
 from grouprl.lm.sample.sampler import Sampler

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from busy_core import shared_core
 from grouprl.doctor import examine
 from grouprl.lm.run import training
 from grouprl.lm.run.recipe import Recipe
@@ -47,14 +49,16 @@ def keeping(completions: list[Any], **columns: Any) -> list[float]:
     return [float(completion.count("a")) for completion in completions]
 
 
-def names(folder: Path, reward: str | None = None, warm: int = 10, **config: Any) -> set[str]:
+def names(
+    folder: Path, reward: str | None = None, warm: int = 10, n_train: int = 64, every: int = 0, **config: Any
+) -> set[str]:
     settings = {
         "prompts_per_step": 2, "num_generations": 4, "max_completion_length": 5, "max_steps": 12, "seed": 1,
         "learning_rate": 1e-3, "save_strategy": "no",
     } | config  # fmt: skip
     recipe = Recipe(
-        "ill", model="tiny", task="reverse", task_options={"length": 3}, form="text", n_train=64, n_eval=4,
-        warm_start={"steps": warm}, reward=reward, config=settings,
+        "ill", model="tiny", task="reverse", task_options={"length": 3}, form="text", n_train=n_train, n_eval=8,
+        eval_every=every, warm_start={"steps": warm}, reward=reward, config=settings,
     )  # fmt: skip
     training.train(recipe, folder, track=("none",), progress_bar=False)
     return {one.name for one in examine(folder) if one.ill}
@@ -81,6 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "learning-rate-spent": {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 4}, "max_steps": 20},
     "memory-grows": {"reward": f"{HERE}:keeping", "max_steps": 40},
+    "evaluation-below-training": {"n_train": 2, "warm": 60, "every": 4, "max_steps": 40, "num_generations": 16},
     "reward-with-length": {
         "reward": f"{HERE}:longer",
         "max_steps": 40,
@@ -102,3 +107,10 @@ def test_a_run_made_ill_is_found_to_be_ill_in_that_way(
     if illness in ("no-signal", "all-truncated", "duplicates", "learning-rate-below-precision"):
         said = [record.message for record in caplog.records if record.message.startswith(f"doctor, {illness}:")]
         assert len(said) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts how long a thread waits")
+def test_a_run_beside_others_on_its_core_is_told_that_the_machine_is_busy(tmp_path: Path) -> None:
+    with shared_core():
+        assert "machine-busy" not in names(tmp_path / "r")  # a remark: nothing is wrong with what it learned
+    assert "machine-busy" in {one.name for one in examine(tmp_path / "r")}

@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from grouprl.errors import UsageError, first_line
-from grouprl.lm.engines.sampler import vllm_sampler
+from grouprl.errors import UsageError
 from grouprl.lm.llama.adapters import nonzero_adapters
-from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids
-from grouprl.lm.packed.attention import UnsupportedError
-from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
-from grouprl.lm.packed.trial import Trial
-from grouprl.lm.policy.log_probs import LogProbs, check_logits
+from grouprl.lm.policy.fastest import find_learner, find_sampler, warn_if_own_pass_fails, warn_of_plain_paths
+from grouprl.lm.policy.log_probs import check_logits
 from grouprl.lm.policy.reference import Reference
 from grouprl.lm.policy.sharded import ShardedModels
 from grouprl.lm.policy.structure import structure
 from grouprl.lm.policy.trial import PolicyTrial
-from grouprl.lm.sample.decode_steps import Steps
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.finite import NotFiniteError, not_finite
 from grouprl.lm.sample.interface import CompletionSampler
-from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.rows import Adjust, Completion
-from grouprl.lm.sample.sampler import Sampler
 from grouprl.lm.sample.stopping import Stops
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Partner, Sampled
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.machine.ranks import ALONE, Ranks
-
-_CACHE_BYTES = 1 << 30
-"""The default limit in bytes for the keys and values that the sampler stores, on a CPU."""
-
-_TOKENS = 2048
-"""The default number of input tokens of a micro-batch on a CPU."""
-
-_log = logging.getLogger("grouprl")
 
 
 class Policy:
@@ -95,14 +79,18 @@ class Policy:
         trial = PolicyTrial(model, self.precision.dtype)
         ends = eos_token_ids(model, tokenizer)
         with nonzero_adapters(model), self.together():
-            self.log_probs, self.why_plain = self._find_learner(model, self.precision, trial)
+            self.log_probs, self.why_plain = find_learner(
+                model, config, self.precision, trial, sharded=sharded is not None
+            )
             self.log_probs.by_entropy = config.entropy_coef > 0
             self.packed = self.log_probs.backbone is not None
-            self.sampler: CompletionSampler = self._find_sampler(ends, tokenizer.pad_token_id, trial)
+            self.sampler: CompletionSampler = find_sampler(
+                model, config, self.precision, self.log_probs.backbone, ends, tokenizer.pad_token_id, trial, ranks
+            )
         if not self.packed and config.attention == "auto":
-            _log.warning("%s runs without packed attention, exactly but slowly: %s", _class(model), self.why_plain)
+            warn_of_plain_paths(model, self.why_plain)
         if self.packed and self.precision.dtype != torch.float32:
-            self._say_own_pass_fails(trial.trial)
+            warn_if_own_pass_fails(model, self.precision.dtype, trial)
         self.reference = self._reference(ref_model)
         self._structure = structure(model)
 
@@ -226,81 +214,6 @@ class Policy:
         except NotFiniteError:
             raise not_finite("the model's logits", self.model) from None
 
-    def _find_learner(self, model: Any, precision: LowPrecision, trial: PolicyTrial) -> tuple[LogProbs, str]:
-        """The fastest learner that agrees with the model's own forward pass, and why it is not a packed one, or "".
-
-        Raises:
-            UsageError: not even the plain learner agrees with it.
-        """
-        config = self.config
-        dropout = not config.disable_dropout and has_dropout(model)
-        backbone, why = (None, "attention='plain' asks for it")
-        if self.sharded is not None:
-            why = "its weights are sharded (fsdp)"
-        elif config.attention == "auto":
-            backbone, why = find_backbone(model, trial.trial)
-        if backbone is not None:
-            budget = config.tokens_per_micro_batch or self._tokens_at_once(backbone)
-            layers = None
-            if config.native and not dropout and not config.gradient_checkpointing:
-                layers = find_layers(backbone, precision.dtype)
-            for fused in (layers, None) if layers is not None else (None,):
-                learner = LogProbs(
-                    model, backbone, precision, config.temperature, budget, dropout, config.native, fused
-                )
-                why = trial.learner(learner)
-                if not why:
-                    return learner, ""
-                if fused is not None:
-                    _log.warning("%s learns more slowly, without fused layers: %s", _class(model), why)
-        budget = config.tokens_per_micro_batch or _TOKENS
-        learner = LogProbs(model, None, precision, config.temperature, budget, dropout, config.native)
-        wrong = trial.learner(learner) or trial.causality()
-        if not wrong and self.sharded is None:  # a sharded model has no gradient of one weight alone
-            wrong = trial.gradient(learner)
-        if wrong:
-            raise UsageError(f"{_class(model)} cannot be trained in {_name(precision.dtype)}: {wrong}")
-        return learner, why
-
-    def _say_own_pass_fails(self, trial: Trial) -> None:
-        """Warn if the model's own forward pass does not run in the precision of this trainer, whose paths do.
-
-        They are right, but whoever runs the model in that precision afterwards gets the error.
-        """
-        try:
-            trial.own(self.precision.dtype)
-        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
-            _log.warning(
-                "%s cannot run its own forward pass in %s, in which it is trained all the same: %s: %s",
-                _class(self.model), _name(self.precision.dtype), type(error).__name__, first_line(error)[:200],
-            )  # fmt: skip
-
-    def _find_sampler(self, ends: Sequence[int], pad: int | None, trial: PolicyTrial) -> CompletionSampler:
-        """The fastest sampler that agrees with the model's own forward pass.
-
-        Raises:
-            UsageError: not even the slowest sampler agrees with it.
-        """
-        backbone, config, model, why = self.log_probs.backbone, self.config, self.model, ""
-        if config.use_vllm:
-            return vllm_sampler(model, config, self.precision.dtype, ends, trial.trial, self.ranks)
-        if backbone is not None:
-            rows = config.max_rows_per_decode or self._rows_that_fit(backbone)
-            try:
-                fastest: Steps = "native" if config.native else "blocks"
-                return Sampler(backbone, self.precision, ends, rows, fastest, trial.trial)
-            except UnsupportedError as error:
-                _log.warning("%s samples without packed attention, exactly but slowly: %s", _class(model), error)
-        for steps in PLAIN_STEPS:
-            sampler = PlainSampler(model, self.precision.dtype, ends, ends[0] if pad is None else pad, steps)
-            wrong = sampler.disagreement(trial.trial)
-            if not wrong:
-                if why:
-                    _log.warning("%s samples by %s, which is slower: otherwise %s", _class(model), steps, why)
-                return sampler
-            why = wrong
-        raise UsageError(f"{_class(model)} cannot be sampled from in {_name(self.precision.dtype)}: {why}")
-
     def _reference(self, ref_model: Any) -> Reference | None:
         """The reference model, or None if ``beta`` is 0. Raises UsageError if ``ref_model`` cannot be the reference."""
         if self.config.beta == 0:
@@ -326,49 +239,12 @@ class Policy:
             precision = LowPrecision(ref_model, self.precision.dtype, self.config.native)
             trial = PolicyTrial(ref_model, precision.dtype)
             with nonzero_adapters(ref_model), self.together():
-                other = ref_model, self._find_learner(ref_model, precision, trial)[0]
+                sharded = self.sharded is not None
+                other = ref_model, find_learner(ref_model, self.config, precision, trial, sharded=sharded)[0]
         reference = Reference(self.model, self.log_probs, other)
         if self.config.sync_ref_model:
             reference.check_can_follow()
         return reference
-
-    def _tokens_at_once(self, backbone: Backbone) -> int:
-        """The number of tokens whose activations and logits fit into an eighth of a GPU's memory; _TOKENS on a CPU.
-
-        Activations need about 34 bytes per token, layer and element of a hidden state (arXiv 2205.05198, section 4.1).
-        Logits need 4 bytes per token and vocabulary entry: bfloat16, held twice.
-        """
-        if self.device.type != "cuda":
-            return _TOKENS
-        vocabulary, width = map(int, backbone.head.weight.shape)
-        token = 34 * int(self.model.config.get_text_config().num_hidden_layers) * width + 4 * vocabulary
-        room = torch.cuda.get_device_properties(self.device).total_memory // 8  # of the total memory, as below
-        return max(_TOKENS // 2, min(32 * _TOKENS, room // token))
-
-    def _rows_that_fit(self, backbone: Backbone) -> int:
-        """The number of rows of a decode step that fit into memory.
-
-        On a CPU, the keys and values of complete rows must fit into _CACHE_BYTES. On a GPU they must fit into an eighth
-        of its memory, together with the logits and the tensors that sampling computes from them.
-        """
-        room, logits = _CACHE_BYTES, 0
-        if self.device.type == "cuda":  # of the total memory: a run must not depend on how much is free now
-            room = torch.cuda.get_device_properties(self.device).total_memory // 8
-            logits = 16 * backbone.head.weight.shape[0]
-        token = backbone.kept * (4 if self.device.type == "cpu" else self.precision.dtype.itemsize)
-        return max(16, min(1024, room // (token * self.config.max_completion_length + logits)))
-
-
-def has_dropout(model: Any) -> bool:
-    """Whether a model uses dropout in training mode.
-
-    The function looks for a positive rate in dropout modules, in ``dropout`` attributes of modules, and in entries of
-    the model's configuration with "drop" in their name.
-    """
-    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "dropout", 0.0) for m in model.modules()]
-    text = model.config.get_text_config() if hasattr(model, "config") else None
-    rates += [value for name, value in vars(text).items() if "drop" in name] if text is not None else []
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def sampling_settings(config: GRPOConfig, *, greedy: bool = False, stop: Stops | None = None) -> SamplingSettings:
@@ -389,12 +265,3 @@ def sampling_settings(config: GRPOConfig, *, greedy: bool = False, stop: Stops |
         top_p=config.top_p, min_p=config.min_p or 0.0, repetition_penalty=config.repetition_penalty,
         min_new_tokens=config.min_new_tokens, max_turn_tokens=config.max_turn_length, stop=stop,
     )  # fmt: skip
-
-
-def _class(model: Any) -> str:
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(core).__name__
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

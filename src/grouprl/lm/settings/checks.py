@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.fsdp import read_sharding
+from grouprl.lm.settings.launcher import launcher_problems
 from grouprl.objective import ESTIMATORS, LOSSES
 from grouprl.objective_settings import objective_problems
 
@@ -17,6 +18,7 @@ def problems(config: Fields) -> list[str]:
         *_best_problems(config),
         *_vllm_problems(config),
         *_sharding_problems(config),
+        *launcher_problems(config),
     ]
 
 

@@ -16,6 +16,7 @@ from grouprl.lm.settings.as_dataclass import DataclassLike
 from grouprl.lm.settings.checks import problems
 from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.fsdp import Sharding, read_sharding
+from grouprl.lm.settings.launcher import of_launcher
 from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
 from grouprl.machine.ranks import Ranks, here, join
 from grouprl.objective_settings import explain
@@ -40,14 +41,17 @@ class GRPOConfig(Fields, metaclass=DataclassLike):
                     f"output_dir is given twice: {output_dir!r} and {values['output_dir']!r}; give it once"
                 )
             values["output_dir"] = output_dir
-        settings, refused = translate(values, type(self).model_fields)
+        fields = type(self).model_fields
+        settings, refused = translate(values, fields)
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            refused.append(explain(error, type(self).model_fields))
+            refused.append(explain(error, fields))
         else:
             if self.eval_strategy != "no":
                 self.do_eval = True
+            for name, value in of_launcher(self).items():
+                setattr(self, name, value)
             if found := problems(self):
                 refused.append("; ".join(found))
         refuse(refused)

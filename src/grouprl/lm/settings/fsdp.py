@@ -111,6 +111,7 @@ def read_sharding(switched: bool | str, config: Mapping[str, Any] | None) -> Sha
         raise ValueError(f"fsdp_config: version={shown(version)} is not offered; leave it out, which means FSDP2")
     for name, instead in (
         ("cpu_offload", "start more processes, or train an adapter (peft_config)"),
+        ("activation_checkpointing_offload", "set activation_checkpointing=True, which needs no room for them"),
         ("xla", "there is no TPU here"),
     ):
         if _flag(name, values.pop(name, False)):

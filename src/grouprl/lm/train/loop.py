@@ -26,7 +26,6 @@ from grouprl.lm.models.adapters import has_adapters
 from grouprl.lm.prompts import PromptOrder
 from grouprl.lm.sample.streams import Stream
 from grouprl.lm.settings.batch_plan import steps_per_epoch, total_steps
-from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train import best_model, checkpoint, origin
 from grouprl.lm.train.bookkeeper import Bookkeeper
 from grouprl.lm.train.checkpoint import Checkpoint
@@ -305,7 +304,7 @@ class Run:
         others = other_machine(dict(meta.get("machine", {})), self._machine())
         if others is not None:
             _log.warning("numbers will differ from those of a run that never stopped: %s", others)
-        _tell_changes(meta["config"], self.config)
+        origin.tell_changes(meta["config"], self.config)
         self.stream.drawn = meta["drawn"]
         self.order.load(meta["order"])
         self.collector.tokens, self.update = meta["tokens"], meta["update"]
@@ -341,31 +340,6 @@ def _tell_of_batches(rows: int, batch: int, shuffled: bool) -> None:
             "of %d prompts in the order of the dataset the last %d fill no generation and are never used; with "
             "shuffle_dataset=True they are others in each epoch", rows, rows % batch,
         )  # fmt: skip
-
-
-_MAY_CHANGE = {
-    "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "max_steps", "num_train_epochs", "transcripts",
-    "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
-    "do_train", "do_eval", "do_predict", "ddp_timeout", "fsdp", "fsdp_config", "num_generations_eval", "reward_timeout",
-    "ddp_backend", "solved_reward", "solved_by", "project", "vllm_gpu_memory_utilization",
-}  # fmt: skip
-"""Settings that do not change what is learned, or are what a run is resumed to change."""
-_MAY_CHANGE_BY_PREFIX = (
-    "logging_", "log_", "eval_", "save_", "num_completions", "per_device_eval", "trackio_", "vllm_server_",
-)  # fmt: skip
-
-
-def _tell_changes(before: dict[str, Any], config: GRPOConfig) -> None:
-    """Say which settings are others than those of the checkpoint: they hold from here on."""
-    now = config.to_dict()
-    changed = [
-        f"{name}={value!r} (was {before[name]!r})"
-        for name, value in now.items()
-        if value != before.get(name, value) and name not in _MAY_CHANGE and not name.startswith(_MAY_CHANGE_BY_PREFIX)
-    ]
-    if changed:
-        _log.warning("resumed with other settings than the checkpoint's, from here on: %s", ", ".join(changed))
 
 
 def _plain_state(scheduler: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from grouprl.errors import UsageError, shown
 from grouprl.lm.fingerprint import digest
+from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.train import checkpoint
 from grouprl.lm.train.setup import Setup
 
@@ -22,6 +23,18 @@ _NO_PART_OF_A_MODEL = {
     "_attn_implementation_internal", "attn_implementation", "output_attentions", "output_hidden_states", "return_dict",
 }  # fmt: skip
 """Entries of configurations that do not say what a model computes."""
+
+_MAY_CHANGE = {
+    "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "max_steps", "num_train_epochs", "transcripts",
+    "tokens_per_micro_batch", "max_rows_per_decode", "native", "attention", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "metric_for_best_model", "greater_is_better", "load_best_model_at_end",
+    "do_train", "do_eval", "do_predict", "ddp_timeout", "fsdp", "fsdp_config", "num_generations_eval", "reward_timeout",
+    "ddp_backend", "solved_reward", "solved_by", "project", "vllm_gpu_memory_utilization",
+}  # fmt: skip
+"""Settings that do not change what is learned, or are what a run is resumed to change."""
+_MAY_CHANGE_BY_PREFIX = (
+    "logging_", "log_", "eval_", "save_", "num_completions", "per_device_eval", "trackio_", "vllm_server_",
+)  # fmt: skip
 
 
 def describe(setup: Setup, rows_read: int | None = None) -> dict[str, Any]:
@@ -67,6 +80,18 @@ def check(saved: Mapping[str, Any], setup: Setup, place: Path) -> None:
             "the prompts are those of the checkpoint, and other columns of the dataset are not: rewards that read them "
             "change from here on"
         )
+
+
+def tell_changes(before: dict[str, Any], config: GRPOConfig) -> None:
+    """Say which settings are others than those of the checkpoint: they hold from here on."""
+    now = config.to_dict()
+    changed = [
+        f"{name}={value!r} (was {before[name]!r})"
+        for name, value in now.items()
+        if value != before.get(name, value) and name not in _MAY_CHANGE and not name.startswith(_MAY_CHANGE_BY_PREFIX)
+    ]
+    if changed:
+        _log.warning("resumed with other settings than the checkpoint's, from here on: %s", ", ".join(changed))
 
 
 def _entries(config: Any) -> dict[str, Any]:

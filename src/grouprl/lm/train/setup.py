@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +24,13 @@ from grouprl.lm.generate.play import TURN_REWARDS
 from grouprl.lm.generate.scored_groups import evaluation_metrics
 from grouprl.lm.generate.shared import shared_out
 from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
-from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
 from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.policy.sharded import ShardedModels
-from grouprl.lm.prompts import PromptSource, prepare_prompts
+from grouprl.lm.prompts import PromptSource
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
@@ -47,6 +46,7 @@ from grouprl.lm.train.acting import (
     read_starts,
     starts_without_rows,
 )
+from grouprl.lm.train.datasets import Read, read_eval_prompts, read_prompts
 from grouprl.lm.train.wrappers import unwrapped
 from grouprl.machine.busy import sleeping_when_busy
 from grouprl.machine.ranks import Ranks
@@ -55,7 +55,6 @@ from grouprl.objective.user_functions import UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import default_run_path
 
-Read = Callable[[Any, str], PromptSource]
 _log = logging.getLogger("grouprl")
 
 
@@ -264,38 +263,6 @@ def _output_dir(model: Any, config: GRPOConfig) -> Path:
         return user_path(config.output_dir).absolute()
     name = str(getattr(model.config, "_name_or_path", "") or "model").rstrip("/").split("/")[-1]
     return default_run_path("runs", f"{name}-grpo", config.seed).absolute()
-
-
-def read_prompts(model: Any, tokenizer: Any, config: GRPOConfig, dataset: Any, name: str) -> PromptSource:
-    """The prompts of a dataset, as this model reads them. Raises UsageError if it cannot be used."""
-    context = context_length(model)
-    return prepare_prompts(
-        dataset, tokenizer, chat_template_kwargs=config.chat_template_kwargs, context_length=context,
-        max_completion_length=config.max_completion_length, max_prompt_length=config.max_prompt_length, name=name,
-    )  # fmt: skip
-
-
-def read_eval_prompts(read: Read, dataset: Any) -> dict[str, PromptSource]:
-    """The prompts of one dataset under the name "", or of a mapping of several. Raises UsageError as read_prompts."""
-    if dataset is None:
-        return {}
-    several = isinstance(dataset, dict) and "prompt" not in dataset
-    parts = {f"eval_dataset[{name!r}]": name for name in dataset} if several else {"eval_dataset": ""}
-    return {name: read(_whole(dataset[name] if several else dataset), said) for said, name in parts.items()}
-
-
-_MOST_ROWS = 1_000_000
-
-
-def _whole(dataset: Any) -> Any:
-    """A stream read to its end, as an evaluation needs all of it; anything else as it is."""
-    streamed = isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not isinstance(dataset, Iterator)
-    if not streamed:
-        return dataset
-    rows = list(itertools.islice(dataset, _MOST_ROWS + 1))
-    if len(rows) > _MOST_ROWS:
-        raise UsageError(f"eval_dataset is a stream of more than {_MOST_ROWS} rows; give dataset.take(n)")
-    return rows
 
 
 _RECOMPUTATION = ("gradient_checkpointing", "activation_checkpointing")

@@ -22,8 +22,9 @@ from grouprl.lm.train import checkpoint, evaluation, origin
 from grouprl.lm.train.acting import Acting, Judges
 from grouprl.lm.train.attributes import check_assignment
 from grouprl.lm.train.bookkeeper import Bookkeeper, checked_callback
+from grouprl.lm.train.datasets import read_eval_prompts
 from grouprl.lm.train.loop import Run, TrainOutput
-from grouprl.lm.train.setup import make_setup, read_eval_prompts
+from grouprl.lm.train.setup import make_setup
 from grouprl.lm.train.trl_methods import ScriptMethods
 from grouprl.machine.memory import renew_freed_memory, return_freed_memory, use_huge_pages
 from grouprl.machine.ranks import here
