@@ -37,7 +37,9 @@ COLUMNS = (
     "completions/clipped_ratio", "completions/mean_length", "episodes/truncated", "learning_rate", "memory_gb",
     "cpu_wait",
 )  # fmt: skip
-SETTINGS = ("lr_schedule", "learning_rate", "kl_target", "master_dtype", "max_completion_length")
+SETTINGS = (
+    "lr_schedule", "learning_rate", "kl_target", "reset_each_batch", "master_dtype", "max_completion_length",
+)  # fmt: skip
 
 
 def record(into: Path, path: Path) -> dict[str, Any]:

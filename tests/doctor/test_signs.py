@@ -33,7 +33,17 @@ CASES: list[tuple[Rule, Table, Table]] = [
     (
         environments.no_signal,
         table(skipped_batches=STEPS, return_mean=1),
+        table(9.0, skipped_batches=STEPS - 1, return_mean=9),
+    ),
+    (  # solved by nothing that was learned
+        environments.no_signal,
         table(9.0, skipped_batches=STEPS, return_mean=9),
+        table(9.0, skipped_batches=STEPS - 1, return_mean=9),
+    ),
+    (
+        environments.no_signal,
+        table(9.0, skipped_batches=0, degenerate_groups=1, return_mean=9),
+        table(9.0, skipped_batches=0, degenerate_groups=STEPS > 3, return_mean=9),
     ),
     (
         environments.no_signal,
@@ -43,6 +53,11 @@ CASES: list[tuple[Rule, Table, Table]] = [
     (environments.no_episode_ends, table(step=STEPS * 2000, episodes=0), table(step=STEPS * 2000, episodes=STEPS == 9)),
     (environments.return_flat, table(return_batch=NOISE), table(return_batch=RISING)),
     (environments.return_flat, table(return_batch=-RISING), table(9.0, return_batch=NOISE, eval_return=9)),
+    (
+        environments.return_flat,
+        table(settings={"reset_each_batch": True}, return_batch=RISING, eval_return=NOISE),
+        table(settings={"reset_each_batch": True}, return_batch=NOISE, eval_return=RISING),
+    ),
     (
         environments.entropy_gone,
         table(policy_entropy=np.where(STEPS < 9, 1.0, 0.001), return_batch=NOISE),
@@ -84,6 +99,11 @@ CASES: list[tuple[Rule, Table, Table]] = [
         language.no_signal,
         table(reward=0.1, frac_reward_zero_std=1),
         table(reward=0.1, frac_reward_zero_std=1, eval_accuracy=0.95),
+    ),
+    (  # a reward that is 1 whatever is written
+        language.no_signal,
+        table(reward=1, frac_reward_zero_std=1, grad_norm=0, frac_duplicates=1),
+        table(reward=1, frac_reward_zero_std=1, grad_norm=STEPS < 3, frac_duplicates=1),
     ),
     (
         language.no_signal,

@@ -26,15 +26,27 @@ def solved(table: Table) -> bool:
     return any(value >= table.goal for value in (*table.last("eval_return"), table.late("return_mean")))
 
 
+def _returns(table: Table) -> str:
+    """The column of returns that share no episode, as means over the last 100 episodes do.
+
+    Where each batch begins with new episodes, those that outlast it are in no batch's returns: the better a policy
+    is, the fewer of its episodes count. There only evaluations tell whether it has learned.
+    """
+    return "eval_return" if table.settings.get("reset_each_batch") else "return_batch"
+
+
 def no_signal(table: Table) -> Diagnosis | None:
-    """Nine in ten batches of the last third taught nothing, and the environment is not solved.
+    """Nine in ten batches of the last third taught nothing, and the environment is not solved by what was learned.
 
     A batch without signal is skipped: all rewards are equal and no episode ended early, or all advantages are equal.
-    That is right at the end of a solved run, where every episode reaches the time limit. Estimators that compare
+    That is right at the end of a solved run, where every episode reaches the time limit. But where no batch of the run
+    had a signal, nothing was learned, whatever the returns are. Estimators that compare
     episodes say in `degenerate_groups` how many groups are of equal returns.
     """
     skipped = table.values("skipped_batches")
-    if len(skipped) < ENOUGH_ROWS or solved(table):
+    equal_groups = table.values("degenerate_groups")
+    never = bool(len(skipped)) and (skipped[-1] >= len(skipped) or (len(equal_groups) > 0 and equal_groups.min() == 1))
+    if len(skipped) < ENOUGH_ROWS or (solved(table) and not never):
         return None
     third = len(skipped) // 3
     share = float(skipped[-1] - skipped[-1 - third]) / third
@@ -44,7 +56,8 @@ def no_signal(table: Table) -> Diagnosis | None:
     what = f"{share:.0%} of the last {third} batches" if share >= 0.9 else f"{equal:.0%} of the groups"
     return Diagnosis(
         "no-signal",
-        f"{what} had nothing to compare: their returns are equal, so no parameter moves",
+        f"{what} had nothing to compare: their returns are equal, so no parameter "
+        + ("has moved since the run began" if never else "moves"),
         "Give a reward before the end of an episode, or an easier start. Explore more: raise sticky (up to 0.99) or "
         "entropy_coef. Wait for more: raise max_steps, or group_size where episodes are compared.",
     )
@@ -67,10 +80,10 @@ def no_episode_ends(table: Table) -> Diagnosis | None:
 
 
 def return_flat(table: Table) -> Diagnosis | None:
-    """`signs.flat` of the returns of each batch, which share no episode as means over the last 100 episodes do."""
+    """`signs.flat` of the returns of each batch."""
     return flat(
         table,
-        "return_batch",
+        _returns(table),
         solved(table),
         "Look at explained_variance (near 0: the baseline sees nothing that tells good states from bad) and grad_norm. "
         "Raise learning_rate, min_steps or sticky, or try another advantage.",
@@ -92,7 +105,7 @@ def entropy_gone(table: Table) -> Diagnosis | None:
     half = len(entropy) // 2
     if gone[half:].mean() < 0.9:
         return None
-    if risen(table.values("return_batch")[half:]):
+    if risen(table.recent(_returns(table), parts=2)):
         return None
     return Diagnosis(
         "entropy-gone",
@@ -111,7 +124,7 @@ def std_collapsed(table: Table) -> Diagnosis | None:
     spread = table.values("policy_std")
     if len(spread) < ENOUGH_ROWS or not float(spread[-1]) < 0.01 * float(spread[0]) or solved(table):
         return None
-    if risen(table.last("return_batch")):
+    if risen(table.last(_returns(table))):
         return None
     return Diagnosis(
         "std-collapsed",

@@ -64,12 +64,12 @@ def far_below(table: Table, evaluation: str, training: str, advice: str) -> Diag
     Evaluations act greedily and training samples, so some difference is normal, and a greedy policy that lags for one
     evaluation is too. Therefore the median of the last third of the evaluations, at least three, is compared with the
     median of training, and the scale is what the run has gained, from the lowest tenth of training to its median
-    at the end. A run that has gained nothing has no such scale.
+    at the end. A run that has gained nothing has no such scale. Before half of a run a greedy policy may be late only.
     """
     import numpy as np
 
     evaluations, trained = table.last(evaluation), table.values(training)
-    if len(evaluations) < 3 or len(trained) < ENOUGH_ROWS:
+    if len(evaluations) < 3 or len(trained) < ENOUGH_ROWS or table.progress < 0.5:
         return None
     end, greedy = table.late(training), float(np.median(evaluations))
     gained = end - float(np.quantile(trained, 0.1))

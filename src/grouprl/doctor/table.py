@@ -64,12 +64,12 @@ class Table:
         values = self.values(name)
         return values[len(values) - -(-len(values) // 3) :]
 
-    def recent(self, name: str) -> Array:
-        """The numbers of a column in the last third of all rows, without blanks."""
+    def recent(self, name: str, parts: int = 3) -> Array:
+        """The numbers of a column in the last third, or half, or so, of all rows, without blanks."""
         import numpy as np
 
         column = self.columns.get(name)
-        late = np.empty(0) if column is None else column[len(column) - -(-len(column) // 3) :]
+        late = np.empty(0) if column is None else column[len(column) - -(-len(column) // parts) :]
         return late[np.isfinite(late)]
 
     def late(self, name: str) -> float:
