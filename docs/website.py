@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     asked = parser.parse_args(argv)
     make()
-    print(f"wrote {(OUT / 'site').relative_to(ROOT)}/index.html")
+    print(f"wrote {(OUT / 'site').relative_to(ROOT)}/index.html; its search needs a server: --serve")
     if asked.serve:
         handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(OUT / "site"))
         with http.server.ThreadingHTTPServer(("localhost", asked.port), handler) as server:

@@ -39,6 +39,7 @@ def test_train_says_where_the_run_is_and_what_to_type_next(tmp_path: Path, capsy
     for command in ("play", "evaluate", "plot"):
         assert f"grouprl {command} {out}" in text.out  # by name, or by path where it is not on the PATH
     assert f"open {out / 'report.html'} in a browser" in text.out
+    assert f"open {out / 'episodes.html'} in a browser" in text.out
     assert text.err == ""  # no progress bar where nobody watches
     assert not (out / "episode.mp4").exists()
 
@@ -148,6 +149,15 @@ def test_numbers_without_a_dot_in_scientific_notation_are_numbers(tmp_path: Path
         (["train", "CartPole-v1", "--track", "sheet"], "tensorboard"),
         (["train", "CartPole-v1", "--steps", "0"], "total_timesteps=0"),
         (["train", "CartPole-v1", "--set", "env=3"], "unknown setting 'env'"),
+        (
+            ["train", "CartPole-v1", "--lr", "1e-3"],
+            "there is no option --lr; a setting is given as --set learning_rate=",
+        ),
+        (["train", "CartPole-v1", "--clip-range=.2"], "settings are given by --set: it is epsilon here"),
+        (["train", "--env", "CartPole-v1"], "comes first: grouprl train CartPole-v1"),
+        (["train", "--env-id", "CartPole-v1"], "no option --env-id; the environment comes first"),
+        (["train-lm", "tiny", "--max-steps", "3"], "a setting is given as --set max_steps="),
+        (["sweep", "CartPole-v1", "--set", "gamma=0.9,1", "--seeds", "5"], "write 0-4 for 5 seeds"),
         (["evaluate", "nothing-here"], "nothing-here"),
         (["resume", "nothing-here"], "nothing-here"),
         (["plot", "nothing-here"], "nothing-here"),
@@ -167,6 +177,27 @@ def test_a_mistake_gets_one_clear_line(
     assert error.count("\n") == 1
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", ["play", "evaluate", "export", "plot", "doctor", "report", "resume", "table", "chat"]
+)
+def test_a_folder_of_runs_and_a_wrong_name_are_told_a_run_that_exists(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("new", "old")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("env_id: CartPole-v1")
+        os.utime(tmp_path / "runs" / name, (1e9 - age, 1e9 - age))
+    for wrong in ("runs",) if command == "chat" else ("runs", "runs/neww", "elsewhere"):
+        assert call(command, wrong) == 2
+        assert f"runs holds 2; the newest is {Path('runs') / 'new'}." in capsys.readouterr().err
+
+
+def test_no_command_is_cut_short_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--help") == 0
+    assert "..." not in capsys.readouterr().out.partition("Commands:")[2]
 
 
 def test_help_is_quick_and_names_every_command() -> None:

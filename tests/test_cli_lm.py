@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,12 @@ def test_evaluate_answers_the_held_out_prompts(run: Path, capsys: pytest.Capture
     assert call("evaluate", run, "--seed", "3") == 2
     assert call("evaluate", run, "--sampled") == 2
     assert call("evaluate", run, "--episodes", "0") == 2
+
+
+def test_transcripts_of_a_trainer_in_python_become_a_page(run: Path, tmp_path: Path) -> None:
+    shutil.copyfile(run / "transcripts.jsonl", tmp_path / "transcripts.jsonl")
+    assert call("report", tmp_path) == 0
+    assert "reverse" in (tmp_path / "transcripts.html").read_text().casefold()
 
 
 def test_plot_draws_runs_of_two_seeds(run: Path, tmp_path: Path) -> None:

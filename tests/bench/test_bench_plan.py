@@ -19,7 +19,7 @@ methods:
   peer: {worker: "python peer.py ppo", subjects: [CartPole-v1]}
 environments:
   CartPole-v1: {steps: 1e3, scale: [20, 500]}
-  LunarLander-v3-continuous: {seeds: 7}
+  LunarLander-v3-continuous: {seeds: 7-7}
 seeds: 0-1
 """
 
@@ -183,13 +183,13 @@ def test_what_cannot_work_is_said_before_a_run_begins(tmp_path: Path, wrong: str
 
 @pytest.mark.parametrize(
     ("given", "seeds"),
-    [("0-4,7", [0, 1, 2, 3, 4, 7]), (3, [3]), ("2, 1 - 2", [2, 1]), ([5, "0-1"], [5, 0, 1])],
+    [("0-4,7", [0, 1, 2, 3, 4, 7]), (1, [1]), ("3-3", [3]), ([3], [3]), ("2, 1 - 2", [2, 1]), ([5, "0-1"], [5, 0, 1])],
 )
 def test_seeds_are_numbers_and_ranges(given: object, seeds: list[int]) -> None:
     assert parse_seeds(given) == seeds
 
 
-@pytest.mark.parametrize("wrong", ["", "4-1", "a", "-3", "1;2", True, 1.5, "0-99999999", None])
+@pytest.mark.parametrize("wrong", ["", "4-1", "a", "-3", "1;2", True, 1.5, "0-99999999", None, 5, "10"])
 def test_other_seeds_are_refused(wrong: object) -> None:
     with pytest.raises(UsageError, match="seeds="):
         parse_seeds(wrong)

@@ -193,7 +193,7 @@ def test_a_sweep_is_of_an_environment_a_recipe_or_a_file(tmp_path: Path, monkeyp
     assert (of_language.cell.recipe, of_language.cell.env_id) == ("tiny", None)
     of_language.check()
     Path("some.yaml").write_text(
-        "environment: Acrobot-v1\nset: {learning_rate: 1e-4..1e-2, epochs: 2}\nsteps: 1e4\ntrials: 9\nseeds: 3\n"
+        "environment: Acrobot-v1\nset: {learning_rate: 1e-4..1e-2, epochs: 2}\nsteps: 1e4\ntrials: 9\nseeds: 3-3\n"
     )
     of_file = asked("some.yaml", {"steps": 50})
     assert (of_file.cell.subject, of_file.cell.steps, of_file.sampler, of_file.trials) == ("Acrobot-v1", 50, "tpe", 9)

@@ -54,6 +54,13 @@ class Endless(Coin):
         return np.zeros(1, np.float32), float(action), False, False, {}
 
 
+class Even(Coin):
+    """Reward 1 whatever is done: its threshold is reached without any learning."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 1.0, False, super().step(action)[3], {}
+
+
 class Leaking(Coin):
     """Keeps what it should drop: 2 MB an episode, of new memory, whatever other tests have freed."""
 
@@ -84,6 +91,8 @@ class Narrow(gym.Env[Any, Any]):
 for name, made in {"Coin": Coin, "Leaking": Leaking, "Narrow": Narrow}.items():
     if f"{name}OfTheDoctor-v0" not in gym.registry:
         gym.register(f"{name}OfTheDoctor-v0", made)  # type: ignore[arg-type]
+if "EvenOfTheDoctor-v0" not in gym.registry:
+    gym.register("EvenOfTheDoctor-v0", Even, reward_threshold=19.0)  # type: ignore[arg-type]
 
 
 def names(path: Path, env: str, steps: int, run: dict[str, Any] | None = None, **settings: Any) -> set[str]:
@@ -147,6 +156,16 @@ def test_a_policy_that_must_not_decide_is_evaluated_far_below_training(tmp_path:
     run = {"eval_every": 256, "eval_episodes": 10}
     settings = {"learning_rate": 3e-3, "entropy_coef": 0.05, "epochs": 4, "sticky": 0.0}
     assert "evaluation-below-training" in names(tmp_path / "r", "CoinOfTheDoctor-v0", 12_000, run, **settings)
+
+
+@pytest.mark.parametrize("advantage", ["baseline", "outcome"])
+def test_a_reward_that_is_always_the_same_is_no_success(
+    advantage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {} if advantage == "baseline" else {"collect": "episodes", "min_steps": 200}
+    assert "no-signal" in names(tmp_path / "r", "EvenOfTheDoctor-v0", 5000, advantage=advantage, **settings)
+    (said,) = [record.message for record in caplog.records if record.message.startswith("doctor, no-signal:")]
+    assert "no parameter has moved since the run began" in said
 
 
 def test_the_command_says_it_in_words_in_json_and_in_its_exit_code(

@@ -33,7 +33,17 @@ CASES: list[tuple[Rule, Table, Table]] = [
     (
         environments.no_signal,
         table(skipped_batches=STEPS, return_mean=1),
+        table(9.0, skipped_batches=STEPS - 1, return_mean=9),
+    ),
+    (  # solved by nothing that was learned
+        environments.no_signal,
         table(9.0, skipped_batches=STEPS, return_mean=9),
+        table(9.0, skipped_batches=STEPS - 1, return_mean=9),
+    ),
+    (
+        environments.no_signal,
+        table(9.0, skipped_batches=0, degenerate_groups=1, return_mean=9),
+        table(9.0, skipped_batches=0, degenerate_groups=STEPS > 3, return_mean=9),
     ),
     (
         environments.no_signal,
@@ -94,6 +104,11 @@ CASES: list[tuple[Rule, Table, Table]] = [
         language.no_signal,
         table(reward=0.1, frac_reward_zero_std=1),
         table(reward=0.1, frac_reward_zero_std=1, eval_accuracy=0.95),
+    ),
+    (  # a reward that is 1 whatever is written
+        language.no_signal,
+        table(reward=1, frac_reward_zero_std=1, grad_norm=0, frac_duplicates=1),
+        table(reward=1, frac_reward_zero_std=1, grad_norm=STEPS < 3, frac_duplicates=1),
     ),
     (
         language.no_signal,

@@ -68,6 +68,10 @@ def test_a_registered_id_goes_before_a_class_of_that_name(module: str) -> None:
 
 
 def test_what_is_not_there_is_named_with_where_it_was_looked_for(module: str, tmp_path: Path) -> None:
+    (tmp_path / "somewhere.py").write_text("")
+    for name in ("somewhere", "somewhere.py"):
+        with pytest.raises(UsageError, match=f"'{name}' is a file here; name the class .*: somewhere:MyEnv"):
+            GRPO(name)
     with pytest.raises(UsageError, match="registers no environment 'Missing' and has no class of that name"):
         find_spec(f"{module.partition(':')[0]}:Missing")
     with pytest.raises(UsageError, match=rf"looked for in {tmp_path} and among the installed packages"):

@@ -532,6 +532,8 @@ class TestEnvironments:
             GRPO(probes.bandit, **QUICK, env_kwargs={"g": 3.0})
 
     def test_what_is_no_environment_is_refused(self):
+        with pytest.raises(UsageError, match="of several callables pass one, and how many in n_envs="):
+            GRPO([lambda: gym.make("CartPole-v1")] * 2)
         with pytest.raises(UsageError, match="cannot make environments from 5"):
             GRPO(5, **QUICK)
 

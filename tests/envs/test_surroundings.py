@@ -15,7 +15,10 @@ from gymnasium import spaces
 from torch import nn
 
 from grouprl import GRPO, evaluate
-from grouprl.envs import collect
+from grouprl.envs import collect, presets
+from grouprl.envs.config import make_config
+from grouprl.envs.unread import RULES
+from grouprl.unread import without_effect
 
 QUICK: dict[str, Any] = {"preset": None, "n_envs": 4, "min_steps": 64, "max_steps": 64, "epochs": 2, "warmup_steps": 32}
 
@@ -157,6 +160,21 @@ def test_agents_made_in_several_threads_are_those_of_one() -> None:
         ({"advantage": "outcome", "baseline_level": True}, "baseline_level=True"),
         ({"advantage": "outcome", "baseline_memory": 40_960}, "baseline_memory=40960"),
         ({"advantage_function": lambda rewards, lengths, group: rewards, "gae_lambda": 0.9}, "gae_lambda=0.9"),
+        (
+            {"advantage_function": lambda rewards, lengths, group: rewards, "scale_rewards": "none"},
+            "scale_rewards='none'",
+        ),
+        ({"scale_rewards": "none"}, "scale_rewards='none'"),
+        ({"kl_estimator": "k1"}, "kl_estimator='k1'"),
+        ({"reference": "old"}, "reference='old'"),
+        ({"reference_every": 3}, "reference_every=3"),
+        ({"reference_every": 3, "beta": 0.1}, "reference_every=3"),
+        ({"lr_max": 0.1, "lr_schedule": "linear"}, "lr_max=0.1"),
+        ({"kl_target": 0.1, "lr_schedule": "constant"}, "kl_target=0.1"),
+        ({"lr_final": 0.1, "lr_schedule": "constant"}, "lr_final=0.1"),
+        ({"epsilon": 0.3, "loss_type": "sapo"}, "epsilon=0.3"),
+        ({"epsilon": 0.3, "surrogate_function": lambda logp, old, advantages: logp}, "epsilon=0.3"),
+        ({"hidden_sizes": [8], "network": own}, r"hidden_sizes=\(8,\)"),
     ],
 )
 def test_a_setting_without_effect_is_named(settings: dict[str, Any], name: str) -> None:
@@ -167,7 +185,23 @@ def test_a_setting_without_effect_is_named(settings: dict[str, Any], name: str) 
 def test_settings_with_an_effect_are_not_named(recwarn: pytest.WarningsRecorder) -> None:
     GRPO("Pendulum-v1", preset=None, log_std_min=-1.0, baseline_level=True, baseline_memory=40_960, gae_lambda=0.9)
     GRPO(Plain, preset=None, advantage_function=lambda rewards, lengths, group, values: values, baseline_level=True)
+    GRPO(Plain, preset=None, beta=0.1, reference="periodic", reference_every=3, kl_estimator="k1", hidden_sizes=[8])
+    GRPO(Plain, preset=None, lr_final=0.5, lr_max=0.1, kl_target=0.1, epsilon=0.3)
+    GRPO(Plain, preset=None, advantage="outcome", scale_rewards="none", lr_schedule="linear", lr_final=0.5)
+    GRPO("CartPole-v1", preset="formula", lr_schedule="constant", beta=0.0)  # what the preset ships was not chosen
     assert not [str(one.message) for one in recwarn if "no effect" in str(one.message)]
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_no_setting_of_a_preset_is_without_effect(name: str) -> None:
+    shipped = presets.load(name).config
+    config = make_config(shipped)
+    continuous = any(word in name for word in ("v5", "Pendulum", "ontinuous", "Walker"))
+    about = {
+        "fits_baseline": config.advantage == "baseline", "continuous": continuous, "own_network": False,
+        "own_advantage": False, "own_surrogate": False,
+    }  # fmt: skip
+    assert without_effect(RULES, config, shipped, about) == []
 
 
 def test_actions_are_remembered_within_a_bound_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from small_runs import EVAL_ROWS, REVERSE, ROWS, Stop, logged, trainer, warm, weights, without_times
+from small_runs import EVAL_ROWS, REVERSE, ROWS, Stop, logged, mixture, trainer, warm, weights, without_times
 from transformers import TrainerCallback
 
 from grouprl.errors import GrouprlError
@@ -66,6 +66,7 @@ SAME: dict[str, dict[str, Any]] = {
     "cut groups": {"per_device": 8, "steps_per_generation": 4, "num_generations": 4},
     "plain": {"attention": "plain", "prompts_per_step": 2},
     "evaluation": {"eval_dataset": EVAL_ROWS, "eval_strategy": "steps", "eval_steps": 2, "log_completions": False},
+    "experts": {"mixture": True, "router_aux_loss_coef": 0.5, "tokens_per_micro_batch": 24},
     "stop of one": {"callbacks": [StopOfLast]},
 }
 """Settings of trainings that give the same on one process and on two."""
@@ -76,6 +77,8 @@ def run(name: str, folder: Path, world: int) -> dict[str, Any]:
     given = {"bf16": False, "max_steps": 4, **copy.deepcopy(SAME[name])}
     if "per_device" in given:  # of each process
         given["per_device_train_batch_size"] = given.pop("per_device") // world
+    if given.pop("mixture", False):
+        given["model"] = mixture()
     gradients = Gradients()
     given["callbacks"] = [gradients, *given.get("callbacks", ())]
     if name == "adapter with dropout":

@@ -12,7 +12,7 @@ from typing import Any
 import agent_rank_cases
 import torch
 from rank_cases import LORA, Gradients, some
-from small_runs import EVAL_ROWS, ROWS, Stop, logged, trainer, warm, without_times
+from small_runs import EVAL_ROWS, ROWS, Stop, logged, mixture, trainer, warm, without_times
 from transformers import TrainerCallback
 
 from grouprl.errors import GrouprlError
@@ -33,6 +33,7 @@ SAME: dict[str, dict[str, Any]] = {
     "several passes": {
         "max_steps": 3, "steps_per_generation": 2, "num_iterations": 2, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"},
     },
+    "experts": {"mixture": True, "router_aux_loss_coef": 0.5},
     "some tokens": {"reward": some, "top_entropy_quantile": 0.5},
     "recomputed": {"reward": some, "fsdp_config": {"activation_checkpointing": True}},
     "evaluation": {"eval_dataset": EVAL_ROWS[:5], "eval_strategy": "steps", "eval_steps": 2},
@@ -51,6 +52,8 @@ def _weights(made: GRPOTrainer) -> dict[str, torch.Tensor]:
 def run(name: str, folder: Path) -> dict[str, Any]:
     """What one of `SAME` gave."""
     given, gradients = copy.deepcopy(SAME[name]), Gradients()
+    if given.pop("mixture", False):
+        given["model"] = mixture()
     if given.pop("other", False):
         given["ref_model"], _ = warm()
         with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
-from grouprl.lm.models.tiny import build_tiny, warm_start
+from grouprl.lm.models.tiny import ALPHABET, build_tiny, tiny_tokenizer, warm_start
 
 REVERSE = tasks.get("reverse", length=3)
 ROWS = tasks.dataset(REVERSE, "train", 40, form="text")
@@ -36,6 +36,23 @@ def warm() -> tuple[Any, Any]:
     model, tokenizer = build_tiny(0)
     model.load_state_dict(_warm_weights())
     return model, tokenizer
+
+
+def mixture(coefficient: float = 0.0) -> tuple[Any, Any]:
+    """A mixture of four experts with random weights, two for each token, and its tokenizer.
+
+    Args:
+        coefficient: what its configuration says of the loss that balances their load.
+    """
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=len(ALPHABET), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64, router_aux_loss_coef=coefficient,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MixtralForCausalLM(config).eval(), tiny_tokenizer()
 
 
 def config(folder: Path, **settings: Any) -> GRPOConfig:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import signal
 import subprocess
 import sys
@@ -126,3 +127,14 @@ def test_a_call_that_swallows_everything_for_ever_ends_the_process_with_one_line
     (line,) = ended.stderr.strip().splitlines()
     assert line.startswith("error: reward function 'stubborn' has gone on 10 times after its time was over")
     assert line.endswith("the newest checkpoint is whole.")
+
+
+def test_a_regular_expression_that_backtracks_is_ended_although_it_keeps_pythons_lock() -> None:
+    with pytest.raises(TimeoutError):
+        within(0.1, lambda: re.fullmatch(r"(a+)+b", "a" * 40))  # would take hours
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    kept = signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
+    try:
+        assert within(5, lambda: signal.getsignal(signal.SIGVTALRM)) == signal.SIG_IGN  # somebody else's stays
+    finally:
+        signal.signal(signal.SIGVTALRM, kept)

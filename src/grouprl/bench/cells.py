@@ -78,10 +78,13 @@ _MOST_SEEDS = 10_000
 
 
 def parse_seeds(given: object) -> list[int]:
-    """Seeds written as ``0-4,7``, as one number, or as a list of either; in order, each once.
+    """Seeds written as ``0-4,7``, or as a list of numbers and ranges; in order, each once.
 
-    Raises UsageError for anything else.
+    Raises UsageError for anything else, and for a number alone that could be a seed or how many there shall be.
     """
+    if not isinstance(given, list) and re.fullmatch(r"\s*([2-9]|[1-9]\d+)\s*", str(given)):
+        number = int(str(given))
+        raise UsageError(f"seeds={number}: write 0-{number - 1} for {number} seeds, or {number}-{number} for this one")
     parts = given if isinstance(given, list) else str(given).split(",")
     seeds: dict[int, None] = {}
     for part in parts:

@@ -42,7 +42,9 @@ def bench(
     table: Annotated[bool, typer.Option("--table", help="Run nothing: make tables and figures again.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Run nothing: name the runs.")] = False,
 ) -> None:
-    """Run a benchmark: methods x environments or language models x seeds, then tables and figures.
+    """Run a benchmark over seeds: its table and figures.
+
+    A file lists methods, and the environments or language models that they are tried on.
 
     One row per run goes into rows.jsonl as soon as it ends. Stopped by Ctrl-C or killed, the same command goes on:
     runs that have a row are not done again.
@@ -114,9 +116,10 @@ def sweep(
     jobs: Jobs = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the sweep.  [default: runs/sweep-NAME]")] = None,
 ) -> None:
-    """Try settings with several seeds each, and rank them: a table with intervals, and a figure.
+    """Try settings with several seeds each, and rank them.
 
-    Optuna chooses the settings. A sweep that was stopped or killed goes on with the same command.
+    It leaves a table with intervals, and a figure. Optuna chooses the settings. A sweep that was stopped or killed
+    goes on with the same command.
 
     Examples:
 
@@ -161,7 +164,10 @@ def table_command(
     reference: Reference = None,
     out: Annotated[Path | None, typer.Option(help="A picture of the scores and curves, to be written.")] = None,
 ) -> None:
-    """Compare runs that exist: several seeds of a setting are one line, with an interval."""
+    """Compare runs that exist, in a table with intervals.
+
+    Several seeds of a setting are one line.
+    """
     from grouprl.bench import folders, harness
     from grouprl.extras import require
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from grouprl.cli.options import Commands
 from grouprl.errors import GrouprlError, UsageError, first_line, shown
 from grouprl.extras import explain_missing
 from grouprl.machine.ranks import launched
@@ -23,6 +24,7 @@ from grouprl.runs.signals import leaving_on_signals
 
 app = typer.Typer(
     name="grouprl",
+    cls=Commands,
     help="Reinforcement learning without a critic: GRPO for Gymnasium environments and for language models.\n\n"
     "Start with:  grouprl train CartPole-v1   or   grouprl train-lm tiny",
     no_args_is_help=True,

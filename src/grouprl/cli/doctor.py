@@ -38,11 +38,23 @@ def doctor(
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder, of either arena, finished or not.")],
 ) -> None:
-    """Write report.html into a run folder: settings, curves, evaluation, what the doctor says, links."""
+    """Write report.html anew into a run folder.
+
+    It has settings, curves, the evaluation, what the doctor says, and links. Where a GRPOTrainer in Python wrote
+    transcripts.jsonl, it is transcripts.html instead: what the model wrote, group by group.
+    """
     from grouprl.doctor.examine import is_language
     from grouprl.doctor.report import write_report
     from grouprl.runs import RunFolder
+    from grouprl.runs.files import user_path
 
+    folder = RunFolder(user_path(run).absolute())
+    if not folder.config_path.is_file() and folder.transcripts_path.is_file():
+        from grouprl.runs.transcripts import write_html
+
+        write_html(folder.transcripts_path, folder.transcripts_page, folder.path.name)
+        show(f"wrote {folder.transcripts_page}")
+        return
     if is_language(RunFolder.open(run).read_config()):
         from grouprl.lm.settings.config import GRPOConfig
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grouprl.cli.common import app
-from grouprl.cli.runs import Run, of_language
+from grouprl.cli.runs import Run, check_there, of_language
 from grouprl.errors import UsageError
 from grouprl.printing import show
 from grouprl.runs.files import user_path
@@ -27,10 +27,11 @@ def export(
         str | None, typer.Option(help="module:builder of the network, if the policy was trained with its own.")
     ] = None,
 ) -> None:
-    """Write a trained policy for programs without grouprl, with normalisation, masks and bounds inside.
+    """Write a trained policy for programs without grouprl.
 
-    The folder also gets a model card, and policy.json, which says what goes in and comes out. What was written is
-    compared with the agent first. A language model is in the format of Hugging Face already; adapters are merged.
+    Normalisation, masks and bounds are inside. The folder also gets a model card, and policy.json, which says what goes
+    in and comes out. What was written is compared with the agent first. A language model is in the format of Hugging
+    Face already; adapters are merged.
     """
     if of_language(run):
         if network is not None:
@@ -45,6 +46,7 @@ def export(
     from grouprl.importing import load_function
     from grouprl.runs import RunFolder
 
+    check_there(run)
     kind = format or "onnx"
     agent = GRPO.load(run, network=None if network is None else load_function(network))
     given = user_path(run)

@@ -17,7 +17,7 @@ from grouprl.errors import UsageError
 def presets_command(
     name: Annotated[str | None, typer.Argument(help="Show one preset in full.")] = None,
 ) -> None:
-    """List the presets with the result to expect, or show one."""
+    """List the presets with what to expect of each, or show one."""
     import yaml
 
     from grouprl.envs import presets
@@ -48,8 +48,8 @@ def settings(
     name: Annotated[str | None, typer.Argument(help="Show this setting alone.")] = None,
     lm: Annotated[bool, typer.Option("--lm", help="Those of train-lm.")] = False,
 ) -> None:
-    """List every setting of --set with its default and meaning, or show one."""
-    listed = list(_of_language_models() if lm else _of_environments())
+    """List every setting of --set with its default, or show one."""
+    listed = list(of_language_models() if lm else of_environments())
     if name is None:
         for heading, rows in listed:
             print(f"{heading}\n")
@@ -57,7 +57,9 @@ def settings(
                 print(_shown(*row))
             print()
         return
-    found = [row for _, rows in listed for row in rows if row[0] == name]
+    from grouprl.objective_settings import ALIASES
+
+    found = [row for _, rows in listed for row in rows if row[0] == ALIASES.get(name, name)]
     if not found:
         raise _unknown(name, [row[0] for _, rows in listed for row in rows], lm)
     print(_shown(*found[0]))
@@ -67,7 +69,8 @@ Row = tuple[str, Any, str]
 """A setting: its name, its default, what it means."""
 
 
-def _of_environments() -> Iterator[tuple[str, list[Row]]]:
+def of_environments() -> Iterator[tuple[str, list[Row]]]:
+    """The settings of ``train``, under headings."""
     from grouprl.envs.config import GRPOConfig
     from grouprl.envs.recorder import RunSettings
     from grouprl.objective_settings import sections
@@ -78,7 +81,8 @@ def _of_environments() -> Iterator[tuple[str, list[Row]]]:
     yield "of the run", [(name, "of the preset" if name in of_preset else fields[name].default, "") for name in fields]
 
 
-def _of_language_models() -> Iterator[tuple[str, list[Row]]]:
+def of_language_models() -> Iterator[tuple[str, list[Row]]]:
+    """The settings of ``train-lm``, under headings."""
     from grouprl.lm.run import recipe
     from grouprl.lm.settings.fields import Fields
     from grouprl.objective_settings import sections
@@ -111,7 +115,7 @@ def _unknown(name: str, known: list[str], lm: bool) -> UsageError:
     from grouprl.lm.settings.other_libraries import ELSEWHERE
     from grouprl.objective_settings import unknown_setting
 
-    others = _of_environments() if lm else _of_language_models()
+    others = of_environments() if lm else of_language_models()
     if any(row[0] == name for _, rows in others for row in rows):
         arena, option = ("environments", "") if lm else ("language models", " --lm")
         return UsageError(f"{name!r} is a setting of {arena} alone: grouprl settings{option} {name}")

@@ -38,6 +38,16 @@ def _check_arena(run: Path, *, language: bool) -> None:
         raise UsageError(f"{run} is a run of {what}: {command('grouprl')} {other} {run}")
 
 
+def check_there(run: Path) -> None:
+    """Raises UsageError, which names a run that exists, where there is neither a run folder nor a saved agent."""
+    from grouprl.runs import RunFolder
+
+    given = user_path(run)
+    saved = given / "model.safetensors" if given.is_dir() else given
+    if not saved.exists() and not user_path(f"{run}.safetensors").exists():
+        RunFolder.open(run)
+
+
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="The folder of an interrupted run.")],
@@ -72,7 +82,7 @@ def evaluate(
         Path | None, typer.Option(help="A new file for what a language model answered, and what it got for it.")
     ] = None,
 ) -> None:
-    """Play complete episodes with a trained policy and print their returns; answer prompts with a language model."""
+    """Measure a trained policy over episodes, or a model on prompts."""
     if of_language(run):
         from grouprl.lm.run.training import evaluate as evaluate_model
         from grouprl.runs import RunFolder
@@ -89,8 +99,7 @@ def evaluate(
 
     if answers is not None:
         raise UsageError("--answers is for language models; `grouprl play --video` shows what a policy does")
-    if not any(user_path(name).exists() for name in (run, f"{run}.safetensors")):
-        raise UsageError(f"There is no run folder {run}, and no saved agent of that name.")
+    check_there(run)
     agent = GRPO.load(run)
     result = evaluate_agent(
         agent, env, 100 if episodes is None else episodes, deterministic=not sampled, seed=seed
@@ -126,10 +135,17 @@ def chat(
     ] = None,
     bare: Annotated[bool, typer.Option("--bare", help="Without the task's system message and examples.")] = False,
 ) -> None:
-    """Talk to a language model, asked as it was trained to be; watch the episodes of one that acts."""
+    """Talk to a trained language model; watch one that acts.
+
+    It is asked as it was trained to be.
+    """
     from grouprl.lm.run.watching import Watching, is_agent
+    from grouprl.runs import RunFolder
+    from grouprl.runs.nearby import holds_runs
 
     _check_arena(user_path(run), language=True)
+    if holds_runs(user_path(run)):
+        RunFolder.open(run)  # which says what to give
     if is_agent(run):
         watching = Watching.open(run, sampled=sampled, max_tokens=tokens)
         show(watching.about)
@@ -176,11 +192,15 @@ def play(
     sampled: Sampled = False,
     video: Annotated[Path | None, typer.Option(help="Write a video here instead of opening a window.")] = None,
 ) -> None:
-    """Watch a trained policy: in a window where there is a screen, in a video file otherwise."""
+    """Watch a trained policy in a window, or in a video file.
+
+    The file is written where there is no screen.
+    """
     from grouprl.envs import watch
     from grouprl.envs.grpo import GRPO
 
     _check_arena(run, language=False)
+    check_there(run)
     agent = GRPO.load(run)
     if video is None and watch.has_screen():
         env = watch.make_rendering(agent, "human")

@@ -63,7 +63,9 @@ def train(
     video: Annotated[bool, typer.Option(help="Film one episode at the end.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train a policy and leave a run folder: model, metrics, curve, video, summary.
+    """Train a policy on an environment and leave a run folder.
+
+    It holds the model, metrics, curves, a report, a video and a summary.
 
     Examples:
 
@@ -79,6 +81,12 @@ def train(
     from grouprl.runs import default_run_path
 
     settings, run = _split(assigned(assignments))
+    stray = next((one for one in env_assignments or [] if "=" not in one), None)
+    if env is None and stray is not None:
+        raise UsageError(
+            "--env gives an argument to the environment, KEY=VALUE; which one to train on comes first: "
+            f"grouprl train {stray}"
+        )
     env_kwargs = assigned(env_assignments)
     if config is not None:
         env, preset, steps, seed, settings, env_kwargs, run = _from_file(
@@ -181,7 +189,11 @@ def report(result: RunResult) -> None:
     )
     print(f"run folder: {folder}")
     grouprl = command("grouprl")
-    print(f"next:\n  {grouprl} play {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
+    shows = not any(note.startswith("no video") for note in result.notes)  # else it has no pictures to show
+    commands = ("play",) * shows + ("evaluate", "plot", "doctor")
+    print("\n".join(["next:", *(f"  {grouprl} {command} {folder}" for command in commands)]))
+    if result.folder.episodes_page.exists():
+        print(f"  open {result.folder.episodes_page} in a browser: episodes with baseline and advantage")
     if result.folder.report_page.exists():
         print(f"  open {result.folder.report_page} in a browser: settings, curves, and what the doctor says")
     if result.folder.tensorboard_path.exists():

@@ -44,7 +44,9 @@ def train_lm(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run already in --out.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train a language model and leave a run folder: model, metrics, transcripts, curve, summary.
+    """Train a language model and leave a run folder.
+
+    It holds the model, metrics, transcripts, curves, a report and a summary.
 
     Examples:
 
@@ -104,7 +106,7 @@ def report(result: RunResult) -> None:
     measured = wording(result.folder.read_config())("{success} on {held_out}, greedy")
     print(f"{measured}: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after")
     print(f"run folder: {folder}")
-    print(f"next:\n  {grouprl} chat {folder}\n  {grouprl} evaluate {folder}\n  {grouprl} plot {folder}")
+    print("\n".join(["next:", *(f"  {grouprl} {one} {folder}" for one in ("chat", "evaluate", "plot", "doctor"))]))
     if result.folder.report_page.exists():
         print(f"  open {result.folder.report_page} in a browser: settings, curves, and what the doctor says")
     if result.folder.transcripts_page.exists():

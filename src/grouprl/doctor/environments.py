@@ -36,14 +36,17 @@ def _returns(table: Table) -> str:
 
 
 def no_signal(table: Table) -> Diagnosis | None:
-    """Nine in ten batches of the last third taught nothing, and the environment is not solved.
+    """Nine in ten batches of the last third taught nothing, and the environment is not solved by what was learned.
 
     A batch without signal is skipped: all rewards are equal and no episode ended early, or all advantages are equal.
-    That is right at the end of a solved run, where every episode reaches the time limit. Estimators that compare
+    That is right at the end of a solved run, where every episode reaches the time limit. But where no batch of the run
+    had a signal, nothing was learned, whatever the returns are. Estimators that compare
     episodes say in `degenerate_groups` how many groups are of equal returns.
     """
     skipped = table.values("skipped_batches")
-    if len(skipped) < ENOUGH_ROWS or solved(table):
+    equal_groups = table.values("degenerate_groups")
+    never = bool(len(skipped)) and (skipped[-1] >= len(skipped) or (len(equal_groups) > 0 and equal_groups.min() == 1))
+    if len(skipped) < ENOUGH_ROWS or (solved(table) and not never):
         return None
     third = len(skipped) // 3
     share = float(skipped[-1] - skipped[-1 - third]) / third
@@ -53,7 +56,8 @@ def no_signal(table: Table) -> Diagnosis | None:
     what = f"{share:.0%} of the last {third} batches" if share >= 0.9 else f"{equal:.0%} of the groups"
     return Diagnosis(
         "no-signal",
-        f"{what} had nothing to compare: their returns are equal, so no parameter moves",
+        f"{what} had nothing to compare: their returns are equal, so no parameter "
+        + ("has moved since the run began" if never else "moves"),
         "Give a reward before the end of an episode, or an easier start. Explore more: raise sticky (up to 0.99) or "
         "entropy_coef. Wait for more: raise max_steps, or group_size where episodes are compared.",
     )

@@ -41,32 +41,47 @@ def _cut(table: Table) -> bool:
     return table.late("completions/clipped_ratio") >= 0.9
 
 
+def _never_moved(table: Table) -> bool:
+    """Whether no step of the run had a gradient."""
+    norms = table.values("grad_norm")
+    return len(norms) > 0 and not norms.any()
+
+
 def _without_signal(table: Table) -> bool:
     """Whether 95 % of the groups have equal rewards, in the median over the last third, and the task is unsolved.
 
     The line is high because runs learn well from few groups: of answers that are right or wrong, most groups of a good
-    run are all right, or all wrong still.
+    run are all right, or all wrong still. A run whose weights never moved has solved nothing, whatever its reward is.
     """
     return (
         len(table.values("reward")) >= ENOUGH_ROWS
         and table.late("frac_reward_zero_std") >= 0.95
-        and not solved(table)
+        and (not solved(table) or _never_moved(table))
         and not _cut(table)
     )
 
 
 def no_signal(table: Table) -> Diagnosis | None:
-    """In 95 % of the groups all rewards are equal, and the task is not solved.
+    """In 95 % of the groups all rewards are equal, and the task is not solved, or no weight has ever moved.
 
     A group teaches by what tells its samples apart. `duplicates` and `all_truncated` name reasons for this. Where one
     of them holds, it speaks alone.
     """
-    if not _without_signal(table) or _copies(table):
+    if not _without_signal(table) or (_copies(table) and not solved(table)):
         return None
+    moved = "" if not _never_moved(table) else ", and no weight has moved since the run began"
+    if solved(table):
+        return Diagnosis(
+            "no-signal",
+            f"in {table.late('frac_reward_zero_std'):.0%} of the groups all rewards are equal (mean reward "
+            f"{table.late('reward'):.3g}){moved}",
+            "Read transcripts.html: either the model can do the task already, or the reward says the same of every "
+            "completion. Take harder prompts, or a reward that tells good completions from bad ones.",
+        )
     return Diagnosis(
         "no-signal",
         f"in {table.late('frac_reward_zero_std'):.0%} of the groups all rewards are equal (mean reward "
-        f"{table.late('reward'):.3g}), so they teach nothing",
+        f"{table.late('reward'):.3g}), so they teach nothing{moved}",
         "Take an easier task or a graded reward, raise num_generations, or set temperature=1 or dynamic_sampling=true.",
     )
 
@@ -76,7 +91,7 @@ def duplicates(table: Table) -> Diagnosis | None:
 
     Copies alone are no illness: short answers of a good model repeat.
     """
-    if not _without_signal(table) or not _copies(table):
+    if not _without_signal(table) or not _copies(table) or solved(table):
         return None
     settings = table.settings
     usual = settings.get("temperature", 1.0) >= 1 and settings.get("top_p", 1.0) == 1 and not settings.get("top_k")

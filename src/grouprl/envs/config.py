@@ -126,6 +126,11 @@ class GRPOConfig(ObjectiveSettings):
     log_std_min: float | None = Field(
         None, description="floor under the log standard deviation of continuous actions; default: none"
     )
+    log_std_final: float | None = Field(
+        None,
+        description="what it comes down to between 70 and 90 percent of a run, below the floor too; default: "
+        "it is left to the gradient",
+    )
     normalize_observations: bool = Field(True, description="running mean and variance, part of the model")
     native: bool = Field(True, description="compiled network, loss and optimizer on CPUs with a C compiler")
 
@@ -199,6 +204,11 @@ class GRPOConfig(ObjectiveSettings):
                 f"log_std_init={self.log_std_init} is below its floor, log_std_min={self.log_std_min}; lower the floor "
                 "or raise log_std_init"
             )
+        if None not in (self.log_std_init, self.log_std_final) and self.log_std_init < self.log_std_final:  # type: ignore[operator]
+            raise ValueError(
+                f"log_std_final={self.log_std_final} is above log_std_init={self.log_std_init}, and noise only comes "
+                "down to it; lower log_std_final or raise log_std_init"
+            )
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")
         if found := objective_problems(self, self.loss_type, self.advantage):
@@ -219,39 +229,6 @@ class GRPOConfig(ObjectiveSettings):
     def how_to_vectorize(self) -> str:
         """``vectorization``, but sync for groups: their seeds an environment's own vector version may not take."""
         return "sync" if self.vectorization == "auto" and self.group_size is not None else self.vectorization
-
-
-def without_effect(
-    config: GRPOConfig, given: Mapping[str, Any], *, fits_baseline: bool, continuous: bool
-) -> dict[str, str]:
-    """Which of the settings ``given``, beside defaults, are not asked: names, and why.
-
-    They say how large a batch is, how the baseline is fitted, or how noisy actions are.
-
-    Args:
-        config: what all settings are. given: those that somebody chose.
-        fits_baseline: whether the closed-form baseline is. continuous: whether actions are drawn around a mean.
-    """
-    if config.whole_episodes:
-        unused = {
-            "n_steps": "a batch holds whole episodes, at least min_steps in all",
-            "max_steps": "a batch holds whole episodes",
-            "min_signals": "a batch holds whole episodes",
-        }
-    elif config.collect == "segments":
-        why = "collect is 'segments', and a batch holds n_steps per environment"
-        unused = dict.fromkeys(("min_steps", "max_steps", "min_signals"), why)
-    else:
-        unused = {"n_steps": "it counts with collect='segments'; set that, or min_steps, the least steps of a batch"}
-    fields = GRPOConfig.model_fields
-    if not fits_baseline:
-        of_baseline = [name for name in fields if name.startswith("baseline_")]
-        why = "no baseline is fitted; set advantage='baseline', or let advantage_function ask for values"
-        unused |= dict.fromkeys((*of_baseline, "gae_lambda"), why)
-    if not continuous:
-        why = "only continuous actions, of a Box, have a standard deviation"
-        unused |= dict.fromkeys(("log_std_init", "log_std_min"), why)
-    return {name: why for name, why in unused.items() if name in given and given[name] != fields[name].get_default()}
 
 
 def check_names(values: Mapping[str, Any]) -> None:

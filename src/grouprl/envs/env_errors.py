@@ -39,6 +39,10 @@ def unknown_id_message(env_id: str, error: Exception) -> str:
         )
     if name.startswith("ALE/") and not any(known.startswith("ALE/") for known in gym.registry):
         return f"{shown(env_id)} needs packages that are not installed; run: {how_to_install('atari')}"
+    file = Path(name) if name.endswith(".py") else Path(f"{name}.py")
+    if file.is_file():
+        module = ".".join(file.with_suffix("").parts)
+        return f"{shown(env_id)} is a file here; name the class of the environment in it: {module}:MyEnv"
     close = difflib.get_close_matches(name, list(gym.registry), n=3)
     hint = (
         f"did you mean {' or '.join(close)}?" if close else "gymnasium.pprint_registry() lists the ids installed here."

@@ -22,7 +22,7 @@ from grouprl.envs.acting import chosen_action
 from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.arguments import whole_number
 from grouprl.envs.collect import Collector
-from grouprl.envs.config import GRPOConfig, make_config, without_effect
+from grouprl.envs.config import GRPOConfig, make_config
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
 from grouprl.envs.export import export_module
@@ -39,6 +39,7 @@ from grouprl.envs.stable_baselines import (
     refuse_arguments,
     refuse_positional,
 )
+from grouprl.envs.unread import RULES
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
@@ -48,6 +49,7 @@ from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.state import load_state, save_state
+from grouprl.unread import without_effect
 
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
@@ -134,11 +136,13 @@ class GRPO:
             raise
         if chosen is not None and not isinstance(env, str):
             presets.warn_of_another_environment(chosen, venv.spec)
-        unused = without_effect(
-            config, settings, fits_baseline=self.loop.baseline is not None, continuous=self.policy.gaussian
-        )
-        for name, why in unused.items():
-            warnings.warn(f"{name}={settings[name]!r} has no effect: {why}", stacklevel=2)
+        about = {
+            "fits_baseline": self.loop.baseline is not None, "continuous": self.policy.gaussian,
+            "own_network": network is not None, "own_advantage": advantage_function is not None,
+            "own_surrogate": surrogate_function is not None,
+        }  # fmt: skip
+        for said in without_effect(RULES, config, settings, about):
+            warnings.warn(said, stacklevel=2)
         if settings.get("n_envs", venv.num_envs) != venv.num_envs:
             warnings.warn(
                 f"n_envs={config.n_envs} has no effect: the environment given holds {venv.num_envs}", stacklevel=2

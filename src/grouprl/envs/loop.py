@@ -157,7 +157,7 @@ class Loop:
         """
         began = perf_counter()
         self.learner.parameters.check()
-        self.learner.optimizer.raise_to_floors()
+        self.learner.bound_noise(progress)
         config, collector = self.config, self.collector
         assert collector is not None
         if self.n_steps == 0:

@@ -95,8 +95,13 @@ def _make(
         if vectorization not in ("auto", "sync", "async"):
             raise UsageError(f"vectorization={vectorization} needs an environment id; use auto, sync or async")
         return _side_by_side(env, n_envs, vectorization, env_name(env), made, ranks=ranks)
-    raise UsageError(
-        f"cannot make environments from {with_type(env)}; "
+    raise UsageError(_not_an_environment(env))
+
+
+def _not_an_environment(given: object) -> str:
+    several = "; of several callables pass one, and how many in n_envs=" if isinstance(given, list | tuple) else ""
+    return (
+        f"cannot make environments from {with_type(given)}{several}; "
         "pass a Gymnasium id, a callable returning an Env, an Env, or a VectorEnv"
     )
 

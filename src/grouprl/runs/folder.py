@@ -20,6 +20,7 @@ from grouprl.runs.files import explain_os_error, free_path, is_sealed, read_byte
 from grouprl.runs.in_place import check_in_place
 from grouprl.runs.layout import RunLayout
 from grouprl.runs.lock import locked
+from grouprl.runs.nearby import another_run
 from grouprl.runs.signals import leave_if_asked
 from grouprl.runs.state import load_state
 
@@ -81,16 +82,14 @@ class RunFolder(RunLayout):
         folder = cls(user_path(path).absolute())
         try:
             if not folder.path.is_dir():
-                raise UsageError(f"There is no run folder {path}. Give the folder that `grouprl train` made.")
+                raise UsageError(f"There is no run folder {path}. {another_run(folder.path)}")
             if not folder.config_path.is_file() and replacing.is_replacing(folder):
                 folder.abandon()  # another was to replace it, and was killed before it began
             os.listdir(folder.path)
         except OSError as error:
             raise DamagedFileError(f"Cannot read {path}: {error.strerror or error}.") from error
         if not os.path.lexists(folder.config_path):
-            raise UsageError(
-                f"{path} is not a run folder: it holds no config.yaml. Give one that `grouprl train` made."
-            )
+            raise UsageError(f"{path} is not a run folder: it holds no config.yaml. {another_run(folder.path)}")
         return folder
 
     def read_config(self) -> dict[str, Any]:

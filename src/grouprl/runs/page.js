@@ -14,6 +14,15 @@
   const mean = (xs) => xs.length ? xs.reduce((a, b) => a + b, 0) / xs.length : null;
   const side = (x) => x > 0 ? "up" : x < 0 ? "down" : "";
 
+  // Round numbers from `least` to `most`, about `about` of them.
+  function ticks(least, most, about) {
+    const raw = (most - least) / about || 1, power = 10 ** Math.floor(Math.log10(raw));
+    const unit = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= raw);
+    const list = [];
+    for (let v = Math.ceil(least / unit - 1e-9) * unit; v <= most + unit * 1e-9; v += unit) list.push(Math.abs(v) < unit * 1e-9 ? 0 : v);
+    return list;
+  }
+
   function theme(dark) {
     document.documentElement.classList.toggle("dark", dark);
     document.documentElement.classList.toggle("light", !dark);

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 _AGAIN = 1.0
 """Seconds between two attempts to end a call that goes on in spite of the first."""
+
+_LOOK = 0.2
+"""Seconds of computing between two looks at the time that is left."""
 
 _ATTEMPTS = 10
 """After so many the process ends instead: code that handles every exception for ever leaves no other way."""
@@ -30,9 +33,26 @@ class Expired(BaseException):
     """Raised within the call. It is no ``Exception``, so that code which handles those does not take it for its own."""
 
 
+_of_thread = threading.local()
+
+
+@contextlib.contextmanager
+def handing_over(to_main: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """In this thread, while the context is open, calls that compute are handed to ``to_main``.
+
+    It has the main thread call what it is given, waits, and returns or raises what that did.
+    """
+    _of_thread.to_main = to_main
+    try:
+        yield
+    finally:
+        del _of_thread.to_main
+
+
 def within(
-    seconds: float | None, call: Callable[[], T], progress: Callable[[], int] | None = None, name: str = "a call"
-) -> T:
+    seconds: float | None, call: Callable[[], T], progress: Callable[[], int] | None = None, name: str = "a call",
+    *, computes: bool = False,
+) -> T:  # fmt: skip
     """What ``call()`` returns, if it does in time; None: whenever it does.
 
     With ``progress``, a number that grows while the call gets on, the time counts from its last change.
@@ -42,10 +62,17 @@ def within(
     written beside their place and then moved, so the newest checkpoint stays. In another thread, and on
     Windows, the call runs in a thread beside, which ends as soon as it is back from what it waits for.
 
+    A call that computes within C, such as a regular expression that backtracks, keeps Python's lock, so that no other
+    thread runs, and none could end it. The main thread can be interrupted there. So a call that ``computes`` is made
+    there if this thread is :func:`handing_over`.
+
     Raises TimeoutError when ``seconds`` are over, and whatever the call raises.
     """
     if seconds is None:
         return call()
+    to_main = getattr(_of_thread, "to_main", None)
+    if computes and to_main is not None:
+        return to_main(lambda: within(seconds, call, progress, name))  # type: ignore[no-any-return]
     in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill")
     left = _Left(seconds, progress)
     try:
@@ -97,12 +124,17 @@ def _interrupted(left: _Left, call: Callable[[], T], name: str) -> T:
             _end_process(f"{name} has gone on {_ATTEMPTS} times after its time was over, because it handles every "
                          "exception; let it handle none but those it knows (except ValueError:, say)")  # fmt: skip
 
+    def look(number: int, frame: FrameType | None) -> None:
+        if running and left.now() <= 0:
+            raise Expired
+
     before = signal.signal(signal.SIGURG, interrupt)
     timer = threading.Thread(target=wait, name="grouprl-time-limit", daemon=True)
     try:
         try:
             timer.start()
-            return call()
+            with _looking(look):
+                return call()
         finally:
             running = False
     except Expired:
@@ -113,6 +145,29 @@ def _interrupted(left: _Left, call: Callable[[], T], name: str) -> T:
         if timer.is_alive():
             timer.join()
         signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def _looking(look: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While this is open, the main thread calls ``look`` again and again, as long as the process computes.
+
+    A thread that waits for the end of the time does not run while C code keeps Python's lock. The system's timer does,
+    and a regular expression looks for signals as it goes. SIGVTALRM is hardly used; whoever does use it keeps it.
+    """
+    if signal.getsignal(signal.SIGVTALRM) not in (signal.SIG_DFL, _nothing):
+        yield
+        return
+    signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _LOOK, _LOOK)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, _nothing)  # and not the default, by which a late signal would end the process
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """For a signal that comes when nobody waits for it any more."""
 
 
 def _end_process(why: str) -> None:

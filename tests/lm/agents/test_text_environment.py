@@ -1,8 +1,10 @@
 """Environments played in text: what is said, which action is taken, what is refused, what is cut."""
 
 import logging
+import re
 import subprocess
 import sys
+import threading
 import time
 
 import gymnasium as gym
@@ -16,6 +18,7 @@ from grouprl.lm import text_environment
 from grouprl.lm.agents.environments.of_gymnasium import random_lake
 from grouprl.lm.agents.environments.words import chosen
 from grouprl.lm.agents.interaction import Said
+from grouprl.lm.sample.replies import replies_of
 
 
 def play(environment, *replies, seed=0, row=None):
@@ -336,6 +339,49 @@ def test_a_function_of_the_users_that_hangs_truncates_the_episode_and_is_named(w
     assert f"environment Echo hangs: its {what} of turn 2 had not ended after 0.2 s; another one" in caplog.text
     assert episode.begin({}, 1) == [{"role": "user", "content": "seed 1"}]
     assert not episode.answer(Said("fine", True)).truncated
+
+
+@pytest.mark.parametrize("where", ["the main thread", "a thread of replies"])
+def test_a_regular_expression_that_backtracks_truncates_the_episode_and_is_named(where, caplog):
+    def parser(text):  # within C, which keeps Python's lock; of 40 letters it would take hours
+        return text if re.fullmatch(r"(a+)+b|[^a].*", text) else None
+
+    episode = text_environment(Echo, timeout=0.2, action_parser=parser)()
+    episode.begin({}, 0)
+
+    class Asked:
+        def reply(self, number, turn):
+            return episode.answer(Said("a" * 40, True))
+
+    assert not episode.answer(Said("fine", True)).truncated
+    if where == "the main thread":
+        answer = Asked().reply(0, None)
+    else:
+        with replies_of(Asked(), 1) as replies:
+            replies.ask(0, None)
+            ((_, answer),) = replies.take(1)
+    assert answer.truncated
+    assert "environment Echo hangs: its action_parser of turn 2 had not ended after 0.2 s; another one" in caplog.text
+
+
+def test_what_a_parser_raises_in_the_main_thread_is_raised_in_its_own():
+    def parser(text):
+        if text == "0":
+            return text
+        raise KeyError(threading.current_thread().name)
+
+    episode = text_environment(Echo, timeout=5, action_parser=parser)()
+    episode.begin({}, 0)
+
+    class Asked:
+        def reply(self, number, turn):
+            assert threading.current_thread().name == "grouprl-reply"
+            return episode.answer(Said("1", True))
+
+    with replies_of(Asked(), 1) as replies:
+        replies.ask(0, None)
+        with pytest.raises(TrainingError, match="failed in action_parser, at turn 1: KeyError: 'MainThread'"):
+            replies.take(1)
 
 
 def test_functions_of_the_users_that_hang_at_once_are_an_error_when_the_environment_is_made():

@@ -20,6 +20,11 @@ def nothing(completions: list[Any], **columns: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
+def one(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward that every completion gets."""
+    return [1.0] * len(completions)
+
+
 def longer(completions: list[Any], **columns: Any) -> list[float]:
     """The longer the better."""
     return [float(len(completion)) for completion in completions]
@@ -107,6 +112,12 @@ def test_a_run_made_ill_is_found_to_be_ill_in_that_way(
     if illness in ("no-signal", "all-truncated", "duplicates", "learning-rate-below-precision"):
         said = [record.message for record in caplog.records if record.message.startswith(f"doctor, {illness}:")]
         assert len(said) == 1
+
+
+def test_a_reward_that_is_always_1_is_no_success(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "no-signal" in names(tmp_path / "r", f"{HERE}:one")
+    (said,) = [record.message for record in caplog.records if record.message.startswith("doctor, no-signal:")]
+    assert "(mean reward 1), and no weight has moved since the run began" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts how long a thread waits")

@@ -233,7 +233,6 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
         ("fp16", True, "set bf16=True"),
         ("optim", "adafactor", "pass optimizers="),
         ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),
-        ("use_adaptive_entropy", True, "entropy_coef is a constant here"),
         ("deepspeed", "zero3.json", "start several processes by torchrun .*fsdp=True"),
         ("auto_find_batch_size", True, "tokens_per_micro_batch"),
         ("use_bias_correction_kl", False, "the gradient of KL"),

@@ -31,10 +31,14 @@ class StepSums:
     """Above, in the one with the largest."""
     bonus: float = 0.0
     """Of the entropy, weighted as it is in the loss."""
+    chosen_entropy: float = 0.0
+    """Of the tokens of the entropy bonus, each divided by how many they are in the whole step."""
+    balance: float = 0.0
+    """The loss that balances the load of experts, not weighted."""
 
     def add(self, other: StepSums) -> None:
         """Add another part's sums."""
-        for name in ("loss", "bonus", "kl", "entropy", "low", "high", "tokens"):
+        for name in ("loss", "bonus", "chosen_entropy", "balance", "kl", "entropy", "low", "high", "tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.least_low = min(self.least_low, other.least_low)
         self.most_high = max(self.most_high, other.most_high)
@@ -53,6 +57,7 @@ def sums_of(objective: Objective, terms: LossTerms, entropy: Tensor, fixed: Fixe
     zero = torch.zeros((), device=terms.loss.device)
     found = {
         "loss": terms.loss, "bonus": zero if terms.bonus is None else terms.bonus,
+        "chosen_entropy": zero if fixed.entropy_weights is None else (fixed.entropy_weights * entropy).sum(),
         "kl": zero if terms.kl is None else terms.kl.sum(), "entropy": entropy.sum(),
     }  # fmt: skip
     if terms.cut is None:

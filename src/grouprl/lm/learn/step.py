@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from grouprl.errors import TrainingError, UsageError
 from grouprl.learning.gradient_step import gradient_step
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.learn.entropy_control import EntropyControl
 from grouprl.lm.learn.metrics import StepSums, cut_metrics, sums_of
+from grouprl.lm.packed.head import TokenTerms
 from grouprl.lm.policy.log_probs import MicroBatch, steps_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.sample.finite import all_finite, not_finite
@@ -47,9 +49,9 @@ class Step:
         chosen: ``[n]`` the samples, by index. objective: what is minimised.
 
     Samples that cannot move the model get no forward pass: cut-off ones with mask_truncated_completions, and those of
-    advantage 0 if no KL term and no entropy bonus moves them, and their entropies decide nothing. They still count in
-    the denominators. An episode of several samples weighs as one sample that holds the tokens of all of them. Several
-    processes share out the groups among them, and each passes over its own.
+    advantage 0 if no KL term, no entropy bonus and no loss of experts moves them, and their entropies decide nothing.
+    They still count in the denominators. An episode of several samples weighs as one sample that holds the tokens of
+    all of them. Several processes share out the groups among them, and each passes over its own.
     """
 
     def __init__(
@@ -65,8 +67,8 @@ class Step:
         )
         active = counted.clone()
         kl_loss = config.beta > 0 and config.kl_in == "loss"
-        by_entropy = config.entropy_coef > 0 or config.top_entropy_quantile < 1.0
-        if config.skip_zero_advantage and not kl_loss and not by_entropy:
+        by_entropy = config.has_entropy_bonus or config.top_entropy_quantile < 1.0
+        if config.skip_zero_advantage and not kl_loss and not by_entropy and policy.log_probs.experts is None:
             active &= segment_sum(samples.advantages.abs(), lengths)[chosen] > 0
         self.active = chosen[active]
         self.all_active = len(self.active) == int(counted.sum())
@@ -107,9 +109,10 @@ class Step:
                 if self.micro_batches and not samples.knows_reference(active):
                     samples.remember_reference(active, reference.log_probs(self.micro_batches, lengths)[active])
         old_known = samples.knows_old(active)
-        chosen, of_entropy = self._by_entropy()
-        device = self.policy.device
+        device, experts = self.policy.device, self.policy.log_probs.experts
         dropout = self.policy.log_probs.dropout
+        first = self._first_look()
+        chosen, of_entropy = self._by_entropy(first.entropy if first is not None else None)
         apart = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=dropout)
         some = bool(self.micro_batches) or self.policy.sharded is not None
         learning = self.policy.log_probs.learning() if some else nullcontext()
@@ -134,13 +137,21 @@ class Step:
                 terms = policy_loss(
                     self.objective, tokens.logp, fixed, entropy=None if of_entropy is None else tokens.entropy
                 )
-                if not terms.loss.requires_grad:
+                loss = terms.loss
+                balance = None
+                if experts is not None:
+                    assert tokens.routed is not None
+                    whole = tokens.routed if first is None or first.routed is None else first.routed
+                    balance = experts.loss(tokens.routed, whole)
+                    loss = loss + experts.coefficient * balance
+                if not loss.requires_grad:
                     raise UsageError(
                         "the loss depends on no trained weight: the adapter is merged into the model or switched off; "
                         "undo that (model.unmerge_adapter()), or begin anew with the model as it is now"
                     )
-                self.policy.backward(terms.loss)
+                self.policy.backward(loss)
                 here = sums_of(self.objective, terms, tokens.entropy, fixed)
+                here.balance = 0.0 if balance is None else float(balance.detach())
                 logp = tokens.logp.detach().cpu()
                 self._check_finite(here, logp)
                 sums.add(here)
@@ -174,24 +185,45 @@ class Step:
             config.vllm_importance_sampling_clip_max,
         )  # fmt: skip
 
-    def _by_entropy(self) -> tuple[Tensor | None, Tensor | None]:
+    def _first_look(self) -> TokenTerms | None:
+        """What the whole step has to be known of before the first gradient, by a pass without one; None: nothing.
+
+        These are the entropies ``[S]`` on whose quantile the loss depends, and what the routers of a mixture of experts
+        do with all tokens of all processes. A single micro-batch says the second itself.
+        """
+        log_probs, ranks = self.policy.log_probs, self.policy.ranks
+        experts, by_entropy = log_probs.experts, self.config.top_entropy_quantile < 1.0
+        alone = ranks.world == 1 and len(self.micro_batches) == 1 and not log_probs.dropout
+        if not len(self.active) or not (by_entropy or (experts is not None and not alone)):
+            return None
+        found = TokenTerms(torch.zeros(0), torch.zeros(len(self.weights)))
+        with self.policy.together():
+            if self.micro_batches:
+                found = log_probs.terms_without_gradient(self.micro_batches, self.samples.lengths)
+        if by_entropy:
+            ranks.add(found.entropy)  # each is 0 where another process has it
+        if experts is None:
+            return found
+        routed = found.routed or experts.nothing(self.policy.device)
+        ranks.add(*routed)
+        return found._replace(routed=routed)
+
+    def _by_entropy(self, entropy: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens are learned from, ``[S]`` bool, and what each weighs in the entropy bonus; None: all, no bonus.
 
         Those of the highest entropy are learned from (arXiv 2506.01939): at or above the quantile over all tokens that
         count in the step, under the policy as it is. The bonus is a mean over these tokens, whatever ``loss_type``.
+
+        Args:
+            entropy: ``[S]`` of all tokens, if a first look at them was necessary.
         """
         config, lengths = self.config, self.samples.lengths
-        share, bonus = config.top_entropy_quantile, config.entropy_coef > 0
+        share, bonus = config.top_entropy_quantile, config.has_entropy_bonus
         if share == 1.0 and not bonus:
             return None, None
         counted, chosen = torch.zeros(len(self.weights)).bool(), None
         counted[steps_of(self.active, lengths)] = True
-        if share < 1.0 and len(self.active):
-            entropy = torch.zeros(len(self.weights))
-            with self.policy.together():
-                if self.micro_batches:
-                    entropy = self.policy.log_probs.terms_without_gradient(self.micro_batches, lengths).entropy
-            self.policy.ranks.add(entropy)  # each is 0 where another process has it
+        if share < 1.0 and entropy is not None:
             ordered = entropy[counted].sort().values
             least = ordered[math.ceil((len(ordered) - 1) * (1.0 - share) - 1e-9)]
             chosen = counted = counted & (entropy >= least)
@@ -269,7 +301,7 @@ class Mismatch:
 
 def optimizer_step(
     step: Step, parameters: TrainedParameters, optimizer: Any, *, remember: bool, on_gradient: Callable[[], None],
-    number: int = 0,
+    number: int = 0, control: EntropyControl | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Do the optimizer step and return its metrics, in TRL's names.
 
@@ -278,11 +310,14 @@ def optimizer_step(
     Args:
         on_gradient: called between clipping and stepping.
         number: of the step in the run, on which dropout depends.
+        control: says the weight of the entropy bonus, and hears of the entropy; None: the weight is constant.
 
     Raises TrainingError if log-probabilities, divergence, loss or gradient are not finite; the parameters are left as
     they were.
     """
     own, ranks = (StepSums(), Mismatch()), step.policy.ranks
+    if control is not None:
+        step.objective = replace(step.objective, entropy_coef=control.applied)
     sums, mismatch = StepSums(), Mismatch()
 
     def meet() -> None:
@@ -297,8 +332,13 @@ def optimizer_step(
         "set bf16=False", before_step=on_gradient, meet=meet, ranks=ranks,
     )  # fmt: skip
     metrics = {"loss": sums.loss, "grad_norm": norm, **mismatch.metrics()}
-    if step.config.entropy_coef > 0:
-        metrics |= {"policy_loss": sums.loss + sums.bonus, "entropy_coef": step.config.entropy_coef}
+    if (experts := step.policy.log_probs.experts) is not None:
+        metrics |= {"loss": sums.loss + experts.coefficient * sums.balance, "aux_loss": sums.balance}
+    if step.config.has_entropy_bonus:
+        if control is not None and sums.tokens:
+            control.note(sums.chosen_entropy)
+        weight = step.config.entropy_coef if control is None else control.weight
+        metrics |= {"policy_loss": sums.loss + sums.bonus, "entropy_coef": weight}
     metrics |= cut_metrics(step.objective, sums, step.n_ratios, all_active=step.all_active)
     if sums.tokens:
         metrics["entropy"] = sums.entropy / sums.tokens

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grouprl.lm.kernels import head as native
 from grouprl.lm.kernels import triton_head as gpu
+from grouprl.lm.packed.experts import Routed
 from grouprl.lm.packed.low_precision import LowPrecision, add_gradient, add_product, add_rows
 
 _ROWS = 16
@@ -26,10 +27,12 @@ class TokenTerms(NamedTuple):
         logp: ``[m]`` float32, the log-probability of the token in nats. It carries a gradient.
         entropy: ``[m]`` float32, the entropy in nats of the distribution of the token. It carries a gradient where that
             was asked for.
+        routed: what the routers of a mixture of experts did with the tokens that were read, where that is asked for.
     """
 
     logp: Tensor
     entropy: Tensor
+    routed: Routed | None = None
 
 
 def log_probs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -15,6 +15,7 @@ from grouprl.errors import UsageError
 from grouprl.lm.llama.layers import LlamaLayers
 from grouprl.lm.packed.attention import PackedAttention
 from grouprl.lm.packed.backbone import Backbone
+from grouprl.lm.packed.experts import Experts, Routed, weights_of
 from grouprl.lm.packed.head import TokenTerms, log_probs
 from grouprl.lm.packed.low_precision import LowPrecision, is_touched
 from grouprl.lm.packed.packing import Group, Pack, Spans, split_into_packs
@@ -51,9 +52,11 @@ class LogProbs:
 
     Attributes:
         by_entropy: whether entropies carry a gradient, as an entropy bonus needs; False unless it is set.
+        experts: reads the routers of a mixture of experts, whose load is to be balanced; None unless it is set.
     """
 
     by_entropy = False
+    experts: Experts | None = None
 
     def __init__(
         self,
@@ -140,15 +143,19 @@ class LogProbs:
                     module.training = True
                     checkpointing.append((module, _stay_at_rest(module)))
         self._learning = True
+        watched = nullcontext() if self.experts is None else self.experts.watched()
         self._fused = self.layers is not None and not any(map(is_touched, self.layers.decoder.modules()))
         try:
             if self.backbone is None:
-                yield
+                with watched:
+                    yield
             elif self.layers is not None and self._fused:
                 with self.precision.learning(self.layers.linears), self.layers.learning(), self.backbone.on_device():
                     yield
             else:
-                with self.precision.learning(), self.backbone.following(self._plan), self.backbone.on_device():
+                with (
+                    self.precision.learning(), self.backbone.following(self._plan), self.backbone.on_device(), watched,
+                ):  # fmt: skip
                     yield
         finally:
             self._learning = False
@@ -178,24 +185,31 @@ class LogProbs:
         pack = self._plan.pack = Pack.of(batch.groups, self.backbone.device)
         fused = self.layers if self._fused else None
         hidden = self.backbone.hidden(pack.ids, pack.positions) if fused is None else fused.hidden(pack)
+        routed = None
+        if self.experts is not None:
+            routed = self.experts.routed(torch.tensor(weights_of(batch.groups), device=hidden.device))
         # On a GPU the gradient of index_select adds rows in the order in which threads arrive. The gradient of indexing
         # adds them in a fixed order.
         hidden = hidden[pack.predictors] if hidden.is_cuda else hidden.index_select(0, pack.predictors)
         head = self.backbone.head
         return log_probs(
             hidden, head.weight, head.bias, pack.targets, self.temperature, self.precision, self.by_entropy
-        )
+        )._replace(routed=routed)
 
     def _evaluate_plainly(self, groups: Sequence[Group]) -> TokenTerms:
         """Compute the same as :meth:`evaluate` with a plain call of the model for each sample."""
         device, low = next(self.model.parameters()).device, self.precision.dtype != torch.float32
         with torch.autocast(device.type, self.precision.dtype, enabled=low):
-            terms = [
-                own_terms(self.model, group.prompt, completion, self.temperature, turns, self.by_entropy)
-                for group in groups
-                for completion, turns in zip(group.completions, group.turns or repeat(None), strict=False)
-            ]
-        return TokenTerms(torch.cat([t.logp for t in terms]), torch.cat([t.entropy for t in terms]))
+            terms, routed = [], None
+            for group in groups:
+                for completion, turns in zip(group.completions, group.turns or repeat(None), strict=False):
+                    terms.append(
+                        own_terms(self.model, group.prompt, completion, self.temperature, turns, self.by_entropy)
+                    )
+                    if self.experts is not None:
+                        here = self.experts.routed()
+                        routed = here if routed is None else routed.plus(here)
+        return TokenTerms(torch.cat([t.logp for t in terms]), torch.cat([t.entropy for t in terms]), routed)
 
     def without_gradient(self, micro_batches: Sequence[MicroBatch], lengths: Tensor) -> Tensor:
         """Compute log-probabilities without gradients and without dropout.
@@ -215,16 +229,19 @@ class LogProbs:
 
     @torch.no_grad()
     def terms_without_gradient(self, micro_batches: Sequence[MicroBatch], lengths: Tensor) -> TokenTerms:
-        """The same with entropies: two of ``[S]``."""
+        """The same with entropies, two of ``[S]``, and what routers did with all tokens that were read."""
         ends = lengths.cumsum(0)
         logp, entropy = (torch.zeros(int(ends[-1]), device=lengths.device) for _ in range(2))
+        routed: Routed | None = None
         with self.learning(dropout=False):
             for batch in micro_batches:
                 at, terms = steps_of(batch.samples, lengths), self.evaluate(batch)
                 logp[at], entropy[at] = terms.logp.to(logp.device), terms.entropy.to(logp.device)
+                if terms.routed is not None:
+                    routed = terms.routed if routed is None else routed.plus(terms.routed)
         if not all_finite(logp):
             raise not_finite("log-probabilities of completions", self.model)
-        return TokenTerms(logp, entropy)
+        return TokenTerms(logp, entropy, routed)
 
 
 @torch.no_grad()

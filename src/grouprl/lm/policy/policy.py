@@ -14,6 +14,7 @@ from grouprl.lm.llama.adapters import nonzero_adapters
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.packed.low_precision import LowPrecision, supports_bf16
+from grouprl.lm.policy.balance import find_experts
 from grouprl.lm.policy.fastest import find_learner, find_sampler, warn_if_own_pass_fails, warn_of_plain_paths
 from grouprl.lm.policy.log_probs import check_logits
 from grouprl.lm.policy.reference import Reference
@@ -82,7 +83,8 @@ class Policy:
             self.log_probs, self.why_plain = find_learner(
                 model, config, self.precision, trial, sharded=sharded is not None
             )
-            self.log_probs.by_entropy = config.entropy_coef > 0
+            self.log_probs.by_entropy = config.has_entropy_bonus
+            self.log_probs.experts = find_experts(model, config.router_aux_loss_coef, trial.trial)
             self.packed = self.log_probs.backbone is not None
             self.sampler: CompletionSampler = find_sampler(
                 model, config, self.precision, self.log_probs.backbone, ends, tokenizer.pad_token_id, trial

@@ -103,6 +103,11 @@ class RewardCaller:
         self.weights = torch.tensor([1.0] * len(given) if weights is None else list(weights), dtype=torch.float64)
         if not bool(torch.isfinite(self.weights).all()):
             raise UsageError(f"reward_weights must be finite numbers, got {list(weights or ())}")
+        if given and not bool(self.weights.any()):
+            raise UsageError(
+                f"reward_weights={list(weights or ())}: with every weight 0 all rewards are equal and nothing is "
+                "learned; give at least one function a weight other than 0, or leave reward_weights out"
+            )
         self._timeout = timeout
         advice = "" if timeout is not None else "; set reward_timeout, in seconds, to end a run that waits for it"
         self._watches = [Watch(f"reward function {name!r}", advice=advice) for name in self.names]

@@ -46,7 +46,7 @@ def open_trained(path: str | os.PathLike[str], changes: Mapping[str, Any], **set
     config = settings_for_use(folder, output_dir=str(folder.path.absolute())).replace(
         eval_strategy="no", eval_on_start=False, load_best_model_at_end=False, metric_for_best_model=None,
         disable_tqdm=True, **settings,
-    ).with_secrets()  # fmt: skip
+    ).with_secrets().with_chosen(())  # fmt: skip
     data = load_task_data(recipe)
     model, tokenizer = load_trained(folder, recipe, config, data.task)
     setup = GRPOTrainer(

@@ -92,7 +92,9 @@ def train(
         changes["seed"] = seed
     if steps is not None:
         changes["max_steps"] = steps
-    recipe = (source if isinstance(source, Recipe) else recipes.load(source)).changed(changes)
+    recipe = source if isinstance(source, Recipe) else recipes.load(source)
+    chosen = {*changes, *(() if source in recipes.names() else recipe.config)}
+    recipe = recipe.changed(changes)
     ranks = _meet(_settings({**_defaults(recipe), **recipe.config}, out, progress_bar))
     with ranks.telling():
         out = ranks.once(lambda: str(user_path(out).absolute()))
@@ -102,7 +104,7 @@ def train(
                 f"output_dir={recipe.config['output_dir']!r}: --out names the folder of a run; leave it out"
             )
         with RunFolder(Path(out)).locked() if ranks.first else nullcontext():
-            return _train(recipe, out, overwrite, progress_bar, announce, evaluated, ranks)
+            return _train(recipe, out, overwrite, progress_bar, announce, evaluated, ranks, chosen)
 
 
 def _meet(config: GRPOConfig) -> Ranks:
@@ -111,9 +113,9 @@ def _meet(config: GRPOConfig) -> Ranks:
 
 def _train(
     recipe: Recipe, out: str | os.PathLike[str], overwrite: bool, progress_bar: bool | None,
-    announce: Callable[[RunFolder], None] | None, evaluated: Evaluated | None, ranks: Ranks,
+    announce: Callable[[RunFolder], None] | None, evaluated: Evaluated | None, ranks: Ranks, chosen: set[str],
 ) -> RunResult:  # fmt: skip
-    config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar)
+    config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar).with_chosen(chosen)
     check_trackers([name for name in config.report_to if name in OWN_TRACKERS])
     data = load_task_data(recipe)
     trainer = build(recipe, config, data)
@@ -151,7 +153,7 @@ def _settings_of(folder: RunFolder, progress_bar: bool | None) -> tuple[Recipe, 
     saved = folder.read_config()
     with reading(folder):
         recipe = Recipe(**{"name": folder.path.name, **saved["recipe"]}).with_secrets()
-        return recipe, _settings(saved["config"], folder.path, progress_bar).with_secrets()
+        return recipe, _settings(saved["config"], folder.path, progress_bar).with_secrets().with_chosen(())
 
 
 def _resume(folder: RunFolder, steps: int | None, progress_bar: bool | None, ranks: Ranks) -> RunResult:

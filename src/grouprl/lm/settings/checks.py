@@ -112,6 +112,11 @@ def _objective_problems(c: Fields) -> list[str]:
             f"importance_sampling_level={c.importance_sampling_level!r} does not go with loss_type={c.loss_type!r}; "
             f"set importance_sampling_level={levels[0]!r}"
         )
+    if c.entropy_coef_min > c.entropy_coef_max:
+        found.append(
+            f"entropy_coef_min={c.entropy_coef_min} is above entropy_coef_max={c.entropy_coef_max}; lower one or raise "
+            "the other"
+        )
     if c.sync_ref_model and c.beta == 0:
         found.append("sync_ref_model=True needs a reference model, which beta=0 has not; set beta, or leave it out")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,11 @@ from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.fsdp import Sharding, read_sharding
 from grouprl.lm.settings.launcher import of_launcher
 from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
+from grouprl.lm.settings.unread import RULES
 from grouprl.machine.ranks import Ranks, here, join
 from grouprl.objective_settings import explain
 from grouprl.redaction import with_secrets, without_secrets
+from grouprl.unread import without_effect
 
 
 class GRPOConfig(Fields, metaclass=DataclassLike):
@@ -33,6 +35,7 @@ class GRPOConfig(Fields, metaclass=DataclassLike):
     """
 
     _in_use: bool = PrivateAttr(False)
+    _chosen: frozenset[str] | None = PrivateAttr(None)
 
     def __init__(self, output_dir: str | os.PathLike[str] | None = None, /, **values: Any) -> None:
         if output_dir is not None:
@@ -121,7 +124,19 @@ class GRPOConfig(Fields, metaclass=DataclassLike):
 
     def replace(self, **changes: Any) -> GRPOConfig:
         """A copy with some settings changed, validated anew. Raises UsageError as the class does."""
-        return type(self)(**{**dict(self), **changes})
+        made = type(self)(**{**dict(self), **changes})
+        made._chosen = self._chosen
+        return made
+
+    def with_chosen(self, names: Iterable[str]) -> GRPOConfig:
+        """A copy of which only the settings of these names count as chosen, in warnings of what has no effect."""
+        made = self.replace()
+        made._chosen = frozenset(names)
+        return made
+
+    def without_effect(self, about: Mapping[str, bool]) -> list[str]:
+        """What to say of chosen settings that nothing reads; see :mod:`grouprl.lm.settings.unread` for ``about``."""
+        return without_effect(RULES, self, self._chosen, about)
 
     # --- what scripts and transformers' callbacks ask TrainingArguments for ------------------------------------------
 
@@ -136,6 +151,11 @@ class GRPOConfig(Fields, metaclass=DataclassLike):
         if place.world == 1:
             return torch.device("cuda")
         return torch.device("cuda", place.local % torch.cuda.device_count())
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether entropies are part of the loss, in all steps or in some."""
+        return self.entropy_coef > 0 or self.use_adaptive_entropy
 
     @property
     def sharding(self) -> Sharding | None:

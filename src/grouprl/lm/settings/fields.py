@@ -82,6 +82,12 @@ class Fields(ObjectiveSettings):
     master_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="type of the weights the optimizer steps"
     )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the loss that balances the load of a mixture of experts; default: that of the model's "
+        "configuration",
+    )
     freeze_embeddings: bool = Field(False, description="leave the token embeddings as they are")
     gradient_checkpointing: bool = Field(False, description="recompute activations instead of keeping them")
     gradient_checkpointing_kwargs: dict[str, Any] | None = Field(None, description="arguments of the recomputation")
@@ -256,6 +262,17 @@ class Fields(ObjectiveSettings):
     entropy_coef: float = Field(
         0.0, ge=0, description="weight of the entropy bonus, a mean over the tokens that are learned from"
     )
+    use_adaptive_entropy: bool = Field(
+        False,
+        description="entropy bonus only while the entropy is at most entropy_target, with a weight that begins at "
+        "entropy_coef, rises then and falls otherwise (Skywork-OR1)",
+    )
+    entropy_target: float = Field(
+        0.2, ge=0, description="that entropy in nats, a mean over the tokens that are learned from"
+    )
+    entropy_coef_delta: float = Field(0.005, ge=0, description="by how much the weight changes in an optimizer step")
+    entropy_coef_min: float = Field(0.0, ge=0, description="its lower bound")
+    entropy_coef_max: float = Field(1.0, ge=0, description="its upper bound")
     off_policy_mask_threshold: float | None = Field(
         None, gt=0, description="no loss from completions of negative advantage further than this from the sampler"
     )

@@ -78,7 +78,6 @@ _VLLM = "vLLM samples with its own model, awake and freely; leave it out"
 _ITS_SPEED = "the sampler is built in, and has its own cache and order of work"
 _HUB = "upload when training is done, with model.push_to_hub; leave it out"
 _PACKED = "completions are packed without padding"
-_ENTROPY = "entropy_coef is a constant here; set it, or epsilon_high above epsilon, such as 0.28; leave it out"
 _LAUNCH = "start several processes by torchrun to share the work, and set fsdp=True to shard the weights; leave it out"
 _NOISE = "not offered; leave it out"
 _COMPILE = "the layers are compiled where that is possible"
@@ -91,10 +90,6 @@ _LIGER = "log-probabilities never hold the whole vocabulary of a batch"
 
 _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     (_VLLM, {"vllm_model_impl": "vllm", "vllm_enable_sleep_mode": False, "vllm_structured_outputs_regex": None}),
-    (_ENTROPY, {
-        "use_adaptive_entropy": False, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0,
-        "entropy_coef_delta": 0.005, "entropy_target": 0.2,
-    }),
     (_HUB, {
         "push_to_hub": False, "hub_token": None, "hub_private_repo": None, "hub_model_id": None,
         "hub_strategy": "every_save", "hub_always_push": False, "hub_revision": None, "log_completions_hub_repo": None,
@@ -141,7 +136,6 @@ FOREIGN: dict[str, Foreign] = {
     "vllm_group_port": Foreign(51216),  # weights are handed over by a file
     "trust_remote_code": Foreign(False, "set model_init_kwargs={'trust_remote_code': True}"),
     "cast_lm_head_to_fp32": Foreign(False, _FLOAT32_HEAD),
-    "router_aux_loss_coef": Foreign(None, "there is no load-balancing loss; leave it out", (0.0,)),
     "remove_unused_columns": Foreign(False, "reward functions are given every column they ask for; leave it out"),
     "pad_to_multiple_of": Foreign(None, _PACKED, ("auto",), None),
     "generation_kwargs": Foreign(None),

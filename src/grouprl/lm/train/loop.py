@@ -20,6 +20,7 @@ from grouprl.lm.generate.collect import Collector
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.generate.scored_groups import Metrics
 from grouprl.lm.kernels import compile as kernels
+from grouprl.lm.learn.entropy_control import EntropyControl
 from grouprl.lm.learn.optimizer import follow_settings, load_optimizer_state, make_schedule, optimizer_state, stepped_by
 from grouprl.lm.learn.step import Step, optimizer_step
 from grouprl.lm.models.adapters import has_adapters
@@ -79,6 +80,7 @@ class Run:
         self.collector = Collector(setup.player, source, self.order, config, self.stream, setup.functions.advantage)
         self.follows = setup.policy.reference if config.sync_ref_model else None
         self.reference_moved = False
+        self.control = EntropyControl.of(config)
         self.samples: Samples | None = None
         self.steps: list[Step] = []
         self.update = 0
@@ -188,6 +190,7 @@ class Run:
         metrics |= optimizer_step(
             step, setup.parameters, setup.optimizer, remember=self.plan.num_iterations > 1,
             on_gradient=lambda: book.event("on_pre_optimizer_step"), number=book.state.global_step,
+            control=self.control,
         )  # fmt: skip
         book.event("on_optimizer_step")
         self.scheduler.step()
@@ -239,6 +242,8 @@ class Run:
             "config": self.config.to_dict(), "scheduler": _plain_state(self.scheduler),
             "began": self.book.began, "origin": origin.describe(self.setup), "machine": self._machine(),
         }  # fmt: skip
+        if self.control is not None:
+            meta["entropy_control"] = self.control.state()
         if self.reference_moved and policy.reference is not None:
             tensors |= {f"reference.{name}": value for name, value in policy.reference.state().items()}
         if self.samples is not None and self.update < self.plan.updates_per_generation:
@@ -308,6 +313,8 @@ class Run:
         self.stream.drawn = meta["drawn"]
         self.order.load(meta["order"])
         self.collector.tokens, self.update = meta["tokens"], meta["update"]
+        if self.control is not None and "entropy_control" in meta:
+            self.control.load(meta["entropy_control"])
         reference = setup.policy.reference
         moved = {} if reference is None else saved.part("reference", reference.state().get)
         if moved and reference is not None:

@@ -181,6 +181,13 @@ def _make_setup(
             raise UsageError("optimizers holds a scheduler of another optimizer; make it of the optimizer beside it")
     else:
         warn_if_steps_vanish(parameters, config.learning_rate)
+    about = {
+        "episodes": any(vars(acting).values()), "own_optimizer": optimizer is not None,
+        "own_schedule": scheduler is not None, "own_advantage": functions.advantage is not None,
+        "own_surrogate": functions.surrogate is not None,
+    }  # fmt: skip
+    for said in config.without_effect(about) if ranks.first else ():
+        _log.warning(said)
     player = make_player(policy, tokenizer, rewards, config, interactions, acting, prompts)
     eval_player = player if eval_rewards is rewards else player.judged_by(eval_rewards)
     return Setup(
@@ -305,18 +312,6 @@ def _check_optimizer(optimizer: Any, parameters: TrainedParameters) -> None:
         )
 
 
-def _tell_of_experts(model: Any) -> None:
-    """Warn if TRL would add a loss that balances the load of the model's experts, as there is none here."""
-    text = model.config.get_text_config()
-    coefficient = getattr(text, "router_aux_loss_coef", None)
-    if hasattr(text, "output_router_logits") and coefficient:
-        _log.warning(
-            "the model is a mixture of experts, whose configuration has router_aux_loss_coef=%g: TRL adds this loss, "
-            "which balances the experts' load, and here there is none; look at the load if you train for long",
-            coefficient,
-        )  # fmt: skip
-
-
 def _prepare_model(
     model: Any, tokenizer: Any, config: GRPOConfig, peft_config: Any, ranks: Ranks
 ) -> tuple[Any, Any]:  # fmt: skip
@@ -351,5 +346,4 @@ def _prepare_model(
     if config.freeze_embeddings:
         loaded.get_input_embeddings().weight.requires_grad_(False)
     check_read_back(loaded)
-    _tell_of_experts(loaded)
     return loaded, tokenizer

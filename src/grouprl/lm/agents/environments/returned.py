@@ -90,7 +90,8 @@ class Calls:
                 return None
 
         where = f"in action_parser, {when}"
-        return self._run(parse, where, "action_parser") if own else self._guarded(parse, where)
+        # It alone reads what the model wrote, perhaps by a regular expression that takes for ever.
+        return self._run(parse, where, "action_parser", computes=True) if own else self._guarded(parse, where)
 
     def masks(self, call: Callable[[], Any], when: str) -> Any:
         """What ``action_masks`` of the environment gives. Raises TrainingError if it fails."""
@@ -109,9 +110,9 @@ class Calls:
         """What to say of a value that breaks a rule."""
         return TrainingError(f"{self.name} failed {when}: {rule}; it returned {with_type(given)}")
 
-    def _run(self, call: Callable[[], Any], when: str, what: str) -> Any:
+    def _run(self, call: Callable[[], Any], when: str, what: str, *, computes: bool = False) -> Any:
         self.late = what
-        return self._guarded(lambda: within(self._timeout, call), when)
+        return self._guarded(lambda: within(self._timeout, call, computes=computes), when)
 
     def _guarded(self, call: Callable[[], Any], when: str) -> Any:
         try:

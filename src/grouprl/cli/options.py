@@ -1,0 +1,57 @@
+"""Options that no command has: what a person types who expects a setting to be one."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from grouprl.errors import UsageError
+
+# Typer brings its own copy of Click since 0.16; the exception is the one beside those that Typer exports.
+NoSuchOption: type[Exception] = sys.modules[typer.BadParameter.__module__].NoSuchOption
+
+_OTHER_OPTIONS = {
+    **dict.fromkeys(("env_id", "gym_id", "env_name", "environment"), "the environment comes first: grouprl train ENV"),
+    **dict.fromkeys(("total_timesteps", "total_steps", "timesteps", "num_steps"), "--steps says how long"),
+    **dict.fromkeys(("output", "output_dir", "log_dir", "logdir", "save_path", "folder"), "--out names the run folder"),
+    **dict.fromkeys(("wandb", "use_wandb", "report_to", "tensorboard"), "--track says where metrics go"),
+    **dict.fromkeys(("algo", "algorithm"), "there is one algorithm; its advantage and loss_type are settings: --set"),
+}
+"""What other command lines have, and what it is called here."""
+
+
+class Commands(TyperGroup):
+    """The commands of grouprl: an unknown option that is the name of a setting is answered with ``--set``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parses and runs a command. Raises UsageError where an option is a setting, or has another name here."""
+        try:
+            return super().invoke(ctx)
+        except NoSuchOption as error:
+            options = [option for parameter in error.ctx.command.params for option in parameter.opts]  # type: ignore[attr-defined]
+            if "--set" in options and (said := _said_of(error.option_name, error.ctx.info_name)):  # type: ignore[attr-defined]
+                raise UsageError(said) from None
+            raise
+
+
+def _said_of(option: str, command: str) -> str | None:
+    """What to say of an option that a command with settings does not have; None if it is like nothing known."""
+    from grouprl.cli.listing import of_environments, of_language_models
+    from grouprl.envs.stable_baselines import EVERYWHERE
+    from grouprl.lm.settings.other_libraries import ELSEWHERE
+    from grouprl.objective_settings import ALIASES
+
+    name = option.lstrip("-").replace("-", "_")
+    if name in _OTHER_OPTIONS:
+        return f"there is no option {option}; {_OTHER_OPTIONS[name]}"
+    language = command == "train-lm"
+    listed = of_language_models() if language else of_environments()
+    known = {setting for _, rows in listed for setting, *_ in rows}
+    setting = ALIASES.get(name, name)
+    if setting in known:
+        return f"there is no option {option}; a setting is given as --set {setting}=VALUE"
+    advice = (ELSEWHERE if language else EVERYWHERE).get(name)
+    return advice and f"there is no option {option}; settings are given by --set: {advice}"

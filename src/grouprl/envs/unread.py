@@ -1,0 +1,68 @@
+"""Settings of environments that another setting leaves without effect."""
+
+from __future__ import annotations
+
+from grouprl.envs.config import GRPOConfig
+from grouprl.unread import OF_LOSS, Unread
+
+_FIELDS = tuple(GRPOConfig.model_fields)
+
+RULES: tuple[Unread, ...] = (
+    Unread(
+        ("n_steps", "max_steps", "min_signals"), lambda c, _: c.whole_episodes,
+        "a batch holds whole episodes, at least min_steps in all",
+    ),
+    Unread(
+        ("min_steps", "max_steps", "min_signals"), lambda c, _: not c.whole_episodes and c.collect == "segments",
+        "collect is 'segments', and a batch holds n_steps per environment",
+    ),
+    Unread(
+        ("n_steps",), lambda c, _: not c.whole_episodes and c.collect != "segments",
+        "it counts with collect='segments'; set that, or min_steps, the least steps of a batch",
+    ),
+    Unread(
+        (*(name for name in _FIELDS if name.startswith("baseline_")), "gae_lambda"),
+        lambda c, about: not about["fits_baseline"],
+        "no baseline is fitted; set advantage='baseline', or let advantage_function ask for values",
+    ),
+    Unread(
+        ("scale_rewards", "gigpo_weight"), lambda c, about: about["own_advantage"],
+        "advantage_function computes the advantages; leave one of the two out",
+    ),
+    Unread(
+        ("scale_rewards",), lambda c, _: c.advantage not in ("outcome", "gigpo"),
+        "only advantage='outcome' and 'gigpo' read it, the others scale in their own way",
+    ),
+    Unread(
+        ("log_std_init", "log_std_min", "log_std_final"), lambda c, about: not about["continuous"],
+        "only continuous actions, of a Box, have a standard deviation",
+    ),
+    *OF_LOSS,
+    Unread(
+        ("kl_estimator", "reference", "reference_every"), lambda c, _: c.beta == 0,
+        "beta=0 gives the divergence to a reference no weight; set beta, or leave it out",
+    ),
+    Unread(
+        ("reference_every",), lambda c, _: c.reference != "periodic",
+        "only reference='periodic' is refreshed; set that, or leave it out",
+    ),
+    Unread(
+        ("lr_max",), lambda c, _: c.lr_schedule != "adaptive",
+        "only lr_schedule='adaptive' reads it; set that, or leave it out",
+    ),
+    Unread(
+        ("kl_target",), lambda c, _: c.lr_schedule != "adaptive",
+        "only lr_schedule='adaptive' reads it; kl_stop ends the epochs of an update",
+    ),
+    Unread(
+        ("lr_final",), lambda c, _: c.lr_schedule == "constant",
+        "lr_schedule='constant' has no end; set 'linear' or 'adaptive', or leave it out",
+    ),
+    Unread(
+        ("hidden_sizes", "activation", "hidden_gain", "output_gain"), lambda c, about: about["own_network"],
+        "the network is one of your own; build this into it",
+    ),
+)  # fmt: skip
+"""All of them. They know, beside the settings: ``fits_baseline``, whether the closed-form baseline is; ``continuous``,
+whether actions are drawn around a mean; ``own_network``, ``own_advantage`` and ``own_surrogate``, whether it was given.
+"""
