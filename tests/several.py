@@ -41,9 +41,13 @@ def start(program: Path, *arguments: str, world: int = 2) -> list[subprocess.Pop
     ]  # fmt: skip
 
 
-def of_two(program: Path, out: Path, *arguments: Path) -> list[dict[str, Any]]:
+def of_two(program: Path, out: Path, *arguments: str | Path) -> list[dict[str, Any]]:
     """What each of two processes wrote to ``out/rankN.pt``."""
     processes = start(program, str(out), *map(str, arguments))
-    said = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in said)
     return [torch.load(out / f"rank{rank}.pt") for rank in (0, 1)]

@@ -81,8 +81,13 @@ CASES: list[tuple[Rule, Table, Table]] = [
     (environments.all_clipped, table(clip_fraction=0.55), table(clip_fraction=0.45)),
     (
         environments.evaluation_far_below,
-        table(return_mean=RISING, eval_return=1.0),
-        table(return_mean=RISING, eval_return=RISING - 2),
+        table(return_batch=RISING, eval_return=1.0),
+        table(return_batch=RISING, eval_return=RISING - 2),
+    ),
+    (
+        environments.evaluation_far_below,
+        table(return_batch=RISING, eval_return=1.0),
+        table(return_batch=NOISE, return_mean=np.cumsum(NOISE) / STEPS, eval_return=-3.0),  # nothing was gained
     ),
     (
         environments.rate_on_its_floor,
@@ -199,6 +204,11 @@ def test_the_rise_of_a_line_is_two_thirds_of_it_and_of_noise_about_nothing() -> 
     gain, error = signs.rise(noise)
     assert error == pytest.approx((2 / 1000) ** 0.5, rel=0.1)
     assert abs(gain) < 3 * error
+
+
+def test_a_reward_that_falls_is_not_called_chance() -> None:
+    found = [environments.return_flat(table(return_batch=values)) for values in (-RISING, NOISE)]
+    assert [one.finding[:22] for one in found if one] == ["return_batch has falle", "return_batch has not r"]
 
 
 def test_an_illness_is_told_once_while_a_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -167,11 +167,11 @@ def all_clipped(table: Table) -> Diagnosis | None:
 
 
 def evaluation_far_below(table: Table) -> Diagnosis | None:
-    """`signs.far_below` of greedy evaluations and training with sampled actions."""
+    """`signs.far_below` of greedy evaluations and training with sampled actions, whose returns are those of batches."""
     return far_below(
         table,
         "eval_return",
-        "return_mean",
+        _returns(table),
         "Act as in training (`grouprl evaluate --sampled`, deterministic=False), or make the policy decide: lower "
         "entropy_coef or sticky, or train longer.",
     )

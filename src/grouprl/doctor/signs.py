@@ -48,14 +48,12 @@ def flat(table: Table, column: str, solved: bool, advice: str) -> Diagnosis | No
     values = table.values(column)
     if len(values) < 30 or solved or table.progress < 0.5 or risen(values):
         return None
-    _, error = rise(values)
+    gain, error = rise(values)
     first, last = float(table.first(column).mean()), float(table.last(column).mean())
-    return Diagnosis(
-        "reward-flat",
-        f"{column} has not risen: {first:.4g} in the first third of the run, {last:.4g} in the last, which chance "
-        f"explains (standard error {error:.2g})",
-        advice,
-    )
+    where = f"{first:.4g} in the first third of the run, {last:.4g} in the last"
+    fallen = f"{column} has fallen: {where} (standard error {error:.2g})"
+    still = f"{column} has not risen: {where}, which chance explains (standard error {error:.2g})"
+    return Diagnosis("reward-flat", fallen if gain < -2 * error else still, advice)
 
 
 def far_below(table: Table, evaluation: str, training: str, advice: str) -> Diagnosis | None:

@@ -1,110 +1,22 @@
 """vLLM as a server: a stand-in speaks its protocol over HTTP, and samples by the model in the file it is handed."""
 
-import json
-import threading
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import replace
 from http.client import IncompleteRead
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small_runs import ROWS, config
 from small_vllm import build
+from vllm_stand_in import StandIn
 
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm import GRPOTrainer
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.streams import Stream
-
-
-class _Patient(ThreadingHTTPServer):
-    request_queue_size = 128  # all requests of a generation come at once
-
-
-class StandIn:
-    """A server of the routes that are asked, whose model is ``build()`` with other weights until it is handed some."""
-
-    def __init__(self) -> None:
-        self.model, self.tokenizer = build(7)
-        self.mode, self.dev, self.loads = "processed_logprobs", True, 0
-        self.fails: dict[str, Any] = {}
-        """What routes answer instead: a status and a body."""
-        self.asked: list[dict[str, Any]] = []
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                self.answer(None)
-
-            def do_POST(self) -> None:
-                self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}"))
-
-            def answer(self, body: Any) -> None:
-                path = self.path.partition("?")[0]
-                failure = outer.fails.get(path)
-                status, answer = failure or (200, None)
-                if failure is None:
-                    try:
-                        answer = outer.route(path, body)
-                    except KeyError:
-                        status, answer = 404, {"detail": "Not Found"}
-                    except ConnectionAbortedError:
-                        self.connection.close()
-                        return
-                text = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-        self.http = _Patient(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-
-    def route(self, path: str, body: Any) -> Any:
-        of_model = {"dtype": "torch.float32", "logprobs_mode": self.mode, "hf_text_config": self.model.config.to_dict()}
-        fixed: dict[str, Any] = {
-            "/health": {}, "/v1/models": {"data": [{"id": "small", "max_model_len": 64}]}, "/reset_prefix_cache": None,
-        }  # fmt: skip
-        if path in fixed:
-            return fixed[path]
-        if path == "/v1/completions":
-            with self.lock:
-                return self.complete(body)
-        if not self.dev:
-            raise KeyError(path)
-        if path == "/server_info":
-            return {"vllm_config": {"model_config": of_model}}
-        assert path == "/collective_rpc"
-        assert body["method"] == "reload_weights"
-        self.model.load_state_dict(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors"))
-        self.loads += 1
-        return {"results": [None]}
-
-    @torch.no_grad()
-    def complete(self, body: dict[str, Any]) -> Any:
-        self.asked.append(body)
-        generator, ids, logps = torch.Generator().manual_seed(body["seed"]), [], []
-        while len(ids) < body["max_tokens"] and not (ids and ids[-1] in body["stop_token_ids"]):
-            logits = self.model(torch.tensor([[*body["prompt"], *ids]])).logits[0, -1] / body["temperature"]
-            ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
-            logps.append(float(logits.log_softmax(-1)[ids[-1]]))
-        reason = "stop" if ids[-1] in body["stop_token_ids"] else "length"
-        return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logps}, "finish_reason": reason}]}
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.fixture
@@ -235,16 +147,6 @@ def test_a_prompt_beyond_the_context_of_the_server_is_named(tmp_path: Path, serv
     made.policy.sampler.engine.context = 8
     with pytest.raises(UsageError, match=r"takes 8 in all; raise --max-model-len of the server"):
         made.train()
-
-
-def test_what_is_not_offered_with_vllm_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    loaded, tokenizer = build()
-    given = config(tmp_path, use_vllm=True, max_completion_length=6)
-    with pytest.raises(UsageError, match="tools, environments and rollout_func are not offered with it"):
-        GRPOTrainer(
-            model=loaded, reward_funcs=length, args=given, train_dataset=ROWS, processing_class=tokenizer,
-            rollout_func=lambda prompts, trainer: {},
-        )  # fmt: skip
 
 
 def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path: Path, server: StandIn) -> None:

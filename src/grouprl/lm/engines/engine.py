@@ -20,11 +20,12 @@ class Request:
     """One completion that is wanted.
 
     Attributes:
-        prompt: its token ids. seed: of its random numbers.
+        prompt: its token ids. seed: of its random numbers. most: how many tokens it may have.
     """
 
     prompt: list[int]
     seed: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,16 @@ class Engine(Protocol):
         context_setting: what that is set by, for messages.
         where: which vLLM this is, for messages.
         dtype: of its products.
+        side_by_side: whether `generate` may be called from several threads at once.
+        serves_all: whether one vLLM serves all processes of the training, so that the first hands it the weights.
     """
 
     context: int
     context_setting: str
     where: str
     dtype: torch.dtype
+    side_by_side: bool
+    serves_all: bool
 
     def load(self, weights: Weights) -> None:
         """Sample by these weights from now on, and forget all keys and values. Raises TrainingError."""
@@ -63,10 +68,15 @@ class Engine(Protocol):
 
 
 def options_of(settings: SamplingSettings, end_ids: Sequence[int]) -> dict[str, Any]:
-    """How to draw tokens, by the names of vLLM's SamplingParams."""
+    """How to draw tokens, by the names of vLLM's SamplingParams; `drawing` has what each request adds."""
     return {
         "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
         "min_p": settings.min_p, "repetition_penalty": settings.repetition_penalty,
-        "max_tokens": settings.max_new_tokens, "min_tokens": settings.min_new_tokens,
-        "stop_token_ids": list(end_ids), "logprobs": 0,
+        "min_tokens": settings.min_new_tokens, "stop_token_ids": list(end_ids), "logprobs": 0,
     }  # fmt: skip
+
+
+def drawing(request: Request, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How to draw the tokens of a request, which may have no room for as many as there should be at least."""
+    least = min(options["min_tokens"], request.most)
+    return {**options, "max_tokens": request.most, "min_tokens": least, "seed": request.seed}

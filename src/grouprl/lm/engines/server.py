@@ -1,4 +1,4 @@
-"""vLLM as a server, which is asked over HTTP. It takes new weights from a file, by vLLM's own `reload_weights`."""
+"""vLLM as a server, which is asked over HTTP. It takes new weights from files, by vLLM's own `reload_weights`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -18,11 +18,13 @@ from urllib.request import Request as HttpRequest
 from urllib.request import urlopen
 
 import torch
+from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError, first_line, shown
-from grouprl.lm.engines.engine import Answer, Request, Weights
+from grouprl.lm.engines.engine import Answer, Request, Weights, drawing
 from grouprl.lm.models.context import read_setting
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.machine.ranks import ALONE, Ranks
 
 _AT_ONCE = 64
 """Requests on their way at the same time. The server has a queue of its own."""
@@ -32,6 +34,9 @@ _LONGEST = 3600.0
 
 _EVERY = 0.5
 """Seconds between two looks whether the server is up."""
+
+_PART = 1 << 30
+"""Bytes of weights that are written into one file, and held on the way there."""
 
 _SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 """Settings of a model's configuration by which another model is known."""
@@ -47,13 +52,15 @@ class ServerEngine:
     Args:
         model: a causal model of transformers, or a PEFT model around one.
         dtype: of the learner's products; the server has its own.
+        ranks: the processes that ask it.
 
     Raises UsageError if there is no such server, or it serves another model or in another way.
     """
 
     context_setting = "--max-model-len of the server"
+    side_by_side = serves_all = True
 
-    def __init__(self, model: Any, config: GRPOConfig, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, config: GRPOConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
         given = config.vllm_server_base_url
         self.url, self._headers = _address(given or f"http://{config.vllm_server_host}:{config.vllm_server_port}")
         setting = "vllm_server_base_url" if given else "vllm_server_host, vllm_server_port"
@@ -84,17 +91,15 @@ class ServerEngine:
         self._folder = _folder()
 
     def load(self, weights: Weights) -> None:
-        """As `Engine.load`: through a file that the server reads."""
+        """As `Engine.load`: through files that the server reads."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         folder = Path(self._folder.name)
-        rounded = {  # copies, as no two tensors of a file may share memory
-            name: value.to("cpu", self.dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
-            for name, value in weights
-        }
         try:
-            save_file(rounded, folder / "model.safetensors", {"format": "pt"})
-        except OSError as error:
+            for number, part in enumerate(self._parts(weights)):
+                save_file(part, folder / f"model-{number:05d}.safetensors", {"format": "pt"})
+        except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"cannot write the weights for {self.where} to {folder}: {first_line(error)}; set TMPDIR to a folder "
                 "with more room, which the server sees too"
@@ -106,15 +111,29 @@ class ServerEngine:
         )  # fmt: skip
         self._ask("POST", "/reset_prefix_cache", {})
 
+    def _parts(self, weights: Weights) -> Iterator[dict[str, Tensor]]:
+        """The weights as the server computes with them, on the CPU, so many at a time that they take about `_PART`."""
+        part: dict[str, Tensor] = {}
+        size = 0
+        for name, value in weights:  # copies, as no two tensors of a file may share memory
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            part[name] = value.to("cpu", dtype, copy=True).contiguous()
+            size += part[name].nbytes
+            if size >= _PART:
+                yield part
+                part, size = {}, 0
+        if part:
+            yield part
+
     def generate(self, requests: Sequence[Request], options: Mapping[str, Any]) -> list[Answer]:
         """As `Engine.generate`."""
         shared = {
-            **options, "model": self.name, "return_token_ids": True, "skip_special_tokens": False,
+            "model": self.name, "return_token_ids": True, "skip_special_tokens": False,
             "add_special_tokens": False,
         }  # fmt: skip
 
         def ask(request: Request) -> Answer:
-            return self._answer({**shared, "prompt": request.prompt, "seed": request.seed})
+            return self._answer({**drawing(request, options), **shared, "prompt": request.prompt})
 
         with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(requests)))) as threads:
             running = [threads.submit(ask, request) for request in requests]

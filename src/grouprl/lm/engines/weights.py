@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grouprl.errors import UsageError
+from grouprl.learning.shards import is_sharded, whole
 from grouprl.lm.models.adapters import has_adapters
 
 _BASE = ".base_layer."
@@ -35,14 +36,23 @@ def check_weights(model: Any) -> None:
 def hub_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each weight; also of each that is tied to another one, as vLLM lays out both for itself.
 
-    Merged weights are new tensors, and the model's own stay as they are, bit for bit.
+    Merged weights are new tensors, and the model's own stay as they are, bit for bit. A sharded model is gathered one
+    weight at a time, so all processes must take all of its weights.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    state = dict(whole.state_dict())
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    state = dict(core.state_dict())
     if has_adapters(model):
-        state = _merged(whole, state)
-    for name, value in _as_on_the_hub(whole, state).items():
-        yield name, value.detach()
+        state = _merged(core, state)
+    for name, value in _as_on_the_hub(core, state).items():
+        yield name, whole(value)
+
+
+def gathers(model: nn.Module) -> bool:
+    """Whether the processes must take the model's weights together, as each holds a part of them.
+
+    Parameters do not tell: between two passes they may be whole for a while, and the state dict is sharded even then.
+    """
+    return any(map(is_sharded, model.state_dict().values()))
 
 
 def _merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

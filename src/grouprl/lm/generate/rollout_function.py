@@ -102,7 +102,7 @@ class RolloutPlayer:
 
     def _call(self, prompts: list[Any]) -> Mapping[str, Any]:
         try:
-            with self._watch:
+            with self.policy.sampler.ready(), self._watch:
                 output = self.function(prompts, self.trainer)
         except GrouprlError:
             raise

@@ -42,7 +42,7 @@ class SharedPlayer:
         own = places[self.ranks.rank]
         draws = draws_of(stream, len(prompts) * group_size)
         found: ScoredGroups | None = None
-        with self.policy.together():
+        with self.policy.together(), self.policy.sampler.ready():
             if own:
                 of_own = draws.of(slice(own.start * group_size, own.stop * group_size))
                 rows = [prompts[i] for i in own]

@@ -22,6 +22,7 @@ from grouprl.lm.sample.interface import CompletionSampler
 from grouprl.lm.sample.plain import PLAIN_STEPS, PlainSampler
 from grouprl.lm.sample.sampler import Sampler
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.machine.ranks import ALONE, Ranks
 
 _CACHE_BYTES = 1 << 30
 """The default limit in bytes for the keys and values that the sampler stores, on a CPU."""
@@ -77,7 +78,7 @@ def find_learner(
 
 def find_sampler(
     model: Any, config: GRPOConfig, precision: LowPrecision, backbone: Backbone | None, ends: Sequence[int],
-    pad: int | None, trial: PolicyTrial,
+    pad: int | None, trial: PolicyTrial, ranks: Ranks = ALONE,
 ) -> CompletionSampler:  # fmt: skip
     """The fastest sampler that agrees with the model's own forward pass.
 
@@ -89,13 +90,14 @@ def find_sampler(
         ends: the ids of the tokens that end a completion.
         pad: the id of the token that pads shorter prompts, or None if there is none.
         trial: a trial of this model with its weights as they are.
+        ranks: the processes that sample, each its own completions.
 
     Raises:
         UsageError: not even the slowest sampler agrees with it.
     """
     why = ""
     if config.use_vllm:
-        return vllm_sampler(model, config, precision.dtype, ends, trial.trial)
+        return vllm_sampler(model, config, precision.dtype, ends, trial.trial, ranks)
     if backbone is not None:
         rows = config.max_rows_per_decode or _rows_that_fit(backbone, config, precision)
         try:

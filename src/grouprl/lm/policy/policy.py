@@ -87,7 +87,7 @@ class Policy:
             self.log_probs.experts = find_experts(model, config.router_aux_loss_coef, trial.trial)
             self.packed = self.log_probs.backbone is not None
             self.sampler: CompletionSampler = find_sampler(
-                model, config, self.precision, self.log_probs.backbone, ends, tokenizer.pad_token_id, trial
+                model, config, self.precision, self.log_probs.backbone, ends, tokenizer.pad_token_id, trial, ranks
             )
         if not self.packed and config.attention == "auto":
             warn_of_plain_paths(model, self.why_plain)

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import UsageError
 from grouprl.lm.sample.appending import AppendingDecoder
 from grouprl.lm.sample.draw import SamplingSettings, penalise_repetition, token_and_log_prob
 from grouprl.lm.sample.finite import NotFiniteError
+from grouprl.lm.sample.progress import Bounds, InProgress
 from grouprl.lm.sample.replies import Replies, replies_of
 from grouprl.lm.sample.streams import Draws
-from grouprl.lm.sample.turns import Partner, Reply, Sampled, Turn
+from grouprl.lm.sample.turns import Partner, Reply, Sampled
 
 STEP_TOKENS = 2048
 """The most tokens that a step reads, a longer reply aside. This limits the memory for the activations of a step."""
@@ -65,39 +66,18 @@ def play(
 
 @dataclass(eq=False)
 class _Row:
-    """An episode in progress.
+    """An episode that is decoded.
 
     Attributes:
-        slot: where it is. episode: its number. prompt: of its newest sample.
-        new: the tokens that the decoder has not read yet.
-        ids, turns, logp, finished: of its newest sample, as in :class:`Sampled`.
-        start: where the turn began in ``ids``. drawn: the tokens that the model drew in the episode.
-        numbers: random numbers for the next tokens. samples: those that are complete.
+        slot: where it is. own: the episode. new: the tokens that the decoder has not read yet.
+        drawn: the tokens that the model drew in the episode. numbers: random numbers for the next tokens.
     """
 
     slot: int
-    episode: int
-    prompt: list[int]
+    own: InProgress
     new: list[int] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    turns: list[tuple[int, int]] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
-    finished: list[bool] = field(default_factory=list)
-    start: int = 0
     drawn: int = 0
     numbers: list[float] = field(default_factory=list)
-    samples: list[Sampled] = field(default_factory=list)
-
-    def end_sample(self) -> None:
-        """Complete the newest sample."""
-        stop = self.turns[-1][1]
-        logp = torch.tensor(self.logp, dtype=torch.float32)
-        self.samples.append(Sampled(self.prompt, self.ids[:stop], self.turns, logp, self.finished))
-
-    def begin_sample(self, prompt: Sequence[int]) -> None:
-        """Begin a sample with a prompt of its own."""
-        self.prompt, self.new, self.start = list(prompt), [], 0
-        self.ids, self.turns, self.logp, self.finished = [], [], [], []
 
 
 class _Game:
@@ -115,7 +95,7 @@ class _Game:
         prompt_tokens: int,
     ) -> None:
         self._decoder, self._settings, self._replies, self._draws = decoder, settings, replies, draws
-        self._context, self._prompt_tokens = context, prompt_tokens
+        self._bounds, self._prompt_tokens = Bounds(settings, context), prompt_tokens
         self._ends, self._end_ids, self._slots = set(end_ids), list(end_ids), slots
         self._free = list(range(slots))[::-1]
         self._running: list[_Row] = []
@@ -141,13 +121,13 @@ class _Game:
         """Start further episodes in the free slots. Returns how many have been started."""
         new: list[_Row] = []
         while self._free and started < len(prompts):
-            row = _Row(self._free.pop(), started, list(prompts[started]))
+            row = _Row(self._free.pop(), InProgress(started, self._bounds, list(prompts[started])))
             self._rows[started] = row
             new.append(row)
             started += 1
         groups: dict[int, list[_Row]] = {}
         for row in new:
-            groups.setdefault(row.episode // group_size, []).append(row)
+            groups.setdefault(row.own.episode // group_size, []).append(row)
         self._read_prompts(list(groups.values()))
         return started
 
@@ -156,13 +136,13 @@ class _Game:
         part: list[Sequence[_Row]] = []
         tokens = 0
         for group in [*groups, None]:
-            length = 0 if group is None else len(group[0].prompt)
+            length = 0 if group is None else len(group[0].own.prompt)
             if part and (group is None or tokens + length > self._prompt_tokens):
                 slots = [[row.slot for row in rows] for rows in part]
-                logits = self._decoder.begin([rows[0].prompt for rows in part], slots)
+                logits = self._decoder.begin([rows[0].own.prompt for rows in part], slots)
                 rows = [row for rows in part for row in rows]
                 of = torch.tensor([i for i, some in enumerate(part) for _ in some], device=logits.device)
-                self._saw(rows, [row.prompt for row in rows], logits.shape[-1], logits.device, anew=True)
+                self._saw(rows, [row.own.prompt for row in rows], logits.shape[-1], logits.device, anew=True)
                 self._draw(rows, logits[of])
                 part, tokens = [], 0
             if group is not None:
@@ -187,30 +167,18 @@ class _Game:
 
     def _answer(self, row: _Row, reply: Reply) -> _Row | None:
         """Go on with a row, or end its episode. Returns the row if its new prompt must be read first."""
-        room = self._room(row.prompt, len(row.ids)) if not reply.anew else self._room(reply.ids, 0)
-        if reply.anew and not reply.over and not len(reply.ids):
-            raise TrainingError(f"the partner began episode {row.episode} anew with an empty prompt")
-        if reply.over or room <= (0 if reply.anew else len(reply.ids)):
-            row.end_sample()
-            self._done[row.episode] = row.samples
+        if not row.own.hear(reply):
+            self._done[row.own.episode] = row.own.samples
             self._decoder.end(row.slot)
             self._free.append(row.slot)
-            del self._rows[row.episode]
+            del self._rows[row.own.episode]
             return None
         if reply.anew:
-            row.end_sample()
-            row.begin_sample(reply.ids)
+            row.new = []
             return row
         row.new += reply.ids
-        row.ids += reply.ids
-        row.start = len(row.ids)
         self._running.append(row)
         return None
-
-    def _room(self, prompt: Sequence[int], n: int) -> int:
-        """How many tokens may follow a prompt and n tokens."""
-        room = self._settings.max_new_tokens - n
-        return room if self._context is None else min(room, self._context - len(prompt) - n)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -253,7 +221,7 @@ class _Game:
         if self._seen is not None:
             slots = torch.tensor([row.slot for row in rows], device=logits.device)
             logits = penalise_repetition(logits, self._seen[slots], settings.repetition_penalty)
-        early = [i for i, row in enumerate(rows) if len(row.ids) - row.start < settings.min_new_tokens]
+        early = [i for i, row in enumerate(rows) if len(row.own.ids) - row.own.start < settings.min_new_tokens]
         if early:
             ends = torch.tensor([i for i in self._end_ids if i < logits.shape[-1]], device=logits.device)
             logits[torch.tensor(early, device=logits.device)[:, None], ends] = -math.inf
@@ -263,16 +231,14 @@ class _Game:
             if not math.isfinite(logp):
                 raise NotFiniteError("logits are not finite")
             row.new = [token]
-            row.ids.append(token)
-            row.logp.append(logp)
+            row.own.ids.append(token)
+            row.own.logp.append(logp)
             row.drawn += 1
-            n = len(row.ids) - row.start
+            n = len(row.own.ids) - row.own.start
             stopped = token not in self._ends and self._stops(row, token, n)
             finished = stopped or token in self._ends
-            if finished or n == settings.max_turn_tokens or self._room(row.prompt, len(row.ids)) <= 0:
-                row.turns.append((row.start, len(row.ids)))
-                row.finished.append(finished)
-                self._replies.ask(row.episode, Turn(row.ids[row.start :], finished, stopped))
+            if finished or row.own.room_in_turn <= 0:
+                self._replies.ask(row.own.episode, row.own.end_turn(finished=finished, stopped=stopped))
             else:
                 self._running.append(row)
 
@@ -281,13 +247,13 @@ class _Game:
         stop = self._settings.stop
         if stop is None or self._may_stop is None or n < self._settings.min_new_tokens:
             return False
-        return bool(self._may_stop[token]) and stop.ends(row.ids[row.start :])
+        return bool(self._may_stop[token]) and stop.ends(row.own.ids[row.own.start :])
 
     def _numbers(self, rows: Sequence[_Row]) -> list[float]:
         """The random number of each row for its next token. A row counts the tokens that it drew in all its samples."""
         new = [row for row in rows if row.drawn % _NUMBERS == 0]
         if new:
-            numbers = self._draws.of([row.episode for row in new]).uniform([row.drawn for row in new], _NUMBERS)
+            numbers = self._draws.of([row.own.episode for row in new]).uniform([row.drawn for row in new], _NUMBERS)
             for row, column in zip(new, numbers.t().tolist(), strict=True):
                 row.numbers = column
         return [row.numbers[row.drawn % _NUMBERS] for row in rows]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +23,11 @@ class CompletionSampler(Protocol):
     """
 
     end_ids: list[int]
+
+    def ready(self) -> AbstractContextManager[Any]:
+        """Around a generation, in which the weights stay as they are. Where there are several processes, all come here,
+        those without a completion of their own too.
+        """
 
     def sample(
         self,
@@ -57,7 +63,7 @@ class CompletionSampler(Protocol):
     ) -> list[list[Sampled]]:
         """Sample ``group_size`` episodes of each prompt, as :meth:`grouprl.lm.sample.sampler.Sampler.sample_episodes`.
 
-        Raises UsageError if this sampler plays no episodes.
+        Raises UsageError, NotFiniteError or TrainingError as :meth:`sample` does.
         """
 
     def disagreement(self, trial: Trial) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -99,6 +99,10 @@ class PlainSampler:
         self.model, self.dtype, self.end_ids, self.pad_id = model, dtype, list(end_ids), pad_id
         self.steps = steps
         self._warned = False
+
+    def ready(self) -> AbstractContextManager[Any]:
+        """As :meth:`grouprl.lm.sample.interface.CompletionSampler.ready`: there is nothing to do."""
+        return nullcontext()
 
     def sample(
         self,

@@ -7,6 +7,8 @@ at once. Rows that have ended leave the batch, so that later steps cost less.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -122,6 +124,10 @@ class Sampler:
     def disagreement(self, trial: Trial) -> str:
         """Compare decode steps with the model's own forward pass. Returns "", or what is wrong."""
         return disagreement(self._decode, trial)
+
+    def ready(self) -> AbstractContextManager[Any]:
+        """As :meth:`grouprl.lm.sample.interface.CompletionSampler.ready`: there is nothing to do."""
+        return nullcontext()
 
     def sample(
         self,

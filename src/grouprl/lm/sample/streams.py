@@ -63,10 +63,14 @@ class Draws:
         """The random numbers of some of the completions, by index."""
         return Draws(self.seed, self.use, self.numbers[rows if isinstance(rows, slice) else list(rows)])
 
-    def seeds(self) -> list[int]:
-        """A seed of 63 bits for each completion, for a sampler with random numbers of its own."""
-        key = self.seed & _WORD, (self.seed >> 32) & _WORD  # no token has that number
-        low, high, _, _ = philox((_WORD, self.numbers & _LOW, self.numbers >> _HALF, self.use), key)
+    def seeds(self, turn: int = 0) -> list[int]:
+        """A seed of 63 bits for each completion, for a sampler with random numbers of its own.
+
+        Args:
+            turn: the number of the turn of an episode, whose turns have seeds of their own.
+        """
+        key = self.seed & _WORD, (self.seed >> 32) & _WORD  # no token has these numbers
+        low, high, _, _ = philox((_WORD - turn, self.numbers & _LOW, self.numbers >> _HALF, self.use), key)
         return [int(a) | (int(b) >> 1) << 32 for a, b in zip(low, high, strict=True)]
 
     def uniform(self, first: int | Sequence[int], n: int) -> Tensor:

@@ -19,7 +19,6 @@ from grouprl.errors import UsageError, first_line
 from grouprl.extras import how_to_install
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.learning.sharded_parameters import ShardedParameters
-from grouprl.lm.engines.sampler import check_alone
 from grouprl.lm.generate.collect import Player
 from grouprl.lm.generate.play import TURN_REWARDS
 from grouprl.lm.generate.scored_groups import evaluation_metrics
@@ -141,7 +140,6 @@ def _make_setup(
     ranks.check_same("settings", _compared(config), "start every rank with the same configuration")
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config, ranks.world)
-    check_alone(config, ranks.world, episodes=any(vars(acting).values()))
     check_room(least_bytes(config, plan))
     interactions = make_interactions(config, acting)
     rewards, eval_rewards = make_rewards(judges, config, interactions)
