@@ -109,17 +109,28 @@ def test_where_one_process_cannot_connect_none_does(monkeypatch: pytest.MonkeyPa
             raise ConnectionRefusedError
         return own(*given, **named)
 
+    own_accept, accepted = socket.socket.accept, []
+
+    def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
+        peer, address = own_accept(listener)
+        accepted.append(peer)
+        return peer, address
+
     monkeypatch.setattr(socket, "create_connection", refuse_the_second)
+    monkeypatch.setattr(socket.socket, "accept", accept)
     meeting = Meeting(3)
     assert meeting.of_all(lambda rank: connect(rank, 3, meeting.gather_of(rank), 20, patience=0.1)) == [None] * 3
+    assert [peer.fileno() for peer in accepted] == [-1]  # closed, as nobody will use it
 
 
-def test_a_stranger_who_does_not_know_the_key_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("said", [b"x" * 32 + (1).to_bytes(8, "little"), b"x", b""])
+def test_a_stranger_who_does_not_know_the_key_is_turned_away(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    monkeypatch.setattr(local_exchange, "_INTRODUCTION", 0.2)
     own, strangers = socket.create_connection, []
 
     def after_a_stranger(address: Any, **given: Any) -> socket.socket:
         stranger = own(address)
-        stranger.sendall(b"x" * 32 + (1).to_bytes(8, "little"))
+        stranger.sendall(said)
         strangers.append(stranger)
         return own(address, **given)
 

@@ -16,12 +16,15 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 _LENGTH = 8
 """Bytes in which a message says how many bytes follow."""
+
+_INTRODUCTION = 5.0
+"""Seconds in which whoever connects must say who it is; the others wait meanwhile."""
 
 Gather = Callable[[Any], list[Any]]
 """Gives the values of all processes, in their order, for that of this one."""
@@ -54,18 +57,17 @@ def connect(rank: int, world: int, gather: Gather, timeout: float, patience: flo
         with suppress(OSError):  # a host without a loopback
             listener = socket.create_server(("127.0.0.1", 0), backlog=world)
             offer = listener.getsockname()[1], secrets.token_bytes(32)
-    offer = gather(offer)[0]
     peers: list[socket.socket] = []
-    if offer is not None:
-        port, key = offer
-        with suppress(OSError):
-            if listener is None:
-                peers = [socket.create_connection(("127.0.0.1", port), timeout=patience)]
-                peers[0].sendall(key + rank.to_bytes(_LENGTH, "little"))
-            else:
-                peers = _accepted(listener, key, world, patience)
-    if listener is not None:
-        listener.close()
+    with nullcontext() if listener is None else listener:
+        offer = gather(offer)[0]
+        if offer is not None:
+            port, key = offer
+            with suppress(OSError):
+                if listener is None:
+                    peers = [socket.create_connection(("127.0.0.1", port), timeout=patience)]
+                    peers[0].sendall(key + rank.to_bytes(_LENGTH, "little"))
+                else:
+                    peers = _accepted(listener, key, world, patience)
     made = LocalExchange(rank, peers, timeout)
     if all(gather(len(peers) == (world - 1 if rank == 0 else 1))):
         return made
@@ -77,18 +79,30 @@ def _accepted(listener: socket.socket, key: bytes, world: int, patience: float) 
     """The connections of the other processes, in their order. Whoever does not know the key is turned away."""
     found: dict[int, socket.socket] = {}
     end = time.monotonic() + patience
-    while len(found) < world - 1:
-        listener.settimeout(max(0.001, end - time.monotonic()))
-        peer, _ = listener.accept()
-        with suppress(OSError):
-            peer.settimeout(max(0.001, end - time.monotonic()))
-            said = _exactly(peer, len(key) + _LENGTH)
-            number = int.from_bytes(said[len(key) :], "little")
-            if hmac.compare_digest(said[: len(key)], key) and 0 < number < world:
+    try:
+        while len(found) < world - 1:
+            listener.settimeout(max(0.001, end - time.monotonic()))
+            peer, _ = listener.accept()
+            number = _number(peer, key)
+            if 0 < number < world and number not in found:
                 found[number] = peer
-                continue
-        peer.close()
+            else:
+                peer.close()
+    except OSError:  # somebody did not come
+        for peer in found.values():
+            peer.close()
+        raise
     return [found[number] for number in range(1, world)]
+
+
+def _number(peer: socket.socket, key: bytes) -> int:
+    """The number of the process at the other end; 0 for a stranger, who says another thing, or nothing."""
+    with suppress(OSError):
+        peer.settimeout(_INTRODUCTION)
+        said = peer.recv(len(key) + _LENGTH)  # what is sent at once comes at once, on one host
+        if hmac.compare_digest(said[: len(key)], key):
+            return int.from_bytes(said[len(key) :], "little")
+    return 0
 
 
 class LocalExchange:

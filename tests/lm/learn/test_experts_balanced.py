@@ -106,6 +106,13 @@ def test_the_coefficient_is_that_of_the_model_unless_it_is_given() -> None:
     assert Run(build("llama"), router_aux_loss_coef=0.0).policy.log_probs.experts is None
 
 
+def test_a_process_without_samples_can_add_what_the_others_met_in_its_place() -> None:
+    found = Run(experts("mixtral"), router_aux_loss_coef=0.5).policy.log_probs.experts.nothing(torch.device("cpu"))
+    for number, part in enumerate(found):
+        part += number
+    assert [part.tolist() for part in found] == [[0.0] * 4, [1.0] * 4, 2.0]
+
+
 def test_a_model_without_such_a_loss_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UsageError, match=r"router_aux_loss_coef=0.1, but LlamaForCausalLM gives no loss .* leave"):
         Run(build("llama"), router_aux_loss_coef=0.1)

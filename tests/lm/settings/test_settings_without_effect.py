@@ -83,6 +83,13 @@ def test_arguments_of_the_trainer_decide_too() -> None:
     }  # fmt: skip
 
 
+def test_an_estimator_of_the_users_own_may_ask_for_gamma_in_episodes() -> None:
+    own = NOTHING | {"own_advantage": True}
+    assert GRPOConfig(gamma=0.9).without_effect(own | {"episodes": True}) == []
+    (said,) = GRPOConfig(gamma=0.9).without_effect(own)
+    assert "a completion is one turn" in said
+
+
 def test_a_trainer_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = warm()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -107,8 +107,8 @@ class Experts:
 
     def nothing(self, device: torch.device) -> Routed:
         """What they did with no token."""
-        zeros = torch.zeros(self.n, device=device)
-        return Routed(zeros, zeros, torch.zeros((), device=device))
+        # Tensors of their own, as what other processes met is added to each in its place.
+        return Routed(*(torch.zeros(shape, device=device) for shape in ((self.n,), (self.n,), ())))
 
     def loss(self, part: Routed, whole: Routed) -> Tensor:
         """What some tokens add to E sum_e f_e P_e over all of them, which is k where the load is even, and else more.

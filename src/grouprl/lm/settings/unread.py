@@ -35,7 +35,7 @@ RULES: tuple[Unread, ...] = (
         "no group is replaced; set dynamic_sampling=True, or leave it out",
     ),
     Unread(
-        ("scale_rewards", "gigpo_weight", "pass_k", "gamma"), lambda c, about: about["own_advantage"],
+        ("scale_rewards", "gigpo_weight", "pass_k"), lambda c, about: about["own_advantage"],  # it may ask for gamma
         "advantage_function computes the advantages; leave one of the two out",
     ),
     Unread(
