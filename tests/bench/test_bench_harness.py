@@ -249,6 +249,22 @@ def test_what_is_warned_of_is_kept_once_and_shown() -> None:
     assert len(shown) >= 101
 
 
+def test_a_log_that_no_handler_takes_is_still_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("grouprl")
+    monkeypatch.setattr(log, "propagate", False)  # pytest has handlers at the root
+    monkeypatch.setattr(log, "handlers", [])
+    with heard.warnings_heard() as said:
+        log.warning("of the doctor")
+    assert said == ["of the doctor"]
+    assert capsys.readouterr().err == "of the doctor\n"
+    monkeypatch.setattr(log, "handlers", [logging.NullHandler()])
+    with heard.warnings_heard():
+        log.warning("taken by another")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_report_of_nothing_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run is done yet"):
         harness.report([], tmp_path, "none")

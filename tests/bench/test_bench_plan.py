@@ -133,6 +133,10 @@ def test_language_models_are_recipes(tmp_path: Path) -> None:
             "reward_noise of method a=-1 must be a number of 0 or more",
         ),
         (
+            "methods: {a: {reward_noise: 1, settings: {vectorization: async}}}\nenvironments: [CartPole-v1]",
+            "reward_noise of method a would be equal in all environments with vectorization=async",
+        ),
+        (
             "methods: [a]\nenvironments: {CartPole-v1: {reward_size: 0}}",
             "reward_size of CartPole-v1=0 must be a number above 0",
         ),

@@ -71,25 +71,3 @@ def test_a_saved_policy_below_the_floor_acts_as_it_was_and_trains_at_the_floor(t
     seen = []
     agent.learn(200, callback=lambda agent, metrics: seen.append(metrics["policy_std"]))
     assert seen[0] == pytest.approx(np.exp(-1.0))  # of the policy that collected the first batch
-
-
-def test_late_in_a_run_the_noise_comes_down_to_its_end_and_the_floor_with_it() -> None:
-    settings = FALLING | {"n_steps": 16, "learning_rate": 0.02, "log_std_min": -0.5, "log_std_final": -2.0}
-    agent = GRPO(lambda: probes.target(-1.0, 1.0, 0.3), **settings)
-    seen: list[tuple[float, float]] = []
-    agent.learn(3200, callback=lambda agent, metrics: seen.append((metrics["step"], np.log(metrics["policy_std"]))))
-    early = [value for step, value in seen if step <= 0.7 * 3200]
-    midway = [value for step, value in seen if 0.8 * 3200 < step <= 0.85 * 3200]
-    assert min(early) == pytest.approx(-0.5)
-    assert midway
-    assert all(-1.7 < value < -1.0 for value in midway)  # half of the way from -0.2 to -2
-    assert seen[-1][1] == pytest.approx(-2.0)
-
-
-def test_noise_does_not_come_down_to_more_than_it_began_with() -> None:
-    with pytest.raises(UsageError, match=r"log_std_final=-0\.5 is above log_std_init=-1\.0"):
-        GRPO("Pendulum-v1", log_std_init=-1.0, log_std_final=-0.5)
-    agent = GRPO(lambda: probes.target(-1.0, 1.0, 0.3), **FALLING | {"log_std_init": None, "log_std_final": 0.5})
-    first = float(agent.policy.log_std.detach())  # the default, below what was asked for
-    agent.loop.learner.bound_noise(1.0)
-    assert float(agent.policy.log_std.detach()) == first

@@ -17,12 +17,15 @@ _HEARD = (UserWarning, RuntimeWarning)
 class _Keeper(logging.Handler):
     """Keeps each text once."""
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool) -> None:
         super().__init__(logging.WARNING)
         self.said: list[str] = []
+        self._alone = alone
 
     def emit(self, record: logging.LogRecord) -> None:
         self.keep(record.getMessage())
+        if self._alone and logging.lastResort is not None:  # it shows only what no handler takes
+            logging.lastResort.handle(record)
 
     def keep(self, text: str) -> None:
         if text not in self.said and len(self.said) < _MOST:
@@ -32,7 +35,8 @@ class _Keeper(logging.Handler):
 @contextmanager
 def warnings_heard() -> Iterator[list[str]]:
     """A list that fills with what is warned of meanwhile; all of it is shown as well."""
-    keeper, log = _Keeper(), logging.getLogger("grouprl")
+    log = logging.getLogger("grouprl")
+    keeper = _Keeper(alone=not log.hasHandlers())
     with warnings.catch_warnings():
         for category in _HEARD:
             warnings.simplefilter("default", category)  # each once, whatever filters there are

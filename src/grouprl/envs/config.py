@@ -126,11 +126,6 @@ class GRPOConfig(ObjectiveSettings):
     log_std_min: float | None = Field(
         None, description="floor under the log standard deviation of continuous actions; default: none"
     )
-    log_std_final: float | None = Field(
-        None,
-        description="what it comes down to between 70 and 90 percent of a run, below the floor too; default: "
-        "it is left to the gradient",
-    )
     normalize_observations: bool = Field(True, description="running mean and variance, part of the model")
     native: bool = Field(True, description="compiled network, loss and optimizer on CPUs with a C compiler")
 
@@ -203,11 +198,6 @@ class GRPOConfig(ObjectiveSettings):
             raise ValueError(
                 f"log_std_init={self.log_std_init} is below its floor, log_std_min={self.log_std_min}; lower the floor "
                 "or raise log_std_init"
-            )
-        if None not in (self.log_std_init, self.log_std_final) and self.log_std_init < self.log_std_final:  # type: ignore[operator]
-            raise ValueError(
-                f"log_std_final={self.log_std_final} is above log_std_init={self.log_std_init}, and noise only comes "
-                "down to it; lower log_std_final or raise log_std_init"
             )
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")

@@ -48,11 +48,6 @@ class Steps(Protocol):
     def n_steps(self) -> int: ...
 
 
-SETTLING = 0.7, 0.9
-"""Between which parts of a run the noise comes down to ``log_std_final``.
-
-What is left then trains the mean alone: it must not count on noise to lead out of where it would fall or stand.
-"""
 LR_MIN = 1e-4
 LR_STEP = 1.5
 IMAGE_MICRO_BATCH = 512
@@ -209,20 +204,6 @@ class Learner:
             parts = torch.split(torch.arange(behaviour.shape[0]), self.settings.micro_batch)
             params = torch.cat([self.reference({key: value[i] for key, value in prepared.items()}) for i in parts])
             return params if mask is None else self.policy.distribution.apply_mask(params, mask)
-
-    @torch.no_grad()
-    def bound_noise(self, progress: float) -> None:
-        """Keep the noise that the next batch is collected with above its floor and, late, below its way to the end."""
-        final, least = self.config.log_std_final, self.config.log_std_min
-        if final is not None and self.policy.gaussian:
-            first, (begin, end) = self.policy.first_log_std, SETTLING
-            share = min(max((progress - begin) / (end - begin), 0.0), 1.0)
-            highest = first + share * min(final - first, 0.0)
-            if least is not None:
-                self.optimizer.floors = ((self.policy.log_std, min(least, highest)),)
-            if share > 0.0:
-                self.policy.log_std.clamp_(max=highest)
-        self.optimizer.raise_to_floors()
 
     def rate(self, progress: float) -> float:
         """The learning rate of an update at ``progress``."""

@@ -157,7 +157,7 @@ class Loop:
         """
         began = perf_counter()
         self.learner.parameters.check()
-        self.learner.bound_noise(progress)
+        self.learner.optimizer.raise_to_floors()
         config, collector = self.config, self.collector
         assert collector is not None
         if self.n_steps == 0:

@@ -114,7 +114,6 @@ class Policy(nn.Module):
             # The same length of the noise vector whatever the number of dimensions.
             start = -0.5 - 0.5 * math.log(n_out) if config.log_std_init is None else config.log_std_init
             start = start if config.log_std_min is None else max(start, config.log_std_min)
-            self.first_log_std = start
             self.log_std = nn.Parameter(torch.full((n_out,), start, dtype=dtype))
         self.normalize = config.normalize_observations and bool(observations.normalise.any())
         self._rescale = config.normalize_observations and bool((self.normalize | (observations.scale != 1)).any())

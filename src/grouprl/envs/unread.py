@@ -34,7 +34,7 @@ RULES: tuple[Unread, ...] = (
         "only advantage='outcome' and 'gigpo' read it, the others scale in their own way",
     ),
     Unread(
-        ("log_std_init", "log_std_min", "log_std_final"), lambda c, about: not about["continuous"],
+        ("log_std_init", "log_std_min"), lambda c, about: not about["continuous"],
         "only continuous actions, of a Box, have a standard deviation",
     ),
     *OF_LOSS,
