@@ -516,6 +516,7 @@ def test_weights_must_fit_the_functions() -> None:
     with pytest.raises(UsageError, match=r"reward_weights=\[0.0, 0\]: with every weight 0 .* nothing is learned"):
         RewardCaller([right, right], [0.0, 0])
     assert RewardCaller([right, right], [0.0, 1]).weights.tolist() == [0.0, 1.0]  # one may only be watched
+    assert RewardCaller(right, [0.0], alone=False).weights.tolist() == [0.0]  # where environments give rewards, all may
 
 
 def test_the_total_is_the_weighted_sum_of_what_applies() -> None:

@@ -55,6 +55,11 @@ def test_a_launcher_that_asks_for_processes_alone_changes_no_setting(monkeypatch
             {"fsdp": False, "fsdp_config": {"fsdp_state_dict_type": "FULL_STATE_DICT"}},
             Sharding(wrap=False, lean_start=True),
         ),
+        (
+            "--fsdp_reshard_after_forward true",
+            {"fsdp": "shard_grad_op auto_wrap"},
+            Sharding(reshard=False, whole=False, lean_start=True),
+        ),
     ],
 )
 def test_use_fsdp_shards_as_the_launcher_says_unless_the_script_says_how(
@@ -62,7 +67,7 @@ def test_use_fsdp_shards_as_the_launcher_says_unless_the_script_says_how(
 ) -> None:
     launched(monkeypatch, f"--use_fsdp --fsdp_version 2 {options}")
     config = GRPOConfig(**settings)
-    assert config.fsdp is True
+    assert config.fsdp
     assert config.sharding == config.in_use().sharding == sharding
 
 

@@ -103,7 +103,7 @@ class RewardCaller:
         self.weights = torch.tensor([1.0] * len(given) if weights is None else list(weights), dtype=torch.float64)
         if not bool(torch.isfinite(self.weights).all()):
             raise UsageError(f"reward_weights must be finite numbers, got {list(weights or ())}")
-        if given and not bool(self.weights.any()):
+        if alone and not bool(self.weights.any()):  # else functions may be there to be watched
             raise UsageError(
                 f"reward_weights={list(weights or ())}: with every weight 0 all rewards are equal and nothing is "
                 "learned; give at least one function a weight other than 0, or leave reward_weights out"

@@ -35,9 +35,9 @@ class Sharding:
 
 
 _OFF = (None, False, "", "no")
-_OLD: dict[str, tuple[str, Any] | None] = {
+_OLD: dict[str, tuple[str, Any]] = {
     "full_shard": ("reshard_after_forward", True), "shard_grad_op": ("reshard_after_forward", False),
-    "offload": ("cpu_offload", True), "auto_wrap": None,
+    "offload": ("cpu_offload", True), "auto_wrap": ("auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
 }  # fmt: skip
 """Words of the former ``fsdp``, and the entries of fsdp_config that took their place."""
 
@@ -68,6 +68,11 @@ def _is_old(word: Any) -> bool:
     return isinstance(text, str) and text in _OLD
 
 
+def of_words(switched: bool | str) -> dict[str, Any]:
+    """The entries of ``fsdp_config`` that the words in ``fsdp`` stand for, as :func:`switch` gave them."""
+    return dict(_OLD[word] for word in switched.split()) if isinstance(switched, str) else {}
+
+
 def mapping(value: Any) -> dict[str, Any] | None:
     """``fsdp_config`` as a mapping without the prefix that accelerate gives its entries.
 
@@ -90,10 +95,7 @@ def read_sharding(switched: bool | str, config: Mapping[str, Any] | None) -> Sha
 
     Raises ValueError, with what to do, for what cannot be served.
     """
-    values = dict(config or {})
-    for entry in (_OLD[word] for word in switched.split()) if isinstance(switched, str) else ():
-        if entry is not None:
-            values.setdefault(*entry)
+    values = {**of_words(switched), **(config or {})}
     reshard = values.pop("reshard_after_forward", True)
     kind = values.pop("state_dict_type", "FULL_STATE_DICT")
     policy = values.pop("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")

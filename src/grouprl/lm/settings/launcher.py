@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grouprl.lm.settings.fields import Fields
+from grouprl.lm.settings.fsdp import of_words
 from grouprl.machine.accelerate_launch import (
     asks_for_cpu,
     fsdp_config,
@@ -25,7 +26,7 @@ def of_launcher(c: Fields, environ: Mapping[str, str] = os.environ) -> dict[str,
         found["bf16"] = True
     if fsdp_version(environ) == "2":
         found["fsdp"] = c.fsdp or True
-        found["fsdp_config"] = {**fsdp_config(environ), **(c.fsdp_config or {})}
+        found["fsdp_config"] = {**fsdp_config(environ), **of_words(c.fsdp), **(c.fsdp_config or {})}
     return found
 
 
