@@ -156,6 +156,9 @@ def test_numbers_without_a_dot_in_scientific_notation_are_numbers(tmp_path: Path
         (["train", "CartPole-v1", "--clip-range=.2"], "settings are given by --set: it is epsilon here"),
         (["train", "--env", "CartPole-v1"], "comes first: grouprl train CartPole-v1"),
         (["train", "--env-id", "CartPole-v1"], "no option --env-id; the environment comes first"),
+        (["sweep", "--env-id", "CartPole-v1"], "the environment comes first: grouprl sweep ENV"),
+        (["sweep", "tiny", "--num-generations", "3"], "a setting is given as --set num_generations=VALUE"),
+        (["sweep", "CartPole-v1", "--n-envs", "3"], "a setting is given as --set n_envs=VALUE"),
         (["train-lm", "tiny", "--max-steps", "3"], "a setting is given as --set max_steps="),
         (["sweep", "CartPole-v1", "--set", "gamma=0.9,1", "--seeds", "5"], "write 0-4 for 5 seeds"),
         (["evaluate", "nothing-here"], "nothing-here"),
@@ -193,6 +196,13 @@ def test_a_folder_of_runs_and_a_wrong_name_are_told_a_run_that_exists(
     for wrong in ("runs",) if command == "chat" else ("runs", "runs/neww", "elsewhere"):
         assert call(command, wrong) == 2
         assert f"runs holds 2; the newest is {Path('runs') / 'new'}." in capsys.readouterr().err
+
+
+def test_an_answer_to_a_wrong_option_names_no_other_that_the_command_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("sweep", "CartPole-v1", "--wandb") == 2
+    assert "--track" not in capsys.readouterr().err
+    assert call("train", "CartPole-v1", "--wandb") == 2
+    assert "--track says where metrics go" in capsys.readouterr().err
 
 
 def test_no_command_is_cut_short_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -14,7 +15,9 @@ from grouprl.errors import UsageError
 NoSuchOption: type[Exception] = sys.modules[typer.BadParameter.__module__].NoSuchOption
 
 _OTHER_OPTIONS = {
-    **dict.fromkeys(("env_id", "gym_id", "env_name", "environment"), "the environment comes first: grouprl train ENV"),
+    **dict.fromkeys(
+        ("env_id", "gym_id", "env_name", "environment"), "the environment comes first: grouprl {command} ENV"
+    ),
     **dict.fromkeys(("total_timesteps", "total_steps", "timesteps", "num_steps"), "--steps says how long"),
     **dict.fromkeys(("output", "output_dir", "log_dir", "logdir", "save_path", "folder"), "--out names the run folder"),
     **dict.fromkeys(("wandb", "use_wandb", "report_to", "tensorboard"), "--track says where metrics go"),
@@ -32,26 +35,36 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except NoSuchOption as error:
             options = [option for parameter in error.ctx.command.params for option in parameter.opts]  # type: ignore[attr-defined]
-            if "--set" in options and (said := _said_of(error.option_name, error.ctx.info_name)):  # type: ignore[attr-defined]
+            if "--set" in options and (said := _said_of(error.option_name, error.ctx.info_name, options)):  # type: ignore[attr-defined]
                 raise UsageError(said) from None
             raise
 
 
-def _said_of(option: str, command: str) -> str | None:
-    """What to say of an option that a command with settings does not have; None if it is like nothing known."""
+def _said_of(option: str, command: str, options: Sequence[str]) -> str | None:
+    """What to say of an option that a command with settings does not have; None if it is like nothing known.
+
+    Args:
+        options: those that the command has, of which alone the answer may speak.
+    """
     from grouprl.cli.listing import of_environments, of_language_models
     from grouprl.envs.stable_baselines import EVERYWHERE
     from grouprl.lm.settings.other_libraries import ELSEWHERE
     from grouprl.objective_settings import ALIASES
 
     name = option.lstrip("-").replace("-", "_")
-    if name in _OTHER_OPTIONS:
-        return f"there is no option {option}; {_OTHER_OPTIONS[name]}"
-    language = command == "train-lm"
-    listed = of_language_models() if language else of_environments()
+    other = _OTHER_OPTIONS.get(name)
+    if other is not None and (not other.startswith("--") or other.split()[0] in options):
+        takes_environments = "train" if command == "train-lm" else command
+        return f"there is no option {option}; {other.format(command=takes_environments)}"
+    # A sweep is of either arena.
+    listed = [
+        *(of_environments() if command != "train-lm" else ()),
+        *(of_language_models() if command != "train" else ()),
+    ]
+    elsewhere = {**(ELSEWHERE if command != "train" else {}), **(EVERYWHERE if command != "train-lm" else {})}
     known = {setting for _, rows in listed for setting, *_ in rows}
     setting = ALIASES.get(name, name)
     if setting in known:
         return f"there is no option {option}; a setting is given as --set {setting}=VALUE"
-    advice = (ELSEWHERE if language else EVERYWHERE).get(name)
+    advice = elsewhere.get(name)
     return advice and f"there is no option {option}; settings are given by --set: {advice}"
