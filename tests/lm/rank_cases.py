@@ -67,6 +67,7 @@ SAME: dict[str, dict[str, Any]] = {
     "plain": {"attention": "plain", "prompts_per_step": 2},
     "evaluation": {"eval_dataset": EVAL_ROWS, "eval_strategy": "steps", "eval_steps": 2, "log_completions": False},
     "experts": {"mixture": True, "router_aux_loss_coef": 0.5, "tokens_per_micro_batch": 24},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_target": 100.0, "entropy_coef": 0.1},
     "stop of one": {"callbacks": [StopOfLast]},
 }
 """Settings of trainings that give the same on one process and on two."""
