@@ -40,6 +40,11 @@ CASES: list[tuple[Rule, Table, Table]] = [
         table(9.0, skipped_batches=STEPS, return_mean=9),
         table(9.0, skipped_batches=STEPS - 1, return_mean=9),
     ),
+    (  # an agent that was trained before goes on counting: it is solved, and had signals
+        environments.no_signal,
+        table(9.0, skipped_batches=STEPS, return_mean=9),
+        table(9.0, skipped_batches=STEPS + 500, return_mean=9),
+    ),
     (
         environments.no_signal,
         table(9.0, skipped_batches=0, degenerate_groups=1, return_mean=9),

@@ -45,7 +45,9 @@ def no_signal(table: Table) -> Diagnosis | None:
     """
     skipped = table.values("skipped_batches")
     equal_groups = table.values("degenerate_groups")
-    never = bool(len(skipped)) and (skipped[-1] >= len(skipped) or (len(equal_groups) > 0 and equal_groups.min() == 1))
+    # The count of an agent that was trained before goes on, and says nothing of this run alone.
+    all_skipped = bool(len(skipped)) and skipped[0] == 1 and skipped[-1] == len(skipped)
+    never = all_skipped or (len(equal_groups) > 0 and equal_groups.min() == 1)
     if len(skipped) < ENOUGH_ROWS or (solved(table) and not never):
         return None
     third = len(skipped) // 3
