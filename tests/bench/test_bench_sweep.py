@@ -147,8 +147,17 @@ def test_settings_that_differ_never_have_one_label() -> None:
     space = Space(choices={"x": AWKWARD, "y": [1, 2]})
     found = {space.label({"x": x, "y": y}) for x in AWKWARD for y in (1, 2)}
     assert len(found) == 2 * len(AWKWARD)
-    assert space.label({"x": 0.00001234, "y": 1}) == "x=1.234e-5, y=1"
-    assert space.label({"x": 1e-5, "y": 1}) == "x=1e-5, y=1"
+    assert space.label({"x": 0.00001234, "y": 1}) == "x=1.234e-05, y=1"
+    assert space.label({"x": 1e-5, "y": 1}) == "x=1e-05, y=1"
+
+
+def test_a_sweep_of_values_has_the_name_and_the_runs_that_it_had_before_there_was_noise() -> None:
+    space = Space.read({"learning_rate": [1e-3, 1e-5]})
+    one = Sweep(Cell("", "CartPole-v1", ENVIRONMENTS, 100, 0, env_id="CartPole-v1"), space, [0, 1], "grid", 2)
+    assert one.name == "10b983cc03a91223"
+    assert one.cells({"learning_rate": 1e-5})[0].id == "eed57dcfec029fbf"
+    noisy = replace(one, cell=replace(one.cell, reward_noise=1.0))
+    assert noisy.name != one.name
 
 
 def test_a_label_says_all_digits_of_what_was_tried() -> None:

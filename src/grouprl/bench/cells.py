@@ -62,10 +62,15 @@ class Cell:
     @property
     def id(self) -> str:
         """A hash of all that decides its outcome, wherever its file lies."""
-        decides = asdict(replace(self, folder=""))
-        if not self.reward_noise:  # rows of before there was any stay those of the same runs
-            del decides["reward_noise"]
+        decides = replace(self, folder="").as_hashed()
         return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def as_hashed(self) -> dict[str, Any]:
+        """Its fields, so that what was hashed before there was any noise stays the same without noise."""
+        fields = asdict(self)
+        if not self.reward_noise:
+            del fields["reward_noise"]
+        return fields
 
     def given(self) -> dict[str, Any]:
         """What a worker is told, as plain values."""

@@ -124,7 +124,7 @@ def _texts(values: Sequence[Any]) -> list[str]:
 def _said(value: Any) -> str:
     """The shortest text that YAML reads as exactly this value, and that ends where a label goes on."""
     if isinstance(value, float):
-        return re.sub(r"e-0+", "e-", repr(value))  # 1e-5, not 1e-05
+        return repr(value)
     if isinstance(value, str) and not re.search(r"[,=]", value):
         with suppress(UsageError):
             if with_numbers(parse_yaml(value, "a value")) == value:
