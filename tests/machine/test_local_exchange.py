@@ -89,6 +89,13 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_asked() -> None:
             ranks.gather(None)
 
 
+@pytest.mark.parametrize("timeout", [4_294_968.0, 1e12])
+def test_no_wait_is_too_long_to_be_asked_for(timeout: float) -> None:
+    with connected(2, timeout) as (meeting, lines):
+        assert meeting.of_all(lambda rank: lines[rank].gather(b"x")) == [[b"x", b"x"]] * 2
+        assert all(peer.gettimeout() * 1000 < 2**31 for line in lines for peer in line._peers)
+
+
 def test_processes_on_several_hosts_have_no_such_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {rank: f"host {rank}" for rank in (0, 1)}
     monkeypatch.setattr(local_exchange, "this_host", lambda: (threading.current_thread().name,))

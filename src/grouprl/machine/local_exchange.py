@@ -26,6 +26,9 @@ _LENGTH = 8
 _INTRODUCTION = 5.0
 """Seconds in which whoever connects must say who it is; the others wait meanwhile."""
 
+_LONGEST = 2_000_000.0
+"""Seconds that a wait may take, 23 days: the system counts milliseconds, of at most 2^31."""
+
 Gather = Callable[[Any], list[Any]]
 """Gives the values of all processes, in their order, for that of this one."""
 
@@ -117,7 +120,7 @@ class LocalExchange:
     def __init__(self, rank: int, peers: list[socket.socket], timeout: float) -> None:
         self._first, self._peers = rank == 0, peers
         for peer in peers:
-            peer.settimeout(timeout)
+            peer.settimeout(min(timeout, _LONGEST))
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def gather(self, message: bytes) -> list[bytes]:
