@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def holds_runs(path: Path) -> list[Path]:
-    """The run folders in a folder that is none itself, the newest first."""
-    if (path / "config.yaml").is_file():
+    """The run folders in a folder that is no run and no model itself, the newest first."""
+    if any((path / name).is_file() for name in ("config.yaml", "config.json", "adapter_config.json")):
         return []
     with suppress(OSError):
         return sorted((c.parent for c in path.glob("*/config.yaml")), key=lambda run: run.stat().st_mtime, reverse=True)
