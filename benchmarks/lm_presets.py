@@ -57,6 +57,12 @@ def newest() -> dict[str, list[Run]]:
     return {preset: [runs[seed] for seed in sorted(runs)] for preset, runs in sorted(found.items())}
 
 
+def held_out(preset: str) -> str:
+    """What a preset is evaluated on."""
+    recipe = yaml.safe_load((PRESETS / f"{preset}.yaml").read_text(encoding="utf-8"))
+    return f"{recipe.get('n_eval', 256)} {'starts' if 'environment' in recipe else 'questions'}"
+
+
 def spread(runs: Sequence[Run], name: str, digits: int) -> str:
     """Median and range of a number of the summaries."""
     values = [run["summary"][name] for run in runs]
@@ -70,18 +76,18 @@ def table(found: dict[str, list[Run]]) -> str:
     machines = "; ".join(sorted({f"{run['machine']['cpu']}, {run['machine']['cores']} cores" for run in runs}))
     lines = [
         "# Presets of the language arena", "",
-        f"Made by `python benchmarks/lm_presets.py --table` from `{LOG.name}`. Greedy accuracy on 256 held-out "
-        "questions; median (range) over seeds. Training seconds leave out loading, evaluation and files, the whole "
-        "command has them.",
+        f"Made by `python benchmarks/lm_presets.py --table` from `{LOG.name}`. Greedy accuracy on held-out "
+        "questions, or the share of an environment's held-out starts that end solved; median (range) over seeds. "
+        "Training seconds leave out loading, evaluation and files, the whole command has them.",
         f"  \n{machines}; {versions}; commit {', '.join(sorted({run['commit'] for run in runs}))}.", "",
-        "| preset | seeds | accuracy before | after | training s | whole command s | peak memory (GB) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| preset | seeds | held out | accuracy before | after | training s | whole command s | peak memory (GB) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for preset, of_preset in found.items():
         seeds = ", ".join(str(run["seed"]) for run in of_preset)
         whole = statistics.median(run["command"]["wall_seconds"] for run in of_preset)
         numbers = [spread(of_preset, name, 3) for name in ("accuracy_before", "accuracy_after")]
-        cells = [preset, seeds, *numbers, spread(of_preset, "train_seconds", 0), f"{whole:.0f}"]
+        cells = [preset, seeds, held_out(preset), *numbers, spread(of_preset, "train_seconds", 0), f"{whole:.0f}"]
         lines.append("| " + " | ".join([*cells, spread(of_preset, "peak_memory_gb", 2)]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -93,7 +99,7 @@ def expect(preset: str, runs: Sequence[Run]) -> None:
         **{name: round(value, 3) for name, value in middle.items()},
         "seeds": [run["seed"] for run in runs],
         "train_seconds": round(statistics.median(run["summary"]["train_seconds"] for run in runs)),
-        "measured": "greedy, 256 held-out questions, two cores, medians over seeds; python benchmarks/lm_presets.py",
+        "measured": f"greedy, {held_out(preset)} held out, two cores, medians; python benchmarks/lm_presets.py",
     }
     path = PRESETS / f"{preset}.yaml"
     head = path.read_text(encoding="utf-8").split("expect:\n")[0]
