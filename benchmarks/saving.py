@@ -1,15 +1,17 @@
-"""What checksums cost when a checkpoint is saved: the processor's time for them, beside that of the whole.
+"""What checksums cost when a checkpoint is saved.
 
 The model has SmolLM2's shape (135 million weights, float32) and random values; beside it stand the moments of AdamW.
-Saving ends on the disk: every file is flushed before its folder takes its place. How
-long that takes depends on the disk and on what else it does, so the processor's time is measured beside the clock's.
+Saving ends on the disk: every file is flushed before its folder takes its place. How long that takes depends on the
+disk and on what else it does. So every part is saved with checksums and without them in turn, and the table has the
+medians of both and of the pairs' differences, and beside them the processor's seconds.
 
-    python benchmarks/saving.py --rounds 5 --out benchmarks/results/saving.md
+    python benchmarks/saving.py --rounds 20 --out benchmarks/results/saving.md
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+import measuring
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -27,11 +31,33 @@ _STATE = "moments, written and checked in one pass"
 
 
 class Saved(NamedTuple):
-    """Seconds that saving took: by the clock, of the processor, and of the processor for checksums."""
+    """Seconds: by the clock and of the processor; by the clock without checksums; of the processor for checksums."""
 
     wall: float
     cpu: float
+    without: float
     checksums: float
+
+
+class _Nothing:
+    """Takes the place of a checksum."""
+
+    def update(self, data: Any) -> None:
+        """Do nothing with data."""
+
+    def hexdigest(self) -> str:
+        """As long as a checksum."""
+        return "0" * 16
+
+
+@contextmanager
+def no_checksums() -> Iterator[None]:
+    """Save without them."""
+    with (
+        mock.patch("grouprl.runs.tensor_file.xxh3_64", _Nothing),
+        mock.patch("grouprl.runs.manifest.file_checksum", return_value="0" * 16),
+    ):
+        yield
 
 
 @contextmanager
@@ -68,13 +94,21 @@ def timed_checksums(spent: list[float]) -> Iterator[None]:
         yield
 
 
-def saved(work: Callable[[], object]) -> Saved:
-    """What saving took."""
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """By the clock, and of the processor."""
+    wall, cpu = time.perf_counter(), time.thread_time()
+    work()
+    return time.perf_counter() - wall, time.thread_time() - cpu
+
+
+def saved(work: Callable[[], object], *, checksums_first: bool) -> Saved:
+    """What saving took, with checksums and without them."""
+    took: dict[bool, tuple[float, float]] = {}
     spent: list[float] = []
-    with timed_checksums(spent):
-        wall, cpu = time.perf_counter(), time.thread_time()
-        work()
-        return Saved(time.perf_counter() - wall, time.thread_time() - cpu, sum(spent))
+    for with_them in (checksums_first, not checksums_first):
+        with timed_checksums(spent) if with_them else no_checksums():
+            took[with_them] = seconds(work)
+    return Saved(*took[True], took[False][0], sum(spent))
 
 
 def measure(rounds: int, folder: Path) -> dict[str, list[Saved]]:
@@ -97,34 +131,41 @@ def measure(rounds: int, folder: Path) -> dict[str, list[Saved]]:
         _STATE: lambda: save_state(folder / "state.safetensors", moments, {"step": 1}),
     }
     found: dict[str, list[Saved]] = {name: [] for name in parts}
-    for _ in range(rounds):
+    for work in parts.values():
+        saved(work, checksums_first=True)  # the first files of a folder take longer
+    for number in range(rounds):
         for name, work in parts.items():
-            found[name].append(saved(work))
+            found[name].append(saved(work, checksums_first=number % 2 == 0))
+    found["both: a checkpoint"] = [
+        Saved(*map(sum, zip(*pair, strict=True))) for pair in zip(*found.values(), strict=True)
+    ]
     return found
 
 
 def table(found: dict[str, list[Saved]], rounds: int) -> str:
-    """Markdown: the least of all rounds, as other work on the machine only ever adds."""
-    least = {name: Saved(*(min(column) for column in zip(*of, strict=True))) for name, of in found.items()}
-    least["both: a checkpoint"] = Saved(*(sum(column) for column in zip(*least.values(), strict=True)))
+    """Markdown."""
+    machine = measuring.machine()
     lines = [
-        f"Seconds, the least of {rounds} rounds. 135 million weights in float32 are 0.54 GB, their moments 1.08 GB.",
-        "",
-        "| part | by the clock | of the processor | of it for checksums | share of the clock | of the processor |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {name} | {s.wall:.2f} | {s.cpu:.2f} | {s.checksums:.2f} | {s.checksums / s.wall:.0%} | "
-        f"{s.checksums / s.cpu:.0%} |"
-        for name, s in least.items()
-    ]
-    return "\n".join(lines) + "\n"
+        "# What checksums cost when a checkpoint is saved", "",
+        f"`python benchmarks/saving.py --rounds {rounds}`. Medians of {rounds} pairs, in seconds. 135 million "
+        "weights in float32 are 0.54 GB, their moments 1.08 GB. *Difference*: of a pair, with its quartiles.", "",
+        "| part | with checksums | without | difference | share | processor | of it checksums |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name, of in found.items():
+        wall, cpu, without, checksums = (statistics.median(column) for column in zip(*of, strict=True))
+        low, middle, high = statistics.quantiles([s.wall - s.without for s in of], n=4)
+        lines.append(
+            f"| {name} | {wall:.3f} | {without:.3f} | {middle:+.3f} ({low:+.3f} to {high:+.3f}) | "
+            f"{middle / without:.1%} | {cpu:.2f} | {checksums:.3f} |"
+        )
+    return "\n".join([*lines, "", f"{machine['cpu']}, {machine['cores']} cores."]) + "\n"
 
 
 def main() -> None:
     """Measure, print, and write the table if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:

@@ -38,11 +38,11 @@ def atomic_folder(path: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         for file in [*temporary.rglob("*"), temporary]:
             if file.is_file():
                 file.chmod(mode)
-            _flush(file)
+            flush(file)
         if target.exists():
             os.replace(target, old)  # a folder cannot be replaced in one step unless it is empty
         os.replace(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         raise explain_os_error(error, path) from error
     except GrouprlError:
@@ -59,7 +59,8 @@ def atomic_folder(path: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until what was written to a file or folder is on the disk, where the system can do that."""
     with suppress(OSError):  # Windows cannot open folders, and some network disks cannot flush
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from grouprl.errors import DamagedFileError
+from grouprl.runs.atomic_folder import flush
 from grouprl.runs.files import check_file, file_checksum, read_bytes, write_json
 
 MANIFEST = "grouprl_checksums.json"
@@ -22,14 +24,19 @@ _MOST_BYTES = 1 << 28
 def write_manifest(folder: Path) -> None:
     """Write size and checksum of each file in `folder`, but for a state file.
 
+    The files go to the disk meanwhile, so that checksums take no time of their own.
+
     Raises as `grouprl.runs.files.atomic_path`.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "xxh3_64": file_checksum(folder / name)}
-        for name in names
-        if name not in (STATE_FILE, MANIFEST)
-    }
+    with ThreadPoolExecutor(1, "grouprl-flush") as disk:
+        for name in names:
+            disk.submit(flush, folder / name)
+        files = {
+            name: {"bytes": (folder / name).stat().st_size, "xxh3_64": file_checksum(folder / name)}
+            for name in names
+            if name not in (STATE_FILE, MANIFEST)
+        }
     write_json(folder / MANIFEST, files)
 
 
