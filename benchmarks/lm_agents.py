@@ -212,7 +212,7 @@ def run_grouprl(work: lm_work.Work, steps: int) -> Books:
     books, draw = Books(turns), episodes._Game._draw
 
     def forced(game: Any, rows: Any, logits: Any) -> None:
-        draw(game, rows, turns.force(logits, [(len(row.turns), len(row.ids) - row.start) for row in rows]))
+        draw(game, rows, turns.force(logits, [(len(row.own.turns), len(row.own.ids) - row.own.start) for row in rows]))
 
     episodes._Game._draw = forced
     with tempfile.TemporaryDirectory() as scratch:
