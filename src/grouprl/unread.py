@@ -38,6 +38,12 @@ OF_LOSS = (
 )  # fmt: skip
 """What both arenas know of the settings of losses, if they know ``own_surrogate``, whether one was given."""
 
+OF_SCALE = Unread(
+    ("scale_rewards",), lambda c, _: c.advantage not in ("outcome", "gigpo"),
+    "only advantage='outcome' and 'gigpo' read it, the others scale in their own way",
+)  # fmt: skip
+"""What both arenas know of the scale of rewards."""
+
 
 def without_effect(
     rules: Iterable[Unread], config: BaseModel, given: Iterable[str] | None, about: Mapping[str, bool]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grouprl.envs.config import GRPOConfig
-from grouprl.unread import OF_LOSS, Unread
+from grouprl.unread import OF_LOSS, OF_SCALE, Unread
 
 _FIELDS = tuple(GRPOConfig.model_fields)
 
@@ -29,10 +29,7 @@ RULES: tuple[Unread, ...] = (
         ("scale_rewards", "gigpo_weight"), lambda c, about: about["own_advantage"],
         "advantage_function computes the advantages; leave one of the two out",
     ),
-    Unread(
-        ("scale_rewards",), lambda c, _: c.advantage not in ("outcome", "gigpo"),
-        "only advantage='outcome' and 'gigpo' read it, the others scale in their own way",
-    ),
+    OF_SCALE,
     Unread(
         ("log_std_init", "log_std_min"), lambda c, about: not about["continuous"],
         "only continuous actions, of a Box, have a standard deviation",

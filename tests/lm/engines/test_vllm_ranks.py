@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,16 @@ from several import of_two
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[StandIn]:
-    made = StandIn()
-    try:
+    with closing(StandIn()) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")
 def of_agents() -> Iterator[StandIn]:
-    made = StandIn(small_agents.model())
-    with torch.no_grad():
-        made.model.get_input_embeddings().weight.mul_(0.5)
-    try:
+    with closing(StandIn(small_agents.model())) as made:
+        with torch.no_grad():
+            made.model.get_input_embeddings().weight.mul_(0.5)
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from http.client import IncompleteRead
 from pathlib import Path
@@ -21,11 +22,8 @@ from grouprl.lm.sample.streams import Stream
 
 @pytest.fixture
 def server() -> Iterator[StandIn]:
-    made = StandIn()
-    try:
+    with closing(StandIn()) as made:
         yield made
-    finally:
-        made.close()
 
 
 def length(completions: list[str], **others: Any) -> list[float]:

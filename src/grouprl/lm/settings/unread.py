@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
-from grouprl.unread import OF_LOSS, Unread
+from grouprl.unread import OF_LOSS, OF_SCALE, Unread
 
 _FIELDS = tuple(Fields.model_fields)
 _VLLM = tuple(name for name in _FIELDS if name.startswith("vllm_"))
@@ -38,10 +38,7 @@ RULES: tuple[Unread, ...] = (
         ("scale_rewards", "gigpo_weight", "pass_k"), lambda c, about: about["own_advantage"],  # it may ask for gamma
         "advantage_function computes the advantages; leave one of the two out",
     ),
-    Unread(
-        ("scale_rewards",), lambda c, _: c.advantage not in ("outcome", "gigpo"),
-        "only advantage='outcome' and 'gigpo' read it, the others scale in their own way",
-    ),
+    OF_SCALE,
     Unread(
         ("max_turns", "max_tool_calling_iterations", "history", "tool_timeout", "max_tool_output", "gamma"),
         lambda c, about: not about["episodes"],
