@@ -11,20 +11,18 @@ python benchmarks/claims.py --table       # only the tables
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from grouprl.bench import plan
-from grouprl.bench.rows import Row, read_rows
+import reporting
+from grouprl.bench.rows import Row
 from grouprl.bench.statistics import iqm
 from grouprl.bench.tables import markdown, number
+from reporting import HERE, Benchmark, Groups, measure
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "claims"
+RESULTS = reporting.RESULTS / "claims"
 PARTS = ("cost", "stability", "noise")
 
 LEARNED = 0.5
@@ -35,28 +33,10 @@ STAYS = 3
 BYTES = 16
 """Of a parameter in training: itself, its gradient, and two moments of Adam, in single precision."""
 
-Groups = dict[tuple[str, str], list[Row]]
-"""Runs that are done, by subject and method, in the order of the plan."""
 
-
-def runs(part: str, folder: Path = RESULTS) -> Groups:
-    """The runs of a part that are done, of those that its file asks for now."""
-    found = {row["id"]: row for row in read_rows(folder / part / "rows.jsonl") if row["status"] == "done"}
-    groups: Groups = {}
-    for cell in plan.read(HERE / "claims" / f"{part}.yaml").cells:
-        if cell.id in found:
-            groups.setdefault((cell.subject, cell.method), []).append(found[cell.id])
-    subjects = list(dict.fromkeys(subject for subject, _ in groups))
-    return dict(sorted(groups.items(), key=lambda group: subjects.index(group[0][0])))
-
-
-def measure(part: str, again: bool, jobs: int | None) -> int:
-    """Do the runs of a part that have no row yet; all of them with ``again``. Returns the exit status."""
-    if again:
-        (RESULTS / part / "rows.jsonl").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "grouprl", "bench", f"benchmarks/claims/{part}.yaml"]
-    command += ["--out", str(RESULTS / part), *([] if jobs is None else ["--jobs", str(jobs)])]
-    return subprocess.run(command, cwd=HERE.parent, check=False).returncode
+def read(part: str, folder: Path = RESULTS) -> Benchmark:
+    """A part's file, with the rows that it has."""
+    return Benchmark.read(HERE / "claims" / f"{part}.yaml", folder / part)
 
 
 # --- no critic -------------------------------------------------------------------------------------------------------
@@ -171,13 +151,13 @@ chapter's estimator, with the robust default's other settings. *sb3-ppo*: Stable
 
 def report(folder: Path = RESULTS) -> str:
     """results/claims.md: a section for each part that has runs."""
-    cost, stability, noise = (runs(part, folder) for part in PARTS)
+    parts = {part: read(part, folder) for part in PARTS}
+    cost, stability, noise = (parts[part].groups for part in PARTS)
     text = INTRO
     if cost:
         text += COST + cost_table(cost) + made(cost)
     if stability:
-        scales = plan.read(HERE / "claims" / "stability.yaml").scales
-        text += STABILITY + stability_table(stability, scales) + made(stability)
+        text += STABILITY + stability_table(stability, parts["stability"].plan.scales) + made(stability)
     if noise:
         text += NOISE + noise_table(noise) + made(noise)
     return text
@@ -202,7 +182,11 @@ def main() -> int:
     for part in PARTS if not arguments.table else ():
         if arguments.only in (None, part):
             jobs = arguments.jobs or (1 if part == "cost" else None)
-            status = max(status, measure(part, arguments.again, jobs))
+            out = RESULTS / part
+            if arguments.again:
+                (out / "rows.jsonl").unlink(missing_ok=True)
+            options = [] if jobs is None else [f"--jobs={jobs}"]
+            status = max(status, measure(HERE / "claims" / f"{part}.yaml", out, *options))
     (HERE / "results" / "claims.md").write_text(report(), encoding="utf-8")
     return status
 

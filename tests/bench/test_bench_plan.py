@@ -60,6 +60,20 @@ def test_only_some_of_them(tmp_path: Path) -> None:
         planned.only(["peer/Acrobot"])
 
 
+def test_a_part_of_a_name_is_a_whole_one_unless_a_star_follows(tmp_path: Path) -> None:
+    text = "methods: [ppo, ppo-2]\nenvironments: [LunarLander-v3, LunarLander-v3-continuous]\nseeds: 0,10"
+    planned = plan.read(write(tmp_path, text))
+
+    def chosen(pattern: str) -> list[str]:
+        return [cell.name for cell in planned.only([pattern]).cells]
+
+    assert chosen("ppo/LunarLander-v3") == ["ppo/LunarLander-v3/0", "ppo/LunarLander-v3/10"]
+    assert len(chosen("ppo/LunarLander-v3*")) == 4
+    assert chosen("ppo-2/LunarLander-v3/0") == ["ppo-2/LunarLander-v3/0"]
+    with pytest.raises(UsageError, match="no run is called 'pp'"):
+        planned.only(["pp"])
+
+
 def test_whatever_decides_a_result_makes_another_run_of_it(tmp_path: Path) -> None:
     before = plan.read(write(tmp_path, GOOD)).cells[1].id
     for old, new in (("1e-3", "2e-3"), ("1e3", "2e3"), ("seeds: 0-1", "seeds: 0-1\nepisodes: 7")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,46 +23,68 @@ Panel = Callable[["Axes"], None]
 
 _BAND_RESAMPLES = 1000
 _PROFILE_POINTS = 60
+_FEW, _DPI, _DPI_OF_MANY = 6, 150, 100
 
 
-def curves(results: Results, scales: Mapping[str, Scale], out: Path) -> None:
+def curves(results: Results, scales: Mapping[str, Scale], out: Path, order: Sequence[str] = ()) -> None:
     """Sample efficiency: the IQM of greedy evaluations over steps, a panel for each subject, and one for all of them.
 
-    The panel of all has normalised scores over the share of the budget, if two subjects or more have a scale.
+    The panel of all has normalised scores over the share of the budget, if two subjects or more have a scale. It shows
+    the settings that have runs of all of these subjects. ``order`` has settings whose colours come first, whether there
+    are runs of them or not: so the colours of several figures are the same.
     """
+    colours = _ordered(results, order)
     subjects = [subject for subject in results.runs if _curves_of(results, subject)]
     together = [subject for subject in subjects if subject in scales]
-    panels: list[Panel] = [partial(_efficiency, results=results, subject=subject) for subject in subjects]
+    panels: list[Panel] = [partial(_efficiency, results=results, subject=s, colours=colours) for s in subjects]
     if len(together) > 1:
-        panels.append(partial(_overall, results=results, subjects=together, scales=scales))
+        panels.append(partial(_overall, results=results, subjects=together, scales=scales, colours=colours))
     if panels:
-        _figure(panels, results.settings, out)
+        _figure(panels, results.settings, colours, out)
 
 
-def scores(results: Results, metric: str, scales: Mapping[str, Scale], out: Path) -> None:
-    """Each setting's IQM with its interval, and the share of runs that score more than any level."""
+def seconds(results: Results, out: Path, order: Sequence[str] = ()) -> None:
+    """Wall clock: the IQM of greedy evaluations over CPU seconds of training, a panel for each subject.
+
+    The first evaluation, before any training, has no place on the logarithmic axis. ``order`` as in :func:`curves`.
+    """
+    colours = _ordered(results, order)
+    subjects = [subject for subject in results.runs if _timed(results, subject)]
+    panels: list[Panel] = [partial(_over_seconds, results=results, subject=s, colours=colours) for s in subjects]
+    if panels:
+        _figure(panels, results.settings, colours, out)
+
+
+def scores(
+    results: Results, metric: str, scales: Mapping[str, Scale], out: Path, order: Sequence[str] = ()
+) -> None:  # fmt: skip
+    """Each setting's IQM with its interval, and the share of runs that score more than any level.
+
+    ``order`` as in :func:`curves`.
+    """
+    colours = _ordered(results, order)
     scaled = {setting: normalised(results, metric, scales, setting) for setting in results.settings}
     if len({subject for by in scaled.values() for subject in by}) > 1:
         groups = {f"normalised {metric}": {setting: list(by.values()) for setting, by in scaled.items() if by}}
     else:
         groups = {f"{metric}, {subject}": _scores_of(results, subject, metric) for subject in results.runs}
     panels: list[Panel] = [
-        partial(draw, strata=strata, name=name, settings=results.settings)
+        partial(draw, strata=strata, name=name, colours=colours)
         for name, strata in groups.items()
         for draw in (_intervals, _profile)
         if strata
     ]
-    _figure(panels, results.settings, out)
+    _figure(panels, results.settings, colours, out)
 
 
 def both(results: Results, metric: str, out: Path) -> None:
     """One figure of one subject: sample efficiency on the left, scores with intervals on the right."""
     (subject,) = results.runs
     own = _scores_of(results, subject, metric)
-    panels: list[Panel] = [partial(_intervals, strata=own, name=metric, settings=results.settings)]
+    panels: list[Panel] = [partial(_intervals, strata=own, name=metric, colours=results.settings)]
     if _curves_of(results, subject):
-        panels.insert(0, partial(_efficiency, results=results, subject=subject))
-    _figure(panels, results.settings, out)
+        panels.insert(0, partial(_efficiency, results=results, subject=subject, colours=results.settings))
+    _figure(panels, results.settings, results.settings, out)
 
 
 def _scores_of(results: Results, subject: str, metric: str) -> dict[str, list[Array]]:
@@ -70,7 +93,11 @@ def _scores_of(results: Results, subject: str, metric: str) -> dict[str, list[Ar
     return {setting: [scores] for setting, scores in found.items() if len(scores)}
 
 
-def _figure(panels: Sequence[Panel], settings: list[str], out: Path) -> None:
+def _ordered(results: Results, order: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys((*order, *results.settings)))
+
+
+def _figure(panels: Sequence[Panel], settings: list[str], colours: list[str], out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -79,23 +106,27 @@ def _figure(panels: Sequence[Panel], settings: list[str], out: Path) -> None:
     rows = -(-len(panels) // columns)
     legend = -(-len(settings) // 3)
     tall = max(3.3, 0.2 * len(settings) + 1.0)  # room for a line of text each
-    figure = Figure(figsize=(max(4.4 * columns, 5.0), tall * rows + 0.25 * legend), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(max(4.4 * columns, 5.0), tall * rows + 0.25 * legend),
+        dpi=_DPI if len(panels) <= _FEW else _DPI_OF_MANY,
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     for number, draw in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)
         draw(axes)
         dressed(axes)
-    lines = [Line2D([], [], color=_colour(s, settings), linestyle=_style(s, settings), linewidth=1.8) for s in settings]
+    lines = [Line2D([], [], color=_colour(s, colours), linestyle=_style(s, colours), linewidth=1.8) for s in settings]
     figure.legend(lines, settings, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     save(figure, out)
 
 
-def _colour(setting: str, settings: list[str]) -> str:
-    return COLOURS[settings.index(setting) % len(COLOURS)]
+def _colour(setting: str, colours: list[str]) -> str:
+    return COLOURS[colours.index(setting) % len(COLOURS)]
 
 
-def _style(setting: str, settings: list[str]) -> Any:
-    return ("-", "--", ":", "-.")[settings.index(setting) // len(COLOURS) % 4]
+def _style(setting: str, colours: list[str]) -> Any:
+    return ("-", "--", ":", "-.")[colours.index(setting) // len(COLOURS) % 4]
 
 
 def _curves_of(results: Results, subject: str) -> dict[str, list[Result]]:
@@ -103,30 +134,58 @@ def _curves_of(results: Results, subject: str) -> dict[str, list[Result]]:
     return {setting: runs for setting, runs in found.items() if runs}
 
 
-def _line(axes: Axes, grid: Array, strata: list[Array], setting: str, settings: list[str]) -> None:
+def _line(axes: Axes, grid: Array, strata: list[Array], setting: str, colours: list[str]) -> None:
     """The IQM of strata ``[points, runs]`` over a grid, with its 95 % interval as a band."""
-    colour = _colour(setting, settings)
-    axes.plot(grid, iqm(*strata), color=colour, linestyle=_style(setting, settings), linewidth=1.8)
+    colour = _colour(setting, colours)
+    axes.plot(grid, iqm(*strata), color=colour, linestyle=_style(setting, colours), linewidth=1.8)
     band = interval(iqm, strata, resamples=_BAND_RESAMPLES)
     if band is not None:
         axes.fill_between(grid, *band, color=colour, alpha=0.15, linewidth=0)
 
 
-def _efficiency(axes: Axes, results: Results, subject: str) -> None:
+def _efficiency(axes: Axes, results: Results, subject: str, colours: list[str]) -> None:
     from matplotlib.ticker import EngFormatter
 
     for setting, runs in _curves_of(results, subject).items():
         grid = common_grid([run.curve for run in runs])
         if len(grid):
             values = np.stack([on_grid(run.curve, grid) for run in runs], axis=-1)
-            _line(axes, grid, [values], setting, results.settings)
+            _line(axes, grid, [values], setting, colours)
     axes.set_title(subject, fontsize=10)
     axes.set_xlabel("steps")
     axes.set_ylabel("greedy, IQM")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _overall(axes: Axes, results: Results, subjects: list[str], scales: Mapping[str, Scale]) -> None:
+def _timed(results: Results, subject: str) -> dict[str, list[list[tuple[float, float]]]]:
+    """Curves of a subject over the logarithm of CPU seconds, by setting, of those whose runs measured them."""
+    found = {
+        setting: [_over_clock(run) for run in runs if run.clock]
+        for setting, runs in _curves_of(results, subject).items()
+    }
+    return {setting: curves for setting, curves in found.items() if curves and all(map(len, curves))}
+
+
+def _over_clock(run: Result) -> list[tuple[float, float]]:
+    spent = on_grid(run.clock, np.array([step for step, _ in run.curve]))
+    return [(math.log10(at), value) for at, (_, value) in zip(spent, run.curve, strict=True) if at > 0]
+
+
+def _over_seconds(axes: Axes, results: Results, subject: str, colours: list[str]) -> None:
+    for setting, timed in _timed(results, subject).items():
+        grid = common_grid(timed)
+        if len(grid):
+            values = np.stack([on_grid(curve, grid) for curve in timed], axis=-1)
+            _line(axes, 10**grid, [values], setting, colours)
+    axes.set_xscale("log")
+    axes.set_title(subject, fontsize=10)
+    axes.set_xlabel("CPU seconds of training")
+    axes.set_ylabel("greedy, IQM")
+
+
+def _overall(
+    axes: Axes, results: Results, subjects: list[str], scales: Mapping[str, Scale], colours: list[str]
+) -> None:  # fmt: skip
     shares = np.linspace(0.05, 1, 20)
     for setting in results.settings:
         strata = []
@@ -137,15 +196,15 @@ def _overall(axes: Axes, results: Results, subjects: list[str], scales: Mapping[
                 values = np.stack([on_grid(run.curve, shares * run.steps) for run in runs], axis=-1)
                 strata.append((values - low) / (high - low))
         if len(strata) == len(subjects):
-            _line(axes, shares, strata, setting, results.settings)
+            _line(axes, shares, strata, setting, colours)
     axes.set_title(f"all {len(subjects)}, normalised", fontsize=10)
     axes.set_xlabel("share of the budget")
     axes.set_ylabel("normalised greedy, IQM")
 
 
-def _intervals(axes: Axes, strata: Mapping[str, list[Array]], name: str, settings: list[str]) -> None:
+def _intervals(axes: Axes, strata: Mapping[str, list[Array]], name: str, colours: list[str]) -> None:
     for place, (setting, own) in enumerate(strata.items()):
-        colour = _colour(setting, settings)
+        colour = _colour(setting, colours)
         found = interval(iqm, own)
         if found is not None:
             axes.plot(found, [place, place], color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
@@ -155,7 +214,7 @@ def _intervals(axes: Axes, strata: Mapping[str, list[Array]], name: str, setting
     axes.set_xlabel(f"{name}: IQM, 95 % interval")
 
 
-def _profile(axes: Axes, strata: Mapping[str, list[Array]], name: str, settings: list[str]) -> None:
+def _profile(axes: Axes, strata: Mapping[str, list[Array]], name: str, colours: list[str]) -> None:
     every = np.concatenate([stratum for own in strata.values() for stratum in own])
     levels = np.linspace(every.min(), every.max(), _PROFILE_POINTS)
     for setting, own in strata.items():
@@ -165,8 +224,8 @@ def _profile(axes: Axes, strata: Mapping[str, list[Array]], name: str, settings:
             mean: Array = np.mean([one.mean(-1) for one in drawn], axis=0)
             return mean
 
-        colour = _colour(setting, settings)
-        axes.step(levels, share(*above), where="post", color=colour, linestyle=_style(setting, settings), linewidth=1.8)
+        colour = _colour(setting, colours)
+        axes.step(levels, share(*above), where="post", color=colour, linestyle=_style(setting, colours), linewidth=1.8)
         band = interval(share, above, resamples=_BAND_RESAMPLES)
         if band is not None:
             axes.fill_between(levels, *band, step="post", color=colour, alpha=0.15, linewidth=0)

@@ -108,7 +108,7 @@ def report(
     text += "".join(f"\nNote: {note}.\n" for note in notes)
     figures.curves(results, scales or {}, out / "curves.png")
     figures.scores(results, metric, of_metric, out / "scores.png")
-    text += f"\n![Greedy evaluations over steps](curves.png)\n\n![Scores](scores.png)\n\n{_made_of(rows)}"
+    text += f"\n![Greedy evaluations over steps](curves.png)\n\n![Scores](scores.png)\n\n{made_of(rows)}"
     write_text(out / "table.md", text)
     return text
 
@@ -142,7 +142,7 @@ def report_sweep(sweep: Sweep, found: Swept, out: Path) -> str:
     if found.pruned:
         text += f"\nPruned: {'; '.join(found.pruned)}.\n"
     figures.both(results.first(_DRAWN), sweep.metric, out / "sweep.png")
-    text += f"\n![The best settings over steps, and their scores](sweep.png)\n\n{_made_of(found.rows)}"
+    text += f"\n![The best settings over steps, and their scores](sweep.png)\n\n{made_of(found.rows)}"
     write_text(out / "table.md", text)
     return text
 
@@ -182,7 +182,8 @@ def _check_reference(known: list[str], reference: str | None) -> None:
         raise UsageError(f"reference={shown(reference)} has no run; there are {', '.join(known)}")
 
 
-def _made_of(rows: list[Row]) -> str:
+def made_of(rows: list[Row]) -> str:
+    """The versions, machines and commits that rows were measured with: a line of text."""
     versions = sorted({f"{name} {v}" for row in rows for name, v in (row.get("versions") or {}).items()})
     machines = sorted(
         {f"{row['machine']['processor']}, cores: {row['machine']['cores']}" for row in rows if "machine" in row}

@@ -47,7 +47,9 @@ class Plan:
     scales: dict[str, Scale]
 
     def only(self, patterns: Collection[str]) -> Plan:
-        """The runs whose name, METHOD/SUBJECT/SEED, is like one of the patterns; the beginning of a name will do.
+        """The runs whose name, METHOD/SUBJECT/SEED, is like one of the patterns.
+
+        A pattern may end after any part: ``ppo/Hopper-v5`` is all seeds of it, and none of ``ppo/Hopper-v5-wide``.
 
         Raises UsageError for a pattern that is like none.
         """

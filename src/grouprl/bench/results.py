@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ class Result:
     Attributes:
         setting: what was tried, a line of the table. subject: what it was tried on. seed: of the run.
         values: what it reached, by the name of the metric. curve: (step, value) of greedy evaluations.
-        steps: its budget.
+        steps: its budget. clock: (step, CPU seconds of training until then), where they were measured.
     """
 
     setting: str
@@ -37,6 +37,7 @@ class Result:
     values: Mapping[str, float]
     curve: Sequence[tuple[float, float]] = ()
     steps: int = 0
+    clock: Sequence[tuple[float, float]] = ()
 
 
 @dataclass
@@ -75,8 +76,14 @@ class Results:
 
     def first(self, n: int) -> Results:
         """The runs of the first ``n`` settings."""
-        kept = set(self.settings[:n])
-        return Results({s: {k: v for k, v in by.items() if k in kept} for s, by in self.runs.items()}, self.notes)
+        return self.only(self.settings[:n], self.runs)
+
+    def only(self, settings: Collection[str], subjects: Collection[str]) -> Results:
+        """The runs of these settings on these subjects."""
+        return Results(
+            {s: {k: v for k, v in by.items() if k in settings} for s, by in self.runs.items() if s in subjects},
+            self.notes,
+        )
 
     def scores(self, subject: str, setting: str, metric: str) -> Array:
         """``[runs]``: the metric of each run that has it."""
@@ -135,4 +142,13 @@ def _of_row(row: Row) -> Result:
     if curve:
         values["curve_mean"] = float(np.mean([y for _, y in curve]))
     known = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-    return Result(row["method"], row["subject"], row["seed"], known, curve, row["steps"])
+    return Result(row["method"], row["subject"], row["seed"], known, curve, row["steps"], _clock(row, end))
+
+
+def _clock(row: Row, end: float) -> list[tuple[float, float]]:
+    """CPU seconds at the points of the curve, from 0 at the first step to those of the whole training at the last."""
+    if row.get("train_cpu_seconds") is None:
+        return []
+    points = [(float(p["step"]), p.get("cpu_seconds")) for p in row.get("curve", ())]
+    between = [(step, float(spent)) for step, spent in points if spent is not None and 0 < step < end]
+    return [(0.0, 0.0), *between, (end, float(row["train_cpu_seconds"]))]

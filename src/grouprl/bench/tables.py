@@ -45,12 +45,22 @@ def with_interval(strata: list[Array]) -> str:
     return text if found is None else f"{text} [{number(float(found[0]))}, {number(float(found[1]))}]"
 
 
-def _better(ours: list[Array], others: list[Array]) -> str:
+def better(ours: list[Array], others: list[Array]) -> str:
+    """The probability that a run of ours scores more than one of the others', with its interval where there is one."""
     if not all(len(stratum) for stratum in (*ours, *others)):
         return ""
     found = interval(improvement, ours, others)
     text = f"{float(improvement(ours, others)):.2f}"
     return text if found is None else f"{text} [{float(found[0]):.2f}, {float(found[1]):.2f}]"
+
+
+def with_difference(ours: list[Array], others: list[Array]) -> str:
+    """The IQM of ours less that of the others, of normalised scores, with its interval where there is one."""
+    if not all(len(stratum) for stratum in (*ours, *others)):
+        return ""
+    found = interval(difference, ours, others)
+    text = f"{float(difference(ours, others)):+.3f}"
+    return text if found is None else f"{text} [{float(found[0]):+.3f}, {float(found[1]):+.3f}]"
 
 
 def reference_of(results: Results, reference: str | None) -> str:
@@ -75,8 +85,8 @@ def table(results: Results, metric: str, reference: str | None = None) -> str:
             lines.append([
                 subject, setting, f"{max(run.steps for run in runs):,}", str(len(runs)),
                 with_interval([scores]), spread,
-                "" if setting == against or not len(beside) else _better([scores], [beside]),
-                *(_middle(results.scores(subject, setting, name)) for name in others),
+                "" if setting == against or not len(beside) else better([scores], [beside]),
+                *(middle(results.scores(subject, setting, name)) for name in others),
             ])  # fmt: skip
     return markdown(lines)
 
@@ -85,7 +95,8 @@ def _has(results: Results, subject: str, metric: str) -> bool:
     return any(len(results.scores(subject, setting, metric)) for setting in results.runs[subject])
 
 
-def _middle(values: Array) -> str:
+def middle(values: Array) -> str:
+    """The IQM of values, without an interval; nothing of none."""
     return number(float(iqm(values))) if len(values) else ""
 
 
@@ -110,12 +121,7 @@ def overall(results: Results, metric: str, scales: Mapping[str, Scale], referenc
         compared = ["", ""]
         if setting != against and both:
             ours, others = [own[s] for s in both], [beside[s] for s in both]
-            found = interval(difference, ours, others)
-            text = f"{float(difference(ours, others)):+.3f}"
-            compared = [
-                text if found is None else f"{text} [{float(found[0]):+.3f}, {float(found[1]):+.3f}]",
-                _better(ours, others),
-            ]
+            compared = [with_difference(ours, others), better(ours, others)]
         if own:
             lines.append([setting, str(len(own)), with_interval(list(own.values())), *compared])
     return markdown(lines)

@@ -29,7 +29,7 @@ def bench(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD/SUBJECT/SEED, or its beginning; * stands for anything; may be repeated."),
+        typer.Option(help="METHOD/SUBJECT/SEED, or its first parts; * stands for anything; may be repeated."),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Other seeds than the file's: 0-4,7.")] = None,
     steps: Annotated[
