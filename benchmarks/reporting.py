@@ -78,13 +78,17 @@ class Benchmark:
         """How many runs are done, of each method too, and which ones failed: a paragraph."""
         wanted = Counter(cell.method for cell in self.plan.cells)
         done = Counter(row["method"] for row in self.rows if row["status"] == "done")
-        each = ", ".join(f"{method} {done[method]} of {n}" for method, n in wanted.items())
+        alike: dict[tuple[int, int], list[str]] = {}
+        for method, n in wanted.items():
+            alike.setdefault((done[method], n), []).append(method)
+        each = "; ".join(f"{', '.join(methods)}: {n} of {all_of_it}" for (n, all_of_it), methods in alike.items())
         failed = [f"{row['method']}/{row['subject']}/{row['seed']}" for row in self.rows if row["status"] != "done"]
-        text = f"{done.total():,} of {wanted.total():,} runs are done: {each}."
+        text = f"{done.total():,} of {wanted.total():,} runs are done"
+        text += f". Of each method: {each}." if done.total() < wanted.total() else "."
         return text + (f" Failed: {', '.join(failed)}." if failed else "")
 
 
-def verdict(ours: Sequence[Array], others: Sequence[Array]) -> str:
+def verdict(ours: Sequence[Array], others: Sequence[Array], statistic: Callable[..., Array] = difference) -> str:
     """A word for the difference of two sides, each with a stratum of runs for each subject.
 
     "above" or "below" where the 95 % interval of the difference leaves 0 out, "level" where it does not, and "too few
@@ -92,7 +96,7 @@ def verdict(ours: Sequence[Array], others: Sequence[Array]) -> str:
     """
     if not ours or min(len(stratum) for stratum in (*ours, *others)) < ENOUGH:
         return "too few seeds"
-    found = interval(difference, ours, others)
+    found = interval(statistic, ours, others)
     assert found is not None  # every stratum has several runs
     low, high = found
     return "above" if low > 0 else "below" if high < 0 else "level"

@@ -109,7 +109,10 @@ def test_rows_become_the_tables_and_pictures_of_the_report(tmp_path: Path) -> No
         **curve(-1250.0, -200.0, steps=150_000, seconds=5.0),
     )  # fmt: skip
     text = evidence.report(read(folder))
-    assert "9 of 1,147 runs are done: grouprl-default 0 of 126, grouprl-preset 4 of 126, outcome 1 of 126" in text
+    assert "\n9 of 1,147 runs are done. Of each method: grouprl-default, timestep, tutorial-script" in text
+    assert (
+        "tutorial-formula: 0 of 126; grouprl-preset, sb3-ppo: 4 of 126; outcome: 1 of 126; sb3-a2c: 0 of 75; " in text
+    )
     assert (
         "| CartPole-v1 | sb3-ppo | 100,000 | 3 | 402.0 [400.0, 404.0] | 400.0 to 404.0 |  | 40.0 | 2,500 | 400.0 |"
     ) in text

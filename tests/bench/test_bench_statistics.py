@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grouprl.bench.statistics import common_grid, difference, improvement, interval, iqm, on_grid
+from grouprl.bench.statistics import common_grid, difference, improvement, interval, iqm, mean_difference, on_grid
 
 
 def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end() -> None:
@@ -43,6 +43,15 @@ def test_an_interval_of_a_difference_resamples_both_sides() -> None:
     ours, others = [np.array([10.0, 11.0, 12.0])], [np.array([0.0, 1.0, 2.0])]
     low, high = interval(difference, ours, others) or (0, 0)
     assert (low, high) == pytest.approx((8.333, 11.667), abs=0.4)
+
+
+def test_each_subject_counts_in_the_mean_of_differences() -> None:
+    # one subject of four is lost: together its runs are the quarter that an IQM leaves out
+    others = [np.ones(4)] * 4
+    ours = [np.zeros(4), *others[1:]]
+    assert difference(ours, others) == pytest.approx(0)
+    assert mean_difference(ours, others) == pytest.approx(-0.25)
+    assert interval(mean_difference, ours, others) == pytest.approx((-0.25, -0.25))
 
 
 def test_one_run_has_no_interval() -> None:

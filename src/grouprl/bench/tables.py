@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -54,12 +54,17 @@ def better(ours: list[Array], others: list[Array]) -> str:
     return text if found is None else f"{text} [{float(found[0]):.2f}, {float(found[1]):.2f}]"
 
 
-def with_difference(ours: list[Array], others: list[Array]) -> str:
-    """The IQM of ours less that of the others, of normalised scores, with its interval where there is one."""
+def with_difference(
+    ours: Sequence[Array], others: Sequence[Array], statistic: Callable[..., Array] = difference
+) -> str:  # fmt: skip
+    """The IQM of ours less that of the others, of normalised scores, with its interval where there is one.
+
+    ``statistic`` is another difference of two groups of strata.
+    """
     if not all(len(stratum) for stratum in (*ours, *others)):
         return ""
-    found = interval(difference, ours, others)
-    text = f"{float(difference(ours, others)):+.3f}"
+    found = interval(statistic, ours, others)
+    text = f"{float(statistic(ours, others)):+.3f}"
     return text if found is None else f"{text} [{float(found[0]):+.3f}, {float(found[1]):+.3f}]"
 
 
