@@ -10,10 +10,12 @@ python benchmarks/ablations.py --table                       # only the report
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from grouprl.bench import harness
-from grouprl.bench.plan import Scale
+from grouprl.bench.plan import Plan
 from grouprl.bench.results import Results
 from grouprl.bench.statistics import Array, mean_difference
 from grouprl.bench.tables import markdown, normalised, with_difference, with_interval
@@ -22,45 +24,74 @@ from reporting import ENOUGH, Benchmark, main, verdict
 DEFAULT = "default"
 
 
-def sides(results: Results, scales: dict[str, Scale], method: str) -> dict[str, tuple[Array, Array]]:
-    """Normalised scores of a change and of the default, for each environment that both have runs of."""
-    own, usual = (normalised(results, "greedy", scales, name) for name in (method, DEFAULT))
-    return {subject: (own[subject], usual[subject]) for subject in own if subject in usual}
+@dataclass(frozen=True)
+class Change:
+    """A change beside the default.
+
+    Attributes:
+        method: what it is called: a setting and its value. settings: this one, and what hangs on it.
+        beside: normalised scores of the change and of the default, for each environment that both have runs of.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    beside: dict[str, tuple[Array, Array]]
+
+    @property
+    def sides(self) -> tuple[list[Array], list[Array]]:
+        return [ours for ours, _ in self.beside.values()], [others for _, others in self.beside.values()]
+
+    @property
+    def difference(self) -> float:
+        """Over all environments."""
+        return float(mean_difference(*self.sides))
+
+    @property
+    def word(self) -> str:
+        return verdict(*self.sides, mean_difference)
+
+    @property
+    def with_it(self) -> str:
+        """The settings that hang on the one that the change is called after."""
+        rest = {name: value for name, value in self.settings.items() if name != self.method.partition("=")[0]}
+        return ", ".join(
+            f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in rest.items()
+        )
+
+    def line(self, subjects: Sequence[str]) -> list[str]:
+        """Differences on each environment, their mean, and a word for it."""
+        each = [with_difference(*([side] for side in self.beside[s])) if s in self.beside else "" for s in subjects]
+        seeds = sorted({len(ours) for ours in self.sides[0]})
+        return [
+            self.method, self.with_it, *each, with_difference(*self.sides, mean_difference), str(len(self.beside)),
+            " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), self.word,
+        ]  # fmt: skip
 
 
-def changed(settings: dict[str, Any], method: str) -> str:
-    """The settings that a change needs besides the one that it is called after."""
-    rest = {name: value for name, value in settings.items() if name != method.partition("=")[0]}
-    return ", ".join(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in rest.items())
-
-
-def line(
-    method: str, beside: dict[str, tuple[Array, Array]], settings: dict[str, Any], subjects: list[str]
-) -> list[str]:
-    """A change beside the default: differences on each environment and on all of both, and a word for the last."""
-    ours, usual = [own for own, _ in beside.values()], [other for _, other in beside.values()]
-    each = [with_difference(*([side] for side in beside[s])) if s in beside else "" for s in subjects]
-    seeds = sorted({len(scores) for scores in ours})
-    return [
-        method, changed(settings, method), *each, with_difference(ours, usual, mean_difference), str(len(ours)),
-        " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))), verdict(ours, usual, mean_difference),
-    ]  # fmt: skip
-
-
-def table(benchmark: Benchmark) -> str:
-    """A line for each change that has runs beside the default's, the largest difference over all environments first."""
-    results, scales = benchmark.results, benchmark.plan.scales
-    settings = {cell.method: cell.settings for cell in benchmark.plan.cells}
-    subjects = list(results.runs)
+def changes(results: Results, plan: Plan) -> list[Change]:
+    """Those that have runs beside the default's, the largest difference over all environments first."""
+    settings = {cell.method: cell.settings for cell in plan.cells}
+    usual = normalised(results, "greedy", plan.scales, DEFAULT)
     found = []
-    for method in benchmark.methods:
-        beside = sides(results, scales, method)
-        if method != DEFAULT and beside:
-            ours, usual = zip(*beside.values(), strict=True)
-            found.append((-abs(float(mean_difference(ours, usual))), line(method, beside, settings[method], subjects)))
-    found.sort(key=lambda one: one[0])
+    for method in settings.keys() - {DEFAULT}:
+        own = normalised(results, "greedy", plan.scales, method)
+        beside = {subject: (own[subject], usual[subject]) for subject in own if subject in usual}
+        if beside:
+            found.append(Change(method, settings[method], beside))
+    return sorted(found, key=lambda change: (-abs(change.difference), change.method))
+
+
+def in_words(found: Sequence[Change]) -> str:
+    """One line for each word, with the changes that it holds for."""
+    lines: dict[str, list[str]] = {"below": [], "above": [], "level": [], "too few seeds": []}
+    for change in found:
+        lines[change.word].append(f"`{change.method}` ({change.difference:+.2f})")
+    return "".join(f"- {said}: {', '.join(named)}\n" for said, named in lines.items() if named)
+
+
+def table(found: Sequence[Change], subjects: Sequence[str]) -> str:
     header = ["change", "with it", *subjects, "all", "environments", "seeds", "verdict"]
-    return markdown([header, *(cells for _, cells in found)]) if found else ""
+    return markdown([header, *(change.line(subjects) for change in found)]) if found else ""
 
 
 def usual_table(results: Results) -> str:
@@ -77,6 +108,15 @@ INTRO = """# One choice of the robust default changed at a time
 
 Made by `python benchmarks/ablations.py --table` from the rows in `ablations`. What they mean:
 [../../docs/ablations.md](../../docs/ablations.md).
+
+## Runs
+
+"""
+SHORT = f"""
+## In short
+
+Changes for which the 95 % interval of the difference to the default, over all environments, leaves 0 out (above, below)
+or does not (level), with {ENOUGH} seeds or more on each; in brackets the difference of normalised scores.
 
 """
 USUAL = """
@@ -101,9 +141,11 @@ does not.
 def report(benchmark: Benchmark) -> str:
     """results/ablations.md."""
     text = f"{INTRO}{benchmark.progress()}\n"
-    if not benchmark.results.runs:
+    results = benchmark.results
+    if not results.runs:
         return text
-    text += USUAL + usual_table(benchmark.results) + CHANGES + table(benchmark)
+    found = changes(results, benchmark.plan)
+    text += SHORT + in_words(found) + USUAL + usual_table(results) + CHANGES + table(found, list(results.runs))
     return f"{text}\n{harness.made_of(benchmark.rows)}"
 
 

@@ -78,7 +78,7 @@ def beside_ppo(results: Results, scales: dict[str, Scale]) -> str:
     return markdown(lines) if len(lines) > 1 else ""
 
 
-def in_words(results: Results, scales: dict[str, Scale]) -> str:
+def in_words(results: Results) -> str:
     """One line for each method of grouprl: on how many environments it is above PPO, level with it, or below."""
     lines = []
     for method in OURS:
@@ -190,6 +190,15 @@ INTRO = """# Methods beside each other
 Made by `python benchmarks/evidence.py --table` from the rows in `evidence`. What they mean, and what to keep in mind:
 [../../docs/evidence.md](../../docs/evidence.md).
 
+## Runs
+
+"""
+SHORT = f"""
+## In short
+
+Environments on which the 95 % interval of the difference to PPO's greedy return leaves 0 out (above, below) or does not
+(level), with {ENOUGH} seeds or more on both sides:
+
 """
 EACH = """
 ## Each environment
@@ -244,13 +253,14 @@ def report(benchmark: Benchmark) -> str:
     if not results.runs:
         return text
     common = shared(results, scales)
+    text += SHORT + in_words(results)
     text += EACH + each_environment(results)
     text += benchmark.picture(
         "evidence-curves.png",
         lambda path: figures.curves(results, {s: scales[s] for s in common.runs}, path, benchmark.methods),
         "Greedy evaluations over steps",
     )
-    text += BESIDE + in_words(results, scales) + "\n" + beside_ppo(results, scales)
+    text += BESIDE + beside_ppo(results, scales)
     ends = "; ".join(f"{s} {number(scales[s][0])} to {number(scales[s][1])}" for s in results.runs if s in scales)
     text += OVERALL.format(scales=ends) + overall(results, scales)
     if common.runs:

@@ -1,52 +1,63 @@
-"""Write into each preset what to expect of it, from the runs in results/envs_learning.jsonl.
+"""Write into each preset what to expect of it, from rows of `grouprl bench`.
 
 python benchmarks/expectations.py
+
+Rows of evidence.yaml and presets.yaml in results/evidence and results/presets. A preset keeps what it says as long as
+there are fewer seeds than that was measured with.
 """
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "envs_learning.jsonl"
+from grouprl.bench.rows import Row
+from grouprl.envs import presets
+from reporting import HERE, RESULTS, Benchmark
+
+METHOD = "grouprl-preset"
+FILES = ("evidence", "presets")
 PRESETS = HERE.parent / "src" / "grouprl" / "envs" / "presets"
 
 
-def expectation(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean greedy return over seeds with its spread, and how it was measured."""
-    means = [run["mean"] for run in runs]
+def expectation(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Mean greedy return over seeds with its spread, and the command that measures it. ``name``: of the rows' file."""
+    means = [row["greedy"]["mean"] for row in rows]
     return {
         "mean_return": round(float(np.mean(means)), 2),
         "lowest_seed": round(min(means), 2),
         "highest_seed": round(max(means), 2),
-        "seeds": sorted(run["seed"] for run in runs),
-        "steps": runs[0]["budget"],
-        "measured": f"greedy, {runs[0]['episodes']} episodes per seed; "
-        f"python benchmarks/envs_learning.py --env {runs[0]['name']}",
+        "seeds": sorted(row["seed"] for row in rows),
+        "steps": rows[0]["steps"],
+        "measured": f"greedy, {rows[0]['greedy']['episodes']} episodes per seed; "
+        f"grouprl bench benchmarks/{name}.yaml --only '{METHOD}/{rows[0]['subject']}'",
     }
 
 
-def main() -> None:
-    """Replace the ``expect`` block, always the last of a preset file."""
-    groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in RESULTS.read_text(encoding="utf-8").splitlines():
-        run = json.loads(line)
-        if run["mode"] == "preset":
-            groups[run["name"]][run["seed"]] = run  # the newest of a seed counts
-    for name, by_seed in groups.items():
-        runs = list(by_seed.values())
-        path = PRESETS / f"{name}.yaml"
-        head = path.read_text(encoding="utf-8").split("expect:\n")[0]
-        block = yaml.safe_dump({"expect": expectation(runs)}, sort_keys=False, width=110, default_flow_style=None)
-        path.write_text(head + block, encoding="utf-8")
-        print(f"{name}: {expectation(runs)['mean_return']} over {len(runs)} seeds")
+def with_expectation(text: str, expected: dict[str, Any]) -> str:
+    """A preset's file with another ``expect`` block, which is always the last."""
+    block = yaml.safe_dump({"expect": expected}, sort_keys=False, width=200, default_flow_style=None)
+    return text.split("expect:\n")[0] + block
+
+
+def update(results: Path = RESULTS, folder: Path = PRESETS) -> dict[str, dict[str, Any]]:
+    """Replace the blocks of presets that rows say more of; returns these blocks by preset."""
+    written = {}
+    for name in FILES:
+        for (subject, method), rows in Benchmark.read(HERE / f"{name}.yaml", results / name).groups.items():
+            if method != METHOD or rows[0]["preset"] != subject:
+                continue
+            if len(rows) >= len(presets.load(subject).expect.get("seeds", [])):
+                path = folder / f"{subject}.yaml"
+                written[subject] = expectation(name, rows)
+                path.write_text(with_expectation(path.read_text(encoding="utf-8"), written[subject]), encoding="utf-8")
+    return written
 
 
 if __name__ == "__main__":
-    main()
+    for preset, expected in update().items():
+        print(f"{preset}: {expected['mean_return']} over {len(expected['seeds'])} seeds")

@@ -41,6 +41,7 @@ def test_changes_are_beside_the_default_and_the_largest_difference_comes_first(t
         "| reuse=3 | minibatch_size=768 | -0.167 [-0.500, +0.000] |  | -0.167 [-0.500, +0.000] | 1 | 3 | level |",
         "| epochs=4 |  | +0.050 [+0.050, +0.050] |  | +0.050 [+0.050, +0.050] | 1 | 3 | above |",
     ]
+    assert "- below: `sticky=0` (-1.00)\n- above: `epochs=4` (+0.05)\n- level: `reuse=3` (-0.17)\n\n" in text
     assert "| Acrobot-v1 | 200,000 | 3 | -100.0 [-100.0, -100.0] |" in text
     assert "\n15 of 720 runs are done. Of each method: default: 6 of 25; advantage=batch_returns" in text
 

@@ -149,7 +149,7 @@ def test_a_failed_run_is_named_and_counts_nowhere(tmp_path: Path) -> None:
     text = evidence.report(read(tmp_path))
     assert "0 of 1,147 runs are done" in text
     assert "Failed: ars/CartPole-v1/0." in text
-    assert "##" not in text
+    assert text.count("##") == 1  # nothing but which runs there are
 
 
 def test_rows_of_one_method_alone_are_a_report(tmp_path: Path) -> None:
