@@ -161,6 +161,8 @@ def wall_clock(results: Results) -> str:
         if first:
             wins[first] += 1
         lines.append([subject, number(target), *(_reached(found, method) for method in methods), first])
+    if len(lines) == 1:
+        return ""
     lines.append(["first on so many", "", *(str(wins[method]) for method in methods), ""])
     return markdown(lines)
 

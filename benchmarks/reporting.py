@@ -24,6 +24,9 @@ IMAGES = HERE.parent / "docs" / "images"
 ENOUGH = 3
 """Seeds that either side needs before a difference gets a word."""
 
+NAMED = 10
+"""More methods than these, of which as many runs are done, are counted and not named."""
+
 Groups = dict[tuple[str, str], list[Row]]
 """Runs that are done, by subject and method, in the order of the plan."""
 
@@ -81,11 +84,15 @@ class Benchmark:
         alike: dict[tuple[int, int], list[str]] = {}
         for method, n in wanted.items():
             alike.setdefault((done[method], n), []).append(method)
-        each = "; ".join(f"{', '.join(methods)}: {n} of {all_of_it}" for (n, all_of_it), methods in alike.items())
+        each = "; ".join(f"{_named(methods)}: {n} of {all_of_it}" for (n, all_of_it), methods in alike.items())
         failed = [f"{row['method']}/{row['subject']}/{row['seed']}" for row in self.rows if row["status"] != "done"]
         text = f"{done.total():,} of {wanted.total():,} runs are done"
         text += f". Of each method: {each}." if done.total() < wanted.total() else "."
         return text + (f" Failed: {', '.join(failed)}." if failed else "")
+
+
+def _named(methods: Sequence[str]) -> str:
+    return ", ".join(methods) if len(methods) <= NAMED else f"{len(methods)} others"
 
 
 def verdict(ours: Sequence[Array], others: Sequence[Array], statistic: Callable[..., Array] = difference) -> str:

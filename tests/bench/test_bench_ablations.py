@@ -29,7 +29,7 @@ def test_changes_are_beside_the_default_and_the_largest_difference_comes_first(t
     text = report(
         tmp_path,
         {
-            "epochs=4/Acrobot-v1": [-80.0, -80.0, -80.0],
+            "epochs=4/Acrobot-v1": [-20.0, -20.0, -20.0],
             "sticky=0/MountainCar-v0": [-200.0, -200.0, -200.0],
             "reuse=3/Acrobot-v1": [-300.0, -100.0, -100.0],
         },
@@ -37,13 +37,13 @@ def test_changes_are_beside_the_default_and_the_largest_difference_comes_first(t
     assert lines(text) == [
         # -90 / 90 on MountainCar-v0, and the default is alone on Acrobot-v1
         "| sticky=0 |  |  | -1.000 [-1.000, -1.000] | -1.000 [-1.000, -1.000] | 1 | 3 | below |",
+        "| epochs=4 |  | +0.200 [+0.200, +0.200] |  | +0.200 [+0.200, +0.200] | 1 | 3 | above |",
         # the mean of 0.5, 1 and 1, less 1; all three may be drawn alike, so the interval ends at 0
         "| reuse=3 | minibatch_size=768 | -0.167 [-0.500, +0.000] |  | -0.167 [-0.500, +0.000] | 1 | 3 | level |",
-        "| epochs=4 |  | +0.050 [+0.050, +0.050] |  | +0.050 [+0.050, +0.050] | 1 | 3 | above |",
     ]
-    assert "- below: `sticky=0` (-1.00)\n- above: `epochs=4` (+0.05)\n- level: `reuse=3` (-0.17)\n\n" in text
+    assert "- below: `sticky=0` (-1.00)\n- above: `epochs=4` (+0.20)\n- level: `reuse=3` (-0.17)\n\n" in text
     assert "| Acrobot-v1 | 200,000 | 3 | -100.0 [-100.0, -100.0] |" in text
-    assert "\n15 of 720 runs are done. Of each method: default: 6 of 25; advantage=batch_returns" in text
+    assert "\n15 of 720 runs are done. Of each method: default: 6 of 25; 24 others: 0 of 25; " in text
 
 
 def test_all_is_over_the_environments_that_both_have(tmp_path: Path) -> None:

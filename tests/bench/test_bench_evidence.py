@@ -11,7 +11,8 @@ import pytest
 from made_rows import BENCHMARKS
 
 import evidence
-from grouprl.bench.results import Result, of_rows
+from grouprl.bench import figures
+from grouprl.bench.results import Result, Results, of_rows
 from grouprl.bench.rows import read_rows
 from reporting import Benchmark, verdict
 
@@ -78,6 +79,16 @@ def test_seeds_are_averaged_before_a_curve_is_asked_for_a_target() -> None:
 def test_a_run_that_ended_sooner_stays_where_it_ended() -> None:
     runs = [run([(0.0, 0.0), (500.0, 10.0)], 10.0, 5.0), run([(0.0, 0.0), (1000.0, 10.0)], 10.0, 10.0, seed=1)]
     assert evidence.first_reach(runs, 10.0) == pytest.approx((7.5, 1000.0))
+
+
+def test_a_method_keeps_its_colour_whether_others_have_runs_or_not(tmp_path: Path) -> None:
+    results = Results.of([run([(0.0, 0.0), (500.0, 50.0), (1000.0, 100.0)], 100.0, 20.0)])
+    pictures = []
+    for number, order in enumerate(((), ("m", "other"), ("other", "m"))):
+        figures.seconds(results, tmp_path / f"{number}.png", order)
+        pictures.append((tmp_path / f"{number}.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert pictures[0] != pictures[2]
 
 
 def curve(*returns: float, steps: int, seconds: float) -> dict[str, Any]:
