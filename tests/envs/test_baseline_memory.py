@@ -104,6 +104,12 @@ def test_a_memory_that_holds_no_batch_is_refused() -> None:
     assert make_config({"baseline_memory": 4096}).baseline_memory == 4096
 
 
+@pytest.mark.parametrize("other", [{"baseline_memory": 40_960}, {"baseline_level": True}])
+def test_a_pulled_fit_has_neither_memory_nor_level(other: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="baseline_pull keeps what earlier batches said"):
+        make_config({"baseline_pull": 0.3, **other})
+
+
 def test_batches_that_are_too_large_for_it_are_named_once(recwarn: pytest.WarningsRecorder) -> None:
     settings = {"preset": None, "min_steps": 100, "max_steps": 400, "min_signals": 400, "n_envs": 4, "warmup_steps": 0}
     agent = GRPO("CartPole-v1", baseline_memory=150, **settings).learn(1500)

@@ -13,7 +13,7 @@ from grouprl.envs import estimate
 from grouprl.envs.config import make_config
 from grouprl.envs.estimate import Baseline, fit_subset
 from grouprl.envs.rollout import Rollout
-from grouprl.objective import RandomFeatures, gigpo
+from grouprl.objective import RandomFeatures, gae, gigpo
 
 
 def chain(samples: int, length: int) -> Rollout:
@@ -95,6 +95,26 @@ def test_a_fit_on_a_part_gives_the_advantages_of_a_fit_on_the_whole(monkeypatch:
     # The value, 1 to 20, is linear in the observation: what is left is rounding in a nearly singular regression.
     assert float(whole.abs().max()) < 0.5
     assert float((part - whole).abs().max()) < 0.5
+
+
+def test_a_pulled_fit_values_a_batch_by_the_weights_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a batch of which only some samples enter the regression."""
+    monkeypatch.setattr(estimate, "MAX_FIT_STEPS", 100)
+    config = make_config({"baseline_pull": 0.3, "baseline_features": 4, "gae_lambda": 0.9, "gamma": 0.9})
+    rollout = chain(9, 20)
+    baseline = Baseline.create(1, config, horizon=20)
+    for _ in range(2):
+        before = baseline.weights
+        values, made, _ = baseline.fit(rollout, config)
+        phi = baseline.phi(rollout.inputs["flat"], rollout.elapsed)
+        last = baseline.phi(rollout.last_inputs["flat"], rollout.last_elapsed)
+        w = torch.zeros(phi.shape[1]) if before is None else before
+        torch.testing.assert_close(values, phi @ w, rtol=1e-4, atol=1e-5)
+        after = torch.where(rollout.terminated, 0.0, last @ w)
+        expected = gae(rollout.rewards, phi @ w, after, rollout.lengths, 0.9, 0.9)
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+        assert baseline.weights is not None
+        assert not torch.equal(baseline.weights, w)
 
 
 def test_a_batch_of_equal_rewards_has_a_signal_only_if_it_can_end_early() -> None:

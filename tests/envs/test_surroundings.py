@@ -159,6 +159,9 @@ def test_agents_made_in_several_threads_are_those_of_one() -> None:
         ({"log_std_init": -1.0}, "log_std_init=-1.0"),
         ({"advantage": "outcome", "baseline_level": True}, "baseline_level=True"),
         ({"advantage": "outcome", "baseline_memory": 40_960}, "baseline_memory=40960"),
+        ({"advantage": "outcome", "baseline_pull": 0.3}, "baseline_pull=0.3"),
+        ({"baseline_pull": 0.3, "baseline_ridge": 0.1}, "baseline_ridge=0.1"),
+        ({"baseline_pull": 0.3, "baseline_sweeps": 3}, "baseline_sweeps=3"),
         ({"advantage_function": lambda rewards, lengths, group: rewards, "gae_lambda": 0.9}, "gae_lambda=0.9"),
         (
             {"advantage_function": lambda rewards, lengths, group: rewards, "scale_rewards": "none"},

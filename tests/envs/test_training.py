@@ -106,6 +106,7 @@ def test_config_yaml_reproduces_the_run(tmp_path: Path) -> None:
         ("Pendulum-v1", {"vectorization": "async"}),
         ("Pendulum-v1", {"baseline_memory": 1000, "baseline_level": True, "log_std_min": -0.51}),
         ("Pendulum-v1", {"reuse": 3, "baseline_memory": 600}),
+        ("Pendulum-v1", {"baseline_pull": 0.3, "baseline_cosine": True}),
         ("CartPole-v1", {"reuse": 2}),
         ("LunarLander-v3", {}),
         ("HalfCheetah-v5", {"n_steps": 32}),

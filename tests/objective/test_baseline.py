@@ -322,8 +322,8 @@ def test_a_fit_with_earlier_batches_is_a_fit_to_all_their_samples(dual, monkeypa
 
 
 def test_the_matrix_of_a_kept_batch_is_computed_once(monkeypatch):
-    counted, gram = [], baseline._gram
-    monkeypatch.setattr(baseline, "_gram", lambda rows: counted.append(len(rows)) or gram(rows))
+    counted, gram = [], baseline.gram_of
+    monkeypatch.setattr(baseline, "gram_of", lambda rows: counted.append(len(rows)) or gram(rows))
     kept = batch_of(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), samples=2)
     for _ in range(3):
         fit_baseline(kept.phi[:30], kept.phi[:1], kept.rewards[:30], torch.tensor([30]), flags(1), None, 0.9, 0.9,

@@ -80,6 +80,12 @@ class GRPOConfig(ObjectiveSettings):
     baseline_level: bool = Field(
         False, description="set the level and the scale of its values, so that the advantages of a batch have mean 0"
     )
+    baseline_pull: float | None = Field(
+        None, gt=0, description="for many small batches: weight that pulls each fit to the one before; default: to zero"
+    )
+    baseline_cosine: bool = Field(
+        False, description="random features are cosines, which vary slowly; needs more of them than tanh, such as 1024"
+    )
     skip_without_signal: bool = Field(True, description="no update from a batch whose rewards say nothing")
 
     # --- loss ----------------------------------------------------------------------------------------------------
@@ -193,6 +199,11 @@ class GRPOConfig(ObjectiveSettings):
             raise ValueError(
                 f"baseline_memory={self.baseline_memory} holds no whole batch, which has {batch} steps; set some "
                 f"batches, such as {10 * batch}, or 0"
+            )
+        if self.baseline_pull is not None and (self.baseline_memory or self.baseline_level):
+            raise ValueError(
+                "baseline_pull keeps what earlier batches said in the weights, and its values are those before the "
+                "batch; leave baseline_memory and baseline_level out, or leave baseline_pull out"
             )
         if None not in (self.log_std_init, self.log_std_min) and self.log_std_init < self.log_std_min:  # type: ignore[operator]
             raise ValueError(

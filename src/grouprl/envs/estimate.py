@@ -55,7 +55,7 @@ class Baseline:
         """For a :func:`summary` of ``width`` numbers; no weights yet."""
         sketch = Sketch.create(width, SKETCHED, config.seed) if width > WIDE else None
         width = width if sketch is None else SKETCHED
-        features = RandomFeatures.create(width, config.baseline_features, config.seed)
+        features = RandomFeatures.create(width, config.baseline_features, config.seed, config.baseline_cosine)
         return cls(features, horizon, sketch=sketch, memory=BaselineMemory(config.baseline_memory))
 
     def seen(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -118,19 +118,26 @@ class Baseline:
             rollout.terminated[samples],
         )
         batch = seen.batch(self.phi)
-        fit = objective.fit_baseline(
+        given = (
             batch.phi, batch.phi_last, batch.rewards, batch.lengths, batch.terminated, self.weights, config.gamma,
-            config.gae_lambda, ridge=config.baseline_ridge, sweeps=config.baseline_sweeps,
-            earlier=tuple(self.memory), level=config.baseline_level,
+            config.gae_lambda,
         )  # fmt: skip
-        self.weights = fit.weights
+        if config.baseline_pull is None:
+            fit = objective.fit_baseline(
+                *given, ridge=config.baseline_ridge, sweeps=config.baseline_sweeps, earlier=tuple(self.memory),
+                level=config.baseline_level,
+            )  # fmt: skip
+        else:
+            fit = objective.fit_pulled_baseline(*given, pull=config.baseline_pull)
         if self.memory.rows:
             self.memory.add(seen, batch)
         values, advantages = fit.values, fit.advantages
         if not every:
+            self.weights = fit.valued_by
             last = torch.where(rollout.terminated, 0.0, self.values(rollout.last_inputs, rollout.last_elapsed))
             values = self.values(rollout.inputs, rollout.elapsed)
             advantages = objective.gae(rollout.rewards, values, last, rollout.lengths, config.gamma, config.gae_lambda)
+        self.weights = fit.weights
         lowest, highest = torch.aminmax(values + advantages)
         if float(highest - lowest) <= SAME_RETURN_BELOW * float(torch.maximum(highest.abs(), lowest.abs())):
             # What the ridge leaves over of equal returns is no signal; scaled to unit variance it would pass for one.

@@ -26,6 +26,10 @@ RULES: tuple[Unread, ...] = (
         "no baseline is fitted; set advantage='baseline', or let advantage_function ask for values",
     ),
     Unread(
+        ("baseline_ridge", "baseline_sweeps"), lambda c, about: about["fits_baseline"] and c.baseline_pull is not None,
+        "baseline_pull takes the place of the ridge, and its fit is a single one",
+    ),
+    Unread(
         ("scale_rewards", "gigpo_weight"), lambda c, about: about["own_advantage"],
         "advantage_function computes the advantages; leave one of the two out",
     ),

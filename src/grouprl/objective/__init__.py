@@ -52,6 +52,7 @@ from grouprl.objective.packed import (
     segment_ids,
     segment_sum,
 )
+from grouprl.objective.pulled_baseline import fit_pulled_baseline
 from grouprl.objective.returns import gae, returns_to_go
 from grouprl.objective.sequence import gspo_log_ratio, gspo_token_log_ratio, importance_logp, off_policy_mask
 from grouprl.objective.shaping import kl_in_reward, soft_overlong
@@ -84,6 +85,7 @@ __all__ = [
     "effective_share",
     "fit_baseline",
     "fit_level",
+    "fit_pulled_baseline",
     "gae",
     "gaussian_kl",
     "gdpo",

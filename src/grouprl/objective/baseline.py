@@ -19,7 +19,7 @@ from grouprl.objective.level import fit_level
 from grouprl.objective.packed import check_packed, check_per_sample
 from grouprl.objective.returns import gae
 
-_SMALLEST_POWER = 1e-3  # of a feature, where the ridge is scaled by it: a feature that is all but 0 stays tame
+SMALLEST_POWER = 1e-3  # of a feature, where the ridge is scaled by it: a feature that is all but 0 stays tame
 _CONSTANT_RIDGE = 1e-6  # the mean return must not be shrunk; this only keeps the matrix regular
 _ROWS_A_FEATURE = 4  # fewer rows than this for each feature follow their targets, each fit further than the last
 _MOST_COUNTED = 512  # features: 2,048 rows are a large batch whatever their width
@@ -39,7 +39,7 @@ class BaselineBatch:
     @cached_property
     def gram(self) -> Tensor:
         """Phi'Phi [F, F] in the precision of phi, computed once."""
-        return _gram(self.phi)
+        return gram_of(self.phi)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class BaselineFit:
     """What one fit leaves: weights [F] for the next one, and the batch's values and advantages under the fit."""
 
     weights: Tensor
+    valued_by: Tensor  # [F] the weights behind the values, which need not be those for the next fit
     values: Tensor  # [S] V(s_t)
     last_values: Tensor  # [N] V after each sample's last step, 0 where it terminated
     advantages: Tensor  # [S] GAE with these values, neither centred nor scaled
@@ -91,7 +92,9 @@ def fit_baseline(
 
     Raises UsageError on shapes or settings that do not fit, TrainingError if the fit is not finite.
     """
-    _check(phi, phi_last, rewards, lengths, terminated, weights, ridge, sweeps)
+    check_fit(phi, phi_last, rewards, lengths, terminated, weights)
+    if ridge < 0.0 or sweeps < 1:
+        raise UsageError(f"ridge must be at least 0 and sweeps at least 1, got {ridge} and {sweeps}.")
     batches = (BaselineBatch(phi, phi_last, rewards.to(phi.dtype), lengths, terminated), *earlier)
     if any(batch.phi.shape[1] != phi.shape[1] for batch in batches):
         raise UsageError(f"earlier batches must have the {phi.shape[1]} features of this one.")
@@ -123,9 +126,13 @@ def fit_baseline(
             "is nan or too large, or batches of so few steps lead each fit further astray; check the environment, or "
             "raise n_steps (min_steps) or baseline_ridge."
         )
+    return BaselineFit(w, w, values, last_values, advantages, explained(values, advantages))
+
+
+def explained(values: Tensor, advantages: Tensor) -> float:
+    """1 - var(A) / var(V + A): the share of the returns' variance that the values [S] account for."""
     spread = float((values + advantages).var(correction=0))
-    explained = 1.0 - float(advantages.var(correction=0)) / spread if spread > 0.0 else 0.0
-    return BaselineFit(w, values, last_values, advantages, explained)
+    return 1.0 - float(advantages.var(correction=0)) / spread if spread > 0.0 else 0.0
 
 
 _Solve = Callable[[Tensor], Tensor]
@@ -150,7 +157,7 @@ def _dual(batches: Sequence[BaselineBatch], ridge: float) -> _Solve:
     """By the matrix [n, n]: (Phi'Phi + P)^-1 Phi' = P^-1 Phi' (Phi P^-1 Phi' + 1)^-1 for the diagonal penalty P."""
     rows = torch.cat([batch.phi for batch in batches]).to("cpu", torch.float64)
     penalty = _penalty(rows.square().sum(0), len(rows), ridge)
-    gram = _gram((rows / penalty.sqrt()).T)
+    gram = gram_of((rows / penalty.sqrt()).T)
     if not bool(torch.isfinite(gram).all()):
         raise TrainingError("the baseline's features are not finite; check the environment's observations.")
     gram.diagonal().add_(1.0)
@@ -165,7 +172,7 @@ def _dual(batches: Sequence[BaselineBatch], ridge: float) -> _Solve:
 
 def _penalty(power: Tensor, n: int, ridge: float) -> Tensor:
     """[F]: what the ridge adds to the diagonal ``power`` [F] of Phi'Phi, n rows."""
-    penalty = ridge * power.clamp(min=n * _SMALLEST_POWER)
+    penalty = ridge * power.clamp(min=n * SMALLEST_POWER)
     penalty[-1] = n * _CONSTANT_RIDGE
     return penalty
 
@@ -176,7 +183,7 @@ def _factor(batches: Sequence[BaselineBatch], ridge: float) -> Tensor:
     n = sum(len(batch.phi) for batch in batches)
     for exact in (False, True):
         # float32 products are exact enough unless features all but coincide; then once more in float64.
-        grams = (_gram(batch.phi.cpu().double()) if exact else batch.gram for batch in batches)
+        grams = (gram_of(batch.phi.cpu().double()) if exact else batch.gram for batch in batches)
         first, *others = (gram.to("cpu", torch.float64) for gram in grams)
         gram = sum(others, start=first)
         if not bool(torch.isfinite(gram).all()):
@@ -188,7 +195,7 @@ def _factor(batches: Sequence[BaselineBatch], ridge: float) -> Tensor:
     raise TrainingError(f"the baseline's features are linearly dependent and ridge={ridge} is too small; raise ridge.")
 
 
-def _gram(rows: Tensor) -> Tensor:
+def gram_of(rows: Tensor) -> Tensor:
     """rows^T rows. On a CPU by numpy, which knows the result to be symmetric and computes one half of it."""
     if rows.device.type != "cpu" or rows.dtype not in (torch.float32, torch.float64):
         return rows.T @ rows
@@ -197,16 +204,15 @@ def _gram(rows: Tensor) -> Tensor:
         return torch.from_numpy(array.T @ array)
 
 
-def _check(
+def check_fit(
     phi: Tensor,
     phi_last: Tensor,
     rewards: Tensor,
     lengths: Tensor,
     terminated: Tensor,
     weights: Tensor | None,
-    ridge: float,
-    sweeps: int,
 ) -> None:
+    """Raises UsageError unless the arguments of a fit fit together."""
     total = check_packed(lengths, phi=phi, rewards=rewards)
     check_per_sample(lengths, phi_last=phi_last, terminated=terminated)
     if phi.ndim != 2 or phi_last.ndim != 2 or phi.shape[1] != phi_last.shape[1]:
@@ -222,5 +228,3 @@ def _check(
         raise UsageError(f"terminated must be a boolean tensor, got {terminated.dtype}; convert with .bool().")
     if total == 0:
         raise UsageError("the baseline needs at least one step, got none.")
-    if ridge < 0.0 or sweeps < 1:
-        raise UsageError(f"ridge must be at least 0 and sweeps at least 1, got {ridge} and {sweeps}.")

@@ -13,21 +13,26 @@ from torch import Tensor
 from grouprl.errors import UsageError
 
 _OBSERVATION_LIMIT = 10.0
+_COSINE_SCALE = 0.25
 _TIME_SCALE = 4.0  # elapsed lies in [0, 1]: stretched to the spread of a normalised observation
 
 
 @dataclass(frozen=True)
 class RandomFeatures:
-    """phi(s, u) = [tanh((s, 4u) W + c), s, s^2, u, u^2, 1] with W and c drawn once and fixed.
+    """phi(s, u) = [f((s, 4u) W + c), s, s^2, u, u^2, 1] with W and c drawn once and fixed; f is tanh or cos.
 
-    weight [D+1, d] ~ N(0, 1) / sqrt(max(1, D/4)) and offset [d] ~ U(-2, 2); D observation entries, d random features.
+    weight [D+1, d] and offset [d], for D observation entries and d random features:
+        tanh:   N(0, 1) / sqrt(max(1, D/4)),          U(-2, 2)
+        cosine: N(0, 1) / (4 sqrt(max(1, D/4))),      U(-pi, pi)
+    Cosines vary slowly, over about 2 sqrt(D) deviations of an observation: a regression on them is smooth.
     """
 
     weight: Tensor
     offset: Tensor
+    cosine: bool = False
 
     @classmethod
-    def create(cls, n_observation: int, n_features: int, seed: int) -> "RandomFeatures":
+    def create(cls, n_observation: int, n_features: int, seed: int, cosine: bool = False) -> "RandomFeatures":
         """Draw W and c; the same seed gives the same features. Raises UsageError if a size is below 1."""
         if n_observation < 1 or n_features < 1:
             raise UsageError(
@@ -36,8 +41,11 @@ class RandomFeatures:
             )
         rng = np.random.default_rng(seed)
         weight = rng.standard_normal((n_observation + 1, n_features)) / math.sqrt(max(1.0, n_observation / 4.0))
-        offset = rng.uniform(-2.0, 2.0, n_features)
-        return cls(torch.from_numpy(weight).float(), torch.from_numpy(offset).float())
+        widest = math.pi if cosine else 2.0
+        offset = rng.uniform(-widest, widest, n_features)
+        if cosine:
+            weight *= _COSINE_SCALE
+        return cls(torch.from_numpy(weight).float(), torch.from_numpy(offset).float(), cosine)
 
     @property
     def n_outputs(self) -> int:
@@ -64,7 +72,7 @@ class RandomFeatures:
         return torch.mv(hidden, w_hidden).addmv_(s, w_s).addmv_(s.square(), w_square).addmv_(time, w_time)
 
     def _parts(self, observations: Tensor, elapsed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """tanh((s, 4u) W + c) [S, d], s [S, D] and u [S, 1]."""
+        """f((s, 4u) W + c) [S, d], s [S, D] and u [S, 1]."""
         n_observation = self.weight.shape[0] - 1
         if observations.ndim != 2 or observations.shape[1] != n_observation:
             raise UsageError(
@@ -78,8 +86,11 @@ class RandomFeatures:
         s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT)
         u = elapsed.to(s).unsqueeze(1)
         weight, offset = self.weight.to(s.device), self.offset.to(s.device)
+        inputs = torch.cat((s, _TIME_SCALE * u), 1)
+        if self.cosine:
+            return torch.addmm(offset, inputs, weight).cos_(), s, u
         # tanh(x) = 2 sigmoid(2x) - 1, which torch computes in a fraction of the time of tanh on a CPU.
-        doubled = torch.addmm(offset, torch.cat((s, _TIME_SCALE * u), 1), weight, beta=2.0, alpha=2.0)
+        doubled = torch.addmm(offset, inputs, weight, beta=2.0, alpha=2.0)
         return doubled.sigmoid_().mul_(2.0).sub_(1.0), s, u
 
 
