@@ -392,8 +392,8 @@ PYTHON = {
 stands for all of its public functions. The objective is a third part, in `OBJECTIVE_PARTS`."""
 
 OBJECTIVE_PARTS = (
-    "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "pulled_baseline", "features", "level",
-    "importance", "returns", "packed", "surrogates", "sequence", "correction", "divergences", "weights",
+    "loss", "losses", "estimators", "shaping", "advantages", "outcomes", "baseline", "pulled_baseline", "features",
+    "level", "importance", "returns", "packed", "surrogates", "sequence", "correction", "divergences", "weights",
 )  # fmt: skip
 
 
