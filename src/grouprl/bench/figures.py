@@ -172,12 +172,15 @@ def _over_clock(run: Result) -> list[tuple[float, float]]:
 
 
 def _over_seconds(axes: Axes, results: Results, subject: str, colours: list[str]) -> None:
+    from matplotlib.ticker import NullFormatter
+
     for setting, timed in _timed(results, subject).items():
         grid = common_grid(timed)
         if len(grid):
             values = np.stack([on_grid(curve, grid) for curve in timed], axis=-1)
             _line(axes, 10**grid, [values], setting, colours)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # labels between powers of ten run into each other
     axes.set_title(subject, fontsize=10)
     axes.set_xlabel("CPU seconds of training")
     axes.set_ylabel("greedy, IQM")

@@ -77,11 +77,14 @@ class Baseline:
     def values(self, inputs: Mapping[str, Tensor], elapsed: Tensor) -> Tensor:
         """Values ``[m]`` under the last regression, a chunk of rows at a time."""
         assert self.weights is not None
+        return self._values(inputs, elapsed, self.weights)
+
+    def _values(self, inputs: Mapping[str, Tensor], elapsed: Tensor, weights: Tensor) -> Tensor:
         values = []
         for start in range(0, elapsed.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
             observations = self.seen({key: value[rows] for key, value in inputs.items()})
-            values.append(self.features.dot(observations, elapsed[rows].float() / self.horizon, self.weights))
+            values.append(self.features.dot(observations, elapsed[rows].float() / self.horizon, weights))
         return torch.cat(values)
 
     def state(self) -> dict[str, Tensor]:
@@ -129,15 +132,15 @@ class Baseline:
             )  # fmt: skip
         else:
             fit = objective.fit_pulled_baseline(*given, pull=config.baseline_pull)
+        self.weights = fit.weights
         if self.memory.rows:
             self.memory.add(seen, batch)
         values, advantages = fit.values, fit.advantages
         if not every:
-            self.weights = fit.valued_by
-            last = torch.where(rollout.terminated, 0.0, self.values(rollout.last_inputs, rollout.last_elapsed))
-            values = self.values(rollout.inputs, rollout.elapsed)
+            after = self._values(rollout.last_inputs, rollout.last_elapsed, fit.valued_by)
+            last = torch.where(rollout.terminated, 0.0, after)
+            values = self._values(rollout.inputs, rollout.elapsed, fit.valued_by)
             advantages = objective.gae(rollout.rewards, values, last, rollout.lengths, config.gamma, config.gae_lambda)
-        self.weights = fit.weights
         lowest, highest = torch.aminmax(values + advantages)
         if float(highest - lowest) <= SAME_RETURN_BELOW * float(torch.maximum(highest.abs(), lowest.abs())):
             # What the ridge leaves over of equal returns is no signal; scaled to unit variance it would pass for one.
