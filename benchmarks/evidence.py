@@ -228,10 +228,11 @@ the environments that both have. Once PPO and another method have two seeds on a
 CLOCK = f"""
 ## Wall clock
 
-CPU seconds of training, and steps, until a method's greedy curve first reaches the final score of PPO. The curve is the
-IQM over seeds, read off at {PARTS} evenly spaced steps, straight between evaluations; the score is the IQM of
-PPO's final evaluations. The seconds are the IQM over seeds of those spent at this step. *First* is the method with the
-fewest seconds, where there are runs of another method too.
+CPU seconds of training, and steps, until a method's greedy curve first reaches the final score of PPO, which is that of
+`{PPO}`. The curve is the IQM over seeds, read off at {PARTS} evenly spaced steps, straight between evaluations; the
+score is the IQM of PPO's final evaluations. The seconds are the IQM over seeds of those spent at this step; those of
+`sbx-ppo` hold what it compiles. *First* is the method with the fewest seconds, where there are runs of another method
+too.
 
 """
 PUBLISHED_INTRO = """

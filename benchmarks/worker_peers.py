@@ -1,18 +1,20 @@
-"""A method of Stable-Baselines3 or sb3-contrib as a worker of `grouprl bench`: the file names it and the cell is read.
+"""A method of another library as a worker of `grouprl bench`: the file names it and the cell is read.
 
     worker: .venv-peers/bin/python benchmarks/worker_peers.py ppo [--or-defaults | --defaults]
 
-PPO, A2C, ARS and TRPO, with RL-Zoo's settings where zoo_ppo.py or zoo_others.py have them for the environment, and the
-settings of the method on top. Where they have none this is an error, or with --or-defaults the library's own defaults,
-and the row says which. With --defaults RL-Zoo's are not asked. Rewards at evaluation are raw and statistics of
-normalisation frozen, and episodes are played by the same function, from the same starts, as those of every other
-method.
+PPO and A2C of Stable-Baselines3, ARS and TRPO of sb3-contrib, and SBX's PPO as sbx-ppo, with RL-Zoo's settings where
+zoo_ppo.py or zoo_others.py have them for the environment, and the settings of the method on top. Where they have none
+this is an error, or with --or-defaults the library's own defaults, and the row says which. With --defaults RL-Zoo's are
+not asked. What SBX compiles to act and to learn, it compiles while the clock of training runs. Rewards at evaluation
+are raw and statistics of normalisation frozen, and episodes are played by the same function, from the same starts, as
+those of every other method.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))  # this library beside the others
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks.pixels
 
+import sbx_ppo
 import zoo_others
 import zoo_ppo
 from grouprl.bench.clock import TrainingClock
@@ -34,8 +37,15 @@ from grouprl.bench.noise import noisy
 from grouprl.bench.worker import returns_of, tell, versions
 from worker_ppo import value_of
 
+SBX = "sbx-ppo"
+LIBRARIES = {SBX: ("sbx-rl", "jax"), "ars": ("sb3-contrib",), "trpo": ("sb3-contrib",)}
+"""What a method needs besides Stable-Baselines3, by its name."""
 
-def algorithm(name: str) -> type[BaseAlgorithm]:
+
+def algorithm(name: str) -> Callable[..., BaseAlgorithm]:
+    """What makes the model from a policy's name, environments and Stable-Baselines3's arguments."""
+    if name == SBX:
+        return sbx_ppo.make
     if name in ("ppo", "a2c"):
         import stable_baselines3 as library
     else:
@@ -46,7 +56,7 @@ def algorithm(name: str) -> type[BaseAlgorithm]:
 
 def tuned(name: str, subject: str, or_defaults: bool) -> dict[str, Any]:
     """RL-Zoo's settings. Raises ValueError if there are none, and the library's defaults will not do."""
-    table = zoo_ppo.SETTINGS if name == "ppo" else zoo_others.SETTINGS[name]
+    table = zoo_ppo.SETTINGS if name in ("ppo", SBX) else zoo_others.SETTINGS[name]
     if subject not in table and or_defaults:
         return {}
     if subject not in table:
@@ -126,13 +136,14 @@ def main() -> None:
     except Exception as error:
         tell({"error": f"{type(error).__name__}: {error}"})
         raise
+    policy = run.model.policy
     packages = ["stable-baselines3", "torch", "numpy", "gymnasium"]
     tell({
         "result": {
             "steps_done": run.model.num_timesteps, **spent, "settings_of": run.settings_of,
             "greedy": returns_of(greedy), "sampled": returns_of(sampled),
-            "parameters": sum(p.numel() for p in run.model.policy.parameters()),
-            "versions": versions(*packages, *(["sb3-contrib"] if name in ("ars", "trpo") else [])),
+            "parameters": sbx_ppo.parameters(policy) if name == SBX else sum(p.numel() for p in policy.parameters()),
+            "versions": versions(*packages, *LIBRARIES.get(name, ())),
         }
     })  # fmt: skip
 

@@ -120,9 +120,9 @@ def test_rows_become_the_tables_and_pictures_of_the_report(tmp_path: Path) -> No
         **curve(-1250.0, -200.0, steps=150_000, seconds=5.0),
     )  # fmt: skip
     text = evidence.report(read(folder))
-    assert "\n9 of 1,147 runs are done. Of each method: grouprl-default, timestep, tutorial-script" in text
+    assert "\n9 of 1,227 runs are done. Of each method: grouprl-default, timestep, tutorial-script" in text
     assert (
-        "tutorial-formula: 0 of 126; grouprl-preset, sb3-ppo: 4 of 126; outcome: 1 of 126; sb3-a2c: 0 of 75; " in text
+        "tutorial-formula: 0 of 126; grouprl-preset, sb3-ppo: 4 of 126; outcome: 1 of 126; sbx-ppo: 0 of 80; " in text
     )
     assert (
         "| CartPole-v1 | sb3-ppo | 100,000 | 3 | 402.0 [400.0, 404.0] | 400.0 to 404.0 |  | 40.0 | 2,500 | 400.0 |"
@@ -146,6 +146,18 @@ def test_rows_become_the_tables_and_pictures_of_the_report(tmp_path: Path) -> No
         assert (folder / f"evidence-{name}.png").stat().st_size > 1000
 
 
+def test_ppo_of_another_library_has_seconds_to_the_same_score(tmp_path: Path) -> None:
+    for method, seconds in (("sb3-ppo", 40.0), ("sbx-ppo", 16.0), ("grouprl-preset", 4.0)):
+        says = curve(24.0, 402.0, steps=100_000, seconds=seconds)
+        made_rows.write(tmp_path, "evidence.yaml", {f"{method}/CartPole-v1": [402.0]}, **says)
+    benchmark = read(tmp_path)
+    table = evidence.wall_clock(benchmark.results)
+    assert "| environment | PPO's final IQM | grouprl-preset | sb3-ppo | sbx-ppo | first |" in table
+    assert "| CartPole-v1 | 402.0 | 4 s, 100,000 | 40.0 s, 100,000 | 16.0 s, 100,000 | grouprl-preset |" in table
+    # What is said beside PPO stays beside Stable-Baselines3's.
+    assert "sbx-ppo" not in evidence.beside_ppo(benchmark.results, benchmark.plan.scales)
+
+
 def test_there_is_no_target_where_ppo_ends_where_it_began(tmp_path: Path) -> None:
     flat = curve(-200.0, -200.0, steps=300_000, seconds=9.0)
     made_rows.write(tmp_path, "evidence.yaml", {"sb3-ppo/MountainCar-v0": [-200.0]}, **flat)
@@ -158,7 +170,7 @@ def test_there_is_no_target_where_ppo_ends_where_it_began(tmp_path: Path) -> Non
 def test_a_failed_run_is_named_and_counts_nowhere(tmp_path: Path) -> None:
     made_rows.write(tmp_path, "evidence.yaml", {"ars/CartPole-v1": [9.0]}, status="failed", error="no")
     text = evidence.report(read(tmp_path))
-    assert "0 of 1,147 runs are done" in text
+    assert "0 of 1,227 runs are done" in text
     assert "Failed: ars/CartPole-v1/0." in text
     assert text.count("##") == 1  # nothing but which runs there are
 
