@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from grouprl.bench import plan
 from grouprl.bench.cells import ENVIRONMENTS, Cell, parse_seeds
+from grouprl.envs import presets
 from grouprl.errors import UsageError
 
 GOOD = """
@@ -79,6 +81,29 @@ def test_whatever_decides_a_result_makes_another_run_of_it(tmp_path: Path) -> No
     for old, new in (("1e-3", "2e-3"), ("1e3", "2e3"), ("seeds: 0-1", "seeds: 0-1\nepisodes: 7")):
         assert plan.read(write(tmp_path, GOOD.replace(old, new))).cells[1].id != before
     assert plan.read(write(tmp_path, GOOD.replace("seeds: 0-1", "seeds: 0-9\nabout: text"))).cells[1].id == before
+
+
+def test_a_preset_with_other_settings_makes_another_run_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ids() -> dict[str, str]:
+        return {cell.name: cell.id for cell in plan.read(write(tmp_path, GOOD)).cells}
+
+    before, load = ids(), presets.load
+    monkeypatch.setattr(presets, "load", lambda name: replace(load(name), about="other words"))
+    assert ids() == before
+    monkeypatch.setattr(presets, "load", lambda name: replace(load(name), config={"epochs": 3}))
+    changed = {name for name, id in ids().items() if id != before[name]}
+    assert changed == {name for name in before if name.startswith("preset/")}
+
+
+def test_a_recipe_with_other_settings_makes_another_run_of_it(tmp_path: Path) -> None:
+    def ids(about: str, learning_rate: float) -> set[str]:
+        own = {"model": "tiny", "task": "sort", "about": about, "config": {"learning_rate": learning_rate}}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+        text = f"methods: [plain]\nrecipes: {{own: {{recipe: {tmp_path / 'own.yaml'}, steps: 3}}}}\nseeds: 0"
+        return {cell.id for cell in plan.read(write(tmp_path, text)).cells}
+
+    assert ids("some words", 1e-3) == ids("other words", 1e-3)
+    assert ids("some words", 1e-3) != ids("some words", 2e-3)
 
 
 def test_noise_is_in_the_size_of_a_reward(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from grouprl.bench.cells import ENVIRONMENTS, LANGUAGE, Cell, parse_seeds
-from grouprl.bench.plan import FUNCTIONS, checksum, mapping, preset_of, subject_fields, whole
+from grouprl.bench.plan import FUNCTIONS, checksum, mapping, preset_of, ready_made, subject_fields, whole
 from grouprl.bench.space import Space
 from grouprl.bench.sweep import Sweep
 from grouprl.errors import UsageError, shown
@@ -43,9 +43,10 @@ def asked(what: str, options: Mapping[str, Any]) -> Sweep:
     if wrong := [name for name in space.varied if name in FUNCTIONS]:
         raise UsageError(f"{wrong[0]} cannot be swept; compare functions with grouprl bench")
     fixed = {name: value for name, value in space.fixed.items() if name not in FUNCTIONS}
+    preset = preset_of(given.get("preset", "auto"), subject) if arena == ENVIRONMENTS else None
     cell = Cell(
-        "", subject, arena, seed=0, functions=functions, code=checksum(functions),
-        preset=preset_of(given.get("preset", "auto"), subject) if arena == ENVIRONMENTS else None,
+        "", subject, arena, seed=0, functions=functions, code=checksum(functions), preset=preset,
+        ready_made=ready_made(preset, about.get("recipe")),
         episodes=whole(given.get("episodes", 100), "episodes"), **about,
     )  # fmt: skip
     sampler = str(given.get("sampler", "tpe" if space.ranges else "grid"))

@@ -33,6 +33,7 @@ class Cell:
         episodes: played at the end, greedily and again sampled. points: evaluations along the way; point_episodes: of
             each. A language model is evaluated on its recipe's held-out rows, as often as that says.
         code: a checksum of the files that hold the functions. folder: where they are found, beside the current one.
+        ready_made: a checksum of what the preset, or the recipe, holds.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Cell:
     point_episodes: int = 20
     code: str = ""
     folder: str = ""
+    ready_made: str = ""
 
     @property
     def name(self) -> str:
@@ -66,10 +68,11 @@ class Cell:
         return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def as_hashed(self) -> dict[str, Any]:
-        """Its fields, so that what was hashed before there was any noise stays the same without noise."""
+        """Its fields without those that came later, where they hold nothing: the hash of older rows stays theirs."""
         fields = asdict(self)
-        if not self.reward_noise:
-            del fields["reward_noise"]
+        for later in ("reward_noise", "ready_made"):
+            if not fields[later]:
+                del fields[later]
         return fields
 
     def given(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import json
 import math
 import shlex
 import sys
@@ -126,10 +127,11 @@ def _cell(
     settings = with_numbers(mapping(options.get("settings", {}), f"settings of method {method}", None))
     functions = {name: str(options[name]) for name in FUNCTIONS if options.get(name) is not None}
     worker = tuple(shlex.split(str(options["worker"]))) if options.get("worker") else ()
+    preset = preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None
     return Cell(
         method, subject, arena, seed=0, settings=settings, functions=functions, worker=worker,
-        preset=preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None,
-        code=checksum(functions, folder), folder=str(folder.absolute()) if functions else "", **rest,
+        preset=preset, ready_made=ready_made(preset, rest.get("recipe")), code=checksum(functions, folder),
+        folder=str(folder.absolute()) if functions else "", **rest,
     )  # fmt: skip
 
 
@@ -160,6 +162,22 @@ def preset_of(name: object, subject: str) -> str | None:
     if name == "auto":
         return subject if subject in presets.names() else None
     return presets.load(name).name  # type: ignore[arg-type]  # it refuses what is no name
+
+
+def ready_made(preset: str | None, recipe: object) -> str:
+    """A checksum of what a preset or a recipe holds: with other settings under the same name it is another run."""
+    if preset is not None:
+        from grouprl.envs import presets
+
+        held = presets.load(preset).config
+    elif recipe is not None:
+        from grouprl.lm.run import recipe as recipes
+
+        text = ("about", "needs", "expect")
+        held = {key: value for key, value in recipes.load(str(recipe)).to_dict().items() if key not in text}
+    else:
+        return ""
+    return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def checksum(functions: Mapping[str, str], folder: Path | None = None) -> str:
