@@ -158,7 +158,9 @@ def wall_clock(results: Results) -> str:
         found = {method: first_reach(runs, target) for method, runs in timed.items()}
         reached = {method: at[0] for method, at in found.items() if at is not None}
         first = min(reached, key=lambda method: reached[method]) if len(timed) > 1 else ""
-        if first:
+        if any(at is not None and at[1] == 0 for at in found.values()):
+            first = "none, an untrained policy has it"
+        elif first:
             wins[first] += 1
         lines.append([subject, number(target), *(_reached(found, method) for method in methods), first])
     if len(lines) == 1:

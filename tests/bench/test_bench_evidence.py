@@ -167,6 +167,15 @@ def test_there_is_no_target_where_ppo_ends_where_it_began(tmp_path: Path) -> Non
     assert "| first on so many |  | 0 | 0 |  |" in table
 
 
+def test_nobody_is_first_to_a_score_that_an_untrained_policy_has(tmp_path: Path) -> None:
+    rising, steady = (curve(start, -200.0, steps=200_000, seconds=9.0) for start in (-600.0, -200.0))
+    made_rows.write(tmp_path, "evidence.yaml", {"sb3-ppo/Taxi-v4": [-200.0]}, **rising)
+    made_rows.write(tmp_path, "evidence.yaml", {"grouprl-preset/Taxi-v4": [-200.0]}, **steady)
+    table = evidence.wall_clock(read(tmp_path).results)
+    assert "none, an untrained policy has it |" in table
+    assert "| first on so many |  | 0 | 0 |  |" in table
+
+
 def test_a_failed_run_is_named_and_counts_nowhere(tmp_path: Path) -> None:
     made_rows.write(tmp_path, "evidence.yaml", {"ars/CartPole-v1": [9.0]}, status="failed", error="no")
     text = evidence.report(read(tmp_path))
