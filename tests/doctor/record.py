@@ -5,6 +5,7 @@ it names, and nothing else::
 
     grouprl train CartPole-v1 --out healthy-runs/CartPole-v1 --no-video --track none
     grouprl train CartPole-v1 --preset formula --out healthy-runs/formula --no-video --track none
+    grouprl train Ant-v5 --preset locomotion --out healthy-runs/locomotion --no-video --track none
     grouprl train-lm nth-word --seed 0 --out healthy-runs/nth-word --track none
     ...
     python tests/doctor/record.py healthy healthy-runs/*
