@@ -199,7 +199,7 @@ def test_settings_with_an_effect_are_not_named(recwarn: pytest.WarningsRecorder)
 def test_no_setting_of_a_preset_is_without_effect(name: str) -> None:
     shipped = presets.load(name).config
     config = make_config(shipped)
-    continuous = any(word in name for word in ("v5", "Pendulum", "ontinuous", "Walker"))
+    continuous = any(word in name for word in ("v5", "Pendulum", "ontinuous", "Walker", "locomotion"))
     about = {
         "fits_baseline": config.advantage == "baseline", "continuous": continuous, "own_network": False,
         "own_advantage": False, "own_surrogate": False,
