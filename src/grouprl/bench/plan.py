@@ -165,7 +165,10 @@ def preset_of(name: object, subject: str) -> str | None:
 
 
 def ready_made(preset: str | None, recipe: object) -> str:
-    """A checksum of what a preset or a recipe holds: with other settings under the same name it is another run."""
+    """A checksum of what a preset or a recipe holds: with other settings under the same name it is another run.
+
+    The code of a recipe's own functions is not in it. Raises UsageError for a preset or a recipe that does not exist.
+    """
     if preset is not None:
         from grouprl.envs import presets
 
