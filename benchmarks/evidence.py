@@ -9,6 +9,8 @@ python benchmarks/evidence.py --table                     # only the report, and
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from grouprl.bench import figures, harness, tables
@@ -37,19 +39,31 @@ PUBLISHED = {  # environment without its version: what PPO reached elsewhere, by
 
 
 # --- each environment, and beside PPO --------------------------------------------------------------------------------
-def each_environment(results: Results) -> str:
-    """A line for each environment and method."""
+def of_one_processor(results: Results) -> tuple[Results, str]:
+    """The runs on the processor that most ran on, for what is said of seconds; and a line on those left out."""
+    runs = [run for by in results.runs.values() for one in by.values() for run in one]
+    counted = Counter(run.processor for run in runs)
+    most = counted.most_common(1)[0][0]
+    kept = Results.of([run for run in runs if run.processor == most])
+    others = "; ".join(f"{name or 'not known'}: {n}" for name, n in counted.most_common()[1:])
+    left_out = f" Seconds are of the runs on {most}; runs on other processors: {others}." if others else ""
+    return kept, left_out
+
+
+def each_environment(results: Results, timed: Results) -> str:
+    """A line for each environment and method; seconds are of the runs in ``timed``."""
     reached = ["greedy: IQM [95 %]", "range", "sampled"]
     lines = [["environment", "method", "steps", "seeds", *reached, "CPU seconds", "steps per CPU second", "peak MB"]]
     for subject, methods in results.runs.items():
         for method, runs in methods.items():
             greedy = results.scores(subject, method, "greedy")
-            spent = [(run.clock[-1][0] / run.clock[-1][1]) for run in runs if run.clock and run.clock[-1][1]]
+            clocks = [run.clock for run in timed.runs.get(subject, {}).get(method, ()) if run.clock]
+            spent = [clock[-1][0] / clock[-1][1] for clock in clocks if clock[-1][1]]
             lines.append([
                 subject, method, f"{runs[-1].steps:,}", str(len(runs)), with_interval([greedy]),
-                f"{number(greedy.min())} to {number(greedy.max())}",
-                *(middle(results.scores(subject, method, name)) for name in ("sampled", "train_cpu_seconds")),
-                middle(np.array(spent)), middle(results.scores(subject, method, "peak_memory_mb")),
+                f"{number(greedy.min())} to {number(greedy.max())}", middle(results.scores(subject, method, "sampled")),
+                middle(np.array([clock[-1][1] for clock in clocks])), middle(np.array(spent)),
+                middle(results.scores(subject, method, "peak_memory_mb")),
             ])  # fmt: skip
     return markdown(lines)
 
@@ -208,7 +222,8 @@ EACH = """
 ## Each environment
 
 Returns of the final policy, greedy and sampled, 100 episodes each. IQM: the mean of the middle half of the seeds. In
-brackets: its 95 % interval. Seconds are those of training, of the processors; memory is the peak of the process.
+brackets: its 95 % interval. Seconds are those of training, of the processors; memory is the peak of the
+process.{left_out}
 
 """
 BESIDE = f"""
@@ -234,7 +249,7 @@ CPU seconds of training, and steps, until a method's greedy curve first reaches 
 `{PPO}`. The curve is the IQM over seeds, read off at {PARTS} evenly spaced steps, straight between evaluations; the
 score is the IQM of PPO's final evaluations. The seconds are the IQM over seeds of those spent at this step; those of
 `sbx-ppo` hold what it compiles. *First* is the method with the fewest seconds, where there are runs of another method
-too.
+too.{{left_out}}
 
 """
 PUBLISHED_INTRO = """
@@ -259,7 +274,8 @@ def report(benchmark: Benchmark) -> str:
         return text
     common = shared(results, scales)
     text += SHORT + in_words(results)
-    text += EACH + each_environment(results)
+    timed, left_out = of_one_processor(results)
+    text += EACH.format(left_out=left_out) + each_environment(results, timed)
     text += benchmark.picture(
         "evidence-curves.png",
         lambda path: figures.curves(results, {s: scales[s] for s in common.runs}, path, benchmark.methods),
@@ -275,10 +291,10 @@ def report(benchmark: Benchmark) -> str:
             lambda path: figures.scores(common, "greedy", scales, path, benchmark.methods),
             says,
         )
-    text += CLOCK + wall_clock(results)
+    text += CLOCK.format(left_out=left_out) + wall_clock(timed)
     text += benchmark.picture(
         "evidence-seconds.png",
-        lambda path: figures.seconds(results, path, benchmark.methods),
+        lambda path: figures.seconds(timed, path, benchmark.methods),
         "Greedy evaluations over CPU seconds",
     )
     text += PUBLISHED_INTRO + published(results) + SOURCES

@@ -190,3 +190,18 @@ def test_rows_of_one_method_alone_are_a_report(tmp_path: Path) -> None:
     text = evidence.report(read(tmp_path))
     assert "| CartPole-v1 | 402.0 | 4 s, 100,000 |  |" in text
     assert "| sb3-ppo | 1 | 0.838 |  |  |" in text  # (402 - 24) / 451
+
+
+def test_seconds_are_of_the_runs_on_one_processor_and_it_says_how_many_were_on_others(tmp_path: Path) -> None:
+    seconds = {"train_cpu_seconds": 10.0, "steps_done": 100_000}
+    made_rows.write(tmp_path, "evidence.yaml", {"sb3-ppo/CartPole-v1": PPO}, **seconds)
+    slow = {"train_cpu_seconds": 50.0, "steps_done": 100_000, "machine": {"processor": "slow", "cores": 2}}
+    made_rows.write(tmp_path, "evidence.yaml", {"sb3-ppo/Acrobot-v1": PPO[:2]}, **slow)
+    results = read(tmp_path).results
+    timed, left_out = evidence.of_one_processor(results)
+    assert left_out == " Seconds are of the runs on P; runs on other processors: slow: 2."
+    assert list(timed.runs) == ["CartPole-v1"]
+    told = evidence.each_environment(results, timed).splitlines()
+    assert " 10.0 | 10,000 | " in told[2]
+    assert told[3].endswith("|  |  |  |")  # its returns are there, its seconds are not
+    assert evidence.of_one_processor(timed) == (timed, "")

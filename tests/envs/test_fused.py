@@ -13,9 +13,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+import registers
 from grouprl import GRPO
 from grouprl.envs import update
 from grouprl.envs.fused import fused_gradient
+from grouprl.envs.native import kernels
 from grouprl.envs.update import Gradient, Terms, UpdateSettings
 from grouprl.objective import Objective
 
@@ -89,6 +91,14 @@ class Batch:
 
     def fused(self, settings: UpdateSettings) -> Gradient | None:
         return fused_gradient(self.policy, settings, self.inputs, self.actions, self.logp_old, self.advantages)
+
+
+@pytest.mark.parametrize("hidden", [(33,), (7, 100, 3), (64, 64, 64)])
+@pytest.mark.parametrize("floats", registers.WITHOUT)
+def test_it_is_the_gradient_whatever_a_register_holds(floats: str, hidden: tuple, monkeypatch) -> None:
+    registers.use(monkeypatch, kernels, floats)
+    test_widths_that_are_no_multiple_of_16_and_more_outputs_than_that(spaces.Discrete(19), hidden)
+    test_it_is_the_gradient_autograd_gives("five numbers", "entropy bonus", "relu")
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import registers
 from several import one_thread
 
 
@@ -21,3 +22,11 @@ def products_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     for module in (layers, head):
         monkeypatch.setattr(module, "preferred", lambda: request.param)
     return bool(request.param)
+
+
+@pytest.fixture(params=registers.WITHOUT)
+def floats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code for registers of so many floats."""
+    from grouprl.lm.kernels.compile import kernels
+
+    registers.use(monkeypatch, kernels, request.param, "-fopenmp")

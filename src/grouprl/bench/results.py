@@ -29,6 +29,7 @@ class Result:
         setting: what was tried, a line of the table. subject: what it was tried on. seed: of the run.
         values: what it reached, by the name of the metric. curve: (step, value) of greedy evaluations.
         steps: its budget. clock: (step, CPU seconds of training until then), where they were measured.
+        processor: on which it ran, "" where that is not known; seconds of two do not compare.
     """
 
     setting: str
@@ -38,6 +39,7 @@ class Result:
     curve: Sequence[tuple[float, float]] = ()
     steps: int = 0
     clock: Sequence[tuple[float, float]] = ()
+    processor: str = ""
 
 
 @dataclass
@@ -142,7 +144,8 @@ def _of_row(row: Row) -> Result:
     if curve:
         values["curve_mean"] = float(np.mean([y for _, y in curve]))
     known = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-    return Result(row["method"], row["subject"], row["seed"], known, curve, row["steps"], _clock(row, end))
+    processor = str((row.get("machine") or {}).get("processor", ""))
+    return Result(row["method"], row["subject"], row["seed"], known, curve, row["steps"], _clock(row, end), processor)
 
 
 def _clock(row: Row, end: float) -> list[tuple[float, float]]:

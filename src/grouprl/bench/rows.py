@@ -97,9 +97,18 @@ def _context() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """What rows were measured on."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"processor": next(names, platform.processor()), "cores": len(cores()), "system": platform.system()}
+    text = info.read_text(errors="replace") if info.exists() else ""
+    return {"processor": processor(text), "cores": len(cores()), "system": platform.system()}
+
+
+def processor(cpuinfo: str) -> str:
+    """The name of a processor, with family and model where ``/proc/cpuinfo`` has them: generations share a name."""
+    said: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        said.setdefault(name.strip(), value.strip())
+    kind = [f"{name.removeprefix('cpu ')} {said[name]}" for name in ("cpu family", "model") if name in said]
+    return ", ".join([said.get("model name") or platform.processor(), *kind])
 
 
 @cache

@@ -1,4 +1,4 @@
-/* Sixteen floats at a time, in the compiler's portable vectors, and bfloat16 (the upper half of a float). */
+/* Some floats at a time, in the compiler's portable vectors, and bfloat16 (the upper half of a float). */
 #ifndef GROUPRL_VECTOR_H
 #define GROUPRL_VECTOR_H
 
@@ -6,12 +6,24 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { W = 16 };
+/* W: as many floats as a register holds; a compiler takes wider vectors too, but keeps them in memory. */
+#if defined(__AVX512F__)
+#define W 16
+#elif defined(__AVX__)
+#define W 8
+#else
+#define W 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { REGISTERS = 32 };
+#else
+enum { REGISTERS = 16 };
+#endif
 typedef uint16_t bf16;
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint32_t uvec __attribute__((vector_size(64)));
-typedef uint16_t hvec __attribute__((vector_size(32)));
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef uint32_t uvec __attribute__((vector_size(4 * W)));
+typedef uint16_t hvec __attribute__((vector_size(2 * W)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -23,7 +35,7 @@ INLINE vec load(const float *p) {
 
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
-INLINE vec all(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE vec all(float x) { return x - (vec){0}; } /* -0 stays -0 */
 
 INLINE vec larger(vec a, vec b) {
     ivec m = a > b;
@@ -99,48 +111,6 @@ INLINE float inverse_rms(int low, const void *x, size_t at, int n, float eps) {
         s += v * v;
     }
     return 1.0f / sqrtf(sum(s) / n + eps);
-}
-
-/* Rows become columns. */
-INLINE void transpose(uvec r[W]) {
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-#define SWAP(a, b, low, high)                                                                                          \
-    do {                                                                                                               \
-        uvec x = a, y = b;                                                                                             \
-        a = __builtin_shufflevector(x, y, LIST low);                                                                   \
-        b = __builtin_shufflevector(x, y, LIST high);                                                                  \
-    } while (0)
-#define LIST(...) __VA_ARGS__
-    for (int i = 0; i < W; i += 2)
-        SWAP(
-            r[i], r[i + 1], (0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-            (1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
-        );
-    for (int i = 0; i < W; i++)
-        if (!(i & 2))
-            SWAP(
-                r[i], r[i + 2], (0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-                (2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-            );
-    for (int i = 0; i < W; i++)
-        if (!(i & 4))
-            SWAP(
-                r[i], r[i + 4], (0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-                (4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
-            );
-    for (int i = 0; i < W / 2; i++)
-        SWAP(
-            r[i], r[i + 8], (0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-            (8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-        );
-#undef SWAP
-#undef LIST
-#else
-    uint32_t t[W][W];
-    for (int i = 0; i < W; i++)
-        for (int j = 0; j < W; j++) t[j][i] = r[i][j];
-    for (int i = 0; i < W; i++) memcpy(&r[i], t[i], sizeof r[i]);
-#endif
 }
 
 #endif

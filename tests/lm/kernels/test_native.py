@@ -54,6 +54,7 @@ def differentiated(function, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) 
     return [out.detach().float(), *(x.grad for x in leaves)]
 
 
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("heads", "k_heads", "d", "window"),
@@ -96,6 +97,7 @@ def test_a_soft_cap_is_left_to_torch() -> None:
 # --- products of many rows --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 170])
 @pytest.mark.parametrize(("outs", "k"), [((16,), 32), ((48, 16), 96), ((80, 32, 16), 160)])
 @pytest.mark.parametrize("low", [False, True])
@@ -119,6 +121,7 @@ def test_products_are_those_of_the_weights_above_one_another(rows: int, outs: tu
     torch.testing.assert_close(Linear(weights, biases, low=low)(x).double(), wanted, rtol=scale, atol=5 * scale)
 
 
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("rows", [1, 33, 170])
 @pytest.mark.parametrize(("outs", "k"), [((32,), 16), ((48, 16), 96), ((80, 32, 16), 176)])
 def test_the_way_back_through_weights(rows: int, outs: tuple, k: int) -> None:
@@ -156,6 +159,7 @@ def test_a_head_of_whole_blocks_within_a_model_is_no_less_exact_than_autocast(mo
 # --- gradients of weights ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("tokens", [1, 2, 33, 320, 321, 700])
 @pytest.mark.parametrize(("outs", "ins"), [(16, 16), (48, 80), (160, 32)])
 def test_the_gradient_of_a_weight_is_summed_in_full_precision(tokens: int, outs: int, ins: int) -> None:
@@ -168,6 +172,23 @@ def test_the_gradient_of_a_weight_is_summed_in_full_precision(tokens: int, outs:
     assert float((to - wanted).norm()) < 1e-6 * float(wanted.norm())
     weight_gradient(to, g, x, add=True)
     assert float((to - 2 * wanted).norm()) < 2e-6 * float(wanted.norm())
+
+
+# --- a whole model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_model_samples_and_learns_alike_whatever_a_register_holds(name: str) -> None:
+    model = wide(name)
+    assert [c.ids for c in sampled(model, "native")] == [c.ids for c in sampled(model, "blocks")]
+    groups = random_groups(*MIXED)
+    weights = random_weights(groups)
+    wanted = naive(model, groups, weights)
+    logp, gradient = learned(fused(model), groups, weights)
+    assert torch.allclose(logp, wanted[0], atol=1e-5)
+    assert relative_error(gradient, wanted[1]) < 1e-5
+    assert relative_error(learned(fused(model, torch.bfloat16), groups, weights)[1], wanted[1]) < 0.05
 
 
 # --- without a compiler -----------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@
 #endif
 
 enum { ROWS = 96, DEEPEST = 8 }; /* rows worked on at once; most layers */
+enum { PADDED = 16 };            /* rows between layers are a multiple of it wide: mlp.py makes room for them */
+enum { ACROSS = REGISTERS / 8 }; /* vectors of a row of sums; with six rows, most registers hold sums */
 
 typedef struct {
     int32_t layers, tanh; /* else the rectifier */
@@ -17,11 +19,13 @@ typedef struct {
     const float *weight[DEEPEST], *bias[DEEPEST]; /* [out][in] and [out] */
 } Mlp;
 
-INLINE int up(int n) { return (n + W - 1) / W * W; }
+INLINE int up(int n) { return (n + PADDED - 1) / PADDED * PADDED; }
+
+INLINE int least(size_t a, int b) { return a < (size_t)b ? (int)a : b; }
 
 /* --- products --------------------------------------------------------------------------------------------------- */
 
-/* c [m][16 n] = start + a [m][k] b [k][16 n], m and n constants. Rows of a lie `down` apart, columns `along`; those of
+/* c [m][W n] = start + a [m][k] b [k][W n], m and n constants. Rows of a lie `down` apart, columns `along`; those of
    start `start_down`: 0 where all rows begin with the same, and nothing where it is NULL. */
 INLINE void tile(
     int m, int n, int k, const float *a, size_t down, size_t along, const float *b, int ldb, const float *start,
@@ -72,9 +76,9 @@ INLINE void product_of(
     int m, int columns, int k, const float *a, size_t down, size_t along, const float *b, const float *start,
     int start_down, float *c
 ) {
-    for (int j = 0; j < columns; j += 4 * W) {
+    for (int j = 0; j < columns; j += ACROSS * W) {
         const float *from = start ? start + j : NULL;
-        switch ((columns - j) / W) {
+        switch (least((columns - j) / W, ACROSS)) {
         case 1:
             strip(1, m, k, a, down, along, b + j, from, start_down, c + j, columns);
             break;
@@ -155,8 +159,6 @@ typedef struct {
     float *weight[DEEPEST], *d_weight[DEEPEST], *d_bias[DEEPEST]; /* [out][columns of in]; sums; sums */
     float *out, *d[2];                                            /* [ROWS][columns] */
 } Work;
-
-INLINE int least(size_t a, int b) { return a < (size_t)b ? (int)a : b; }
 
 /* 0, or 1 if there is no memory. `gradients`: there will be some. */
 static int start_work(Work *w, const Mlp *net, int gradients) {

@@ -73,12 +73,13 @@ static char *lay_out(Space *s, char *at, int low, int gradient, int L, int R, in
 
 /* a [R][ld] in float32, columns 0..n, into its transpose [n][R]. */
 static void turn(int low, const float *a, int R, int ld, int n, void *to) {
-    for (int c = 0; c < n; c += W)
-        for (int r = 0; r < R; r += W) {
-            uvec t[W];
-            for (int i = 0; i < W; i++) t[i] = (uvec)load(a + (size_t)(r + i) * ld + c);
+    for (int c = 0; c < n; c += BLOCK)
+        for (int r = 0; r < R; r += BLOCK) {
+            uint32_t t[BLOCK][BLOCK];
+            for (int i = 0; i < BLOCK; i++) memcpy(t[i], a + (size_t)(r + i) * ld + c, sizeof t[i]);
             transpose(t);
-            for (int j = 0; j < W; j++) put(low, to, (size_t)(c + j) * R + r, (vec)t[j]);
+            for (int j = 0; j < BLOCK; j++)
+                for (int i = 0; i < BLOCK; i += W) put(low, to, (size_t)(c + j) * R + r + i, get(0, t[j], i));
         }
 }
 

@@ -70,45 +70,47 @@ static void norms(
 
 /* --- attention ------------------------------------------------------------------------------------------------- */
 
+/* Scores of n queries and `blocks` blocks of 16 tokens, both constants. */
 INLINE void scores_of(const int n, const int blocks, int d, const float *q, const float *k, float *s, int ld) {
-    vec a[12];
-    for (int i = 0; i < n * blocks; i++) a[i] = all(0);
+    vec a[12 * VECTORS];
+    for (int i = 0; i < n * blocks * VECTORS; i++) a[i] = all(0);
     for (int j = 0; j < d; j++)
-        for (int b = 0; b < blocks; b++) {
-            vec key = load(k + (size_t)b * d * W + j * W);
-            for (int i = 0; i < n; i++) a[i * blocks + b] += key * q[i * d + j];
+        for (int b = 0; b < blocks * VECTORS; b++) {
+            vec key = load(k + (size_t)(b / VECTORS) * d * BLOCK + j * BLOCK + b % VECTORS * W);
+            for (int i = 0; i < n; i++) a[i * blocks * VECTORS + b] += key * q[i * d + j];
         }
     for (int i = 0; i < n; i++)
-        for (int b = 0; b < blocks; b++) store(s + i * ld + b * W, a[i * blocks + b]);
+        for (int b = 0; b < blocks * VECTORS; b++) store(s + i * ld + b * W, a[i * blocks * VECTORS + b]);
 }
 
-/* s [n, tokens] = q [n, D] times the keys. */
+/* s [n, tokens] = q [n, D] times the keys. At most 12 vectors of sums at once, so that they stay in registers. */
 static void scores(int n, int tokens, int d, const float *q, const float *k, float *s, int ld) {
-    int blocks = (tokens + W - 1) / W;
+    enum { MOST = 12 / VECTORS, BY_SIX = MOST / 6 ? MOST / 6 : 1, BY_THREE = MOST / 3, BY_ONE = MOST < 4 ? MOST : 4 };
+    int blocks = (tokens + BLOCK - 1) / BLOCK;
     while (n > 0) {
-        int take = n >= 12 ? 12 : n >= 6 ? 6 : n >= 3 ? 3 : 1, b = 0;
-        const int step = take == 12 ? 1 : take == 6 ? 2 : 4;
+        int take = n >= 12 && MOST >= 12 ? 12 : n >= 6 && MOST >= 6 ? 6 : n >= 3 ? 3 : 1, b = 0;
+        const int step = take == 12 ? 1 : take == 6 ? BY_SIX : take == 3 ? BY_THREE : BY_ONE;
         for (; b + step <= blocks; b += step) {
-            const float *key = k + (size_t)b * d * W;
+            const float *key = k + (size_t)b * d * BLOCK;
             if (take == 12)
-                scores_of(12, 1, d, q, key, s + b * W, ld);
+                scores_of(12, 1, d, q, key, s + b * BLOCK, ld);
             else if (take == 6)
-                scores_of(6, 2, d, q, key, s + b * W, ld);
+                scores_of(6, BY_SIX, d, q, key, s + b * BLOCK, ld);
             else if (take == 3)
-                scores_of(3, 4, d, q, key, s + b * W, ld);
+                scores_of(3, BY_THREE, d, q, key, s + b * BLOCK, ld);
             else
-                scores_of(1, 4, d, q, key, s + b * W, ld);
+                scores_of(1, BY_ONE, d, q, key, s + b * BLOCK, ld);
         }
         for (; b < blocks; b++) {
-            const float *key = k + (size_t)b * d * W;
+            const float *key = k + (size_t)b * d * BLOCK;
             if (take == 12)
-                scores_of(12, 1, d, q, key, s + b * W, ld);
+                scores_of(12, 1, d, q, key, s + b * BLOCK, ld);
             else if (take == 6)
-                scores_of(6, 1, d, q, key, s + b * W, ld);
+                scores_of(6, 1, d, q, key, s + b * BLOCK, ld);
             else if (take == 3)
-                scores_of(3, 1, d, q, key, s + b * W, ld);
+                scores_of(3, 1, d, q, key, s + b * BLOCK, ld);
             else
-                scores_of(1, 1, d, q, key, s + b * W, ld);
+                scores_of(1, 1, d, q, key, s + b * BLOCK, ld);
         }
         n -= take, q += (size_t)take * d, s += (size_t)take * ld;
     }
@@ -190,11 +192,11 @@ static void keep_own(
         int row = task / m->k_heads, h = task % m->k_heads, t = s->at[row];
         const float *x = qkv + (size_t)row * all_heads * d;
         size_t own = own_of(m, c, at, s->slot[row], h);
-        float key[d], *block = c->own_k + own + (size_t)(t / W) * W * d + t % W;
+        float key[d], *block = c->own_k + own + (size_t)(t / BLOCK) * BLOCK * d + t % BLOCK;
         rotate(
             x + (m->heads + h) * d, d, l->k_norm, m->eps, s->cos + (size_t)row * d, s->sin + (size_t)row * d, 1.0f, key
         );
-        for (int j = 0; j < d; j++) block[j * W] = key[j];
+        for (int j = 0; j < d; j++) block[j * BLOCK] = key[j];
         memcpy(c->own_v + own + (size_t)t * d, x + (m->heads + m->k_heads + h) * d, d * sizeof(float));
     }
 }

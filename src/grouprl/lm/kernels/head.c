@@ -4,7 +4,7 @@
 #include <math.h>
 #include <omp.h>
 
-enum { BLOCK = 32 * W }; /* terms of a partial sum: one float32 sum over all terms would be too inexact */
+enum { TERMS = 512 }; /* terms of a partial sum: one float32 sum over all terms would be too inexact */
 
 /* z[at..at + n] for n up to W. The rest of the vector is -1e30, so that it adds nothing to a softmax. */
 INLINE vec some(int low, const void *z, size_t at, int n) {
@@ -43,9 +43,9 @@ void grouprl_softmax(
         for (int i = 0; i < size; i += W) top = larger(top, some(low, z, at + i, size - i));
         float most = largest(top);
         double total = 0, product = 0;
-        for (int b = 0; b < size; b += BLOCK) {
+        for (int b = 0; b < size; b += TERMS) {
             vec e_sum = all(0), xe_sum = all(0);
-            for (int i = b; i < size && i < b + BLOCK; i += W) {
+            for (int i = b; i < size && i < b + TERMS; i += W) {
                 vec x = (some(low, z, at + i, size - i) - most) * scale, e = exponential(x);
                 e_sum += e;
                 xe_sum += x * e;
@@ -60,9 +60,9 @@ void grouprl_softmax(
         if (!learning) continue;
         float f = (float)(1 / total);
         double rest = 0; /* not total - target: near 1 that would lose everything */
-        for (int b = 0; b < size; b += BLOCK) {
+        for (int b = 0; b < size; b += TERMS) {
             vec e_sum = all(0);
-            for (int i = b; i < size && i < b + BLOCK; i += W) {
+            for (int i = b; i < size && i < b + TERMS; i += W) {
                 vec e = exponential((some(low, z, at + i, size - i) - most) * scale);
                 int t = (int)(targets[r] - i);
                 if (t >= 0 && t < W) e[t] = 0;

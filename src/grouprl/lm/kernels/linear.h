@@ -21,7 +21,7 @@ typedef void (*Use)(void *context, int row, int n, int column, const float *c);
    a [rows rounded up to 16][k] is bfloat16 if low, else float32. */
 static void product(int low, int rows, const void *a, const Linear *l, int me, int threads, Use use, void *context) {
     int pairs = (l->out + 31) / 32, last = (l->out + 15) / 16 - 1, k = l->k;
-    size_t size = (size_t)W * k;
+    size_t size = (size_t)BLOCK * k;
     float c[GROUP * 32];
     for (int batch = 0; batch < rows; batch += BATCH)
         for (int p = pairs * me / threads; p < pairs * (me + 1) / threads; p++) {
@@ -42,8 +42,8 @@ static void pack_weight(const void *w, int is_bf16, int low, int out, int k, voi
     int blocks = (out + 15) / 16;
 #pragma omp parallel for schedule(static)
     for (int b = 0; b < blocks; b++) {
-        void *block = (void *)element(low, packed, ((size_t)first + (size_t)b * stride) * W * k);
-        pack_rows(low, out - b * W, k, element(is_bf16, w, (size_t)b * W * k), is_bf16, k, block);
+        void *block = (void *)element(low, packed, ((size_t)first + (size_t)b * stride) * BLOCK * k);
+        pack_rows(low, out - b * BLOCK, k, element(is_bf16, w, (size_t)b * BLOCK * k), is_bf16, k, block);
     }
 }
 
@@ -51,16 +51,17 @@ static void pack_weight(const void *w, int is_bf16, int low, int out, int k, voi
    In bfloat16. */
 static void pack_turned(const void *w, int is_bf16, int n, int columns, int at, int places, bf16 *packed) {
 #pragma omp parallel for schedule(static)
-    for (int b = 0; b < columns / W; b++) {
-        bf16 *block = packed + ((size_t)b * places + at) * W;
-        for (int r = 0; r < n; r += 2) {
-            size_t from = (size_t)r * columns + b * W;
-            bf16 two[2][W];
-            store_bf16(two[0], get(is_bf16, w, from));
-            store_bf16(two[1], get(is_bf16, w, from + columns));
-            uvec pair = ((uvec)load_bf16(two[0]) >> 16) | (uvec)load_bf16(two[1]);
-            memcpy(block + (size_t)r * W, &pair, sizeof pair);
-        }
+    for (int b = 0; b < columns / BLOCK; b++) {
+        bf16 *block = packed + ((size_t)b * places + at) * BLOCK;
+        for (int r = 0; r < n; r += 2)
+            for (int j = 0; j < BLOCK; j += W) {
+                size_t from = (size_t)r * columns + b * BLOCK + j;
+                bf16 two[2][W];
+                store_bf16(two[0], get(is_bf16, w, from));
+                store_bf16(two[1], get(is_bf16, w, from + columns));
+                uvec pair = ((uvec)load_bf16(two[0]) >> 16) | (uvec)load_bf16(two[1]);
+                memcpy(block + (size_t)r * BLOCK + 2 * j, &pair, sizeof pair);
+            }
     }
 }
 
@@ -109,10 +110,11 @@ static void use_residual(void *context, int row, int n, int column, const float 
 
 static void use_gate(void *context, int row, int n, int column, const float *c) {
     Output *o = context;
-    for (int i = 0; i < n; i++) {
-        vec gate = load(c + i * 32), up = load(c + i * 32 + W);
-        put(o->low, o->y, (row + i) * o->apart + column / 2, gate / (1.0f + exponential(-gate)) * up);
-    }
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < BLOCK; j += W) {
+            vec gate = load(c + i * 32 + j), up = load(c + i * 32 + BLOCK + j);
+            put(o->low, o->y, (row + i) * o->apart + column / 2 + j, gate / (1.0f + exponential(-gate)) * up);
+        }
 }
 
 #endif

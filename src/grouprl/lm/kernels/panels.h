@@ -6,22 +6,22 @@
 
 static int up(int n, int to) { return (n + to - 1) / to * to; }
 
-/* Rows r..r + W of [n][d], columns c..c + W, with zeros around. */
+/* Columns c..c + W of row r of [n][d], with zeros around. */
 INLINE vec part(int low, const void *x, size_t ld, int n, int d, int r, int c) {
     return r < n && c < d ? get(low, x, r * ld + c) : all(0);
 }
 
 /* x [n][d] into places `at`.. of blocks of 16 rows; `places` of them are written. */
 static void pack_places(int low, const void *x, size_t ld, int n, int d, int D, int places, int at, void *to) {
-    for (int b = 0; b < places; b += W) {
+    for (int b = 0; b < places; b += BLOCK) {
         void *block = (void *)element(low, to, (size_t)(at + b) * D);
-        int rows = n - b < 0 ? 0 : n - b < W ? n - b : W;
+        int rows = n - b < 0 ? 0 : n - b < BLOCK ? n - b : BLOCK;
         if (d == D) {
             pack_rows(low, rows, D, element(low, x, b * ld), low, ld, block);
             continue;
         }
-        float y[W][D];
-        for (int r = 0; r < W; r++)
+        float y[BLOCK][D];
+        for (int r = 0; r < BLOCK; r++)
             for (int c = 0; c < D; c += W) store(y[r] + c, part(low, x, ld, n, d, b + r, c));
         pack_rows(low, rows, D, y, 0, D, block);
     }
@@ -32,14 +32,15 @@ static void pack_dimensions(
     int low, const void *x, size_t ld, int n, int d, int D, int places, int at, int all_places, void *to
 ) {
     for (int c = 0; c < D; c += W) {
-        char *block = (char *)element(low, to, ((size_t)c * all_places) + (size_t)at * W);
+        size_t of_block = (size_t)(c / BLOCK * BLOCK) * all_places + (size_t)at * BLOCK;
+        char *block = (char *)element(low, to, of_block + (low ? 2 : 1) * (c % BLOCK));
         for (int r = 0; r < places; r += low ? 2 : 1) {
             vec a = part(low, x, ld, n, d, r, c);
             if (low) {
                 uvec pair = ((uvec)a >> 16) | (uvec)part(1, x, ld, n, d, r + 1, c);
-                memcpy((bf16 *)block + (size_t)r * W, &pair, sizeof pair);
+                memcpy((bf16 *)block + (size_t)r * BLOCK, &pair, sizeof pair);
             } else {
-                store((float *)block + (size_t)r * W, a);
+                store((float *)block + (size_t)r * BLOCK, a);
             }
         }
     }
@@ -53,7 +54,7 @@ static void multiply(
         for (int i = 0; i < m; i += 32)
             two_blocks(
                 low, more, 32, k, element(low, a, (size_t)i * lda), lda, w, (size_t)j * places,
-                (size_t)(j + W) * places, c + (size_t)i * ldc + j, ldc
+                (size_t)(j + BLOCK) * places, c + (size_t)i * ldc + j, ldc
             );
 }
 
