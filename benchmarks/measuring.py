@@ -174,12 +174,11 @@ def run_command(line: Sequence[str | Path]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?"
-    )
+    from grouprl.bench.rows import processor  # not above: the peers' environments import this file as well
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
-        "cpu": cpu,
+        "cpu": processor(Path("/proc/cpuinfo").read_text()),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory, 1),
         "system": f"{platform.system()} {platform.release()}",
