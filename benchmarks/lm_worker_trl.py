@@ -334,6 +334,10 @@ def changed(variant: Variant, settings: list[str], work: str, device: str) -> Va
         if name not in types or (types[name] is bool and value not in ("True", "False")):
             raise SystemExit(f"--set {setting} is not possible; it takes NAME=VALUE with a name of {', '.join(types)}")
         variant = replace(variant, **{name: value == "True" if types[name] is bool else types[name](value)})
+    if device == "cpu" and not any(setting.startswith("bf16=") for setting in settings):
+        import torch  # on a processor without instructions for bfloat16, products in float32 are the faster ones
+
+        variant = replace(variant, bf16=variant.bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if device == "cuda":  # the allocators are those of the CPU's memory
         variant = replace(variant, malloc="plain")
         whole = lm_work.WORKS[work].samples if work in lm_work.WORKS else lm_work.TASK.prompts * lm_work.TASK.group
