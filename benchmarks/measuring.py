@@ -174,11 +174,11 @@ def run_command(line: Sequence[str | Path]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    from grouprl.bench.rows import processor  # not above: the peers' environments import this file as well
+    from grouprl.machine.processor import described_processor, processor_name  # the peers' environments lack it
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
-        "cpu": processor(Path("/proc/cpuinfo").read_text()),
+        "cpu": processor_name(described_processor()),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(memory, 1),
         "system": f"{platform.system()} {platform.release()}",

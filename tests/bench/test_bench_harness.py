@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +19,7 @@ from grouprl.bench import clock, harness, heard, results, tables, worker
 from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.episodes import play
 from grouprl.bench.noise import noisy
-from grouprl.bench.rows import Rows, processor, read_rows
+from grouprl.bench.rows import Rows, read_rows
 from grouprl.envs.evaluation import Evaluator
 from grouprl.errors import DamagedFileError, UsageError
 
@@ -368,15 +367,3 @@ def test_episodes_of_any_policy_are_those_that_the_evaluator_plays() -> None:
     assert sorted(played) == sorted(ours)
     more = play(lambda seen: agent.predict(seen, deterministic=True)[0], "CartPole-v1", episodes=25, seed=5)
     assert len(more) == 25
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "name"),
-    [
-        ("cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t: 1\n", "AMD EPYC, family 25, model 17"),
-        ("processor\t: 0\nmodel name\t: ARMv8\n", "ARMv8"),
-        ("", platform.processor()),
-    ],
-)
-def test_a_processor_is_told_from_another_one_of_its_name(cpuinfo: str, name: str) -> None:
-    assert processor(cpuinfo) == name

@@ -93,12 +93,10 @@ class Batch:
         return fused_gradient(self.policy, settings, self.inputs, self.actions, self.logp_old, self.advantages)
 
 
-@pytest.mark.parametrize("hidden", [(33,), (7, 100, 3), (64, 64, 64)])
-@pytest.mark.parametrize("floats", registers.WITHOUT)
-def test_it_is_the_gradient_whatever_a_register_holds(floats: str, hidden: tuple, monkeypatch) -> None:
-    registers.use(monkeypatch, kernels, floats)
-    test_widths_that_are_no_multiple_of_16_and_more_outputs_than_that(spaces.Discrete(19), hidden)
-    test_it_is_the_gradient_autograd_gives("five numbers", "entropy bonus", "relu")
+@pytest.fixture(params=registers.WITHOUT)
+def floats(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code for registers of so many floats."""
+    registers.use(monkeypatch, kernels, request.param)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
@@ -131,6 +129,7 @@ def test_a_step_gone_far_astray_is_pulled_back_as_by_autograd(surrogate: str) ->
     assert float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())
 
 
+@pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("hidden", [(33,), (7, 100, 3), (64, 64, 64)])
 @pytest.mark.parametrize("space", [spaces.Discrete(19), spaces.Box(-1, 1, (18,), np.float32)])
 def test_widths_that_are_no_multiple_of_16_and_more_outputs_than_that(space: spaces.Space, hidden: tuple) -> None:

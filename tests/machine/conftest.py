@@ -22,7 +22,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    (tmp_path / "answer.c").write_text("#include <vector.h>\nint answer(void) { return VALUE + 16 * W / W; }\n")
+    (tmp_path / "answer.c").write_text("#include <vector.h>\nint answer(void) { return 16 + VALUE; }\n")
     return tmp_path
 
 

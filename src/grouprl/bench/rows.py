@@ -18,6 +18,7 @@ from grouprl.bench.cells import Cell
 from grouprl.bench.outcomes import problem
 from grouprl.bench.pool import Outcome, cores
 from grouprl.errors import DamagedFileError
+from grouprl.machine.processor import described_processor, processor_name
 from grouprl.redaction import without_secrets
 from grouprl.runs.appended import AppendedFile
 from grouprl.runs.files import read_bytes
@@ -96,19 +97,8 @@ def _context() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What rows were measured on."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(errors="replace") if info.exists() else ""
-    return {"processor": processor(text), "cores": len(cores()), "system": platform.system()}
-
-
-def processor(cpuinfo: str) -> str:
-    """The name of a processor, with family and model where ``/proc/cpuinfo`` has them: generations share a name."""
-    said: dict[str, str] = {}
-    for line in cpuinfo.splitlines():
-        name, _, value = line.partition(":")
-        said.setdefault(name.strip(), value.strip())
-    kind = [f"{name.removeprefix('cpu ')} {said[name]}" for name in ("cpu family", "model") if name in said]
-    return ", ".join([said.get("model name") or platform.processor(), *kind])
+    name = processor_name(described_processor())
+    return {"processor": name, "cores": len(cores()), "system": platform.system()}
 
 
 @cache

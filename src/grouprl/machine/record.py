@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from grouprl.machine.processor import described_processor
 
 
 def describe_machine(*, compiled: bool, device: torch.device | str = "cpu", **others: str) -> dict[str, Any]:
@@ -43,8 +44,5 @@ def _said(value: Any) -> Any:
 
 
 def _model_name() -> str:
-    if not os.path.exists("/proc/cpuinfo"):
-        return platform.processor()
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        names = (line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-        return next(names, "")
+    said = described_processor()
+    return said.get("model name", "") if said else platform.processor()

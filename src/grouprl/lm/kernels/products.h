@@ -69,7 +69,8 @@ INLINE void few_rows_f32(
 }
 
 /* c [rows up to 32][32] = (more: +=) a [rows][k] times blocks w0 and w1; a has a multiple of 16 rows, and so has c;
-   k > 0. Each number of c is one sum along k, whatever the rows beside it. */
+   k > 0. Each number of c is one sum along k, whatever the rows beside it. Registers hold the sums of 8 rows of 32, of
+   6 rows of 16, or of 2 rows of 16. */
 static void two_blocks_f32(
     int more, int rows, int k, const float *a, int lda, const float *w0, const float *w1, float *c, int ldc
 ) {
