@@ -90,7 +90,7 @@ bench-envs: $(VENV)/.dev $(VENV)-peers/.ready
 
 $(VENV)-peers/.ready: benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv $(VENV)-peers
-	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check -r $<
+	$(VENV)-peers/bin/pip install --quiet --disable-pip-version-check -r $< -e .
 	@touch $@
 
 bench-lm: $(VENV)/.lm $(VENV)-peers-lm/.ready

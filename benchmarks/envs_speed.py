@@ -103,7 +103,7 @@ def measure_all(chosen: list[Case], repetitions: int, seeds: int, out: Path) -> 
     if not PEERS_PYTHON.exists() and any(case.worker != "grouprl" for case in chosen):
         raise SystemExit(
             f"{PEERS_PYTHON} does not exist; make it with: python3 -m venv .venv-peers && .venv-peers/bin/pip install "
-            "-r benchmarks/requirements-peers.txt (or measure grouprl alone with --only '*grouprl*')"
+            "-r benchmarks/requirements-peers.txt -e . (or measure grouprl alone with --only '*grouprl*')"
         )
     runs: dict[str, list[Run]] = {case.name: [] for case in chosen}
     data: dict[str, Any] = {
