@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from grouprl.errors import shown
-from grouprl.objective import LOSSES
+from grouprl.objective import ESTIMATORS, LOSSES
 
 
 class Unread(NamedTuple):
@@ -43,6 +43,13 @@ OF_SCALE = Unread(
     "only advantage='outcome' and 'gigpo' read it, the others scale in their own way",
 )  # fmt: skip
 """What both arenas know of the scale of rewards."""
+
+OF_DISCOUNT = Unread(
+    ("gamma", "gamma_final"),
+    lambda c, about: c.gamma < 1.0 and not (about["own_advantage"] or ESTIMATORS[c.advantage].discounted),
+    "the estimator that advantage names counts rewards in full; the table of estimators says which ones discount",
+)  # fmt: skip
+"""What both arenas know of the discount, if they know ``own_advantage``, whether such a function was given."""
 
 
 def without_effect(

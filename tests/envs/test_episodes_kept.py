@@ -32,13 +32,11 @@ def seen(agent: GRPO, steps: int) -> tuple[list[Rollout], list[Any], list[Batch]
     """The batches that an agent learned from: as they were, their advantages, and what is kept of them."""
     rollouts, advantages, kept = [], [], []
 
-    def keep(rollout: Rollout, made: Any) -> None:
+    def keep(rollout: Rollout, made: Any, gamma: float) -> None:
         rollouts.append(rollout)
         advantages.append(made)
-        loop, config = agent.loop, agent.config
-        kept.append(
-            batch_of(rollout, made, loop.baseline, agent.policy, step=loop.n_steps, gamma=config.gamma, estimator="x")
-        )
+        loop = agent.loop
+        kept.append(batch_of(rollout, made, loop.baseline, agent.policy, step=loop.n_steps, gamma=gamma, estimator="x"))
 
     agent.loop.on_batch = keep
     agent.learn(steps)

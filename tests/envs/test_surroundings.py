@@ -168,6 +168,8 @@ def test_agents_made_in_several_threads_are_those_of_one() -> None:
             "scale_rewards='none'",
         ),
         ({"scale_rewards": "none"}, "scale_rewards='none'"),
+        ({"advantage": "outcome", "gamma": 0.9}, "gamma=0.9"),
+        ({"advantage": "leave_one_out", "gamma_final": 0.999}, "gamma_final=0.999"),
         ({"kl_estimator": "k1"}, "kl_estimator='k1'"),
         ({"reference": "old"}, "reference='old'"),
         ({"reference_every": 3}, "reference_every=3"),
@@ -190,6 +192,8 @@ def test_settings_with_an_effect_are_not_named(recwarn: pytest.WarningsRecorder)
     GRPO(Plain, preset=None, advantage_function=lambda rewards, lengths, group, values: values, baseline_level=True)
     GRPO(Plain, preset=None, beta=0.1, reference="periodic", reference_every=3, kl_estimator="k1", hidden_sizes=[8])
     GRPO(Plain, preset=None, lr_final=0.5, lr_max=0.1, kl_target=0.1, epsilon=0.3)
+    GRPO(Plain, preset=None, gamma=0.9, gamma_final=0.999)
+    GRPO(Plain, preset=None, advantage_function=lambda rewards, lengths, group, gamma: rewards, gamma=0.9)
     GRPO(Plain, preset=None, advantage="outcome", scale_rewards="none", lr_schedule="linear", lr_final=0.5)
     GRPO("CartPole-v1", preset="formula", lr_schedule="constant", beta=0.0)  # what the preset ships was not chosen
     assert not [str(one.message) for one in recwarn if "no effect" in str(one.message)]

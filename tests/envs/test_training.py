@@ -108,6 +108,7 @@ def test_config_yaml_reproduces_the_run(tmp_path: Path) -> None:
         ("Pendulum-v1", {"reuse": 3, "baseline_memory": 600}),
         ("Pendulum-v1", {"baseline_pull": 0.3, "baseline_cosine": True}),
         ("CartPole-v1", {"reuse": 2}),
+        ("CartPole-v1", {"gamma": 0.9, "gamma_final": 0.99}),
         ("LunarLander-v3", {}),
         ("HalfCheetah-v5", {"n_steps": 32}),
     ],

@@ -7,6 +7,7 @@ import torch
 
 from grouprl.errors import TrainingError
 from grouprl.objective import DIVERGENCES, ESTIMATORS, LOSSES, Fixed, Objective, estimators, losses, policy_loss
+from grouprl.objective.estimators import Estimation
 
 
 def test_the_loss_is_surrogate_plus_divergence_less_entropy_by_hand() -> None:
@@ -75,6 +76,14 @@ def test_on_policy_nothing_is_counted_as_cut() -> None:
 def test_every_entry_says_what_it_is(table) -> None:
     assert all(entry.about for entry in table.values())
     assert len({entry.about for entry in table.values()}) >= len(table) - 1  # one is another with gamma 1
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ESTIMATORS.items() if entry.function is not None])
+def test_an_entry_says_whether_it_discounts(name: str) -> None:
+    entry, lengths, group = ESTIMATORS[name], torch.tensor([2, 3, 2]), torch.zeros(3, dtype=torch.int64)
+    rewards, states = torch.tensor([1.0, 2.0, 0.0, 3.0, 1.0, 2.0, 5.0]), torch.tensor([0, 1, 0, 1, 2, 0, 1])
+    made = [entry.function(rewards, lengths, group, Estimation(gamma, states=states)) for gamma in (1.0, 0.5)]
+    assert entry.discounted != torch.equal(*made)
 
 
 def test_environments_offer_what_single_steps_can_have() -> None:

@@ -70,6 +70,9 @@ class GRPOConfig(ObjectiveSettings):
         "baseline", description="estimator; the table of estimators says what each computes"
     )
     gamma: float = Field(0.99, ge=0, le=1, description="discount")
+    gamma_final: float | None = Field(
+        None, ge=0, lt=1, description="discount at the end of training, toward which the horizon grows; default: gamma"
+    )
     gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the generalised advantage on the baseline")
     baseline_features: int = Field(128, ge=1, description="random features of the closed-form baseline")
     baseline_ridge: float = Field(1e-4, gt=0, description="ridge of its regression, relative to each feature's power")
@@ -185,6 +188,11 @@ class GRPOConfig(ObjectiveSettings):
                 f"advantage={self.advantage!r} compares at least 2 episodes but n_envs=1 and there is no group_size; "
                 "set n_envs=2 or more"
             )
+        if self.gamma_final is not None and not self.gamma <= self.gamma_final:
+            raise ValueError(
+                f"gamma_final={self.gamma_final} is below gamma={self.gamma}, and the horizon can only grow; raise "
+                "gamma_final, or leave it out for one discount throughout"
+            )
         if self.max_steps < self.min_steps:
             raise ValueError(
                 f"max_steps={self.max_steps} is below min_steps={self.min_steps}; raise one or lower the other"
@@ -220,6 +228,18 @@ class GRPOConfig(ObjectiveSettings):
                 "give; use vectorization=sync or async (or drop group_size)"
             )
         return self
+
+    def at(self, progress: float) -> GRPOConfig:
+        """These settings for a batch at ``progress`` in [0, 1] of training: with its own ``gamma``.
+
+        The horizon 1 / (1 - discount) grows geometrically from that of ``gamma`` to that of ``gamma_final``:
+        1 - discount = (1 - gamma) ((1 - gamma_final) / (1 - gamma))^progress. A short one is learned from soonest, and
+        a long one sees what is decided long before it happens. Source: François-Lavet et al. 2015, arXiv 1512.02011.
+        """
+        if self.gamma_final is None:
+            return self
+        first, last = 1.0 - self.gamma, 1.0 - self.gamma_final
+        return self.model_copy(update={"gamma": 1.0 - first * (last / first) ** min(max(progress, 0.0), 1.0)})
 
     @property
     def whole_episodes(self) -> bool:

@@ -221,7 +221,7 @@ def offers(rollout: Rollout, config: GRPOConfig, baseline: Baseline | None) -> d
 
     ``observations``: the flat observations as the environment gave them, ``[S, D]`` float32, or a mapping of prepared
     inputs where there are images. ``values``: ``[S]`` under the closed-form baseline, fitted to the rollout.
-    ``states``: ``[S]``, see :func:`states`. ``gamma``: the setting.
+    ``states``: ``[S]``, see :func:`states`. ``gamma``: the discount of the batch.
     ``terminated``, ``truncated``: ``[N]`` bool. ``elapsed``: ``[S]`` steps since the start of the episode.
     ``trainable``: ``[S]`` bool, False for repeated actions, from which nothing is learned.
     """

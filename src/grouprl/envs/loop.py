@@ -91,8 +91,8 @@ class Loop:
             )
         self.functions = functions
         self.collector: Collector | None = None
-        self.on_batch: Callable[[Rollout, Tensor], None] | None = None
-        """Told of each batch that is learned from and its advantages ``[S]``, before the update; changes neither."""
+        self.on_batch: Callable[[Rollout, Tensor, float], None] | None = None
+        """Told of each batch that is learned from, its advantages ``[S]`` and its discount, before the update."""
         self.n_steps = n_steps
         """Environment steps so far, those of the warm-up included."""
         self.seconds = 0.0
@@ -183,6 +183,8 @@ class Loop:
             self.sticky.judge(rollout, collector.sticky_envs)
         seconds = perf_counter() - began
         self.seconds += seconds
+        if config.gamma_final is not None:
+            metrics["gamma"] = config.at(progress).gamma
         metrics |= {
             "learning_rate": learning_rate,
             "sticky": sticky,
@@ -194,7 +196,7 @@ class Loop:
 
     def _learn(self, rollout: Rollout, progress: float) -> tuple[str | None, Metrics]:
         """Learn from a batch; gives why it moved no parameter (a name of :data:`SKIPPED`, or None), and metrics."""
-        config, began = self.config, perf_counter()
+        config, began = self.config.at(progress), perf_counter()
         if config.skip_without_signal and not has_signal(rollout):
             return "no_signal", {}
         advantage, metrics = advantages(rollout, config, self.baseline, self.functions.advantage)
@@ -206,7 +208,7 @@ class Loop:
         estimated = perf_counter()
         metrics = metrics | {"time_advantages": estimated - began}
         if self.on_batch is not None:
-            self.on_batch(rollout, advantage[: rollout.n_steps])
+            self.on_batch(rollout, advantage[: rollout.n_steps], config.gamma)
             estimated = perf_counter()
         if equal:
             return "equal_advantages", metrics

@@ -127,7 +127,7 @@ class Recorder:
         self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20), timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
-        agent.loop.on_batch = lambda rollout, advantages: self._keep_episodes(agent, rollout, advantages)
+        agent.loop.on_batch = lambda *batch: self._keep_episodes(agent, *batch)
         stack.callback(setattr, agent.loop, "on_batch", None)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
         self.trackers = make_trackers(
@@ -151,7 +151,7 @@ class Recorder:
         self.solved_at = agent.extra["solved_at"]
         self._next_episodes = agent.extra["next_episodes"]
 
-    def _keep_episodes(self, agent: GRPO, rollout: Rollout, advantages: Tensor) -> None:
+    def _keep_episodes(self, agent: GRPO, rollout: Rollout, advantages: Tensor, gamma: float) -> None:
         """Keep some episodes of a batch that is learned from, where they are due."""
         step, config = agent.num_timesteps, agent.config
         if step < self._next_episodes:
@@ -162,7 +162,7 @@ class Recorder:
         if agent.loop.functions.advantage is not None:
             baseline, estimator = None, "a function of your own"
         self.episodes.append(
-            batch_of(rollout, advantages, baseline, agent.policy, step=step, gamma=config.gamma, estimator=estimator)
+            batch_of(rollout, advantages, baseline, agent.policy, step=step, gamma=gamma, estimator=estimator)
         )
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grouprl.envs.config import GRPOConfig
-from grouprl.unread import OF_LOSS, OF_SCALE, Unread
+from grouprl.unread import OF_DISCOUNT, OF_LOSS, OF_SCALE, Unread
 
 _FIELDS = tuple(GRPOConfig.model_fields)
 
@@ -34,6 +34,7 @@ RULES: tuple[Unread, ...] = (
         "advantage_function computes the advantages; leave one of the two out",
     ),
     OF_SCALE,
+    OF_DISCOUNT,
     Unread(
         ("log_std_init", "log_std_min"), lambda c, about: not about["continuous"],
         "only continuous actions, of a Box, have a standard deviation",

@@ -46,6 +46,7 @@ class Estimator:
         compares: it compares the samples of a group, so that a group of one teaches nothing.
         nonnegative: it divides by a mean of returns, none of which may be below 0.
         standardised: environments centre and scale its advantages over the batch; the others are used as they come.
+        discounted: it reads gamma.
         turns: it gives credit within an episode, so that for language models its step is a turn and never a token.
         states: it needs to know in which state each step was taken.
         environments, language_models: which arena offers it.
@@ -58,6 +59,7 @@ class Estimator:
     compares: bool = True
     nonnegative: bool = False
     standardised: bool = False
+    discounted: bool = False
     turns: bool = False
     states: bool = False
     environments: bool = True
@@ -75,7 +77,8 @@ def _gigpo(rewards: Tensor, lengths: Tensor, group: Tensor, s: Estimation) -> Te
 ESTIMATORS: dict[str, Estimator] = {
     "baseline": Estimator(
         "generalised advantage on a closed-form linear baseline", "Duan et al. 2016, 1604.06778; GAE, 1506.02438",
-        None, whole_samples=False, compares=False, standardised=True, language_models=False,
+        None, whole_samples=False, compares=False, standardised=True, discounted=True,
+        language_models=False,
     ),
     "outcome": Estimator(
         "the return, centred and scaled in its group", "GRPO, 2402.03300; Dr. GRPO, 2503.20783",
@@ -88,16 +91,17 @@ ESTIMATORS: dict[str, Estimator] = {
     "timestep": Estimator(
         "the return-to-go less the mean of the group's other samples at the same step",
         "GR2PO, 2609.19850; GPG, 2510.03679",
-        lambda r, n, g, s: advantages.timestep(r, n, g, gamma=s.gamma), standardised=True, turns=True,
+        lambda r, n, g, s: advantages.timestep(r, n, g, gamma=s.gamma), standardised=True, discounted=True,
+        turns=True,
     ),
     "gigpo": Estimator(
         "the return, centred and scaled in its group, and the return-to-go, among steps of the group in equal states",
-        "GiGPO, 2505.10978", _gigpo, turns=True, states=True,
+        "GiGPO, 2505.10978", _gigpo, discounted=True, turns=True, states=True,
     ),
     "batch_returns": Estimator(
         "the return-to-go, centred and scaled over all steps of the batch", "the script that docs/tutorial.md retells",
         lambda r, n, g, s: advantages.batch_returns(r, n, s.gamma), whole_samples=False, compares=False,
-        language_models=False,
+        discounted=True, language_models=False,
     ),
     "opo": Estimator(
         "the return less the length-weighted mean of the group", "OPO, 2505.23585",
@@ -113,12 +117,13 @@ ESTIMATORS: dict[str, Estimator] = {
     ),
     "reinforce_pp": Estimator(
         "the return-to-go, centred and scaled over all steps of the batch", "REINFORCE++, 2501.03262",
-        lambda r, n, g, s: outcomes.reinforce_pp(r, n, g, gamma=s.gamma), compares=False, environments=False,
+        lambda r, n, g, s: outcomes.reinforce_pp(r, n, g, gamma=s.gamma), compares=False, discounted=True,
+        environments=False,
     ),
     "reinforce_pp_baseline": Estimator(
         "the return less the mean of its group, scaled over all steps of the batch",
         "REINFORCE++-baseline, 2501.03262",
-        lambda r, n, g, s: outcomes.reinforce_pp(r, n, g, gamma=s.gamma, baseline=True),
+        lambda r, n, g, s: outcomes.reinforce_pp(r, n, g, gamma=s.gamma, baseline=True), discounted=True,
     ),
 }  # fmt: skip
 

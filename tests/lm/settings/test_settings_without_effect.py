@@ -90,6 +90,13 @@ def test_an_estimator_of_the_users_own_may_ask_for_gamma_in_episodes() -> None:
     assert "a completion is one turn" in said
 
 
+def test_an_estimator_that_counts_rewards_in_full_reads_no_gamma() -> None:
+    episodes = NOTHING | {"episodes": True}
+    (said,) = GRPOConfig(gamma=0.9).without_effect(episodes)
+    assert "advantage names counts rewards in full" in said
+    assert GRPOConfig(gamma=0.9, advantage="timestep").without_effect(episodes) == []
+
+
 def test_a_trainer_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = warm()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

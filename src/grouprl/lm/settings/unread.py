@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
-from grouprl.unread import OF_LOSS, OF_SCALE, Unread
+from grouprl.unread import OF_DISCOUNT, OF_LOSS, OF_SCALE, Unread
 
 _FIELDS = tuple(Fields.model_fields)
 _VLLM = tuple(name for name in _FIELDS if name.startswith("vllm_"))
@@ -44,6 +44,7 @@ RULES: tuple[Unread, ...] = (
         lambda c, about: not about["episodes"],
         "a completion is one turn; it is for tools and environments",
     ),
+    OF_DISCOUNT,
     Unread(
         _OPTIMIZER, lambda c, about: about["own_optimizer"], "optimizers holds an optimizer of your own; set it there",
     ),
