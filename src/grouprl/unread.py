@@ -47,7 +47,7 @@ OF_SCALE = Unread(
 OF_DISCOUNT = Unread(
     ("gamma", "gamma_final"),
     lambda c, about: c.gamma < 1.0 and not (about["own_advantage"] or ESTIMATORS[c.advantage].discounted),
-    "the estimator that advantage names counts rewards in full; the table of estimators says which ones discount",
+    "the estimator that advantage names counts rewards in full; advantage='timestep' discounts them",
 )  # fmt: skip
 """What both arenas know of the discount, if they know ``own_advantage``, whether such a function was given."""
 

@@ -9,6 +9,7 @@ import pytest
 from grouprl import GRPO, objective
 from grouprl.envs.config import make_config
 from grouprl.errors import UsageError
+from grouprl.objective.estimators import Estimation
 
 SMALL: dict[str, Any] = {
     "n_envs": 4, "collect": "segments", "n_steps": 64, "minibatch_size": 64, "epochs": 1, "warmup_steps": 64,
@@ -28,8 +29,51 @@ def test_without_a_final_one_the_discount_stays() -> None:
 
 @pytest.mark.parametrize("gamma", [0.995, 1.0])
 def test_a_horizon_that_would_shrink_is_refused(gamma: float) -> None:
-    with pytest.raises(UsageError, match=rf"gamma_final=0.99 is below gamma={gamma}.*leave it out"):
+    with pytest.raises(UsageError, match=rf"gamma_final=0.99 is below gamma={gamma}.*set it to None"):
         make_config({"gamma": gamma, "gamma_final": 0.99})
+
+
+def test_the_same_discount_or_none_is_one_throughout() -> None:
+    assert make_config({"gamma": 0.9, "gamma_final": 0.9}).at(0.3).gamma == pytest.approx(0.9)
+    assert GRPO("Hopper-v5", gamma=0.999, gamma_final=None).config.at(0.3).gamma == 0.999
+    with pytest.raises(UsageError, match="gamma_final"):
+        make_config({"gamma_final": 1.0})
+
+
+def test_an_estimator_of_the_users_own_is_given_the_discount_of_the_batch() -> None:
+    asked: list[float] = []
+
+    def own(rewards: Any, lengths: Any, group: Any, gamma: float) -> Any:
+        asked.append(gamma)
+        return rewards.cumsum(0)
+
+    agent = GRPO(
+        "CartPole-v1", **SMALL, gamma=0.9, gamma_final=0.999, advantage_function=own, skip_without_signal=False
+    )
+    logged: list[float] = []
+    agent.learn(1000, callback=lambda agent, metrics: logged.append(metrics["gamma"]))
+    assert asked == logged
+    assert asked[-1] > asked[0] >= 0.9
+    asked.clear()
+    agent.learn(300)  # another call begins at gamma again
+    assert asked[0] < logged[-1]
+
+
+def test_an_estimator_by_name_is_given_the_discount_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+
+    def told(gamma: float, *others: Any, **more: Any) -> Estimation:
+        made.append(gamma)
+        return Estimation(gamma, *others, **more)
+
+    monkeypatch.setattr("grouprl.envs.estimate.Estimation", told)
+    logged: list[float] = []
+    settings = SMALL | {"collect": "episodes", "min_steps": 200, "advantage": "timestep"}
+    del settings["n_steps"]
+    agent = GRPO("CartPole-v1", **settings, gamma=0.9, gamma_final=0.999, skip_without_signal=False)
+    agent.learn(1500, callback=lambda agent, metrics: logged.append(metrics["gamma"]))
+    assert made == logged
+    assert made[-1] > made[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"reuse": 3}, {"baseline_pull": 0.3, "reuse": 2}])

@@ -71,7 +71,7 @@ class GRPOConfig(ObjectiveSettings):
     )
     gamma: float = Field(0.99, ge=0, le=1, description="discount")
     gamma_final: float | None = Field(
-        None, ge=0, lt=1, description="discount at the end of training, toward which the horizon grows; default: gamma"
+        None, ge=0, lt=1, description="discount toward which the horizon grows during a call of learn; default: gamma"
     )
     gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the generalised advantage on the baseline")
     baseline_features: int = Field(128, ge=1, description="random features of the closed-form baseline")
@@ -190,8 +190,8 @@ class GRPOConfig(ObjectiveSettings):
             )
         if self.gamma_final is not None and not self.gamma <= self.gamma_final:
             raise ValueError(
-                f"gamma_final={self.gamma_final} is below gamma={self.gamma}, and the horizon can only grow; raise "
-                "gamma_final, or leave it out for one discount throughout"
+                f"gamma_final={self.gamma_final} is below gamma={self.gamma}, and the horizon of a run can only grow; "
+                "raise gamma_final, or set it to None (null in a command) for one discount throughout"
             )
         if self.max_steps < self.min_steps:
             raise ValueError(
@@ -230,7 +230,7 @@ class GRPOConfig(ObjectiveSettings):
         return self
 
     def at(self, progress: float) -> GRPOConfig:
-        """These settings for a batch at ``progress`` in [0, 1] of training: with its own ``gamma``.
+        """These settings for a batch at ``progress`` in [0, 1] of a call of ``learn``: with its own ``gamma``.
 
         The horizon 1 / (1 - discount) grows geometrically from that of ``gamma`` to that of ``gamma_final``:
         1 - discount = (1 - gamma) ((1 - gamma_final) / (1 - gamma))^progress. A short one is learned from soonest, and

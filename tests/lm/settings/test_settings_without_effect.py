@@ -24,6 +24,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dynamic_sampling_max_batches": 3}, {"dynamic_sampling_max_batches": 3, "dynamic_sampling": True}),
     ({"scale_rewards": "none", "advantage": "maxrl"}, {"scale_rewards": "none"}),
     ({"epsilon": 0.3, "loss_type": "sapo"}, {"epsilon": 0.3}),
+    ({"gamma": 0.9}, {"gamma": 1.0}),
     ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, {"warmup_steps": 3}),
     ({"num_train_epochs": 2.0, "max_steps": 3}, {"num_train_epochs": 2.0}),
     ({"data_seed": 3, "shuffle_dataset": False}, {"data_seed": 3}),
