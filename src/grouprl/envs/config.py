@@ -188,7 +188,7 @@ class GRPOConfig(ObjectiveSettings):
                 f"advantage={self.advantage!r} compares at least 2 episodes but n_envs=1 and there is no group_size; "
                 "set n_envs=2 or more"
             )
-        if self.gamma_final is not None and not self.gamma <= self.gamma_final:
+        if self.gamma_final is not None and self.gamma > self.gamma_final:
             raise ValueError(
                 f"gamma_final={self.gamma_final} is below gamma={self.gamma}, and the horizon of a run can only grow; "
                 "raise gamma_final, or set it to None (null in a command) for one discount throughout"

@@ -173,7 +173,8 @@ class Loop:
         self.recent_lengths.extend(rollout.episode_lengths)
         metrics = self._describe(rollout)
         self.batches += 1
-        reason, learned = self._learn(rollout, progress)
+        now = config.at(progress)
+        reason, learned = self._learn(rollout, now, progress)
         if reason is not None:
             self.skipped[reason] += 1
         metrics |= {"skipped_batches": self.skipped.total()} | learned
@@ -184,7 +185,7 @@ class Loop:
         seconds = perf_counter() - began
         self.seconds += seconds
         if config.gamma_final is not None:
-            metrics["gamma"] = config.at(progress).gamma
+            metrics["gamma"] = now.gamma
         metrics |= {
             "learning_rate": learning_rate,
             "sticky": sticky,
@@ -194,9 +195,13 @@ class Loop:
         }
         return metrics
 
-    def _learn(self, rollout: Rollout, progress: float) -> tuple[str | None, Metrics]:
-        """Learn from a batch; gives why it moved no parameter (a name of :data:`SKIPPED`, or None), and metrics."""
-        config, began = self.config.at(progress), perf_counter()
+    def _learn(self, rollout: Rollout, config: GRPOConfig, progress: float) -> tuple[str | None, Metrics]:
+        """Learn from a batch by the settings of its time, :meth:`GRPOConfig.at`.
+
+        Returns:
+            Why it moved no parameter (a name of :data:`SKIPPED`, or None), and metrics.
+        """
+        began = perf_counter()
         if config.skip_without_signal and not has_signal(rollout):
             return "no_signal", {}
         advantage, metrics = advantages(rollout, config, self.baseline, self.functions.advantage)

@@ -77,8 +77,7 @@ def _gigpo(rewards: Tensor, lengths: Tensor, group: Tensor, s: Estimation) -> Te
 ESTIMATORS: dict[str, Estimator] = {
     "baseline": Estimator(
         "generalised advantage on a closed-form linear baseline", "Duan et al. 2016, 1604.06778; GAE, 1506.02438",
-        None, whole_samples=False, compares=False, standardised=True, discounted=True,
-        language_models=False,
+        None, whole_samples=False, compares=False, standardised=True, discounted=True, language_models=False,
     ),
     "outcome": Estimator(
         "the return, centred and scaled in its group", "GRPO, 2402.03300; Dr. GRPO, 2503.20783",
