@@ -110,6 +110,20 @@ def test_a_config_file_starts_the_same_run_again(run: Path, tmp_path: Path) -> N
     assert mine["run"]["total_timesteps"] == 500
 
 
+def test_a_config_file_has_no_preset_beside_it_and_a_folder_is_named_by_the_seed_that_counts(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call("train", "--config", run / "config.yaml", "--preset", "locomotion") == 2
+    assert "--preset locomotion beside --config" in capsys.readouterr().err
+    again = ("train", "--config", run / "config.yaml", "--steps", "300", "--no-video")
+    for given in ((), ("--set", "seed=3"), ("--set", "seed=3", "--seed", "4")):
+        assert call(*again, *given) == 0
+    names = sorted(path.name.split("-seed")[1][0] for path in (tmp_path / "runs").iterdir())
+    seeds = sorted(str(yaml.safe_load(p.read_text())["seed"]) for p in (tmp_path / "runs").glob("*/config.yaml"))
+    assert names == seeds == ["1", "3", "4"]
+
+
 def test_presets_and_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("presets") == 0
     assert "CartPole-v1" in capsys.readouterr().out

@@ -107,6 +107,13 @@ def test_settings_below_the_median_of_the_others_are_pruned(tmp_path: Path) -> N
     assert "Pruned: a=1.0." in harness.report_sweep(one, found, tmp_path / "out")
 
 
+def test_sampled_returns_are_not_known_along_the_way(tmp_path: Path) -> None:
+    one = made(tmp_path)
+    assert replace(one, metric="sampled").metric == "sampled"
+    with pytest.raises(UsageError, match="leave --prune out"):
+        replace(one, metric="sampled", prune=True)
+
+
 def test_a_setting_that_breaks_does_not_stop_the_others(tmp_path: Path) -> None:
     one = made(tmp_path)
     one = replace(one, space=Space.read({"a": ["breaks", "large"]}))

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from grouprl import GRPO, UsageError
+from grouprl import GRPO, UsageError, evaluate
 from grouprl.doctor import examine
 from grouprl.envs import training
 from grouprl.envs.callbacks import Checkpoints, Evaluations, Run, StopAtReturn, Videos
@@ -190,3 +190,138 @@ def test_videos_are_filmed_when_due_and_a_reason_is_given_where_they_cannot_be(
 def test_numbers_that_cannot_be_are_refused(made: Any) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         made()
+
+
+class NoMethod(Mine):
+    render = gym.Env.render
+
+
+class Undeclared(NoMethod):
+    metadata = {}  # noqa: RUF012 - as Gymnasium has it
+
+
+class FailsWhenSeen(Mine):
+    def step(self, action: Any) -> Any:
+        if self.render_mode is not None:
+            raise RuntimeError("no display")
+        return super().step(action)
+
+
+class CannotBeMade(Mine):
+    def __init__(self, render_mode: str | None = None) -> None:
+        if render_mode is not None:
+            raise RuntimeError("no OpenGL")
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        (NoMethod, "NotImplementedError"),
+        (Undeclared, "cannot render"),
+        (FailsWhenSeen, "no display"),
+        (CannotBeMade, "no OpenGL"),
+    ],
+)
+def test_a_film_that_fails_costs_only_the_film(env: type[Mine], why: str, tmp_path: Path) -> None:
+    gym.register("Seen-v0", entry_point=env)
+    try:
+        run = training.train(
+            "Seen-v0", tmp_path / "run", preset=None, steps=600, settings=SMALL, run=QUIET, progress_bar=False
+        )
+    finally:
+        del gym.registry["Seen-v0"]
+    assert run.summary is not None
+    assert [note for note in run.notes if note.startswith("no video") and why in note]
+    names = {path.name for path in run.folder.path.iterdir()}
+    assert {"summary.json", "report.html", "episodes.html"} <= names
+    assert "episode.mp4" not in names
+
+
+def schedule(agent: GRPO, steps: int, run: Run, stop: int | None = None) -> list[float]:
+    """Train; the learning rates of the updates. With ``stop`` the run ends after so many, as by Ctrl-C."""
+    rates: list[float] = []
+
+    def heard(agent: GRPO, metrics: dict[str, float]) -> bool:
+        rates.append(metrics["learning_rate"])
+        if len(rates) == stop:
+            assert run._recorder is not None
+            run._recorder.stopped = True
+            return False
+        return True
+
+    agent.learn(steps, callback=[run, heard])
+    return rates
+
+
+def test_a_stopped_run_of_an_agent_that_had_learned_before_goes_on_by_its_own_schedule(tmp_path: Path) -> None:
+    first = GRPO("CartPole-v1", preset=None, seed=1, lr_schedule="linear", sticky=0.5, **SMALL).learn(2000)
+    first.save(tmp_path / "m")
+    runs = [Run(tmp_path / name, video=False, **QUIET) for name in ("whole", "cut")]
+    whole, cut = GRPO.load(tmp_path / "m"), GRPO.load(tmp_path / "m")
+    rates = schedule(whole, 2000, runs[0])
+    assert schedule(cut, 2000, runs[1], stop=3) == rates[:3]
+    resumed = training.resume(tmp_path / "cut")
+    assert read_metrics(tmp_path / "cut" / "metrics.csv")["learning_rate"].tolist() == rates
+    one, other = whole.policy.state_dict(), resumed.agent.policy.state_dict()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    for result, agent in ((runs[0].result, whole), (resumed, resumed.agent)):
+        assert result is not None
+        assert result.summary is not None
+        made = agent.num_timesteps - first.num_timesteps
+        assert result.summary["total_steps"] == agent.num_timesteps
+        assert result.summary["steps_per_second"] == pytest.approx(made / agent.train_seconds)
+
+
+def test_repeating_actions_fades_as_soon_for_an_agent_that_was_loaded(tmp_path: Path) -> None:
+    def repeated(agent: GRPO) -> list[float]:
+        found: list[float] = []
+        agent.learn(2000, callback=lambda agent, metrics: found.append(metrics["sticky"]))
+        return found
+
+    kept = GRPO(make, preset=None, seed=1, **SMALL)
+    repeated(kept)
+    kept.save(tmp_path / "m")
+    loaded = GRPO.load(tmp_path / "m", make)
+    for agent in (kept, loaded):
+        fading = repeated(agent)
+        assert fading[0] > 0
+        assert not any(fading[len(fading) // 2 + 1 :])  # half of the budget is where it ends
+
+
+def test_evaluations_step_no_environment_of_training() -> None:
+    env = Mine()
+    agent = GRPO(env, preset=None, warmup_steps=0)
+    for shared in (env, gym.vector.SyncVectorEnv([lambda: env])):
+        with pytest.raises(UsageError, match="the environment that Mine is trained on"):
+            agent.learn(100, callback=Evaluations(50, env=shared))
+    other = Evaluations(50, episodes=1, env=Mine())
+    agent.learn(100, callback=other)
+    assert other.history
+
+
+def test_evaluations_of_an_id_can_have_other_arguments() -> None:
+    gym.register("Lasts-v0", entry_point=Lasts)
+    try:
+        agent = GRPO("Lasts-v0", preset=None, env_kwargs={"length": 5}, seed=1, **SMALL)
+        other = Evaluations(100, episodes=1, env_kwargs={"length": 7})
+        agent.learn(300, callback=other)
+        assert {value for _, value in other.history} == {7.0}
+        lengths = [evaluate(agent, episodes=2, env_kwargs=given).lengths for given in (None, {"length": 7}, {})]
+        assert lengths == [[5, 5], [7, 7], [9, 9]]
+    finally:
+        del gym.registry["Lasts-v0"]
+    with pytest.raises(UsageError, match="only goes with an environment id"):
+        evaluate(GRPO(make, preset=None, warmup_steps=0), env_kwargs={"length": 7})
+
+
+class Lasts(Mine):
+    """Episodes of ``length`` steps with reward 1 each."""
+
+    def __init__(self, length: int = 9, render_mode: str | None = None) -> None:
+        super().__init__(render_mode)
+        self.length = length
+
+    def step(self, action: Any) -> Any:
+        seen, *_ = super().step(action)
+        return seen, 1.0, self.t == self.length, False, {}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
 
 from grouprl import GRPO, UsageError, evaluate
 from grouprl.envs import evaluation
+from grouprl.envs.callbacks import Evaluations, Run
+from grouprl.runs import read_metrics
 
 
 class Long(gym.Env[Any, Any]):
@@ -118,3 +122,73 @@ def test_an_environment_that_can_be_called_stays_open(agent: GRPO) -> None:
     env = Called()
     evaluate(agent, env, episodes=1)
     assert not env.closed
+
+
+class Backwards(Long):
+    """As Long, but that steps cost."""
+
+    lengths = (10,)
+
+    def step(self, action: Any) -> Any:
+        seen, reward, *rest = super().step(action)
+        return seen, -reward, *rest
+
+
+class Both(SyncVectorEnv):
+    """Another environment than that of its id, as the vector entry points of some packages are."""
+
+    def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
+        super().__init__([Backwards] * num_envs, **kwargs)
+
+
+def test_an_agent_is_evaluated_on_its_environment_as_it_was_vectorised() -> None:
+    gym.register("Long-v0", entry_point=Some, vector_entry_point=Both)
+    try:
+        settings: Any = {"preset": None, "n_envs": 2, "min_steps": 64, "warmup_steps": 0}
+        agent = GRPO("Long-v0", vectorization="vector_entry_point", **settings)
+        seen = Evaluations(64, episodes=2)
+        agent.learn(128, callback=seen)
+        assert {value for _, value in seen.history} == {-10.0}
+        assert evaluate(agent, episodes=2).returns == [-10.0, -10.0]
+        assert evaluate(agent, "Long-v0", episodes=1).returns == [3.0]  # where it was told: what gymnasium.make gives
+    finally:
+        del gym.registry["Long-v0"]
+
+
+class Lives(Long):
+    """Ends where action 1 comes three times in a row; a policy that never takes it lives for ever."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.ones = 0
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> Any:
+        self.ones = self.ones + 1 if action == 1 else 0
+        return np.zeros(1, np.float32), 1.0, self.ones == 3, False, {}
+
+
+def never(inputs: int, outputs: int) -> torch.nn.Module:
+    """Logits of a policy whose most likely action is 0, if barely."""
+    layer = torch.nn.Linear(inputs, outputs)
+    torch.nn.init.zeros_(layer.weight)
+    layer.bias.data = torch.tensor([0.1, 0.0])
+    return layer
+
+
+@pytest.mark.parametrize("limit", [9000, None])
+def test_evaluations_of_a_run_last_as_long_as_a_known_time_limit_says(tmp_path: Path, limit: int | None) -> None:
+    def make() -> Any:
+        return Lives() if limit is None else TimeLimit(Lives(), limit)
+
+    run = Run(tmp_path / "run", video=False, track=("none",), eval_episodes=1, final_episodes=1, eval_every=64)
+    agent = GRPO(
+        make, preset=None, network=never, n_envs=2, min_steps=64, max_steps=64, learning_rate=1e-9, warmup_steps=0,
+        lr_schedule="constant", sticky=0.0,
+    )  # fmt: skip
+    agent.learn(64, callback=run)
+    assert run.result is not None
+    assert run.result.summary is not None
+    lasts = limit or 5000
+    assert run.result.summary["eval"]["mean_return"] == lasts
+    assert read_metrics(tmp_path / "run" / "metrics.csv")["eval_return"][-1] == lasts
+    assert any("were cut" in note for note in run.result.notes) == (limit is None)

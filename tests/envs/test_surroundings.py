@@ -180,6 +180,8 @@ def test_agents_made_in_several_threads_are_those_of_one() -> None:
         ({"epsilon": 0.3, "loss_type": "sapo"}, "epsilon=0.3"),
         ({"epsilon": 0.3, "surrogate_function": lambda logp, old, advantages: logp}, "epsilon=0.3"),
         ({"hidden_sizes": [8], "network": own}, r"hidden_sizes=\(8,\)"),
+        ({"warmup_steps": 64, "normalize_observations": False}, "warmup_steps=64"),
+        ({"sticky": 0.5, "n_envs": 1}, "sticky=0.5"),
     ],
 )
 def test_a_setting_without_effect_is_named(settings: dict[str, Any], name: str) -> None:
@@ -187,12 +189,18 @@ def test_a_setting_without_effect_is_named(settings: dict[str, Any], name: str) 
         GRPO("CartPole-v1", preset=None, **settings)
 
 
+def test_a_setting_without_effect_on_an_environment_that_was_given_as_an_object_is_named() -> None:
+    for env in (Plain(), gym.make_vec("CartPole-v1", num_envs=2)):
+        with pytest.warns(UserWarning, match="vectorization='async' has no effect"):
+            GRPO(env, preset=None, vectorization="async")
+
+
 def test_settings_with_an_effect_are_not_named(recwarn: pytest.WarningsRecorder) -> None:
     GRPO("Pendulum-v1", preset=None, log_std_min=-1.0, baseline_level=True, baseline_memory=40_960, gae_lambda=0.9)
     GRPO(Plain, preset=None, advantage_function=lambda rewards, lengths, group, values: values, baseline_level=True)
     GRPO(Plain, preset=None, beta=0.1, reference="periodic", reference_every=3, kl_estimator="k1", hidden_sizes=[8])
     GRPO(Plain, preset=None, lr_final=0.5, lr_max=0.1, kl_target=0.1, epsilon=0.3)
-    GRPO(Plain, preset=None, gamma=0.9, gamma_final=0.999)
+    GRPO(Plain, preset=None, gamma=0.9, gamma_final=0.999, sticky=0.5, n_envs=2, warmup_steps=64, vectorization="sync")
     GRPO(Plain, preset=None, advantage_function=lambda rewards, lengths, group, gamma: rewards, gamma=0.9)
     GRPO(Plain, preset=None, advantage="outcome", scale_rewards="none", lr_schedule="linear", lr_final=0.5)
     GRPO("CartPole-v1", preset="formula", lr_schedule="constant", beta=0.0)  # what the preset ships was not chosen
@@ -208,7 +216,7 @@ def test_no_setting_of_a_preset_is_without_effect(name: str) -> None:
         continuous = isinstance(env.action_space, spaces.Box)
     about = {
         "fits_baseline": config.advantage == "baseline", "continuous": continuous, "own_network": False,
-        "own_advantage": False, "own_surrogate": False,
+        "own_advantage": False, "own_surrogate": False, "one_object": False, "one_environment": config.n_envs == 1,
     }  # fmt: skip
     assert without_effect(RULES, config, shipped, about) == []
 

@@ -143,13 +143,11 @@ def _noise(method: str, options: Mapping[str, Any], subject: str, arena: str, gi
             f"reward_noise of method {method} is for environments, and {subject} is a language model; name the "
             "method's subjects, or leave it out"
         )
-    if (
-        sigma
-        and mapping(options.get("settings", {}), f"settings of method {method}", None).get("vectorization") == "async"
-    ):
+    settings = mapping(options.get("settings", {}), f"settings of method {method}", None)
+    if sigma and settings.get("vectorization", "auto") not in ("auto", "sync"):
         raise UsageError(
-            f"reward_noise of method {method} would be equal in all environments with vectorization=async, each in a "
-            "process of its own; leave vectorization out"
+            f"reward_noise of method {method} with vectorization={settings['vectorization']}: the environments with "
+            "noise are made one by one in one process; leave vectorization out"
         )
     return sigma * _positive(given.get("reward_size", 1.0), f"reward_size of {subject}")
 

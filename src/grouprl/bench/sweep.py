@@ -57,6 +57,11 @@ class Sweep:
             raise UsageError(f"sampler={self.sampler!r} must be one of {', '.join(SAMPLERS)}")
         if self.metric not in ("greedy", "sampled"):
             raise UsageError(f"metric={self.metric!r} must be greedy or sampled: a sweep looks for large returns")
+        if self.prune and self.metric != "greedy":
+            raise UsageError(
+                f"metric={self.metric!r} with pruning: trials are compared along the way by their greedy evaluations; "
+                "prune by greedy, or leave --prune out"
+            )
         if not self.space.varied:
             raise UsageError("nothing is swept: give a setting several values, such as --set lr=1e-3,3e-4")
 
@@ -244,7 +249,7 @@ class _Search:
 
         one = self.running.get(cell.method)
         place = round(cell.points * point["step"] / cell.steps)
-        if one is None or place < 1 or self.sweep.metric != "greedy":
+        if one is None or place < 1:
             return
         first = one.trials[0]
         first.report(point["greedy"], self.sweep.seeds.index(cell.seed) * cell.points + place)

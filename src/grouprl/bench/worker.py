@@ -61,8 +61,9 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     if sigma := cell.get("reward_noise", 0.0):
         environment = {"env": noisy_maker(cell["env_id"], cell["env_kwargs"], sigma, cell["seed"])}
     agent = GRPO(**environment, preset=cell["preset"], seed=cell["seed"], **functions, **cell["settings"])
+    how = agent.config.vectorization
     watch = Watch(agent.config.model_dump(), language_model=False, goal=reward_threshold(cell["env_id"]))
-    evaluator = Evaluator(cell["env_id"], cell["env_kwargs"], n_envs=min(AT_ONCE, cell["point_episodes"]))
+    evaluator = Evaluator(cell["env_id"], cell["env_kwargs"], min(AT_ONCE, cell["point_episodes"]), how)
     every = max(1, cell["steps"] // cell["points"])
     due = every
     moved: list[float] = []
@@ -96,7 +97,7 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     agent.learn(cell["steps"], callback=after_update)
     spent = {"train_seconds": agent.train_seconds, "train_cpu_seconds": clock.cpu_seconds}
     evaluator.close()
-    last = Evaluator(cell["env_id"], cell["env_kwargs"], n_envs=min(AT_ONCE, cell["episodes"]))
+    last = Evaluator(cell["env_id"], cell["env_kwargs"], min(AT_ONCE, cell["episodes"]), how)
     greedy, sampled = (_played(last, agent, cell, deterministic) for deterministic in (True, False))
     last.close()
     return {

@@ -34,8 +34,12 @@ def train(
         str | None, typer.Argument(help="A Gymnasium id such as CartPole-v1, or module:Env (a file here will do).")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="A preset's name; auto = the one named like ENV, if any; default = the robust default.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="A preset's name; auto = the one named like ENV, if any; default = the robust default.  "
+            "[default: auto]"
+        ),
+    ] = None,
     assignments: Assignments = None,
     env_assignments: EnvAssignments = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.  [default: 0]")] = None,
@@ -88,6 +92,11 @@ def train(
             f"grouprl train {stray}"
         )
     env_kwargs = assigned(env_assignments)
+    if config is not None and preset is not None:
+        raise UsageError(
+            f"--preset {preset} beside --config: the file has every setting already; leave one of the two out"
+        )
+    preset = preset or "auto"
     if config is not None:
         env, preset, steps, seed, settings, env_kwargs, run = _from_file(
             config, env, steps, seed, settings, env_kwargs, run
@@ -100,7 +109,8 @@ def train(
         run["track"] = tuple(track)
     if not video:
         run["video"] = False
-    folder = out or default_run_path("runs", preset if preset not in ("auto", "default") else env, seed or 0)
+    number = settings.get("seed", 0) if seed is None else seed
+    folder = out or default_run_path("runs", preset if preset not in ("auto", "default") else env, number)
     try:
         result = training.train(
             env, folder, preset=preset, steps=steps, seed=seed, settings=settings, env_kwargs=env_kwargs, run=run,

@@ -18,9 +18,10 @@ from gymnasium.vector import VectorEnv
 
 from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.grpo import GRPO
+from grouprl.envs.loading import chosen_environment
 from grouprl.envs.loop import Metrics
 from grouprl.envs.recorder import Recorder, RunResult, as_written, plan, recording
-from grouprl.envs.vector import EnvLike
+from grouprl.envs.vector import EnvLike, share_environments
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import UsageError
 from grouprl.runs import RunFolder
@@ -139,7 +140,8 @@ class Evaluations:
 
     Args:
         every: environment steps. episodes: of one evaluation.
-        env, env_kwargs: where; default: what the agent is trained on, made anew.
+        env: where; default: what the agent is trained on, made anew. env_kwargs: for its constructor, for ids; without
+            ``env`` for the id that the agent is trained on.
         best: file for the policy with the highest mean return; None: it is not saved.
 
     Attributes:
@@ -164,14 +166,20 @@ class Evaluations:
         Raises:
             UsageError: the agent's environment was given as an object, and no other one is.
         """
-        env, kwargs = agent.where() if self.env is None else (self.env, self.env_kwargs)
+        env, kwargs, how = chosen_environment(agent, self.env, self.env_kwargs)
         if self.env is None and isinstance(env, gym.Env | VectorEnv):
             raise UsageError(
                 f"evaluations need an environment of their own, and {agent.env_id} was given as an object; give "
                 "Evaluations(every, env=lambda: MyEnv())"
             )
+        training = agent.get_env()
+        if isinstance(env, gym.Env | VectorEnv) and training is not None and share_environments(env, training):
+            raise UsageError(
+                f"Evaluations was given the environment that {agent.env_id} is trained on, and would step it in the "
+                "middle of training; give another one, such as Evaluations(every, env=lambda: MyEnv())"
+            )
         n_envs, timeout = min(self.episodes, 20), agent.config.env_timeout
-        self._evaluator = Evaluator(env, kwargs, n_envs=n_envs, timeout=timeout)
+        self._evaluator = Evaluator(env, kwargs, n_envs, how, timeout=timeout)
         try:
             yield
         finally:

@@ -197,6 +197,8 @@ class Collector:
         if sticky > 0:
             env_actions, repeated = self._repeat(env_actions, sticky, valid, may=not trace.masked)
             trace.repeated.append(repeated)
+        elif self.config.sticky > 0:  # a later call of learn repeats again
+            self._last_action = env_actions.copy()  # the environment may change what it gets
         stepped = self._advance(env_actions, valid)
         trace.add_outcome(stepped)
         return stepped.done

@@ -193,7 +193,7 @@ class GRPOConfig(ObjectiveSettings):
                 f"gamma_final={self.gamma_final} is below gamma={self.gamma}, and the horizon of a run can only grow; "
                 "raise gamma_final, or set it to None (null in a command) for one discount throughout"
             )
-        if self.max_steps < self.min_steps:
+        if self.collect == "auto" and not self.whole_episodes and self.max_steps < self.min_steps:
             raise ValueError(
                 f"max_steps={self.max_steps} is below min_steps={self.min_steps}; raise one or lower the other"
             )

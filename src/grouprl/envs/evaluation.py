@@ -13,6 +13,7 @@ from gymnasium.vector import VectorEnv
 from grouprl.envs.arguments import whole_number
 from grouprl.envs.finite import check_observations, check_params, check_rewards
 from grouprl.envs.grpo import GRPO
+from grouprl.envs.loading import chosen_environment
 from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Stepper
 from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector, share_environments
@@ -159,7 +160,8 @@ def evaluate(
 
     Args:
         agent: a trained (or not) :class:`~grouprl.envs.grpo.GRPO`.
-        env: where; default: what the agent was trained on.
+        env: where; default: what the agent was trained on, vectorised as in training.
+        env_kwargs: for its constructor, for ids; without ``env`` for the id that the agent was trained on.
         episodes: how many.
         deterministic: greedy actions; else sampled ones.
         seed: of the starts (and of the sampled actions).
@@ -173,9 +175,9 @@ def evaluate(
     if not isinstance(agent, GRPO):
         raise UsageError(f"evaluate takes an agent, such as GRPO.load(path), and was given {with_type(agent)}")
     episodes, seed = whole_number("episodes", episodes, least=1), whole_number("seed", seed, least=0)
-    target, kwargs = (env, env_kwargs) if env is not None else agent.where()
+    target, kwargs, how = chosen_environment(agent, env, env_kwargs)
     n_envs = max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16))
-    evaluator = Evaluator(target, kwargs, n_envs=n_envs, max_steps=max_steps, timeout=agent.config.env_timeout)
+    evaluator = Evaluator(target, kwargs, n_envs, how, max_steps, agent.config.env_timeout)
     try:
         return evaluator.run(agent, episodes, deterministic, seed)
     finally:

@@ -139,7 +139,8 @@ class GRPO:
         about = {
             "fits_baseline": self.loop.baseline is not None, "continuous": self.policy.gaussian,
             "own_network": network is not None, "own_advantage": advantage_function is not None,
-            "own_surrogate": surrogate_function is not None,
+            "own_surrogate": surrogate_function is not None, "one_object": isinstance(env, gym.Env | VectorEnv),
+            "one_environment": venv.num_envs == 1,
         }  # fmt: skip
         for said in without_effect(RULES, config, settings, about):
             warnings.warn(said, stacklevel=2)

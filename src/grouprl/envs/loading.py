@@ -84,10 +84,7 @@ def from_checkpoint(
     """
     tensors, meta = checkpoint.read(path)
     agent = from_model(cls, path, tensors, meta, network, functions, {})
-    if env is None and env_kwargs is None:
-        agent.set_env(*agent.where())
-    else:
-        set_environment(agent, env, env_kwargs)
+    set_environment(agent, env, env_kwargs)
     try:
         agent.extra = checkpoint.restore(path, agent.loop, tensors, meta)
     except BaseException:
@@ -96,15 +93,35 @@ def from_checkpoint(
     return agent
 
 
-def set_environment(agent: GRPO, env: EnvLike | None, env_kwargs: Mapping[str, Any] | None) -> None:
-    """Set ``env`` or, where there are arguments alone, the id that the file of ``agent`` names, made with them.
+def chosen_environment(
+    agent: GRPO, env: EnvLike | None, env_kwargs: Mapping[str, Any] | None
+) -> tuple[EnvLike, Mapping[str, Any] | None, str]:
+    """``env``; or the id that ``agent`` was trained on, where there are arguments alone; or its own environment.
+
+    Returns:
+        The environment, the arguments of its constructor, and how to vectorise it: the agent's own as in training.
 
     Raises:
-        UsageError: the agent was trained on no id; the environment cannot be made, or has other spaces.
+        UsageError: there are arguments, and the agent was trained on no id; or there is no environment.
     """
-    if env is None and not was_an_id(agent.env_lost):
+    if env is not None:
+        return env, env_kwargs, "auto"
+    own = agent.config.vectorization
+    if env_kwargs is None:
+        return *agent.where(), own
+    if not was_an_id(agent.env_lost):
         raise UsageError(
             f"env_kwargs={shown(env_kwargs)} only goes with an environment id, and this agent was trained on none: "
             f"{agent.env_lost}; give env, such as lambda: MyEnv(...)"
         )
-    agent.set_env(agent.env_id if env is None else env, env_kwargs)
+    return agent.env_id, env_kwargs, own
+
+
+def set_environment(agent: GRPO, env: EnvLike | None, env_kwargs: Mapping[str, Any] | None) -> None:
+    """Train ``agent`` on what :func:`chosen_environment` says.
+
+    Raises:
+        UsageError: there is no such environment, it cannot be made, or has other spaces.
+    """
+    chosen, kwargs, _ = chosen_environment(agent, env, env_kwargs)
+    agent.set_env(chosen, kwargs)

@@ -95,9 +95,9 @@ class Loop:
         """Told of each batch that is learned from, its advantages ``[S]`` and its discount, before the update."""
         self.n_steps = n_steps
         """Environment steps so far, those of the warm-up included."""
-        self.seconds = 0.0
-        """Of collecting and learning, so far."""
-        self.signal_steps = 0
+        self.seconds, self.untimed_steps = 0.0, n_steps
+        """Of collecting and learning, so far; and the steps before, which they do not cover."""
+        self.signal_steps = n_steps  # what a saved policy was trained for counts in full
         self.batches = 0
         """Collected so far."""
         self.skipped: Counter[str] = Counter()
@@ -276,6 +276,7 @@ class Loop:
             tensors |= {_REUSE + name: value for name, value in self.reuse.state().items()}
         counters = {
             "train_seconds": self.seconds,
+            "untimed_steps": self.untimed_steps,
             "signal_steps": self.signal_steps,
             "batches": self.batches,
             "skipped": dict(self.skipped),
@@ -309,6 +310,7 @@ class Loop:
         self.sticky.load(state["sticky"])
         counters = state["counters"]
         self.seconds, self.signal_steps = counters["train_seconds"], counters["signal_steps"]
+        self.untimed_steps = counters.get("untimed_steps", 0)
         self.batches, self.skipped = counters.get("batches", 0), Counter(counters.get("skipped", {}))
         self.recent_returns.extend(map(float, counters["recent_returns"]))
         self.recent_lengths.extend(map(int, counters["recent_lengths"]))

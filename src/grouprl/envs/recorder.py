@@ -26,7 +26,7 @@ from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import tracked
 from grouprl.envs.native import kernels
 from grouprl.envs.rollout import Rollout
-from grouprl.envs.vector import reward_threshold
+from grouprl.envs.vector import horizon, reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.machine.usage import Usage
@@ -124,7 +124,8 @@ class Recorder:
         self._restore(agent)
         if not self.ranks.first:
             return
-        self.evaluator = Evaluator(*agent.where(), n_envs=min(run.eval_episodes, 20), timeout=agent.config.env_timeout)
+        how, n_envs = agent.config.vectorization, min(run.eval_episodes, 20)
+        self.evaluator = Evaluator(*agent.where(), n_envs, how, timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
         agent.loop.on_batch = lambda *batch: self._keep_episodes(agent, *batch)
@@ -182,8 +183,18 @@ class Recorder:
             self.checkpoint(agent, may_restart=True)
         return not self.stopped
 
+    def patience(self, agent: GRPO) -> int | None:
+        """Steps after which a greedy episode is taken for one that never ends, by those of training.
+
+        None, as usual, where the environment has a time limit: it ends its episodes itself.
+        """
+        lengths = agent.loop.recent_lengths
+        if not lengths or horizon(self.evaluator.venv) is not None:
+            return None
+        return max(LEAST_PATIENCE, 10 * max(lengths))
+
     def _evaluate(self, agent: GRPO) -> float:
-        self.evaluator.max_steps = _patience(agent) or self.evaluator.max_steps
+        self.evaluator.max_steps = self.patience(agent) or self.evaluator.max_steps
         played = self.evaluator.run(agent, self.run.eval_episodes, seed=agent.config.seed + 1)
         return played.summary()["mean_return"]
 
@@ -241,6 +252,7 @@ def as_written(agent: GRPO, run: RunSettings, env_id: str, preset: str | None) -
         "seed": agent.config.seed,
         "env_kwargs": {} if agent.env_lost else to_json(agent.env_kwargs),
         "run": {**run.__dict__, "track": list(run.track)},
+        "begun_at": agent.num_timesteps,
         "reward_threshold": reward_threshold(agent.where()[0]),
         "config": agent.config.model_dump(mode="json"),
     }
@@ -279,12 +291,6 @@ def recording(folder: RunFolder, run: RunSettings, agent: GRPO) -> Iterator[Reco
             recorder.result = RunResult(folder, agent, summary, notes)
 
 
-def _patience(agent: GRPO) -> int | None:
-    """Steps after which a greedy episode is taken for one that never ends, by those of training; None: as usual."""
-    lengths = agent.loop.recent_lengths
-    return max(LEAST_PATIENCE, 10 * max(lengths)) if lengths else None
-
-
 def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder) -> tuple[dict[str, Any], list[str]]:
     """Evaluate, and leave summary, curve and video."""
     from grouprl.runs.plots import plot_run
@@ -297,7 +303,8 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         notes.append(skipped)
     with ThreadPoolExecutor(1) as pool:
         curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
-        played = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2, max_steps=_patience(agent))
+        patience = recorder.patience(agent)
+        played = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2, max_steps=patience)
         final = played.summary()
         if played.cut:
             notes.append(
@@ -305,7 +312,10 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
                 f"{max(played.lengths)} steps"
             )
         if run.video:
-            notes += record_episodes(agent, folder.video_path, strip=strip)
+            try:
+                notes += record_episodes(agent, folder.video_path, strip=strip)
+            except TrainingError as error:  # what was trained is good without a film of it
+                notes.append(f"no video: {error}")
         try:
             curve.result()
         except UsageError as error:  # a run too short for one complete episode
@@ -315,7 +325,7 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         "seed": agent.config.seed,
         "total_steps": agent.num_timesteps,
         "train_seconds": agent.train_seconds,
-        "steps_per_second": agent.num_timesteps / agent.train_seconds,
+        "steps_per_second": (agent.num_timesteps - agent.loop.untimed_steps) / agent.train_seconds,
         "skipped_batches": agent.loop.skipped.total(),
         "reward_threshold": recorder.threshold,
         "solved_at_steps": recorder.solved_at[0] if recorder.solved_at else None,

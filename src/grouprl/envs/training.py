@@ -84,7 +84,7 @@ def train(
             if announce is not None and ranks.first:
                 announce(folder)
             with folder.kept_in_order() if ranks.first else nullcontext():
-                return _run(folder, planned, agent, progress_bar)
+                return _run(folder, planned, agent, 0, progress_bar)
 
 
 FUNCTIONS = ("advantage_function", "surrogate_function")
@@ -144,8 +144,9 @@ def _resume(
             | ({} if steps is None else {"total_timesteps": steps})
         )
         planned = RunSettings(**options)
+        begun_at = int(config.get("begun_at", 0))
         functions = _loaded(_split_functions({**config.get("functions", {})})[1])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
     agent = _newest_agent(folder, functools.partial(_agent_of, env=env, functions=functions), ranks)
     if agent is None:
@@ -156,7 +157,7 @@ def _resume(
         )
     again = None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}}
     ranks.once(lambda: folder.reopen(again))
-    return _run(folder, planned, agent, progress_bar)
+    return _run(folder, planned, agent, begun_at, progress_bar)
 
 
 def _newest_agent(folder: RunFolder, agent_of: Callable[[Path], GRPO], ranks: Ranks) -> GRPO | None:
@@ -185,10 +186,11 @@ def _agent_of(path: Path, env: EnvLike | None, functions: Mapping[str, Callable[
     return agent
 
 
-def _run(folder: RunFolder, run: RunSettings, agent: GRPO, progress_bar: bool | None) -> RunResult:
+def _run(folder: RunFolder, run: RunSettings, agent: GRPO, begun_at: int, progress_bar: bool | None) -> RunResult:
+    """Train on schedules that run from ``begun_at`` to the last step of ``run``, and record it."""
     with ExitStack() as stack:
         stack.callback(agent.close)
         with recording(folder, run, agent) as recorder:
-            train_until(agent, 0, run.total_timesteps, recorder, progress_bar)
+            train_until(agent, begun_at, run.total_timesteps, recorder, progress_bar)
         assert recorder.result is not None
         return recorder.result

@@ -39,6 +39,18 @@ RULES: tuple[Unread, ...] = (
         ("log_std_init", "log_std_min"), lambda c, about: not about["continuous"],
         "only continuous actions, of a Box, have a standard deviation",
     ),
+    Unread(
+        ("vectorization",), lambda _, about: about["one_object"],
+        "the environment was given as an object, which is stepped as it is; give an id, or a callable that makes one",
+    ),
+    Unread(
+        ("warmup_steps",), lambda c, _: c.warmup_steps > 0 and not c.normalize_observations,
+        "they start the statistics of observations, and normalize_observations=False has none",
+    ),
+    Unread(
+        ("sticky",), lambda c, about: c.sticky > 0 and about["one_environment"],
+        "half of the environments repeat actions, and there is only one; give an id or a callable, and set n_envs",
+    ),
     *OF_LOSS,
     Unread(
         ("kl_estimator", "reference", "reference_every"), lambda c, _: c.beta == 0,
@@ -66,5 +78,6 @@ RULES: tuple[Unread, ...] = (
     ),
 )  # fmt: skip
 """All of them. They know, beside the settings: ``fits_baseline``, whether the closed-form baseline is; ``continuous``,
-whether actions are drawn around a mean; ``own_network``, ``own_advantage`` and ``own_surrogate``, whether it was given.
+whether actions are drawn around a mean; ``own_network``, ``own_advantage`` and ``own_surrogate``, whether it was given;
+``one_object``, whether the environment was given as an object; ``one_environment``, whether there is one alone.
 """

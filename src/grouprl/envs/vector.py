@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import TimeLimit
 
 from grouprl.envs.batch_checks import check_vector
 from grouprl.envs.checked import Checked
@@ -283,11 +284,13 @@ def share_environments(one: Any, other: Any) -> bool:
 
 def horizon(venv: VectorEnv[Any, Any, Any]) -> int | None:
     """The time limit of one episode in steps, or None if there is none to be known."""
-    for source in (venv, getattr(venv, "spec", None), getattr(getattr(venv, "envs", [None])[0], "spec", None)):
-        limit = getattr(source, "max_episode_steps", None)
-        if isinstance(limit, int | np.integer) and limit > 0:
-            return int(limit)
-    return None
+    first = getattr(venv, "envs", [None])[0]
+    limits = [getattr(one, "max_episode_steps", None) for one in (venv, venv.spec, getattr(first, "spec", None))]
+    while isinstance(first, gym.Wrapper):  # such as a TimeLimit that a user's callable has put around its environment
+        if isinstance(first, TimeLimit):
+            limits.append(first._max_episode_steps)
+        first = first.env
+    return next((int(limit) for limit in limits if isinstance(limit, int | np.integer) and limit > 0), None)
 
 
 def reward_threshold(env: EnvLike) -> float | None:

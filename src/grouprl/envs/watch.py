@@ -20,7 +20,7 @@ from grouprl.envs.env_errors import cannot_make_message, environment_error, miss
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.step_watch import StepWatch, making
 from grouprl.envs.vector import env_name, find_spec
-from grouprl.errors import GrouprlError, TrainingError, UsageError
+from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.runs.episodes import Strip
 
@@ -54,8 +54,8 @@ def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
         raise UsageError(missing_extra_message(env_id, str(gym.spec(env_id).entry_point), error)) from None
     except (gym.error.Error, ImportError) as error:
         raise UsageError(unknown_id_message(env_id, error)) from None
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{env_id} cannot render with render_mode={render_mode!r}: {error}") from None
+    except Exception as error:  # whatever its constructor raises
+        raise UsageError(f"{env_id} cannot render with render_mode={render_mode!r}: {first_line(error)}") from error
     if env.render_mode != render_mode:
         env.close()
         raise UsageError(
@@ -106,6 +106,14 @@ def play_episode(agent: GRPO, env: gym.Env[Any, Any], seed: int, deterministic: 
         raise environment_error(error, "while playing") from error
 
 
+def _picture(env: gym.Env[Any, Any], name: str) -> Any:
+    """What ``env`` renders. Raises UsageError where rendering fails."""
+    try:
+        return env.render()
+    except Exception as error:  # whatever the user's code raises, or Gymnasium where it has no such method
+        raise UsageError(f"{name} cannot render: {type(error).__name__}: {first_line(error)}") from error
+
+
 def record_episodes(
     agent: GRPO, path: Path, episodes: int = 1, seed: int = 0, deterministic: bool = True, *, strip: Strip | None = None
 ) -> list[str]:
@@ -129,7 +137,7 @@ def record_episodes(
         count = 0
         for episode in range(episodes):
             for _ in play_episode(agent, env, seed + episode, deterministic):
-                frame = env.render()
+                frame = _picture(env, agent.env_id)
                 if not isinstance(frame, np.ndarray) or frame.ndim != 3:
                     raise UsageError(f"{agent.env_id} renders {type(frame).__name__}, not pictures")
                 if strip is not None:
