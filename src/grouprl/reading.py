@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,18 @@ def parse_yaml(text: str, where: str, longest: int = LONGEST) -> Any:
 
 
 def with_numbers(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number, also inside a mapping or a list."""
+    """YAML 1.1 reads ``1e-3`` (no dot) as text; people mean the number, also inside a mapping or a list.
+
+    A number in quotes, such as ``"12"``, stays text.
+    """
     if isinstance(value, dict):
         return {key: with_numbers(part) for key, part in value.items()}
     if isinstance(value, list):
         return [with_numbers(part) for part in value]
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if isinstance(value, str) and _WITH_EXPONENT.fullmatch(value) else value
+
+
+_WITH_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def check_size(value: Any, where: str) -> None:

@@ -26,6 +26,7 @@ class Fixed(NamedTuple):
             see `sampler_correction`. None: 1.
         chosen: ``[m]`` bool, the steps whose surrogate counts; None: all.
         entropy_weights: ``[m]`` of the entropy bonus; None: ``weights``.
+        logp_sampled: ``[m]`` as the sampler said, for `off_policy_mask`; None: ``logp_old``.
     """
 
     advantages: Tensor
@@ -37,6 +38,7 @@ class Fixed(NamedTuple):
     correction: Tensor | None = None
     chosen: Tensor | None = None
     entropy_weights: Tensor | None = None
+    logp_sampled: Tensor | None = None
 
 
 class LossTerms(NamedTuple):
@@ -100,8 +102,9 @@ def policy_loss(
         surrogate = own_surrogate(own, effective, old, advantages)
     if objective.off_policy_mask_threshold is not None:
         assert fixed.lengths is not None
+        sampled = (old if fixed.logp_sampled is None else fixed.logp_sampled).to(logp.dtype)
         surrogate = surrogate * off_policy_mask(
-            logp, old.to(logp.dtype), fixed.advantages, fixed.lengths, objective.off_policy_mask_threshold
+            logp, sampled, fixed.advantages, fixed.lengths, objective.off_policy_mask_threshold
         )
     if fixed.correction is not None:
         surrogate = surrogate * fixed.correction

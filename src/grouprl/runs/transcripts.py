@@ -69,7 +69,7 @@ class TranscriptWriter(RecordLog):
         NaN and infinities become null, and what JSON cannot hold becomes text.
         """
         columns = ({name: value for name, value in vars(t).items() if name != "turns" or value} for t in transcripts)
-        self.append_lines(json.dumps(_plain(one), ensure_ascii=False, allow_nan=False) for one in columns)
+        self.append_lines(json.dumps(plain(one), ensure_ascii=False, allow_nan=False) for one in columns)
 
 
 def read_transcripts(path: str | os.PathLike[str]) -> Iterator[Transcript]:
@@ -203,14 +203,14 @@ _DEEPEST = 50
 """The depth to which lists within lists are written; what lies deeper is written as text."""
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """What JSON can hold."""
+def plain(value: Any, depth: int = 0) -> Any:
+    """``value`` as transcripts write it: what JSON can hold, and text for the rest."""
     if isinstance(value, Mapping | list | tuple) and depth >= _DEEPEST:
         return shown(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+        return {str(key): plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, depth + 1) for item in value]
+        return [plain(item, depth + 1) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, int) and value.bit_length() > _BITS:
@@ -218,7 +218,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, str | bool | int) or value is None:
         return value
     try:
-        return _plain(plain_number(value), depth)
+        return plain(plain_number(value), depth)
     except TypeError:
         return _as_text(value)
 

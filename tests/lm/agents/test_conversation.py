@@ -231,3 +231,37 @@ def test_where_the_model_spoke_is_known_whatever_roles_an_answer_has() -> None:
     c.reply(turn("One."))
     c.reply(turn("Two."))
     assert [c.messages[place]["content"] for place in c.spoken] == ["One.", "Two."]
+
+
+def test_what_is_said_after_the_last_turn_is_no_part_of_the_episode() -> None:
+    """Only the other side's own end is: a model that has turns left could have read the rest."""
+    for ends, kept in (({}, []), ({"terminated": True}, ["12"]), ({"truncated": True}, ["12"])):
+        c = conversation(Answer("12", **ends), turns=1)
+        assert c.reply(turn("What?")).over
+        c.cut()
+        assert [message["content"] for message in c.completion] == ["What?", *kept]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_the_first_turn_continues_a_message_that_the_prompt_ends_in(anew: bool) -> None:
+    prompt = [*ASKED, {"role": "assistant", "content": "On"}]
+    c = conversation(Answer("More."), Answer(terminated=True), prompt=prompt, anew=anew)
+    ids = c.reply(turn("e.")).ids
+    assert c.reply(turn("Two.")).over
+    assert [said.text for said in c.interaction.heard] == ["One.", "Two."]
+    assert [message["content"] for message in c.completion] == ["One.", "More.", "Two."]
+    assert [c.messages[i]["content"] for i in c.spoken] == ["One.", "Two."]
+    if anew:
+        said = [("user", "Go."), ("assistant", "One."), ("user", "More.")]
+        read = "".join(f"<|start|>{role}\n{content}<|end|>\n" for role, content in said)
+        assert TOKENIZER.decode(ids) == f"{read}<|start|>assistant\n"
+
+
+def test_special_tokens_are_left_out_where_that_was_asked_for() -> None:
+    form = ChatFormat(TOKENIZER, {}, [TOKENIZER.eos_token_id], skip_special_tokens=True)
+    for prompt in (ASKED, "Go."):
+        playing = Scripted(Answer(terminated=True))
+        c = Conversation(playing, ROW, form.first(prompt, [], ROW, "row 0"), form, Rules(None, False, 5.0, 100))
+        c.reply(turn("<|start|>12"))
+        assert playing.heard[0].text == "12"
+        assert c.completion == ("12" if isinstance(prompt, str) else [{"role": "assistant", "content": "12"}])

@@ -186,15 +186,15 @@ def data(seed: int = 0, spread: float = 0.4) -> tuple[Tensor, Tensor, Tensor, Te
 
 def by_formula(
     c: GRPOConfig, logp: Tensor, old: Tensor, ref: Tensor | None, a: Tensor, weights: Tensor, lengths: list[int] = N,
-    turns: list[list[int]] | None = None,
+    turns: list[list[int]] | None = None, sampled: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The loss, written out sample by sample and token by token in the precision given."""
     high = c.epsilon if c.epsilon_high is None else c.epsilon_high
     total = torch.zeros((), dtype=torch.float64)
     refs = itertools.repeat(None) if ref is None else ref.split(lengths)
-    for new, o, A, w, r, of_turns in zip(
+    for new, o, A, w, r, of_turns, said in zip(
         logp.split(lengths), old.split(lengths), a.split(lengths), weights.split(lengths), refs,
-        turns or [[n] for n in lengths], strict=False,
+        turns or [[n] for n in lengths], (old if sampled is None else sampled).split(lengths), strict=False,
     ):  # fmt: skip
         per_turn = [part.mean().exp().expand(len(part)) for part in (new - o).split(of_turns)]
         s = ((new - o).sum() / len(new)).exp()
@@ -232,7 +232,7 @@ def by_formula(
             else:
                 loss = -torch.minimum(rho * A[t], clipped * A[t])
             if c.off_policy_mask_threshold is not None and A[t] < 0:
-                loss = loss * float((o - new).mean() <= c.off_policy_mask_threshold)
+                loss = loss * float((said - new).mean() <= c.off_policy_mask_threshold)
             if r is not None:
                 d = (new[t] - r[t]).detach()
                 value = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() + d - 1}[c.kl_estimator]

@@ -100,7 +100,8 @@ def naive_gradient(
     copied.gradient_checkpointing_disable()
     logp = torch.cat([naive_log_probs(copied, g.prompt, c, config.temperature) for g in GROUPS for c in g.completions])
     weights = step_weights(Objective.of(config), LENGTHS, torch.ones(N).bool() if counted is None else counted)
-    by_formula(config, logp, old, ref, of.advantages, weights, LENGTHS.tolist()).backward()
+    sampled = of.logp_sampled.double()
+    by_formula(config, logp, old, ref, of.advantages, weights, LENGTHS.tolist(), sampled=sampled).backward()
     return take_gradient(copied)
 
 
@@ -137,6 +138,22 @@ def test_both_passes_over_a_generation_have_the_gradient_of_the_objective(settin
     moved = (naive_values(run.model, run.config.temperature) - old).abs()
     assert float(moved.max()) > 0.2  # some ratios lie outside of any clip range
     assert relative_error(run.gradient(step), wanted) < 1e-5
+
+
+def test_what_is_far_from_the_sampler_drops_out_from_the_first_pass_on() -> None:
+    """Where another program sampled, it may be surer of its tokens than the policy is before the first step."""
+    run, of = Run(build("llama"), off_policy_mask_threshold=0.5), samples()
+    old = naive_values(run.model)
+    for nats, kept in ((0.3, "all"), (3.0, "not those of negative advantage")):
+        of.logp_sampled = (old + nats).float()
+        found = run.gradient(run.step(of))
+        wanted = samples(ADVANTAGES if kept == "all" else ADVANTAGES.clamp(min=0.0))
+        assert relative_error(found, naive_gradient(run.model, policy_settings(run), wanted, old, None)) < 1e-5, kept
+
+
+def policy_settings(run: Run) -> GRPOConfig:
+    """The settings of a run without the mask."""
+    return run.config.replace(off_policy_mask_threshold=None)
 
 
 @pytest.mark.parametrize("budget", [1, 8, 20])

@@ -12,6 +12,7 @@ import torch
 from grouprl import cli
 from grouprl.cli import train_lm
 from grouprl.errors import UsageError
+from grouprl.lm.models.tiny import build_tiny
 from grouprl.lm.run import recipe as recipes
 from grouprl.lm.run import training
 from grouprl.lm.run.watching import Watching, is_agent
@@ -116,3 +117,41 @@ def test_a_run_in_an_environment_is_described_by_what_it_solved(run: Path, capsy
     folder = RunFolder.open(run)
     train_lm.report(training.RunResult(folder, 40, folder.read_summary(), []))
     assert "solved on held-out starts, greedy: " in capsys.readouterr().out
+
+
+MY_TOOLS = """
+def add(a: int, b: int) -> int:
+    '''Add.
+
+    Args:
+        a: one
+        b: two
+    '''
+    return a + b
+
+
+def short(completions, **kwargs):
+    return [-float(len(c)) for c in completions]
+"""
+
+
+def test_a_run_with_tools_and_prompts_of_text_is_asked_in_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_tools.py").write_text(MY_TOOLS)
+    model, tokenizer = build_tiny(0)
+    model.config.max_position_embeddings = tokenizer.model_max_length = 512  # the description of a tool is long
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1 and 2"}\n' * 10)
+    given = recipes.Recipe(
+        "sums", str(tmp_path / "model"), "sums.jsonl", reward="my_tools:short", tools=["my_tools:add"], form="text", eval_every=0,
+        config={"max_steps": 1, "num_generations": 2, "prompts_per_step": 2, "max_completion_length": 8},
+    )  # fmt: skip
+    training.train(given, tmp_path / "run", seed=0, track=("none",), progress_bar=False)
+    watching = Watching.open(str(tmp_path / "run"))
+    assert "try: 1 and 2" in watching.about
+    said = list(watching.play("2 and 2"))
+    assert any("2 and 2" in line for line in said[:1])
+    assert any(line.startswith("model: ") for line in said)

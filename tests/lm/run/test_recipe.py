@@ -128,3 +128,21 @@ def test_an_option_that_text_environments_do_not_have_is_refused() -> None:
 def test_tools_of_a_recipe_are_functions_by_name() -> None:
     given = Recipe("mine", "tiny", "sort", tools=["grouprl.lm.agents.calculator:calculate"], n_train=2, n_eval=2)
     assert [tool.__name__ for tool in load_task_data(given).tools] == ["calculate"]
+
+
+def test_numbers_with_an_exponent_are_numbers_at_any_depth_and_text_in_quotes_stays(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        """
+model: tiny
+task: sort
+task_options: {length: 3, name: "12"}
+lora: {lora_dropout: 1e-1}
+warm_start: {learning_rate: 1e-3}
+config: {lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 1E-6}, stop_strings: [one, 2e+1]}
+""",
+    )
+    given = recipe.load(path)
+    assert (given.lora, given.warm_start) == ({"lora_dropout": 0.1}, {"learning_rate": 0.001})
+    assert given.task_options == {"length": 3, "name": "12"}
+    assert given.config["lr_scheduler_kwargs"] == {"min_lr": 1e-6}

@@ -152,6 +152,13 @@ def test_a_file_gives_defaults_and_the_command_line_wins(parser: Any, config_fil
     assert os.environ["GRPO_TEST_VARIABLE"] == "7"
 
 
+def test_a_file_may_write_numbers_inside_a_mapping_without_a_dot(config_file: Path) -> None:
+    with config_file.open("a") as file:
+        file.write("lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-7}\n")
+    _, made = TrlParser((ScriptArguments, GRPOConfig)).parse_args_and_config(["--config", str(config_file)])
+    assert made.lr_scheduler_kwargs == {"min_lr": 1e-7}
+
+
 def test_the_parser_reads_the_scripts_own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--dataset_name", "x"])
     script, made = TrlParser([ScriptArguments, GRPOConfig]).parse_args_and_config()

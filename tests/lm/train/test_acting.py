@@ -419,6 +419,44 @@ def test_what_a_rollout_function_returns_is_checked(tmp_path: Path, changed: dic
         trainer(tmp_path, rollout_func=wrong, reward_funcs=won, train_dataset=ROWS).train()
 
 
+def test_a_value_beside_the_columns_goes_to_every_row(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def noted(completions, won, tag, score, **_):
+        seen.append((tag, score))
+        return [float(value) for value in won]
+
+    def tagged(prompts, trainer):
+        return rollout(prompts, trainer, tag="12345678", score=torch.arange(8))  # as many characters as prompts
+
+    trainer(tmp_path, {"max_steps": 1}, rollout_func=tagged, reward_funcs=noted, train_dataset=ROWS).train()
+    assert seen == [(["12345678"] * 8, list(range(8)))]
+
+    def one(prompts, trainer):
+        return rollout(prompts, trainer, tag=[1])
+
+    with pytest.raises(TrainingError, match=r"return a list of 8 entries as 'tag'"):
+        trainer(tmp_path, rollout_func=one, reward_funcs=won, train_dataset=ROWS).train()
+
+
+def test_the_overlong_punishment_is_part_of_the_reward_that_is_logged(tmp_path: Path) -> None:
+    """Of 4 and 2 tokens where 4 are allowed and the punishment begins after 2: -1 and 0."""
+
+    def of_two_lengths(prompts, trainer):
+        ids = [[NO, NO, NO, NO] if i % 2 else [NO, END] for i in range(len(prompts))]
+        return rollout(
+            prompts, trainer, completion_ids=ids, logprobs=None, env_mask=None, won=[0] * len(ids)
+        )  # fmt: skip
+
+    made = trainer(
+        tmp_path, {"max_steps": 1, "max_completion_length": 4, "soft_overlong_cache": 2, "logging_steps": 1},
+        rollout_func=of_two_lengths, reward_funcs=won, train_dataset=ROWS,
+    )  # fmt: skip
+    made.train()
+    assert logged(made)[0]["reward"] == -0.5
+    assert logged(made)[0]["frac_reward_zero_std"] == 0.0
+
+
 def test_what_a_rollout_function_cannot_go_with_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing would call the tools"):
         trainer(tmp_path, rollout_func=rollout, tools=[press], reward_funcs=won, train_dataset=ROWS)

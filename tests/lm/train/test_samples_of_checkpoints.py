@@ -39,3 +39,17 @@ def test_samples_whose_parts_do_not_fit_are_refused(name: str) -> None:
     tensors[name] = tensors[name][:-1]
     with pytest.raises((ValueError, RuntimeError)):
         load_samples(tensors, meta, of.prompts)
+
+
+def test_columns_that_rewards_have_logged_come_back_as_transcripts_write_them(tmp_path: Path) -> None:
+    of = episodes()
+    n = len(of.texts)
+    of.extras = {"length": list(range(n)), "parts": [{"right": torch.tensor(0.5), "of": {1}}] * n}
+    save_state(tmp_path / "state", *samples_state(of))
+    found = load_samples(*load_state(tmp_path / "state"), of.prompts)
+    assert found.extras == {"length": list(range(n)), "parts": [{"right": 0.5, "of": "{1}"}] * n}
+    tensors, meta = samples_state(of)
+    with pytest.raises(ValueError, match="do not fit"):
+        load_samples(tensors, {**meta, "extras": {"length": [1]}}, of.prompts)
+    del meta["extras"]  # as in an older checkpoint
+    assert load_samples(tensors, meta, of.prompts).extras == {}

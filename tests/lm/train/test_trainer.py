@@ -333,6 +333,26 @@ def test_a_scheduler_without_its_optimizer_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, model=(model, tokenizer), optimizers=(None, steps))
 
 
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("cosine_with_min_lr", None),
+        ("warmup_stable_decay", None),
+        ("linear", {"num_cycles": 1}),
+        ("polynomial", {"lr_end": 1.0}),
+        ("cosine_with_min_lr", {"min_lr": "low"}),
+    ],
+)
+def test_arguments_that_do_not_fit_the_schedule_are_refused(tmp_path: Path, kind: str, given: Any) -> None:
+    settings = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": given}
+    with pytest.raises(UsageError, match=f"lr_scheduler_type='{kind}' with lr_scheduler_kwargs"):
+        trainer(tmp_path, **settings)
+    model, _ = warm()
+    steps = torch.optim.SGD(model.parameters(), 0.5)
+    own = (steps, torch.optim.lr_scheduler.StepLR(steps, 1))
+    trainer(tmp_path, **settings, model=(model, warm()[1]), optimizers=own)  # which does not read them
+
+
 def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
     other = torch.optim.SGD(build_tiny(1)[0].parameters(), 0.5)
     with pytest.raises(UsageError, match="holds no parameter that is trained here"):

@@ -40,6 +40,7 @@ class ChatFormat:
         options: arguments of the chat template.
         end_ids: the tokens that end a turn of the model.
         room: the most tokens of a prompt, or None. room_is: where that bound comes from, for a message.
+        skip_special_tokens: leave all special tokens out of what the model is said to have said.
 
     Attributes:
         knows_tools: whether the chat template shows tools, calls and results, and what it shows of a call can be read.
@@ -51,8 +52,9 @@ class ChatFormat:
 
     def __init__(
         self, tokenizer: Any, options: Mapping[str, Any] | None, end_ids: Sequence[int], room: int | None = None,
-        room_is: str = "",
+        room_is: str = "", *, skip_special_tokens: bool = False,
     ) -> None:  # fmt: skip
+        self._skip_special_tokens = skip_special_tokens
         self._tokenizer, self._options, self._ends = tokenizer, dict(options or {}), set(end_ids)
         self._how = Tokenising(tokenizer, self._options, room, room_is)
         self.fault: str | None = None
@@ -120,11 +122,15 @@ class ChatFormat:
             raise TrainingError(f"the chat template cannot render {shown(messages)}: {first_line(error)}") from error
         return ids if finished else self._end + ids
 
-    def text(self, ids: Sequence[int], finished: bool) -> str:
-        """What the model wrote in a turn, without the token that ended it."""
+    def text(self, ids: Sequence[int], finished: bool, *, raw: bool = False) -> str:
+        """What the model wrote in a turn, without the token that ended it.
+
+        Args:
+            raw: keep special tokens in any case: calls of tools may be written with them.
+        """
         padding = getattr(self._tokenizer, "pad_token_id", None)
         kept = [token for token in (ids[:-1] if finished else ids) if token != padding]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
+        return str(self._tokenizer.decode(kept, skip_special_tokens=self._skip_special_tokens and not raw))
 
     def end(self, ids: Sequence[int], finished: bool) -> str:
         """The token that ended a turn, as text; "" if none did."""
@@ -136,9 +142,10 @@ class ChatFormat:
         """A turn as a message, with its tool calls, and what is wrong with something that was meant as one, or None.
 
         Args:
+            text: with its special tokens. They are no part of the message where ``skip_special_tokens`` says so.
             end: the token that ended the turn, as text: a response template may wait for it.
         """
-        plain = {"role": "assistant", "content": text}
+        plain = {"role": "assistant", "content": self._without_special(text)}
         if not schemas:
             return plain, None
         try:
@@ -149,7 +156,12 @@ class ChatFormat:
             return plain, str(error)
         except Exception as error:  # of a response template
             return plain, f"the tool call cannot be read: {first_line(error)}"
-        return {**plain, "content": content, "tool_calls": calls} if calls else plain, None
+        return {**plain, "content": self._without_special(content), "tool_calls": calls} if calls else plain, None
+
+    def _without_special(self, text: str) -> str:
+        for token in getattr(self._tokenizer, "all_special_tokens", ()) if self._skip_special_tokens else ():
+            text = text.replace(token, "")
+        return text
 
     def _parsed(self, text: str, schemas: Sequence[Schema], end: str) -> dict[str, Any]:
         parsed = self._tokenizer.parse_response(text + end, prefix=self._opening, tools=list(schemas))
@@ -157,7 +169,7 @@ class ChatFormat:
             raise NotACallError(f"the response template makes nothing of {shown(text)}")
         message = {"role": "assistant", **{key: value for key, value in parsed.items() if value is not None}}
         calls = message.pop("tool_calls", None)
-        message["content"] = str(message.get("content") or "").removesuffix(end)
+        message["content"] = self._without_special(str(message.get("content") or "").removesuffix(end))
         return {**message, "tool_calls": [tool_calls.of_json(call) for call in calls]} if calls else message
 
     # --- how it is done -----------------------------------------------------------------------------------------------

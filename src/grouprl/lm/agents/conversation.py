@@ -51,7 +51,7 @@ class Conversation:
 
     Args:
         interaction: the other side, which has begun. row: the row of the dataset.
-        start: the prompt that it began with.
+        start: the prompt that it began with. The first turn continues a message of the assistant at its end.
 
     Attributes:
         interaction, row, start: as given. messages: the whole conversation, the prompt first.
@@ -68,6 +68,10 @@ class Conversation:
         opening = start.prompt
         self._is_text = isinstance(opening, str)
         self._opening: list[Message] = [{"role": "user", "content": opening}] if self._is_text else list(opening)  # type: ignore[arg-type]
+        self._begun = ""
+        if self._opening and self._opening[-1]["role"] == "assistant":  # the first turn continues it
+            self._begun = str(start.completion("")[0]["content"])  # type: ignore[index]
+            del self._opening[-1]
         self._schemas = list(interaction.tools)
         self.messages: list[Message] = list(self._opening)
         self.spoken: list[int] = []
@@ -100,8 +104,9 @@ class Conversation:
         Raises:
             GrouprlError: the interaction is at fault.
         """
-        text = self._form.text(turn.ids, turn.closed)
-        message, fault = self._form.parse(text, self._schemas, self._form.end(turn.ids, turn.closed))
+        begun = "" if self.spoken else self._begun
+        text, raw = (begun + self._form.text(turn.ids, turn.closed, raw=raw) for raw in (False, True))
+        message, fault = self._form.parse(raw, self._schemas, self._form.end(turn.ids, turn.closed))
         spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
         self.spoken.append(len(self.messages))
         self.messages.append(spoken)
@@ -117,7 +122,8 @@ class Conversation:
         over = answer.terminated or answer.truncated
         anew = answer.anew or self._rules.anew
         most = self._rules.turns or (MOST_TURNS if anew else None)
-        over = over or (most is not None and len(self.rewards) >= most)
+        if not over and most is not None and len(self.rewards) >= most:
+            over, said = True, []  # no turn is left to read it
         self.truncated = over and not answer.terminated
         self._newest = len(said)
         self.messages += said

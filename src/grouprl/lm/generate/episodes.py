@@ -136,11 +136,7 @@ def _n_turns(episodes: Sequence[Episode]) -> Tensor:
 def _penalties(samples: Samples, episodes: Sequence[Episode], config: GRPOConfig, policy: Policy | None) -> Tensor:
     """``[T]`` what the settings take from the reward of each turn; fills the samples' log-probabilities if need be."""
     n_turns, taken = _n_turns(episodes), torch.zeros(len(samples.turn_lengths), dtype=torch.float64)
-    if config.soft_overlong_cache is not None:
-        longest = torch.tensor([max(len(sample.ids) for sample in episode.samples) for episode in episodes])
-        taken[last_index(n_turns)] -= objective.soft_overlong(
-            longest, config.max_completion_length, config.soft_overlong_cache
-        ).double()
+    taken[last_index(n_turns)] -= overlong(episodes, config)
     if config.kl_in == "reward" and policy is not None and policy.reference is not None:
         assert samples.turns is not None
         prompts, group = samples.contexts
@@ -155,6 +151,14 @@ def _penalties(samples: Samples, episodes: Sequence[Episode], config: GRPOConfig
         )
         taken -= segment_sum(kl.double(), samples.turn_lengths)
     return taken
+
+
+def overlong(episodes: Sequence[Episode], config: GRPOConfig) -> Tensor:
+    """``[E]`` float64, at most 0: what ``soft_overlong_cache`` adds to the return of each, by its longest sample."""
+    longest = torch.tensor([max(len(sample.ids) for sample in episode.samples) for episode in episodes])
+    if config.soft_overlong_cache is None:
+        return torch.zeros(len(longest), dtype=torch.float64)
+    return objective.soft_overlong(longest, config.max_completion_length, config.soft_overlong_cache).double()
 
 
 def _states(episodes: Sequence[Episode]) -> Tensor:

@@ -19,7 +19,7 @@ from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.conversation import Conversation, Conversations, Rules
 from grouprl.lm.agents.interaction import Message
 from grouprl.lm.agents.interactions import Interactions, name_of
-from grouprl.lm.generate.episodes import Episode, samples_of_episodes, turn_advantages
+from grouprl.lm.generate.episodes import Episode, overlong, samples_of_episodes, turn_advantages
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.generate.scored_groups import Metrics, ScoredGroups
 from grouprl.lm.policy.policy import Policy
@@ -165,7 +165,7 @@ class EpisodePlayer:
 
     def returns(self, groups: EpisodeGroups) -> Tensor:
         """As `Player.returns`."""
-        return groups.returns
+        return groups.returns + overlong(groups.completions, self.config)
 
     def samples(self, groups: EpisodeGroups, own: TensorFunction | None) -> Samples:
         """As `Player.samples`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grouprl.errors import GrouprlError, TrainingError, first_line, shown
 from grouprl.lm.generate.completions import texts_of
-from grouprl.lm.generate.episodes import Episode
+from grouprl.lm.generate.episodes import Episode, overlong
 from grouprl.lm.generate.play import EpisodeGroups, samples_of_groups
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.policy.policy import Policy
@@ -38,7 +38,7 @@ class RolloutPlayer:
 
     It returns a mapping with an entry for each of them: ``prompt_ids``, ``completion_ids``, ``logprobs`` (None: the
     trainer computes them), perhaps ``env_mask`` (1 for tokens of the model, 0 for those it was told), and further
-    columns, which go to the reward functions.
+    columns, which go to the reward functions: a list or an array with an entry for each, or something else for all.
 
     Args:
         policy: learns. tokenizer: decodes. rewards: score. function: the function.
@@ -65,7 +65,11 @@ class RolloutPlayer:
         output = self._call([_copied(row.prompt) for row in rows])
         sampled = [self._sampled(output, i) for i in range(len(rows))]
         self._fill(sampled)
-        extra = {name: output[name] for name in output if name not in _KNOWN}
+        extra = {
+            name: column if _is_column(column) else [column] * len(rows)
+            for name, column in output.items()
+            if name not in _KNOWN
+        }
         rows = [
             replace(row, columns={**row.columns, **{name: column[i] for name, column in extra.items()}})
             for i, row in enumerate(rows)
@@ -87,7 +91,7 @@ class RolloutPlayer:
 
     def returns(self, groups: EpisodeGroups) -> Tensor:
         """As `Player.returns`."""
-        return groups.returns
+        return groups.returns + overlong(groups.completions, self.config)
 
     def samples(self, groups: EpisodeGroups, own: TensorFunction | None) -> Samples:
         """As `Player.samples`."""
@@ -117,10 +121,13 @@ class RolloutPlayer:
         for name, column in output.items():
             if column is None and name in ("logprobs", "logprob_token_ids", "env_mask"):
                 continue
+            if name not in _KNOWN and not _is_column(column):
+                continue
             n = len(column) if hasattr(column, "__len__") else None
             if n != len(prompts):
+                advice = wanted if name in _KNOWN else f"a list of {len(prompts)} entries as {name!r}"
                 raise TrainingError(
-                    f"rollout_func returned {shown(column)} as {name!r} for {len(prompts)} prompts; return {wanted}"
+                    f"rollout_func returned {shown(column)} as {name!r} for {len(prompts)} prompts; return {advice}"
                 )
         return output
 
@@ -176,6 +183,11 @@ class RolloutPlayer:
         computed = torch.split(log_probs.without_gradient(batches, lengths).cpu(), lengths.tolist())
         for i, s, logp in zip(missing, of, computed, strict=True):
             sampled[i] = replace(s, logp=torch.where(torch.isnan(s.logp), logp.float(), s.logp))
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a further column has an entry for each completion; anything else, as in TRL, is the same for all."""
+    return isinstance(value, list | tuple) or (hasattr(value, "__len__") and bool(getattr(value, "ndim", 0)))
 
 
 def _ids(given: Any, what: str, vocabulary: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grouprl.errors import UsageError, first_line, shown
 from grouprl.learning.parameters import TrainedParameters
 from grouprl.learning.shards import held
 from grouprl.lm.settings.config import GRPOConfig
@@ -69,6 +70,21 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: GRPOConfig, total_st
         config.lr_scheduler_type, optimizer, num_warmup_steps=steps, num_training_steps=total_steps,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,
     )  # fmt: skip
+
+
+def check_schedule(config: GRPOConfig) -> None:
+    """Raises UsageError if ``lr_scheduler_kwargs`` do not fit the schedule that ``lr_scheduler_type`` names."""
+    total = max(config.max_steps, 10)
+    try:
+        schedule = make_schedule(torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), config, total)
+        for step in (0, total // 2, total):
+            schedule.lr_lambdas[0](step)
+    except Exception as error:  # of transformers, which says it in several ways
+        given = config.lr_scheduler_kwargs
+        raise UsageError(
+            f"lr_scheduler_type={config.lr_scheduler_type!r} with lr_scheduler_kwargs={shown(given)} cannot be made: "
+            f"{first_line(error)}; the arguments are those of transformers.get_scheduler for this type"
+        ) from error
 
 
 def follow_settings(schedule: Any, rates: list[float]) -> None:

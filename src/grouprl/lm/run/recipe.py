@@ -14,7 +14,7 @@ from grouprl.errors import UsageError, shown
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.other_libraries import ELSEWHERE
 from grouprl.objective_settings import unknown_setting
-from grouprl.reading import parse_yaml, read_yaml
+from grouprl.reading import parse_yaml, read_yaml, with_numbers
 from grouprl.redaction import with_secrets, without_secrets
 from grouprl.runs.files import user_path
 
@@ -208,4 +208,4 @@ def _recipe(values: Any, where: str, name: str) -> Recipe:
         lacking = [] if "model" in values else ["model"]
         lacking += [] if {"task", "environment"} & set(values) else ["task"]
         raise UsageError(f"{where} lacks {' and '.join(lacking)}")
-    return Recipe(**{"name": name, **values})
+    return Recipe(**{"name": name, **with_numbers(values)})

@@ -35,17 +35,16 @@ class Watching:
         self._trained, self._next = trained, 0
         self._settings = trained.setup.policy.sampling(greedy=not sampled)
         self._stream = Stream(trained.config.seed, EVALUATION)
-        held_out = trained.data.held_out
-        self._opening: Any = held_out[0]["prompt"][:-1] if self.asks else []
+        first: Any = trained.data.held_out[0].get("prompt")
+        self._opening: Any = first[:-1] if self.asks and not isinstance(first, str) else []
         if not self.asks:
             self.about = (
                 f"{trained.recipe.subject}: Enter plays an episode from a held-out start, a number the start of that "
                 "seed, q ends it"
             )
         else:
-            self.about = (
-                f"{trained.recipe.subject}; try: {held_out[0]['prompt'][-1]['content']} (an empty line ends it)"
-            )
+            question = first if isinstance(first, str) else first[-1]["content"]
+            self.about = f"{trained.recipe.subject}; try: {question} (an empty line ends it)"
 
     @classmethod
     def open(cls, source: str, *, sampled: bool = False, max_tokens: int | None = None) -> Watching:
@@ -75,7 +74,9 @@ class Watching:
 
     def _row(self, line: str) -> dict[str, Any]:
         if self.asks:
-            return {**self._trained.data.held_out[0], "prompt": [*self._opening, {"role": "user", "content": line}]}
+            row = self._trained.data.held_out[0]
+            as_text = isinstance(row["prompt"], str)
+            return {**row, "prompt": line if as_text else [*self._opening, {"role": "user", "content": line}]}
         if line and not line.isdecimal():
             raise UsageError(f"{line!r} is no number of a start; press Enter for the next one, or type q to end")
         held_out = self._trained.data.held_out
@@ -87,10 +88,8 @@ class Watching:
 def _said(episode: Episode) -> Iterator[str]:
     """An episode as lines: who says what, the reward of each turn, and how it ended."""
     turn = 0
-    start = episode.start.prompt
-    opening = 1 if isinstance(start, str) else len(start)
     for i, message in enumerate(episode.messages):
-        model = message["role"] == "assistant" and i >= opening
+        model = i in episode.spoken
         yield f"{'model' if model else message['role']}: {_text(message)}"
         if model:
             reward = episode.rewards[turn]

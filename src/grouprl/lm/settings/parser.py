@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 from grouprl.errors import UsageError, refuse, shown
 from grouprl.lm.settings.other_libraries import ELSEWHERE
 from grouprl.objective_settings import unknown_setting
-from grouprl.reading import read_yaml
+from grouprl.reading import read_yaml, with_numbers
 
 
 class TrlParser(HfArgumentParser):
@@ -90,7 +90,7 @@ def _file(words: list[str]) -> dict[str, Any]:
     if "=" not in option and at == len(words):
         raise UsageError("--config names no file; give --config FILE.yaml")
     path = option.partition("=")[2] if "=" in option else words.pop(at)
-    values = read_yaml(path)
+    values = with_numbers(read_yaml(path))
     if not isinstance(values, Mapping):
         raise UsageError(f"{path} holds {shown(values)}; it must hold settings, as name: value")
     variables = values.get("env")

@@ -153,7 +153,8 @@ def make_player(
         return CompletionPlayer(policy, tokenizer, rewards, config)
     room, bound = room_for_prompts(context_length(policy.model), config.max_completion_length, config.max_prompt_length)
     ends = eos_token_ids(policy.model, tokenizer)
-    form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound)
+    skip = config.skip_special_tokens
+    form = ChatFormat(tokenizer, config.chat_template_kwargs, ends, room, bound, skip_special_tokens=skip)
     player = EpisodePlayer(policy, form, interactions, rewards, config)
     if interactions.has_tools and prompts is not None and not isinstance(prompts[0].prompt, str):
         player.check_format()

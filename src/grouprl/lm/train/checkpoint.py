@@ -28,6 +28,7 @@ from grouprl.runs.folder import newest_good
 from grouprl.runs.manifest import MANIFEST, STATE_FILE, check_manifest
 from grouprl.runs.state import load_state, read_meta, save_state
 from grouprl.runs.temporaries import beside
+from grouprl.runs.transcripts import plain
 
 STATE = STATE_FILE
 _INNER = ".model"
@@ -229,6 +230,7 @@ def samples_state(samples: Samples) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta: dict[str, Any] = {
         "prompts": [prompt.index for prompt in samples.prompts],
         "contents": [digest(prompt.prompt) for prompt in samples.prompts], "texts": samples.texts,
+        "extras": plain(samples.extras),
     }  # fmt: skip
     if samples.turns is not None:
         of_turns, meta["turns"] = _turns_state(samples, samples.turns)
@@ -288,6 +290,9 @@ def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source:
             raise ValueError(f"{name} of the samples has {len(tensors[name])} entries, not {size}")
     if len(meta["texts"]) != len(completions) or int(tensors["group"].max()) >= len(meta["prompts"]):
         raise ValueError("the samples are more than their texts or prompts")
+    extras = {str(name): list(column) for name, column in meta.get("extras", {}).items()}  # older ones have none
+    if any(len(column) != len(completions) for column in extras.values()):
+        raise ValueError("the columns of the samples do not fit the samples")
     if bool(torch.isnan(tensors["advantages"]).any()):
         raise ValueError("advantages of the samples are NaN")
     prompts: list[Prompt] = [source[index] for index in meta["prompts"]]
@@ -305,7 +310,8 @@ def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source:
         ids = torch.split(tensors["prompt_ids"], tensors["prompt_lengths"].tolist())
         prompts = [replace(prompt, ids=tuple(read.tolist())) for prompt, read in zip(prompts, ids, strict=True)]
     fields: dict[str, Any] = {name: tensors[name] for name in (*_PER_TOKEN, *_PER_SAMPLE)}
-    return Samples(prompts=prompts, completions=completions, texts=list(meta["texts"]), turns=turns, **fields)
+    fields |= {"texts": list(meta["texts"]), "extras": extras}
+    return Samples(prompts=prompts, completions=completions, turns=turns, **fields)
 
 
 def trainer_state(state: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from grouprl.lm.generate.collect import Player
 from grouprl.lm.generate.play import TURN_REWARDS
 from grouprl.lm.generate.scored_groups import evaluation_metrics
 from grouprl.lm.generate.shared import shared_out
-from grouprl.lm.learn.optimizer import make_optimizer, warn_if_steps_vanish
+from grouprl.lm.learn.optimizer import check_schedule, make_optimizer, warn_if_steps_vanish
 from grouprl.lm.models.load import load
 from grouprl.lm.models.read_back import check_read_back
 from grouprl.lm.models.restore import load_weights
@@ -141,6 +141,8 @@ def _make_setup(
     tokenizer = tokenizer_of(tokenizer)
     plan = batch_plan(config, ranks.world)
     check_room(least_bytes(config, plan))
+    if optimizers is None or optimizers[1] is None:
+        check_schedule(config)
     interactions = make_interactions(config, acting)
     rewards, eval_rewards = make_rewards(judges, config, interactions)
     torch.manual_seed(config.seed)

@@ -91,7 +91,7 @@ def _turns(
     Args:
         spoken: where in the messages the turns of the model are; if there are fewer, the last has the rest.
     """
-    first = 1 if isinstance(prompt, str) else len(prompt)
+    first = min([1 if isinstance(prompt, str) else len(prompt), *spoken])  # the first turn may continue the prompt
     said = [{"role": str(m["role"]), "text": message_text(m)} for m in messages[first:]]
     turns: list[dict[str, Any]] = list(said)
     for t, place in enumerate(spoken):

@@ -54,6 +54,9 @@ class TextEnvironment:
         for name in ("obs_to_text", "action_parser", "state"):
             if not callable(getattr(self, name)) and getattr(self, name) is not None:
                 raise UsageError(f"{name}={with_type(getattr(self, name))} must be a function")
+        for name, least in (("invalid_reward", self.invalid_reward), ("success", self.success or 0.0)):
+            if isinstance(least, bool) or not isinstance(least, int | float):
+                raise UsageError(f"{name}={with_type(least)} must be a number")
         if self.max_turns is not None and (isinstance(self.max_turns, bool) or self.max_turns < 1):
             raise UsageError(f"max_turns={self.max_turns!r} must be at least 1, or None")
         if self.timeout is not None and not self.timeout > 0:
