@@ -146,7 +146,8 @@ def test_a_run_with_tools_and_prompts_of_text_is_asked_in_text(
         part.save_pretrained(tmp_path / "model")
     (tmp_path / "sums.jsonl").write_text('{"prompt": "1 and 2"}\n' * 10)
     given = recipes.Recipe(
-        "sums", str(tmp_path / "model"), "sums.jsonl", reward="my_tools:short", tools=["my_tools:add"], form="text", eval_every=0,
+        "sums", str(tmp_path / "model"), "sums.jsonl", reward="my_tools:short", tools=["my_tools:add"], form="text",
+        eval_every=0,
         config={"max_steps": 1, "num_generations": 2, "prompts_per_step": 2, "max_completion_length": 8},
     )  # fmt: skip
     training.train(given, tmp_path / "run", seed=0, track=("none",), progress_bar=False)
