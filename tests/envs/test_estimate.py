@@ -158,3 +158,18 @@ def test_states_of_ones_own_are_a_function_of_the_observations() -> None:
     config = make_config({"gamma": 1.0, "collect": "episodes"})
     made, _ = estimate.advantages(rollout, config, None, by_cell)
     assert made.tolist() == [1.0, 0.5, -1.0, -0.5]
+
+
+@pytest.mark.parametrize("advantage", ["leave_one_out", "timestep", "outcome", "opo", "maxrl", "reinforce_pp_baseline"])
+def test_a_group_of_equal_returns_gets_exactly_zero_in_a_batch_whose_mean_is_not(advantage: str) -> None:
+    """Group 0 ends after three steps each, group 1 after two and eight: the mean over steps lies above 0."""
+    lengths = torch.tensor([3, 3, 2, 8])
+    rollout = replace(
+        chain(1, 16), lengths=lengths, group=torch.tensor([0, 0, 1, 1]), last_elapsed=lengths,
+        terminated=torch.ones(4, dtype=torch.bool), truncated=torch.zeros(4, dtype=torch.bool),
+    )  # fmt: skip
+    config = make_config({"advantage": advantage, "group_size": 2, "n_envs": 4})
+    made, info = estimate.advantages(rollout, config, None)
+    assert info.get("degenerate_groups", 0.5) == 0.5
+    assert made[:6].tolist() == [0.0] * 6
+    assert bool((made[6:] != 0).any())

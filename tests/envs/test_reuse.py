@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from grouprl import GRPO, UsageError
 from grouprl.envs.config import make_config
-from grouprl.envs.reuse import Reuse
+from grouprl.envs.reuse import Earlier, Reuse
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.sizes import least_bytes
 from grouprl.objective import effective_share, gae, standardise, standardise_weighted
@@ -218,3 +219,28 @@ def test_of_more_batches_than_are_kept_the_newest_are_read() -> None:
     fewer.load(state)  # must end
     assert torch.equal(fewer.state()["0.rewards"], state["1.rewards"])
     assert len(fewer) == 1
+
+
+def test_the_state_behind_a_sample_is_kept_as_it_was_however_far_out_it_lies() -> None:
+    """Inputs are clipped to 10 deviations, from which no observation can be made again."""
+    agent = GRPO(probes.Delayed, **SETTINGS)
+    moved(agent, 0.0)
+    rollout = collected(agent)
+    assert rollout.last_observed is not None
+    far = replace(rollout, last_observed=np.full_like(rollout.last_observed, 1e4))
+    assert np.array_equal(Earlier.of(far).last["flat"], far.last_observed)
+
+
+def test_a_reference_sees_what_was_observed_under_its_own_statistics() -> None:
+    agent = GRPO(probes.Delayed, **SETTINGS, beta=0.1, reference="initial", kl_estimator="exact")
+    agent.learn(200)
+    reference = agent.loop.learner.reference
+    assert reference is not None
+    moved(agent, 0.0)
+    rollout = collected(agent)
+    far = np.full_like(rollout.observed, 50.0)
+    inputs = {key: torch.from_numpy(value) for key, value in agent.policy.prepare({"flat": far}).items()}
+    found = agent.loop.learner._reference_params(far, inputs, rollout.behaviour, None)
+    wanted = reference({"flat": torch.from_numpy(reference.prepare({"flat": far})["flat"])})
+    assert found is not None
+    torch.testing.assert_close(found, wanted.detach(), rtol=0, atol=0)

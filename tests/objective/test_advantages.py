@@ -278,3 +278,19 @@ def test_of_timestep_the_rounding_of_sums_is_no_signal():
     assert rewards[2] != rewards[3]
     found = timestep(rewards, torch.ones(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]))
     assert found.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_standardise_names_a_number_that_is_not_finite(bad):
+    with pytest.raises(TrainingError, match="no batch can be centred with it"):
+        standardise(torch.tensor([1.0, 2.0, bad]))
+    left_out = standardise(torch.tensor([1.0, 2.0, bad]), torch.tensor([True, True, False]))
+    assert left_out[:2].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
+
+
+def test_batch_returns_of_16_bits_may_sum_to_more_than_they_hold():
+    rewards = torch.tensor([6e4] * 4 + [1.0] * 4, dtype=torch.float16)
+    found = batch_returns(rewards, torch.tensor([4, 4]), 1.0)
+    assert found.dtype == torch.float16
+    wanted = batch_returns(rewards.double(), torch.tensor([4, 4]), 1.0)
+    torch.testing.assert_close(found.double(), wanted, atol=2e-3, rtol=0)

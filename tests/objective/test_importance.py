@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.objective import (
     LOSSES,
     Fixed,
@@ -86,3 +86,11 @@ def test_shapes_that_do_not_fit_are_refused():
         standardise_weighted(x, x[:2], every(3))
     with pytest.raises(UsageError, match="boolean"):
         standardise_weighted(x, x, x)
+
+
+def test_what_both_policies_never_do_weighs_nothing_and_no_infinity_is_centred():
+    never = torch.tensor([-torch.inf, -torch.inf, -1.0])
+    assert importance_weights(never, torch.tensor([-torch.inf, -1.0, -torch.inf])).tolist() == [0.0, 0.0, 2.0]
+    everywhere = torch.ones(3, dtype=torch.bool)
+    with pytest.raises(TrainingError, match="no batch can be centred with it"):
+        standardise_weighted(torch.tensor([1.0, 2.0, torch.inf]), torch.ones(3), everywhere)

@@ -265,3 +265,9 @@ def test_every_step_of_a_sample_has_the_same_advantage(batch):
     for estimate in ALL:
         for piece in estimate(*batch).split(batch[1].tolist()):
             assert (piece == piece[0]).all()
+
+
+def test_maxrl_takes_a_sum_that_misses_zero_by_rounding_for_zero():
+    rewards = torch.tensor([0.1, 0.2, -0.3, 1.0, 0.0, 0.0])
+    found = maxrl(rewards, torch.tensor([3, 3]), torch.tensor([0, 0]))
+    assert found.tolist() == pytest.approx([-1.0] * 3 + [1.0] * 3)

@@ -60,3 +60,15 @@ def test_shapes_and_factors_that_do_not_fit_are_refused():
         gae(REWARDS, REWARDS[:3], torch.zeros(2), LENGTHS, 0.9, 0.9)
     with pytest.raises(UsageError, match=r"lam=1\.5"):
         gae(REWARDS, REWARDS, torch.zeros(2), LENGTHS, 0.9, 1.5)
+
+
+def test_whole_numbers_are_refused_where_fractions_would_be_cut_off():
+    one, lengths = torch.tensor([1.0, 2.0]), torch.tensor([2])
+    for call in (
+        lambda: returns_to_go(torch.tensor([1, 2]), lengths, 0.5),
+        lambda: returns_to_go(one, lengths, 0.5, torch.tensor([1])),
+        lambda: gae(one, torch.tensor([0, 0]), torch.tensor([0.5]), lengths, 1.0, 1.0),
+        lambda: gae(one, one, torch.tensor([1]), lengths, 1.0, 1.0),
+    ):
+        with pytest.raises(UsageError, match=r"must be a floating-point tensor, got torch.int64"):
+            call()

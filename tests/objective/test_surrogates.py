@@ -258,3 +258,11 @@ def test_shapes_and_clips_that_do_not_fit_are_refused():
         vespo(one, one, one, torch.tensor([1]), lambda_negative=0.0)
     with pytest.raises(UsageError, match="epsilon must"):
         spo(one, one, one, epsilon=0.0)
+
+
+def test_an_action_that_the_old_policy_never_took_has_the_largest_ratio():
+    logp = torch.tensor([-1.0, -torch.inf], requires_grad=True)
+    found = ratio(logp, torch.tensor([-torch.inf, -1.0]))
+    assert found.tolist() == pytest.approx([math.exp(20.0), 0.0])
+    (gradient,) = torch.autograd.grad(found[0], logp)
+    assert gradient.tolist() == pytest.approx([math.exp(20.0), 0.0])

@@ -270,8 +270,11 @@ def advantages(
     if estimator.compares:
         info["degenerate_groups"] = objective.degenerate_fraction(rewards, lengths, group)
     scaled = estimator.standardised and config.reuse == 1
-    made = objective.standardise(raw, rollout.trainable) if scaled else raw
-    if not bool(torch.isfinite(made).all()):
+    finite = bool(torch.isfinite(raw).all())
+    made = objective.standardise(raw, rollout.trainable) if scaled and finite else raw
+    if scaled and estimator.compares:  # what equal returns do not tell apart is not shifted either
+        made = torch.where(raw == 0, 0.0, made)
+    if not (finite and bool(torch.isfinite(made).all())):
         raise TrainingError(
             f"advantage={config.advantage!r} gave an advantage that is not finite, for rewards from "
             f"{float(rewards.min())} to {float(rewards.max())}; scale the rewards, or choose another estimator"

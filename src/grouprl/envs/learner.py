@@ -33,6 +33,8 @@ class Steps(Protocol):
     """``S`` steps to learn from, packed: a :class:`~grouprl.envs.rollout.Rollout`, or several, and what is asked."""
 
     @property
+    def observed(self) -> np.ndarray | None: ...
+    @property
     def inputs(self) -> Mapping[str, Tensor]: ...
     @property
     def actions(self) -> Tensor: ...
@@ -119,7 +121,8 @@ class Learner:
         mask = None if rollout.mask is None else rows(rollout.mask)
         distribution = self.policy.distribution
         logp_old = distribution.log_prob(behaviour, actions)
-        reference = self._reference_params(inputs, behaviour, mask)
+        observed = rollout.observed if rollout.observed is None or every else rollout.observed[keep.numpy()]
+        reference = self._reference_params(observed, inputs, behaviour, mask)
         kl_kind, entropy_coef = self.config.kl_estimator, self.config.entropy_coef
 
         def evaluate(index: Tensor) -> Terms:
@@ -181,8 +184,13 @@ class Learner:
             self.reference.load_state_dict(self.policy.state_dict())
             self.reference.refresh()
 
-    def _reference_params(self, inputs: Mapping[str, Tensor], behaviour: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Distribution parameters ``[S, K]`` of the reference policy, or None without a KL term."""
+    def _reference_params(
+        self, observed: np.ndarray | None, inputs: Mapping[str, Tensor], behaviour: Tensor, mask: Tensor | None
+    ) -> Tensor | None:
+        """Distribution parameters ``[S, K]`` of the reference policy, or None without a KL term.
+
+        It sees what was ``observed [S, D]`` under statistics of its own; other ``inputs`` have none.
+        """
         if self.config.beta == 0:
             return None
         if self.reference is None:
@@ -200,7 +208,10 @@ class Learner:
                     "give one of those words, a run folder or a .safetensors file"
                 )
         with torch.no_grad():
-            prepared = self.reference.translate(inputs, self.policy)
+            prepared = dict(inputs)
+            if observed is not None:
+                flat = self.reference.prepare({"flat": observed})["flat"]
+                prepared["flat"] = torch.from_numpy(flat).to(inputs["flat"].device)
             parts = torch.split(torch.arange(behaviour.shape[0]), self.settings.micro_batch)
             params = torch.cat([self.reference({key: value[i] for key, value in prepared.items()}) for i in parts])
             return params if mask is None else self.policy.distribution.apply_mask(params, mask)

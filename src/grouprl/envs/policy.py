@@ -171,19 +171,6 @@ class Policy(nn.Module):
             return 0 * ones, ones, np.inf * ones
         return self._shift, self._scale, self._bound
 
-    def translate(self, inputs: Mapping[str, Tensor], other: Policy) -> dict[str, Tensor]:
-        """Inputs prepared by ``other`` as this policy would have prepared them (their statistics may differ)."""
-        out = dict(inputs)
-        if "flat" in out and not (
-            np.array_equal(self._shift, other._shift) and np.array_equal(self._scale, other._scale)
-        ):
-            shift, scale, shift_o, scale_o = (
-                torch.from_numpy(a).to(out["flat"]) for a in (self._shift, self._scale, other._shift, other._scale)
-            )
-            bound = torch.from_numpy(self._bound).to(out["flat"])
-            out["flat"] = ((out["flat"] / scale_o + shift_o - shift) * scale).clamp(-bound, bound)
-        return out
-
     # --- network -------------------------------------------------------------------------------------------------
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Distribution parameters ``[m, K]`` for ``m`` prepared inputs."""

@@ -51,13 +51,13 @@ class Earlier:
     terminated: Tensor
 
     @classmethod
-    def of(cls, rollout: Rollout, policy: Policy) -> Earlier:
-        """What to keep of a rollout that ``policy`` collected with its present statistics."""
+    def of(cls, rollout: Rollout) -> Earlier:
+        """What to keep of a rollout."""
         seen = {key: value.numpy() for key, value in rollout.inputs.items()}
         last = {key: value.numpy() for key, value in rollout.last_inputs.items()}
         if rollout.observed is not None:
-            shift, scale, _ = policy.normalisation()
-            seen["flat"], last["flat"] = rollout.observed, last["flat"] / scale + shift
+            assert rollout.last_observed is not None
+            seen["flat"], last["flat"] = rollout.observed, rollout.last_observed
         return cls(seen, last, **{name: getattr(rollout, name) for name in _TENSORS})
 
     def state(self) -> dict[str, Tensor]:
@@ -84,6 +84,7 @@ class Joined:
     Its ``behaviour`` is today's policy everywhere: the ratio and the clip are around it.
     """
 
+    observed: np.ndarray | None
     inputs: Mapping[str, Tensor]
     actions: Tensor
     behaviour: Tensor
@@ -139,8 +140,8 @@ class Reuse:
             advantages.append(
                 objective.gae(old.rewards, of_steps, after, old.lengths, config.gamma, config.gae_lambda).to(raw)
             )
-            parts.append(Joined(seen, old.actions, now, old.mask, old.trainable, old.lengths))
-        self._kept.append(Earlier.of(rollout, policy))
+            parts.append(Joined(old.seen.get("flat"), seen, old.actions, now, old.mask, old.trainable, old.lengths))
+        self._kept.append(Earlier.of(rollout))
         joined, w = _join(parts), torch.cat(weights)
         reused = w[rollout.n_steps :][joined.trainable[rollout.n_steps :]]
         share = objective.effective_share(reused) if len(reused) else float("nan")
@@ -175,7 +176,9 @@ def _join(parts: list[Joined]) -> Joined:
     if any(mask is not None for mask in masks):  # where the environment named none, all actions are allowed
         width = next(mask.shape[1:] for mask in masks if mask is not None)
         masks = [torch.ones(p.n_steps, *width, dtype=torch.bool) if p.mask is None else p.mask for p in parts]
+    observed = [part.observed for part in parts if part.observed is not None]
     return Joined(
+        np.concatenate(observed) if observed else None,
         {key: torch.cat([part.inputs[key] for part in parts]) for key in parts[0].inputs},
         torch.cat([part.actions for part in parts]),
         torch.cat([part.behaviour for part in parts]),

@@ -19,7 +19,8 @@ class Rollout:
     """A batch of packed steps. A sample is one contiguous piece of an episode of one environment.
 
     Attributes:
-        observed: the flat observations before normalisation, ``[S, D]``, or None where there are none.
+        observed: the flat observations before normalisation, ``[S, D]``, or None where there are none; last_observed:
+            those after the last step of each sample, ``[N, D]``.
         inputs: what the policy sees at each step, each ``[S, ...]``; already normalised.
         last_inputs: what it would see after the last step of each sample, each ``[N, ...]``.
         actions: as sampled, before any clipping to the environment's bounds; ``[S]`` or ``[S, A]``.
@@ -53,6 +54,7 @@ class Rollout:
     episode_returns: list[float]
     episode_lengths: list[int]
     episode_envs: list[int]
+    last_observed: np.ndarray[Any, Any] | None = None
 
     @property
     def n_steps(self) -> int:

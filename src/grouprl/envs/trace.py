@@ -149,6 +149,7 @@ def pack(
         episode_returns=episodes.returns[episodes.finished].tolist(),
         episode_lengths=episodes.total_length[episodes.finished].tolist(),
         episode_envs=at.sample_env[episodes.finished].tolist(),
+        last_observed=raw_last.get("flat"),
     )
     return rollout, after
 

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from grouprl.errors import UsageError
 from grouprl.objective.groups import Groups, check_ddof, compare, group_returns, per_step, relative_rounding
-from grouprl.objective.packed import accumulator_dtype, check_packed, check_per_sample, position, segment_ids
+from grouprl.objective.packed import (
+    accumulator_dtype,
+    check_finite,
+    check_floats,
+    check_packed,
+    check_per_sample,
+    position,
+    segment_ids,
+)
 from grouprl.objective.returns import returns_to_go
 
 
@@ -154,9 +162,11 @@ def batch_returns(rewards: Tensor, lengths: Tensor, gamma: float, eps: float = 1
     """[S]: the discounted return-to-go of each step, centred and scaled over all S steps: (G - mean) / (std + eps).
 
     No groups and no bootstrap: the batch is the baseline. std divides by S - 1. Equal returns-to-go give exactly 0.
-    Raises UsageError on shapes that do not fit.
+    Raises UsageError on shapes that do not fit or integer rewards, TrainingError on non-finite returns.
     """
-    return standardise(returns_to_go(rewards, lengths, gamma), eps=eps)
+    check_floats(rewards=rewards)
+    wide = rewards.float() if torch.finfo(rewards.dtype).bits < 32 else rewards  # 16 bits would not hold a sum of many
+    return standardise(returns_to_go(wide, lengths, gamma), eps=eps).to(rewards.dtype)
 
 
 def standardise(advantages: Tensor, where: Tensor | None = None, eps: float = 1e-8) -> Tensor:
@@ -164,7 +174,7 @@ def standardise(advantages: Tensor, where: Tensor | None = None, eps: float = 1e
 
     The same shift and scale is applied to every step, those outside `where` included. Fewer than two steps, or equal
     advantages, give exactly 0 everywhere. Call it once per batch, before minibatches are drawn, never on each of them.
-    Raises UsageError if `where` is no boolean tensor of the same shape.
+    Raises UsageError if `where` is no boolean tensor of the same shape, TrainingError if an advantage is not finite.
     """
     if where is not None and (where.shape != advantages.shape or where.dtype != torch.bool):
         raise UsageError(
@@ -175,6 +185,7 @@ def standardise(advantages: Tensor, where: Tensor | None = None, eps: float = 1e
     if chosen.numel() < 2:
         return torch.zeros_like(advantages)
     chosen = chosen.to(accumulator_dtype(advantages))
+    check_finite(chosen)
     lowest, highest = torch.aminmax(chosen)
     if bool(highest - lowest <= relative_rounding(advantages) * torch.maximum(highest.abs(), lowest.abs())):
         return torch.zeros_like(advantages)

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
-from grouprl.objective.packed import accumulator_dtype, check_packed, check_per_sample, segment_ids, segment_sum
+from grouprl.objective.packed import (
+    accumulator_dtype,
+    check_floats,
+    check_packed,
+    check_per_sample,
+    segment_ids,
+    segment_sum,
+)
 
 
 class Groups(NamedTuple):
@@ -58,8 +65,7 @@ def group_returns(rewards: Tensor, lengths: Tensor, group: Tensor) -> Groups:
     """
     check_packed(lengths, rewards=rewards)
     check_per_sample(lengths, group=group)
-    if not rewards.is_floating_point():
-        raise UsageError(f"rewards must be a floating-point tensor, got {rewards.dtype}; convert with .float().")
+    check_floats(rewards=rewards)
     wide = rewards.to(accumulator_dtype(rewards))
     returns = segment_sum(wide, lengths)
     fine = returns.abs() <= LARGEST_RETURN  # nor is NaN

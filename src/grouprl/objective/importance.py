@@ -4,12 +4,14 @@ Source: generalised proximal policy optimization with sample reuse, Queeney, Pas
 arXiv 2111.00072.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from grouprl.errors import UsageError
 from grouprl.objective.groups import relative_rounding
-from grouprl.objective.packed import accumulator_dtype
+from grouprl.objective.packed import accumulator_dtype, check_finite
 
 
 def importance_weights(logp: Tensor, logp_then: Tensor, largest: float = 2.0) -> Tensor:
@@ -22,7 +24,7 @@ def importance_weights(logp: Tensor, logp_then: Tensor, largest: float = 2.0) ->
         raise UsageError(f"logp and logp_then must have one shape, got {list(logp.shape)} and {list(logp_then.shape)}.")
     if not largest > 0.0:
         raise UsageError(f"largest must be above 0, got {largest}.")
-    return (logp - logp_then).exp().clamp(max=largest)
+    return torch.where(logp == -math.inf, 0.0, logp - logp_then).exp().clamp(max=largest) * (logp > -math.inf)
 
 
 def effective_share(weights: Tensor) -> float:
@@ -41,7 +43,8 @@ def standardise_weighted(advantages: Tensor, weights: Tensor, where: Tensor, eps
     mean = sum w A / sum w, std^2 = sum w (A - mean)^2 / (sum w - sum w^2 / sum w): with weights of 1 it is
     :func:`standardise`. A clipped surrogate min(rho A, clip(rho) A) is homogeneous in A, so that an advantage which
     holds its weight gives the weighted surrogate, clipped around today's policy. Equal advantages give exactly 0.
-    Raises UsageError on shapes that differ, or if ``where`` is not boolean.
+    Raises UsageError on shapes that differ or a ``where`` that is not boolean, TrainingError if an advantage is not
+    finite.
     """
     if not advantages.shape == weights.shape == where.shape or where.dtype != torch.bool:
         raise UsageError(
@@ -49,6 +52,7 @@ def standardise_weighted(advantages: Tensor, weights: Tensor, where: Tensor, eps
             f"{list(weights.shape)} and {list(where.shape)} of {where.dtype}."
         )
     wide = accumulator_dtype(advantages)
+    check_finite(advantages[where])
     a, w = advantages[where].to(wide), weights[where].to(wide)
     total = float(w.sum())
     spare = total - float(w.square().sum()) / total if total > 0.0 else 0.0

@@ -26,7 +26,7 @@ class Fixed(NamedTuple):
             see `sampler_correction`. None: 1.
         chosen: ``[m]`` bool, the steps whose surrogate counts; None: all.
         entropy_weights: ``[m]`` of the entropy bonus; None: ``weights``.
-        logp_sampled: ``[m]`` as the sampler said, for `off_policy_mask`; None: ``logp_old``.
+        logp_sampled: ``[m]`` as another program said that sampled, for `off_policy_mask`; None: ``logp_old``.
     """
 
     advantages: Tensor

@@ -30,8 +30,9 @@ def maxrl(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
     Raises UsageError on shapes that do not fit or a negative return, TrainingError on non-finite returns.
     """
     g = group_returns(rewards, lengths, group)
-    if bool((g.returns < 0).any()):
-        sample = int((g.returns < 0).nonzero()[0])
+    negative = g.returns < -g.rounding  # a sum of rewards may miss 0 by that much
+    if bool(negative.any()):
+        sample = int(negative.nonzero()[0])
         raise UsageError(
             f"sample {sample} has return {float(g.returns[sample])}; maxrl divides by the mean return and so needs "
             "returns of at least 0: rewards like 0 and 1, no penalties; choose outcome or leave_one_out for others."

@@ -6,7 +6,7 @@ Notation: S = sum of the lengths; a tensor [S] holds one number per step, a tens
 import torch
 from torch import Tensor
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
 
 
 def check_packed(lengths: Tensor, **per_step: Tensor) -> int:
@@ -43,6 +43,23 @@ def check_per_sample(lengths: Tensor, **per_sample: Tensor) -> None:
 def accumulator_dtype(x: Tensor) -> torch.dtype:
     """float64, so that sums of float32 are all but exact; float32 on Apple's GPU, which has no float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """Raises UsageError for a tensor that holds no floating-point numbers: what is computed of it would be cut off."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UsageError(f"{name} must be a floating-point tensor, got {tensor.dtype}; convert with .float().")
+
+
+def check_finite(advantages: Tensor) -> None:
+    """Raises TrainingError unless every advantage is finite."""
+    wrong = (~torch.isfinite(advantages)).flatten().nonzero()
+    if len(wrong):
+        raise TrainingError(
+            f"an advantage is {float(advantages.flatten()[wrong[0, 0]])}, and no batch can be centred with it; check "
+            "what the rewards are divided by, or scale them"
+        )
 
 
 def segment_ids(lengths: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
     if torch.finfo(logp.dtype).bits < 32:
         logp = logp.float()
     log_ratio = logp - logp_old.detach()
-    return (log_ratio - (log_ratio.detach() - _LARGEST_LOG_RATIO).clamp(min=0.0)).exp()
+    at_cap = logp - logp.detach() + _LARGEST_LOG_RATIO
+    return torch.where(log_ratio.detach() > _LARGEST_LOG_RATIO, at_cap, log_ratio).exp()
 
 
 def _constants(logp: Tensor, advantages: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def naive_gradient(
     copied.gradient_checkpointing_disable()
     logp = torch.cat([naive_log_probs(copied, g.prompt, c, config.temperature) for g in GROUPS for c in g.completions])
     weights = step_weights(Objective.of(config), LENGTHS, torch.ones(N).bool() if counted is None else counted)
-    sampled = of.logp_sampled.double()
+    sampled = of.logp_sampled.double() if of.sampled_elsewhere else None
     by_formula(config, logp, old, ref, of.advantages, weights, LENGTHS.tolist(), sampled=sampled).backward()
     return take_gradient(copied)
 
@@ -145,10 +145,12 @@ def test_what_is_far_from_the_sampler_drops_out_from_the_first_pass_on() -> None
     run, of = Run(build("llama"), off_policy_mask_threshold=0.5), samples()
     old = naive_values(run.model)
     for nats, kept in ((0.3, "all"), (3.0, "not those of negative advantage")):
-        of.logp_sampled = (old + nats).float()
+        of.logp_sampled, of.sampled_elsewhere = (old + nats).float(), True
         found = run.gradient(run.step(of))
         wanted = samples(ADVANTAGES if kept == "all" else ADVANTAGES.clamp(min=0.0))
         assert relative_error(found, naive_gradient(run.model, policy_settings(run), wanted, old, None)) < 1e-5, kept
+    of.sampled_elsewhere = False  # as with a sampler of one's own that leaves out unlikely tokens: nothing has moved
+    assert relative_error(run.gradient(run.step(of)), naive_gradient(run.model, run.config, of, old, None)) < 1e-5
 
 
 def policy_settings(run: Run) -> GRPOConfig:

@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.generate.estimate import groups_with_signal
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards import event_loop
 from grouprl.lm.rewards.call import RewardCaller, Rewards, total
+from grouprl.lm.settings.config import GRPOConfig
 from grouprl.runs import watchdog
 
 TEXT = [Prompt(0, "2 + 2 =", {"answer": 4}, (1, 2)), Prompt(1, "2 + 3 =", {"answer": 5}, (1, 3))]
@@ -598,3 +600,22 @@ def test_a_metric_has_a_name_that_files_and_trackers_can_hold(name: str) -> None
 def test_a_masked_entry_is_no_reward_of_0() -> None:
     with pytest.raises(TrainingError, match="returned masked"):
         call(lambda completions: [np.ma.masked, 1.0])
+
+
+def test_a_sum_of_rewards_is_what_it_would_be_without_rounding() -> None:
+    rewards = torch.tensor(
+        [[0.1, 0.2, -0.3], [1.0, -0.9, 0.0], [0.1, 0.0, 0.0], [1 / 3, 1 / 3, 1e-9]], dtype=torch.float64
+    )
+    assert total(rewards).tolist()[:3] == [0.0, 0.1, 0.1]
+    assert float(total(rewards)[3]) == pytest.approx(2 / 3 + 1e-9, rel=1e-11)
+    of_all = torch.tensor([[float("inf"), 1.0], [float("nan"), 2.0], [0.0, 0.0], [1e-300, 1e-300]], dtype=torch.float64)
+    assert total(of_all).tolist() == [float("inf"), 2.0, 0.0, 2e-300]
+    assert total(torch.tensor([[1 / 3]], dtype=torch.float64)).tolist() == [1 / 3]  # one alone stays as it is
+
+
+@pytest.mark.parametrize("advantage", ["outcome", "maxrl"])
+def test_rewards_that_cancel_are_no_signal(advantage: str) -> None:
+    config = GRPOConfig(advantage=advantage, num_generations=4)
+    for rewards in ([[0.1, 0.2, -0.3]] + [[0.0] * 3] * 3, [[0.3, -0.1, -0.2]] + [[0.0] * 3] * 3):
+        values = torch.tensor(rewards, dtype=torch.float64)
+        assert groups_with_signal(config, values, torch.ones(3, dtype=torch.float64), 4).tolist() == [False]

@@ -95,7 +95,7 @@ class RolloutPlayer:
 
     def samples(self, groups: EpisodeGroups, own: TensorFunction | None) -> Samples:
         """As `Player.samples`."""
-        return samples_of_groups(groups, self.policy, self.config, own)
+        return replace(samples_of_groups(groups, self.policy, self.config, own), sampled_elsewhere=True)
 
     def judged_by(self, rewards: RewardCaller) -> RolloutPlayer:
         """As `Player.judged_by`."""

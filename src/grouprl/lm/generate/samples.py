@@ -63,6 +63,7 @@ class Samples:
             both by the model as it learns. Entries are filled when first needed: :meth:`remember_old` and
             :meth:`remember_reference` write them, ``known_old`` and ``known_ref`` ``[S]`` bool say which are there.
         extras: columns logged by reward functions, N entries each.
+        sampled_elsewhere: whether a function of the user's sampled, by a policy that only ``logp_sampled`` tells of.
         turns: what the samples have beside if they are those of episodes of several turns, or None.
     """
 
@@ -80,6 +81,7 @@ class Samples:
     known_old: Tensor
     known_ref: Tensor
     extras: dict[str, list[Any]] = field(default_factory=dict)
+    sampled_elsewhere: bool = False
     turns: Turns | None = None
 
     @cached_property

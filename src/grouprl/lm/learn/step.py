@@ -113,7 +113,7 @@ class Step:
         dropout = self.policy.log_probs.dropout
         first = self._first_look()
         chosen, of_entropy = self._by_entropy(first.entropy if first is not None else None)
-        masked = self.objective.off_policy_mask_threshold is not None
+        elsewhere = samples.sampled_elsewhere or self.config.use_vllm
         apart = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=dropout)
         some = bool(self.micro_batches) or self.policy.sharded is not None
         learning = self.policy.log_probs.learning() if some else nullcontext()
@@ -125,7 +125,7 @@ class Step:
                     weights=self.weights[index].to(device),
                     logp_old=samples.logp_old[index].to(device) if old_known else None,
                     logp_ref=None if reference is None else samples.logp_ref[index].to(device),
-                    logp_sampled=samples.logp_sampled[index].to(device) if masked else None,
+                    logp_sampled=samples.logp_sampled[index].to(device) if elsewhere else None,
                     lengths=lengths[batch.samples].to(device),
                     turns=samples.turn_lengths[steps_of(batch.samples, samples.n_turns)].to(device),
                     chosen=None if chosen is None else chosen[index].to(device),

@@ -230,7 +230,7 @@ def samples_state(samples: Samples) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta: dict[str, Any] = {
         "prompts": [prompt.index for prompt in samples.prompts],
         "contents": [digest(prompt.prompt) for prompt in samples.prompts], "texts": samples.texts,
-        "extras": plain(samples.extras),
+        "extras": plain(samples.extras), "sampled_elsewhere": samples.sampled_elsewhere,
     }  # fmt: skip
     if samples.turns is not None:
         of_turns, meta["turns"] = _turns_state(samples, samples.turns)
@@ -311,6 +311,7 @@ def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source:
         prompts = [replace(prompt, ids=tuple(read.tolist())) for prompt, read in zip(prompts, ids, strict=True)]
     fields: dict[str, Any] = {name: tensors[name] for name in (*_PER_TOKEN, *_PER_SAMPLE)}
     fields |= {"texts": list(meta["texts"]), "extras": extras}
+    fields |= {"sampled_elsewhere": bool(meta.get("sampled_elsewhere", False))}
     return Samples(prompts=prompts, completions=completions, turns=turns, **fields)
 
 
