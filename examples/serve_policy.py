@@ -53,9 +53,13 @@ class Policy:
         array = np.asarray(value)
         if array.dtype.kind not in "biuf" or (list(array.shape) != shape and list(array.shape[1:]) != shape):
             raise ValueError(f"{about['name']} must be numbers of shape {shape}, or a list of such")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{about['name']} must be finite")
-        return array.astype(about["dtype"])
+        with np.errstate(all="ignore"):
+            taken = array.astype(about["dtype"])
+        if not np.isfinite(taken).all():
+            raise ValueError(f"{about['name']} must be finite, also as {about['dtype']}")
+        if taken.dtype.kind in "iu" and not np.array_equal(taken, array):
+            raise ValueError(f"{about['name']} must be whole numbers that {about['dtype']} can hold")
+        return taken
 
 
 def server(folder: Path, host: str, port: int) -> ThreadingHTTPServer:

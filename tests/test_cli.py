@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import yaml
 
 from command_line import call
 from grouprl import GRPO, cli
+from grouprl.machine import ranks
 from grouprl.runs import time_limit
 
 FAST = [
@@ -294,3 +296,20 @@ def test_a_command_called_in_a_thread_does_not_end_the_process(monkeypatch: pyte
     thread.start()
     thread.join()
     assert ended == [("raised", 2)]
+
+
+def test_commands_to_type_next_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "with space"
+    assert call("train", "CartPole-v1", "--steps", "500", "--out", out, "--no-video", *FAST) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if " evaluate " in line)
+    assert shlex.split(line)[-1] == str(out)
+    assert call("chat", out) == 2
+    assert shlex.split(capsys.readouterr().err)[-1] == str(out)
+
+
+def test_an_evaluation_is_of_one_process(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "here", lambda: ranks.Place(1, 2, 1))
+    assert call("evaluate", run) == 2
+    assert "an evaluation runs in one process, and 2 were started" in capsys.readouterr().err

@@ -142,7 +142,8 @@ def test_the_server_plays_as_the_agent_does(run: Path, address: str) -> None:
         ([0, 0, 0, 0], "give a JSON object with observation"),
         ({"observation": [0, 0, 0]}, r"observation must be numbers of shape [4], or a list of such"),
         ({"observation": ["a", 0, 0, 0]}, r"observation must be numbers of shape [4], or a list of such"),
-        ({"observation": [float("nan"), 0, 0, 0]}, "observation must be finite"),
+        ({"observation": [float("nan"), 0, 0, 0]}, "observation must be finite, also as float32"),
+        ({"observation": [1e300, 0, 0, 0]}, "observation must be finite, also as float32"),
     ],
 )
 def test_the_server_refuses_what_is_no_observation(address: str, body: Any, said: str) -> None:

@@ -78,3 +78,9 @@ def test_a_metric_that_no_run_has_and_a_folder_of_nothing_are_one_line(tmp_path:
         harness.table_text(results, "entropi", None)
     with pytest.raises(UsageError, match="There is no run folder"):
         of_folders([tmp_path / "none"])
+
+
+def test_a_benchmark_without_a_run_that_is_done_says_so(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(UsageError, match="no run is done yet"):
+        harness.table_text(of_folders([tmp_path]), "greedy", None)

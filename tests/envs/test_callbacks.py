@@ -8,12 +8,16 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
+from command_line import call
 from grouprl import GRPO, UsageError, evaluate
+from grouprl.bench.folders import of_folders
 from grouprl.doctor import examine
 from grouprl.envs import training
 from grouprl.envs.callbacks import Checkpoints, Evaluations, Run, StopAtReturn, Videos
 from grouprl.runs import RunFolder, read_metrics
+from grouprl.runs.state import load_state
 
 SMALL: dict[str, Any] = {
     "n_envs": 4, "collect": "segments", "n_steps": 64, "minibatch_size": 64, "epochs": 2, "warmup_steps": 64,
@@ -325,3 +329,37 @@ class Lasts(Mine):
     def step(self, action: Any) -> Any:
         seen, *_ = super().step(action)
         return seen, 1.0, self.t == self.length, False, {}
+
+
+def wide(inputs: int, outputs: int) -> torch.nn.Module:
+    return torch.nn.Linear(inputs, outputs)
+
+
+def first_reward(rewards: torch.Tensor, lengths: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    return rewards - rewards[0]
+
+
+def test_a_run_names_what_was_its_own_and_is_resumed_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own: Any = {"network": wide, "advantage_function": first_reward}
+    for name, given in (("plain", {}), ("own", own)):
+        agent = GRPO("CartPole-v1", preset=None, seed=1, sticky=0.5, **SMALL, **given)
+        schedule(agent, 1500, Run(tmp_path / name, video=False, **QUIET))
+    config = RunFolder.open(tmp_path / "own").read_config()
+    assert config["own"] == {
+        "network": f"{__name__}:wide", "advantage_function": f"{__name__}:first_reward",
+    }  # fmt: skip
+    assert "own" not in RunFolder.open(tmp_path / "plain").read_config()
+    assert len(of_folders([tmp_path / "plain", tmp_path / "own"]).settings) == 2  # two methods, and not two runs of one
+    assert call("train", "--config", tmp_path / "own" / "config.yaml", "--out", tmp_path / "again") == 2
+    assert f"network ({__name__}:wide)" in capsys.readouterr().err
+
+    cut = Run(tmp_path / "cut", video=False, **QUIET)
+    schedule(GRPO("CartPole-v1", preset=None, seed=1, sticky=0.5, **SMALL, **own), 1500, cut, stop=2)
+    with pytest.raises(UsageError, match=r"pass the same builder as network=..., also to grouprl.envs.training.resume"):
+        training.resume(tmp_path / "cut")
+    resumed = training.resume(tmp_path / "cut", **own)
+    assert resumed.finished
+    one, other = (load_state(tmp_path / name / "model.safetensors")[0] for name in ("own", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)

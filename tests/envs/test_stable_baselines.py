@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -162,3 +163,15 @@ def test_all_names_and_values_that_are_refused_stand_in_one_message():
         "there is no setting 'verbose'", "there is no setting 'clip_range'",
         "unknown setting 'lerning_rate'; did you mean 'learning_rate'?", "gamma",
     ]  # fmt: skip
+
+
+def test_parameters_of_another_agent_bring_its_statistics_along() -> None:
+    """As from-stable-baselines3.md says of set_parameters."""
+    settings: Any = {"preset": None, "n_envs": 4, "min_steps": 256, "max_steps": 256, "warmup_steps": 64}
+    one, other = GRPO("CartPole-v1", seed=1, **settings).learn(600), GRPO("CartPole-v1", seed=2, **settings)
+    other.policy.load_state_dict(one.get_parameters()["policy"])
+    seen = np.random.default_rng(0).normal(0, 2, (200, 4)).astype(np.float32)
+    wanted, _ = one.predict(seen, deterministic=True)
+    assert other.predict(seen, deterministic=True)[0].tolist() == wanted.tolist()
+    params = [agent.policy.infer(agent.policy.prepare({"flat": seen})) for agent in (one, other)]
+    assert np.array_equal(*params)

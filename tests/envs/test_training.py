@@ -21,7 +21,7 @@ import yaml
 
 from grouprl import GRPO, UsageError
 from grouprl.envs import recorder, training
-from grouprl.errors import TrainingError
+from grouprl.errors import DamagedFileError, TrainingError
 from grouprl.runs import read_metrics
 from grouprl.runs.state import load_state
 
@@ -411,3 +411,28 @@ def test_an_environment_that_fails_leaves_the_last_good_checkpoint(tmp_path: Pat
     tensors, _ = load_state(checkpoint)
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
     assert list((tmp_path / "run").rglob("*.tmp*")) == []
+
+
+def test_a_run_whose_configuration_was_changed_by_hand_is_not_resumed_as_if_that_counted(tmp_path: Path) -> None:
+    small_run(tmp_path / "run", steps=1500)
+    path = tmp_path / "run" / "config.yaml"
+    text = path.read_text()
+    values = yaml.safe_load(text)
+    values["config"]["learning_rate"] = 1e-9
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UsageError, match=r"learning_rate=1e-09 \(the checkpoint: 0.001\).*grouprl train --config"):
+        training.resume(tmp_path / "run", steps=2000)
+    path.write_text(text)
+    assert training.resume(tmp_path / "run", steps=2000).finished
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("run", 3, "run is 3, and must be a mapping"), ("config", 3, "config is 3"), ("seed", [1], r"seed is \[1\]")],
+)
+def test_a_configuration_that_is_none_is_named(tmp_path: Path, name: str, value: Any, said: str) -> None:
+    small_run(tmp_path / "run", steps=600)
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), name: value}))
+    with pytest.raises(DamagedFileError, match=said):
+        training.resume(tmp_path / "run", steps=900)

@@ -99,9 +99,7 @@ def report(
     Raises UsageError if there is no run that is done, no run has the metric, or there is no such method.
     """
     results = of_rows(rows)
-    if not results.runs:
-        failed = f"; the first that failed: {results.notes[0]}" if results.notes else ""
-        raise UsageError(f"no run is done yet{failed}")
+    _check_some(results)
     of_metric = (scales or {}) if metric in RETURNS else {}
     text = _text(results, title, about, metric, reference, of_metric)
     notes = tables.warnings(results) + ([f"{missing} runs are still to be done"] if missing else [])
@@ -147,11 +145,19 @@ def report_sweep(sweep: Sweep, found: Swept, out: Path) -> str:
     return text
 
 
+def _check_some(results: Results) -> None:
+    """Raises UsageError if no run is done."""
+    if not results.runs:
+        failed = f"; the first that failed: {results.notes[0]}" if results.notes else ""
+        raise UsageError(f"no run is done yet{failed}")
+
+
 def table_text(results: Results, metric: str, reference: str | None) -> str:
     """A table of runs, how to read it, and what keeps it from saying what it seems to say.
 
-    Raises UsageError if no run has the metric, or none is of the reference.
+    Raises UsageError if no run is done or has the metric, or none is of the reference.
     """
+    _check_some(results)
     check_reference(results, reference)
     text = tables.method(metric, tables.reference_of(results, reference)) + "\n\n"
     text += tables.table(results, metric, reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 from grouprl.cli import train, train_lm
 from grouprl.cli.common import app, command, count
 from grouprl.errors import UsageError
+from grouprl.machine.ranks import refuse_several_processes
 from grouprl.printing import show
 from grouprl.runs.files import user_path
 
@@ -35,7 +37,7 @@ def _check_arena(run: Path, *, language: bool) -> None:
     """Raises UsageError if a command for one arena is given a run of the other; anything but a run passes."""
     if (run / "config.yaml").is_file() and of_language(run) != language:
         what, other = ("an environment", "play") if language else ("a language model", "chat")
-        raise UsageError(f"{run} is a run of {what}: {command('grouprl')} {other} {run}")
+        raise UsageError(f"{run} is a run of {what}: {command('grouprl')} {other} {shlex.quote(str(run))}")
 
 
 def check_there(run: Path) -> None:
@@ -100,6 +102,7 @@ def evaluate(
     if answers is not None:
         raise UsageError("--answers is for language models; `grouprl play --video` shows what a policy does")
     check_there(run)
+    refuse_several_processes("an evaluation")
     agent = GRPO.load(run)
     result = evaluate_agent(
         agent, env, 100 if episodes is None else episodes, deterministic=not sampled, seed=seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,6 +161,13 @@ def _from_file(
     from grouprl.envs.env_kwargs import from_json
 
     saved = read_yaml(path)
+    lost = {name: own for name, own in dict(saved.get("own") or {}).items() if name not in settings}
+    if lost:
+        said = ", ".join(f"{name} ({own})" for name, own in lost.items())
+        raise UsageError(
+            f"{path} is of a run with functions of its own, which a command cannot find: {said}; train from Python, "
+            "GRPO(..., network=...), or name a function: --set advantage_function=module:function"
+        )
     try:
         saved_run = dict(saved["run"])
         total = saved_run.pop("total_timesteps")
@@ -184,7 +192,7 @@ def report(result: RunResult) -> None:
         show(f"note: {note}")
     if result.summary is None:
         print(f"stopped after {result.agent.num_timesteps} steps; nothing is lost. Go on with:")
-        print(f"  {command('grouprl')} resume {folder}")
+        print(f"  {command('grouprl')} resume {shlex.quote(str(folder))}")
         raise typer.Exit(130)
     summary, final = result.summary, result.summary["eval"]
     solved = summary["solved_at_steps"]
@@ -198,15 +206,15 @@ def report(result: RunResult) -> None:
         f"(min {final['min']:.1f}, max {final['max']:.1f})"
     )
     print(f"run folder: {folder}")
-    grouprl = command("grouprl")
+    grouprl, typed = command("grouprl"), shlex.quote(str(folder))
     shows = not any(note.startswith("no video") for note in result.notes)  # else it has no pictures to show
     commands = ("play",) * shows + ("evaluate", "plot", "doctor")
-    print("\n".join(["next:", *(f"  {grouprl} {command} {folder}" for command in commands)]))
+    print("\n".join(["next:", *(f"  {grouprl} {command} {typed}" for command in commands)]))
     if result.folder.episodes_page.exists():
         print(f"  open {result.folder.episodes_page} in a browser: episodes with baseline and advantage")
     if result.folder.report_page.exists():
         print(f"  open {result.folder.report_page} in a browser: settings, curves, and what the doctor says")
     if result.folder.tensorboard_path.exists():
-        print(f"  {command('tensorboard')} --logdir {folder.parent}")
+        print(f"  {command('tensorboard')} --logdir {shlex.quote(str(folder.parent))}")
     if result.agent.config.advantage == "baseline" and result.agent.env_id == "CartPole-v1":
         print(f"  {grouprl} train CartPole-v1 --preset formula   (GRPO as tutorials have it; see docs/tutorial.md)")

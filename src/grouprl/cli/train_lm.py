@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,11 +93,12 @@ def report(result: RunResult) -> None:
     from grouprl.runs.wording import wording
 
     folder, grouprl = result.folder.path, command("grouprl")
+    typed = shlex.quote(str(folder))
     for note in result.notes:
         show(f"note: {note}")
     if result.summary is None:
         print(f"stopped after {result.steps} steps; nothing is lost. Go on with:")
-        print(f"  {grouprl} resume {folder}")
+        print(f"  {grouprl} resume {typed}")
         raise typer.Exit(130)
     summary = result.summary
     print(
@@ -106,7 +108,7 @@ def report(result: RunResult) -> None:
     measured = wording(result.folder.read_config())("{success} on {held_out}, greedy")
     print(f"{measured}: {summary['accuracy_before']:.3f} before, {summary['accuracy_after']:.3f} after")
     print(f"run folder: {folder}")
-    print("\n".join(["next:", *(f"  {grouprl} {one} {folder}" for one in ("chat", "evaluate", "plot", "doctor"))]))
+    print("\n".join(["next:", *(f"  {grouprl} {one} {typed}" for one in ("chat", "evaluate", "plot", "doctor"))]))
     if result.folder.report_page.exists():
         print(f"  open {result.folder.report_page} in a browser: settings, curves, and what the doctor says")
     if result.folder.transcripts_page.exists():

@@ -51,8 +51,8 @@ def from_model(
     saved = Description.from_json(path, meta, settings)
     if saved.custom_network and network is None:
         raise UsageError(
-            f"{path} was trained with a custom network; pass the same builder as network=..., to grouprl export as "
-            "--network module:builder"
+            f"{path} was trained with a custom network; pass the same builder as network=..., also to "
+            "grouprl.envs.training.resume; to grouprl export as --network module:builder"
         )
     agent = cls.__new__(cls)
     agent._assemble(

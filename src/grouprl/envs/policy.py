@@ -123,6 +123,12 @@ class Policy(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.refresh()
 
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As every module's; the normalisation follows the statistics that were loaded."""
+        found = super().load_state_dict(*arguments, **options)
+        self.refresh()
+        return found
+
     # --- normalisation -------------------------------------------------------------------------------------------
     def predict(self, *_: Any, **__: Any) -> NoReturn:
         """Raises UsageError: the agent predicts, because it knows the random stream and the masks."""

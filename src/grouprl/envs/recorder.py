@@ -243,8 +243,20 @@ def plan(total: int, given: Mapping[str, Any], eval_every: int | None = None) ->
         raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
 
 
-def as_written(agent: GRPO, run: RunSettings, env_id: str, preset: str | None) -> dict[str, Any]:
-    """What config.yaml says of a run: enough to do it again, if its environment can be made by ``env_id``."""
+def as_written(
+    agent: GRPO, run: RunSettings, env_id: str, preset: str | None, functions: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What config.yaml says of a run: enough to do it again, if its environment can be made by ``env_id``.
+
+    What was the user's own, and no name in ``functions`` finds again, is named under ``own``.
+    """
+    named = dict(functions or {})
+    given = {
+        "network": agent._network,
+        "advantage_function": agent.loop.functions.advantage,
+        "surrogate_function": agent.loop.functions.surrogate,
+    }
+    own = {name: _called(value) for name, value in given.items() if value is not None and name not in named}
     return {
         "grouprl": version("grouprl"),
         "env_id": env_id,
@@ -252,10 +264,18 @@ def as_written(agent: GRPO, run: RunSettings, env_id: str, preset: str | None) -
         "seed": agent.config.seed,
         "env_kwargs": {} if agent.env_lost else to_json(agent.env_kwargs),
         "run": {**run.__dict__, "track": list(run.track)},
-        "begun_at": agent.num_timesteps,
+        **({"begun_at": agent.num_timesteps} if agent.num_timesteps else {}),
         "reward_threshold": reward_threshold(agent.where()[0]),
         "config": agent.config.model_dump(mode="json"),
+        **({"functions": named} if named else {}),
+        **({"own": own} if own else {}),
     }
+
+
+def _called(function: Any) -> str:
+    """``module:name`` of a function or class; of another object that of its class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 @contextmanager

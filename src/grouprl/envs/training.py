@@ -13,12 +13,13 @@ from grouprl.envs import loading, presets
 from grouprl.envs.config import check_names
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.learn_call import train_until
+from grouprl.envs.policy import Network
 from grouprl.envs.recorder import RunResult, RunSettings, as_written, plan, recording
 from grouprl.envs.vector import EnvLike
 from grouprl.errors import UsageError, shown
 from grouprl.importing import load_function
 from grouprl.machine.ranks import Ranks, join
-from grouprl.objective.user_functions import UserFunctions
+from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
@@ -78,8 +79,7 @@ def train(
                     f"a run must be able to make its environment again: {agent.env_lost}; register an id whose entry "
                     "point makes that argument itself, or train from Python: GRPO(...).learn(n, callback=Run(folder))"
                 )
-            about = as_written(agent, planned, env_id, chosen.name if chosen else None)
-            about |= {"functions": functions} if functions else {}
+            about = as_written(agent, planned, env_id, chosen.name if chosen else None, functions)
             folder = RunFolder(ranks.once(lambda: RunFolder.create(place, about, overwrite=overwrite).path))
             if announce is not None and ranks.first:
                 announce(folder)
@@ -110,7 +110,8 @@ def _loaded(functions: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
 
 def resume(
     path: str | os.PathLike[str], *, steps: int | None = None, env: EnvLike | None = None,
-    progress_bar: bool | None = None,
+    progress_bar: bool | None = None, network: Network | None = None, advantage_function: TensorFunction | None = None,
+    surrogate_function: TensorFunction | None = None,
 ) -> RunResult:  # fmt: skip
     """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
 
@@ -121,21 +122,24 @@ def resume(
         steps: a new total number of steps, to make a finished run longer (its schedules then differ from those of a run
             planned that long).
         env: the environment, where the run was given a callable that no id names.
+        network, advantage_function, surrogate_function: the run's own, where they were given to ``GRPO`` as functions.
 
     Raises:
         UsageError: no run folder, no readable checkpoint, a run that is already finished or that another process
-            works on.
+            works on; or config.yaml says other settings than the checkpoint, which hold.
     """
     folder = RunFolder.open(path)
     config = folder.read_config()
     ranks = join(gpu=str(dict(config.get("config") or {}).get("device", "cpu")).startswith("cuda"))
     with ranks.telling(), folder.locked() if ranks.first else nullcontext():
-        return _resume(folder, config, steps, env, progress_bar, ranks)
+        given = {"advantage_function": advantage_function, "surrogate_function": surrogate_function}
+        own = {name: function for name, function in given.items() if function is not None}
+        return _resume(folder, config, steps, env, progress_bar, ranks, network, own)
 
 
 def _resume(
     folder: RunFolder, config: dict[str, Any], steps: int | None, env: EnvLike | None, progress_bar: bool | None,
-    ranks: Ranks,
+    ranks: Ranks, network: Network | None, own: Mapping[str, TensorFunction],
 ) -> RunResult:  # fmt: skip
     try:
         options = (
@@ -145,12 +149,14 @@ def _resume(
         )
         planned = RunSettings(**options)
         begun_at = int(config.get("begun_at", 0))
-        functions = _loaded(_split_functions({**config.get("functions", {})})[1])
+        functions = {**_loaded(_split_functions({**config.get("functions", {})})[1]), **own}
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
-    agent = _newest_agent(folder, functools.partial(_agent_of, env=env, functions=functions), ranks)
+    read = functools.partial(_agent_of, env=env, network=network, functions=functions)
+    agent = _newest_agent(folder, read, ranks)
     if agent is None:
         raise UsageError(f"{folder.path} holds no checkpoint that can be used; train anew with another --out")
+    _check_settings(folder, config.get("config", {}), agent)
     if agent.num_timesteps >= planned.total_timesteps and folder.is_finished():
         raise UsageError(
             f"{folder.path} has done all of its {planned.total_timesteps} steps; give a larger total with --steps"
@@ -158,6 +164,19 @@ def _resume(
     again = None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}}
     ranks.once(lambda: folder.reopen(again))
     return _run(folder, planned, agent, begun_at, progress_bar)
+
+
+def _check_settings(folder: RunFolder, written: Mapping[str, Any], agent: GRPO) -> None:
+    """Raises UsageError if config.yaml says something else than the checkpoint, which decides how a run goes on."""
+    held = agent.config.model_dump(mode="json")
+    other = [name for name, value in written.items() if name in held and held[name] != value]
+    if other:
+        agent.close()
+        said = ", ".join(f"{name}={shown(written[name])} (the checkpoint: {shown(held[name])})" for name in other)
+        raise UsageError(
+            f"{folder.config_path} has other settings than the run's checkpoint: {said}. A run goes on with those of "
+            "its checkpoint: put them back, or start a new run with grouprl train --config"
+        )
 
 
 def _newest_agent(folder: RunFolder, agent_of: Callable[[Path], GRPO], ranks: Ranks) -> GRPO | None:
@@ -169,9 +188,12 @@ def _newest_agent(folder: RunFolder, agent_of: Callable[[Path], GRPO], ranks: Ra
     return None if found is None else found[1]
 
 
-def _agent_of(path: Path, env: EnvLike | None, functions: Mapping[str, Callable[..., Any]]) -> GRPO:
+def _agent_of(
+    path: Path, env: EnvLike | None, network: Network | None, functions: Mapping[str, Callable[..., Any]]
+) -> GRPO:
     """The agent of a run, as a checkpoint has it. Raises DamagedFileError, or UsageError for its environment."""
-    agent = loading.from_checkpoint(GRPO, path, env, functions=UserFunctions(*map(functions.get, FUNCTIONS)))
+    own = UserFunctions(*map(functions.get, FUNCTIONS))
+    agent = loading.from_checkpoint(GRPO, path, env, network=network, functions=own)
     with taking_up(path):
         extra = agent.extra
         solved = extra["solved_at"]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError
+from grouprl.errors import DamagedFileError, GrouprlError, TrainingError, UsageError, shown
 from grouprl.reading import parse_yaml
 from grouprl.runs import replacing
 from grouprl.runs.files import explain_os_error, free_path, is_sealed, read_bytes, user_path, write_json, write_yaml
@@ -102,7 +103,14 @@ class RunFolder(RunLayout):
         if not is_sealed(data) and data not in _told:
             _told.add(data)
             _log.warning("%s was changed or damaged since grouprl wrote it; what is there now holds", self.config_path)
-        return _mapping(config, self.config_path)
+        config = _mapping(config, self.config_path)
+        for name in ("run", "config", "env_kwargs"):
+            if not isinstance(config.get(name, {}), dict):
+                raise DamagedFileError(f"{self.config_path}: {name} is {shown(config[name])}, and must be a mapping")
+        seed = config.get("seed", 0)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise DamagedFileError(f"{self.config_path}: seed is {shown(seed)}, and must be a whole number")
+        return config
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json; NaN and infinities become null.
@@ -189,7 +197,8 @@ class RunFolder(RunLayout):
         if not overwrite:
             raise UsageError(
                 f"{self.path} already holds a run. Choose another folder, continue that run with "
-                f"`grouprl resume {self.path}`, or overwrite it (--overwrite, in Python overwrite=True)."
+                f"`grouprl resume {shlex.quote(str(self.path))}`, or overwrite it (--overwrite, in Python "
+                "overwrite=True)."
             )
 
 
