@@ -118,6 +118,10 @@ def test_a_config_file_has_no_preset_beside_it_and_a_folder_is_named_by_the_seed
     monkeypatch.chdir(tmp_path)
     assert call("train", "--config", run / "config.yaml", "--preset", "locomotion") == 2
     assert "--preset locomotion beside --config" in capsys.readouterr().err
+    for text in ("[1, 2]", "just words", "own: abc"):
+        (tmp_path / "no.yaml").write_text(text)
+        assert call("train", "--config", tmp_path / "no.yaml") == 2
+        assert "is not the config.yaml of a run" in capsys.readouterr().err
     again = ("train", "--config", run / "config.yaml", "--steps", "300", "--no-video")
     for given in ((), ("--set", "seed=3"), ("--set", "seed=3", "--seed", "4")):
         assert call(*again, *given) == 0

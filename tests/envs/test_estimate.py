@@ -170,6 +170,6 @@ def test_a_group_of_equal_returns_gets_exactly_zero_in_a_batch_whose_mean_is_not
     )  # fmt: skip
     config = make_config({"advantage": advantage, "group_size": 2, "n_envs": 4})
     made, info = estimate.advantages(rollout, config, None)
-    assert info.get("degenerate_groups", 0.5) == 0.5
+    assert advantage == "reinforce_pp_baseline" or info["degenerate_groups"] == 0.5
     assert made[:6].tolist() == [0.0] * 6
     assert bool((made[6:] != 0).any())

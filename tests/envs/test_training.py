@@ -418,19 +418,28 @@ def test_a_run_whose_configuration_was_changed_by_hand_is_not_resumed_as_if_that
     path = tmp_path / "run" / "config.yaml"
     text = path.read_text()
     values = yaml.safe_load(text)
-    values["config"]["learning_rate"] = 1e-9
+    values["config"]["learning_rate"] = "1e-9"  # as YAML reads what people write
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UsageError, match=r"learning_rate=1e-09 \(the checkpoint: 0.001\).*grouprl train --config"):
         training.resume(tmp_path / "run", steps=2000)
-    path.write_text(text)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(text), "functions": {"advantage_function": "nowhere_at_all:one"}}))
+    with pytest.raises(UsageError, match="no module 'nowhere_at_all'"):
+        training.resume(tmp_path / "run", steps=2000)
+    values["config"]["learning_rate"] = "1e-3"
+    path.write_text(yaml.safe_dump(values))
     assert training.resume(tmp_path / "run", steps=2000).finished
 
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
-    [("run", 3, "run is 3, and must be a mapping"), ("config", 3, "config is 3"), ("seed", [1], r"seed is \[1\]")],
+    [
+        ("run", 3, "run is 3, and must be a mapping"),
+        ("config", 3, "config is 3, and must be a mapping"),
+        ("seed", [1], r"seed is \[1\], and must be a whole number"),
+        ("begun_at", None, "begun_at is None, and must be a whole number"),
+    ],
 )
-def test_a_configuration_that_is_none_is_named(tmp_path: Path, name: str, value: Any, said: str) -> None:
+def test_what_is_no_configuration_is_named(tmp_path: Path, name: str, value: Any, said: str) -> None:
     small_run(tmp_path / "run", steps=600)
     path = tmp_path / "run" / "config.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), name: value}))

@@ -264,5 +264,5 @@ def test_an_action_that_the_old_policy_never_took_has_the_largest_ratio():
     logp = torch.tensor([-1.0, -torch.inf], requires_grad=True)
     found = ratio(logp, torch.tensor([-torch.inf, -1.0]))
     assert found.tolist() == pytest.approx([math.exp(20.0), 0.0])
-    (gradient,) = torch.autograd.grad(found[0], logp)
+    (gradient,) = torch.autograd.grad(found.sum(), logp)
     assert gradient.tolist() == pytest.approx([math.exp(20.0), 0.0])

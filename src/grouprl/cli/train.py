@@ -161,9 +161,10 @@ def _from_file(
     from grouprl.envs.env_kwargs import from_json
 
     saved = read_yaml(path)
-    lost = {name: own for name, own in dict(saved.get("own") or {}).items() if name not in settings}
+    own = saved.get("own", {}) if isinstance(saved, dict) else {}
+    lost = {name: called for name, called in own.items() if name not in settings} if isinstance(own, dict) else {}
     if lost:
-        said = ", ".join(f"{name} ({own})" for name, own in lost.items())
+        said = ", ".join(f"{name} ({called})" for name, called in lost.items())
         raise UsageError(
             f"{path} is of a run with functions of its own, which a command cannot find: {said}; train from Python, "
             "GRPO(..., network=...), or name a function: --set advantage_function=module:function"

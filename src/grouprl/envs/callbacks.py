@@ -164,7 +164,8 @@ class Evaluations:
         """Around a call of ``learn``: make the environments, and close them.
 
         Raises:
-            UsageError: the agent's environment was given as an object, and no other one is.
+            UsageError: there is no environment beside that of training: it was given as an object, and no other one is,
+                or this one again; or there are arguments, and the agent was trained on no id.
         """
         env, kwargs, how = chosen_environment(agent, self.env, self.env_kwargs)
         if self.env is None and isinstance(env, gym.Env | VectorEnv):

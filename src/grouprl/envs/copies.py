@@ -37,7 +37,6 @@ def restore(agent: GRPO, state: dict[str, Any]) -> None:
     """Make of ``agent``, which holds nothing yet, what :func:`state_of` described."""
     agent._assemble(state["description"], state["network"], state["functions"])
     agent.policy.load_state_dict(state["policy"])
-    agent.policy.refresh()
     agent.loop.load_without_environments(state["tensors"], state["loop"])
     agent._predict_rng.bit_generator.state = state["predict"]
     agent._held.given, agent.extra = state["env"], state["extra"]

@@ -250,7 +250,8 @@ def advantages(
 
     ``own`` is a function of the user's, in the place of ``config.advantage``; what it returns is used as it is.
 
-    Where its entry in ``ESTIMATORS`` says so, they are centred and scaled once over the trainable steps of the batch;
+    Where its entry in ``ESTIMATORS`` says so, they are centred and scaled once over the trainable steps of the batch
+    (those of samples that were compared and found equal stay 0);
     where earlier batches are reused, that is left to :class:`~grouprl.envs.reuse.Reuse`, which sees all of them.
     """
     rewards, lengths, group = rollout.rewards, rollout.lengths, rollout.group

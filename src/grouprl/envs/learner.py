@@ -182,7 +182,6 @@ class Learner:
         """Make the current policy the reference policy."""
         if self.reference is not None:
             self.reference.load_state_dict(self.policy.state_dict())
-            self.reference.refresh()
 
     def _reference_params(
         self, observed: np.ndarray | None, inputs: Mapping[str, Tensor], behaviour: Tensor, mask: Tensor | None
@@ -250,6 +249,5 @@ class Learner:
             self.reference.load_state_dict(
                 {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             )
-            self.reference.refresh()
         self.learning_rate = float(values["learning_rate"])  # type: ignore[arg-type]
         self.updates = int(values["updates"])  # type: ignore[call-overload]

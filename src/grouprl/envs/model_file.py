@@ -92,4 +92,3 @@ def fill_policy(policy: Policy, tensors: Mapping[str, Tensor], path: Path) -> No
         policy.load_state_dict(own)
     except RuntimeError as error:
         raise UsageError(f"the policy in {path} does not fit this one: {' '.join(str(error).split())}") from None
-    policy.refresh()

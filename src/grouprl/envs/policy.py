@@ -136,7 +136,7 @@ class Policy(nn.Module):
 
     @np.errstate(all="ignore")
     def refresh(self) -> None:
-        """Recompute what :meth:`prepare` uses from the buffers; call after loading them."""
+        """Recompute what :meth:`prepare` uses from the buffers."""
         real = self.observations.normalise
         self._shift = np.where(real, self.mean.cpu().numpy(), 0.0).astype(np.float32)
         deviation = np.sqrt(self.variance.cpu().numpy() + 1e-8)

@@ -20,6 +20,7 @@ from grouprl.errors import UsageError, shown
 from grouprl.importing import load_function
 from grouprl.machine.ranks import Ranks, join
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
+from grouprl.reading import with_numbers
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
@@ -148,9 +149,8 @@ def _resume(
             | ({} if steps is None else {"total_timesteps": steps})
         )
         planned = RunSettings(**options)
-        begun_at = int(config.get("begun_at", 0))
         functions = {**_loaded(_split_functions({**config.get("functions", {})})[1]), **own}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
     read = functools.partial(_agent_of, env=env, network=network, functions=functions)
     agent = _newest_agent(folder, read, ranks)
@@ -163,12 +163,13 @@ def _resume(
         )
     again = None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}}
     ranks.once(lambda: folder.reopen(again))
-    return _run(folder, planned, agent, begun_at, progress_bar)
+    return _run(folder, planned, agent, config.get("begun_at", 0), progress_bar)
 
 
 def _check_settings(folder: RunFolder, written: Mapping[str, Any], agent: GRPO) -> None:
     """Raises UsageError if config.yaml says something else than the checkpoint, which decides how a run goes on."""
     held = agent.config.model_dump(mode="json")
+    written = with_numbers(dict(written))
     other = [name for name, value in written.items() if name in held and held[name] != value]
     if other:
         agent.close()

@@ -45,7 +45,7 @@ RULES: tuple[Unread, ...] = (
     ),
     Unread(
         ("warmup_steps",), lambda c, _: c.warmup_steps > 0 and not c.normalize_observations,
-        "they start the statistics of observations, and normalize_observations=False has none",
+        "steps of warm-up start the statistics of observations, and normalize_observations=False has none",
     ),
     Unread(
         ("sticky",), lambda c, about: c.sticky > 0 and about["one_environment"],

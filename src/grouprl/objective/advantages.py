@@ -174,7 +174,8 @@ def standardise(advantages: Tensor, where: Tensor | None = None, eps: float = 1e
 
     The same shift and scale is applied to every step, those outside `where` included. Fewer than two steps, or equal
     advantages, give exactly 0 everywhere. Call it once per batch, before minibatches are drawn, never on each of them.
-    Raises UsageError if `where` is no boolean tensor of the same shape, TrainingError if an advantage is not finite.
+    Raises UsageError if `where` is no boolean tensor of the same shape, TrainingError if one of those is not
+    finite.
     """
     if where is not None and (where.shape != advantages.shape or where.dtype != torch.bool):
         raise UsageError(

@@ -99,9 +99,8 @@ class Sketch:
     """Wide observations [S, D] as few sums [S, d]: each entry is added to one sum, with a random sign.
 
     A regression costs the square of its width, and reading a batch costs the width: beyond some hundred entries the
-    first must not grow with the second. Scalar products become
-    1 / ceil(D / d) of what they were, in expectation. Source: feature hashing,
-    Weinberger et al. 2009, arXiv 0902.2206.
+    first must not grow with the second. Scalar products become 1 / ceil(D / d) of what they were, in expectation.
+    Source: feature hashing, Weinberger et al. 2009, arXiv 0902.2206.
 
     order [d * ceil(D / d)] holds the entries in the order in which they are dealt out to the sums, D for none;
     sign [D].

@@ -27,7 +27,8 @@ def maxrl(rewards: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
     With rewards of 0 and 1 the gradient is that of the log-likelihood of success instead of its probability, up to the
     order that the group size allows: a group with one success in G weighs it by G - 1. Source: Maximum Likelihood
     Reinforcement Learning, arXiv 2602.02710.
-    Raises UsageError on shapes that do not fit or a negative return, TrainingError on non-finite returns.
+    Raises UsageError on shapes that do not fit or a return that is negative by more than rounding, TrainingError on
+    non-finite returns.
     """
     g = group_returns(rewards, lengths, group)
     negative = g.returns < -g.rounding  # a sum of rewards may miss 0 by that much

@@ -107,9 +107,10 @@ class RunFolder(RunLayout):
         for name in ("run", "config", "env_kwargs"):
             if not isinstance(config.get(name, {}), dict):
                 raise DamagedFileError(f"{self.config_path}: {name} is {shown(config[name])}, and must be a mapping")
-        seed = config.get("seed", 0)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise DamagedFileError(f"{self.config_path}: seed is {shown(seed)}, and must be a whole number")
+        for name in ("seed", "begun_at"):
+            number = config.get(name, 0)
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise DamagedFileError(f"{self.config_path}: {name} is {shown(number)}, and must be a whole number")
         return config
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -427,7 +427,8 @@ def test_a_value_beside_the_columns_goes_to_every_row(tmp_path: Path) -> None:
         return [float(value) for value in won]
 
     def tagged(prompts, trainer):
-        return rollout(prompts, trainer, tag="12345678", score=torch.arange(8))  # as many characters as prompts
+        some = {"tag": "12345678", "score": torch.arange(8), "won": range(8)}  # as many characters as prompts
+        return rollout(prompts, trainer, **some)
 
     trainer(tmp_path, {"max_steps": 1}, rollout_func=tagged, reward_funcs=noted, train_dataset=ROWS).train()
     assert seen == [(["12345678"] * 8, list(range(8)))]

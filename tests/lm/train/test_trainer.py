@@ -349,6 +349,7 @@ def test_arguments_that_do_not_fit_the_schedule_are_refused(tmp_path: Path, kind
         trainer(tmp_path, **settings)
     model, _ = warm()
     steps = torch.optim.SGD(model.parameters(), 0.5)
+    trainer(tmp_path, lr_scheduler_type="polynomial", warmup_steps=10, num_train_epochs=1, max_steps=-1)
     own = (steps, torch.optim.lr_scheduler.StepLR(steps, 1))
     trainer(tmp_path, **settings, model=(model, warm()[1]), optimizers=own)  # which does not read them
 

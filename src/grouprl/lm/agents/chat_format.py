@@ -48,13 +48,14 @@ class ChatFormat:
         fault: why conversations of several turns cannot be appended to, and what to do; None if they can.
         rewrites: what the template changes of earlier turns when it renders a conversation anew; None if nothing.
         unread: why tools are text although the chat template shows them, and what to do; None if they are not.
+        skips_special_tokens: as given.
     """
 
     def __init__(
         self, tokenizer: Any, options: Mapping[str, Any] | None, end_ids: Sequence[int], room: int | None = None,
         room_is: str = "", *, skip_special_tokens: bool = False,
     ) -> None:  # fmt: skip
-        self._skip_special_tokens = skip_special_tokens
+        self.skips_special_tokens = skip_special_tokens
         self._tokenizer, self._options, self._ends = tokenizer, dict(options or {}), set(end_ids)
         self._how = Tokenising(tokenizer, self._options, room, room_is)
         self.fault: str | None = None
@@ -130,7 +131,7 @@ class ChatFormat:
         """
         padding = getattr(self._tokenizer, "pad_token_id", None)
         kept = [token for token in (ids[:-1] if finished else ids) if token != padding]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=self._skip_special_tokens and not raw))
+        return str(self._tokenizer.decode(kept, skip_special_tokens=self.skips_special_tokens and not raw))
 
     def end(self, ids: Sequence[int], finished: bool) -> str:
         """The token that ended a turn, as text; "" if none did."""
@@ -159,7 +160,7 @@ class ChatFormat:
         return {**plain, "content": self._without_special(content), "tool_calls": calls} if calls else plain, None
 
     def _without_special(self, text: str) -> str:
-        for token in getattr(self._tokenizer, "all_special_tokens", ()) if self._skip_special_tokens else ():
+        for token in getattr(self._tokenizer, "all_special_tokens", ()) if self.skips_special_tokens else ():
             text = text.replace(token, "")
         return text
 

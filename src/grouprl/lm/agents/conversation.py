@@ -105,7 +105,8 @@ class Conversation:
             GrouprlError: the interaction is at fault.
         """
         begun = "" if self.spoken else self._begun
-        text, raw = (begun + self._form.text(turn.ids, turn.closed, raw=raw) for raw in (False, True))
+        raw = begun + self._form.text(turn.ids, turn.closed, raw=True)
+        text = begun + self._form.text(turn.ids, turn.closed) if self._form.skips_special_tokens else raw
         message, fault = self._form.parse(raw, self._schemas, self._form.end(turn.ids, turn.closed))
         spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
         self.spoken.append(len(self.messages))

@@ -187,7 +187,10 @@ class RolloutPlayer:
 
 def _is_column(value: Any) -> bool:
     """Whether a further column has an entry for each completion; anything else, as in TRL, is the same for all."""
-    return isinstance(value, list | tuple) or (hasattr(value, "__len__") and bool(getattr(value, "ndim", 0)))
+    if hasattr(value, "ndim"):
+        return bool(value.ndim)
+    indexed = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return indexed and not isinstance(value, str | bytes | Mapping)
 
 
 def _ids(given: Any, what: str, vocabulary: int) -> list[int]:

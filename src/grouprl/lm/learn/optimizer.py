@@ -74,7 +74,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: GRPOConfig, total_st
 
 def check_schedule(config: GRPOConfig) -> None:
     """Raises UsageError if ``lr_scheduler_kwargs`` do not fit the schedule that ``lr_scheduler_type`` names."""
-    total = max(config.max_steps, 10)
+    total = max(config.max_steps, int(config.warmup_steps) + 10)
     try:
         schedule = make_schedule(torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), config, total)
         for step in (0, total // 2, total):
@@ -83,7 +83,7 @@ def check_schedule(config: GRPOConfig) -> None:
         given = config.lr_scheduler_kwargs
         raise UsageError(
             f"lr_scheduler_type={config.lr_scheduler_type!r} with lr_scheduler_kwargs={shown(given)} cannot be made: "
-            f"{first_line(error)}; the arguments are those of transformers.get_scheduler for this type"
+            f"{first_line(error)}; give the arguments that transformers.get_scheduler takes for this type"
         ) from error
 
 

@@ -113,7 +113,8 @@ class Step:
         dropout = self.policy.log_probs.dropout
         first = self._first_look()
         chosen, of_entropy = self._by_entropy(first.entropy if first is not None else None)
-        elsewhere = samples.sampled_elsewhere or self.config.use_vllm
+        masked = self.config.off_policy_mask_threshold is not None
+        elsewhere = masked and (samples.sampled_elsewhere or self.config.use_vllm)
         apart = torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=dropout)
         some = bool(self.micro_batches) or self.policy.sharded is not None
         learning = self.policy.log_probs.learning() if some else nullcontext()

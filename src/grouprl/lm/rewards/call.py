@@ -64,7 +64,7 @@ class Rewards:
 def total(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """[N]: the weighted sum of rewards [N, F] over the functions that apply; weights [F], default 1.
 
-    A sum of several is rounded to 12 digits of its largest term: 0.1 + 0.2 - 0.3 is 0, and no reward of 5e-17.
+    A sum over several functions is rounded to 12 digits of its largest term: 0.1 + 0.2 - 0.3 is 0, and not 5e-17.
     """
     terms = values if weights is None else values * weights.to(values)
     terms = terms.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)

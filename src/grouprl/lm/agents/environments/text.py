@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from grouprl.lm.agents.environments.games import GAMES
 from grouprl.lm.agents.environments.returned import Calls, Step
 from grouprl.lm.agents.environments.words import Words
 from grouprl.lm.agents.interaction import Answer, Message, Said
+from grouprl.lm.rewards.returned import plain_float
 from grouprl.runs.watchdog import Watch
 
 _MOST_TURNS = 64
@@ -54,9 +56,10 @@ class TextEnvironment:
         for name in ("obs_to_text", "action_parser", "state"):
             if not callable(getattr(self, name)) and getattr(self, name) is not None:
                 raise UsageError(f"{name}={with_type(getattr(self, name))} must be a function")
-        for name, least in (("invalid_reward", self.invalid_reward), ("success", self.success or 0.0)):
-            if isinstance(least, bool) or not isinstance(least, int | float):
-                raise UsageError(f"{name}={with_type(least)} must be a number")
+        for name, value in (("invalid_reward", self.invalid_reward), ("success", self.success)):
+            number = 0.0 if value is None and name == "success" else plain_float(value)
+            if isinstance(value, bool) or number is None or not math.isfinite(number):
+                raise UsageError(f"{name}={with_type(value)} must be a finite number")
         if self.max_turns is not None and (isinstance(self.max_turns, bool) or self.max_turns < 1):
             raise UsageError(f"max_turns={self.max_turns!r} must be at least 1, or None")
         if self.timeout is not None and not self.timeout > 0:
