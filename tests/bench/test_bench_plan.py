@@ -173,7 +173,7 @@ def test_language_models_are_recipes(tmp_path: Path) -> None:
         ),
         (
             "methods: {a: {reward_noise: 1, settings: {vectorization: async}}}\nenvironments: [CartPole-v1]",
-            "reward_noise of method a would be equal in all environments with vectorization=async",
+            "reward_noise of method a with vectorization=async: the environments with noise are made one by one",
         ),
         (
             "methods: [a]\nenvironments: {CartPole-v1: {reward_size: 0}}",

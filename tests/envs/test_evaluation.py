@@ -124,35 +124,26 @@ def test_an_environment_that_can_be_called_stays_open(agent: GRPO) -> None:
     assert not env.closed
 
 
-class Backwards(Long):
-    """As Long, but that steps cost."""
+def test_an_agent_of_envpool_is_evaluated_by_envpool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It knows environments that Gymnasium does not."""
+    made: list[str] = []
 
-    lengths = (10,)
+    def pool(name: str, n: int, kwargs: Any, seed: int) -> SyncVectorEnv:
+        made.append(name)
+        return SyncVectorEnv([Some] * n)
 
-    def step(self, action: Any) -> Any:
-        seen, reward, *rest = super().step(action)
-        return seen, -reward, *rest
-
-
-class Both(SyncVectorEnv):
-    """Another environment than that of its id, as the vector entry points of some packages are."""
-
-    def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
-        super().__init__([Backwards] * num_envs, **kwargs)
-
-
-def test_an_agent_is_evaluated_on_its_environment_as_it_was_vectorised() -> None:
-    gym.register("Long-v0", entry_point=Some, vector_entry_point=Both)
+    monkeypatch.setattr("grouprl.envs.vector.make_envpool", pool)
+    settings: Any = {"n_envs": 2, "collect": "segments", "n_steps": 32, "warmup_steps": 0}
+    agent = GRPO("Pong-v5", preset=None, vectorization="envpool", **settings)
+    Some.lengths, usual = (3,), Some.lengths
     try:
-        settings: Any = {"preset": None, "n_envs": 2, "min_steps": 64, "warmup_steps": 0}
-        agent = GRPO("Long-v0", vectorization="vector_entry_point", **settings)
-        seen = Evaluations(64, episodes=2)
-        agent.learn(128, callback=seen)
-        assert {value for _, value in seen.history} == {-10.0}
-        assert evaluate(agent, episodes=2).returns == [-10.0, -10.0]
-        assert evaluate(agent, "Long-v0", episodes=1).returns == [3.0]  # where it was told: what gymnasium.make gives
+        seen, run = Evaluations(64, episodes=2), Run(tmp_path / "run", video=False, track=("none",), final_episodes=2)
+        agent.learn(64, callback=[seen, run])
+        assert evaluate(agent, episodes=1).lengths == [3]
     finally:
-        del gym.registry["Long-v0"]
+        Some.lengths = usual
+    assert [value for _, value in seen.history] == [3.0]
+    assert made == ["Pong-v5"] * 5  # of training, of two callbacks, of the end of the run, and the last
 
 
 class Lives(Long):

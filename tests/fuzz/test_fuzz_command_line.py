@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is made and checked, and then nothing is learned."""
-    monkeypatch.setattr(training, "_run", lambda folder, run, agent, bar: RunResult(folder, agent, None, []))
+    monkeypatch.setattr(training, "_run", lambda folder, run, agent, *_: RunResult(folder, agent, None, []))
     monkeypatch.setattr(
         language, "_run", lambda folder, *_, **__: language.RunResult(folder, 0, None, [])
     )  # fmt: skip

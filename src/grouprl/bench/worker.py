@@ -61,7 +61,7 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     if sigma := cell.get("reward_noise", 0.0):
         environment = {"env": noisy_maker(cell["env_id"], cell["env_kwargs"], sigma, cell["seed"])}
     agent = GRPO(**environment, preset=cell["preset"], seed=cell["seed"], **functions, **cell["settings"])
-    how = agent.config.vectorization
+    how = agent.config.how_to_evaluate
     watch = Watch(agent.config.model_dump(), language_model=False, goal=reward_threshold(cell["env_id"]))
     evaluator = Evaluator(cell["env_id"], cell["env_kwargs"], min(AT_ONCE, cell["point_episodes"]), how)
     every = max(1, cell["steps"] // cell["points"])

@@ -251,6 +251,14 @@ class GRPOConfig(ObjectiveSettings):
         """``vectorization``, but sync for groups: their seeds an environment's own vector version may not take."""
         return "sync" if self.vectorization == "auto" and self.group_size is not None else self.vectorization
 
+    @property
+    def how_to_evaluate(self) -> str:
+        """How environments of evaluations are made: by EnvPool where it steps those of training, else one by one.
+
+        An environment's own vector version may clip rewards, and evaluations are of raw ones.
+        """
+        return "envpool" if self.vectorization == "envpool" else "auto"
+
 
 def check_names(values: Mapping[str, Any]) -> None:
     """Raises UsageError for names that are no settings, each with the closest one that is."""

@@ -160,7 +160,8 @@ def evaluate(
 
     Args:
         agent: a trained (or not) :class:`~grouprl.envs.grpo.GRPO`.
-        env: where; default: what the agent was trained on, vectorised as in training.
+        env: where; default: what the agent was trained on, made by EnvPool if it was, else one by one, so that rewards
+            are raw.
         env_kwargs: for its constructor, for ids; without ``env`` for the id that the agent was trained on.
         episodes: how many.
         deterministic: greedy actions; else sampled ones.
@@ -176,7 +177,7 @@ def evaluate(
         raise UsageError(f"evaluate takes an agent, such as GRPO.load(path), and was given {with_type(agent)}")
     episodes, seed = whole_number("episodes", episodes, least=1), whole_number("seed", seed, least=0)
     target, kwargs, how = chosen_environment(agent, env, env_kwargs)
-    n_envs = max(1, min(episodes, 100 if is_vectorised(target, kwargs) else 16))
+    n_envs = max(1, min(episodes, 100 if how == "auto" and is_vectorised(target, kwargs) else 16))
     evaluator = Evaluator(target, kwargs, n_envs, how, max_steps, agent.config.env_timeout)
     try:
         return evaluator.run(agent, episodes, deterministic, seed)

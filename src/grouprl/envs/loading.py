@@ -99,14 +99,14 @@ def chosen_environment(
     """``env``; or the id that ``agent`` was trained on, where there are arguments alone; or its own environment.
 
     Returns:
-        The environment, the arguments of its constructor, and how to vectorise it: the agent's own as in training.
+        The environment, the arguments of its constructor, and how to vectorise it for evaluations.
 
     Raises:
         UsageError: there are arguments, and the agent was trained on no id; or there is no environment.
     """
     if env is not None:
         return env, env_kwargs, "auto"
-    own = agent.config.vectorization
+    own = agent.config.how_to_evaluate
     if env_kwargs is None:
         return *agent.where(), own
     if not was_an_id(agent.env_lost):

@@ -124,7 +124,7 @@ class Recorder:
         self._restore(agent)
         if not self.ranks.first:
             return
-        how, n_envs = agent.config.vectorization, min(run.eval_episodes, 20)
+        how, n_envs = agent.config.how_to_evaluate, min(run.eval_episodes, 20)
         self.evaluator = Evaluator(*agent.where(), n_envs, how, timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
