@@ -121,7 +121,9 @@ class Learner:
         mask = None if rollout.mask is None else rows(rollout.mask)
         distribution = self.policy.distribution
         logp_old = distribution.log_prob(behaviour, actions)
-        observed = rollout.observed if rollout.observed is None or every else rollout.observed[keep.numpy()]
+        observed = rollout.observed if self.reference is not None else None  # nobody else asks
+        if observed is not None and not every:
+            observed = observed[keep.numpy()]
         reference = self._reference_params(observed, inputs, behaviour, mask)
         kl_kind, entropy_coef = self.config.kl_estimator, self.config.entropy_coef
 

@@ -142,7 +142,7 @@ class Reuse:
             )
             parts.append(Joined(old.seen.get("flat"), seen, old.actions, now, old.mask, old.trainable, old.lengths))
         self._kept.append(Earlier.of(rollout))
-        joined, w = _join(parts), torch.cat(weights)
+        joined, w = _join(parts, with_observed=config.beta > 0), torch.cat(weights)
         reused = w[rollout.n_steps :][joined.trainable[rollout.n_steps :]]
         share = objective.effective_share(reused) if len(reused) else float("nan")
         made = objective.standardise_weighted(torch.cat(advantages), w, joined.trainable)
@@ -171,12 +171,13 @@ def _parameters(policy: Policy, inputs: Mapping[str, Tensor], mask: Tensor | Non
     return params if mask is None else policy.distribution.apply_mask(params, mask)
 
 
-def _join(parts: list[Joined]) -> Joined:
+def _join(parts: list[Joined], *, with_observed: bool) -> Joined:
+    """All steps as one; what was observed only for a reference policy, which alone reads it."""
     masks = [part.mask for part in parts]
     if any(mask is not None for mask in masks):  # where the environment named none, all actions are allowed
         width = next(mask.shape[1:] for mask in masks if mask is not None)
         masks = [torch.ones(p.n_steps, *width, dtype=torch.bool) if p.mask is None else p.mask for p in parts]
-    observed = [part.observed for part in parts if part.observed is not None]
+    observed = [part.observed for part in parts if with_observed and part.observed is not None]
     return Joined(
         np.concatenate(observed) if observed else None,
         {key: torch.cat([part.inputs[key] for part in parts]) for key in parts[0].inputs},
