@@ -113,6 +113,47 @@ def test_what_has_a_row_is_not_done_again(folder: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.endswith("done    broken/CartPole-v1/0 (100 steps)\n")
 
 
+def test_one_run_under_several_names_is_done_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.yaml").write_text(
+        "methods:\n"
+        "  default: {}\n"
+        "  preset: {preset: auto}\n"  # MountainCar-v0's sets nothing, CartPole-v1's does
+        "  as_default: {settings: {gamma: 0.99}}\n"
+        "  other: {settings: {gamma: 0.9}}\n"
+        "  noisy: {reward_noise: 1}\n"
+        "environments: [MountainCar-v0, CartPole-v1]\n"
+        "steps: 64\nseeds: [0]\nepisodes: 1\npoints: 1\npoint_episodes: 1\n"
+    )
+    done: list[str] = []
+
+    def fake(following: Any, ended: Any, *, jobs: int) -> None:
+        while (cell := following()) is not None:
+            done.append(cell.name)
+            played = {"mean": float(len(done)), "episodes": 1, "returns": [float(len(done))]}
+            ended(cell, {"status": "done", "seconds": 1.0, "greedy": played, "curve": []})
+
+    monkeypatch.setattr(harness.pool, "run", fake)
+    assert call("bench", "names.yaml", "--only", "preset", "--out", "out", "--jobs", "1") == 0
+    assert done == ["preset/MountainCar-v0/0", "preset/CartPole-v1/0"]
+    assert call("bench", "names.yaml", "--out", "out", "--jobs", "1") == 0
+    assert done[2:] == [
+        "other/MountainCar-v0/0", "noisy/MountainCar-v0/0",
+        "default/CartPole-v1/0", "other/CartPole-v1/0", "noisy/CartPole-v1/0",
+    ]  # fmt: skip
+    rows = {(row["method"], row["subject"]): row for row in read_rows(tmp_path / "out" / "rows.jsonl")}
+    assert len(rows) == 10
+    same = {name: row["greedy"]["mean"] for name, row in rows.items() if "same_as" in row}
+    assert same == {
+        ("default", "MountainCar-v0"): 1.0, ("as_default", "MountainCar-v0"): 1.0, ("as_default", "CartPole-v1"): 5.0,
+    }  # fmt: skip
+    assert rows["as_default", "CartPole-v1"]["same_as"] == rows["default", "CartPole-v1"]["id"]
+    assert rows["as_default", "CartPole-v1"]["settings"] == {"gamma": 0.99}
+    assert f"the same run as {rows['default', 'CartPole-v1']['id']}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -283,7 +324,8 @@ def test_a_run_on_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "own_bench_estimator.py").write_text("def ones(rewards, lengths, group):\n    return 0 * rewards + 1\n")
     points: list[dict[str, Any]] = []
     own = {"functions": {"advantage_function": "own_bench_estimator:ones"}}
-    own["settings"] = {**CELL["settings"], "log_std_min": -1.0, "n_steps": 10, "epochs": 20, "epsilon": 1e-6}
+    clipped = {"n_steps": 10, "epochs": 20, "epsilon": 1e-6, "lr_max": 0.01}
+    own["settings"] = {**CELL["settings"], "log_std_min": -1.0, **clipped}
     found = worker.run({**CELL, **own}, points.append)
     assert [said.partition(":")[0] for said in found["warnings"]] == [
         "log_std_min=-1.0 has no effect",  # when it was made

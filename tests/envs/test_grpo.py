@@ -155,6 +155,21 @@ class TestLearn:
         agent.loop.learner._adapt(approx_kl=0.0, progress=0.0)
         assert agent.loop.learner.learning_rate > 1e-5
 
+    @pytest.mark.parametrize(
+        ("settings", "bound"),
+        [
+            ({"learning_rate": 1e-3}, 1e-3),
+            ({"learning_rate": 1e-5}, 1e-3),
+            ({"learning_rate": 5e-3}, 5e-3),
+            ({"learning_rate": 1e-3, "lr_max": 0.2}, 0.2),
+        ],
+    )
+    def test_an_adaptive_learning_rate_rises_no_further_than_its_bound(self, settings, bound):
+        agent = GRPO("CartPole-v1", **{**QUICK, "lr_schedule": "adaptive"} | settings)
+        for _ in range(40):
+            agent.loop.learner._adapt(approx_kl=0.0, progress=0.0)
+        assert agent.loop.learner.learning_rate == pytest.approx(bound)
+
     def test_any_network_can_be_used(self):
         def build(n_in, n_out):
             return torch.nn.Sequential(torch.nn.Linear(n_in, 8), torch.nn.ReLU(), torch.nn.Linear(8, n_out))
@@ -618,6 +633,7 @@ class TestConfiguration:
             ({"device": "gpu"}, "device"),
             ({"device": "cuda:99"}, "device"),
             ({"learning_rate": float("nan")}, "learning_rate"),
+            ({"learning_rate": 0.02, "lr_max": 0.01}, "learning_rate=0.02 is above lr_max=0.01.*raise lr_max"),
         ],
     )
     def test_a_value_that_is_not_allowed_is_refused_with_the_way_out(self, settings, message):

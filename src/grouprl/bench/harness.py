@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from grouprl.bench import figures, pool, tables
 from grouprl.bench.cells import Cell
-from grouprl.bench.plan import Plan, Scale
+from grouprl.bench.plan import Plan, Scale, does
 from grouprl.bench.results import RETURNS, Results, check_metric_of_rows, of_rows
 from grouprl.bench.rows import Row, Rows, commit, read_rows
 from grouprl.bench.sweep import Sweep, Swept
@@ -34,7 +33,7 @@ def run(plan: Plan, out: Path, *, jobs: int, again: bool = False, say: Say = pri
     with Rows.held(out) as rows:
         known = [cell for cell in plan.cells if cell.id in rows.by_id]
         broken = [cell for cell in known if rows.by_id[cell.id]["status"] != "done"]
-        todo = deque(cell for cell in plan.cells if cell not in known or (again and cell in broken))
+        todo = [cell for cell in plan.cells if cell not in known or (again and cell in broken)]
         say(f"{len(plan.cells)} runs, {len(known) - len(broken)} done before, {len(todo)} to do; rows: {rows.path}")
         if broken and not again:
             say(f"note: {len(broken)} runs failed before and stay so; --again tries them again")
@@ -42,15 +41,30 @@ def run(plan: Plan, out: Path, *, jobs: int, again: bool = False, say: Say = pri
         if others:
             say(f"note: rows of {', '.join(others)} count, here is {commit()}; use another --out if code may matter")
         total, ended = len(todo), 0
+        what = {cell.id: does(cell) for cell in plan.cells}
+        same: dict[str, list[Cell]] = {}
+        for cell in todo:
+            same.setdefault(what[cell.id], []).append(cell)
+
+        def note(cell: Cell, row: Row) -> None:
+            nonlocal failed, ended
+            ended += 1
+            failed += row["status"] != "done"
+            twin = f", the same run as {row['same_as']}" if "same_as" in row else ""
+            say(f"[{ended}/{total}] {cell.name}: {_came_of(row)}{twin}")
 
         def done(cell: Cell, outcome: pool.Outcome) -> None:
-            nonlocal failed, ended
-            rows.append(cell, outcome, jobs)
-            ended += 1
-            failed += outcome["status"] != "done"
-            say(f"[{ended}/{total}] {cell.name}: {_came_of(outcome)}")
+            row = rows.append(cell, outcome, jobs)
+            note(cell, row)
+            for other in same.pop(what[cell.id])[1:]:
+                note(other, rows.append_same(other, row))
 
-        pool.run(lambda: todo.popleft() if todo else None, done, jobs=jobs)
+        for cell in known:
+            if cell not in broken:
+                for other in same.pop(what[cell.id], []):
+                    note(other, rows.append_same(other, rows.by_id[cell.id]))
+        first = iter([cells[0] for cells in same.values()])
+        pool.run(lambda: next(first, None), done, jobs=jobs)
     return failed
 
 

@@ -10,7 +10,7 @@ import math
 import shlex
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,23 @@ def ready_made(preset: str | None, recipe: object) -> str:
     else:
         return ""
     return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def does(cell: Cell) -> str:
+    """What a run does, whatever it is called: equal for a preset and for the settings that it holds.
+
+    A worker is told what its run is called, and may heed it.
+    """
+    given = asdict(cell)
+    if cell.arena == ENVIRONMENTS and not cell.worker:
+        from grouprl.envs import presets
+        from grouprl.envs.config import make_config
+
+        held = {} if cell.preset is None else presets.load(cell.preset).config
+        given["settings"] = make_config({**held, **cell.settings}).model_dump(mode="json")
+        for name in ("method", "subject", "preset", "ready_made"):
+            del given[name]
+    return json.dumps(given, sort_keys=True, default=str)
 
 
 def checksum(functions: Mapping[str, str], folder: Path | None = None) -> str:

@@ -26,7 +26,10 @@ from grouprl.runs.lock import locked
 from grouprl.runs.records import read_records
 
 Row = dict[str, Any]
-"""A run: the fields of its cell, ``id``, ``status``, and if it is done ``curve``, ``greedy``, ``sampled`` and more."""
+"""A run: the fields of its cell, ``id``, ``status``, and if it is done ``curve``, ``greedy``, ``sampled`` and more.
+
+A run that the file has under two names was done once: the second row has the first one's id as ``same_as``.
+"""
 
 _WHAT = "file of rows"
 _NEEDED = {"id": str, "method": str, "subject": str, "arena": str, "seed": int, "steps": int, "status": str}
@@ -83,8 +86,15 @@ class Rows:
 
     def append(self, cell: Cell, outcome: Outcome, jobs: int) -> Row:
         """Write down what came of a cell, without the secrets among its settings."""
-        row: Row = without_secrets({"id": cell.id, **asdict(cell), **outcome, "jobs": jobs, **_context()})
-        row["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return self._write(cell, {**outcome, "jobs": jobs, **_context(), "finished": finished})
+
+    def append_same(self, cell: Cell, row: Row) -> Row:
+        """Write down what came of a cell that does what that of ``row`` did, and say so in ``same_as``."""
+        return self._write(cell, {**row, "same_as": row["id"]})
+
+    def _write(self, cell: Cell, says: Row) -> Row:
+        row: Row = without_secrets({**says, "id": cell.id, **asdict(cell)})
         self._file.append(json.dumps(row) + "\n")
         self.by_id[cell.id] = row
         return row

@@ -28,6 +28,8 @@ from grouprl.objective_settings import (
 
 _ADVANTAGES, _LOSSES = estimator_names(environments=True), loss_names(environments=True)
 _ALL = "grouprl settings, and help(GRPOConfig), list them all"
+LR_MAX = 1e-3
+"""The bound of an adaptive learning rate where no other is given."""
 NEEDS_WHOLE_EPISODES = tuple(name for name in _ADVANTAGES if ESTIMATORS[name].whole_samples)
 
 
@@ -116,7 +118,9 @@ class GRPOConfig(ObjectiveSettings):
         "adaptive", description="constant, linear to lr_final, or adapted to keep the KL of an update near kl_target"
     )
     lr_final: float = Field(0.02, ge=0, le=1, description="last learning rate of the linear schedule, as a fraction")
-    lr_max: float = Field(1e-2, gt=0, description="upper bound of an adaptive learning rate")
+    lr_max: float | None = Field(
+        None, gt=0, description="upper bound of an adaptive learning rate; default: 0.001, or learning_rate if higher"
+    )
     kl_target: float = Field(0.02, gt=0, description="KL(old || new) per update an adaptive learning rate aims at")
     kl_stop: float | None = Field(
         None, gt=0, description="end the epochs once KL(old || new) exceeds this; one beyond four times it is undone"
@@ -218,6 +222,11 @@ class GRPOConfig(ObjectiveSettings):
                 f"log_std_init={self.log_std_init} is below its floor, log_std_min={self.log_std_min}; lower the floor "
                 "or raise log_std_init"
             )
+        if self.lr_schedule == "adaptive" and self.lr_max is not None and self.learning_rate > self.lr_max:
+            raise ValueError(
+                f"learning_rate={self.learning_rate} is above lr_max={self.lr_max}, the highest an adaptive rate "
+                "may be; raise lr_max, or lower learning_rate"
+            )
         if any(width < 1 for width in self.hidden_sizes):
             raise ValueError(f"hidden_sizes={self.hidden_sizes} must be positive widths such as [64, 64]")
         if found := objective_problems(self, self.loss_type, self.advantage):
@@ -240,6 +249,14 @@ class GRPOConfig(ObjectiveSettings):
             return self
         first, last = 1.0 - self.gamma, 1.0 - self.gamma_final
         return self.model_copy(update={"gamma": 1.0 - first * (last / first) ** min(max(progress, 0.0), 1.0)})
+
+    @property
+    def highest_learning_rate(self) -> float:
+        """The bound of an adaptive learning rate: ``lr_max``, or what it is by default.
+
+        Updates from pure noise move a policy by little, so without a bound noise makes the rate rise.
+        """
+        return max(LR_MAX, self.learning_rate) if self.lr_max is None else self.lr_max
 
     @property
     def whole_episodes(self) -> bool:

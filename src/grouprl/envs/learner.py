@@ -231,7 +231,7 @@ class Learner:
         if approx_kl > LR_STEP * target:
             self.learning_rate = max(self.learning_rate / LR_STEP, min(LR_MIN, self.config.learning_rate))
         elif approx_kl < target / LR_STEP:
-            self.learning_rate = min(self.learning_rate * LR_STEP, self.config.lr_max)
+            self.learning_rate = min(self.learning_rate * LR_STEP, self.config.highest_learning_rate)
 
     # --- state -------------------------------------------------------------------------------------------------------
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
