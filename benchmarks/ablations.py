@@ -122,7 +122,7 @@ or does not (level), with {ENOUGH} seeds or more on each; in brackets the differ
 USUAL = """
 ## The default as it is
 
-Greedy return of the final policy over 100 episodes. IQM: the mean of the middle half of the seeds. In brackets: its
+Greedy return of the final policy over 50 episodes. IQM: the mean of the middle half of the seeds. In brackets: its
 95 % interval.
 
 """

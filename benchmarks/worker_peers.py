@@ -35,7 +35,6 @@ from grouprl.bench.clock import TrainingClock
 from grouprl.bench.episodes import play
 from grouprl.bench.noise import noisy
 from grouprl.bench.worker import returns_of, tell, versions
-from worker_ppo import value_of
 
 SBX = "sbx-ppo"
 LIBRARIES = {SBX: ("sbx-rl", "jax"), "ars": ("sb3-contrib",), "trpo": ("sb3-contrib",)}
@@ -52,6 +51,17 @@ def algorithm(name: str) -> Callable[..., BaseAlgorithm]:
         import sb3_contrib as library
     found: type[BaseAlgorithm] = getattr(library, name.upper())
     return found
+
+
+def value_of(setting: Any) -> Any:
+    """RL-Zoo's ``lin_x``: from x to 0 over the run; its name of an activation; anything else as it is."""
+    if isinstance(setting, dict) and "activation_fn" in setting:
+        return {**setting, "activation_fn": getattr(torch.nn, setting["activation_fn"])}
+    if not (isinstance(setting, str) and setting.startswith("lin_")):
+        return setting
+    first = float(setting.removeprefix("lin_"))
+    schedule: Callable[[float], float] = lambda remaining: remaining * first  # noqa: E731
+    return schedule
 
 
 def tuned(name: str, subject: str, or_defaults: bool) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def test_changes_are_beside_the_default_and_the_largest_difference_comes_first(t
         "| reuse=3 | minibatch_size=768 | -0.167 [-0.500, +0.000] |  | -0.167 [-0.500, +0.000] | 1 | 3 | level |",
     ]
     assert "- below: `sticky=0` (-1.00)\n- above: `epochs=4` (+0.20)\n- level: `reuse=3` (-0.17)\n\n" in text
-    assert "| Acrobot-v1 | 200,000 | 3 | -100.0 [-100.0, -100.0] |" in text
-    assert "\n15 of 745 runs are done. Of each method: default: 6 of 25; 25 others: 0 of 25; " in text
+    assert "| Acrobot-v1 | 100,000 | 3 | -100.0 [-100.0, -100.0] |" in text
+    assert "\n15 of 770 runs are done. Of each method: default: 6 of 25; 26 others: 0 of 25; " in text
 
 
 def test_all_is_over_the_environments_that_both_have(tmp_path: Path) -> None:
