@@ -324,7 +324,7 @@ def test_a_run_on_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "own_bench_estimator.py").write_text("def ones(rewards, lengths, group):\n    return 0 * rewards + 1\n")
     points: list[dict[str, Any]] = []
     own = {"functions": {"advantage_function": "own_bench_estimator:ones"}}
-    clipped = {"n_steps": 10, "epochs": 20, "epsilon": 1e-6, "lr_max": 0.01}
+    clipped = {"n_steps": 10, "epochs": 20, "epsilon": 1e-6}
     own["settings"] = {**CELL["settings"], "log_std_min": -1.0, **clipped}
     found = worker.run({**CELL, **own}, points.append)
     assert [said.partition(":")[0] for said in found["warnings"]] == [

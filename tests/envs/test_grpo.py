@@ -158,9 +158,9 @@ class TestLearn:
     @pytest.mark.parametrize(
         ("settings", "bound"),
         [
-            ({"learning_rate": 1e-3}, 1e-3),
-            ({"learning_rate": 1e-5}, 1e-3),
-            ({"learning_rate": 5e-3}, 5e-3),
+            ({"learning_rate": 1e-3}, 1e-2),
+            ({"learning_rate": 1e-5}, 1e-2),
+            ({"learning_rate": 5e-2}, 5e-2),
             ({"learning_rate": 1e-3, "lr_max": 0.2}, 0.2),
         ],
     )

@@ -28,7 +28,7 @@ from grouprl.objective_settings import (
 
 _ADVANTAGES, _LOSSES = estimator_names(environments=True), loss_names(environments=True)
 _ALL = "grouprl settings, and help(GRPOConfig), list them all"
-LR_MAX = 1e-3
+LR_MAX = 1e-2
 """The bound of an adaptive learning rate where no other is given."""
 NEEDS_WHOLE_EPISODES = tuple(name for name in _ADVANTAGES if ESTIMATORS[name].whole_samples)
 
@@ -119,7 +119,7 @@ class GRPOConfig(ObjectiveSettings):
     )
     lr_final: float = Field(0.02, ge=0, le=1, description="last learning rate of the linear schedule, as a fraction")
     lr_max: float | None = Field(
-        None, gt=0, description="upper bound of an adaptive learning rate; default: 0.001, or learning_rate if higher"
+        None, gt=0, description="upper bound of an adaptive learning rate; default: 0.01, or learning_rate if higher"
     )
     kl_target: float = Field(0.02, gt=0, description="KL(old || new) per update an adaptive learning rate aims at")
     kl_stop: float | None = Field(
@@ -252,10 +252,7 @@ class GRPOConfig(ObjectiveSettings):
 
     @property
     def highest_learning_rate(self) -> float:
-        """The bound of an adaptive learning rate: ``lr_max``, or what it is by default.
-
-        Updates from pure noise move a policy by little, so without a bound noise makes the rate rise.
-        """
+        """The bound of an adaptive learning rate: ``lr_max``, or what it is by default."""
         return max(LR_MAX, self.learning_rate) if self.lr_max is None else self.lr_max
 
     @property
