@@ -43,12 +43,25 @@ _LONGEST_LINE = 500
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, cut, without its full stop; those of other libraries go on for pages."""
-    try:
-        text = str(error)
-    except Exception:  # of a class of the user's
-        text = ""
-    line = (text.strip().split("\n")[0] or type(error).__name__).rstrip(".")
+    line = (_message(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
     return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 3] + "..."
+
+
+def error_text(error: BaseException, *, whole: bool = False) -> str:
+    """An error for a message: its kind and the first line of what it says, or its kind alone where it says nothing.
+
+    Args:
+        whole: all lines, uncut, for a reader who sees nothing else of the error, such as another process.
+    """
+    kind, said = type(error).__name__, _message(error) if whole else first_line(error)
+    return kind if said in ("", kind) else f"{kind}: {said}"
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # of a class of the user's
+        return ""
 
 
 def shown(value: object, width: int = 80) -> str:

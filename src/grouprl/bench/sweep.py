@@ -20,7 +20,7 @@ from grouprl.bench.rows import Row, Rows
 from grouprl.bench.space import Settings, Space
 from grouprl.bench.statistics import iqm
 from grouprl.bench.tables import number
-from grouprl.errors import DamagedFileError, UsageError, first_line
+from grouprl.errors import DamagedFileError, UsageError, error_text
 from grouprl.runs.appended import whole_lines
 from grouprl.runs.files import write_bytes
 
@@ -127,8 +127,8 @@ def _study(sweep: Sweep, journal: Path) -> Study:
         raise
     except Exception as error:  # whatever Optuna meets in lines that are not its own
         raise DamagedFileError(
-            f"{journal} is no journal of a sweep, or a damaged one ({type(error).__name__}: {first_line(error)}); move "
-            "it away: runs that have a row are not done again"
+            f"{journal} is no journal of a sweep, or a damaged one ({error_text(error)}); move it away: "
+            "runs that have a row are not done again"
         ) from error
 
 

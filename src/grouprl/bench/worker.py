@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grouprl.bench.heard import warnings_heard
-from grouprl.errors import GrouprlError, first_line
+from grouprl.errors import GrouprlError, error_text
 from grouprl.importing import load_function
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def main() -> None:
         result = run(cell, lambda found: tell({"point": found}))
     except Exception as error:
         traceback.print_exc()
-        said = str(error) if isinstance(error, GrouprlError) else f"{type(error).__name__}: {first_line(error)}"
+        said = str(error) if isinstance(error, GrouprlError) else error_text(error)
         tell({"error": said})
         sys.stderr.flush()
         os._exit(1)

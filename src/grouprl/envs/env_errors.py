@@ -10,7 +10,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from grouprl.errors import TrainingError, first_line, shown
+from grouprl.errors import TrainingError, error_text, first_line, shown
 from grouprl.extras import how_to_install
 
 EXTRAS = {
@@ -66,15 +66,10 @@ def cannot_make_message(name: str, given: Mapping[str, Any], error: Exception) -
     """What to say of an environment whose constructor failed."""
     arguments = f" with {shown(dict(given), 200)}" if given else ""
     return (
-        f"{name} cannot be made{arguments}: {_said(error)}. "
+        f"{name} cannot be made{arguments}: {error_text(error)}. "
         "It must be a gymnasium.Env with an observation_space and an action_space; constructor arguments go in "
         "env_kwargs (--env KEY=VALUE) for an id, or into a callable such as lambda: MyEnv(size=3)"
     )
-
-
-def _said(error: BaseException) -> str:
-    kind, text = type(error).__name__, first_line(error)
-    return kind if text == kind else f"{kind}: {text}"
 
 
 def environment_error(error: BaseException, when: str, number: int | None = None) -> TrainingError:
@@ -86,7 +81,7 @@ def environment_error(error: BaseException, when: str, number: int | None = None
         number: the environment's, if the exception surely is one of its own code; None where a vector environment
             raised, which may mean that a worker process died.
     """
-    text, cause = first_line(error), _said(error)
+    text, cause = first_line(error), error_text(error)
     inside = number is not None
     if "unexpected keyword argument 'seed'" in text or "unexpected keyword argument 'options'" in text:
         hint = "reset must take both: def reset(self, *, seed=None, options=None)"

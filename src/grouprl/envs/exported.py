@@ -33,7 +33,7 @@ from grouprl.envs.grpo import GRPO
 from grouprl.envs.likely_observations import assembled, draw_masks, draw_observations
 from grouprl.envs.model_card import model_card
 from grouprl.envs.space_json import space_to_json
-from grouprl.errors import TrainingError, UsageError, first_line, shown
+from grouprl.errors import TrainingError, UsageError, error_text, shown
 from grouprl.extras import how_to_install, require
 from grouprl.runs import RunFolder
 from grouprl.runs.atomic_folder import atomic_folder
@@ -258,8 +258,8 @@ def _refusing(agent: GRPO) -> Iterator[None]:
     except Exception as error:  # torch's exporters raise errors of many kinds
         whose = "your network" if agent._network is not None else f"a policy from {agent.observation_space}"
         raise UsageError(
-            f"{whose} cannot be exported: {type(error).__name__}: {first_line(error)}. torch.export writes down tensor "
-            "operations; it needs a forward without branches on values and without calls of NumPy"
+            f"{whose} cannot be exported: {error_text(error)}. torch.export writes down tensor operations; it "
+            "needs a forward without branches on values and without calls of NumPy"
         ) from error
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import UsageError, error_text
 
 ROWS = 4
 
@@ -75,7 +75,7 @@ def _run(network: nn.Module, x: Tensor, n_inputs: int, n_outputs: int) -> Tensor
         out = network(x.clone())
     except Exception as error:  # whatever the user's network raises
         raise UsageError(
-            f"the network cannot take observations of shape {shape} ({type(error).__name__}: {first_line(error)}); "
+            f"the network cannot take observations of shape {shape} ({error_text(error)}); "
             f"network=... must build one for {n_inputs} inputs and {n_outputs} outputs"
         ) from error
     wanted = [len(x), n_outputs]

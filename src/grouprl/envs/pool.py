@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from grouprl.envs.env_errors import cannot_make_message
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import UsageError, error_text
 from grouprl.extras import how_to_install
 
 
@@ -27,9 +27,7 @@ def make_envpool(env_id: str, n_envs: int, kwargs: dict[str, Any], seed: int) ->
             raise UsageError(f"EnvPool is installed and cannot be imported: {error}") from error
         raise UsageError(f"EnvPool is not installed; run: {how_to_install('envpool')}") from None
     except Exception as error:  # a library of another version that it needs, say
-        raise UsageError(
-            f"EnvPool is installed and cannot be imported: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise UsageError(f"EnvPool is installed and cannot be imported: {error_text(error)}") from error
     if env_id not in envpool.list_all_envs():
         close = difflib.get_close_matches(env_id, envpool.list_all_envs(), n=3)
         raise UsageError(f"EnvPool has no environment {env_id!r}; close names: {', '.join(close) or 'none'}")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from grouprl.envs.masks import many_masks
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, error_text
 
 Array: TypeAlias = npt.NDArray[Any]
 Space: TypeAlias = spaces.Space[Any]
@@ -310,7 +310,7 @@ class ObservationCodec:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UsageError(
                 f"The observation given ({type(observation).__name__}) is not laid out as its space {self.space}: "
-                f"{type(error).__name__}: {error}. Give one observation of that space or a batch of them "
+                f"{error_text(error)}. Give one observation of that space or a batch of them "
                 "(a dict or tuple of arrays [n, ...])."
             ) from error
         if all(given[path] == shape for path, shape in self._shapes):

@@ -20,7 +20,7 @@ from grouprl.envs.env_errors import cannot_make_message, environment_error, miss
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.step_watch import StepWatch, making
 from grouprl.envs.vector import env_name, find_spec
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, first_line
 from grouprl.machine.threads import single_threaded_kernels
 from grouprl.runs.episodes import Strip
 
@@ -111,7 +111,7 @@ def _picture(env: gym.Env[Any, Any], name: str) -> Any:
     try:
         return env.render()
     except Exception as error:  # whatever the user's code raises, or Gymnasium where it has no such method
-        raise UsageError(f"{name} cannot render: {type(error).__name__}: {first_line(error)}") from error
+        raise UsageError(f"{name} cannot render: {error_text(error)}") from error
 
 
 def record_episodes(

@@ -18,7 +18,7 @@ from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 
 from grouprl.envs.env_errors import DIED
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text
 
 PATIENCE = 5.0
 """Seconds in which a worker may close its environment before it is killed."""
@@ -79,7 +79,7 @@ class Workers(AsyncVectorEnv):
         if issubclass(kind, GrouprlError):
             error: GrouprlError = kind(str(value))
         else:
-            error = TrainingError(f"environment {index} failed in its worker process: {kind.__name__}: {value}")
+            error = TrainingError(f"environment {index} failed in its worker process: {error_text(value)}")
         error.add_note(f"In the worker process:\n{trace}")
         raise error
 
@@ -108,9 +108,7 @@ def _work(index: int, make: Any, pipe: Any, parent_pipe: Any, memory: Any, error
         try:
             env = make()
         except Exception as error:
-            text = (
-                f"environment {index} cannot be made in its worker process: {type(error).__name__}: {first_line(error)}"
-            )
+            text = f"environment {index} cannot be made in its worker process: {error_text(error)}"
             errors.put((index, UsageError, text, traceback.format_exc()))
             pipe.send((None, False))
             pipe.recv()  # the parent sends something before it looks

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, shown
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, first_line, shown
 from grouprl.machine.local_exchange import LocalExchange, connect
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class Ranks:
         except Exception as error:
             if self.world > 1 and not self._have_been_told(error):
                 self._told = error
-                said = str(error) if isinstance(error, GrouprlError) else f"{type(error).__name__}: {error}"
+                said = str(error) if isinstance(error, GrouprlError) else error_text(error, whole=True)
                 with suppress(Exception):  # the others may have ended
                     self._all_gather(("error", isinstance(error, UsageError), said))
             raise

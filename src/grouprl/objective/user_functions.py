@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text
 
 TensorFunction = Callable[..., Tensor]
 """A function of three tensors; an estimator may ask for more by name."""
@@ -75,7 +75,7 @@ def _call(name: str, function: TensorFunction, *given: Tensor, **asked: Any) -> 
     except GrouprlError:
         raise
     except Exception as error:
-        raise TrainingError(f"{name} raised {type(error).__name__}: {first_line(error)}") from error
+        raise TrainingError(f"{name} raised {error_text(error)}") from error
 
 
 def own_advantages(

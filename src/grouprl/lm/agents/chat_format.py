@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from grouprl.errors import TrainingError, UsageError, first_line, shown
+from grouprl.errors import TrainingError, UsageError, error_text, first_line, shown
 from grouprl.lm.agents import tool_calls
 from grouprl.lm.agents.interaction import Message
 from grouprl.lm.agents.tool_calls import NotACallError, Schema
@@ -95,7 +95,7 @@ class ChatFormat:
             messages = self._as_model_reads([*prompt])
         except (AttributeError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{where} has tool calls that cannot be read ({type(error).__name__}: {first_line(error)}); give "
+                f"{where} has tool calls that cannot be read ({error_text(error)}); give "
                 "{'type': 'function', 'function': {'name': ..., 'arguments': {...}}} for each"
             ) from None
         if schemas and self.knows_tools:

@@ -11,10 +11,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from grouprl.errors import GrouprlError, TrainingError, shown, with_type
+from grouprl.errors import GrouprlError, TrainingError, error_text, shown, with_type
 from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
-from grouprl.lm.agents.tool_use import describe_error, reward_of
+from grouprl.lm.agents.tool_use import reward_of
 from grouprl.lm.agents.tools import bounded
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.call import is_own_metric
@@ -168,7 +168,7 @@ class Conversation:
 
     def _failed(self, error: BaseException) -> TrainingError:
         return TrainingError(
-            f"{self.name} raised {describe_error(error)} in turn {len(self.rewards) + 1} of an episode; let it say in "
+            f"{self.name} raised {error_text(error)} in turn {len(self.rewards) + 1} of an episode; let it say in "
             "its answer what is wrong, for the model to read, and end the episode if it must"
         )
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, shown
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown
 from grouprl.lm.agents.interaction import Interaction, Message
-from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, describe_error, kind_of, reward_functions
+from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, kind_of, reward_functions
 from grouprl.lm.agents.tools import Function, schema_of
 from grouprl.lm.fingerprint import digest
 from grouprl.lm.prompts import Prompt
@@ -145,7 +145,7 @@ class Interactions:
                     if inspect.isawaitable(closing):
                         self.loop.run(closing, self._timeout)
                 except (Exception, SystemExit) as error:  # the training is over, and its result stands
-                    _log.warning("%s could not be closed: %s", name_of(interaction), describe_error(error))
+                    _log.warning("%s could not be closed: %s", name_of(interaction), error_text(error))
         self.loop.close()
 
     def _name(self, row: Prompt, where: str) -> str | None:
@@ -175,7 +175,7 @@ class Interactions:
             raise
         except (Exception, SystemExit) as error:
             raise UsageError(
-                f"{called} raised {describe_error(error)}; it is called without arguments and returns an environment"
+                f"{called} raised {error_text(error)}; it is called without arguments and returns an environment"
             ) from error
         if callable(getattr(made, "begin", None)) and callable(getattr(made, "answer", None)):
             if self._functions:
@@ -204,7 +204,7 @@ def name_of(interaction: Any) -> str:
 
 
 def _cannot_begin(interaction: Interaction, where: str, error: BaseException) -> TrainingError:
-    return TrainingError(f"{name_of(interaction)} raised {describe_error(error)} when it began {where}; see its reset")
+    return TrainingError(f"{name_of(interaction)} raised {error_text(error)} when it began {where}; see its reset")
 
 
 def _checked_tools(tools: Any) -> list[Function]:

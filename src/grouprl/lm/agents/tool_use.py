@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grouprl.errors import TrainingError, UsageError, first_line, shown, with_type
+from grouprl.errors import TrainingError, UsageError, shown, with_type
 from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
 from grouprl.lm.agents.tool_calls import Schema
 from grouprl.lm.agents.tools import Function, Tools, schema_of
@@ -293,8 +293,3 @@ def _reward_function(cls: Any, name: str, is_async: bool) -> Callable[..., Any]:
     function: Any = judged_side_by_side if is_async else judged
     function.__name__ = name
     return function  # type: ignore[no-any-return]
-
-
-def describe_error(error: BaseException) -> str:
-    """An error of the user's code, for a message."""
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grouprl.errors import UsageError, first_line, shown
+from grouprl.errors import UsageError, error_text, first_line, shown
 from grouprl.lm.agents.tool_calls import Schema
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.redaction import redact
@@ -103,7 +103,7 @@ class Tools:
         except Expired:
             return Outcome(self._failed(f"{name} did not return.").text, True, True)
         except BaseException as error:  # sys.exit in a tool ends no training
-            return self._failed(f"{type(error).__name__}: {error_text(error)}")
+            return self._failed(error_text(error, whole=True))
 
     def _run(self, function: Function, arguments: Mapping[str, Any]) -> Outcome:
         name = function.__name__
@@ -167,11 +167,3 @@ def bounded(text: str, most: int) -> str:
         note = f"... [cut: {len(text)} characters]"
         text = text[: most - len(note)] + note
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def error_text(error: BaseException) -> str:
-    """The message of an error of the user's code, whatever its class does."""
-    try:
-        return str(error)
-    except Exception:  # a __str__ that raises: the class of the error is said beside it
-        return ""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grouprl.errors import TrainingError, UsageError, first_line
+from grouprl.errors import TrainingError, UsageError, error_text, first_line
 from grouprl.lm.engines.engine import Answer, Request, Weights, drawing
 from grouprl.lm.models.context import context_length
 from grouprl.lm.settings.config import GRPOConfig
@@ -157,4 +157,4 @@ def _reason(error: BaseException) -> str:
     """What was wrong first, in one line: the engine's own error says only that it failed."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
+    return error_text(error)

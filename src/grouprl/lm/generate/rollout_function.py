@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.errors import GrouprlError, TrainingError, first_line, shown
+from grouprl.errors import GrouprlError, TrainingError, error_text, shown
 from grouprl.lm.generate.completions import texts_of
 from grouprl.lm.generate.episodes import Episode, overlong
 from grouprl.lm.generate.play import EpisodeGroups, samples_of_groups
@@ -111,7 +111,7 @@ class RolloutPlayer:
         except GrouprlError:
             raise
         except Exception as error:
-            raise TrainingError(f"rollout_func raised {type(error).__name__}: {first_line(error)}") from error
+            raise TrainingError(f"rollout_func raised {error_text(error)}") from error
         wanted = f"a mapping with {', '.join(_REQUIRED)}, each with {len(prompts)} entries, one for each prompt"
         if not isinstance(output, Mapping):
             raise TrainingError(f"rollout_func returned {shown(output)}; return {wanted}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grouprl.errors import error_text
 from grouprl.lm.models.context import read_setting, rotates_by_length
 from grouprl.lm.packed import attention
 from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec, PackedAttention, UnsupportedError
@@ -155,7 +156,7 @@ def find_backbone(model: nn.Module, trial: Trial | None = None) -> tuple[Backbon
         return None, str(error)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         # A model may raise any of these errors when it does not know the packed form of the call.
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None, error_text(error)
     if not difference < _TOLERANCE:
         return None, f"log-probabilities of a packed pass differ by {difference:.2g}"
     return backbone, ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import UsageError, error_text
 from grouprl.lm.packed.experts import Experts
 from grouprl.lm.packed.trial import Trial, own_pass
 
@@ -60,7 +60,7 @@ def _trial(model: Any, coefficient: float, trial: Trial) -> Experts | str:
     except (
         AssertionError, AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError, UsageError,
     ) as error:  # fmt: skip
-        return f"{type(error).__name__}: {first_line(error)[:200]}"
+        return error_text(error)
     return (
         experts
         if difference <= _TOLERANCE * max(1.0, abs(float(own)))

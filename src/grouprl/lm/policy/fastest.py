@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import UsageError, error_text
 from grouprl.lm.engines.sampler import vllm_sampler
 from grouprl.lm.llama.trial import find_layers
 from grouprl.lm.packed.attention import UnsupportedError
@@ -130,8 +130,8 @@ def warn_if_own_pass_fails(model: Any, dtype: torch.dtype, trial: PolicyTrial) -
         trial.trial.own(dtype)
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         _log.warning(
-            "%s cannot run its own forward pass in %s, in which it is trained all the same: %s: %s",
-            _class(model), _name(dtype), type(error).__name__, first_line(error)[:200],
+            "%s cannot run its own forward pass in %s, in which it is trained all the same: %s",
+            _class(model), _name(dtype), error_text(error),
         )  # fmt: skip
 
 

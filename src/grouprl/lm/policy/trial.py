@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.errors import first_line
+from grouprl.errors import error_text
 from grouprl.lm.packed.trial import Trial
 from grouprl.lm.policy.log_probs import LogProbs
 from grouprl.lm.sample.trial import Own, own_log_probs, verdict
@@ -58,7 +58,7 @@ class PolicyTrial:
                 if weight is not None:
                     torch.autograd.grad(total, weight, allow_unused=True)
         except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
-            return f"{type(error).__name__}: {first_line(error)[:200]}"
+            return error_text(error)
         return ""
 
     def causality(self) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, shown
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.arguments import arguments_for, columns_of
 from grouprl.lm.rewards.event_loop import EventLoop, Late
@@ -286,8 +286,7 @@ def _unique(names: list[str]) -> tuple[str, ...]:
 
 
 def _failed(name: str, error: BaseException) -> TrainingError:
-    said = f"{type(error).__name__}: {first_line(error)}"
     return TrainingError(
-        f"reward function {name!r} raised {said}; let it return 0.0, or None where it does not apply, for completions "
-        "it cannot judge"
+        f"reward function {name!r} raised {error_text(error)}; let it return 0.0, or None where it does not apply, for "
+        "completions it cannot judge"
     )

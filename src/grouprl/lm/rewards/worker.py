@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from grouprl.errors import TrainingError
+from grouprl.errors import TrainingError, error_text
 
 _MEMORY = 4 << 30  # bytes: a number of a billion digits must not take the machine down
 
@@ -146,5 +146,5 @@ def serve(name: str, imports: Sequence[str]) -> None:
         try:
             answer = {"value": function(**json.loads(line))}
         except Exception as error:  # handed over, to be raised where it was called for
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": error_text(error, whole=True)}
         print(json.dumps(answer), file=answers, flush=True)

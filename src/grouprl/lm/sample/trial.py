@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouprl.errors import TrainingError, UsageError, first_line
+from grouprl.errors import TrainingError, UsageError, error_text
 from grouprl.lm.packed.trial import Trial, is_rounding, own_pass, own_terms
 from grouprl.lm.sample.draw import SamplingSettings
 from grouprl.lm.sample.rows import Completion
@@ -46,7 +46,7 @@ def verdict(path: Path, dtype: torch.dtype) -> str:
         raise
     except (UsageError, AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         # A model may raise any of these errors where it does not know the form of the call or the dtype.
-        return f"{type(error).__name__}: {first_line(error)[:200]}"
+        return error_text(error)
     return f"log-probabilities differ from those of its own forward pass by {difference:.2g} nats"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grouprl.errors import GrouprlError, TrainingError, first_line, with_type
+from grouprl.errors import GrouprlError, TrainingError, error_text, with_type
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.objective.groups import LARGEST_RETURN
 from grouprl.runs.time_limit import within
@@ -122,5 +122,6 @@ class Calls:
         except (Exception, SystemExit) as error:  # an environment that exits is no end of training
             frames = traceback.extract_tb(error.__traceback__)
             place = f", at line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
-            said = f"{type(error).__name__}: {first_line(error)}"
-            raise TrainingError(f"{self.name} failed {when}: {said}; the fault is inside it{place}") from error
+            raise TrainingError(
+                f"{self.name} failed {when}: {error_text(error)}; the fault is inside it{place}"
+            ) from error

@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, first_line, shown, with_type
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown, with_type
 from grouprl.importing import load_function
 from grouprl.lm.agents.environments.games import GAMES
 from grouprl.lm.agents.environments.returned import Calls, Step
@@ -90,8 +90,7 @@ class TextEnvironment:
                 raise
             except Exception as error:  # whatever its constructor raises
                 given = f" with {shown(kwargs)}" if kwargs else ""
-                said = f"{type(error).__name__}: {first_line(error)}"
-                raise UsageError(f"environment {self.name} cannot be made{given}: {said}") from error
+                raise UsageError(f"environment {self.name} cannot be made{given}: {error_text(error)}") from error
         lacking = [method for method in ("reset", "step") if not callable(getattr(env, method, None))]
         if lacking:
             raise UsageError(
