@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grouprl.errors import UsageError, first_line, shown
+from grouprl.lm.messages import text_of
 
 TEMPLATE_COLUMN = "chat_template_kwargs"
 TOOLS_COLUMN = "tools"
@@ -38,7 +39,7 @@ class Prompt:
         last = self.prompt[-1]
         begun = self.begun
         if begun is None:
-            begun = _text(last.get("content")) if last["role"] == "assistant" else ""
+            begun = text_of(last.get("content")) if last["role"] == "assistant" else ""
         return [{"role": "assistant", "content": begun + text}]
 
 
@@ -121,7 +122,7 @@ def check_row(row: Any, index: int, name: str) -> str | list[dict[str, Any]]:
 
 def characters(prompt: str | list[dict[str, Any]]) -> int:
     """How long a prompt is before it is tokenised."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(_text(message.get("content"))) for message in prompt)
+    return len(prompt) if isinstance(prompt, str) else sum(len(text_of(message.get("content"))) for message in prompt)
 
 
 def _is_empty_list(value: Any) -> bool:
@@ -146,9 +147,9 @@ def _check_messages(messages: list[Any], where: str) -> None:
         says = any(value is not None for key, value in message.items() if key not in ("role", "content", "name"))
         if content is None and not says:
             raise UsageError(f"{where} has the message {shown(message)}, which says nothing; remove the row")
-        if message["role"] == "user" and not _text(content).strip():
+        if message["role"] == "user" and not text_of(content).strip():
             raise UsageError(f"{where} has the empty message {shown(message)}; remove the row")
-        _check_text(_text(content), where)
+        _check_text(text_of(content), where)
 
 
 def _check_text(text: str, where: str) -> None:
@@ -214,7 +215,7 @@ def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     Datasets give every message the keys of all, with None for what was not there; templates ask for the keys.
     """
     plain = {key: value for key, value in message.items() if value is not None}
-    return {**plain, "content": _text(plain["content"])} if isinstance(plain.get("content"), list) else plain
+    return {**plain, "content": text_of(plain["content"])} if isinstance(plain.get("content"), list) else plain
 
 
 def _begun(rendered: str, content: str) -> str:
@@ -223,9 +224,3 @@ def _begun(rendered: str, content: str) -> str:
         (text for text in (content, content.lstrip(), content.rstrip(), content.strip()) if rendered.endswith(text)),
         content,
     )
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content)
-    return content or ""

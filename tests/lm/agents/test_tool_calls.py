@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from grouprl.lm.agents.tool_calls import NotACallError, as_call, as_text, described, of_json, parse
+from grouprl.lm.agents.tool_calls import NotACallError, as_call, described, of_json, parse
 from grouprl.lm.agents.tools import schema_of
+from grouprl.lm.messages import call_text
 
 
 def add(a: int, b: int) -> int:
@@ -74,8 +75,8 @@ def test_what_is_no_call_is_said_in_a_line(body: str, said: str) -> None:
 
 
 def test_a_call_is_written_as_it_is_read() -> None:
-    assert as_text(THREE_AND_FOUR) == "<tool_call>add(a=3, b=4)</tool_call>"
-    assert parse(as_text(as_call("add", {"a": "it's", "b": [None, 2.5]})), [ADD])[1][0]["function"]["arguments"] == {
+    assert call_text(THREE_AND_FOUR) == "<tool_call>add(a=3, b=4)</tool_call>"
+    assert parse(call_text(as_call("add", {"a": "it's", "b": [None, 2.5]})), [ADD])[1][0]["function"]["arguments"] == {
         "a": "it's", "b": [None, 2.5],
     }  # fmt: skip
 
@@ -115,4 +116,4 @@ def test_arguments_become_what_json_knows() -> None:
 
 
 def test_a_call_whose_arguments_are_json_text_is_shown_too() -> None:
-    assert as_text({"function": {"name": "f", "arguments": '{"x": 1}'}}) == '<tool_call>f({"x": 1})</tool_call>'
+    assert call_text({"function": {"name": "f", "arguments": '{"x": 1}'}}) == '<tool_call>f({"x": 1})</tool_call>'

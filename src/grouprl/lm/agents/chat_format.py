@@ -17,6 +17,7 @@ from grouprl.errors import TrainingError, UsageError, error_text, first_line, sh
 from grouprl.lm.agents import tool_calls
 from grouprl.lm.agents.interaction import Message
 from grouprl.lm.agents.tool_calls import NotACallError, Schema
+from grouprl.lm.messages import call_text, text_of
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.tokenising import Tokenising, read_row
 
@@ -233,13 +234,13 @@ class ChatFormat:
         for message in messages:
             is_result = message.get("role") == "tool"
             if is_result:
-                said = tool_calls.response(str(message.get("content")))
+                said = tool_calls.response(text_of(message.get("content")))
                 if after_result:
                     said = f"{read.pop()['content']}\n{said}"
                 message = {"role": "user", "content": said}
             elif message.get("tool_calls"):
-                text = "".join(map(tool_calls.as_text, message["tool_calls"]))
-                message = {"role": message["role"], "content": f"{message.get('content') or ''}{text}"}
+                text = "".join(map(call_text, message["tool_calls"]))
+                message = {"role": message["role"], "content": text_of(message.get("content")) + text}
             read.append(message)
             after_result = is_result
         return read
@@ -251,9 +252,7 @@ class ChatFormat:
         if place is None:
             return [{"role": "system", "content": said}, *messages]
         first = dict(messages[0])
-        content = first.get("content")
-        if isinstance(content, list):
-            content = "".join(str(part.get("text", "")) for part in content)
+        content = text_of(first.get("content"))
         first["content"] = f"{content}\n\n{said}" if first.get("role") == "system" else f"{said}\n\n{content}"
         return [first, *messages[1:]]
 

@@ -5,8 +5,8 @@ A call stands between ``<tool_call>`` and ``</tool_call>``, as a call in Python 
     <tool_call>add(a=3, b=4)</tool_call>
     <tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>
 
-The model is shown the first way, which is shorter and needs fewer marks to be right. Results come back between
-``<tool_response>`` and ``</tool_response>``.
+The model is shown the first way (``messages.call_text``), which is shorter and needs fewer marks to be right. Results
+come back between ``<tool_response>`` and ``</tool_response>``.
 """
 
 from __future__ import annotations
@@ -48,14 +48,6 @@ def described(schemas: Sequence[Schema]) -> str:
         "The result comes back to you. Then give the answer."
     )
     return "\n".join(lines)
-
-
-def as_text(call: Mapping[str, Any]) -> str:
-    """A call as the model writes it."""
-    function = call["function"]
-    given = function.get("arguments") or {}
-    said = ", ".join(f"{name}={value!r}" for name, value in given.items()) if isinstance(given, Mapping) else str(given)
-    return f"<tool_call>{function['name']}({said})</tool_call>"
 
 
 def response(content: str) -> str:

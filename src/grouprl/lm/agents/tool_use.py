@@ -21,6 +21,7 @@ from grouprl.errors import TrainingError, UsageError, shown, with_type
 from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
 from grouprl.lm.agents.tool_calls import Schema
 from grouprl.lm.agents.tools import Function, Tools, schema_of
+from grouprl.lm.messages import text_of
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.objective.groups import LARGEST_RETURN
@@ -192,7 +193,7 @@ class ToolUse(Interaction):
         if isinstance(observation, list) and all(
             isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in observation
         ):
-            observation = "".join(part["text"] for part in observation)
+            observation = text_of(observation)
         if observation is not None and not isinstance(observation, str):
             raise UsageError(
                 f"reset of {self.name} returned {shown(observation)} of type {type(observation).__name__}; return text "
@@ -203,10 +204,7 @@ class ToolUse(Interaction):
             empty = not prompt.strip()
         else:
             *before, last = prompt
-            content = last.get("content") or ""
-            if isinstance(content, list):
-                content = "".join(part["text"] for part in content)
-            prompt = [*before, {**last, "content": content + (observation or "")}]
+            prompt = [*before, {**last, "content": text_of(last.get("content")) + (observation or "")}]
             empty = not prompt[-1]["content"].strip()
         if empty:
             raise UsageError(

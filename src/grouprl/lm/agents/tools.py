@@ -14,6 +14,7 @@ from typing import Any
 
 from grouprl.errors import UsageError, error_text, first_line, shown
 from grouprl.lm.agents.tool_calls import Schema
+from grouprl.lm.messages import text_of
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.redaction import redact
 from grouprl.runs.time_limit import Expired, within
@@ -140,7 +141,7 @@ def plain_text(result: Any, whose: str) -> str:
     if isinstance(result, str):
         return result
     if is_text_blocks(result):
-        return "".join(part["text"] for part in result)
+        return text_of(result)
     kind: Any = type(result)
     if isinstance(result, bytes | bytearray | memoryview) or (
         kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__

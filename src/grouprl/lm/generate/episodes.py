@@ -15,6 +15,7 @@ from grouprl.lm.agents.interaction import Message
 from grouprl.lm.generate.estimate import estimate_turns
 from grouprl.lm.generate.old_policy import old_and_reference
 from grouprl.lm.generate.samples import Samples, Turns
+from grouprl.lm.messages import message_text
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.sample.turns import Sampled
@@ -189,4 +190,4 @@ def _read_before_turns(episode: Episode) -> Iterator[tuple[int, ...]]:
 
 def _written(episode: Episode) -> str:
     """What the model said in an episode, its turns on lines of their own."""
-    return "\n".join(str(m.get("content") or "") for m in episode.messages if m.get("role") == "assistant")
+    return "\n".join(message_text(m) for m in episode.messages if m.get("role") == "assistant")

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import UsageError, shown
-from grouprl.lm.agents import tool_calls
 from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.conversation import Conversation, Conversations, Rules
-from grouprl.lm.agents.interaction import Message
 from grouprl.lm.agents.interactions import Interactions, name_of
 from grouprl.lm.generate.episodes import Episode, overlong, samples_of_episodes, turn_advantages
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.generate.scored_groups import Metrics, ScoredGroups
+from grouprl.lm.messages import conversation_text
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.call import RewardCaller, total
@@ -230,7 +229,7 @@ class EpisodePlayer:
             )
             for i, (c, samples, of_all) in enumerate(zip(running, sampled, totals, strict=True))
         ]  # fmt: skip
-        texts = [said if isinstance(said, str) else written(said) for said in said]
+        texts = [said if isinstance(said, str) else conversation_text(said) for said in said]
         return EpisodeGroups(starts, group_size, episodes, texts, judged, self.weights)
 
 
@@ -247,14 +246,3 @@ def samples_of_groups(
 def group_seed(seed: int, number: int) -> int:
     """The seed from which the members of a group start: 31 bits of (seed of the run, number of the group)."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
-
-
-def written(messages: Sequence[Message]) -> str:
-    """Messages as a text for people to read."""
-    return "\n".join(f"{message['role']}: {message_text(message)}" for message in messages)
-
-
-def message_text(message: Message) -> str:
-    """What a message says, its tool calls included."""
-    calls = "".join(map(tool_calls.as_text, message.get("tool_calls") or ()))
-    return f"{message.get('content') or ''}{calls}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError, UsageError, first_line, shown
+from grouprl.lm.messages import text_of
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.explain import explained
 from grouprl.lm.models.find import HUB_KEYS, find
@@ -124,7 +125,7 @@ class RewardModel:
 
     def _text(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):
-            return prompt + (completion if isinstance(completion, str) else str(completion[-1].get("content") or ""))
+            return prompt + (completion if isinstance(completion, str) else text_of(completion[-1].get("content")))
         self.check(prompt)
         # A message that the prompt began is whole in the completion.
         begun = bool(prompt) and prompt[-1].get("role") == "assistant"

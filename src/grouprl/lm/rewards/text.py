@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.lm.messages import text_of
 
 Completion = str | Sequence[Mapping[str, Any]]
 RewardFunction = Callable[..., list[float | None]]
@@ -35,7 +36,7 @@ def _content(message: Mapping[str, Any]) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content):
-        return "".join(str(part["text"]) for part in content if part.get("type") == "text" and "text" in part)
+        return text_of([part for part in content if part.get("type") == "text"])
     raise UsageError(f"the content of a message is a string or a list of parts, got {content!r:.200}.")
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from grouprl.errors import UsageError
+from grouprl.lm.messages import text_of
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import load
 from grouprl.lm.policy.policy import Policy
@@ -58,7 +59,7 @@ class Chat:
         model, tokenizer = load_trained(folder, recipe, config, data.task)
         example: Any = data.held_out[0]["prompt"]
         before = [] if bare or isinstance(example, str) else example[:-1]
-        shown = example if isinstance(example, str) else example[-1]["content"]
+        shown = example if isinstance(example, str) else text_of(example[-1].get("content"))
         return cls(model, tokenizer, config, before, isinstance(example, str), sampled, f"{recipe.task}; try: {shown}")
 
     def ask(self, question: str) -> str:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from grouprl.errors import UsageError
-from grouprl.lm.agents.interaction import Message
-from grouprl.lm.agents.tool_calls import as_text
 from grouprl.lm.generate.collect import EVALUATION_STARTS
 from grouprl.lm.generate.episodes import Episode
+from grouprl.lm.messages import message_text, text_of
 from grouprl.lm.run.trained import Trained, open_trained
 from grouprl.lm.sample.streams import EVALUATION, Stream
 from grouprl.runs import RunFolder
@@ -43,7 +42,7 @@ class Watching:
                 "seed, q ends it"
             )
         else:
-            question = first if isinstance(first, str) else first[-1]["content"]
+            question = first if isinstance(first, str) else text_of(first[-1].get("content"))
             self.about = f"{trained.recipe.subject}; try: {question} (an empty line ends it)"
 
     @classmethod
@@ -90,7 +89,7 @@ def _said(episode: Episode) -> Iterator[str]:
     turn = 0
     for i, message in enumerate(episode.messages):
         model = i in episode.spoken
-        yield f"{'model' if model else message['role']}: {_text(message)}"
+        yield f"{'model' if model else message['role']}: {message_text(message).strip()}"
         if model:
             reward = episode.rewards[turn]
             turn += 1
@@ -99,8 +98,3 @@ def _said(episode: Episode) -> Iterator[str]:
     end = "ended" if episode.terminated else "was cut off"
     solved = {0.0: ", not solved", 1.0: ", solved"}.get(episode.metrics.get("success", -1.0), "")
     yield f"{turn} turns, return {sum(episode.rewards):g}; the episode {end}{solved}"
-
-
-def _text(message: Message) -> str:
-    calls = [as_text(call) for call in message.get("tool_calls") or []]
-    return " ".join(part for part in (str(message.get("content") or "").strip(), *calls) if part)

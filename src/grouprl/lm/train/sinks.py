@@ -11,6 +11,7 @@ from typing import Any
 
 from grouprl.doctor import Watch
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.messages import message_text
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.trackers import OWN_TRACKERS
 from grouprl.lm.train.evaluation import HeldOut
@@ -306,7 +307,7 @@ def _shown(samples: Samples, step: int, n: int | None) -> str:
     lines = [f"--- completions of step {step}"]
     for i in range(min(n or len(samples), len(samples))):
         prompt = samples.prompts[int(samples.group[i])].prompt
-        asked = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+        asked = prompt if isinstance(prompt, str) else message_text(prompt[-1])
         lines.append(f"reward {float(samples.returns[i]):8.3f} | {asked!r} -> {samples.texts[i]!r}")
     return "\n".join(lines)
 

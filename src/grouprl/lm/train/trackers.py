@@ -8,6 +8,7 @@ from typing import Any
 
 from grouprl.errors import UsageError, first_line
 from grouprl.lm.generate.samples import Samples
+from grouprl.lm.messages import conversation_text
 from grouprl.lm.settings.trackers import OWN_TRACKERS
 from grouprl.lm.train.transcripts import transcripts_of
 
@@ -46,7 +47,7 @@ def table_of(samples: Samples, names: Sequence[str], step: int) -> tuple[list[st
 
 
 def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in prompt)
+    return prompt if isinstance(prompt, str) else conversation_text(prompt)
 
 
 def _plain(value: Any) -> Any:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from grouprl.lm.agents.interaction import Message
 from grouprl.lm.generate.episodes import Episode
-from grouprl.lm.generate.play import message_text
 from grouprl.lm.generate.samples import Samples, Turns
 from grouprl.lm.generate.scored_groups import ScoredGroups
+from grouprl.lm.messages import message_text
 from grouprl.lm.prompts import Prompt
 from grouprl.objective.packed import segment_sum
 from grouprl.runs.transcripts import Transcript
