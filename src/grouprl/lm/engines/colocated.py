@@ -16,6 +16,7 @@ import torch
 from grouprl.errors import TrainingError, UsageError, error_text, first_line
 from grouprl.lm.engines.engine import Answer, Request, Weights, drawing
 from grouprl.lm.models.context import context_length
+from grouprl.lm.models.core import core_of
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.machine.ranks import ALONE, Ranks
 
@@ -46,7 +47,7 @@ class ColocatedEngine:
 
     def __init__(self, model: Any, config: GRPOConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> None:
         self.dtype = dtype
-        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        whole = core_of(model)
         device = next(model.parameters()).device
         for name, value in _BEFORE.items():
             os.environ.setdefault(name, value)

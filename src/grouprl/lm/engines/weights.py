@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grouprl.errors import UsageError
 from grouprl.learning.shards import is_sharded, whole
 from grouprl.lm.models.adapters import has_adapters
+from grouprl.lm.models.core import core_of
 
 _BASE = ".base_layer."
 
@@ -39,7 +40,7 @@ def hub_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     Merged weights are new tensors, and the model's own stay as they are, bit for bit. A sharded model is gathered one
     weight at a time, so all processes must take all of its weights.
     """
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = core_of(model)
     state = dict(core.state_dict())
     if has_adapters(model):
         state = _merged(core, state)

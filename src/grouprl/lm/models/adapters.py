@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grouprl.errors import UsageError, first_line
 from grouprl.learning.shards import held, is_sharded, place_of, put, sharded_like
+from grouprl.lm.models.core import is_in_peft
 from grouprl.lm.models.find import find_local
 from grouprl.lm.models.gguf_file import read_gguf
 from grouprl.lm.models.weight_files import difference, read, some
@@ -75,7 +76,7 @@ def save_adapters(model: Any, folder: Path, state: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     embeddings = _embeddings_differ(model)
-    options = {"save_embedding_layers": embeddings} if _is_peft_model(model) else {}
+    options = {"save_embedding_layers": embeddings} if is_in_peft(model) else {}
     model.save_pretrained(folder, state_dict=dict(state), **options)
     own = model.state_dict()
     kept = {id(value) for name in _saved(model) for value in _in_peft_format(model, name, state, embeddings).values()}
@@ -105,14 +106,9 @@ def saved_names(model: Any, state: Mapping[str, Tensor]) -> set[str]:
     return trained | {name for name, value in state.items() if id(value) in chosen}
 
 
-def _is_peft_model(model: Any) -> bool:
-    """Whether it is PEFT's model around one of transformers, and not one of transformers with an adapter inside."""
-    return hasattr(model, "get_base_model")
-
-
 def _saved(model: Any) -> list[str]:
     """The adapters that are in files: all, but of a model of transformers' own the active one alone."""
-    return [*model.peft_config] if _is_peft_model(model) else _active(model)
+    return [*model.peft_config] if is_in_peft(model) else _active(model)
 
 
 def _active(model: Any) -> list[str]:
@@ -130,7 +126,7 @@ def _in_peft_format(
     values: dict[str, Tensor] = get_peft_model_state_dict(
         model, None if state is None else dict(state), adapter_name=name, save_embedding_layers=embeddings
     )
-    prefix = "" if _is_peft_model(model) else _PREFIX
+    prefix = "" if is_in_peft(model) else _PREFIX
     return {prefix + key: value for key, value in values.items()}
 
 
@@ -222,7 +218,7 @@ def load_adapters(model: Any, folder: Path) -> None:
 
 def _places_of(model: Any, folder: Path) -> dict[str, Path]:
     """Where in ``folder`` the adapters of ``model`` lie, by name."""
-    inside = _is_peft_model(model)
+    inside = is_in_peft(model)
     places = {name: folder / name if inside and name != "default" else folder for name in _saved(model)}
     absent = [name for name, place in places.items() if not (place / WEIGHTS).is_file()]
     if absent:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from grouprl.errors import UsageError
 from grouprl.learning.shards import is_sharded, place_of, whole
 from grouprl.lm.models.adapters import CONFIG, REST, WEIGHTS, adapter_places, has_adapters, save_adapters, saved_names
+from grouprl.lm.models.core import is_in_peft
 from grouprl.lm.models.generation_config import writable_generation_config
 from grouprl.runs.atomic_folder import atomic_folder
 from grouprl.runs.files import user_path
@@ -44,7 +45,7 @@ def save_model(
     """
     with atomic_folder(user_path(path), _check_replaceable) as folder:
         save = save_adapters if has_adapters(model) else _save_plain
-        with nullcontext() if hasattr(model, "get_base_model") else writable_generation_config(model, folder):
+        with nullcontext() if is_in_peft(model) else writable_generation_config(model, folder):
             save(model, folder, independent_state(model) if state is None else state)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

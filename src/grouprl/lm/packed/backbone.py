@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from grouprl.errors import error_text
 from grouprl.lm.models.context import read_setting, rotates_by_length
+from grouprl.lm.models.core import core_of
 from grouprl.lm.packed import attention
 from grouprl.lm.packed.attention import AttentionPlan, AttentionSpec, PackedAttention, UnsupportedError
 from grouprl.lm.packed.low_precision import LowPrecision, is_touched
@@ -44,7 +45,7 @@ class Backbone:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.core: Any = core_of(model)
         self.head: Any = self.core.get_output_embeddings()
         self.decoder: Any = self.core.get_decoder() if hasattr(self.core, "get_decoder") else None
         if self.decoder is None or self.decoder is self.core or type(self.head) is not nn.Linear:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import UsageError
+from grouprl.lm.models.core import core_of
 from grouprl.lm.packed.packing import Group
 
 
@@ -46,7 +47,7 @@ class Experts:
     """
 
     def __init__(self, model: Any, coefficient: float) -> None:
-        core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        core: Any = core_of(model)
         settings = core.config.get_text_config()
         k = getattr(core, "num_experts_per_tok", None)
         self.k = int(settings.num_experts_per_tok if k is None else k)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from grouprl.errors import UsageError, error_text
+from grouprl.lm.models.core import core_of
 from grouprl.lm.packed.experts import Experts
 from grouprl.lm.packed.trial import Trial, own_pass
 
@@ -30,7 +31,7 @@ def find_experts(model: Any, coefficient: float | None, trial: Trial) -> Experts
     weight = (getattr(settings, "router_aux_loss_coef", None) or 0.0) if coefficient is None else coefficient
     if not weight or (coefficient is None and not routes):
         return None
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = core_of(model)
     wrong = _trial(model, float(weight), trial) if routes else "its configuration has no output_router_logits"
     if isinstance(wrong, Experts):
         return wrong

@@ -12,6 +12,7 @@ from torch import nn
 from grouprl.errors import UsageError, error_text
 from grouprl.lm.engines.sampler import vllm_sampler
 from grouprl.lm.llama.trial import find_layers
+from grouprl.lm.models.core import core_of
 from grouprl.lm.packed.attention import UnsupportedError
 from grouprl.lm.packed.backbone import Backbone, find_backbone
 from grouprl.lm.packed.low_precision import LowPrecision
@@ -176,8 +177,7 @@ def has_dropout(model: Any) -> bool:
 
 
 def _class(model: Any) -> str:
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(core).__name__
+    return type(core_of(model)).__name__
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grouprl.errors import TrainingError, UsageError, first_line
+from grouprl.lm.models.core import core_of
 from grouprl.lm.settings.fsdp import Sharding
 from grouprl.machine.ranks import Ranks
 from grouprl.runs.shards import check_available
@@ -41,7 +42,7 @@ class ShardedModels:
 
         Raises UsageError if it cannot be sharded.
         """
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        core = core_of(model)
         _check(model, core)
         check_available()
         layers, place = _layers(core, self.sharding), type(core).__name__

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.models.core import core_of
 from grouprl.lm.packed.trial import Trial, is_rounding, own_pass, own_terms
 from grouprl.lm.sample.appending import ReadAgain
 from grouprl.lm.sample.draw import SamplingSettings
@@ -236,8 +237,7 @@ class PlainSampler:
         return f"log-probabilities than its own forward pass, by {difference:.2g} nats"
 
     def _name(self) -> str:
-        core = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return type(core).__name__
+        return type(core_of(self.model)).__name__
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
