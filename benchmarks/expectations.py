@@ -2,7 +2,7 @@
 
 python benchmarks/expectations.py
 
-Rows of evidence.yaml and presets.yaml in results/evidence and results/presets. A preset keeps what it says as long as
+Rows of evidence.yaml and presets.yaml in results/evidence and results/presets, of a preset as it is. A preset keeps what it says as long as
 there are fewer seeds than that was measured with.
 """
 
@@ -19,7 +19,6 @@ from grouprl.bench.rows import Row
 from grouprl.envs import presets
 from reporting import HERE, RESULTS, Benchmark
 
-METHOD = "grouprl-preset"
 FILES = ("evidence", "presets")
 PRESETS = HERE.parent / "src" / "grouprl" / "envs" / "presets"
 
@@ -34,7 +33,7 @@ def expectation(name: str, rows: Sequence[Row]) -> dict[str, Any]:
         "seeds": sorted(row["seed"] for row in rows),
         "steps": rows[0]["steps"],
         "measured": f"greedy, {rows[0]['greedy']['episodes']} episodes per seed; "
-        f"grouprl bench benchmarks/{name}.yaml --only '{METHOD}/{rows[0]['subject']}'",
+        f"grouprl bench benchmarks/{name}.yaml --only '{rows[0]['method']}/{rows[0]['subject']}'",
     }
 
 
@@ -48,13 +47,16 @@ def update(results: Path = RESULTS, folder: Path = PRESETS) -> dict[str, dict[st
     """Replace the blocks of presets that rows say more of; returns these blocks by preset."""
     written = {}
     for name in FILES:
-        for (subject, method), rows in Benchmark.read(HERE / f"{name}.yaml", results / name).groups.items():
-            if method != METHOD or rows[0]["preset"] != subject:
+        for rows in Benchmark.read(HERE / f"{name}.yaml", results / name).groups.values():
+            named = rows[0]["preset"]
+            if named is None:
                 continue
-            if len(rows) >= len(presets.load(subject).expect.get("seeds", [])):
-                path = folder / f"{subject}.yaml"
-                written[subject] = expectation(name, rows)
-                path.write_text(with_expectation(path.read_text(encoding="utf-8"), written[subject]), encoding="utf-8")
+            preset = presets.load(named)
+            as_it_is = (rows[0]["env_id"], rows[0]["steps"]) == (preset.env_id, preset.total_timesteps)
+            if as_it_is and not rows[0]["settings"] and len(rows) >= len(preset.expect.get("seeds", [])):
+                path = folder / f"{named}.yaml"
+                written[named] = expectation(name, rows)
+                path.write_text(with_expectation(path.read_text(encoding="utf-8"), written[named]), encoding="utf-8")
     return written
 
 

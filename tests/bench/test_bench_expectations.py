@@ -27,9 +27,14 @@ def copied(tmp_path: Path, *names: str) -> Path:
 def test_rows_replace_what_a_preset_says_of_itself_and_nothing_else(tmp_path: Path) -> None:
     folder = copied(tmp_path, "Acrobot-v1", "script")
     made_rows.write(
-        tmp_path / "evidence", "evidence.yaml", {"grouprl-preset/Acrobot-v1": [-80.0, -81.0, -82.0, -83.0, -90.0]}
+        tmp_path / "evidence",
+        "evidence.yaml",
+        {
+            "grouprl-preset/Acrobot-v1": [-80.0, -81.0, -82.0, -83.0, -90.0],
+            "tutorial-script/CartPole-v1": [500.0, 400.006, 450.0],
+            "tutorial-script/Acrobot-v1": [-500.0] * 5,  # not the environment that the preset is for
+        },
     )
-    made_rows.write(tmp_path / "presets", "presets.yaml", {"grouprl-preset/script": [500.0, 400.006]})
     assert set(expectations.update(tmp_path, folder)) == {"Acrobot-v1", "script"}
     for name, expected in (
         (
@@ -44,9 +49,10 @@ def test_rows_replace_what_a_preset_says_of_itself_and_nothing_else(tmp_path: Pa
         (
             "script",
             {
-                "mean_return": 450.0, "lowest_seed": 400.01, "highest_seed": 500.0, "seeds": [0, 1], "steps": 100_000,
-                "measured": "greedy, 100 episodes per seed; grouprl bench benchmarks/presets.yaml --only "
-                "'grouprl-preset/script'",
+                "mean_return": 450.0, "lowest_seed": 400.01, "highest_seed": 500.0, "seeds": [0, 1, 2],
+                "steps": 100_000,
+                "measured": "greedy, 100 episodes per seed; grouprl bench benchmarks/evidence.yaml --only "
+                "'tutorial-script/CartPole-v1'",
             },
         ),
     ):  # fmt: skip
@@ -77,4 +83,4 @@ def test_the_command_that_a_preset_names_measures_it(name: str) -> None:
     assert command[:2] == ["grouprl", "bench"]
     assert command[3] == "--only"
     chosen = plan.read(BENCHMARKS.parent / command[2]).only(command[4:]).cells
-    assert {(cell.preset, cell.method) for cell in chosen} == {(name, expectations.METHOD)}
+    assert {(cell.preset, bool(cell.settings)) for cell in chosen} == {(name, False)}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grouprl.envs.adam import Adam
+from grouprl.envs.agreement import Agreement, about_rewards, agreement, halves
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.fused import fused_gradient
 from grouprl.envs.model_file import load_policy, model_file
@@ -88,6 +89,7 @@ class Learner:
             self.parameters, config.learning_rate, config.adam_epsilon, native=config.native, floors=floors
         )
         self.learning_rate = config.learning_rate
+        self.agreement = Agreement()
         self.updates = 0
         self.reference: Policy | None = None
         if config.beta > 0 and config.reference != "old":
@@ -147,19 +149,20 @@ class Learner:
         self.optimizer.learning_rate = self.rate(progress)
         advantages = rows(advantages)
         weights = self._weights(rollout, keep)
-        gradient_of = None
-        if mask is None and weights is None:
-            gradient_of = fused_gradient(self.policy, self.settings, inputs, actions, logp_old, advantages)
-        stats = update(
-            Batch(evaluate, logp_old, advantages, weights, gradient_of),
-            self.parameters,
-            self.optimizer,
-            self.settings,
-            self.rng,
-            self._alone if self.pool is not None and self._busy() else self.pool,
-            self.config.threads,
-            self.ranks,
-        )
+
+        def batch_for(settings: UpdateSettings) -> Batch:
+            gradient_of = None
+            if mask is None and weights is None:
+                gradient_of = fused_gradient(self.policy, settings, inputs, actions, logp_old, advantages)
+            return Batch(evaluate, logp_old, advantages, weights, gradient_of)
+
+        pool = self._alone if self.pool is not None and self._busy() else self.pool
+        who = (pool, self.config.threads, self.ranks)
+        if self.config.lr_schedule == "adaptive":
+            parts, plain = halves(rollout.lengths, keep), about_rewards(self.settings)
+            if all(map(len, parts)):
+                self.agreement.note(agreement(batch_for(plain), self.parameters, parts, plain, *who))
+        stats = update(batch_for(self.settings), self.parameters, self.optimizer, self.settings, self.rng, *who)
         self._adapt(stats.approx_kl, progress)
         self.updates += 1
         if self.config.reference == "periodic" and self.updates % self.config.reference_every == 0:
@@ -224,13 +227,16 @@ class Learner:
         return self.learning_rate
 
     def _adapt(self, approx_kl: float, progress: float) -> None:
-        """Keep an update's KL near a target that shrinks over the run (1707.06347, section 4, on the step size)."""
+        """Keep an update's KL near a target that shrinks over the run (1707.06347, section 4, on the step size).
+
+        The rate rises only where halves of recent batches agree: else noise alone would make it rise.
+        """
         if self.config.lr_schedule != "adaptive":
             return
         target = self.config.kl_target * max(1.0 - progress, self.config.lr_final)
         if approx_kl > LR_STEP * target:
             self.learning_rate = max(self.learning_rate / LR_STEP, min(LR_MIN, self.config.learning_rate))
-        elif approx_kl < target / LR_STEP:
+        elif approx_kl < target / LR_STEP and self.agreement.enough:
             self.learning_rate = min(self.learning_rate * LR_STEP, self.config.highest_learning_rate)
 
     # --- state -------------------------------------------------------------------------------------------------------
@@ -241,7 +247,10 @@ class Learner:
             tensors[f"optimizer.{key}"] = value
         if self.reference is not None:
             tensors |= {f"reference.{key}": value for key, value in self.reference.state_dict().items()}
-        return tensors, {"learning_rate": self.learning_rate, "updates": self.updates}
+        return tensors, {
+            "learning_rate": self.learning_rate, "updates": self.updates,
+            "agreement": [self.agreement.total, self.agreement.weight],
+        }  # fmt: skip
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:
         """The inverse of :meth:`state`; the policy must have been loaded before."""
@@ -253,3 +262,4 @@ class Learner:
             )
         self.learning_rate = float(values["learning_rate"])  # type: ignore[arg-type]
         self.updates = int(values["updates"])  # type: ignore[call-overload]
+        self.agreement = Agreement(*values["agreement"])  # type: ignore[misc]

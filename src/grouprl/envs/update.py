@@ -159,7 +159,7 @@ def update(
     for epoch in range(1, settings.epochs + 1):
         before = None if settings.kl_stop is None else parameters.values()
         for index in minibatches(n, settings.minibatch_size, settings.minibatch_remainder, rng):
-            parts = _gradients(batch, parameters, index, settings, totals, pool, threads, ranks)
+            parts = gradients(batch, parameters, index, settings, totals, pool, threads, ranks)
             norm_total += gradient_step(
                 parameters, optimizer, parts, settings.max_grad_norm, where=f" in epoch {epoch}", advice=_ADVICE
             )
@@ -194,7 +194,7 @@ def _moved(batch: Batch, probe: Tensor, settings: UpdateSettings) -> tuple[float
     return float(k3(old, logp).mean()), cut
 
 
-def _gradients(
+def gradients(
     batch: Batch,
     parameters: TrainedParameters,
     index: Tensor,
