@@ -46,6 +46,18 @@ def test_the_error_for_an_old_name_says_the_new_one(make, old: str) -> None:
         (BOTH[0], {"sticky_share": 0.5}, "'sticky_share' is no setting any more; leave it out"),
         (BOTH[0], {"surrogate": "dual_clip"}, "dapo with delta=3.0 is the dual clip"),
         (BOTH[1], {"advantage": "tutorial"}, "must be one of 'outcome'"),
+        (BOTH[0], {"gigpo_weight": 0.5}, "is for advantage='gigpo', and advantage is 'baseline'; leave it out"),
+        (BOTH[1], {"pass_k": 2}, "is for advantage='pass_at_k', and advantage is 'outcome'; leave it out"),
+        (
+            BOTH[1],
+            {"advantage": "opo", "scale_rewards": "batch"},
+            "is for advantage='outcome', and advantage is 'opo'; leave one of them out",
+        ),
+        (
+            BOTH[1],
+            {"advantage": "opo", "multi_objective_aggregation": "normalize_then_sum"},
+            "needs advantage='outcome', and advantage is 'opo'; leave one of them out",
+        ),
         (BOTH[1], {"loss_type": "luspo"}, "set importance_sampling_level='sequence'"),
         (
             BOTH[1],

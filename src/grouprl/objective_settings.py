@@ -107,7 +107,9 @@ def objective_problems(c: ObjectiveSettings, loss_type: str, advantage: str) -> 
     if advantage == "gigpo" and c.scale_rewards == "batch":
         found.append("scale_rewards='batch' does not go with advantage='gigpo'; set 'group' or 'none'")
     if advantage != "gigpo" and c.gigpo_weight != type(c).model_fields["gigpo_weight"].default:
-        found.append(f"gigpo_weight={c.gigpo_weight} is for advantage='gigpo', which is {advantage!r}; leave it out")
+        found.append(
+            f"gigpo_weight={c.gigpo_weight} is for advantage='gigpo', and advantage is {advantage!r}; leave it out"
+        )
     loss = LOSSES[loss_type]
     if loss.cap and (c.epsilon_high is None or c.epsilon_high <= 1):
         found.append(

@@ -83,7 +83,7 @@ def _advantage_problems(c: Fields) -> list[str]:
                     "make it so; leave it out, or choose another advantage"
                 )
     if c.pass_k is not None and c.advantage != "pass_at_k":
-        found.append(f"pass_k={c.pass_k} is for advantage='pass_at_k', which is {c.advantage!r}; leave it out")
+        found.append(f"pass_k={c.pass_k} is for advantage='pass_at_k', and advantage is {c.advantage!r}; leave it out")
     if c.pass_k is not None and c.pass_k > c.num_generations:
         found.append(f"pass_k={c.pass_k} must not exceed num_generations={c.num_generations}; lower it")
     if c.multi_objective_aggregation == "normalize_then_sum" and c.scale_rewards != "group":
@@ -94,12 +94,13 @@ def _advantage_problems(c: Fields) -> list[str]:
     if c.advantage != "outcome":
         if c.scale_rewards == "batch" and c.advantage != "gigpo":
             found.append(
-                f"scale_rewards='batch' is for advantage='outcome', which is {c.advantage!r}; leave one of them out"
+                f"scale_rewards='batch' is for advantage='outcome', and advantage is {c.advantage!r}; leave one of "
+                "them out"
             )
         if c.multi_objective_aggregation == "normalize_then_sum":
             found.append(
                 "multi_objective_aggregation='normalize_then_sum' is an estimator of its own and needs "
-                f"advantage='outcome', which is {c.advantage!r}; leave one of them out"
+                f"advantage='outcome', and advantage is {c.advantage!r}; leave one of them out"
             )
     return found
 
