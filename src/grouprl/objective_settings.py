@@ -23,11 +23,11 @@ class OneOf:
     """For an annotation: the value must be one of some names, such as those of a table.
 
     Attributes:
-        names: those that are allowed. renamed: names of before or of elsewhere, and what they are called here.
+        names: those that are allowed. elsewhere: names of other libraries and papers, and what they are called here.
     """
 
     names: tuple[str, ...]
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, value: str) -> str:
         """The value. Raises ValueError with the names that are allowed, and the nearest."""
@@ -35,8 +35,8 @@ class OneOf:
             return value
         close = difflib.get_close_matches(value, self.names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        if self.renamed.get(value, "").partition(" ")[0] in self.names:
-            hint = f"; {value!r} is called {self.renamed[value]!r} here"
+        if self.elsewhere.get(value, "").partition(" ")[0] in self.names:
+            hint = f"; {value!r} is called {self.elsewhere[value]!r} here"
         raise ValueError(f"must be one of {', '.join(map(repr, self.names))}{hint}")
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -44,16 +44,8 @@ class OneOf:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
-RENAMED_ADVANTAGES = {
-    "group": "outcome", "tutorial": "batch_returns", "grpo": "outcome", "gae": "baseline", "rloo": "leave_one_out",
-}  # fmt: skip
-RENAMED_LOSSES = {"clip": "dapo", "dual_clip": "dapo with delta=3.0"}
-
-RENAMED_SETTINGS = {
-    "surrogate": "loss_type", "clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta",
-    "kl": "kl_estimator", "scale_by_std": "scale_rewards", "adam_eps": "adam_epsilon",
-}  # fmt: skip
-"""Settings that had another name, and what they are called now."""
+ADVANTAGES_ELSEWHERE = {"grpo": "outcome", "gae": "baseline", "rloo": "leave_one_out"}
+"""Names that estimators have elsewhere."""
 
 ALIASES = {
     "lr": "learning_rate", "alpha": "learning_rate", "n_epochs": "epochs", "num_epochs": "epochs",
@@ -62,11 +54,9 @@ ALIASES = {
     "num_envs": "n_envs", "grad_clip": "max_grad_norm", "clip_grad_norm": "max_grad_norm",
     "random_state": "seed", "random_seed": "seed", "net_arch": "hidden_sizes", "activation_fn": "activation",
     "clip_eps": "epsilon", "clip_epsilon": "epsilon", "cliprange": "epsilon", "kl_coef": "beta", "kl_coeff": "beta",
+    "dual_clip": "delta", "adam_eps": "adam_epsilon",
 }  # fmt: skip
 """Names that settings have elsewhere, where the nearest name by letters would be another setting."""
-
-REMOVED_SETTINGS = ("sticky_share", "sticky_until", "sticky_guard")
-"""Settings that are constants now."""
 
 
 class ObjectiveSettings(BaseModel):
@@ -166,20 +156,14 @@ def sections(config: type[BaseModel]) -> dict[str, list[str]]:
 def unknown_setting(
     name: str, known: Collection[str], otherwise: Callable[[], str], elsewhere: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """What to say of a name that is no setting: its new name, the nearest one, or ``otherwise()``.
+    """What to say of a name that is no setting: what it is called here, the nearest name, or ``otherwise()``.
 
     Args:
         elsewhere: Names of other libraries, where the nearest name by letters would mislead: what to do instead.
     """
     if name in elsewhere:
         return f"there is no setting {name!r}: {elsewhere[name]}"
-    new = RENAMED_SETTINGS.get(name)
-    if new in known:
-        clip = ": dapo clips, dapo with delta=3.0 is the dual clip, spo is spo" if name == "surrogate" else ""
-        return f"{name!r} is called {new!r} now{clip}"
-    if (new := ALIASES.get(name)) in known:
-        return f"{name!r} is called {new!r} here"
-    if name in REMOVED_SETTINGS:
-        return f"{name!r} is no setting any more; leave it out"
+    if (ours := ALIASES.get(name)) in known:
+        return f"{name!r} is called {ours!r} here"
     close = difflib.get_close_matches(name, known, n=1)
     return f"unknown setting {name!r}; " + (f"did you mean {close[0]!r}?" if close else otherwise())

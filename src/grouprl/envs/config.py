@@ -17,8 +17,7 @@ from grouprl.objective import DIVERGENCES, ESTIMATORS
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
 from grouprl.objective_settings import (
-    RENAMED_ADVANTAGES,
-    RENAMED_LOSSES,
+    ADVANTAGES_ELSEWHERE,
     ObjectiveSettings,
     OneOf,
     explain,
@@ -68,7 +67,7 @@ class GRPOConfig(ObjectiveSettings):
     warmup_steps: int = Field(2048, ge=0, description="random steps that start the observation statistics; counted")
 
     # --- advantages ----------------------------------------------------------------------------------------------
-    advantage: Annotated[str, OneOf(_ADVANTAGES, RENAMED_ADVANTAGES)] = Field(
+    advantage: Annotated[str, OneOf(_ADVANTAGES, ADVANTAGES_ELSEWHERE)] = Field(
         "baseline", description="estimator; the table of estimators says what each computes"
     )
     gamma: float = Field(0.99, ge=0, le=1, description="discount")
@@ -94,7 +93,7 @@ class GRPOConfig(ObjectiveSettings):
     skip_without_signal: bool = Field(True, description="no update from a batch whose rewards say nothing")
 
     # --- loss ----------------------------------------------------------------------------------------------------
-    loss_type: Annotated[str, OneOf(_LOSSES, RENAMED_LOSSES)] = Field(
+    loss_type: Annotated[str, OneOf(_LOSSES)] = Field(
         "dapo", description="surrogate and how steps are averaged; the table of losses says what each computes"
     )
     entropy_coef: float = Field(0.01, ge=0, description="weight of the entropy bonus")

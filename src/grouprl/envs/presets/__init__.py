@@ -35,9 +35,6 @@ class Preset:
     expect: dict[str, Any] = field(default_factory=dict)
 
 
-_RENAMED = {"tutorial": "script", "chapter": "formula"}
-
-
 def names() -> list[str]:
     """The names of all presets, sorted."""
     folder = resources.files(__name__)
@@ -52,8 +49,6 @@ def load(name: str) -> Preset:
     """
     if not isinstance(name, str):
         raise UsageError(f"preset={name!r} must be a name, 'auto' or None; there are: {', '.join(names())}")
-    if name in _RENAMED:
-        raise UsageError(f"the preset {name!r} is called {_RENAMED[name]!r} now")
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=2)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names())}"

@@ -30,11 +30,11 @@ from grouprl.objective.correction import CorrectionMode
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
-from grouprl.objective_settings import RENAMED_ADVANTAGES, RENAMED_LOSSES, ObjectiveSettings, OneOf
+from grouprl.objective_settings import ADVANTAGES_ELSEWHERE, ObjectiveSettings, OneOf
 
 Strategy = Literal["no", "steps", "epoch"]
 
-_LOSSES_ELSEWHERE = RENAMED_LOSSES | {"gspo": "grpo with importance_sampling_level='sequence'"}
+_LOSSES_ELSEWHERE = {"gspo": "grpo with importance_sampling_level='sequence'"}
 
 
 class Fields(ObjectiveSettings):
@@ -224,7 +224,7 @@ class Fields(ObjectiveSettings):
         "sum_then_normalize",
         description="several reward functions: advantage of their sum, or sum of advantages (GDPO)",
     )
-    advantage: Annotated[str, OneOf(estimator_names(environments=False), RENAMED_ADVANTAGES)] = Field(
+    advantage: Annotated[str, OneOf(estimator_names(environments=False), ADVANTAGES_ELSEWHERE)] = Field(
         "outcome", description="estimator; the table of estimators says what each computes"
     )
     gamma: float = Field(
