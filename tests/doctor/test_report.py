@@ -139,9 +139,8 @@ def test_half_a_run_is_too_early_to_call_its_reward_flat(tmp_path: Path) -> None
         assert [one.name for one in examine(folder.path)] == found
 
 
-def test_the_goal_of_a_run_is_known_before_its_end_and_after(tmp_path: Path) -> None:
+def test_the_goal_of_a_run_is_known_before_its_end(tmp_path: Path) -> None:
     assert goal_of(run(tmp_path / "on", reward_threshold=30.0)) == 30.0
-    assert goal_of(run(tmp_path / "old", summary={"reward_threshold": 35.0})) == 35.0
     assert goal_of(run(tmp_path / "none")) is None
     assert examine(tmp_path / "on") == []  # its reward is flat, and it is solved
     assert [one.name for one in examine(tmp_path / "none")] == ["reward-flat"]

@@ -52,7 +52,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
     log.resume(1, mark)
     assert [one.step for one in read_episodes(path)] == [1]
     log.append(batch(5))
-    log.resume(4, None)  # of a checkpoint that holds no mark
+    log.resume(4, None)  # of a checkpoint from when it was not written
     assert [one.step for one in read_episodes(path)] == [1]
 
 

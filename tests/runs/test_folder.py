@@ -182,6 +182,22 @@ def test_a_damaged_configuration_is_a_usage_error_naming_the_file(tmp_path: Path
         run.read_config()
 
 
+@pytest.mark.parametrize("change", ["nothing", "a value", "the end is cut off", "written by hand"])
+def test_a_configuration_that_is_not_as_it_was_left_is_read_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    run = RunFolder.create(tmp_path, {"seed": 1, "env_id": str(tmp_path)})
+    text = run.config_path.read_text()
+    changed = {
+        "nothing": text, "a value": text.replace("seed: 1", "seed: 2"), "the end is cut off": text[: text.index("#")],
+        "written by hand": f"# mine\nenv_id: {tmp_path}\nseed: 3\n",
+    }  # fmt: skip
+    run.config_path.write_text(changed[change])
+    seed = {"a value": 2, "written by hand": 3}.get(change, 1)
+    assert run.read_config() == {"seed": seed, "env_id": str(tmp_path)}
+    assert (f"{run.config_path} is not as grouprl left it" in caplog.text) == (change != "nothing")
+
+
 def test_the_summary_is_json_in_which_nan_is_null(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, CONFIG)
     run.model_path.touch()

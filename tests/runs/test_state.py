@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from xxhash import xxh3_64
 
 from grouprl.errors import DamagedFileError, TrainingError, UsageError
 from grouprl.runs.state import check_like, load_state, read_meta, save_state, taking_up
@@ -90,7 +91,13 @@ def write_newer(path: Path) -> None:
 
 
 def write_bad_meta(path: Path) -> None:
-    save_file({}, str(path), metadata={"grouprl_format": "1", "meta": "{"})
+    found = {"grouprl_format": "2", "meta": "{", "checksums": "{}"}
+    header = json.dumps({"__metadata__": found}, sort_keys=True)
+    save_file({}, str(path), metadata={**found, "header": xxh3_64(header.encode()).hexdigest()})
+
+
+def write_without_checksum(path: Path) -> None:
+    save_file({}, str(path), metadata={"grouprl_format": "2", "meta": "{}", "checksums": "{}"})
 
 
 FOREIGN = {
@@ -107,7 +114,8 @@ FOREIGN = {
     "old torch.save": (write_old_torch, "a Python pickle"),
     "foreign safetensors": (write_foreign, "holds no state of a run"),
     "newer format": (write_newer, "'99'"),
-    "damaged meta": (write_bad_meta, "not JSON"),
+    "damaged meta": (write_bad_meta, "its meta data is not JSON"),
+    "no checksum": (write_without_checksum, "its header has lost its checksum"),
 }
 
 
@@ -194,12 +202,6 @@ def test_a_file_that_was_saved_again_by_others_is_damaged(tmp_path: Path, change
     save_file(tensors, path, metadata=header)
     with pytest.raises(DamagedFileError, match="its header is not what was saved"):
         load_state(path)
-
-
-def test_a_file_from_before_checksums_is_read_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "x", metadata={"grouprl_format": "1", "meta": "{}"})
-    assert load_state(tmp_path / "x")[0]["a"].tolist() == [1, 1]
-    assert "written by an older grouprl, without checksums" in caplog.text
 
 
 LIKE = {"a": torch.zeros(3), "n": torch.tensor(0)}

@@ -60,10 +60,8 @@ def is_language(config: Mapping[str, Any]) -> bool:
 
 
 def goal_of(folder: RunFolder) -> float | None:
-    """The return at which the environment counts as solved, as config.yaml says, or summary.json of older runs."""
+    """The return at which the environment counts as solved, as config.yaml says."""
     goal = folder.read_config().get("reward_threshold")
-    if goal is None:
-        goal = folder.read_summary().get("reward_threshold")
     try:
         return None if goal is None else float(goal)
     except (ValueError, TypeError, OverflowError) as error:

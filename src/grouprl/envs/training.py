@@ -202,9 +202,9 @@ def _agent_of(
             "next_eval": int(extra["next_eval"]),
             "next_checkpoint": int(extra["next_checkpoint"]),
             "solved_at": None if solved is None else (int(solved[0]), float(solved[1])),
-            "metrics": extra.get("metrics"),
-            "next_episodes": int(extra.get("next_episodes", 0)),
-            "episodes": extra.get("episodes"),
+            "metrics": dict(extra["metrics"]),
+            "next_episodes": int(extra["next_episodes"]),
+            "episodes": dict(extra["episodes"]),
         }
     return agent
 

@@ -133,9 +133,9 @@ _SEAL = b"# xxh3_64 of the lines above: "
 
 
 def is_sealed(data: bytes) -> bool:
-    """Whether a YAML file is as `write_yaml` sealed it, or has no seal: older ones have none."""
+    """Whether a YAML file is as `write_yaml` sealed it; one without a seal is not."""
     text, seal, checksum = data.rpartition(_SEAL)
-    return not seal or checksum.strip() == xxh3_64(text).hexdigest().encode()
+    return bool(seal) and checksum.strip() == xxh3_64(text).hexdigest().encode()
 
 
 def check_file(path: Path, kind: str, most_bytes: int | None = None) -> int:

@@ -102,7 +102,10 @@ class RunFolder(RunLayout):
             raise DamagedFileError(f"{self.config_path} is damaged: {' '.join(str(error).split())}.") from error
         if not is_sealed(data) and data not in _told:
             _told.add(data)
-            _log.warning("%s was changed or damaged since grouprl wrote it; what is there now holds", self.config_path)
+            _log.warning(
+                "%s is not as grouprl left it: somebody changed it, or it is damaged; what is there now holds",
+                self.config_path,
+            )
         config = _mapping(config, self.config_path)
         for name in ("run", "config", "env_kwargs"):
             if not isinstance(config.get(name, {}), dict):

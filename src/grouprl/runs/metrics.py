@@ -61,18 +61,17 @@ class MetricsLog:
         """What the file holds now, for a checkpoint: `resume` goes back to it."""
         return {"columns": len(self._columns), "rows": self._n_rows, **self._file.mark()}
 
-    def resume(self, step: int, mark: Mapping[str, Any] | None) -> bool:
-        """Go back to what the file was at the checkpoint of `step`, which holds `mark`; older ones hold none.
+    def resume(self, step: int, mark: Mapping[str, Any]) -> bool:
+        """Go back to what the file was at the checkpoint of `step`, which holds `mark`.
 
         If the file does not begin with that any more, this is said and rows of later steps are dropped. Returns whether
         it does.
         """
-        if mark is not None and self._cut_back(mark):
+        if self._cut_back(mark):
             return True
-        if mark is not None:
-            tell_changed(self.path, step)
+        tell_changed(self.path, step)
         self.truncate_after("step", step)
-        return mark is None
+        return False
 
     def _cut_back(self, mark: Mapping[str, Any]) -> bool:
         rows = [row[: mark["columns"]] for row in self._rows()[: mark["rows"]]]

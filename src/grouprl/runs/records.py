@@ -58,13 +58,14 @@ class RecordLog:
         return self._file.mark()
 
     def resume(self, step: int, mark: Mapping[str, Any] | None) -> None:
-        """Go back to what the file was at the checkpoint of `step`, which holds `mark`; older ones hold none.
+        """Go back to what the file was at the checkpoint of `step`, which holds `mark`; None: there was no file then.
 
-        If the file does not begin with that any more, this is said and the lines of later steps are dropped.
+        If the file does not begin with that any more, this is said. Then, and without a mark, the lines of later steps
+        are dropped.
         """
-        if mark is not None and self._cut_back(mark):
-            return
         if mark is not None:
+            if self._cut_back(mark):
+                return
             tell_changed(self.path, step)
         self.truncate_after(step)
 

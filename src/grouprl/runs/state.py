@@ -7,7 +7,6 @@ holds a checksum of each tensor and one of itself, so that a file which is not w
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,12 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 2
-_OLDER = "1"
-"""The format before checksums."""
 _EXPECTED = "Expected a state file saved by grouprl (*.safetensors)."
 _WHAT = "state file"
-
-_log = logging.getLogger("grouprl")
 
 
 def save_state(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -72,9 +67,6 @@ def load_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DamagedFileError(f"{path} is damaged or cannot be read ({error}). {_EXPECTED}") from error
-    if checksums is None:
-        _log.warning("%s was written by an older grouprl, without checksums: damage to it would not be noticed", path)
-        return tensors, meta
     for name, tensor in tensors.items():
         if checksums.get(name) != checksum(tensor):
             raise DamagedFileError(f"{path} is damaged: {name!r} is not what was saved (its checksum differs).")
@@ -150,8 +142,8 @@ def taking_up(path: Path) -> Iterator[None]:
         raise DamagedFileError(f"{path} is damaged: {first_line(error)}.") from error
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """Meta data and the checksums of the tensors, or None for a file from before there were any."""
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Meta data and the checksums of the tensors."""
     from safetensors import SafetensorError, safe_open
 
     if not os.path.lexists(path):
@@ -190,23 +182,22 @@ def _header_checksum(header: Mapping[str, Any]) -> str:
 
 def _parse_header(
     path: Path, header: Mapping[str, str], whole: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str] | None]:
-    checked = "header" in header
-    if checked and header["header"] != _header_checksum(whole):
+) -> tuple[dict[str, Any], dict[str, str]]:
+    if "header" in header and header["header"] != _header_checksum(whole):
         raise DamagedFileError(f"{path} is damaged: its header is not what was saved (its checksum differs).")
     if "grouprl_format" not in header:
         raise DamagedFileError(f"{path} is a safetensors file, but holds no state of a run or an agent. {_EXPECTED}")
     version = header["grouprl_format"]
-    if version not in (str(FORMAT_VERSION), _OLDER):
+    if version != str(FORMAT_VERSION):
         raise UsageError(
             f"{path} has state format {version!r}, but this grouprl reads format {FORMAT_VERSION}. "
             "Load it with the version of grouprl that saved it."
         )
-    if not checked and version != _OLDER:
+    if "header" not in header:
         raise DamagedFileError(f"{path} is damaged: its header has lost its checksum.")
     try:
         meta = json.loads(header.get("meta", ""))
-        checksums = json.loads(header.get("checksums", "")) if checked else None
+        checksums = json.loads(header.get("checksums", ""))
     except json.JSONDecodeError as error:
         raise DamagedFileError(f"{path} is damaged: its meta data is not JSON ({error}). {_EXPECTED}") from error
     if not isinstance(meta, dict):

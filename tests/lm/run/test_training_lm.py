@@ -460,7 +460,7 @@ def test_a_configuration_that_was_changed_is_named(
     config = out / "config.yaml"
     config.write_text(config.read_text().replace("n_eval: 8", "n_eval: 9"))
     training.evaluate(out)
-    assert f"{config} was changed or damaged since grouprl wrote it" in caplog.text
+    assert f"{config} is not as grouprl left it" in caplog.text
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

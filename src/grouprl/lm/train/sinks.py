@@ -106,7 +106,7 @@ class Sink:
         return None
 
     def resume(self, step: int, mark: Mark | None) -> None:
-        """The run goes on from a checkpoint of ``step``, which holds ``mark``."""
+        """The run goes on from a checkpoint of ``step``, which holds ``mark``; None if there was no such sink then."""
 
     def close(self) -> None:
         """The run has ended."""
