@@ -80,8 +80,6 @@ class Sweep:
     def name(self) -> str:
         """Of its study: another space or another way to search is another study."""
         what = [self.cell.as_hashed(), asdict(self.space), self.sampler, self.metric, self.prune, self.seeds]
-        if self.space.ranges:  # trials of before their numbers were rounded have rows of other settings
-            what.append("few digits")
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

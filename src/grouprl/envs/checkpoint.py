@@ -69,7 +69,7 @@ def restore(path: Path, loop: Loop, tensors: Mapping[str, Tensor], meta: Mapping
             loop.load(tensors, saved)
         except TrainingError as error:
             raise DamagedFileError(f"the actions in {path} cannot be repeated: {error}") from error
-        others = other_machine(dict(meta.get("machine", {})), _machine(loop))
+        others = other_machine(meta["machine"], _machine(loop))
         if others is not None:
             _log.warning("numbers will differ from those of a run that never stopped: %s", others)
         return dict(saved["extra"])

@@ -310,7 +310,7 @@ class Loop:
         self.sticky.load(state["sticky"])
         counters = state["counters"]
         self.seconds, self.signal_steps = counters["train_seconds"], counters["signal_steps"]
-        self.untimed_steps = counters.get("untimed_steps", 0)
-        self.batches, self.skipped = counters.get("batches", 0), Counter(counters.get("skipped", {}))
+        self.untimed_steps = counters["untimed_steps"]
+        self.batches, self.skipped = counters["batches"], Counter(counters["skipped"])
         self.recent_returns.extend(map(float, counters["recent_returns"]))
         self.recent_lengths.extend(map(int, counters["recent_lengths"]))

@@ -181,7 +181,7 @@ class PromptOrder:
                     f"{here!r}; resume with the same dataset, data_seed and shuffle_dataset"
                 )
         self._drawn = int(state["drawn"])
-        used = state.get("used", self._size)
+        used = state["used"]
         if self._used is not None and self._used != used:  # with batches of another size: at the next one's first row
             epoch, place = divmod(self._drawn, int(used))
             self._drawn = epoch * self._used + min(-(-place // self._batch) * self._batch, self._used)

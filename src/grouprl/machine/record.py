@@ -30,7 +30,7 @@ def describe_machine(*, compiled: bool, device: torch.device | str = "cpu", **ot
 
 
 def other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What differs from what was recorded ``before``, in words; None if nothing does, or nothing was recorded."""
+    """What differs from what was recorded ``before``, in words; None if nothing does."""
     differences = [
         f"{name} is {_said(now[name])} (was {_said(before[name])})"
         for name in now

@@ -45,9 +45,6 @@ from grouprl import objective
 from grouprl.errors import TrainingError, UsageError
 from grouprl.lm import GRPOConfig, GRPOTrainer, tasks
 from grouprl.lm.models.tiny import build_tiny
-from grouprl.lm.train import checkpoint
-from grouprl.runs.manifest import write_manifest
-from grouprl.runs.state import load_state, save_state
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "trl_style.py"
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -788,16 +785,6 @@ def test_resuming_where_numbers_are_computed_in_another_way_says_so(
     else:
         assert "numbers will differ from those of a run that never stopped: " in caplog.text
         assert said[other] in caplog.text
-
-
-def test_a_checkpoint_whose_completions_drew_from_one_stream_is_refused_with_advice(tmp_path: Path) -> None:
-    trainer(tmp_path, callbacks=[Stop(1)]).train()
-    file = tmp_path / "checkpoint-1" / checkpoint.STATE
-    tensors, meta = load_state(file)
-    save_state(file, tensors | {"generator": torch.Generator().get_state()}, meta)
-    write_manifest(file.parent)
-    with pytest.raises(UsageError, match="written by an older grouprl, whose completions drew from one random stream"):
-        trainer(tmp_path).train(resume_from_checkpoint=file.parent)
 
 
 def test_resuming_without_a_checkpoint_says_where_it_looked(tmp_path: Path) -> None:

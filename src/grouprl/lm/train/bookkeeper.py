@@ -292,8 +292,7 @@ class Bookkeeper:
         vars(self.counters).update(vars(Counters.from_dict(saved["counters"])))  # the sinks hold this very object
         if samples is not None:
             self.samples = samples
-        self._epoch_open = saved.get("epoch_open", False)
-        marks = saved.get("files", {})
+        self._epoch_open, marks = saved["epoch_open"], saved["files"]
         self._tell(lambda sink: sink.resume(self.state.global_step, marks.get(type(sink).__name__)))
         transcripts = self._transcripts()
         if transcripts is not None:

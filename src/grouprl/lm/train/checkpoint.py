@@ -26,7 +26,7 @@ from grouprl.runs import shards
 from grouprl.runs.files import explain_os_error, list_folder, write_json
 from grouprl.runs.folder import newest_good
 from grouprl.runs.manifest import MANIFEST, STATE_FILE, check_manifest
-from grouprl.runs.state import load_state, read_meta, save_state
+from grouprl.runs.state import load_state, read_meta, save_state, taking_up
 from grouprl.runs.temporaries import beside
 from grouprl.runs.transcripts import plain
 
@@ -82,7 +82,7 @@ def write(
         write_json(folder / "trainer_state.json", trainer_state(state))
         if checkpoint is not None:
             own = {name: value for name, value in tensors.items() if name not in sharded}
-            save_state(folder / STATE, own, {**checkpoint.meta, "listed": True})
+            save_state(folder / STATE, own, checkpoint.meta)
         if parts is not None:
             os.replace(parts, folder / shards.SHARDS)
 
@@ -151,7 +151,7 @@ def read(path: Path) -> Checkpoint:
             "folders); give the folder as the model instead"
         )
     tensors, meta = load_state(path / STATE)
-    if not check_manifest(path) and meta.get("listed"):
+    if not check_manifest(path):
         raise DamagedFileError(f"{path} is damaged: it has lost its {MANIFEST}")
     return Checkpoint(tensors, meta, path / STATE)
 
@@ -203,9 +203,10 @@ def _with_runs(output_dir: Path) -> list[tuple[float, int, Path]]:
 
 
 def _began(path: Path) -> float | None:
-    """When the run began that wrote a checkpoint; None if it does not say, 0 if it was written before runs said so."""
+    """When the run began that wrote a checkpoint; None if it does not say."""
     try:
-        return float(read_meta(path / STATE).get("began", 0.0))
+        with taking_up(path / STATE):
+            return float(read_meta(path / STATE)["began"])
     except UsageError:
         return None
 
@@ -290,7 +291,7 @@ def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source:
             raise ValueError(f"{name} of the samples has {len(tensors[name])} entries, not {size}")
     if len(meta["texts"]) != len(completions) or int(tensors["group"].max()) >= len(meta["prompts"]):
         raise ValueError("the samples are more than their texts or prompts")
-    extras = {str(name): list(column) for name, column in meta.get("extras", {}).items()}  # older ones have none
+    extras = {str(name): list(column) for name, column in meta["extras"].items()}
     if any(len(column) != len(completions) for column in extras.values()):
         raise ValueError("the columns of the samples do not fit the samples")
     if bool(torch.isnan(tensors["advantages"]).any()):
@@ -299,19 +300,18 @@ def load_samples(tensors: Mapping[str, Tensor], meta: Mapping[str, Any], source:
     if turns is not None:  # what an environment began with, which is not in the dataset
         starts = zip(prompts, meta["turns"]["prompts"], strict=True)
         prompts = [replace(prompt, prompt=begun) for prompt, begun in starts]
-    if "contents" in meta:  # older checkpoints have rows alone
-        for prompt, content in zip(prompts, meta["contents"], strict=True):
-            if digest(prompt.prompt) != content:
-                raise UsageError(
-                    f"the checkpoint holds completions of another prompt than that of row {prompt.index} of the "
-                    "train_dataset here; resume with the same dataset in the same order"
-                )
-        # As the model read them: a chat template may have put the date in.
-        ids = torch.split(tensors["prompt_ids"], tensors["prompt_lengths"].tolist())
-        prompts = [replace(prompt, ids=tuple(read.tolist())) for prompt, read in zip(prompts, ids, strict=True)]
+    for prompt, content in zip(prompts, meta["contents"], strict=True):
+        if digest(prompt.prompt) != content:
+            raise UsageError(
+                f"the checkpoint holds completions of another prompt than that of row {prompt.index} of the "
+                "train_dataset here; resume with the same dataset in the same order"
+            )
+    # As the model read them: a chat template may have put the date in.
+    ids = torch.split(tensors["prompt_ids"], tensors["prompt_lengths"].tolist())
+    prompts = [replace(prompt, ids=tuple(read.tolist())) for prompt, read in zip(prompts, ids, strict=True)]
     fields: dict[str, Any] = {name: tensors[name] for name in (*_PER_TOKEN, *_PER_SAMPLE)}
     fields |= {"texts": list(meta["texts"]), "extras": extras}
-    fields |= {"sampled_elsewhere": bool(meta.get("sampled_elsewhere", False))}
+    fields |= {"sampled_elsewhere": bool(meta["sampled_elsewhere"])}
     return Samples(prompts=prompts, completions=completions, turns=turns, **fields)
 
 

@@ -282,11 +282,6 @@ class Run:
 
     def _restore(self, saved: Checkpoint) -> None:
         setup, meta = self.setup, saved.meta
-        if "generator" in saved.tensors:
-            raise UsageError(
-                "the checkpoint was written by an older grouprl, whose completions drew from one random stream, so it "
-                "cannot be gone on with; give its folder as the model to begin a new run with its weights"
-            )
         plan, saved_plan = ({**p, "world_size": None} for p in (asdict(self.plan), meta["plan"]))
         if "samples" in meta and saved_plan != plan:
             raise UsageError(
@@ -306,7 +301,7 @@ class Run:
         self.scheduler.load_state_dict(meta["scheduler"])
         if not own:
             follow_settings(self.scheduler, rates)
-        others = other_machine(dict(meta.get("machine", {})), self._machine())
+        others = other_machine(meta["machine"], self._machine())
         if others is not None:
             _log.warning("numbers will differ from those of a run that never stopped: %s", others)
         origin.tell_changes(meta["config"], self.config)
@@ -323,7 +318,7 @@ class Run:
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
             self._divide()
-        self.book.began = meta.get("began", self.book.began)
+        self.book.began = meta["began"]
         self.book.load(meta["book"], self.samples)
 
 

@@ -120,15 +120,15 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
     for what, value in saved["tokenizer"].items():
         if value != here["tokenizer"][what]:
             yield f"the tokenizer has another {what}"
-    if saved.get("ends", here["ends"]) != here["ends"]:
+    if saved["ends"] != here["ends"]:
         yield f"its completions end with one of the tokens {saved['ends']}, here with one of {here['ends']}"
-    for what, name in saved.get("functions", {}).items():
+    for what, name in saved["functions"].items():
         if name != here["functions"][what]:
             yield f"its {what}_function was {name}, here it is {here['functions'][what]}"
-    for what, value in saved.get("acting", {}).items():
+    for what, value in saved["acting"].items():
         if value != here["acting"].get(what):
             yield f"it was played with other {what}: {shown(value)}, here {shown(here['acting'].get(what))}"
-    optimizer = saved.get("optimizer", here["optimizer"])
+    optimizer = saved["optimizer"]
     if optimizer["class"] != here["optimizer"]["class"]:
         yield f"its optimizer is {optimizer['class']}, here it is {here['optimizer']['class']}"
     elif optimizer != here["optimizer"]:

@@ -32,6 +32,7 @@ from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
+from grouprl.runs.state import taking_up
 
 Judge = RewardFunction | str | Any
 """A reward function, or a reward model: its name, or itself."""
@@ -251,8 +252,9 @@ class GRPOTrainer(ScriptMethods):
 
     def _resumed(self, folder: Path) -> Run:
         saved = checkpoint.read(folder)
-        if "origin" in saved.meta:
-            origin.check(saved.meta["origin"], self.setup, folder)
+        with taking_up(saved.file):
+            made_of = saved.meta["origin"]
+        origin.check(made_of, self.setup, folder)
         self.load_weights(folder)
         return Run(self.setup, self.book, self.evaluate, saved)
 
