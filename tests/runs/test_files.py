@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from grouprl.runs.files import (
     atomic_path,
     file_checksum,
     read_bytes,
+    rounded,
     user_path,
     write_bytes,
     write_json,
@@ -200,3 +202,20 @@ def test_a_checksum_is_that_of_all_a_file_holds(tmp_path: Path, size: int) -> No
     path = tmp_path / "file"
     path.write_bytes(os.urandom(size))
     assert file_checksum(path) == xxh3_64(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("value", "short"),
+    [
+        (-2.325e-29, -2.325e-29), (-2.32549e-29, -2.325e-29), (1e300, 1e300), (1.23456e300, 1.235e300),
+        (5e-324, 5e-324), (1.23456e-310, 1.235e-310), (-0.000123456, -0.0001235), (98765.4, 98770.0), (3, 3.0),
+        (sys.float_info.min, 2.225e-308), (sys.float_info.max, None), (float("-inf"), None), (float("nan"), None),
+    ],
+)  # fmt: skip
+def test_a_number_is_rounded_to_significant_digits_and_stays_one_that_json_has(
+    value: float, short: float | None
+) -> None:
+    made = rounded(value, 4)
+    assert made == short
+    assert json.loads(json.dumps(made, allow_nan=False)) == short
+    assert len(f"{made!r}") <= 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.objective import returns_to_go
 from grouprl.runs.episodes import Batch, Sample, picture
+from grouprl.runs.files import rounded
 
 SAMPLES = 8
 """Samples that are kept of a batch."""
@@ -24,6 +24,9 @@ POINTS = 60
 
 CHANNELS = 4
 """Numbers of the observation that are kept."""
+
+DIGITS = 4
+"""Significant digits of numbers that are kept."""
 
 FRAMES = 4
 """Pictures that are kept of a sample whose observation is one."""
@@ -108,7 +111,8 @@ def _sample(
     actions = rollout.actions[rows]
     return Sample(
         group=int(rollout.group[i]), begins=int(rollout.elapsed[start]), length=length, ended=ended,
-        total=_number(float(sums[-1])), advantage=_number(float(advantages[whole].mean())), at=at.tolist(),
+        total=rounded(float(sums[-1]), DIGITS), advantage=rounded(float(advantages[whole].mean()), DIGITS),
+        at=at.tolist(),
         observation=[] if shown is None else [_numbers(column) for column in shown.T],
         rewards=_numbers(torch.diff(sums[at + 1], prepend=sums[:1]) / torch.diff(at, prepend=torch.tensor([-1]))),
         to_go=_numbers(to_go), advantages=_numbers(advantages[rows]),
@@ -129,16 +133,5 @@ def _frames(rollout: Rollout, start: int, length: int) -> list[str]:
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    """Numbers ``[P]`` with four digits; None for what JSON has no number for."""
-    x = values.double().cpu().numpy()
-    size = np.abs(x)
-    unknown = (size == 0) | ~np.isfinite(x)
-    down = 10.0 ** (np.floor(np.log10(np.where(unknown, 1.0, size))) - 3)  # 10 to the place of the last digit
-    up = 10.0 ** (3 - np.floor(np.log10(np.where(unknown, 1.0, size))))
-    # Divided by a power of ten, and not multiplied by its inverse, a number has no stray digits at its end.
-    rounded = np.where(unknown, x, np.where(down < 1, np.round(x * up) / up, np.round(x / down) * down))
-    return [value if math.isfinite(value) else None for value in rounded.tolist()]
-
-
-def _number(value: float) -> float | None:
-    return _numbers(torch.tensor([value], dtype=torch.float64))[0]
+    """Numbers ``[P]``, rounded; None for what JSON has no number for."""
+    return [rounded(value, DIGITS) for value in values.double().tolist()]

@@ -205,6 +205,12 @@ def plain_number(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a number, a string, a list or a mapping")
 
 
+def rounded(value: float, digits: int) -> float | None:
+    """`value` to so many significant digits; None for what JSON has no number for."""
+    near = float(f"{value:.{digits}g}")
+    return near if math.isfinite(near) else None  # the largest numbers round to infinity
+
+
 def _finite(obj: Any) -> Any:
     if isinstance(obj, Mapping):
         return {key: _finite(value) for key, value in obj.items()}

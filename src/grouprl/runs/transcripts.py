@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.errors import UsageError, shown
-from grouprl.runs.files import plain_number, write_text
+from grouprl.runs.files import plain_number, rounded, write_text
 from grouprl.runs.pages import embed, fill
 from grouprl.runs.records import RecordLog, read_records
 
@@ -187,7 +187,7 @@ def _size(group: Mapping[str, Any]) -> int:
 
 def _short(value: float | None) -> float | None:
     """Six digits, more than a reader needs; None for what JSON has no number for."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+    return None if value is None else rounded(value, 6)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
