@@ -111,24 +111,24 @@ def test_runs_that_differ_only_in_the_seed_share_a_line() -> None:
     configs = [
         {"env_id": "A", "seed": seed, "config": {"lr": lr, "seed": seed}} for lr in (0.1, 0.2) for seed in (1, 2, 3)
     ]
-    groups = _group([_Run(config, EMPTY, EMPTY) for config in configs], "seed")
+    groups = _group([_Run(config, EMPTY, EMPTY) for config in configs])
     assert [[run.config["seed"] for run in group] for group in groups] == [[1, 2, 3], [1, 2, 3]]
-    assert flatten(configs[0], "seed") == {"env_id": "A", "config.lr": 0.1}
+    assert flatten(configs[0]) == {"env_id": "A", "config.lr": 0.1}
 
 
 def test_a_label_says_what_tells_a_configuration_from_the_others() -> None:
     a1 = {"env_id": "A", "seed": 1, "config": {"lr": 0.1, "n": 8}}
     a2 = {"env_id": "A", "seed": 1, "config": {"lr": 0.2, "n": 8}}
     b = {"env_id": "B", "seed": 1, "config": {"lr": 0.3, "n": 4}}
-    assert labels([a1], "seed") == ["A"]
-    assert labels([a1, a2], "seed") == ["lr=0.1", "lr=0.2"]
-    assert labels([a1, b], "seed") == ["A", "B"]
-    assert labels([a1, a2, b], "seed") == ["A, lr=0.1", "A, lr=0.2", "B"]
-    assert labels([{"seed": 1}], "seed") == ["run"]
+    assert labels([a1]) == ["A"]
+    assert labels([a1, a2]) == ["lr=0.1", "lr=0.2"]
+    assert labels([a1, b]) == ["A", "B"]
+    assert labels([a1, a2, b]) == ["A, lr=0.1", "A, lr=0.2", "B"]
+    assert labels([{"seed": 1}]) == ["run"]
 
 
 def test_labels_of_settings_that_differ_in_many_ways_differ() -> None:
-    found = labels([{"env_id": "A", "a": i, "b": i, "c": i, "d": j} for i in (1, 2) for j in (1, 2, 3)], "seed")
+    found = labels([{"env_id": "A", "a": i, "b": i, "c": i, "d": j} for i in (1, 2) for j in (1, 2, 3)])
     assert found[:3] == ["a=1, b=1, c=1, ...", "a=1, b=1, c=1, ... (2)", "a=1, b=1, c=1, ... (3)"]
     assert len(set(found)) == 6
 
@@ -137,8 +137,8 @@ def test_a_label_leaves_out_what_changes_nothing_of_learning() -> None:
     def config(total: int, **settings: object) -> dict[str, object]:
         return {"env_id": "A", "run": {"total_timesteps": total, "eval_every": total // 20}, "config": settings}
 
-    assert labels([config(100, lr=0.1), config(200, lr=0.2)], "seed") == ["lr=0.1", "lr=0.2"]
-    assert labels([config(1000), config(2000)], "seed") == [
+    assert labels([config(100, lr=0.1), config(200, lr=0.2)]) == ["lr=0.1", "lr=0.2"]
+    assert labels([config(1000), config(2000)]) == [
         "total_timesteps=1000, eval_every=50",
         "total_timesteps=2000, eval_every=100",
     ]
@@ -148,13 +148,13 @@ def test_a_preset_stands_for_its_settings_unless_two_runs_share_it() -> None:
     a = {"env_id": "A", "preset": "script", "config": {"lr": 0.1, "n": 8}}
     b = {"env_id": "A", "preset": "formula", "config": {"lr": 0.2, "n": 4}}
     c = {"env_id": "A", "preset": "formula", "config": {"lr": 0.3, "n": 4}}
-    assert labels([a, b], "seed") == ["preset=script", "preset=formula"]
-    assert labels([a, b, c], "seed")[1:] == ["preset=formula, lr=0.2, n=4", "preset=formula, lr=0.3, n=4"]
+    assert labels([a, b]) == ["preset=script", "preset=formula"]
+    assert labels([a, b, c])[1:] == ["preset=formula, lr=0.2, n=4", "preset=formula, lr=0.3, n=4"]
 
 
 def test_runs_without_a_preset_are_called_default_as_on_the_command_line() -> None:
     one, other = {"env_id": "A", "preset": None, "seed": 0}, {"env_id": "A", "preset": "formula", "seed": 0}
-    assert labels([one, other], "seed") == ["preset=default", "preset=formula"]
+    assert labels([one, other]) == ["preset=default", "preset=formula"]
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_a_setting_that_a_configuration_holds_twice_is_named_once() -> None:
     def config(rate: float) -> dict[str, object]:
         return {"task": "t", "recipe": {"config": {"lr": rate}}, "config": {"lr": rate}}
 
-    assert labels([config(0.1), config(0.2)], "seed") == ["lr=0.1", "lr=0.2"]
+    assert labels([config(0.1), config(0.2)]) == ["lr=0.1", "lr=0.2"]
 
 
 def test_one_seed_counts_once(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, seed, rows) for name, seed, rows in (("a", 0, 40), ("b", 0, 50), ("c", 1, 40))]
     loaded = [_load(run, "step", "return_mean") for run in runs]
-    [kept], notes = _without_repetitions(_group(loaded, "seed"), "seed")
+    [kept], notes = _without_repetitions(_group(loaded))
     assert kept == [loaded[1], loaded[2]]
     assert notes == ["2 runs have the same configuration and seed 0; the longest is shown"]
     assert plot_runs([run.path for run in runs], tmp_path / "x.png") == notes

@@ -38,10 +38,10 @@ def of_folders(paths: Sequence[str | os.PathLike[str]]) -> Results:
             continue
         folder = RunFolder.open(path)
         config = folder.read_config()
-        identity = json.dumps(flatten(config, "seed"), sort_keys=True, default=str)
+        identity = json.dumps(flatten(config), sort_keys=True, default=str)
         configs.setdefault(identity, config)
         runs.append((identity, folder))
-    names = dict(zip(configs, labels(list(configs.values()), "seed"), strict=True))
+    names = dict(zip(configs, labels(list(configs.values())), strict=True))
     benchmarks = of_rows(rows)
     given = [run for settings in benchmarks.runs.values() for of_one in settings.values() for run in of_one]
     given += [_result(folder, names[identity]) for identity, folder in runs]

@@ -128,7 +128,7 @@ def report(
 def _text(
     results: Results, title: str, about: str, metric: str, reference: str | None, scales: Mapping[str, Scale]
 ) -> str:
-    check_reference(results, reference)
+    _check_reference(results.settings, reference)
     require("scipy")
     against = tables.reference_of(results, reference)
     text = f"# {title}\n\n" + (f"{about}\n\n" if about else "") + tables.method(metric, against) + "\n\n"
@@ -172,7 +172,7 @@ def table_text(results: Results, metric: str, reference: str | None) -> str:
     Raises UsageError if no run is done or has the metric, or none is of the reference.
     """
     _check_some(results)
-    check_reference(results, reference)
+    _check_reference(results.settings, reference)
     text = tables.method(metric, tables.reference_of(results, reference)) + "\n\n"
     text += tables.table(results, metric, reference)
     return text + "".join(f"\nNote: {note}.\n" for note in tables.warnings(results))
@@ -192,12 +192,8 @@ def check_report(plan: Plan, metric: str, reference: str | None) -> None:
     _check_reference(list(dict.fromkeys(cell.method for cell in plan.cells)), reference)
 
 
-def check_reference(results: Results, reference: str | None) -> None:
-    """Raises UsageError if ``reference`` is not among the settings."""
-    _check_reference(results.settings, reference)
-
-
 def _check_reference(known: list[str], reference: str | None) -> None:
+    """Raises UsageError if ``reference`` is not among the settings."""
     if reference is not None and reference not in known:
         raise UsageError(f"reference={shown(reference)} has no run; there are {', '.join(known)}")
 

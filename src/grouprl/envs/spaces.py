@@ -19,6 +19,8 @@ Array: TypeAlias = npt.NDArray[Any]
 Space: TypeAlias = spaces.Space[Any]
 Path: TypeAlias = tuple[Any, ...]
 
+_MASK = "action_mask"
+"""What a Dict calls the action mask."""
 _MIN_IMAGE_SIDE = 16
 _MAX_IMAGE_CHANNELS = 16
 
@@ -140,16 +142,16 @@ class ObservationCodec:
     these, nested. All but images are concatenated into "flat" float32 [n, D]; each image (see ``_image_layout``: uint8
     of at least 16 x 16) stays apart as "image:<path>" [n, C, H, W] in its own dtype.
 
-    A leaf ``mask_key`` of a Dict, of zeros and ones, is the action mask and no input. ``mask_size`` is the size the
+    A leaf "action_mask" of a Dict, of zeros and ones, is the action mask and no input. ``mask_size`` is the size the
     action space needs: 0 means that it takes no masks; None accepts any size.
 
-    Raises UsageError for an unsupported leaf, a leaf ``mask_key`` that cannot be the action mask, or a space without
+    Raises UsageError for an unsupported leaf, a leaf "action_mask" that cannot be one, or a space without
     any input.
     """
 
-    def __init__(self, space: Space, mask_key: str = "action_mask", mask_size: int | None = None) -> None:
+    def __init__(self, space: Space, mask_size: int | None = None) -> None:
         self.space = space
-        self._mask_path, self._mask_size = _mask_leaf(space, mask_key, mask_size)
+        self._mask_path, self._mask_size = _mask_leaf(space, mask_size)
         self._flat: list[_Numbers | _OneHots] = []
         self._images: dict[str, _Image] = {}
         self._image_shapes: dict[str, tuple[int, int, int]] = {}
@@ -326,17 +328,18 @@ class ObservationCodec:
         )
 
 
-def _mask_leaf(space: Space, key: str, size: int | None) -> tuple[Path | None, int]:
+def _mask_leaf(space: Space, size: int | None) -> tuple[Path | None, int]:
     """Where the action mask stands in the space, and its size; None and 0 if there is none."""
-    found = list(_named(space, key))
+    found = list(_named(space, _MASK))
     if not found:
         return None, 0
     path, leaf = found[0]
     name = _name(path)
     if len(found) > 1:
         raise UsageError(
-            f"The observation space has {len(found)} leaves {key!r}: {', '.join(_name(where) for where, _ in found)}; "
-            "allowed is one, the mask of the actions. Rename the others."
+            f"The observation space has {len(found)} leaves {_MASK!r}: "
+            f"{', '.join(_name(where) for where, _ in found)}; allowed is one, the mask of the actions. Rename the "
+            "others."
         )
     shape = tuple(leaf.shape or ())
     zeros_and_ones = (

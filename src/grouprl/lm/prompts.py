@@ -247,7 +247,7 @@ def room_for_prompts(
     return room, f"the model's context of {context_length} less max_completion_length={max_completion_length}"
 
 
-def prepare_starts(dataset: Any, *, needs_prompt: bool, name: str = "train_dataset") -> PromptSource:
+def prepare_starts(dataset: Any, name: str = "train_dataset", *, needs_prompt: bool) -> PromptSource:
     """The rows of a dataset as starts of episodes: what the model reads is made of them when an episode begins.
 
     Args:

@@ -72,15 +72,13 @@ def plot_runs(
     x: str = "step",
     y: str = "return_mean",
     threshold: float | None = None,
-    group_by: str = "seed",
 ) -> list[str]:
     """Draw the learning curves of runs into the picture `out`, one line per configuration.
 
-    Runs whose configurations differ only in `group_by` share a line: their mean, with a 95 % bootstrap interval of the
-    mean (their range where they are fewer than five), over the steps that all of them reached. Of runs that are equal
-    in `group_by` too, such as two of one seed, the longest counts. A lone run is shown as it is, faintly, under its
-    moving average. Evaluations of the same quantity (columns eval_return, eval_reward), where there are any, are dots.
-    `threshold` is a dashed line.
+    Runs whose configurations differ only in the seed share a line: their mean, with a 95 % bootstrap interval of the
+    mean (their range where they are fewer than five), over the steps that all of them reached. Of runs that have the
+    same seed too the longest counts. A lone run is shown as it is, faintly, under its moving average. Evaluations of
+    the same quantity (columns eval_return, eval_reward), where there are any, are dots. `threshold` is a dashed line.
 
     Returns notes: which runs were left out, and why.
 
@@ -93,8 +91,8 @@ def plot_runs(
         raise UsageError("No runs to plot. Give at least one run folder.")
     runs = [_load(RunFolder.open(path), x, y) for path in run_paths]
     words = wording(runs[0].config)
-    groups, notes = _without_repetitions(_group(runs, group_by), group_by)
-    names = labels([group[0].config for group in groups], group_by)
+    groups, notes = _without_repetitions(_group(runs))
+    names = labels([group[0].config for group in groups])
 
     figure = Figure(figsize=(7.0, 4.3), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -143,36 +141,36 @@ def _load(folder: RunFolder, x: str, y: str) -> _Run:
     return _Run(folder.read_config(), curve, points(_EVALUATION_OF.get(y, "")))
 
 
-def flatten(config: Mapping[str, Any], group_by: str, prefix: str = "") -> dict[str, Any]:
-    """{"config": {"lr": 1}} -> {"config.lr": 1}, without the keys called `group_by`."""
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"config": {"lr": 1}} -> {"config.lr": 1}, without the keys called seed."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if key == group_by or prefix + key == group_by:
+        if key == "seed":
             continue
         if isinstance(value, Mapping):
-            flat |= flatten(value, group_by, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
 
 
-def _group(runs: Sequence[_Run], group_by: str) -> list[list[_Run]]:
+def _group(runs: Sequence[_Run]) -> list[list[_Run]]:
     groups: dict[str, list[_Run]] = {}
     for run in runs:
-        identity = json.dumps(flatten(run.config, group_by), sort_keys=True, default=str)
+        identity = json.dumps(flatten(run.config), sort_keys=True, default=str)
         groups.setdefault(identity, []).append(run)
     return list(groups.values())
 
 
-def _without_repetitions(groups: Sequence[Sequence[_Run]], group_by: str) -> tuple[list[list[_Run]], list[str]]:
+def _without_repetitions(groups: Sequence[Sequence[_Run]]) -> tuple[list[list[_Run]], list[str]]:
     """Of runs of one configuration and one seed the longest, and a note on each seed that was there several times."""
     kept, notes = [], []
     for group in groups:
         by_seed: dict[str, list[_Run]] = {}
         for run in group:
-            by_seed.setdefault(str(run.config.get(group_by)), []).append(run)
+            by_seed.setdefault(str(run.config.get("seed")), []).append(run)
         notes += [
-            f"{len(same)} runs have the same configuration and {group_by} {seed}; the longest is shown"
+            f"{len(same)} runs have the same configuration and seed {seed}; the longest is shown"
             for seed, same in by_seed.items()
             if len(same) > 1
         ]
@@ -180,12 +178,12 @@ def _without_repetitions(groups: Sequence[Sequence[_Run]], group_by: str) -> tup
     return kept, notes
 
 
-def labels(configs: Sequence[Mapping[str, Any]], group_by: str) -> list[str]:
+def labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each configuration the settings that tell it from others with the same env_id, and the env_id if it must.
 
     A label names three settings at most. Those that would be the same are numbered.
     """
-    flat = [flatten(config, group_by) for config in configs]
+    flat = [flatten(config) for config in configs]
     found = []
     for own in flat:
         rivals = [other for other in flat if subject_of(other) == subject_of(own)]

@@ -206,7 +206,6 @@ def test_the_bare_form_is_the_characters_alone():
 
 @BY_NAME
 def test_a_task_says_what_it_is_and_survives_pickling(task):
-    assert task.about
     assert task.max_completion_length >= 6
     assert pickle.loads(pickle.dumps(task)) == task
     assert tasks.get(task.name) == task

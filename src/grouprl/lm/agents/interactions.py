@@ -65,7 +65,6 @@ class Interactions:
         )
         self._kinds: dict[type, Kind] = {}
         self._idle: dict[str | None, list[Interaction]] = {}
-        self._names: dict[int, str | None] = {}
         if not self._factories:
             raise UsageError("environment_factory is an empty mapping; give {'name': factory}")
         first = {name: self._make(name) for name in self._factories}

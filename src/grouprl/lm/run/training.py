@@ -95,7 +95,7 @@ def train(
     recipe = source if isinstance(source, Recipe) else recipes.load(source)
     chosen = {*changes, *(() if source in recipes.names() else recipe.config)}
     recipe = recipe.changed(changes)
-    ranks = _meet(_settings({**_defaults(recipe), **recipe.config}, out, progress_bar))
+    ranks = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar).join()
     with ranks.telling():
         out = ranks.once(lambda: str(user_path(out).absolute()))
         ranks.once(lambda: RunFolder(Path(out)).check_free(overwrite))
@@ -105,10 +105,6 @@ def train(
             )
         with RunFolder(Path(out)).locked() if ranks.first else nullcontext():
             return _train(recipe, out, overwrite, progress_bar, announce, evaluated, ranks, chosen)
-
-
-def _meet(config: GRPOConfig) -> Ranks:
-    return config.join()
 
 
 def _train(
@@ -144,7 +140,7 @@ def resume(path: str | os.PathLike[str], *, steps: int | None = None, progress_b
     """
     folder = RunFolder.open(path)
     hide_file_bars()
-    ranks = _meet(_settings_of(folder, progress_bar)[1])
+    ranks = _settings_of(folder, progress_bar)[1].join()
     with ranks.telling(), folder.locked() if ranks.first else nullcontext():
         return _resume(folder, steps, progress_bar, ranks)
 

@@ -17,7 +17,6 @@ class Arithmetic(Task):
     operations: str = "+-*"
 
     name = "arithmetic"
-    about = "What is 17 + 25?; 1 if the last integer of the reply is the result"
     max_completion_length = 16
     system = RESULT_ONLY
 

@@ -29,7 +29,6 @@ class Countdown(Task):
     n_numbers: int = 3
 
     name = "countdown"
-    about = "reach a target with given numbers; 1 if the expression does, 0.1 if it merely uses the right numbers"
     system = "You answer with one expression only."
     shots = ((_question([2, 5, 9], 43), "5 * 9 - 2"), (_question([4, 6, 10], 16), "(10 - 6) * 4"))
     needs = ("numbers", "target")

@@ -24,7 +24,6 @@ class LetterCount(Task):
     n_words: int = 2
 
     name = "letter-count"
-    about = "how often a letter occurs in some words; 1 if the last integer of the reply is that number"
     max_completion_length = 8
     system = RESULT_ONLY
     shots = ((_question("o", "door stone"), "3"), (_question("u", "bird wall"), "0"))

@@ -27,7 +27,6 @@ class MultiDigit(Task):
     tool: str | None = None
 
     name = "multi-digit"
-    about = "What is 482 * 731?; 1 if the last integer of the reply is the result"
     max_completion_length = 24
     system = RESULT_ONLY
 

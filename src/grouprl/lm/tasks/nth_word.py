@@ -24,7 +24,6 @@ class NthWord(Task):
     n_words: int = 4
 
     name = "nth-word"
-    about = "which word of a list stands third; 1 if the reply is that word"
     max_completion_length = 6
     system = RESULT_ONLY
     shots = (

@@ -78,11 +78,6 @@ class ReasoningGym(Task):
         """reasoning-gym:NAME."""
         return PREFIX + self.dataset
 
-    @property
-    def about(self) -> str:
-        """What is asked is the business of reasoning-gym."""
-        return f"{self.dataset} of reasoning-gym; the score of its own scorer"
-
     def draw(self, rng: random.Random) -> Example:
         """An example of either split. Column: entry, the entry of reasoning-gym as JSON."""
         entry = _create(self.dataset, self.options, seed=rng.randrange(2**31))[0]

@@ -57,7 +57,6 @@ class Reverse(_Strings):
     """`length` letters from a to p, backwards."""
 
     name = "reverse"
-    about = "letters in reverse order; the share of places that are right"
     alphabet = "abcdefghijklmnop"
     instruction = "Reverse the letters"
     shots = (("Reverse the letters: kfbaoe", "eoabfk"), ("Reverse the letters: chmpge", "egpmhc"))
@@ -72,7 +71,6 @@ class Sort(_Strings):
     """`length` digits, smallest first."""
 
     name = "sort"
-    about = "digits from small to large; the share of places that are right"
     alphabet = "0123456789"
     instruction = "Sort the digits from small to large"
     shots = (

@@ -54,11 +54,6 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def about(self) -> str:
-        """One sentence: what is asked and how a reply is scored."""
-
-    @property
-    @abstractmethod
     def max_completion_length(self) -> int:
         """Tokens that a reply needs at most."""
 

@@ -16,7 +16,7 @@ from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.policy.policy import Policy
-from grouprl.lm.prompts import PromptSource, prepare_starts, room_for_prompts
+from grouprl.lm.prompts import PromptSource, room_for_prompts
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.rewards.model import RewardModel, with_models
 from grouprl.lm.settings.batch_plan import BatchPlan
@@ -120,11 +120,6 @@ def _caller(
         [*own, *interactions.rewards], weights, config.reward_timeout, alone=not interactions.gives_rewards,
         loop=interactions.loop,
     )  # fmt: skip
-
-
-def read_starts(dataset: Any, name: str, *, needs_prompt: bool) -> PromptSource:
-    """The rows of a dataset as starts of episodes. Raises UsageError if they cannot be used."""
-    return prepare_starts(dataset, needs_prompt=needs_prompt, name=name)
 
 
 def starts_without_rows(config: GRPOConfig, plan: BatchPlan, interactions: Interactions) -> list[dict[str, Any]]:
