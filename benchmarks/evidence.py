@@ -156,7 +156,10 @@ def first_reach(runs: list[Result], target: float) -> tuple[float, float] | None
 
 
 def wall_clock(results: Results) -> str:
-    """For each environment what each method needs to reach PPO's final score; last, how often each is the first."""
+    """For each environment what each method needs to reach PPO's final score; last, how often each is the first.
+
+    A preset that sets nothing is the default, and its runs are the same ones: then both are the first.
+    """
     methods = results.settings
     lines = [["environment", "PPO's final IQM", *methods, "first"]]
     wins = dict.fromkeys(methods, 0)
@@ -171,12 +174,12 @@ def wall_clock(results: Results) -> str:
             continue
         found = {method: first_reach(runs, target) for method, runs in timed.items()}
         reached = {method: at[0] for method, at in found.items() if at is not None}
-        first = min(reached, key=lambda method: reached[method]) if len(timed) > 1 else ""
-        if any(at is not None and at[1] == 0 for at in found.values()):
-            first = "none, an untrained policy has it"
-        elif first:
-            wins[first] += 1
-        lines.append([subject, number(target), *(_reached(found, method) for method in methods), first])
+        first = [method for method, at in reached.items() if at == min(reached.values())] if len(timed) > 1 else []
+        untrained = any(at is not None and at[1] == 0 for at in found.values())
+        for method in [] if untrained else first:
+            wins[method] += 1
+        said = "none, an untrained policy has it" if untrained else ", ".join(first)
+        lines.append([subject, number(target), *(_reached(found, method) for method in methods), said])
     if len(lines) == 1:
         return ""
     lines.append(["first on so many", "", *(str(wins[method]) for method in methods), ""])

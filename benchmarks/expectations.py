@@ -2,8 +2,8 @@
 
 python benchmarks/expectations.py
 
-Rows of evidence.yaml and presets.yaml in results/evidence and results/presets, of a preset as it is. A preset keeps what it says as long as
-there are fewer seeds than that was measured with.
+Rows of evidence.yaml and presets.yaml in results/evidence and results/presets, of a preset as it is. A preset keeps
+what it says as long as there are fewer seeds than that was measured with.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ from grouprl.bench.sweep import Sweep
 sweep.run({one!r}, Path({str(tmp_path / "out")!r}), jobs=1)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as process:
-        for _ in range(400):
+        for _ in range(6000):  # at most two minutes; it imports much before the first trial
             if len(calls(tmp_path)) >= 2:
                 break
             time.sleep(0.02)

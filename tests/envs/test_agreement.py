@@ -111,6 +111,14 @@ def test_one_episode_alone_has_nothing_to_agree_with():
     assert found[5] == pytest.approx(1e-4 * 1.5**5)
 
 
+def test_the_agreement_of_a_batch_is_a_metric():
+    found = []
+    settings = {"lr_schedule": "adaptive", "n_envs": 4}
+    GRPO(probes.bandit, **probes.FAST | settings, seed=1).learn(512, callback=lambda a, metrics: found.append(metrics))
+    assert all(-1 <= metrics["agreement"] <= 1 for metrics in found)
+    assert found[0]["agreement"] > 0.5
+
+
 def test_a_rate_that_does_not_adapt_compares_nothing():
     _, agent = rates(probes.bandit, lr_schedule="constant", lr_max=None, kl_target=0.02)
     assert agent.loop.learner.agreement == Agreement()

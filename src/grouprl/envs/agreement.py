@@ -72,14 +72,18 @@ class Agreement:
     """The running mean of agreements, with weights that fall by :data:`KEPT` from batch to batch.
 
     Attributes:
-        total, weight: their weighted sum, and the sum of the weights.
+        total, weight: their weighted sum, and the sum of the weights. last: the newest batch's, or None if it had none.
     """
 
     total: float = 0.0
     weight: float = 0.0
+    last: float | None = None
 
-    def note(self, found: float) -> None:
-        """Count the agreement of one more batch."""
+    def note(self, found: float | None) -> None:
+        """Count the agreement of one more batch; None where it has no two halves, which counts as nothing."""
+        self.last = found
+        if found is None:
+            return
         self.total = KEPT * self.total + (1 - KEPT) * found
         self.weight = KEPT * self.weight + (1 - KEPT)
 

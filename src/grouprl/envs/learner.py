@@ -160,8 +160,8 @@ class Learner:
         who = (pool, self.config.threads, self.ranks)
         if self.config.lr_schedule == "adaptive":
             parts, plain = halves(rollout.lengths, keep), about_rewards(self.settings)
-            if all(map(len, parts)):
-                self.agreement.note(agreement(batch_for(plain), self.parameters, parts, plain, *who))
+            two = all(map(len, parts))
+            self.agreement.note(agreement(batch_for(plain), self.parameters, parts, plain, *who) if two else None)
         stats = update(batch_for(self.settings), self.parameters, self.optimizer, self.settings, self.rng, *who)
         self._adapt(stats.approx_kl, progress)
         self.updates += 1

@@ -220,6 +220,8 @@ class Loop:
         self.signal_steps += rollout.n_steps
         stats = self.learner.learn(learned, advantage, progress)
         metrics |= {key: float(value) for key, value in asdict(stats).items() if key != "undone"}
+        if self.learner.agreement.last is not None:
+            metrics["agreement"] = self.learner.agreement.last
         return "undone" if stats.undone else None, metrics | {"time_update": perf_counter() - estimated}
 
     def say_skipped(self, since: Counter[str] | None = None, batches: int = 0) -> str | None:
