@@ -40,14 +40,27 @@ PUBLISHED = {  # environment without its version: what PPO reached elsewhere, by
 
 # --- each environment, and beside PPO --------------------------------------------------------------------------------
 def of_one_processor(results: Results) -> tuple[Results, str]:
-    """The runs on the processor that most ran on, for what is said of seconds; and a line on those left out."""
-    runs = [run for by in results.runs.values() for one in by.values() for run in one]
-    counted = Counter(run.processor for run in runs)
-    most = counted.most_common(1)[0][0]
-    kept = Results.of([run for run in runs if run.processor == most])
-    others = "; ".join(f"{name or 'not known'}: {n}" for name, n in counted.most_common()[1:])
-    left_out = f" Seconds are of the runs on {most}; runs on other processors: {others}." if others else ""
-    return kept, left_out
+    """For what is said of seconds: of each environment, the runs on the processor that most of its methods ran on.
+
+    Returns: them, and a line on those left out.
+    """
+    kept: list[Result] = []
+    left_out: Counter[str] = Counter()
+    for by in results.runs.values():
+        runs = [run for one in by.values() for run in one]
+        methods = Counter(name for one in by.values() for name in {run.processor for run in one})
+        counted = Counter(run.processor for run in runs)
+        most = max(counted, key=lambda name: (methods[name], counted[name], name))
+        kept += [run for run in runs if run.processor == most]
+        left_out += Counter({name: n for name, n in counted.items() if name != most})
+    used = sorted({run.processor for run in kept})
+    others = "; ".join(f"{name or 'not known'}: {n}" for name, n in left_out.most_common())
+    if len(used) == 1 and not others:
+        return Results.of(kept), ""
+    return Results.of(kept), (
+        " Seconds compare within an environment only: those of its runs on the processor that most methods ran on "
+        f"({' or '.join(used)}). Left out are runs on others{f': {others}' if others else ''}."
+    )
 
 
 def each_environment(results: Results, timed: Results) -> str:
@@ -160,7 +173,8 @@ def wall_clock(results: Results) -> str:
 
     A preset that sets nothing is the default, and its runs are the same ones: then both are the first.
     """
-    methods = results.settings
+    beside = [by for by in results.runs.values() if PPO in by]
+    methods = [method for method in results.settings if any(method in by for by in beside)]
     lines = [["environment", "PPO's final IQM", *methods, "first"]]
     wins = dict.fromkeys(methods, 0)
     for subject, by in results.runs.items():

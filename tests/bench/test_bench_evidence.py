@@ -197,11 +197,17 @@ def test_seconds_are_of_the_runs_on_one_processor_and_it_says_how_many_were_on_o
     made_rows.write(tmp_path, "evidence.yaml", {"sb3-ppo/CartPole-v1": PPO}, **seconds)
     slow = {"train_cpu_seconds": 50.0, "steps_done": 100_000, "machine": {"processor": "slow", "cores": 2}}
     made_rows.write(tmp_path, "evidence.yaml", {"sb3-ppo/Acrobot-v1": PPO[:2]}, **slow)
+    made_rows.write(tmp_path, "evidence.yaml", {"grouprl-preset/Acrobot-v1": PPO[:1]}, **slow)
+    made_rows.write(tmp_path, "evidence.yaml", {"sbx-ppo/Acrobot-v1": PPO[:3]}, **seconds)
     results = read(tmp_path).results
     timed, left_out = evidence.of_one_processor(results)
-    assert left_out == " Seconds are of the runs on P; runs on other processors: slow: 2."
-    assert list(timed.runs) == ["CartPole-v1"]
+    assert left_out.endswith("most methods ran on (P or slow). Left out are runs on others: P: 3.")
+    assert {subject: list(by) for subject, by in timed.runs.items()} == {
+        "CartPole-v1": ["sb3-ppo"], "Acrobot-v1": ["grouprl-preset", "sb3-ppo"],
+    }  # fmt: skip
     told = evidence.each_environment(results, timed).splitlines()
     assert " 10.0 | 10,000 | " in told[2]
-    assert told[3].endswith("|  |  |  |")  # its returns are there, its seconds are not
-    assert evidence.of_one_processor(timed) == (timed, "")
+    assert told[5].endswith("|  |  |  |")  # its returns are there, its seconds are not
+    alone = read(tmp_path).results
+    alone.runs.pop("Acrobot-v1")
+    assert evidence.of_one_processor(alone)[1] == ""
