@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import made_rows
 import pytest
 
 from grouprl.bench import harness
+from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.folders import of_folders
 from grouprl.errors import UsageError
 from grouprl.runs import MetricsLog, RunFolder
@@ -64,6 +66,34 @@ def test_settings_that_differ_in_more_than_a_label_says_stay_apart(tmp_path: Pat
         for i in range(4)
     ]  # fmt: skip
     assert len(of_folders(runs).settings) == 4
+
+
+def test_runs_that_differ_in_the_seed_of_their_environment_stay_apart(tmp_path: Path) -> None:
+    runs = [folder(tmp_path / f"r{level}", 0, 100.0, level={"seed": level}) for level in range(2)]
+    assert len(of_folders(runs).settings) == 2
+
+
+def rows_of(path: Path, returns: list[float], **given: Any) -> Path:
+    """A folder with rows of a benchmark: a run for each return, of seeds 0, 1, 2."""
+    path.mkdir(exist_ok=True)
+    with (path / "rows.jsonl").open("a") as file:
+        for seed, mean in enumerate(returns):
+            cell = Cell("ours", "Env", ENVIRONMENTS, seed=seed, **{"steps": 100, **given})
+            file.write(made_rows.line(cell, greedy={"mean": mean, "returns": [mean]}, seed=seed, method="ours"))
+    return path
+
+
+def test_rows_of_one_name_with_other_settings_are_not_pooled(tmp_path: Path) -> None:
+    rows_of(tmp_path / "a", [1.0, 2.0, 3.0], settings={"base": 50})
+    rows_of(tmp_path / "a", [10.0, 20.0], settings={"base": 150})
+    results = of_folders([tmp_path / "a"])
+    assert results.scores("Env", "ours", "greedy").tolist() == [10.0, 20.0]
+    (note,) = results.notes
+    assert note.startswith(
+        "3 runs called ours on Env had other settings, steps or code than the rest, and are left out"
+    )
+    rows_of(tmp_path / "a", [5.0], steps=10, settings={"base": 150})  # a trial
+    assert of_folders([tmp_path / "a"]).scores("Env", "ours", "greedy").tolist() == [10.0, 20.0]
 
 
 def test_a_run_that_goes_on_has_no_result_and_says_so(tmp_path: Path) -> None:

@@ -113,6 +113,25 @@ def test_what_has_a_row_is_not_done_again(folder: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.endswith("done    broken/CartPole-v1/0 (100 steps)\n")
 
 
+def test_what_a_worker_says_of_itself_does_not_change_what_was_run(folder: Path) -> None:
+    (folder / "fake.py").write_text(WORKER.replace('"steps_done": 100', '"steps_done": 100, "seed": 7, "method": "x"'))
+    assert call("bench", "some.yaml", "--only", "good", "--out", "out") == 0
+    rows = read_rows(folder / "out" / "rows.jsonl")
+    assert sorted((row["method"], row["seed"]) for row in rows if row["subject"] == "CartPole-v1") == [
+        ("good", 0), ("good", 1), ("good", 2),
+    ]  # fmt: skip
+
+
+def test_a_method_without_runs_on_a_subject_is_named_beside_its_score_over_all(folder: Path) -> None:
+    text = (folder / "some.yaml").read_text().replace("  bad:", "  'b$x^{$':")
+    (folder / "some.yaml").write_text(text)
+    only = ("--only", "good", "--only", "b$x^{$/CartPole-v1")
+    assert call("bench", "some.yaml", *only, "--out", "out") == 0
+    written = (folder / "out" / "table.md").read_text()
+    assert "Note: b$x^{$ has no run on Acrobot-v1; its score over all does not compare." in written
+    assert (folder / "out" / "scores.png").stat().st_size > 10_000
+
+
 def test_one_run_under_several_names_is_done_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,6 +76,12 @@ def test_a_part_of_a_name_is_a_whole_one_unless_a_star_follows(tmp_path: Path) -
         planned.only(["pp"])
 
 
+def test_a_name_with_signs_of_patterns_chooses_its_own_runs(tmp_path: Path) -> None:
+    planned = plan.read(write(tmp_path, "methods: ['50% [x]|<b>', other]\nenvironments: [CartPole-v1]\nseeds: 0-1"))
+    assert [cell.seed for cell in planned.only(["50% [x]|<b>"]).cells] == [0, 1]
+    assert [cell.name for cell in planned.only(["50% [x]|<b>/CartPole-v1/1"]).cells] == ["50% [x]|<b>/CartPole-v1/1"]
+
+
 def test_whatever_decides_a_result_makes_another_run_of_it(tmp_path: Path) -> None:
     before = plan.read(write(tmp_path, GOOD)).cells[1].id
     for old, new in (("1e-3", "2e-3"), ("1e3", "2e3"), ("seeds: 0-1", "seeds: 0-1\nepisodes: 7")):
@@ -196,6 +202,14 @@ def test_language_models_are_recipes(tmp_path: Path) -> None:
         ("methods: {a: {advantage_function: nowhere:f}}\nenvironments: [CartPole-v1]", "no module 'nowhere'"),
         ("methods: [a]\nenvironments: [CartPole-v1, CartPole-v1]", "is named twice"),
         ("methods: [", "is not YAML"),
+        ("methods: [a]\nenvironments: [CartPole-v1]\nseeds: []", "seeds=[] names no seed"),
+        ("methods: [a]\nenvironments: [CartPole-v1]\nepisodes: .inf", "episodes in"),
+        ("methods: [a]\nenvironments: [CartPole-v1]\nsteps: .nan", "must be a whole number, at least 1"),
+        (
+            "methods: {a: {preset: CartPole-v1}}\nrecipes: [tiny]",
+            "is tried on the recipe tiny, and preset='CartPole-v1'",
+        ),
+        ("methods: {a: {preset: x, worker: w}}\nenvironments: [CartPole-v1]", "method a has a worker, and preset='x'"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, wrong: str, said: str) -> None:

@@ -72,6 +72,14 @@ def test_a_worker_is_given_its_cell_and_its_points_and_result_are_heard(tmp_path
             'print(json.dumps({"point": {"step": "x"}})); ' + RESULT,
             "its worker gave no result that can be used: curve.0.step: Input should be a valid number",
         ),
+        (
+            'print(json.dumps({"result": {"greedy": {"mean": float("nan")}}}))',
+            "its worker gave no result that can be used: greedy.mean: Input should be a finite number",
+        ),
+        (
+            'print(json.dumps({"result": {"greedy": {"mean": 1.0}, "warnings": "diverged"}}))',
+            "its worker gave no result that can be used: warnings: Input should be a valid list",
+        ),
         ('raise ValueError("no entry with hf_" + "a1B2" * 8)', "ValueError: no entry with (secret)"),
     ],
 )
@@ -80,6 +88,11 @@ def test_a_worker_that_breaks_is_an_outcome_and_the_others_go_on(tmp_path: Path,
     assert outcomes["bad"]["status"] == "failed"
     assert outcomes["bad"]["error"] == error
     assert outcomes["good"]["status"] == "done"
+
+
+def test_lines_that_are_no_messages_are_passed_over_and_the_last_needs_no_end(tmp_path: Path) -> None:
+    code = 'print("[" * 200_000); sys.stdout.write(json.dumps({"result": {"greedy": {"mean": 5.0}}}))'
+    assert run(worker(tmp_path, "good", code))["good"]["greedy"] == {"mean": 5.0}
 
 
 def test_a_secret_is_kept_out_of_what_a_worker_said(tmp_path: Path) -> None:

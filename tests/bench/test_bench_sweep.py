@@ -114,6 +114,20 @@ def test_sampled_returns_are_not_known_along_the_way(tmp_path: Path) -> None:
         replace(one, metric="sampled", prune=True)
 
 
+def test_a_setting_of_which_one_seed_failed_has_no_rank(tmp_path: Path) -> None:
+    one = made(tmp_path)
+    script = tmp_path / "fake.py"
+    fails = 'if cell["settings"]["a"] == "large" and cell["seed"] == 0: sys.exit("it broke")\nslow ='
+    script.write_text(script.read_text().replace("slow =", fails, 1))
+    found = sweep.run(one, tmp_path / "out", jobs=1, say=lambda line: None)
+    assert (found.ranked, found.broken) == (["a=small"], ["a=large"])
+
+
+def test_a_grid_takes_no_number_of_trials(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a grid tries all 2 settings; set sampler=random"):
+        asked("CartPole-v1", {"of_command": Space.parse(["lr=1e-3,3e-4"]), "trials": 1})
+
+
 def test_a_setting_that_breaks_does_not_stop_the_others(tmp_path: Path) -> None:
     one = made(tmp_path)
     one = replace(one, space=Space.read({"a": ["breaks", "large"]}))

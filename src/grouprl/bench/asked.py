@@ -50,6 +50,11 @@ def asked(what: str, options: Mapping[str, Any]) -> Sweep:
         episodes=whole(given.get("episodes", 100), "episodes"), **about,
     )  # fmt: skip
     sampler = str(given.get("sampler", "tpe" if space.ranges else "grid"))
+    if sampler == "grid" and given.get("trials") is not None:
+        raise UsageError(
+            f"trials={shown(given['trials'])} is for random and tpe; a grid tries all {len(space.grid())} settings; "
+            "set sampler=random, or leave trials out"
+        )
     trials = len(space.grid()) if sampler == "grid" else whole(given.get("trials", _TRIALS), "trials")
     return Sweep(
         cell, replace(space, fixed=fixed), parse_seeds(given.get("seeds", "0-4")), sampler, trials,

@@ -101,6 +101,8 @@ def parse_seeds(given: object) -> list[int]:
         if first > last or last - first >= _MOST_SEEDS:
             raise UsageError(f"seeds={shown(given)}: cannot read {shown(part)}; write whole numbers and ranges: 0-4,7")
         seeds.update(dict.fromkeys(range(first, last + 1)))
+    if not seeds:
+        raise UsageError(f"seeds={shown(given)} names no seed; write whole numbers and ranges: 0-4,7")
     return list(seeds)
 
 

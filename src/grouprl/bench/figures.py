@@ -98,6 +98,13 @@ def _ordered(results: Results, order: Sequence[str]) -> list[str]:
 
 
 def _figure(panels: Sequence[Panel], settings: list[str], colours: list[str], out: Path) -> None:
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # names of settings may hold $
+        _drawn(panels, settings, colours, out)
+
+
+def _drawn(panels: Sequence[Panel], settings: list[str], colours: list[str], out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -138,6 +138,10 @@ def _text(
         ends = "; ".join(f"{s} {tables.number(scales[s][0])} to {tables.number(scales[s][1])}" for s in shared)
         text += f"\n## All {len(shared)} together\n\nNormalised scores: 0 to 1 is {ends}.\n\n"
         text += tables.overall(results, metric, scales, reference)
+        for setting in results.settings:
+            missing = [subject for subject in shared if setting not in results.runs[subject]]
+            if missing:
+                text += f"\nNote: {setting} has no run on {', '.join(missing)}; its score over all does not compare.\n"
     return text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 
 class _Part(BaseModel):
@@ -18,7 +18,7 @@ class _Point(_Part):
 
 
 class _Played(_Part):
-    mean: float
+    mean: FiniteFloat
 
 
 class _Machine(_Part):
@@ -37,6 +37,7 @@ class _Done(_Part):
     cpu_seconds: float | None = None
     peak_memory_mb: float | None = None
     versions: dict[str, str] | None = None
+    warnings: list[str] = []
     machine: _Machine = _Machine(processor="", cores=0)
 
 

@@ -57,7 +57,10 @@ class Plan:
         chosen: set[str] = set()
         for pattern in patterns:
             found = {
-                c.name for c in self.cells if any(fnmatch.fnmatchcase(c.name, p) for p in (pattern, f"{pattern}/*"))
+                c.name
+                for c in self.cells
+                if f"{c.name}/".startswith(f"{pattern}/")
+                or any(fnmatch.fnmatchcase(c.name, p) for p in (pattern, f"{pattern}/*"))
             }
             if not found:
                 raise UsageError(
@@ -127,6 +130,12 @@ def _cell(
     settings = with_numbers(mapping(options.get("settings", {}), f"settings of method {method}", None))
     functions = {name: str(options[name]) for name in FUNCTIONS if options.get(name) is not None}
     worker = tuple(shlex.split(str(options["worker"]))) if options.get("worker") else ()
+    if (worker or arena == LANGUAGE) and options.get("preset") not in (None, "auto", "default"):
+        what = "has a worker" if worker else f"is tried on the recipe {subject}"
+        raise UsageError(
+            f"method {method} {what}, and preset={shown(options['preset'])} is for grouprl's own runs on environments; "
+            "leave it out"
+        )
     preset = preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None
     return Cell(
         method, subject, arena, seed=0, settings=settings, functions=functions, worker=worker,
@@ -287,9 +296,10 @@ def whole(given: object, where: str) -> int:
             given = float(given)
         except ValueError:
             given = None
-    if isinstance(given, bool) or not isinstance(given, int | float) or given < 1 or given != int(given):
+    number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+    if not number or given < 1 or given != int(given):  # type: ignore[operator, call-overload]
         raise UsageError(f"{where} must be a whole number, at least 1, such as 100000 or 1e6")
-    return int(given)
+    return int(given)  # type: ignore[call-overload, no-any-return]
 
 
 def _positive(given: object, where: str, *, zero: bool = False) -> float:

@@ -60,17 +60,20 @@ class _Running:
             status = Path(f"/proc/{self.process.pid}/status").read_text()
             self.peak_mb = int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
         *lines, self._rest = (self._rest + self.out.read()).split(b"\n")
-        new = []
+        before = len(self.points)
         for line in lines:
-            found = None
-            with suppress(ValueError):
-                found = json.loads(line)
-            if isinstance(found, dict) and isinstance(found.get("point"), dict):
-                new.append(found["point"])
-            elif isinstance(found, dict):
-                self.said |= {key: found[key] for key in ("result", "error") if key in found}
-        self.points += new
-        return new
+            self._hear(line)
+        return self.points[before:]
+
+    def _hear(self, line: bytes) -> None:
+        """Keep what a line says; one that is no message says nothing."""
+        found = None
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+        if isinstance(found, dict) and isinstance(found.get("point"), dict):
+            self.points.append(found["point"])
+        elif isinstance(found, dict):
+            self.said |= {key: found[key] for key in ("result", "error") if key in found}
 
     def ended(self) -> bool:
         """Whether it has; how long it had processors, with the processes that it has waited for, is known then."""
@@ -86,6 +89,7 @@ class _Running:
 
     def outcome(self) -> Outcome:
         """What came of it, once it has ended."""
+        self._hear(self._rest)  # the last line may have no end
         seconds, code = time.monotonic() - self.began, self.process.returncode
         spent = {"seconds": seconds, "cpu_seconds": self.cpu_seconds, "peak_memory_mb": self.peak_mb}
         measured = {**spent, "curve": self.points}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
+from grouprl.bench.cells import Cell
 from grouprl.bench.rows import Row
 from grouprl.bench.statistics import Array
 from grouprl.errors import UsageError
@@ -30,6 +33,7 @@ class Result:
         values: what it reached, by the name of the metric. curve: (step, value) of greedy evaluations.
         steps: its budget. clock: (step, CPU seconds of training until then), where they were measured.
         processor: on which it ran, "" where that is not known; seconds of two do not compare.
+        experiment: all that decides its outcome but the seed, as text: what differs there is no seed of the same.
     """
 
     setting: str
@@ -40,6 +44,7 @@ class Result:
     steps: int = 0
     clock: Sequence[tuple[float, float]] = ()
     processor: str = ""
+    experiment: str = ""
 
 
 @dataclass
@@ -55,10 +60,25 @@ class Results:
 
     @classmethod
     def of(cls, given: Iterable[Result]) -> Results:
-        """Sort runs; of two with the same seed, the longer one counts, of two equally long ones the last."""
+        """Sort runs; of two with the same seed, the longer one counts, of two equally long ones the last.
+
+        So do all runs of the longest experiment, of equally long ones the last, where one name had several.
+        """
+        given = list(given)
+        counts: dict[tuple[str, str], Result] = {}
+        for one in given:
+            name = (one.setting, one.subject)
+            if name not in counts or one.steps >= counts[name].steps:
+                counts[name] = one
+        others = [one for one in given if one.experiment != counts[one.setting, one.subject].experiment]
         found: dict[str, dict[str, dict[int, Result]]] = {}
         twice: dict[str, None] = {}
-        for one in given:
+        for (setting, subject), n in Counter((one.setting, one.subject) for one in others).items():
+            twice[
+                f"{n} runs called {setting} on {subject} had other settings, steps or code than the rest, and are left "
+                "out; give them another name to see both"
+            ] = None
+        for one in (one for one in given if one not in others):
             seeds = found.setdefault(one.subject, {}).setdefault(one.setting, {})
             if one.seed in seeds:
                 twice[f"{one.setting} on {one.subject} has seed {one.seed} several times; it counts once"] = None
@@ -129,6 +149,12 @@ def of_rows(rows: Iterable[Row]) -> Results:
     return results
 
 
+def experiment_of(row: Row) -> str:
+    """What decides the outcome of a row's run, but the seed."""
+    decides = {part.name: row.get(part.name) for part in fields(Cell) if part.name not in ("seed", "folder")}
+    return json.dumps(decides, sort_keys=True, default=str)
+
+
 def _of_several(notes: Sequence[str]) -> str:
     """The first of notes that differ in their numbers at most, as those of several seeds do, and of how many more."""
     return f"{notes[0]} ({len(notes) - 1} more like it)" if len(set(notes)) > 1 else notes[0]
@@ -137,7 +163,11 @@ def _of_several(notes: Sequence[str]) -> str:
 def _of_row(row: Row) -> Result:
     values: dict[str, Any] = {name: row.get(name) for name in _MEASURED}
     values |= {name: row[name]["mean"] for name in RETURNS if isinstance(row.get(name), dict)}
-    curve = [(float(point["step"]), float(point["greedy"])) for point in row.get("curve", []) if "greedy" in point]
+    curve = [
+        (float(point["step"]), float(point["greedy"]))
+        for point in row.get("curve", [])
+        if point.get("greedy") is not None
+    ]
     end = float(row.get("steps_done") or row["steps"])
     if not curve or curve[-1][0] < end:
         curve.append((end, float(values["greedy"])))
@@ -145,7 +175,10 @@ def _of_row(row: Row) -> Result:
         values["curve_mean"] = float(np.mean([y for _, y in curve]))
     known = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
     processor = str((row.get("machine") or {}).get("processor", ""))
-    return Result(row["method"], row["subject"], row["seed"], known, curve, row["steps"], _clock(row, end), processor)
+    clock = _clock(row, end)
+    return Result(
+        row["method"], row["subject"], row["seed"], known, curve, row["steps"], clock, processor, experiment_of(row)
+    )
 
 
 def _clock(row: Row, end: float) -> list[tuple[float, float]]:

@@ -235,7 +235,7 @@ class _Search:
         del self.running[label]
         scores = [row[self.sweep.metric]["mean"] for row in found if row is not None and row["status"] == "done"]
         for trial in one.trials:
-            if scores:
+            if len(scores) == len(found):
                 self.study.tell(trial, float(iqm(np.array(scores, dtype=np.float64))))
             else:
                 trial.set_user_attr(_BROKEN, True)

@@ -141,11 +141,15 @@ def _load(folder: RunFolder, x: str, y: str) -> _Run:
     return _Run(folder.read_config(), curve, points(_EVALUATION_OF.get(y, "")))
 
 
+_SEEDS = ("seed", "config.seed", "recipe.config.seed")
+"""Where a configuration has the seed of its run; an environment's arguments may have a seed of their own."""
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"config": {"lr": 1}} -> {"config.lr": 1}, without the keys called seed."""
+    """{"config": {"lr": 1}} -> {"config.lr": 1}, without the seed of the run."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if key == "seed":
+        if f"{prefix}{key}" in _SEEDS:
             continue
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
