@@ -98,13 +98,6 @@ def _ordered(results: Results, order: Sequence[str]) -> list[str]:
 
 
 def _figure(panels: Sequence[Panel], settings: list[str], colours: list[str], out: Path) -> None:
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):  # names of settings may hold $
-        _drawn(panels, settings, colours, out)
-
-
-def _drawn(panels: Sequence[Panel], settings: list[str], colours: list[str], out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -124,8 +117,13 @@ def _drawn(panels: Sequence[Panel], settings: list[str], colours: list[str], out
         draw(axes)
         dressed(axes)
     lines = [Line2D([], [], color=_colour(s, colours), linestyle=_style(s, colours), linewidth=1.8) for s in settings]
-    figure.legend(lines, settings, fontsize=8, frameon=False, loc="outside lower center", ncols=3)
+    figure.legend(lines, list(map(_plain, settings)), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     save(figure, out)
+
+
+def _plain(name: str) -> str:
+    """A name as it is: between two $ matplotlib would read mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _colour(setting: str, colours: list[str]) -> str:
@@ -158,7 +156,7 @@ def _efficiency(axes: Axes, results: Results, subject: str, colours: list[str]) 
         if len(grid):
             values = np.stack([on_grid(run.curve, grid) for run in runs], axis=-1)
             _line(axes, grid, [values], setting, colours)
-    axes.set_title(subject, fontsize=10)
+    axes.set_title(_plain(subject), fontsize=10)
     axes.set_xlabel("steps")
     axes.set_ylabel("greedy, IQM")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -188,7 +186,7 @@ def _over_seconds(axes: Axes, results: Results, subject: str, colours: list[str]
             _line(axes, 10**grid, [values], setting, colours)
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())  # labels between powers of ten run into each other
-    axes.set_title(subject, fontsize=10)
+    axes.set_title(_plain(subject), fontsize=10)
     axes.set_xlabel("CPU seconds of training")
     axes.set_ylabel("greedy, IQM")
 
@@ -219,9 +217,9 @@ def _intervals(axes: Axes, strata: Mapping[str, list[Array]], name: str, colours
         if found is not None:
             axes.plot(found, [place, place], color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt")
         axes.plot([float(iqm(*own))], [place], "|", color=colour, markersize=14, markeredgewidth=2.5)
-    axes.set_yticks(range(len(strata)), list(strata), fontsize=8)
+    axes.set_yticks(range(len(strata)), list(map(_plain, strata)), fontsize=8)
     axes.set_ylim(len(strata) - 0.5, -0.5)
-    axes.set_xlabel(f"{name}: IQM, 95 % interval")
+    axes.set_xlabel(f"{_plain(name)}: IQM, 95 % interval")
 
 
 def _profile(axes: Axes, strata: Mapping[str, list[Array]], name: str, colours: list[str]) -> None:
@@ -240,5 +238,5 @@ def _profile(axes: Axes, strata: Mapping[str, list[Array]], name: str, colours: 
         if band is not None:
             axes.fill_between(levels, *band, step="post", color=colour, alpha=0.15, linewidth=0)
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel(f"level of {name}")
+    axes.set_xlabel(f"level of {_plain(name)}")
     axes.set_ylabel("share of runs above it")
