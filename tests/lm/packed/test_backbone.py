@@ -94,6 +94,14 @@ def test_an_adapter_is_run_packed_unless_it_changes_the_head() -> None:
     assert find_backbone(adapted("lm_head"))[0] is None
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_model_keeps_of_a_token_is_found_without_its_dropout(training: bool) -> None:
+    model = build("gpt2").train(training)  # attention drops 0.1
+    assert Backbone(model).kept == 2 * 2 * model.config.n_embd
+    assert model.training is training
+    assert all(module.training is training for module in model.modules())
+
+
 @pytest.mark.parametrize("name", ["llama", "bloom", "granite"])
 @pytest.mark.parametrize("training", [True, False])
 def test_finding_out_leaves_the_model_as_it_was(name: str, training: bool) -> None:

@@ -230,6 +230,7 @@ def test_a_foreign_option_at_its_off_value_changes_nothing_and_reads_as_it(name:
     ("name", "value", "advice"),
     [
         ("push_to_hub", True, "push_to_hub=True: upload when training is done"),
+        ("restore_callback_states_from_checkpoint", True, "callbacks begin anew when a run is resumed"),
         ("fp16", True, "set bf16=True"),
         ("optim", "adafactor", "pass optimizers="),
         ("generation_kwargs", {"num_beams": 4}, "it knows max_completion_length, min_new_tokens"),

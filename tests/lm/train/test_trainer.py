@@ -323,6 +323,26 @@ def test_the_scheduler_that_is_given_sets_the_rate(tmp_path: Path) -> None:
     assert [e["learning_rate"] for e in logged(made)] == pytest.approx([0.5, 0.05, 0.005])
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_milestones_of_a_scheduler_are_kept_by_a_resumed_run(tmp_path: Path, within: bool) -> None:
+    def made(steps: int, **settings: Any) -> GRPOTrainer:
+        model, tokenizer = warm()
+        sgd = torch.optim.SGD(model.parameters(), 0.5)
+        rates: Any = torch.optim.lr_scheduler.MultiStepLR(sgd, [1, 3], gamma=0.1)
+        if within:
+            first = torch.optim.lr_scheduler.ConstantLR(sgd, 1.0, 1)
+            rates = torch.optim.lr_scheduler.SequentialLR(sgd, [first, rates], [0])
+        return trainer(tmp_path, model=(model, tokenizer), optimizers=(sgd, rates), max_steps=steps, **settings)
+
+    whole = made(4)
+    whole.train()
+    made(2, save_strategy="steps", save_steps=2).train()
+    resumed = made(4)
+    resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert resumed.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
+    assert [e["learning_rate"] for e in logged(resumed)][-2:] == [e["learning_rate"] for e in logged(whole)][-2:]
+
+
 def test_a_scheduler_without_its_optimizer_is_refused(tmp_path: Path) -> None:
     model, tokenizer = warm()
     steps = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), 0.5), 1)
@@ -761,6 +781,15 @@ def test_a_checkpoint_is_resumed_from_by_its_folder_too_and_twice_the_same(tmp_p
     made.train()
     end = weights(made)
     made.train(resume_from_checkpoint=tmp_path / "checkpoint-2")  # the same trainer goes back in time
+    assert same(end, weights(made))
+
+
+def test_a_trainer_goes_back_to_before_its_reference_first_moved(tmp_path: Path) -> None:
+    follows = {"beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 2}
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3, **follows)
+    made.train()
+    end = weights(made)
+    made.train(resume_from_checkpoint=tmp_path / "checkpoint-1")
     assert same(end, weights(made))
 
 

@@ -111,8 +111,13 @@ class Backbone:
         sizes: list[int] = []
         pack = Pack.of([Group([0], ())], self.device)
         plan = PackedAttention(pack, keep=lambda _, k, v: sizes.append(k.numel() + v.numel()))
-        with torch.no_grad(), self.following(plan), self.one_dtype():
-            self.hidden(pack.ids, pack.positions)
+        training = self.model.training  # a PEFT model that was just made is; attention asks for its dropout then
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.following(plan), self.one_dtype():
+                self.hidden(pack.ids, pack.positions)
+        finally:
+            self.model.train(training)
         return plan.asked, sum(sizes)
 
     @contextmanager

@@ -85,6 +85,7 @@ _PRECISION = "set bf16=True for low precision; leave it out"
 _FLOAT32_HEAD = "log-probabilities are always computed in float32; leave it out"
 _DETERMINISM = "call transformers.enable_full_determinism(seed) before training; leave it out"
 _ORDER = "set shuffle_dataset=False for the order of the dataset; leave it out"
+_CALLBACKS = "callbacks begin anew when a run is resumed; leave it out"
 _FULL_EVAL = "evaluation runs in the precision of training; leave it out"
 _LIGER = "log-probabilities never hold the whole vocabulary of a batch"
 
@@ -98,6 +99,7 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
     (_NOISE, {"neftune_noise_alpha": None, "label_smoothing_factor": 0.0, "enable_jit_checkpoint": False}),
     (_PRECISION, {"fp16": False, "tf32": None}),
     (_FULL_EVAL, {"bf16_full_eval": False, "fp16_full_eval": False}),
+    (_CALLBACKS, {"restore_callback_states_from_checkpoint": False}),
     (_ORDER, {"train_sampling_strategy": "random", "group_by_length": False, "length_column_name": "length"}),
     ("", {
         "accelerator_config": None, "ds3_gather_for_generation": True, "log_multimodal": True,
@@ -105,7 +107,7 @@ _FOREIGN_GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
         "log_level_replica": "warning", "log_on_each_node": True,
         "logging_nan_inf_filter": True, "average_tokens_across_devices": True, "include_num_input_tokens_seen": "no",
         "use_cache": False, "torch_empty_cache_steps": None, "save_on_each_node": False,
-        "restore_callback_states_from_checkpoint": False, "eval_do_concat_batches": True,
+        "eval_do_concat_batches": True,
         "eval_use_gather_object": False, "eval_accumulation_steps": None, "batch_eval_metrics": False,
         "include_for_metrics": [], "label_names": None, "dataloader_drop_last": False, "dataloader_num_workers": 0,
         "dataloader_pin_memory": True, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +80,8 @@ class Run:
             self.scheduler = make_schedule(setup.optimizer, config, self.total)
         self.collector = Collector(setup.player, source, self.order, config, self.stream, setup.functions.advantage)
         self.follows = setup.policy.reference if config.sync_ref_model else None
-        self.reference_moved = False
+        self.keeps_reference = self.follows is not None
+        """Whether checkpoints hold the reference: from the first on, so that a run may go back to before it moved."""
         self.control = EntropyControl.of(config)
         self.samples: Samples | None = None
         self.steps: list[Step] = []
@@ -199,7 +201,6 @@ class Run:
         done = book.state.global_step + 1
         if self.follows is not None and done % config.ref_model_sync_steps == 0:
             self.follows.follow(config.ref_model_mixup_alpha)
-            self.reference_moved = True
             self.samples.forget_reference()
         return metrics, self.samples
 
@@ -244,7 +245,7 @@ class Run:
         }  # fmt: skip
         if self.control is not None:
             meta["entropy_control"] = self.control.state()
-        if self.reference_moved and policy.reference is not None:
+        if self.keeps_reference and policy.reference is not None:
             tensors |= {f"reference.{name}": value for name, value in policy.reference.state().items()}
         if self.samples is not None and self.update < self.plan.updates_per_generation:
             buffered, meta["samples"] = checkpoint.samples_state(self.samples)
@@ -298,7 +299,7 @@ class Run:
             raise UsageError(f"the checkpoint was written with another optimizer: {error}") from error
         if setup.default_optimizer:
             self._check_moments(saved.file, moments)
-        self.scheduler.load_state_dict(meta["scheduler"])
+        self.scheduler.load_state_dict(_with_keys_of(self.scheduler.state_dict(), meta["scheduler"]))
         if not own:
             follow_settings(self.scheduler, rates)
         others = other_machine(meta["machine"], self._machine())
@@ -311,10 +312,10 @@ class Run:
         if self.control is not None and "entropy_control" in meta:
             self.control.load(meta["entropy_control"])
         reference = setup.policy.reference
-        moved = {} if reference is None else saved.part("reference", reference.state().get)
-        if moved and reference is not None:
-            reference.load(moved)
-            self.reference_moved = True
+        kept = {} if reference is None else saved.part("reference", reference.state().get)
+        if kept and reference is not None:
+            reference.load(kept)
+            self.keeps_reference = True
         if "samples" in meta:
             self.samples = checkpoint.load_samples(saved.part("samples"), meta["samples"], self.source)
             self._divide()
@@ -347,3 +348,17 @@ def _tell_of_batches(rows: int, batch: int, shuffled: bool) -> None:
 def _plain_state(scheduler: Any) -> dict[str, Any]:
     """A scheduler's state without the functions it was made of; those of lr_lambdas are None there already."""
     return {name: value for name, value in scheduler.state_dict().items() if not callable(value)}
+
+
+def _with_keys_of(own: Any, saved: Any) -> Any:
+    """A scheduler's state that was kept as JSON, whose keys are text: numbers again where ``own`` has numbers.
+
+    MultiStepLR counts its milestones by step; SequentialLR holds the states of others in a list.
+    """
+    if isinstance(own, Mapping) and isinstance(saved, Mapping):
+        numbers = bool(own) and all(isinstance(key, int) for key in own)
+        found = {int(key) if numbers else key: _with_keys_of(own.get(key), value) for key, value in saved.items()}
+        return Counter(found) if isinstance(own, Counter) else found
+    if isinstance(own, list | tuple) and isinstance(saved, list) and len(own) == len(saved):
+        return [_with_keys_of(*pair) for pair in zip(own, saved, strict=True)]
+    return saved
