@@ -203,6 +203,15 @@ def test_forwards_are_restored_after_an_exception_too(net: Net, how: str) -> Non
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+def test_exactly_is_the_pass_of_the_model_in_float32(name: str) -> None:
+    model, ids = build(name).bfloat16(), torch.arange(6)[None]  # the first two have LayerNorm
+    with LowPrecision(model, torch.float32).exactly():
+        found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, model.float()(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_forward_that_a_hook_has_put_on_a_layer_is_put_back(net: Net) -> None:
     own = net.up.forward
     net.up.forward = hooked = lambda x: own(x) + 1.0  # as accelerate's hooks do

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import build
 from peft import LoraConfig
 from small_runs import ROWS, config
 
@@ -141,3 +142,12 @@ def test_nothing_is_told_about_float32_or_an_adapter(tmp_path: Path, caplog: pyt
         made(tmp_path, build_tiny(0)[0], learning_rate=1e-7)
         made(tmp_path, build_tiny(0)[0].to(torch.bfloat16), LORA, learning_rate=1e-7)
     assert "moves only" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_models_with_layer_norm_train_in_bfloat16(tmp_path: Path, name: str) -> None:
+    model = build(name).bfloat16()
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    made(tmp_path, model).train()
+    assert any(not torch.equal(p, before[key]) for key, p in model.named_parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())

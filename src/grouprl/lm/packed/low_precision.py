@@ -127,6 +127,7 @@ class LowPrecision:
         modules = [m for m in model.modules() if _computes_alone(m)]
         self._layers = [m for m in modules if type(m) is nn.Linear or isinstance(m, Conv1D)]
         self._embeddings = [m for m in modules if type(m) is nn.Embedding]
+        self._norms = [m for m in modules if type(m) is nn.LayerNorm]
         self._last: tuple[Tensor, int, Tensor] | None = None
         self._weights: _Rounded | None = None
 
@@ -169,7 +170,7 @@ class LowPrecision:
 
         Each layer converts its weight to float32 at each call, so that one converted weight is in memory at a time.
         """
-        with torch.no_grad(), self._forwards(_exact_linear, _exact_embedding):
+        with torch.no_grad(), self._forwards(_exact_linear, _exact_embedding, _exact_norm):
             yield
 
     @contextmanager
@@ -177,6 +178,7 @@ class LowPrecision:
         self,
         of_layer: Callable[[Any], Callable[..., Tensor] | None],
         of_embedding: Callable[[Any], Callable[..., Tensor]] | None,
+        of_norm: Callable[[Any], Callable[..., Tensor]] | None = None,
     ) -> Iterator[None]:
         """Replace the ``forward`` of every layer, and restore it at the end."""
         before: list[tuple[nn.Module, Any]] = []
@@ -199,6 +201,9 @@ class LowPrecision:
         try:
             for layer in self._layers:
                 give(layer, of_layer(layer))
+            if of_norm is not None:
+                for norm in self._norms:
+                    give(norm, of_norm(norm))
             if of_embedding is not None:
                 for embedding in self._embeddings:
                     if type(embedding).forward is nn.Embedding.forward and embedding.max_norm is None:
@@ -269,6 +274,14 @@ def _exact_linear(layer: Any) -> Callable[[Tensor], Tensor]:
 
 def _exact_embedding(layer: nn.Embedding) -> Callable[[Tensor], Tensor]:
     return lambda ids: F.embedding(ids, layer.weight).float()
+
+
+def _exact_norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.float() for p in (layer.weight, layer.bias))
+        return F.layer_norm(x.float(), layer.normalized_shape, weight, bias, layer.eps)
+
+    return forward
 
 
 class _Rounded:
