@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch.utils.data
 
 from grouprl.errors import UsageError, shown
 from grouprl.lm.fingerprint import RowsDigest
@@ -264,10 +265,16 @@ def prepare_starts(dataset: Any, name: str = "train_dataset", *, needs_prompt: b
     return source
 
 
+def gives_rows_by_number(dataset: Any) -> bool:
+    """Whether it has ``__getitem__``, and not only the one of torch's ``Dataset``, which gives nothing."""
+    given = getattr(type(dataset), "__getitem__", None)
+    return given is not None and given is not torch.utils.data.Dataset.__getitem__
+
+
 def _size(dataset: Any) -> int | None:
     """The number of rows, if there is one and a row can be asked for."""
     try:
-        return len(dataset) if hasattr(dataset, "__getitem__") else None
+        return len(dataset) if gives_rows_by_number(dataset) else None
     except TypeError:  # a class, a tensor without dimensions
         return None
 

@@ -784,6 +784,25 @@ def test_a_checkpoint_is_resumed_from_by_its_folder_too_and_twice_the_same(tmp_p
     assert same(end, weights(made))
 
 
+class OfTorch(torch.utils.data.IterableDataset[Any]):
+    """Rows one after another, and how many there are."""
+
+    def __iter__(self) -> Any:
+        return iter(ROWS)
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+
+@pytest.mark.parametrize("rows", [dict(enumerate(ROWS)).values(), OfTorch()], ids=["values", "torch"])
+def test_rows_that_can_only_be_iterated_are_a_stream_whether_they_have_a_length_or_not(
+    tmp_path: Path, rows: Any
+) -> None:
+    made = trainer(tmp_path, rows=rows, eval_dataset=rows, eval_strategy="steps", eval_steps=1, max_steps=1)
+    made.train()
+    assert any("eval_reward" in entry for entry in made.state.log_history)
+
+
 def test_a_trainer_goes_back_to_before_its_reference_first_moved(tmp_path: Path) -> None:
     follows = {"beta": 0.2, "sync_ref_model": True, "ref_model_sync_steps": 2}
     made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3, **follows)

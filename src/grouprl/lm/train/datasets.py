@@ -8,7 +8,7 @@ from typing import Any
 
 from grouprl.errors import UsageError
 from grouprl.lm.models.context import context_length
-from grouprl.lm.prompts import PromptSource, prepare_prompts
+from grouprl.lm.prompts import PromptSource, gives_rows_by_number, prepare_prompts
 from grouprl.lm.settings.config import GRPOConfig
 
 Read = Callable[[Any, str], PromptSource]
@@ -38,8 +38,8 @@ _MOST_ROWS = 1_000_000
 
 def _whole(dataset: Any) -> Any:
     """A stream read to its end, as an evaluation needs all of it; anything else as it is."""
-    streamed = isinstance(dataset, Iterable) and not hasattr(dataset, "__len__") and not isinstance(dataset, Iterator)
-    if not streamed:
+    at_hand = hasattr(dataset, "__len__") and gives_rows_by_number(dataset)
+    if at_hand or isinstance(dataset, Iterator) or not isinstance(dataset, Iterable):
         return dataset
     rows = list(itertools.islice(dataset, _MOST_ROWS + 1))
     if len(rows) > _MOST_ROWS:
