@@ -784,6 +784,11 @@ def test_a_checkpoint_is_resumed_from_by_its_folder_too_and_twice_the_same(tmp_p
     assert same(end, weights(made))
 
 
+def test_a_temperature_near_0_is_no_reason_for_slower_paths(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path, temperature=1e-4, max_steps=1, bf16=False).train()
+    assert "slowly" not in caplog.text
+
+
 class OfTorch(torch.utils.data.IterableDataset[Any]):
     """Rows one after another, and how many there are."""
 

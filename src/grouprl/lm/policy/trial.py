@@ -31,19 +31,23 @@ class PolicyTrial:
         self.model, self.dtype, self.trial = model, dtype, Trial(model)
 
     def learner(self, log_probs: LogProbs) -> str:
-        """Try a learner. Returns "", or what is wrong with it."""
+        """Try a learner. Returns "", or what is wrong with it.
+
+        Differences count as they are at temperature 1: a low one divides logits, and their rounding, by little.
+        """
+        count = min(1.0, log_probs.temperature)
         groups = self.trial.groups
         completions = [c for group in groups for c in group.completions]
         tokens = torch.tensor(completions)
 
         def of_tokens(low: torch.dtype | None = None) -> Tensor:
             logits = self.trial.own(low).flatten(0, 1).cpu() / log_probs.temperature
-            return logits.log_softmax(-1).gather(2, tokens[:, :, None]).flatten()
+            return count * logits.log_softmax(-1).gather(2, tokens[:, :, None]).flatten()
 
         def path() -> tuple[Tensor, Own]:
             parts = log_probs.micro_batches([group.prompt for group in groups], completions, [0, 0, 1, 1])
             lengths = torch.tensor([len(c) for c in completions])
-            return log_probs.without_gradient(parts, lengths), of_tokens
+            return count * log_probs.without_gradient(parts, lengths), of_tokens
 
         return verdict(path, self.dtype)
 
