@@ -265,7 +265,8 @@ class Run:
         own = self._state()
         kinds = {name: own.meta[name] for name in ("optimizer", "drawn", "tokens", "update", "book")}
         kinds["book"] = {**kinds["book"], "state": {"global_step": 0, "log_history": []}}
-        tensors = {name: value for name, value in own.tensors.items() if not name.startswith("optimizer.")}
+        elsewhere = ("optimizer.", "reference.")  # in parts beside the file, or not there where settings were others
+        tensors = {name: value for name, value in own.tensors.items() if not name.startswith(elsewhere)}
         check_like(saved.file, saved.tensors, saved.meta, tensors, kinds)
 
     def _check_moments(self, file: Path, found: dict[str, Tensor]) -> None:
