@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +198,19 @@ def does(cell: Cell) -> str:
     """
     given = asdict(cell)
     if cell.arena == ENVIRONMENTS and not cell.worker:
-        from grouprl.envs import presets
         from grouprl.envs.config import make_config
 
-        held = {} if cell.preset is None else presets.load(cell.preset).config
-        given["settings"] = make_config({**held, **cell.settings}).model_dump(mode="json")
+        given["settings"] = make_config({**_settings_of(cell.preset), **cell.settings}).model_dump(mode="json")
         for name in ("method", "subject", "preset", "ready_made"):
             del given[name]
     return json.dumps(given, sort_keys=True, default=str)
+
+
+@cache
+def _settings_of(preset: str | None) -> Mapping[str, Any]:
+    from grouprl.envs import presets
+
+    return {} if preset is None else presets.load(preset).config
 
 
 def checksum(functions: Mapping[str, str], folder: Path | None = None) -> str:

@@ -62,23 +62,21 @@ class Results:
     def of(cls, given: Iterable[Result]) -> Results:
         """Sort runs; of two with the same seed, the longer one counts, of two equally long ones the last.
 
-        So do all runs of the longest experiment, of equally long ones the last, where one name had several.
+        Where several experiments have one name, the one with the longest run counts, of equally long ones the last.
         """
         given = list(given)
-        counts: dict[tuple[str, str], Result] = {}
+        longest: dict[tuple[str, str], Result] = {}
         for one in given:
             name = (one.setting, one.subject)
-            if name not in counts or one.steps >= counts[name].steps:
-                counts[name] = one
-        others = [one for one in given if one.experiment != counts[one.setting, one.subject].experiment]
+            if name not in longest or one.steps >= longest[name].steps:
+                longest[name] = one
+        left_out: Counter[tuple[str, str]] = Counter()
         found: dict[str, dict[str, dict[int, Result]]] = {}
         twice: dict[str, None] = {}
-        for (setting, subject), n in Counter((one.setting, one.subject) for one in others).items():
-            twice[
-                f"{n} runs called {setting} on {subject} had other settings, steps or code than the rest, and are left "
-                "out; give them another name to see both"
-            ] = None
-        for one in (one for one in given if one not in others):
+        for one in given:
+            if one.experiment != longest[one.setting, one.subject].experiment:
+                left_out[one.setting, one.subject] += 1
+                continue
             seeds = found.setdefault(one.subject, {}).setdefault(one.setting, {})
             if one.seed in seeds:
                 twice[f"{one.setting} on {one.subject} has seed {one.seed} several times; it counts once"] = None
@@ -89,7 +87,12 @@ class Results:
             subject: {setting: [seeds[s] for s in sorted(seeds)] for setting, seeds in settings.items()}
             for subject, settings in found.items()
         }
-        return cls(runs, list(twice))
+        others = [
+            f"{n} runs called {setting} on {subject} had other settings, steps or code than the rest, and are left "
+            "out; give them another name to see both"
+            for (setting, subject), n in left_out.items()
+        ]
+        return cls(runs, [*others, *twice])
 
     @property
     def settings(self) -> list[str]:

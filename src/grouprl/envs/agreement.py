@@ -63,7 +63,7 @@ def agreement(
         torch.stack([*gradients(batch, parameters, part, settings, totals, pool, threads, ranks)]).sum(0)
         for part in parts
     )
-    norms = float(first.norm() * second.norm())
+    norms = float(first.norm()) * float(second.norm())
     return float(first @ second) / norms if norms > 0 else 0.0
 
 
