@@ -141,7 +141,7 @@ def names_of_stable_baselines(part: str) -> str:
     """A table of the names of Stable-Baselines3 that are others here, of arguments or of attributes."""
     from grouprl.envs.config import GRPOConfig
     from grouprl.envs.stable_baselines import ATTRIBUTES, ELSEWHERE, SAME_THING
-    from grouprl.objective_settings import ALIASES
+    from grouprl.settings.names import ALIASES
 
     if part == "attributes":
         return table(["of a model", "here"], [[f"`{name}`", text] for name, text in ATTRIBUTES.items()])
@@ -233,7 +233,7 @@ def trl_settings_part() -> str:
 
 def _settings_tables(config: type[BaseModel], before: str = "") -> str:
     """A table for each section of a configuration; ``before`` is what its heading begins with."""
-    from grouprl.objective_settings import sections
+    from grouprl.settings.describe import sections
 
     text = ""
     for title, names in sections(config).items():
@@ -250,7 +250,7 @@ def _settings_tables(config: type[BaseModel], before: str = "") -> str:
 
 def allowed(field: FieldInfo) -> str:
     """The values a field takes, in words."""
-    from grouprl.objective_settings import OneOf
+    from grouprl.settings.names import OneOf
 
     kinds = get_args(field.annotation) if get_origin(field.annotation) not in (Literal, tuple, dict) else ()
     kinds = kinds or (field.annotation,)

@@ -31,8 +31,8 @@ from grouprl.lm.run import recipe
 from grouprl.lm.run import training as lm_training
 from grouprl.lm.settings.batch_plan import batch_plan
 from grouprl.lm.settings.trl import FOREIGN, RENAMED
-from grouprl.objective_settings import OneOf
 from grouprl.runs import read_metrics
+from grouprl.settings.names import OneOf
 from programs import docs_program
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from grouprl import GRPO, evaluate
 from grouprl.envs import collect, presets
 from grouprl.envs.config import make_config
 from grouprl.envs.unread import RULES
-from grouprl.unread import without_effect
+from grouprl.settings.unread import without_effect
 
 QUICK: dict[str, Any] = {"preset": None, "n_envs": 4, "min_steps": 64, "max_steps": 64, "epochs": 2, "warmup_steps": 32}
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grouprl.errors import UsageError, shown
-from grouprl.objective_settings import ALIASES
 from grouprl.reading import parse_yaml, with_numbers
+from grouprl.settings.names import ALIASES
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

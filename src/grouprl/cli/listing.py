@@ -57,7 +57,7 @@ def settings(
                 print(_shown(*row))
             print()
         return
-    from grouprl.objective_settings import ALIASES
+    from grouprl.settings.names import ALIASES
 
     found = [row for _, rows in listed for row in rows if row[0] == ALIASES.get(name, name)]
     if not found:
@@ -73,7 +73,7 @@ def of_environments() -> Iterator[tuple[str, list[Row]]]:
     """The settings of ``train``, under headings."""
     from grouprl.envs.config import GRPOConfig
     from grouprl.envs.recorder import RunSettings
-    from grouprl.objective_settings import sections
+    from grouprl.settings.describe import sections
 
     yield from _configuration(GRPOConfig, sections(GRPOConfig))
     fields = RunSettings.__dataclass_fields__
@@ -85,7 +85,7 @@ def of_language_models() -> Iterator[tuple[str, list[Row]]]:
     """The settings of ``train-lm``, under headings."""
     from grouprl.lm.run import recipe
     from grouprl.lm.settings.fields import Fields
-    from grouprl.objective_settings import sections
+    from grouprl.settings.describe import sections
 
     yield from _configuration(Fields, sections(Fields))
     of_recipe = recipe.settable()
@@ -113,7 +113,7 @@ def _shown(name: str, default: Any, meaning: str) -> str:
 def _unknown(name: str, known: list[str], lm: bool) -> UsageError:
     from grouprl.envs.stable_baselines import EVERYWHERE
     from grouprl.lm.settings.other_libraries import ELSEWHERE
-    from grouprl.objective_settings import unknown_setting
+    from grouprl.settings.names import unknown_setting
 
     others = of_environments() if lm else of_language_models()
     if any(row[0] == name for _, rows in others for row in rows):

@@ -49,7 +49,7 @@ def _said_of(option: str, command: str, options: Sequence[str]) -> str | None:
     from grouprl.cli.listing import of_environments, of_language_models
     from grouprl.envs.stable_baselines import EVERYWHERE
     from grouprl.lm.settings.other_libraries import ELSEWHERE
-    from grouprl.objective_settings import ALIASES
+    from grouprl.settings.names import ALIASES
 
     name = option.lstrip("-").replace("-", "_")
     other = _OTHER_OPTIONS.get(name)

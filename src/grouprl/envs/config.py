@@ -1,6 +1,6 @@
 """The one configuration of the environment arena: frozen and validated, with every default.
 
-What it shares with language models stands in objective_settings.py.
+What it shares with language models stands in settings/objective.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,9 @@ from grouprl.errors import refuse
 from grouprl.objective import DIVERGENCES, ESTIMATORS
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
-from grouprl.objective_settings import (
-    ADVANTAGES_ELSEWHERE,
-    ObjectiveSettings,
-    OneOf,
-    explain,
-    objective_problems,
-    unknown_setting,
-)
+from grouprl.settings.describe import explain
+from grouprl.settings.names import ADVANTAGES_ELSEWHERE, OneOf, unknown_setting
+from grouprl.settings.objective import ObjectiveSettings, objective_problems
 
 _ADVANTAGES, _LOSSES = estimator_names(environments=True), loss_names(environments=True)
 _ALL = "grouprl settings, and help(GRPOConfig), list them all"

@@ -49,7 +49,7 @@ from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.state import load_state, save_state
-from grouprl.unread import without_effect
+from grouprl.settings.unread import without_effect
 
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from grouprl.envs import other_libraries
 from grouprl.errors import UsageError, with_type
-from grouprl.objective_settings import ALIASES
+from grouprl.settings.names import ALIASES
 
 NO_POLICY_NAME = (
     "there are no names of policies: the network follows the observation space; GRPO(env, hidden_sizes=(64, 64), "

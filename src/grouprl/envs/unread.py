@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grouprl.envs.config import GRPOConfig
-from grouprl.unread import OF_DISCOUNT, OF_LOSS, OF_SCALE, Unread
+from grouprl.settings.unread import OF_DISCOUNT, OF_LOSS, OF_SCALE, Unread
 
 _FIELDS = tuple(GRPOConfig.model_fields)
 

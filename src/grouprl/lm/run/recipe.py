@@ -13,10 +13,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from grouprl.errors import UsageError, shown
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.lm.settings.other_libraries import ELSEWHERE
-from grouprl.objective_settings import unknown_setting
 from grouprl.reading import parse_yaml, read_yaml, with_numbers
 from grouprl.redaction import with_secrets, without_secrets
 from grouprl.runs.files import user_path
+from grouprl.settings.names import unknown_setting
 
 _PRESETS = "grouprl.lm.run.presets"
 

@@ -6,7 +6,7 @@ from grouprl.lm.settings.fields import Fields
 from grouprl.lm.settings.fsdp import read_sharding
 from grouprl.lm.settings.launcher import launcher_problems
 from grouprl.objective import ESTIMATORS, LOSSES
-from grouprl.objective_settings import objective_problems
+from grouprl.settings.objective import objective_problems
 
 
 def problems(config: Fields) -> list[str]:

@@ -20,9 +20,9 @@ from grouprl.lm.settings.launcher import of_launcher
 from grouprl.lm.settings.trl import FOREIGN, OF_PROCESS, RENAMED, translate
 from grouprl.lm.settings.unread import RULES
 from grouprl.machine.ranks import Ranks, here, join
-from grouprl.objective_settings import explain
 from grouprl.redaction import with_secrets, without_secrets
-from grouprl.unread import without_effect
+from grouprl.settings.describe import explain
+from grouprl.settings.unread import without_effect
 
 
 class GRPOConfig(Fields, metaclass=DataclassLike):

@@ -1,6 +1,6 @@
 """Every setting of the language-model arena, with its default and its bounds.
 
-What it shares with environments stands in objective_settings.py.
+What it shares with environments stands in settings/objective.py.
 
 Names, meanings and defaults are those of TRL's GRPOConfig and of transformers' TrainingArguments wherever the setting
 exists there. Four defaults differ, none of which changes what is optimised:
@@ -30,7 +30,8 @@ from grouprl.objective.correction import CorrectionMode
 from grouprl.objective.divergences import SAMPLED_DIVERGENCES
 from grouprl.objective.estimators import names as estimator_names
 from grouprl.objective.losses import names as loss_names
-from grouprl.objective_settings import ADVANTAGES_ELSEWHERE, ObjectiveSettings, OneOf
+from grouprl.settings.names import ADVANTAGES_ELSEWHERE, OneOf
+from grouprl.settings.objective import ObjectiveSettings
 
 Strategy = Literal["no", "steps", "epoch"]
 

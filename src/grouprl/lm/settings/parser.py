@@ -12,8 +12,8 @@ from transformers import HfArgumentParser
 
 from grouprl.errors import UsageError, refuse, shown
 from grouprl.lm.settings.other_libraries import ELSEWHERE
-from grouprl.objective_settings import unknown_setting
 from grouprl.reading import read_yaml, with_numbers
+from grouprl.settings.names import unknown_setting
 
 
 class TrlParser(HfArgumentParser):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from grouprl.errors import refuse, shown
 from grouprl.lm.settings.other_libraries import ELSEWHERE
 from grouprl.machine.ranks import Place
-from grouprl.objective_settings import unknown_setting
+from grouprl.settings.names import unknown_setting
 
 _log = logging.getLogger("grouprl")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grouprl.lm.settings.fields import Fields
-from grouprl.unread import OF_DISCOUNT, OF_LOSS, OF_SCALE, Unread
+from grouprl.settings.unread import OF_DISCOUNT, OF_LOSS, OF_SCALE, Unread
 
 _FIELDS = tuple(Fields.model_fields)
 _VLLM = tuple(name for name in _FIELDS if name.startswith("vllm_"))

@@ -6,7 +6,8 @@ from grouprl.envs.config import GRPOConfig as EnvsConfig
 from grouprl.envs.config import make_config
 from grouprl.errors import UsageError
 from grouprl.lm.settings.config import GRPOConfig as LanguageConfig
-from grouprl.objective_settings import ALIASES, ObjectiveSettings
+from grouprl.settings.names import ALIASES
+from grouprl.settings.objective import ObjectiveSettings
 
 BOTH = [make_config, lambda values: LanguageConfig(**values)]
 
