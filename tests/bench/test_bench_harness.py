@@ -268,6 +268,15 @@ def test_a_seed_is_counted_once() -> None:
     assert len(found.notes) == 2
 
 
+def test_what_rows_did_not_name_yet_has_its_default_in_them() -> None:
+    later = {**row("a", 1, 3.0), "ready_made": "", "functions": {}, "reward_noise": 0.0}
+    found = results.of_rows([row("a", 0, 1.0), later])
+    assert found.scores("A", "a", "greedy").tolist() == [1.0, 3.0]
+    assert found.notes == []
+    noisy = results.of_rows([row("a", 0, 1.0), {**later, "reward_noise": 0.5}])
+    assert noisy.scores("A", "a", "greedy").tolist() == [3.0]
+
+
 def test_five_seeds_are_no_reason_to_warn_and_unequal_numbers_are() -> None:
     five = [row("a", seed, 1.0) for seed in range(5)]
     assert tables.warnings(results.of_rows(five)) == []

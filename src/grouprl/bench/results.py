@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -153,9 +153,16 @@ def of_rows(rows: Iterable[Row]) -> Results:
 
 
 def experiment_of(row: Row) -> str:
-    """What decides the outcome of a row's run, but the seed."""
-    decides = {part.name: row.get(part.name) for part in fields(Cell) if part.name not in ("seed", "folder")}
+    """What decides the outcome of a row's run, but the seed; what an older row does not name has its default."""
+    parts = [part for part in fields(Cell) if part.name not in ("seed", "folder")]
+    decides = {part.name: row[part.name] if part.name in row else _default(part) for part in parts}
     return json.dumps(decides, sort_keys=True, default=str)
+
+
+def _default(part: Field[Any]) -> object:
+    if part.default_factory is not MISSING:
+        return part.default_factory()
+    return None if part.default is MISSING else part.default
 
 
 def _of_several(notes: Sequence[str]) -> str:
