@@ -73,6 +73,31 @@ def test_settings_win_over_the_preset() -> None:
     assert GRPO("CartPole-v1", n_envs=4).config.n_envs == 4
 
 
+@pytest.mark.parametrize(
+    ("preset", "chosen", "name", "instead"),
+    [
+        ("CartPole-v1", {"advantage": "outcome"}, "collect", "auto"),
+        ("CartPole-v1", {"group_size": 10}, "collect", "auto"),
+        ("locomotion", {"advantage": "batch_returns"}, "reuse", 1),
+    ],
+)
+def test_a_chosen_estimator_rules_out_what_a_preset_sets_for_another(
+    preset: str, chosen: dict[str, Any], name: str, instead: object
+) -> None:
+    with pytest.warns(UserWarning, match=f"^{name}=.* of the preset {preset} does not go with {next(iter(chosen))}="):
+        config = presets.configure(presets.load(preset), chosen)
+    assert getattr(config, name) == instead
+    assert config.learning_rate == presets.load(preset).config["learning_rate"]
+
+
+def test_an_error_in_which_a_preset_has_part_names_it() -> None:
+    formula = presets.load("formula")
+    with pytest.raises(UsageError, match=r"collect is 'segments'.*; the preset formula sets .*group_size=8.*=default"):
+        presets.configure(formula, {"collect": "segments"})
+    with pytest.raises(UsageError, match=r"^epsilon=3: .*default 0.2\)$"):
+        presets.configure(formula, {"epsilon": 3})
+
+
 def test_an_unknown_preset_names_the_closest() -> None:
     with pytest.raises(UsageError, match="CartPole-v1"):
         GRPO("CartPole-v1", preset="CartPole-v2")

@@ -22,7 +22,7 @@ from grouprl.envs.acting import chosen_action
 from grouprl.envs.action_codec import ActionCodec
 from grouprl.envs.arguments import whole_number
 from grouprl.envs.collect import Collector
-from grouprl.envs.config import GRPOConfig, make_config
+from grouprl.envs.config import GRPOConfig
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import why_not_again
 from grouprl.envs.export import export_module
@@ -109,7 +109,7 @@ class GRPO:
         if network is not None and not callable(network):
             raise UsageError(f"network={network!r} must be a callable (inputs, outputs) -> torch.nn.Module, or None")
         chosen = presets.resolve(env_name(env), preset)
-        config = make_config({**(chosen.config if chosen else {}), **settings})
+        config = presets.configure(chosen, settings)
         kwargs = {**(chosen.env_kwargs if chosen and isinstance(env, str) else {}), **(env_kwargs or {})}
         check_room(least_bytes(config))
         env_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0] >> 1)

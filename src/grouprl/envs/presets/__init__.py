@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from grouprl.envs.config import NEEDS_WHOLE_EPISODES, GRPOConfig, make_config
 from grouprl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,3 +84,47 @@ def resolve(env_id: str | None, preset: str | None) -> Preset | None:
     if preset == "auto":
         return load(env_id) if env_id in names() else None
     return load(preset)
+
+
+def configure(preset: Preset | None, settings: Mapping[str, Any]) -> GRPOConfig:
+    """The configuration of a preset with settings that somebody chose, which count more.
+
+    A preset may collect pieces of episodes, or learn from earlier batches, for the estimator that it is made for. Where
+    another one is chosen that cannot, the default takes the place of what the preset says, and a warning tells so.
+
+    Raises:
+        UsageError: values that are not allowed, or do not go together; where the preset has part in it, with its name.
+    """
+    if preset is None:
+        return make_config(settings)
+    left_out = _ruled_out(preset, settings)
+    kept = {name: value for name, value in preset.config.items() if name not in left_out}
+    try:
+        config = make_config({**kept, **settings})
+    except UsageError as error:
+        make_config(settings)  # where these alone are wrong, the preset has no part in it
+        held = ", ".join(f"{name}={value!r}" for name, value in kept.items() if name not in settings)
+        raise UsageError(
+            f"{error}; the preset {preset.name} sets {held}: choose other values for these, or preset=default"
+        ) from error
+    for name, why in left_out.items():
+        warnings.warn(
+            f"{name}={preset.config[name]!r} of the preset {preset.name} does not go with {why}, and is left out; "
+            f"{name} is {getattr(config, name)!r}",
+            stacklevel=3,
+        )
+    return config
+
+
+def _ruled_out(preset: Preset, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings of a preset that do not go with a chosen estimator, or with groups, by name: what rules them out."""
+    found: dict[str, str] = {}
+    advantage = settings.get("advantage")
+    if preset.config.get("collect") == "segments":
+        if settings.get("group_size") is not None:
+            found["collect"] = f"group_size={settings['group_size']!r}"
+        elif advantage in NEEDS_WHOLE_EPISODES:
+            found["collect"] = f"advantage={advantage!r}"
+    if preset.config.get("reuse", 1) > 1 and advantage not in (None, "baseline"):
+        found["reuse"] = f"advantage={advantage!r}"
+    return {name: why for name, why in found.items() if name not in settings}
