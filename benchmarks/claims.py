@@ -144,8 +144,8 @@ NOISE = """
 
 Mean greedy return without noise, after training with Gaussian noise on every reward; the worst seed in brackets. Sigma
 counts in the size of a reward, which is 1 on CartPole and Acrobot and 6 on Pendulum. *preset* and *default*: grouprl's
-preset, and its robust default. *outcome*: the chapter's estimator, with the robust default's other settings. *formula*:
-the chapter's objective. *sb3-ppo*: Stable-Baselines3's PPO, RL-Zoo's settings.
+preset, and its robust default. *outcome*: the chapter's estimator, with the robust default's other settings, but no
+repeated actions. *formula*: the chapter's objective. *sb3-ppo*: Stable-Baselines3's PPO, RL-Zoo's settings.
 
 """
 

@@ -26,12 +26,10 @@ import textwrap
 from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -233,58 +231,19 @@ def trl_settings_part() -> str:
 
 def _settings_tables(config: type[BaseModel], before: str = "") -> str:
     """A table for each section of a configuration; ``before`` is what its heading begins with."""
-    from grouprl.settings.describe import sections
+    from grouprl.settings.describe import allowed, sections
 
     text = ""
     for title, names in sections(config).items():
         rows = []
         for name in names:
             field = config.model_fields[name]
-            rows.append([f"`{name}`", shown(field.get_default()), allowed(field), field.description or ""])
+            rows.append([f"`{name}`", shown(field.get_default()), allowed(field, "`"), field.description or ""])
         heading = before + title
         text += (
             f"\n### {heading[0].upper()}{heading[1:]}\n\n{table(['setting', 'default', 'allowed', 'meaning'], rows)}"
         )
     return text
-
-
-def allowed(field: FieldInfo) -> str:
-    """The values a field takes, in words."""
-    from grouprl.settings.names import OneOf
-
-    kinds = get_args(field.annotation) if get_origin(field.annotation) not in (Literal, tuple, dict) else ()
-    kinds = kinds or (field.annotation,)
-    for limit in field.metadata:
-        if isinstance(limit, OneOf):
-            return ", ".join(f"`{name}`" for name in limit.names)
-    words = []
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            words += [f"`{value}`" for value in get_args(kind)]
-        elif get_origin(kind) is tuple:
-            words.append(f"a list of {_members(get_args(kind)[0])}")
-        elif get_origin(kind) is dict:
-            words.append("a mapping")
-        elif kind is bool:
-            words += ["`true`", "`false`"]
-        elif kind is NoneType:
-            words.append("none")
-        else:
-            bounds = [
-                f"{sign} {getattr(limit, name):g}"
-                for limit in field.metadata
-                for name, sign in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
-                if hasattr(limit, name)
-            ]
-            word = {int: "integer", float: "number", str: "text"}[kind]
-            words.append(" ".join([word, " and ".join(bounds)]).strip())
-    return ", ".join(words)
-
-
-def _members(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(kind))
-    return {int: "integers", float: "numbers", str: "texts"}[kind]
 
 
 def run_settings_part() -> str:

@@ -139,6 +139,10 @@ def test_presets_and_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> 
     assert "did you mean nth-word?" in capsys.readouterr().err
     assert call("settings") == 0
     assert "learning_rate" in capsys.readouterr().out
+    assert call("settings", "advantage") == 0
+    assert "baseline, outcome, leave_one_out" in capsys.readouterr().out
+    assert call("settings", "gamma") == 0
+    assert "number at least 0 and at most 1: discount" in capsys.readouterr().out
 
 
 def test_numbers_without_a_dot_in_scientific_notation_are_numbers(tmp_path: Path) -> None:

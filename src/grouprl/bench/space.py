@@ -58,12 +58,14 @@ class Space:
 
     @classmethod
     def parse(cls, pairs: Sequence[str]) -> dict[str, object]:
-        """``["lr=1e-3,3e-4", "gamma=0.9..0.999"]`` as values for :meth:`read`. Raises UsageError for other text."""
+        """``["epsilon=0.1,0.2", "gamma=0.9..0.999"]`` as values for :meth:`read`. Raises UsageError for other text."""
         values: dict[str, object] = {}
         for pair in pairs:
             name, sign, text = pair.partition("=")
             if not sign or not name.strip() or not text.strip():
-                raise UsageError(f"cannot read {pair!r}; write KEY=VALUE,VALUE or KEY=LOW..HIGH, such as lr=1e-3,3e-4")
+                raise UsageError(
+                    f"cannot read {pair!r}; write KEY=VALUE,VALUE or KEY=LOW..HIGH, such as epsilon=0.1,0.2"
+                )
             name = name.strip()
             if name in values:
                 raise UsageError(f"the setting {name!r} is given twice; write its values as {name}=A,B")

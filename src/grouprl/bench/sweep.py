@@ -63,7 +63,7 @@ class Sweep:
                 "prune by greedy, or leave --prune out"
             )
         if not self.space.varied:
-            raise UsageError("nothing is swept: give a setting several values, such as --set lr=1e-3,3e-4")
+            raise UsageError("nothing is swept: give a setting several values, such as --set learning_rate=1e-3,3e-4")
 
     def cells(self, settings: Settings) -> list[Cell]:
         """The runs of a trial."""

@@ -123,7 +123,7 @@ def sweep(
 
     Examples:
 
-      grouprl sweep CartPole-v1 --set lr=1e-3,3e-4 --seeds 0-4
+      grouprl sweep CartPole-v1 --set learning_rate=1e-3,3e-4 --seeds 0-4
 
       grouprl sweep LunarLander-v3 --set learning_rate=1e-4..1e-2 --set gamma=0.99,0.999 --trials 30 --prune
 

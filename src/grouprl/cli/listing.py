@@ -66,7 +66,7 @@ def settings(
 
 
 Row = tuple[str, Any, str]
-"""A setting: its name, its default, what it means."""
+"""A setting: its name, its default, what it takes and means."""
 
 
 def of_environments() -> Iterator[tuple[str, list[Row]]]:
@@ -96,9 +96,17 @@ def of_language_models() -> Iterator[tuple[str, list[Row]]]:
 
 
 def _configuration(config: Any, parts: dict[str, list[str]]) -> Iterator[tuple[str, list[Row]]]:
+    from grouprl.settings.describe import allowed
+
     for heading, names in parts.items():
         fields = {name: config.model_fields[name] for name in names}
-        yield heading, [(name, field.get_default(), field.description or "") for name, field in fields.items()]
+        yield (
+            heading,
+            [
+                (name, field.get_default(), ": ".join(filter(None, (allowed(field), field.description))))
+                for name, field in fields.items()
+            ],
+        )
 
 
 def _shown(name: str, default: Any, meaning: str) -> str:
