@@ -54,12 +54,11 @@ def of_one_processor(results: Results) -> tuple[Results, str]:
         kept += [run for run in runs if run.processor == most]
         left_out += Counter({name: n for name, n in counted.items() if name != most})
     used = sorted({run.processor for run in kept})
-    others = "; ".join(f"{name or 'not known'}: {n}" for name, n in left_out.most_common())
-    if len(used) == 1 and not others:
+    if len(used) == 1 and not left_out:
         return Results.of(kept), ""
     return Results.of(kept), (
-        " Seconds compare within an environment only: those of its runs on the processor that most methods ran on "
-        f"({' or '.join(used)}). Left out are runs on others{f': {others}' if others else ''}."
+        " Seconds compare within an environment only: they are of runs on the processor that most methods ran on there "
+        f"({' or '.join(used)}); {sum(left_out.values())} runs on another one are left out."
     )
 
 

@@ -201,7 +201,7 @@ def test_seconds_are_of_the_runs_on_one_processor_and_it_says_how_many_were_on_o
     made_rows.write(tmp_path, "evidence.yaml", {"sbx-ppo/Acrobot-v1": PPO[:3]}, **seconds)
     results = read(tmp_path).results
     timed, left_out = evidence.of_one_processor(results)
-    assert left_out.endswith("most methods ran on (P or slow). Left out are runs on others: P: 3.")
+    assert left_out.endswith("most methods ran on there (P or slow); 3 runs on another one are left out.")
     assert {subject: list(by) for subject, by in timed.runs.items()} == {
         "CartPole-v1": ["sb3-ppo"], "Acrobot-v1": ["grouprl-preset", "sb3-ppo"],
     }  # fmt: skip

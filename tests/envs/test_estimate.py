@@ -173,3 +173,27 @@ def test_a_group_of_equal_returns_gets_exactly_zero_in_a_batch_whose_mean_is_not
     assert advantage == "reinforce_pp_baseline" or info["degenerate_groups"] == 0.5
     assert made[:6].tolist() == [0.0] * 6
     assert bool((made[6:] != 0).any())
+
+
+@pytest.mark.parametrize("advantage", ["leave_one_out", "opo"])
+def test_a_return_equal_to_the_mean_of_its_group_is_shifted_like_the_others(advantage: str) -> None:
+    returns = torch.tensor([1.0, 3.0, 2.0, 2.1, 2.0, 3.0, 4.0, 3.0])  # the mean of the second group is 3, that of two
+    rollout = replace(chain(8, 1), rewards=returns, group=torch.tensor([0] * 4 + [1] * 4))
+    made, _ = estimate.advantages(rollout, make_config({"advantage": advantage}), None)
+    from_mean = torch.cat([returns[:4] - returns[:4].mean(), returns[4:] - returns[4:].mean()])
+    torch.testing.assert_close(made, (from_mean - from_mean.mean()) / from_mean.std(), atol=1e-6, rtol=0)
+    assert made.argsort().tolist() == from_mean.argsort().tolist()
+
+
+def test_steps_at_which_all_returns_to_go_are_equal_get_zero_and_no_others() -> None:
+    rewards = torch.tensor(
+        [1.0, 3.0, 1.0, 5.0, 1.0, 4.0]
+    )  # to go, without discount: 4 3, 6 5, 5 4; the third is the mean
+    rollout = replace(chain(3, 2), rewards=rewards)
+    config = make_config({"advantage": "timestep", "gamma": 1.0})
+    made, _ = estimate.advantages(rollout, config, None)
+    torch.testing.assert_close(made, torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.0, 0.0]) / 0.8**0.5, atol=1e-6, rtol=0)
+    first_alike = torch.tensor([1.0, 3.0, -1.0, 5.0, 0.0, 4.0])  # to go: 4 3, 4 5, 4 4
+    made, _ = estimate.advantages(replace(rollout, rewards=first_alike), config, None)
+    assert made[[0, 2, 4]].tolist() == [0.0, 0.0, 0.0]
+    assert made[5] == pytest.approx(0.0, abs=1e-6)

@@ -111,13 +111,22 @@ class GRPOConfig(ObjectiveSettings):
     lr_schedule: Literal["constant", "linear", "adaptive"] = Field(
         "adaptive", description="constant, linear to lr_final, or adapted to keep the KL of an update near kl_target"
     )
-    lr_final: float = Field(0.02, ge=0, le=1, description="last learning rate of the linear schedule, as a fraction")
+    lr_final: float = Field(
+        0.02, ge=0, le=1, description="last learning rate as a fraction, if linear; last kl_target as one, if adaptive"
+    )
     lr_max: float | None = Field(
         None, gt=0, description="upper bound of an adaptive learning rate; default: 0.01, or learning_rate if higher"
     )
-    kl_target: float = Field(0.02, gt=0, description="KL(old || new) per update an adaptive learning rate aims at")
+    kl_target: float = Field(
+        0.02,
+        gt=0,
+        description="KL(old || new) per update that an adaptive learning rate aims at; falls to lr_final of it",
+    )
     kl_stop: float | None = Field(
-        None, gt=0, description="end the epochs once KL(old || new) exceeds this; one beyond four times it is undone"
+        None,
+        gt=0,
+        description="end the epochs once KL(old || new) exceeds this, undo one beyond four times this; default: none, "
+        "or twice kl_target if adaptive",
     )
     max_grad_norm: float = Field(0.5, gt=0, description="bound on the global gradient norm")
     adam_epsilon: float = Field(1e-5, gt=0, description="Adam epsilon")

@@ -20,6 +20,7 @@ from grouprl.envs.rollout import Rollout
 from grouprl.errors import TrainingError
 from grouprl.objective import ESTIMATORS, RandomFeatures, Sketch
 from grouprl.objective.estimators import Estimation
+from grouprl.objective.packed import position, segment_ids
 from grouprl.objective.user_functions import TensorFunction, own_advantages
 
 DEFAULT_HORIZON = 1000
@@ -274,10 +275,20 @@ def advantages(
     finite = bool(torch.isfinite(raw).all())
     made = objective.standardise(raw, rollout.trainable) if scaled and finite else raw
     if scaled and estimator.compares:  # what equal returns do not tell apart is not shifted either
-        made = torch.where(raw == 0, 0.0, made)
+        made = torch.where(_all_zero(raw, lengths, group, by_time=estimator.turns), 0.0, made)
     if not (finite and bool(torch.isfinite(made).all())):
         raise TrainingError(
             f"advantage={config.advantage!r} gave an advantage that is not finite, for rewards from "
             f"{float(rewards.min())} to {float(rewards.max())}; scale the rewards, or choose another estimator"
         )
     return made, info
+
+
+def _all_zero(advantages: Tensor, lengths: Tensor, group: Tensor, by_time: bool) -> Tensor:
+    """``[S]`` bool: whether all steps of the group have advantage 0; by_time: all of those at the same time in it."""
+    cells = group[segment_ids(lengths)]
+    if by_time:
+        cells = cells * (int(lengths.max()) + 1) + position(lengths)
+    _, cell = torch.unique(cells, return_inverse=True)
+    others = torch.zeros(len(cell), device=cell.device).index_add(0, cell, (advantages != 0).float())
+    return others[cell] == 0

@@ -194,6 +194,17 @@ def test_samples_of_advantage_0_get_no_pass_and_change_no_gradient() -> None:
     assert relative_error(skipping.gradient(step), wanted) < 1e-5
 
 
+def test_samples_of_advantage_0_may_be_moved_by_a_loss_of_ones_own_and_so_are_not_left_out() -> None:
+    run = Run(build("llama"))
+
+    def own(logp: Tensor, logp_old: Tensor, advantages: Tensor) -> Tensor:
+        ratio = (logp - logp_old).exp()
+        return -ratio * advantages + 0.5 * (ratio - 1).square()
+
+    step = Step(run.policy, samples(), ALL, run.config, Objective.of(run.config, own))
+    assert sorted(step.active.tolist()) == ALL.tolist()
+
+
 def test_samples_of_advantage_0_are_moved_by_a_divergence_in_the_loss_and_so_not_left_out() -> None:
     run = Run(build("llama"), beta=0.1)
     assert len(run.step(samples()).active) == N

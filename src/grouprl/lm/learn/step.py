@@ -68,7 +68,9 @@ class Step:
         active = counted.clone()
         kl_loss = config.beta > 0 and config.kl_in == "loss"
         by_entropy = config.has_entropy_bonus or config.top_entropy_quantile < 1.0
-        if config.skip_zero_advantage and not kl_loss and not by_entropy and policy.log_probs.experts is None:
+        by_own_loss = objective.surrogate_function is not None  # nobody knows what it makes of an advantage of 0
+        moved_otherwise = kl_loss or by_entropy or by_own_loss or policy.log_probs.experts is not None
+        if config.skip_zero_advantage and not moved_otherwise:
             active &= segment_sum(samples.advantages.abs(), lengths)[chosen] > 0
         self.active = chosen[active]
         self.all_active = len(self.active) == int(counted.sum())
