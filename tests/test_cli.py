@@ -217,9 +217,9 @@ def test_a_folder_of_runs_and_a_wrong_name_are_told_a_run_that_exists(
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "config.yaml").write_text("env_id: CartPole-v1")
         os.utime(tmp_path / "runs" / name, (1e9 - age, 1e9 - age))
-    for wrong in ("runs",) if command == "chat" else ("runs", "runs/neww", "elsewhere"):
+    for wrong in ("runs",) if command == "chat" else ("runs", "runs/neww", "elsewhere", "."):
         assert call(command, wrong) == 2
-        assert f"runs holds 2; the newest is {Path('runs') / 'new'}." in capsys.readouterr().err
+        assert f"runs holds 2 runs; the newest is {Path('runs') / 'new'}." in capsys.readouterr().err
 
 
 def test_an_answer_to_a_wrong_option_names_no_other_that_the_command_lacks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -233,11 +233,13 @@ class Loop:
         skipped, n = self.skipped - (since or Counter()), self.batches - batches
         if not skipped:
             return None
-        reasons = "; ".join(f"{count} because {SKIPPED[name]}" for name, count in skipped.items())
+        counted = [f"{count} because {SKIPPED[name]}" for name, count in skipped.items()]
+        reasons = f", because {SKIPPED[next(iter(skipped))]}" if len(skipped) == 1 else f": {'; '.join(counted)}"
         if skipped.total() < n:
-            return f"{skipped.total()} of {n} batches moved no parameter: {reasons}"
+            usual = ", which is usual once a task is solved" if set(skipped) == {"no_signal"} else ""
+            return f"{skipped.total()} of {n} batches moved no parameter{reasons}{usual}"
         return (
-            f"nothing was learned, none of {n} batches moved a parameter: {reasons}. Check the rewards and the ends of "
+            f"nothing was learned, none of {n} batches moved a parameter{reasons}. Check the rewards and the ends of "
             "episodes that the environment gives, raise max_steps, or set skip_without_signal=False"
         )
 

@@ -17,10 +17,12 @@ def holds_runs(path: Path) -> list[Path]:
 
 
 def another_run(path: Path) -> str:
-    """Which run folder to give instead of `path`, which is none: one inside it, beside it, or where commands write."""
-    for place in (path, path.parent, Path("runs").absolute()):
+    """Which run folder to give instead of `path`, which is none: one inside it, in its runs, beside it, or where commands
+    write.
+    """
+    for place in (path, path / "runs", path.parent, Path("runs").absolute()):
         if runs := holds_runs(place):
             shown = os.path.relpath(runs[0])
-            many = f"{place.name} holds {len(runs)}; the newest" if len(runs) > 1 else "There"
+            many = f"{os.path.relpath(place)} holds {len(runs)} runs; the newest" if len(runs) > 1 else "There"
             return f"{many} is {shown}." if len(shown) < len(str(runs[0])) else f"{many} is {runs[0]}."
     return "Give the folder that `grouprl train` made."
