@@ -247,7 +247,8 @@ BESIDE = f"""
 
 *Ratio*: of normalised scores, grouprl's over PPO's. *Better*: the probability that a run of grouprl returns more than
 one of PPO. *Verdict*: above or below where the 95 % interval of the difference leaves 0 out, with {ENOUGH} seeds or
-more on both sides; level where it does not.
+more on both sides; level where it does not. Where an environment needs no settings of its own, the preset is the
+default, and both lines are of the same runs.
 
 """
 OVERALL = """
@@ -288,7 +289,9 @@ def report(benchmark: Benchmark) -> str:
     text = f"{INTRO}{benchmark.progress()}\n"
     if not results.runs:
         return text
-    common = shared(results, scales)
+    common = shared(with_intervals(results), scales)
+    if not common.runs:
+        common = shared(results, scales)
     text += SHORT + in_words(results)
     timed, left_out = of_one_processor(results)
     text += EACH.format(left_out=left_out) + each_environment(results, timed)
@@ -301,7 +304,7 @@ def report(benchmark: Benchmark) -> str:
     ends = "; ".join(f"{s} {number(scales[s][0])} to {number(scales[s][1])}" for s in results.runs if s in scales)
     text += OVERALL.format(scales=ends) + overall(results, scales)
     if common.runs:
-        says = f"Normalised scores on {len(common.runs)} environments: {', '.join(common.runs)}"
+        says = f"Normalised scores on the {len(common.runs)} environments that all these have: {', '.join(common.runs)}"
         text += benchmark.picture(
             "evidence-scores.png",
             lambda path: figures.scores(common, "greedy", scales, path, benchmark.methods),

@@ -65,9 +65,9 @@ def scores(
     colours = _ordered(results, order)
     scaled = {setting: normalised(results, metric, scales, setting) for setting in results.settings}
     if len({subject for by in scaled.values() for subject in by}) > 1:
-        groups = {f"normalised {metric}": {setting: list(by.values()) for setting, by in scaled.items() if by}}
+        groups = {f"normalised {_label(metric)}": {setting: list(by.values()) for setting, by in scaled.items() if by}}
     else:
-        groups = {f"{metric}, {subject}": _scores_of(results, subject, metric) for subject in results.runs}
+        groups = {f"{_label(metric)}, {subject}": _scores_of(results, subject, metric) for subject in results.runs}
     panels: list[Panel] = [
         partial(draw, strata=strata, name=name, colours=colours)
         for name, strata in groups.items()
@@ -81,10 +81,15 @@ def both(results: Results, metric: str, out: Path) -> None:
     """One figure of one subject: sample efficiency on the left, scores with intervals on the right."""
     (subject,) = results.runs
     own = _scores_of(results, subject, metric)
-    panels: list[Panel] = [partial(_intervals, strata=own, name=metric, colours=results.settings)]
+    panels: list[Panel] = [partial(_intervals, strata=own, name=_label(metric), colours=results.settings)]
     if _curves_of(results, subject):
         panels.insert(0, partial(_efficiency, results=results, subject=subject, colours=results.settings))
     _figure(panels, results.settings, results.settings, out)
+
+
+def _label(metric: str) -> str:
+    """What a metric is called on an axis."""
+    return f"{metric} return" if metric in ("greedy", "sampled") else metric
 
 
 def _scores_of(results: Results, subject: str, metric: str) -> dict[str, list[Array]]:
@@ -158,7 +163,7 @@ def _efficiency(axes: Axes, results: Results, subject: str, colours: list[str]) 
             _line(axes, grid, [values], setting, colours)
     axes.set_title(_plain(subject), fontsize=10)
     axes.set_xlabel("steps")
-    axes.set_ylabel("greedy, IQM")
+    axes.set_ylabel("greedy return, IQM")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
@@ -188,7 +193,7 @@ def _over_seconds(axes: Axes, results: Results, subject: str, colours: list[str]
     axes.xaxis.set_minor_formatter(NullFormatter())  # labels between powers of ten run into each other
     axes.set_title(_plain(subject), fontsize=10)
     axes.set_xlabel("CPU seconds of training")
-    axes.set_ylabel("greedy, IQM")
+    axes.set_ylabel("greedy return, IQM")
 
 
 def _overall(
@@ -207,7 +212,7 @@ def _overall(
             _line(axes, shares, strata, setting, colours)
     axes.set_title(f"all {len(subjects)}, normalised", fontsize=10)
     axes.set_xlabel("share of the budget")
-    axes.set_ylabel("normalised greedy, IQM")
+    axes.set_ylabel("normalised greedy return, IQM")
 
 
 def _intervals(axes: Axes, strata: Mapping[str, list[Array]], name: str, colours: list[str]) -> None:
