@@ -37,6 +37,7 @@ def test_the_text_of_a_content(content: Any, text: str) -> None:
         ({"content": "Well. ", "tool_calls": [CALL, CALL]}, "Well. " + 2 * "<tool_call>add(a=2, b=2)</tool_call>"),
         ({"content": None, "tool_calls": [CALL]}, "<tool_call>add(a=2, b=2)</tool_call>"),
         ({"content": "4", "tool_calls": None}, "4"),
+        ({"content": "4", "reasoning_content": "2 and 2"}, "<think>\n2 and 2\n</think>\n\n4"),
         ({"content": "", "tool_calls": [{"name": "add"}]}, "{'name': 'add'}"),
     ],
 )

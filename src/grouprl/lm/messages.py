@@ -2,6 +2,7 @@
 
 A message is a mapping with ``role`` and ``content``, and ``tool_calls`` where the model calls functions. The content is
 a text, or a list of parts such as ``[{"type": "text", "text": "..."}]``, or None where a message only calls functions.
+What the model thought before may stand in ``reasoning_content``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ def text_of(content: Any) -> str:
     return str(content)
 
 
+def said_text(message: Mapping[str, Any]) -> str:
+    """What a message says, behind the thoughts that stand apart from it, as models write them."""
+    thoughts = message.get("reasoning_content")
+    return (f"<think>\n{thoughts}\n</think>\n\n" if thoughts else "") + text_of(message.get("content"))
+
+
 def call_text(call: Mapping[str, Any]) -> str:
     """A call of a function as the model writes it."""
     function = call["function"]
@@ -28,8 +35,8 @@ def call_text(call: Mapping[str, Any]) -> str:
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """What a message says, its calls of functions included, for people to read."""
-    return text_of(message.get("content")) + "".join(map(_shown_call, message.get("tool_calls") or ()))
+    """What a message says, its thoughts and calls of functions included, for people to read."""
+    return said_text(message) + "".join(map(_shown_call, message.get("tool_calls") or ()))
 
 
 def conversation_text(messages: Sequence[Mapping[str, Any]]) -> str:

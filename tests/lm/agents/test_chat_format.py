@@ -29,6 +29,16 @@ STRIPS = (
     "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{{ '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
+THINKS = (  # as Qwen3's: thoughts are a field of a message, and are written where the user has not spoken since
+    "{% if tools %}{{ '<|start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|end|>\n' }}"
+    "{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' }}"
+    "{% if m.reasoning_content is string and messages[-1].role != 'user' %}"
+    "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+OPENS_THOUGHTS = THINKS.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 NO_SYSTEM = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + CHATML
 ALTERNATES = (
     "{% for m in messages %}{{ raise_exception('roles') if (m.role == 'user') != (loop.index0 % 2 == 0) }}{% endfor %}"
@@ -154,6 +164,44 @@ def test_a_template_that_shows_tools_is_given_them_and_its_calls_are_read() -> N
     message, fault = f.parse('Hm. <tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>', [ADD])
     assert message == {"role": "assistant", "content": "Hm.", "tool_calls": [as_call("add", {"a": 3, "b": 4})]}
     assert fault is None
+
+
+THREE_AND_FOUR = '<tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>'
+THOUGHT = f"I could write {THREE_AND_FOUR}."
+
+
+def test_a_call_within_thoughts_is_none_and_thoughts_stand_apart() -> None:
+    f = form(THINKS)
+    assert f.knows_tools
+    thought = {"role": "assistant", "reasoning_content": THOUGHT}
+    calls = [as_call("add", {"a": 3, "b": 4})]
+    assert f.parse(f"<think>\n{THOUGHT}\n</think>\n\n7", [ADD]) == ({**thought, "content": "7"}, None)
+    assert f.parse(f"<think>\n{THOUGHT}", [ADD]) == ({**thought, "content": ""}, None)  # cut off
+    said = f"<think>\n{THOUGHT}\n</think>\n\nSo: {THREE_AND_FOUR}"
+    assert f.parse(said, [ADD]) == ({**thought, "content": "So:", "tool_calls": calls}, None)
+    message, fault = f.parse(f"<think>{THOUGHT}</think><tool_call>add(3</tool_call>", [ADD])
+    assert message == {**thought, "content": "<tool_call>add(3</tool_call>"}
+    assert "cannot be read" in str(fault)
+
+
+def test_the_opening_of_a_turn_may_begin_its_thoughts() -> None:
+    f, said = form(OPENS_THOUGHTS), f"{THOUGHT}\n</think>\n\n7"
+    thought = {"role": "assistant", "reasoning_content": THOUGHT, "content": "7"}
+    assert f.parse(said, [ADD])[0] == thought
+    assert "tool_calls" in f.parse(said, [ADD], opening="<|start|>user\nA <think> is a tag.<|end|>\n")[0]
+    assert form(THINKS).parse(said, [ADD], opening="<|start|>assistant\n<think>\n")[0] == thought
+
+
+def test_a_template_without_thoughts_has_no_word_for_them() -> None:
+    for f in (form(CHATML), form(KNOWS_TOOLS)):
+        message = f.parse("<think>3 is known</think>3", [ADD])[0]
+        assert message == {"role": "assistant", "content": "<think>3 is known</think>3"}
+
+
+def test_thoughts_are_rendered_as_content_where_the_template_asks_for_nothing_else() -> None:
+    message = {"role": "assistant", "reasoning_content": "Hm", "content": "7"}
+    assert form(THINKS).to_render(message) == message
+    assert form(STRIPS).to_render(message) == {"role": "assistant", "content": "<think>\nHm\n</think>\n\n7"}
 
 
 @pytest.mark.parametrize("template", [CHATML, NO_SYSTEM])

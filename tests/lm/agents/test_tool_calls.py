@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from grouprl.lm.agents.tool_calls import NotACallError, as_call, described, of_json, parse
+from grouprl.lm.agents.tool_calls import NotACallError, as_call, described, of_json, parse, without_thoughts
 from grouprl.lm.agents.tools import schema_of
 from grouprl.lm.messages import call_text
 
@@ -72,6 +72,21 @@ def test_what_is_no_call_is_said_in_a_line(body: str, said: str) -> None:
         parse(f"<tool_call>{body}</tool_call>", [ADD])
     assert said in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "thoughts"),
+    [
+        ("<think>\nadd\n</think>\n\n7", "7", "add"),
+        ("<think>\n\n</think>\n\n7", "7", ""),
+        ("Well. <think>a</think>7<think>b", "Well. 7", "a\nb"),
+        ("<think><tool_call>add(3, 4)</tool_call>", "", "<tool_call>add(3, 4)</tool_call>"),
+        ('<tool_call>say("<think>")</tool_call>', '<tool_call>say("<think>")</tool_call>', ""),
+        (" 7</think> ", " 7</think> ", ""),
+    ],
+)
+def test_thoughts_are_told_from_what_is_said(text: str, said: str, thoughts: str) -> None:
+    assert without_thoughts(text) == (said, thoughts)
 
 
 def test_a_call_is_written_as_it_is_read() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_chat_format import CHATML, tokenizer
+from test_chat_format import CHATML, OPENS_THOUGHTS, tokenizer
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
 from grouprl.lm.agents.chat_format import ChatFormat
@@ -20,6 +20,7 @@ from grouprl.lm.agents.interactions import Interactions
 from grouprl.lm.agents.tool_calls import as_call
 from grouprl.lm.agents.tool_use import Limits, reward_of
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.sample.turns import Turn
 
 ASKED = [{"role": "user", "content": "Go. "}]
 
@@ -422,6 +423,28 @@ def test_an_environment_that_exits_does_not_end_the_program_unsaid(method: str) 
     c = Conversation(playing, row(), form.first(prompt, [], row(), "row 0"), form, Rules(None, False, 5.0, 100))
     with pytest.raises(TrainingError, match=r"Exits raised SystemExit: 3 in turn 1 of an episode"):
         c._answer(calling(("up", {"by": 1})))
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_is_thought_calls_nothing_and_is_read_as_it_was_sampled(anew: bool) -> None:
+    """The template opens the thoughts, so the model only closes them."""
+    made_with, thought = tokenizer(OPENS_THOUGHTS), "Not <tool_call>add(5, 5)</tool_call>"
+    form = ChatFormat(made_with, {}, [made_with.eos_token_id])
+    playing, prompt = made(None, [add]).begin(row(), 1, "row 0")
+    c = Conversation(playing, row(), form.first(prompt, playing.tools, row(), "row 0"), form, Rules(4, anew, 5.0, 100))
+
+    def turn(text: str) -> Turn:
+        return Turn([*made_with(text, add_special_tokens=False)["input_ids"], made_with.eos_token_id], True)
+
+    call = '<tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call>'
+    read = made_with.decode(c.reply(turn(f"{thought}\n</think>\n\n{call}")).ids)
+    behind = "<|end|>\n<|start|>tool\n7<|end|>\n<|start|>assistant\n<think>\n"
+    assert read.endswith(f"<think>\n{thought}\n</think>\n\n{call}{behind}" if anew else behind.removeprefix("<|end|>"))
+    assert anew or read == behind.removeprefix("<|end|>")
+    assert c.reply(turn(f"{thought}\n</think>\n\n7")).over
+    assert [message.get("reasoning_content") for message in c.completion] == [thought, None, thought]
+    assert [message["content"] for message in c.completion] == ["", "7", "7"]
+    assert c.metrics["tools/calls"] == 1.0
 
 
 def test_a_factory_that_exits_is_an_error() -> None:

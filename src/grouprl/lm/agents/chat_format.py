@@ -17,7 +17,7 @@ from grouprl.errors import TrainingError, UsageError, error_text, first_line, sh
 from grouprl.lm.agents import tool_calls
 from grouprl.lm.agents.interaction import Message
 from grouprl.lm.agents.tool_calls import NotACallError, Schema
-from grouprl.lm.messages import call_text, text_of
+from grouprl.lm.messages import call_text, said_text, text_of
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.tokenising import Tokenising, read_row
 
@@ -63,6 +63,8 @@ class ChatFormat:
         self.rewrites: str | None = None
         self.knows_tools = False
         self.unread: str | None = None
+        template = str(getattr(tokenizer, "chat_template", None))  # of all templates, where there are several
+        self._knows_thoughts, self._reads_thoughts = "</think>" in template, "reasoning_content" in template
         self._opening = ""
         self._end: list[int] = []
         if getattr(tokenizer, "chat_template", None) is None:
@@ -140,19 +142,34 @@ class ChatFormat:
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
-    def parse(self, text: str, schemas: Sequence[Schema], end: str = "") -> tuple[dict[str, Any], str | None]:
+    def opening(self, ids: Sequence[int]) -> str:
+        """What the model read before a turn, as text."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def parse(
+        self, text: str, schemas: Sequence[Schema], end: str = "", opening: str | None = None
+    ) -> tuple[dict[str, Any], str | None]:
         """A turn as a message, with its tool calls, and what is wrong with something that was meant as one, or None.
+
+        Where there are tools, the thoughts of a model whose template knows thoughts are the message's
+        ``reasoning_content``, and nothing in them is a call.
 
         Args:
             text: with its special tokens. They are no part of the message where ``skip_special_tokens`` says so.
             end: the token that ended the turn, as text: a response template may wait for it.
+            opening: what the model read before: it may begin the thoughts. Default: as a conversation begins.
         """
-        plain = {"role": "assistant", "content": self._without_special(text)}
+        opening = self._opening if opening is None else opening
+        plain = self._message(text)
         if not schemas:
             return plain, None
         try:
             if self.knows_tools and getattr(self._tokenizer, "response_template", None) is not None:
-                return self._parsed(text, schemas, end), None
+                return self._parsed(text, schemas, end, opening), None
+            if self._knows_thoughts:
+                begun = "<think>" if opening.rstrip().endswith("<think>") else ""
+                text, thoughts = tool_calls.without_thoughts(begun + text)
+                plain = self._message(text, thoughts)
             content, calls = tool_calls.parse(text, schemas)
         except NotACallError as error:
             return plain, str(error)
@@ -160,13 +177,24 @@ class ChatFormat:
             return plain, f"the tool call cannot be read: {first_line(error)}"
         return {**plain, "content": self._without_special(content), "tool_calls": calls} if calls else plain, None
 
+    def to_render(self, message: Message) -> Message:
+        """A turn that was read, as the template is given it: thoughts are content where it does not ask for them."""
+        if self._reads_thoughts or "reasoning_content" not in message:
+            return message
+        rest = {name: value for name, value in message.items() if name != "reasoning_content"}
+        return {**rest, "content": said_text(message)}
+
+    def _message(self, content: str, thoughts: str = "") -> dict[str, Any]:
+        apart = {"reasoning_content": self._without_special(thoughts)} if thoughts else {}
+        return {"role": "assistant", **apart, "content": self._without_special(content)}
+
     def _without_special(self, text: str) -> str:
         for token in getattr(self._tokenizer, "all_special_tokens", ()) if self.skips_special_tokens else ():
             text = text.replace(token, "")
         return text
 
-    def _parsed(self, text: str, schemas: Sequence[Schema], end: str) -> dict[str, Any]:
-        parsed = self._tokenizer.parse_response(text + end, prefix=self._opening, tools=list(schemas))
+    def _parsed(self, text: str, schemas: Sequence[Schema], end: str, opening: str) -> dict[str, Any]:
+        parsed = self._tokenizer.parse_response(text + end, prefix=opening, tools=list(schemas))
         if not isinstance(parsed, Mapping):
             raise NotACallError(f"the response template makes nothing of {shown(text)}")
         message = {"role": "assistant", **{key: value for key, value in parsed.items() if value is not None}}
@@ -326,10 +354,7 @@ class ChatFormat:
         if getattr(self._tokenizer, "response_template", None) is not None:
             return True
         written = text[len(opening) if text.startswith(opening) else 0 :]
-        try:
-            is_read = tool_calls.parse(written, [_PROBE])[1] == [call]
-        except NotACallError:
-            is_read = False
+        is_read = self.parse(written, [_PROBE], opening="")[0].get("tool_calls") == [call]
         if not is_read:
             self.unread = "the tokenizer does not say how calls are read; set tokenizer.response_template for them"
         return is_read

@@ -81,6 +81,7 @@ class Conversation:
         self.metrics: dict[str, float] = dict.fromkeys((*rules.counted, *getattr(interaction, "counted", ())), 0.0)
         self.late = False
         self._newest = 0
+        self._read: Sequence[int] = start.ids  # last, before the turn that comes next
 
     @property
     def completion(self) -> str | list[dict[str, Any]]:
@@ -107,7 +108,8 @@ class Conversation:
         begun = "" if self.spoken else self._begun
         raw = begun + self._form.text(turn.ids, turn.closed, raw=True)
         text = begun + self._form.text(turn.ids, turn.closed) if self._form.skips_special_tokens else raw
-        message, fault = self._form.parse(raw, self._schemas, self._form.end(turn.ids, turn.closed))
+        opening = self._form.opening(self._read).removesuffix(begun)
+        message, fault = self._form.parse(raw, self._schemas, self._form.end(turn.ids, turn.closed), opening)
         spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
         self.spoken.append(len(self.messages))
         self.messages.append(spoken)
@@ -131,10 +133,12 @@ class Conversation:
         if over:
             return _OVER
         if not anew:
-            return Reply(self._form.following(self._as_given(said), finished=turn.closed))
-        prompt = self._as_given(said if answer.anew else [*self._opening, spoken, *said])
+            self._read = self._form.following(self._as_given(said), finished=turn.closed)
+            return Reply(self._read)
+        prompt = self._as_given(said if answer.anew else [*self._opening, self._form.to_render(spoken), *said])
         where = f"the prompt after {self._turn()}"
-        return Reply(self._form.first(prompt, self._schemas, self.start, where, limited=False).ids, anew=True)
+        self._read = self._form.first(prompt, self._schemas, self.start, where, limited=False).ids
+        return Reply(self._read, anew=True)
 
     def cut(self) -> None:
         """The sampler has ended the episode, for want of room: what was said last has not been read."""

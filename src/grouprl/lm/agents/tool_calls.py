@@ -24,6 +24,7 @@ Schema = Mapping[str, Any]
 """A function as JSON schema, as ``transformers.utils.get_json_schema`` makes it."""
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_PART = re.compile(r"<(think|tool_call)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 _LONGEST_CALL = 100_000
 
 
@@ -66,6 +67,16 @@ def parse(text: str, schemas: Sequence[Schema]) -> tuple[str, list[dict[str, Any
     """
     calls = [call for found in _CALL.finditer(text) for call in _read(found[1].strip(), schemas)]
     return _CALL.sub("", text).strip(), calls
+
+
+def without_thoughts(text: str) -> tuple[str, str]:
+    """What the model wrote outside of ``<think>`` and ``</think>``, and what it wrote between them.
+
+    A thought that is not closed goes to the end of the text. The marks of a thought within a call are part of the call.
+    """
+    thoughts = [found[2].strip() for found in _PART.finditer(text) if found[1] == "think"]
+    rest = _PART.sub(lambda found: "" if found[1] == "think" else found[0], text)
+    return (rest.strip() if thoughts else text), "\n".join(filter(None, thoughts))
 
 
 def as_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
