@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grouprl.errors import UsageError
+from grouprl.errors import TrainingError, UsageError
 from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.tool_calls import as_call
 from grouprl.lm.agents.tools import schema_of
@@ -104,6 +104,18 @@ def test_what_is_appended_is_what_rendering_the_whole_conversation_gives(templat
         ids += f.following(answer)
     wanted = made.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
     assert made.decode(ids).replace(" ", "") == wanted.replace(" ", "")
+
+
+def test_one_template_renders_a_conversation_with_tools_where_the_tokenizer_has_several() -> None:
+    marked = KNOWS_TOOLS.replace("(m.content or '')", "(m.role == 'tool') * '[result]' + (m.content or '')")
+    plain = CHATML.replace("m.content", "(m.content or '')")  # leaves the calls out
+    made = tokenizer({"default": plain, "tool_use": marked})
+    f = ChatFormat(made, {}, [made.eos_token_id])
+    assert f.knows_tools
+    assert made.decode(f.following([TALK[2]], [ADD])) == "\n<|start|>tool\n[result]7<|end|>\n<|start|>assistant\n"
+    assert made.decode(f.following([TALK[4]], [ADD])).startswith("\n<|start|>user\nThanks")
+    with pytest.raises(TrainingError, match=r"cannot render \[.*'7'.*: it leaves out the calls before them"):
+        f.following([TALK[2]])
 
 
 def test_a_turn_that_was_cut_off_is_ended_first() -> None:

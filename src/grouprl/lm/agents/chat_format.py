@@ -109,10 +109,13 @@ class ChatFormat:
         read = read_row({"prompt": messages, **columns}, row.index, how, where)
         return Prompt(row.index, [dict(message) for message in prompt], row.columns, read.ids, read.begun)
 
-    def following(self, messages: str | Sequence[Message], *, finished: bool = True) -> list[int]:
+    def following(
+        self, messages: str | Sequence[Message], schemas: Sequence[Schema] = (), *, finished: bool = True
+    ) -> list[int]:
         """The tokens that follow a turn of the model: what is said to it, and the opening of its next turn.
 
         Args:
+            schemas: the tools. A tokenizer may have another template for conversations with tools.
             finished: whether the model ended its turn with the end token; otherwise the end is the first of the tokens.
 
         Raises:
@@ -121,7 +124,7 @@ class ChatFormat:
         if isinstance(messages, str):
             return self._text_ids(messages)
         try:
-            ids = self._behind(_USER, _SAID, messages)
+            ids = self._behind(_USER, _SAID, messages, tools=schemas)
         except Exception as error:  # templates raise what they like
             raise TrainingError(f"the chat template cannot render {shown(messages)}: {first_line(error)}") from error
         return ids if finished else self._end + ids
@@ -227,13 +230,13 @@ class ChatFormat:
             given, tools=list(tools) or None, tokenize=False, add_generation_prompt=opened, **self._options
         )
 
-    def _behind(self, *conversation: Any) -> list[int]:
+    def _behind(self, *conversation: Any, tools: Sequence[Schema]) -> list[int]:
         """The tokens behind the assistant's last turn before the messages that end ``conversation``.
 
         Args:
             conversation: messages, the last of them the assistant's with the mark; then the messages that follow.
         """
-        text, place = self._with_mark(*conversation)
+        text, place = self._with_mark(*conversation, tools=tools)
         ids = self._text_ids(text)
         ends = [i for i, token in enumerate(ids) if token in self._ends]
         return ids[ends[self._n_ends(text[:place])] + 1 :]
@@ -241,8 +244,12 @@ class ChatFormat:
     def _n_ends(self, text: str) -> int:
         return sum(token in self._ends for token in self._text_ids(text))
 
-    def _with_mark(self, *conversation: Any) -> tuple[str, int]:
-        """A conversation rendered, and where what the assistant said last in it ends."""
+    def _with_mark(self, *conversation: Any, tools: Sequence[Schema]) -> tuple[str, int]:
+        """A conversation rendered, and where what the assistant said last in it ends.
+
+        Raises:
+            ValueError: it is left out.
+        """
         *before, said, messages = conversation
         messages = self._as_model_reads(list(messages))
         called = [message for message in messages if message.get("role") == "tool"]
@@ -250,7 +257,9 @@ class ChatFormat:
             arguments: Any = {"x": _MARK}
             calls = [tool_calls.as_call(str(message.get("name", "probe")), arguments) for message in called]
             said = {"role": "assistant", "content": "", "tool_calls": calls}
-        text = self._render([*before, said, *messages], opened=True)
+        text = self._render([*before, said, *messages], opened=True, tools=tools if self.knows_tools else ())
+        if _MARK not in text:
+            raise ValueError(f"it leaves out {'the calls' if called else 'what the assistant said'} before them")
         return text, text.rindex(_MARK) + len(_MARK)
 
     def _as_model_reads(self, messages: list[Message]) -> list[Message]:
@@ -302,7 +311,7 @@ class ChatFormat:
         self.fault = self._fault_behind("the assistant's turn", _NEXT)
         if self.fault is not None:
             return
-        if self.knows_tools and (fault := self._fault_behind("a turn with tool calls", _RESULT)) is not None:
+        if self.knows_tools and (fault := self._fault_behind("a turn with tool calls", _RESULT, [_PROBE])) is not None:
             self.knows_tools, self.unread = False, f"{fault}; give the tokenizer another chat_template"
         place = whole.rindex(_MARK) + len(_MARK)
         tail = self._text_ids(whole[place:])
@@ -313,12 +322,12 @@ class ChatFormat:
         elif not whole.startswith(self._opening):
             self.rewrites = "changes how earlier turns begin"
 
-    def _fault_behind(self, turn: str, message: Message) -> str | None:
+    def _fault_behind(self, turn: str, message: Message, tools: Sequence[Schema] = ()) -> str | None:
         """Why a message cannot be appended to a turn of the assistant; None if it can."""
         try:
-            behind = self._behind(_USER, _SAID, [message])
-            later = self._behind(_USER, {"role": "assistant", "content": "3"}, _USER, _SAID, [message])
-            text, place = self._with_mark(_USER, _SAID, [message])
+            behind = self._behind(_USER, _SAID, [message], tools=tools)
+            later = self._behind(_USER, {"role": "assistant", "content": "3"}, _USER, _SAID, [message], tools=tools)
+            text, place = self._with_mark(_USER, _SAID, [message], tools=tools)
             ends = self._n_ends(text[: text.rindex(_ANSWERED)]) - self._n_ends(text[:place])
         except IndexError:
             behind, later, ends = [], [], 0

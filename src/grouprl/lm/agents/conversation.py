@@ -133,7 +133,7 @@ class Conversation:
         if over:
             return _OVER
         if not anew:
-            self._read = self._form.following(self._as_given(said), finished=turn.closed)
+            self._read = self._form.following(self._as_given(said), self._schemas, finished=turn.closed)
             return Reply(self._read)
         prompt = self._as_given(said if answer.anew else [*self._opening, self._form.to_render(spoken), *said])
         where = f"the prompt after {self._turn()}"
