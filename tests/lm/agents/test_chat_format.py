@@ -278,6 +278,16 @@ def test_a_response_template_may_wait_for_the_end_of_the_turn() -> None:
     assert f.end(ids, False) == ""
 
 
+def test_a_response_template_reads_turns_without_tools_too() -> None:
+    f = form(CHATML)
+    f._tokenizer.response_template = {"anything": 1}
+    f._tokenizer.parse_response = lambda text, *, prefix: {"content": text.upper() + prefix}
+    message = {"role": "assistant", "content": "HELLObefore"}
+    assert f.parse("Hello", [], opening="before") == (message, None)
+    del f._tokenizer.parse_response  # its own refuses such a template
+    assert f.parse("Hello", []) == ({"role": "assistant", "content": "Hello"}, None)
+
+
 def test_a_call_that_cannot_be_read_is_a_fault_and_no_exception() -> None:
     message, fault = form(CHATML).parse("<tool_call>add(3</tool_call>", [ADD])
     assert message == {"role": "assistant", "content": "<tool_call>add(3</tool_call>"}

@@ -134,6 +134,14 @@ def test_a_reset_is_given_what_it_takes() -> None:
     assert prompt == ASKED
 
 
+def test_without_tools_nothing_is_called() -> None:
+    class Plain:
+        def reset(self): ...
+
+    playing, _ = made(Plain).begin(row(), 1, "row 0")
+    assert playing.answer(calling(("up", {"by": 1}))) == Answer(terminated=True)
+
+
 def test_an_environment_may_end_the_episode_and_reward_each_turn() -> None:
     playing, _ = made(Ends).begin(row(), 1, "row 0")
     assert playing.gives_rewards

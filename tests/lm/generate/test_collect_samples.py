@@ -327,3 +327,55 @@ def test_rewards_read_special_tokens_but_for_those_that_end_or_fill(cut):
         script, tokenizer, RewardCaller(reward), [Source()[0]], 2, torch.Generator(), skip_special_tokens=cut
     )
     assert seen == [("one" if cut else "<think> one", [2, 3, 0]), ("two" if cut else "<think> two", [2, 1, 4])]
+
+
+RESPONSES = {
+    "defaults": {"role": "assistant"}, "start_anchor": "<start> assistant",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close_pattern": r"</think>\s*", "content": "text"},
+        "content": {"close_pattern": r"<end>\s*", "content": "text"},
+    },
+}  # fmt: skip
+
+
+def as_judged(prompt, response_template, *completions):
+    """What a reward function reads of completions in words, the last of which ends them."""
+    words = ["<end>", "<pad>", "<start>", "<think>", "</think>", "user", "assistant", "go", "yes", "no"]
+    ids = {word: i for i, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>")
+    tokenizer.response_template = response_template
+    seen = []
+
+    def reward(completions, **_):
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    opening = "<start> user go <end> <start> assistant"
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        opening = f"{opening} {prompt[-1]['content']}"
+    row = Prompt(0, prompt, {}, tuple(ids[word] for word in opening.split()))
+    script = Script([[ids[word] for word in said.split()] for said in completions])
+    drawn = sample_and_score(script, tokenizer, RewardCaller(reward), [row], len(completions), torch.Generator())
+    assert drawn.texts == [said.removesuffix(" <end>") for said in completions]
+    return seen
+
+
+def test_a_response_template_makes_messages_of_completions_of_conversations() -> None:
+    """The same messages as in TRL 1.16, for these completions."""
+    asked, said = [{"role": "user", "content": "go"}], ("<think> no </think> yes <end>", "no no", "<think> no")
+    assert as_judged(asked, RESPONSES, *said) == [
+        [{"role": "assistant", "reasoning_content": "no", "content": "yes"}],
+        [{"role": "assistant", "content": "no no"}],
+        [{"role": "assistant", "reasoning_content": "no", "content": ""}],
+    ]  # fmt: skip
+    assert as_judged(asked, None, said[0])[0][0]["content"] == "<think> no </think> yes"
+    assert as_judged("go", RESPONSES, said[0]) == ["<think> no </think> yes"]
+    begun = [*asked, {"role": "assistant", "content": "<think> no"}]
+    assert as_judged(begun, RESPONSES, "</think> yes <end>")[0][0]["content"] == "yes"
+
+
+def test_a_completion_that_a_response_template_cannot_read_is_text() -> None:
+    asked = [{"role": "user", "content": "go"}]
+    assert as_judged(asked, {"fields": 3}, "yes <end>") == [[{"role": "assistant", "content": "yes"}]]

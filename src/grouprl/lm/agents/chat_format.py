@@ -16,6 +16,7 @@ from typing import Any
 from grouprl.errors import TrainingError, UsageError, error_text, first_line, shown
 from grouprl.lm.agents import tool_calls
 from grouprl.lm.agents.interaction import Message
+from grouprl.lm.agents.responses import has_response_template, read_response, without_special
 from grouprl.lm.agents.tool_calls import NotACallError, Schema
 from grouprl.lm.messages import call_text, said_text, text_of
 from grouprl.lm.prompts import Prompt
@@ -154,8 +155,8 @@ class ChatFormat:
     ) -> tuple[dict[str, Any], str | None]:
         """A turn as a message, with its tool calls, and what is wrong with something that was meant as one, or None.
 
-        Where there are tools, the thoughts of a model whose template knows thoughts are the message's
-        ``reasoning_content``, and nothing in them is a call.
+        A response template makes the message if the tokenizer has one. Else, where there are tools, the thoughts of a
+        model whose chat template knows thoughts are the message's ``reasoning_content``, and nothing in them is a call.
 
         Args:
             text: with its special tokens. They are no part of the message where ``skip_special_tokens`` says so.
@@ -164,20 +165,22 @@ class ChatFormat:
         """
         opening = self._opening if opening is None else opening
         plain = self._message(text)
-        if not schemas:
-            return plain, None
         try:
-            if self.knows_tools and getattr(self._tokenizer, "response_template", None) is not None:
-                return self._parsed(text, schemas, end, opening), None
+            if has_response_template(self._tokenizer) and (self.knows_tools or not schemas):
+                skip = self.skips_special_tokens
+                read = read_response(self._tokenizer, text, end, opening, schemas, skip_special_tokens=skip)
+                return read, None
+            if not schemas:
+                return plain, None
             if self._knows_thoughts:
                 begun = "<think>" if opening.rstrip().endswith("<think>") else ""
                 text, thoughts = tool_calls.without_thoughts(begun + text)
                 plain = self._message(text, thoughts)
             content, calls = tool_calls.parse(text, schemas)
         except NotACallError as error:
-            return plain, str(error)
+            return plain, str(error) if schemas else None
         except Exception as error:  # of a response template
-            return plain, f"the tool call cannot be read: {first_line(error)}"
+            return plain, f"the tool call cannot be read: {first_line(error)}" if schemas else None
         return {**plain, "content": self._without_special(content), "tool_calls": calls} if calls else plain, None
 
     def to_render(self, message: Message) -> Message:
@@ -192,18 +195,7 @@ class ChatFormat:
         return {"role": "assistant", **apart, "content": self._without_special(content)}
 
     def _without_special(self, text: str) -> str:
-        for token in getattr(self._tokenizer, "all_special_tokens", ()) if self.skips_special_tokens else ():
-            text = text.replace(token, "")
-        return text
-
-    def _parsed(self, text: str, schemas: Sequence[Schema], end: str, opening: str) -> dict[str, Any]:
-        parsed = self._tokenizer.parse_response(text + end, prefix=opening, tools=list(schemas))
-        if not isinstance(parsed, Mapping):
-            raise NotACallError(f"the response template makes nothing of {shown(text)}")
-        message = {"role": "assistant", **{key: value for key, value in parsed.items() if value is not None}}
-        calls = message.pop("tool_calls", None)
-        message["content"] = self._without_special(str(message.get("content") or "").removesuffix(end))
-        return {**message, "tool_calls": [tool_calls.of_json(call) for call in calls]} if calls else message
+        return without_special(self._tokenizer, text) if self.skips_special_tokens else text
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
@@ -360,7 +352,7 @@ class ChatFormat:
             return False
         if not shown_tools or _MARK not in text or "86420" not in text:
             return False
-        if getattr(self._tokenizer, "response_template", None) is not None:
+        if has_response_template(self._tokenizer):
             return True
         written = text[len(opening) if text.startswith(opening) else 0 :]
         is_read = self.parse(written, [_PROBE], opening="")[0].get("tool_calls") == [call]

@@ -144,7 +144,7 @@ class ToolUse(Interaction):
     def answer(self, said: Said) -> Answer:
         """Call the tools that the turn asks for."""
         self._turns += 1
-        calls = said.message.get("tool_calls") or []
+        calls = (self.tools and said.message.get("tool_calls")) or []
         if not calls and said.fault is None:
             # A turn that was cut off may have been about to call a tool.
             return self._judged(Answer(terminated=said.finished, truncated=not said.finished))

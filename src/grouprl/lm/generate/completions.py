@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from grouprl import objective
+from grouprl.errors import first_line
+from grouprl.lm.agents.responses import has_response_template, read_response
 from grouprl.lm.generate.estimate import estimate_advantages
 from grouprl.lm.generate.old_policy import old_and_reference
 from grouprl.lm.generate.samples import Samples
@@ -21,6 +24,8 @@ from grouprl.lm.sample.rows import Completion
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.settings.config import GRPOConfig
 from grouprl.objective.user_functions import TensorFunction
+
+_log = logging.getLogger("grouprl")
 
 
 class CompletionPlayer:
@@ -106,7 +111,8 @@ def sample_and_score(
     completions = policy.sample([p.ids for p in prompts], group_size, stream, settings)
     texts = texts_of(completions, tokenizer, skip_special_tokens)
     rows = [p for p in prompts for _ in range(group_size)]
-    values = rewards(rows, texts, [c.ids for c in completions], state)
+    said = as_messages(texts, rows, completions, tokenizer, skip_special_tokens)
+    values = rewards(rows, said, [c.ids for c in completions], state)
     return ScoredGroups(prompts, group_size, completions, texts, values, rewards.weights)
 
 
@@ -115,3 +121,31 @@ def texts_of(completions: Sequence[Completion], tokenizer: Any, skip_special_tok
     padding = getattr(tokenizer, "pad_token_id", None)
     ids = [[t for t in (c.ids[:-1] if c.finished and not c.stopped else c.ids) if t != padding] for c in completions]
     return list(tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens))
+
+
+def as_messages(
+    texts: Sequence[str], rows: Sequence[Prompt], completions: Sequence[Completion], tokenizer: Any,
+    skip_special_tokens: bool,
+) -> list[str | list[dict[str, Any]]]:  # fmt: skip
+    """Completions as rewards read them: the messages that the tokenizer's response template makes, and texts.
+
+    A completion stays text if its prompt is text, or if the template cannot read it. ``rows`` holds the prompt of each.
+    """
+    if not has_response_template(tokenizer):
+        return list(texts)
+    said: list[str | list[dict[str, Any]]] = []
+    whole = texts_of(completions, tokenizer, False) if skip_special_tokens else texts
+    for text, raw, row, completion in zip(texts, whole, rows, completions, strict=True):
+        said.append(text)
+        if isinstance(row.prompt, str):
+            continue
+        begun = str(row.completion("")[0]["content"])  # type: ignore[index]
+        opening = tokenizer.decode(list(row.ids)).removesuffix(begun)
+        end = tokenizer.decode(completion.ids[-1:]) if completion.finished and not completion.stopped else ""
+        try:
+            read = read_response(tokenizer, begun + raw, end, opening, skip_special_tokens=skip_special_tokens)
+        except Exception as error:  # templates raise what they like
+            _log.debug("the response template cannot read a completion: %s", first_line(error))
+        else:
+            said[-1] = [read]
+    return said

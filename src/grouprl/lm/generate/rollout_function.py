@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grouprl.errors import GrouprlError, TrainingError, error_text, shown
-from grouprl.lm.generate.completions import texts_of
+from grouprl.lm.generate.completions import as_messages, texts_of
 from grouprl.lm.generate.episodes import Episode, overlong
 from grouprl.lm.generate.play import EpisodeGroups, samples_of_groups
 from grouprl.lm.generate.samples import Samples
@@ -76,7 +76,8 @@ class RolloutPlayer:
         ]
         ends = [Completion(s.ids, s.logp, s.finished[-1]) for s in sampled]
         texts = texts_of(ends, self.tokenizer, self.config.skip_special_tokens)
-        judged = self.rewards(rows, texts, [s.ids for s in sampled], state)
+        said = as_messages(texts, rows, ends, self.tokenizer, self.config.skip_special_tokens)
+        judged = self.rewards(rows, said, [s.ids for s in sampled], state)
         returns = total(judged.values, self.rewards.weights).tolist()
         episodes = [
             Episode(
