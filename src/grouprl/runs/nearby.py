@@ -17,9 +17,7 @@ def holds_runs(path: Path) -> list[Path]:
 
 
 def another_run(path: Path) -> str:
-    """Which run folder to give instead of `path`, which is none: one inside it, in its runs, beside it, or where commands
-    write.
-    """
+    """Which run folder to give instead of `path`, which is none: inside it or its runs, beside it, or under runs."""
     for place in (path, path / "runs", path.parent, Path("runs").absolute()):
         if runs := holds_runs(place):
             shown = os.path.relpath(runs[0])
