@@ -61,6 +61,16 @@ def test_an_environment_on_strings_is_played_as_it_is():
     assert answers[1].metrics == {"success": 1.0}  # a return of 1
 
 
+def test_an_environment_may_change_the_options_of_its_row():
+    class Takes(Echo):
+        def reset(self, seed=None, options=None):
+            return (str(options["cards"].pop()) if options else "none"), {}
+
+    row = {"options": {"cards": [1, 2]}}
+    firsts = [play(text_environment(Takes), row=row)[0] for _ in range(2)]
+    assert firsts == [[{"role": "user", "content": "2"}]] * 2
+
+
 def test_the_language_arena_imports_gymnasium_only_for_such_an_environment():
     code = (
         "import sys; from grouprl.lm import text_environment as t; t('guess-number')().begin({}, 0); "

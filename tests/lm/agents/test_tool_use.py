@@ -180,6 +180,42 @@ def test_members_of_a_group_start_equal_even_from_the_random_generators_of_the_p
     assert random.getstate() == before
 
 
+def test_an_episode_owns_the_columns_of_its_row_and_may_change_them() -> None:
+    class Takes(Counter):
+        def reset(self, prompt, board, **row):
+            prompt[0]["content"] = "Changed. "
+            self.taken = board["cards"].pop(), board["pair"][0].pop(), board["array"][0]
+            board["array"][0] = 7
+
+    given = row(board={"cards": [1, 2], "pair": ([3, 4],), "array": np.array([5])})
+    interactions = made(Takes)
+    for _ in range(2):
+        playing, prompt = interactions.begin(given, 7, "row 0")
+        assert playing.environment.taken == (2, 4, 5)
+        assert prompt == given.prompt == [{"role": "user", "content": "Go. "}]
+
+
+def test_a_tool_that_changes_its_arguments_does_not_change_what_the_model_said() -> None:
+    def ordered(values: list[int]) -> str:
+        """Order numbers.
+
+        Args:
+            values: The numbers.
+        """
+        values.sort()
+        return str(values)
+
+    text = tokenizer(CHATML)
+    form = ChatFormat(text, {}, [text.eos_token_id])
+    playing, prompt = made(None, [ordered]).begin(row(), 1, "row 0")
+    start = form.first(prompt, playing.tools, row(), "row 0")
+    c = Conversation(playing, row(), start, form, Rules(None, False, 5.0, 100))
+    said = text("<tool_call>ordered([2, 1])</tool_call>", add_special_tokens=False)["input_ids"]
+    c.reply(Turn([*said, text.eos_token_id], True))
+    assert c.messages[-2]["tool_calls"] == [as_call("ordered", {"values": [2, 1]})]
+    assert c.messages[-1]["content"] == "[1, 2]"
+
+
 def test_a_column_seed_is_the_seed() -> None:
     playing, _ = made(Counter).begin(row(seed=3), 7, "row 0")
     assert playing.environment.seed == 3

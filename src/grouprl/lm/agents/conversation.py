@@ -17,6 +17,7 @@ from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
 from grouprl.lm.agents.tool_use import reward_of
 from grouprl.lm.agents.tools import bounded
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.call import is_own_metric
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.lm.sample.turns import Partner, Reply, Turn
@@ -113,7 +114,7 @@ class Conversation:
         spoken: Message = {"role": "assistant", "content": text} if self._is_text else message
         self.spoken.append(len(self.messages))
         self.messages.append(spoken)
-        answer = self._answer(Said(text, turn.finished, message, fault))
+        answer = self._answer(Said(text, turn.finished, copied(message), fault))  # which may be changed
         reward = reward_of(answer.reward, f"the reward of turn {len(self.rewards) + 1} of {self.name}")
         self.rewards.append(reward if self.interaction.gives_rewards else 0.0)
         self.states.append(answer.state)

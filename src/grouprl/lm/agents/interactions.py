@@ -19,6 +19,7 @@ from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, kind_of, reward_fu
 from grouprl.lm.agents.tools import Function, schema_of
 from grouprl.lm.fingerprint import digest
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.runs.time_limit import within
 from grouprl.runs.watchdog import Watch
@@ -99,15 +100,16 @@ class Interactions:
             GrouprlError: the environment cannot begin.
         """
         name = self._name(row, where)
-        columns = dict(row.columns) if not row.prompt else {"prompt": row.prompt, **row.columns}
+        columns = {"prompt": row.prompt, **row.columns} if row.prompt else row.columns
         given: Any = row.columns.get(SEED_COLUMN)
         is_number = isinstance(given, numbers.Integral)  # NumPy's are among them
         seed = int(given) if is_number and given is not True and given is not False else seed
         for attempt in range(2):
             interaction = self._idle[name].pop() if self._idle[name] else self._make(name)
+            own = copied(dict(columns))  # which the episode may change
             try:
                 with _seeded(seed), self._watch:
-                    prompt = within(self._timeout, lambda: interaction.begin(columns, seed))  # noqa: B023
+                    prompt = within(self._timeout, lambda: interaction.begin(own, seed))  # noqa: B023
             except GrouprlError:
                 raise
             except TimeoutError as error:
@@ -126,7 +128,7 @@ class Interactions:
                     f"{name_of(interaction)} began {where} with {shown(prompt)} of type {type(prompt).__name__}; give "
                     "text or messages, such as {'role': 'user', 'content': '...'}"
                 )
-            return interaction, prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+            return interaction, prompt if isinstance(prompt, str) else [copied(dict(message)) for message in prompt]
         raise AssertionError
 
     def give_back(self, row: Prompt, interaction: Interaction, *, broken: bool) -> None:

@@ -22,6 +22,7 @@ from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
 from grouprl.lm.agents.tool_calls import Schema
 from grouprl.lm.agents.tools import Function, Tools, schema_of
 from grouprl.lm.messages import text_of
+from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.objective.groups import LARGEST_RETURN
@@ -136,7 +137,7 @@ class ToolUse(Interaction):
     def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
         """The prompt of the row, with what ``reset`` returns added to its last message."""
         self._turns = self._calling = 0
-        prompt: Any = row.get("prompt") or [{"role": "user", "content": ""}]
+        prompt: Any = copied(row.get("prompt")) or [{"role": "user", "content": ""}]  # reset has the row's own
         if self.environment is None:
             return list(prompt) if not isinstance(prompt, str) else prompt
         return self._with_observation(prompt, self._reset(row, seed))  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from grouprl.lm.generate.play import EpisodeGroups, samples_of_groups
 from grouprl.lm.generate.samples import Samples
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.call import RewardCaller, total
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.lm.sample.draw import SamplingSettings
@@ -62,7 +63,7 @@ class RolloutPlayer:
     ) -> EpisodeGroups:  # fmt: skip
         """As `Player.draw`. Draws are the function's own, so a run is reproducible as far as these are."""
         rows = [prompt for prompt in prompts for _ in range(group_size)]
-        output = self._call([_copied(row.prompt) for row in rows])
+        output = self._call([copied(row.prompt) for row in rows])
         sampled = [self._sampled(output, i) for i in range(len(rows))]
         self._fill(sampled)
         extra = {
@@ -207,7 +208,3 @@ def _ids(given: Any, what: str, vocabulary: int) -> list[int]:
 def _messages(row: Prompt, text: str) -> list[Mapping[str, Any]]:
     prompt = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     return [*prompt, {"role": "assistant", "content": text}]
-
-
-def _copied(prompt: Any) -> Any:
-    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+import torch
 
 from grouprl.errors import UsageError, shown
 from grouprl.lm.prompts import Prompt
@@ -98,11 +102,16 @@ def _positional(function: Any) -> list[str]:
 def _owned(offered: Mapping[str, Any]) -> dict[str, Any]:
     """Lists of the function's own, one for each completion, which it may change."""
     given = ("trainer_state", "log_extra", "log_metric", "environments")
-    return {key: value if key in given else [_copied(entry) for entry in value] for key, value in offered.items()}
+    return {key: value if key in given else [copied(entry) for entry in value] for key, value in offered.items()}
 
 
-def _copied(value: Any) -> Any:
-    """A copy of nested lists and mappings; whatever else there is stays what it is."""
-    if type(value) is list:
-        return [_copied(entry) for entry in value]
-    return {key: _copied(entry) for key, entry in value.items()} if type(value) is dict else value
+def copied(value: Any) -> Any:
+    """A copy of nested lists, tuples, mappings, sets and arrays; whatever else there is stays what it is."""
+    kind = type(value)
+    if kind in (list, tuple, set):
+        return kind(map(copied, value))
+    if kind is dict:
+        return {key: copied(entry) for key, entry in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return copy.deepcopy(value) if isinstance(value, np.ndarray) else value

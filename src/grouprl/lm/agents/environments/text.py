@@ -15,6 +15,7 @@ from grouprl.lm.agents.environments.games import GAMES
 from grouprl.lm.agents.environments.returned import Calls, Step
 from grouprl.lm.agents.environments.words import Words
 from grouprl.lm.agents.interaction import Answer, Message, Said
+from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.runs.watchdog import Watch
 
@@ -207,7 +208,7 @@ class Episodes:
                 f"{self.name} begins with its own text, and a row has the prompt {shown(row['prompt'])}; "
                 "leave the column out, or give instructions= to text_environment"
             )
-        if not self._start(seed, row.get("options")) and not self._start(seed, row.get("options")):
+        if not any(self._start(seed, copied(row.get("options"))) for _ in range(2)):
             raise TrainingError(
                 f"{self._calls.name} had not ended its {self._calls.late} after {self._settings.timeout:g} s, twice; "
                 "raise timeout=, or see what it waits for"
