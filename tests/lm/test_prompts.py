@@ -147,6 +147,33 @@ def test_keys_that_a_dataset_filled_up_with_none_do_not_reach_the_template(token
     assert prepare_prompts(dataset, tokenizer)[0].ids.count(TOOL) == 1
 
 
+def test_arguments_and_parameters_that_a_dataset_filled_up_do_not_reach_the_template(tokenizer: Any) -> None:
+    from datasets import Dataset
+
+    def row(name: str, **arguments: Any) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        parameters = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+        tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
+        return {"prompt": [{"role": "assistant", "content": "one", "tool_calls": [call]}, user("two")], "tools": [tool]}
+
+    shows = copy.copy(tokenizer)
+    shows.chat_template = "{{ tools | tojson }}{{ messages[0].tool_calls | tojson }}"
+    given = [row("add", a=[1, None], b={"x": "2"}), row("look", city="Rome", b={"y": "3"})]
+    dataset = Dataset.from_list(given)
+    assert dataset[1]["prompt"][0]["tool_calls"][0]["function"]["arguments"]["a"] is None
+    plain, made = prepare_prompts(given, shows), prepare_prompts(dataset, shows)
+    for i, wanted in enumerate(given):
+        assert made[i].prompt[0]["tool_calls"] == wanted["prompt"][0]["tool_calls"]  # type: ignore[index]
+        assert made[i].columns == {"tools": wanted["tools"]}
+        assert made[i].ids == plain[i].ids
+
+
+@pytest.mark.parametrize("tools", ['[{"type": "function"}]', ['{"type": "function"}'], {"type": "function"}])
+def test_tools_that_are_no_schemas_are_named_with_their_column(tokenizer: Any, tools: Any) -> None:
+    with pytest.raises(UsageError, match=r"row 0 of train_dataset has .*in column 'tools'; give a list of JSON"):
+        prepare_prompts([{"prompt": [user("one")], "tools": tools}], tokenizer)
+
+
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 ROWS = [{"prompt": word, "n": i} for i, word in enumerate(("one", "two", "three"))]

@@ -19,7 +19,16 @@ import torch.utils.data
 
 from grouprl.errors import UsageError, shown
 from grouprl.lm.fingerprint import RowsDigest
-from grouprl.lm.tokenising import Prompt, Tokenising, characters, check_row, no_prompt, read_row, read_start
+from grouprl.lm.tokenising import (
+    Prompt,
+    Tokenising,
+    characters,
+    check_row,
+    no_prompt,
+    read_row,
+    read_start,
+    without_padding,
+)
 
 _LOOKED_OVER = 20_000
 """Rows that are checked before training: a second's worth."""
@@ -64,7 +73,7 @@ class PromptSource:
                 f"{self._name} had {self._size} rows when it was given and has {len(self._rows)} now; give a copy of it"
             )
         index, row = self._stream_to(index) if self._streamed else (index, self._rows[int(index)])
-        return self._read(row, index, self._name)
+        return self._read(without_padding(row), index, self._name)
 
     def look_over(self) -> None:
         """Check the rows of a dataset in memory, and tokenise the longest of them.

@@ -94,6 +94,30 @@ def read_start(row: Any, index: int, name: str, *, needs_prompt: bool) -> Prompt
     return Prompt(index, prompt, {key: value for key, value in row.items() if key != "prompt"}, ())
 
 
+def without_padding(row: Any) -> Any:
+    """A row of a dataset without the None that stands in its calls of tools and in its ``tools`` for what is not there.
+
+    Arrow gives each of them the keys of all: arguments and parameters of other functions, which a model must not read.
+    """
+    if not isinstance(row, Mapping):
+        return row
+    tidied = {TOOLS_COLUMN: _without_none(row[TOOLS_COLUMN])} if TOOLS_COLUMN in row else {}
+    if isinstance(row.get("prompt"), list):
+        tidied["prompt"] = [
+            {**message, "tool_calls": _without_none(message["tool_calls"])}
+            if isinstance(message, Mapping) and message.get("tool_calls")
+            else message
+            for message in row["prompt"]
+        ]
+    return {**row, **tidied}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return [_without_none(entry) for entry in value] if isinstance(value, list) else value
+
+
 def check_row(row: Any, index: int, name: str) -> str | list[dict[str, Any]]:
     """The prompt of a row, before it is tokenised. Raises UsageError as `read_row`."""
     where = f"row {index} of {name}"
@@ -191,8 +215,16 @@ def _message_ids(
     own = columns.get(TEMPLATE_COLUMN) or {}
     if not isinstance(own, Mapping):
         raise UsageError(f"{where} has {shown(own)} in column {TEMPLATE_COLUMN!r}; give a mapping of arguments")
+    tools = columns.get(TOOLS_COLUMN) or None
+    if tools is not None and not (
+        isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)
+    ):
+        raise UsageError(
+            f"{where} has {shown(tools)} in column {TOOLS_COLUMN!r}; give a list of JSON schemas, such as json.loads "
+            "makes of text, or rename the column"
+        )
     options = {
-        "tools": columns.get(TOOLS_COLUMN) or None, "add_generation_prompt": not continued,
+        "tools": tools, "add_generation_prompt": not continued,
         "continue_final_message": continued,
     }  # fmt: skip
     # Here too None stands for a key that the row does not have.

@@ -11,7 +11,7 @@ from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.tool_calls import as_call
 from grouprl.lm.agents.tools import schema_of
 from grouprl.lm.models.tiny import tiny_tokenizer
-from grouprl.lm.prompts import Prompt
+from grouprl.lm.prompts import Prompt, prepare_starts
 
 CHATML = (
     "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|end|>\n' }}{% endfor %}"
@@ -116,6 +116,22 @@ def test_one_template_renders_a_conversation_with_tools_where_the_tokenizer_has_
     assert made.decode(f.following([TALK[4]], [ADD])).startswith("\n<|start|>user\nThanks")
     with pytest.raises(TrainingError, match=r"cannot render \[.*'7'.*: it leaves out the calls before them"):
         f.following([TALK[2]])
+
+
+@pytest.mark.parametrize("template", [CHATML, KNOWS_TOOLS])
+def test_examples_of_a_dataset_show_the_arguments_that_they_have_and_what_a_model_wrote_stays(template: str) -> None:
+    from datasets import Dataset
+
+    shots = [as_call("add", {"a": 1, "b": 2}), as_call("weather", {"city": "Rome"})]
+    talk = [{"role": "assistant", "content": "", "tool_calls": [shot]} for shot in shots]
+    f = form(template)
+    row = prepare_starts(Dataset.from_list([{"prompt": [*talk, TALK[0]]}]), needs_prompt=True)[0]
+    read = tokenizer(template).decode(f.first(row.prompt, [], row, "row 0").ids)
+    assert "None" not in read
+    assert "null" not in read
+    wrote = {"role": "assistant", "content": "", "tool_calls": [as_call("add", {"a": None})]}
+    read = tokenizer(template).decode(f.first([wrote, TALK[0]], [], ROW, "row 0").ids)
+    assert "None" in read or "null" in read
 
 
 def test_a_turn_that_was_cut_off_is_ended_first() -> None:
