@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_chat_format import CHATML, OPENS_THOUGHTS, tokenizer
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError
@@ -427,6 +428,29 @@ def test_a_seed_of_the_dataset_wins_of_whatever_kind_of_integer() -> None:
     interactions = made(Draws)
     one, two = (interactions.begin(row(seed=seed), 5, "row 0")[0] for seed in (3, np.int64(3)))
     assert one.environment.drawn == two.environment.drawn
+
+
+@pytest.mark.parametrize(
+    ("given", "seed"), [(None, 5), (3.0, 3), (np.float32(3), 3), (torch.tensor(3), 3), (-1, -1), (2**53 + 1, 2**53 + 1)]
+)
+def test_a_seed_that_is_none_is_the_groups_and_a_whole_number_of_any_kind_is_a_seed(given: Any, seed: int) -> None:
+    class Keeps(Counter):
+        def reset(self, **row):
+            self.seed, self.drawn = row["seed"], random.random()
+
+    interactions = made({"a": Counter, "b": Keeps})
+    for name in ("a", "b"):
+        playing, _ = interactions.begin(row(seed=given, environment=name), 5, "row 0")
+        assert playing.environment.seed == seed
+        assert type(playing.environment.seed) is int
+    assert playing.environment.drawn == random.Random(seed).random()
+
+
+@pytest.mark.parametrize("given", ["3", 2.5, float("nan"), float("inf"), True, [3], 2**63, -(10**30)])
+def test_a_seed_that_is_no_whole_number_is_refused_by_the_name_of_its_row(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"row 4 has .*in column 'seed', .*; give a whole number, or None"):
+        made(Counter).begin(row(seed=given), 5, "row 4")
+    made(None, [add]).begin(row(seed=given), 5, "row 4")  # tools alone have no use for it
 
 
 def test_an_interaction_that_lacks_something_is_refused() -> None:

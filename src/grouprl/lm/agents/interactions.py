@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown, with_type
 from grouprl.lm.agents.interaction import Interaction, Message
 from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, kind_of, reward_functions
 from grouprl.lm.agents.tools import Function, schema_of
@@ -94,16 +94,16 @@ class Interactions:
         too, so that the members of a group start equal.
 
         Args:
-            row: the row of the dataset. seed: of its group. where: what the row is called in errors.
+            row: the row of the dataset, which may have a seed of its own. seed: of its group. where: what the row is
+                called in errors.
 
         Raises:
-            GrouprlError: the environment cannot begin.
+            GrouprlError: the environment cannot begin, or the row has a seed that is none.
         """
         name = self._name(row, where)
         columns = {"prompt": row.prompt, **row.columns} if row.prompt else row.columns
-        given: Any = row.columns.get(SEED_COLUMN)
-        is_number = isinstance(given, numbers.Integral)  # NumPy's are among them
-        seed = int(given) if is_number and given is not True and given is not False else seed
+        if self._factories[name] is not None:  # tools alone begin from no seed
+            seed = _seed_of(row.columns.get(SEED_COLUMN), seed, where)
         for attempt in range(2):
             interaction = self._idle[name].pop() if self._idle[name] else self._make(name)
             own = copied(dict(columns))  # which the episode may change
@@ -206,6 +206,20 @@ def name_of(interaction: Any) -> str:
 
 def _cannot_begin(interaction: Interaction, where: str, error: BaseException) -> TrainingError:
     return TrainingError(f"{name_of(interaction)} raised {error_text(error)} when it began {where}; see its reset")
+
+
+def _seed_of(given: Any, of_group: int, where: str) -> int:
+    """The seed in a column, as whatever kind of number, or the group's where there is None."""
+    if given is None:
+        return of_group
+    value = given.tolist() if getattr(given, "shape", None) == () else given  # of NumPy or torch
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not -(2**63) < value < 2**63 or value != int(value):
+        raise UsageError(
+            f"{where} has {with_type(given)} in column {SEED_COLUMN!r}, from which its episodes begin; give a whole "
+            "number, or None for a seed of grouprl's, or rename the column"
+        )
+    return int(value)
 
 
 def _checked_tools(tools: Any) -> list[Function]:

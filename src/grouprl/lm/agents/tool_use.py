@@ -181,8 +181,8 @@ class ToolUse(Interaction):
         given = {key: value for key, value in row.items() if self._all_columns or key != "environment"}
         given.setdefault("prompt", [{"role": "user", "content": ""}])
         parameters = inspect.signature(reset).parameters
-        if "seed" in parameters:
-            given.setdefault("seed", seed)
+        if "seed" in parameters or "seed" in given:
+            given["seed"] = seed
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             given = {key: value for key, value in given.items() if key in parameters}
         observation = reset(**given)
