@@ -71,6 +71,17 @@ def test_an_environment_may_change_the_options_of_its_row():
     assert firsts == [[{"role": "user", "content": "2"}]] * 2
 
 
+def test_an_environment_that_is_in_use_is_played_in_by_nobody_else():
+    one = Echo()
+    factory = text_environment(lambda: one)
+    first = factory()
+    first.begin({}, 0)
+    with pytest.raises(UsageError, match=r"returned a Echo that is in use already; .* a new object each time"):
+        factory().begin({}, 0)
+    first.close()
+    factory().begin({}, 0)
+
+
 def test_the_language_arena_imports_gymnasium_only_for_such_an_environment():
     code = (
         "import sys; from grouprl.lm import text_environment as t; t('guess-number')().begin({}, 0); "

@@ -235,6 +235,25 @@ def test_interactions_are_used_again_closed_at_the_end_and_replaced_if_broken() 
     assert (playing.environment.closed, other.environment.closed) == (True, False)
 
 
+def test_a_factory_must_not_return_an_environment_that_is_in_use() -> None:
+    class Own(Interaction):
+        def begin(self, row, seed):
+            return "Go."
+
+    for one in (Counter(), Own()):
+        said = f"returned a {type(one).__name__} that is in use already; .* return a new object each time"
+        interactions = made(lambda one=one: one)
+        for _ in range(2):  # one episode after the other
+            playing, _ = interactions.begin(row(), 1, "row 0")
+            interactions.give_back(row(), playing, broken=False)
+            interactions.close()
+        interactions.begin(row(), 1, "row 0")
+        with pytest.raises(UsageError, match=f"environment_factory {said}"):
+            interactions.begin(row(), 1, "row 0")
+        with pytest.raises(UsageError, match=rf"environment_factory\['b'\] {said}"):
+            made({"a": lambda one=one: one, "b": lambda one=one: one})
+
+
 def test_a_method_that_hangs_ends_the_episode_and_the_environment_is_named_and_replaced(caplog) -> None:
     ended = threading.Event()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import numbers
 import random
@@ -66,10 +67,12 @@ class Interactions:
         )
         self._kinds: dict[type, Kind] = {}
         self._idle: dict[str | None, list[Interaction]] = {}
+        self._playing: dict[int, Interaction] = {}
         if not self._factories:
             raise UsageError("environment_factory is an empty mapping; give {'name': factory}")
-        first = {name: self._make(name) for name in self._factories}
-        self._idle = {name: [made] for name, made in first.items()}
+        for name in self._factories:
+            self._idle[name] = [self._make(name)]
+        first = {name: idle[0] for name, idle in self._idle.items()}
         environments: list[Any] = [getattr(made, "environment", None) for made in first.values()]
         self.rewards = reward_functions(
             {
@@ -128,11 +131,13 @@ class Interactions:
                     f"{name_of(interaction)} began {where} with {shown(prompt)} of type {type(prompt).__name__}; give "
                     "text or messages, such as {'role': 'user', 'content': '...'}"
                 )
+            self._playing[id(interaction)] = interaction
             return interaction, prompt if isinstance(prompt, str) else [copied(dict(message)) for message in prompt]
         raise AssertionError
 
     def give_back(self, row: Prompt, interaction: Interaction, *, broken: bool) -> None:
         """An episode is over; a broken interaction is not used again."""
+        self._playing.pop(id(interaction), None)
         if not broken:
             self._idle[self._name(row, "")].append(interaction)
 
@@ -178,6 +183,12 @@ class Interactions:
             raise UsageError(
                 f"{called} raised {error_text(error)}; it is called without arguments and returns an environment"
             ) from error
+        in_use = itertools.chain(self._playing.values(), *self._idle.values())
+        if any(made is other or made is getattr(other, "environment", other) for other in in_use):
+            raise UsageError(
+                f"{called} returned a {type(made).__name__} that is in use already; episodes run side by side, so "
+                "return a new object each time"
+            )
         if callable(getattr(made, "begin", None)) and callable(getattr(made, "answer", None)):
             if self._functions:
                 raise UsageError(

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown, with_type
@@ -45,6 +45,7 @@ class TextEnvironment:
     success: float | None = None
     state: Callable[[Any], Hashable] | None = None
     timeout: float | None = 60.0
+    _in_use: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         env: Any = self.env
@@ -76,7 +77,7 @@ class TextEnvironment:
         return Episodes(self)
 
     def make(self, seed: int) -> Any:
-        """A fresh environment. Raises UsageError if it cannot be made."""
+        """A fresh environment, in use until it is released. Raises UsageError if it cannot be made."""
         kwargs = dict((self.env_kwargs(seed) if callable(self.env_kwargs) else self.env_kwargs) or {})
         maker = _maker(self.env) if isinstance(self.env, str) else self.env
         if maker is None:
@@ -99,7 +100,17 @@ class TextEnvironment:
                 "reset(seed=...) -> (observation, info) and step(action) -> (observation, reward, terminated, "
                 "truncated, info)"
             )
+        if id(env) in self._in_use:
+            raise UsageError(
+                f"{self.name} returned a {type(env).__name__} that is in use already; episodes run side by side, so "
+                "return a new object each time"
+            )
+        self._in_use[id(env)] = env
         return env
+
+    def release(self, env: Any) -> None:
+        """Nobody plays in an environment any more."""
+        self._in_use.pop(id(env), None)
 
 
 def text_environment(
@@ -276,6 +287,7 @@ class Episodes:
     def close(self) -> None:
         """Close the environment."""
         env, self._env = self._env, None
+        self._settings.release(env)
         if callable(getattr(env, "close", None)):
             env.close()
 
@@ -306,6 +318,7 @@ class Episodes:
 
     def _replace(self, what: str) -> None:
         """Leave an environment that hangs alone; another one is made for the next episode."""
+        self._settings.release(self._env)
         self._env = None
         _log.warning(
             "%s hangs: its %s had not ended after %g s; another one takes its place", self._calls.name, what,
