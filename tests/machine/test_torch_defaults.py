@@ -1,5 +1,7 @@
 """Nothing depends on what a script has set torch to for the whole process."""
 
+import threading
+
 import pytest
 import torch
 
@@ -42,3 +44,33 @@ def test_what_is_set_while_it_is_open_ends_with_it() -> None:
         torch.set_grad_enabled(False)
     assert (torch.ones(2).dtype, torch.ones(2).device.type) == (torch.float32, "cpu")
     assert torch.is_grad_enabled()
+
+
+def test_what_one_thread_sets_is_not_what_another_one_puts_back() -> None:
+    turns = [threading.Event() for _ in range(3)]
+
+    def sets() -> None:
+        with torch_defaults():
+            torch.set_default_dtype(torch.float64)
+            turns[0].set()
+            turns[1].wait(30)
+        turns[2].set()
+
+    def lasts() -> None:
+        turns[0].wait(30)
+        with torch_defaults():
+            turns[1].set()
+            turns[2].wait(30)
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch_defaults():
+            threads = [threading.Thread(target=target) for target in (sets, lasts)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert torch.get_default_dtype() == torch.float32
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -10,6 +10,7 @@ import time
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 
@@ -403,6 +404,29 @@ def test_what_a_parser_raises_in_the_main_thread_is_raised_in_its_own():
         replies.ask(0, None)
         with pytest.raises(TrainingError, match="failed in action_parser, at turn 1: KeyError: 'MainThread'"):
             replies.take(1)
+
+
+def test_what_a_parser_in_the_main_thread_sets_torch_to_ends_with_it():
+    def parser(text):
+        if text == "1":
+            torch.set_grad_enabled(False)
+        return threading.current_thread().name
+
+    episode = text_environment(Echo, timeout=5, action_parser=parser)()
+    episode.begin({}, 0)
+
+    class Asked:
+        def reply(self, number, turn):
+            return episode.answer(Said("1", True))
+
+    try:
+        with replies_of(Asked(), 1) as replies:
+            replies.ask(0, None)
+            ((_, answer),) = replies.take(1)
+        assert last_text(answer) == "MainThread"
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
 
 
 def test_functions_of_the_users_that_hang_at_once_are_an_error_when_the_environment_is_made():

@@ -254,6 +254,43 @@ def test_a_factory_must_not_return_an_environment_that_is_in_use() -> None:
             made({"a": lambda one=one: one, "b": lambda one=one: one})
 
 
+@pytest.mark.parametrize("method", ["__init__", "reset", "up", "close"])
+def test_what_an_environment_sets_torch_to_ends_with_the_call(method: str) -> None:
+    class Sets(Counter):
+        pass
+
+    def sets(self, by: int = 0) -> None:
+        """Count up.
+
+        Args:
+            by: How far.
+        """
+        called.append(method)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+
+    called: list[str] = []
+    sets.__name__ = method
+    setattr(Sets, method, sets)
+    text = tokenizer(CHATML)
+    form = ChatFormat(text, {}, [text.eos_token_id])
+    try:
+        interactions = made(Sets)
+        playing, prompt = interactions.begin(row(), 1, "row 0")
+        start = form.first(prompt, playing.tools, row(), "row 0")
+        c = Conversation(playing, row(), start, form, Rules(None, False, 5.0, 100))
+        said = text("<tool_call>up(1)</tool_call>", add_special_tokens=False)["input_ids"]
+        c.reply(Turn([*said, text.eos_token_id], True))
+        interactions.give_back(row(), playing, broken=False)
+        interactions.close()
+        assert called == [method]
+        assert torch.get_default_dtype() == torch.float32
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_grad_enabled(True)
+
+
 def test_a_method_that_hangs_ends_the_episode_and_the_environment_is_named_and_replaced(caplog) -> None:
     ended = threading.Event()
 

@@ -379,6 +379,17 @@ def test_a_rollout_function_samples_in_the_place_of_the_trainer(tmp_path: Path) 
     assert made.evaluate(ROWS[:2])["eval_reward"] == 0.5
 
 
+def test_what_a_rollout_function_sets_torch_to_ends_with_it(tmp_path: Path) -> None:
+    def sets(prompts, trainer):
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return rollout(prompts, trainer)
+
+    made = trainer(tmp_path, {"max_steps": 1}, rollout_func=sets, reward_funcs=won, train_dataset=ROWS)
+    made.train()
+    assert made.state.log_history[0]["grad_norm"] > 0
+
+
 def test_log_probabilities_that_a_rollout_function_does_not_give_are_computed(tmp_path: Path) -> None:
     def without(prompts, trainer):
         return rollout(prompts, trainer, logprobs=None)

@@ -21,6 +21,7 @@ from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.call import is_own_metric
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.lm.sample.turns import Partner, Reply, Turn
+from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.runs.time_limit import within
 from grouprl.runs.watchdog import Watch
 
@@ -153,7 +154,7 @@ class Conversation:
         # What has no limit is named at least.
         named = Watch(f"turn {len(self.rewards) + 1} of {self.name}") if seconds is None else nullcontext()
         try:
-            with named:
+            with torch_defaults(), named:
                 answer = within(limit, lambda: interaction.answer(said))
         except GrouprlError:
             raise

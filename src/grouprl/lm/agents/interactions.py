@@ -22,6 +22,7 @@ from grouprl.lm.fingerprint import digest
 from grouprl.lm.prompts import Prompt
 from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.event_loop import EventLoop
+from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.runs.time_limit import within
 from grouprl.runs.watchdog import Watch
 
@@ -111,7 +112,7 @@ class Interactions:
             interaction = self._idle[name].pop() if self._idle[name] else self._make(name)
             own = copied(dict(columns))  # which the episode may change
             try:
-                with _seeded(seed), self._watch:
+                with torch_defaults(), _seeded(seed), self._watch:
                     prompt = within(self._timeout, lambda: interaction.begin(own, seed))  # noqa: B023
             except GrouprlError:
                 raise
@@ -147,9 +148,10 @@ class Interactions:
             while idle:
                 interaction = idle.pop()
                 try:
-                    closing: Any = within(self._timeout, interaction.close)
-                    if inspect.isawaitable(closing):
-                        self.loop.run(closing, self._timeout)
+                    with torch_defaults():
+                        closing: Any = within(self._timeout, interaction.close)
+                        if inspect.isawaitable(closing):
+                            self.loop.run(closing, self._timeout)
                 except (Exception, SystemExit) as error:  # the training is over, and its result stands
                     _log.warning("%s could not be closed: %s", name_of(interaction), error_text(error))
         self.loop.close()
@@ -175,7 +177,7 @@ class Interactions:
                 "environment"
             )
         try:
-            with Watch(called):
+            with torch_defaults(), Watch(called):
                 made = factory()
         except GrouprlError:
             raise

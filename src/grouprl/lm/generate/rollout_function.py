@@ -26,6 +26,7 @@ from grouprl.lm.sample.rows import Completion
 from grouprl.lm.sample.streams import Draws, Stream
 from grouprl.lm.sample.turns import Sampled
 from grouprl.lm.settings.config import GRPOConfig
+from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.objective.user_functions import TensorFunction
 from grouprl.runs.watchdog import Watch
 
@@ -108,7 +109,7 @@ class RolloutPlayer:
 
     def _call(self, prompts: list[Any]) -> Mapping[str, Any]:
         try:
-            with self.policy.sampler.ready(), self._watch:
+            with self.policy.sampler.ready(), torch_defaults(), self._watch:
                 output = self.function(prompts, self.trainer)
         except GrouprlError:
             raise

@@ -9,6 +9,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from grouprl.lm.sample.turns import Partner, Reply, Turn
+from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.runs.time_limit import handing_over
 
 THREADS = 64
@@ -29,7 +30,8 @@ class _Handed:
 
     def make(self) -> None:
         try:
-            self._outcome.put((self._call(), None))
+            with torch_defaults():
+                self._outcome.put((self._call(), None))
         except (Exception, SystemExit) as error:  # which is the partner's; an interruption is the main thread's
             self._outcome.put((None, error))
 
