@@ -135,9 +135,9 @@ def short(completions, **kwargs):
 """
 
 
-def test_a_run_with_tools_and_prompts_of_text_is_asked_in_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def run_with_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A step of training, on prompts of text."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_tools.py").write_text(MY_TOOLS)
     model, tokenizer = build_tiny(0)
@@ -151,8 +151,21 @@ def test_a_run_with_tools_and_prompts_of_text_is_asked_in_text(
         config={"max_steps": 1, "num_generations": 2, "prompts_per_step": 2, "max_completion_length": 8},
     )  # fmt: skip
     training.train(given, tmp_path / "run", seed=0, track=("none",), progress_bar=False)
-    watching = Watching.open(str(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_run_with_tools_and_prompts_of_text_is_asked_in_text(run_with_tools: Path) -> None:
+    watching = Watching.open(str(run_with_tools))
     assert "try: 1 and 2" in watching.about
     said = list(watching.play("2 and 2"))
     assert any("2 and 2" in line for line in said[:1])
     assert any(line.startswith("model: ") for line in said)
+    assert "reward" not in "".join(said)
+    assert said[-1].split(";")[0] == "1 turns"
+
+
+def test_a_typed_question_is_judged_only_if_a_held_out_row_asks_it(run_with_tools: Path) -> None:
+    watching = Watching.open(str(run_with_tools))
+    of_rows = list(watching.play("1 and 2"))
+    assert of_rows[-1].startswith("1 turns, return -")
+    assert any(line.startswith("  reward -") for line in of_rows)

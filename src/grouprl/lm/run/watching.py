@@ -64,28 +64,32 @@ class Watching:
 
         Raises UsageError for a line that is neither.
         """
-        row = self._trained.setup.read([self._row(line)], "what was typed")[0]
+        start, judged = self._row(line)
+        row = self._trained.setup.read([start], "what was typed")[0]
         number = EVALUATION_STARTS + self._next
         drawn = self._trained.setup.player.draw([row], 1, self._stream, [number], self._settings)
         episode = drawn.completions[0]
         assert isinstance(episode, Episode)
-        yield from _said(episode)
+        yield from _said(episode, judged)
 
-    def _row(self, line: str) -> dict[str, Any]:
+    def _row(self, line: str) -> tuple[dict[str, Any], bool]:
+        """What an episode starts from, and whether rewards judge it: no row says what answers a new question."""
         if self.asks:
-            row = self._trained.data.held_out[0]
-            as_text = isinstance(row["prompt"], str)
-            return {**row, "prompt": line if as_text else [*self._opening, {"role": "user", "content": line}]}
+            held_out = self._trained.data.held_out
+            as_text = isinstance(held_out[0]["prompt"], str)
+            prompt = line if as_text else [*self._opening, {"role": "user", "content": line}]
+            row = next((row for row in held_out if row["prompt"] == prompt), None)
+            return ({**held_out[0], "prompt": prompt}, False) if row is None else (row, True)
         if line and not line.isdecimal():
             raise UsageError(f"{line!r} is no number of a start; press Enter for the next one, or type q to end")
         held_out = self._trained.data.held_out
         row = held_out[self._next % len(held_out)]
         self._next += not line
-        return {**row, "seed": int(line)} if line else row
+        return {**row, "seed": int(line)} if line else row, True
 
 
-def _said(episode: Episode) -> Iterator[str]:
-    """An episode as lines: who says what, the reward of each turn, and how it ended."""
+def _said(episode: Episode, judged: bool) -> Iterator[str]:
+    """An episode as lines: who says what, how it ended, and if it is judged the reward of each turn and their sum."""
     turn = 0
     for i, message in enumerate(episode.messages):
         model = i in episode.spoken
@@ -93,8 +97,9 @@ def _said(episode: Episode) -> Iterator[str]:
         if model:
             reward = episode.rewards[turn]
             turn += 1
-            if reward:
+            if reward and judged:
                 yield f"  reward {reward:+g}"
     end = "ended" if episode.terminated else "was cut off"
     solved = {0.0: ", not solved", 1.0: ", solved"}.get(episode.metrics.get("success", -1.0), "")
-    yield f"{turn} turns, return {sum(episode.rewards):g}; the episode {end}{solved}"
+    reached = f", return {sum(episode.rewards):g}" if judged else ""
+    yield f"{turn} turns{reached}; the episode {end}{solved}"
