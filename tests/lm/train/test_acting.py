@@ -390,6 +390,26 @@ def test_what_a_rollout_function_sets_torch_to_ends_with_it(tmp_path: Path) -> N
     assert made.state.log_history[0]["grad_norm"] > 0
 
 
+def test_rewards_read_what_a_rollout_function_was_told_last_and_nothing_is_learned_from_it(tmp_path: Path) -> None:
+    read: list[Any] = []
+
+    def told_last(prompts, trainer):
+        return rollout(prompts, trainer, env_mask=[[1, 1, 0, 0, 0]] * len(prompts))
+
+    def noted(completions, completion_ids, won, **_):
+        read.append((completions[1][0]["content"], completion_ids[1]))
+        return [float(value) for value in won]
+
+    made = trainer(tmp_path, {"max_steps": 1}, rollout_func=told_last, reward_funcs=noted, train_dataset=ROWS)
+    made.train()
+    ((text, ids),) = read
+    assert ids == [CALL, END, NO, YES, END]
+    assert text.split()[-2:] == ["no", "yes"]
+    samples = made.last_samples
+    assert samples.turns.messages[1][-1]["content"] == samples.texts[1] == text
+    assert samples.completions[1] == [CALL, END]
+
+
 def test_log_probabilities_that_a_rollout_function_does_not_give_are_computed(tmp_path: Path) -> None:
     def without(prompts, trainer):
         return rollout(prompts, trainer, logprobs=None)

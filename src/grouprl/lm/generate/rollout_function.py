@@ -65,7 +65,11 @@ class RolloutPlayer:
         """As `Player.draw`. Draws are the function's own, so a run is reproducible as far as these are."""
         rows = [prompt for prompt in prompts for _ in range(group_size)]
         output = self._call([copied(row.prompt) for row in rows])
-        sampled = [self._sampled(output, i) for i in range(len(rows))]
+        completions = [
+            _ids(ids, f"completion_ids of completion {i} of rollout_func", self._vocabulary)
+            for i, ids in enumerate(output["completion_ids"])
+        ]
+        sampled = [self._sampled(output, i, ids) for i, ids in enumerate(completions)]
         self._fill(sampled)
         extra = {
             name: column if _is_column(column) else [column] * len(rows)
@@ -76,10 +80,11 @@ class RolloutPlayer:
             replace(row, columns={**row.columns, **{name: column[i] for name, column in extra.items()}})
             for i, row in enumerate(rows)
         ]
-        ends = [Completion(s.ids, s.logp, s.finished[-1]) for s in sampled]
-        texts = texts_of(ends, self.tokenizer, self.config.skip_special_tokens)
-        said = as_messages(texts, rows, ends, self.tokenizer, self.config.skip_special_tokens)
-        judged = self.rewards(rows, said, [s.ids for s in sampled], state)
+        ends = set(self.policy.sampler.end_ids)
+        whole = [Completion(ids, s.logp, ids[-1] in ends) for ids, s in zip(completions, sampled, strict=True)]
+        texts = texts_of(whole, self.tokenizer, self.config.skip_special_tokens)
+        said = as_messages(texts, rows, whole, self.tokenizer, self.config.skip_special_tokens)
+        judged = self.rewards(rows, said, completions, state)
         returns = total(judged.values, self.rewards.weights).tolist()
         episodes = [
             Episode(
@@ -134,12 +139,10 @@ class RolloutPlayer:
                 )
         return output
 
-    def _sampled(self, output: Mapping[str, Any], i: int) -> Sampled:
+    def _sampled(self, output: Mapping[str, Any], i: int, ids: list[int]) -> Sampled:
+        """What is learned from: nothing can be learned from what the model was told after its last turn."""
         where = f"of completion {i} of rollout_func"
-        prompt, ids = (
-            _ids(output["prompt_ids"][i], f"prompt_ids {where}", self._vocabulary),
-            _ids(output["completion_ids"][i], f"completion_ids {where}", self._vocabulary),
-        )
+        prompt = _ids(output["prompt_ids"][i], f"prompt_ids {where}", self._vocabulary)
         mask = output.get("env_mask")
         own = [True] * len(ids) if mask is None else [bool(entry) for entry in mask[i]]
         if len(own) != len(ids) or not any(own):
