@@ -583,6 +583,32 @@ def test_a_configuration_of_trl_is_translated(tmp_path: Path) -> None:
         GRPOTrainer(model, REVERSE.reward, Theirs(), ROWS, processing_class=tokenizer)
 
 
+def test_what_a_program_adds_to_the_configuration_of_trl_is_left_to_the_program(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @dataclasses.dataclass
+    class Theirs:
+        output_dir: str
+        num_generations: int = 4
+        prompts_per_step: int = 2
+        max_completion_length: int = 4
+
+        def to_dict(self) -> dict[str, Any]:
+            return dataclasses.asdict(self)
+
+    @dataclasses.dataclass
+    class Mine(Theirs):
+        mine: int = 3
+
+    Theirs.__module__ = "trl.trainer.grpo_config"
+    model, tokenizer = warm()
+    with caplog.at_level(logging.WARNING, "grouprl"):
+        made = GRPOTrainer(model, REVERSE.reward, Mine(str(tmp_path)), ROWS, processing_class=tokenizer)
+    assert made.args.max_completion_length == 4
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("mine ")]
+    assert said == ["mine is left to your program: Mine adds it to TRL's settings"]
+
+
 def test_a_method_that_nothing_calls_is_not_overridden_silently(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "grouprl"):
         type("Mine", (GRPOTrainer,), {"compute_loss": lambda self: None, "_generate": lambda self: None, "fine": 1})

@@ -279,9 +279,16 @@ _RECOMPUTATION = ("gradient_checkpointing", "activation_checkpointing")
 def _configuration(args: Any) -> GRPOConfig:
     if args is None:
         args = GRPOConfig()
-    if type(args).__module__.startswith("trl.") and hasattr(args, "to_dict"):
-        settings = args.to_dict()  # TRL's own; its default for this one costs time and changes no number
-        args = GRPOConfig(**{k: v for k, v in settings.items() if k.removesuffix("_kwargs") not in _RECOMPUTATION})
+    of_trl = next((kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")), None)
+    if of_trl is not None and hasattr(args, "to_dict"):
+        settings = args.to_dict()
+        mine, theirs = (getattr(kind, "__dataclass_fields__", {}) for kind in (type(args), of_trl))
+        if own := [name for name in mine if name not in theirs]:
+            name = type(args).__name__
+            _log.warning("%s is left to your program: %s adds it to TRL's settings", ", ".join(own), name)
+        # TRL's default for recomputation costs time and changes no number.
+        left_out = {*own, *(name for name in settings if name.removesuffix("_kwargs") in _RECOMPUTATION)}
+        args = GRPOConfig(**{name: value for name, value in settings.items() if name not in left_out})
     if not isinstance(args, GRPOConfig):
         raise UsageError(
             f"args is a {type(args).__module__}.{type(args).__name__}; give a grouprl.lm.GRPOConfig, which takes the "
