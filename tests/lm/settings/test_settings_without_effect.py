@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from small_runs import trainer, warm
+from peft import LoraConfig
+from small_runs import ROWS, trainer, warm
 
+from grouprl.errors import UsageError
 from grouprl.lm import GRPOConfig
 from grouprl.lm.run import recipe, training
 from grouprl.lm.settings.unread import RULES
 
-NOTHING = dict.fromkeys(("episodes", "own_optimizer", "own_schedule", "own_advantage", "own_surrogate"), False)
+NOTHING = dict.fromkeys(
+    (
+        "episodes", "own_optimizer", "own_schedule", "own_advantage", "own_surrogate", "streamed", "other_dtype",
+    ), False,
+)  # fmt: skip
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     # without effect, and with one
     ({"kl_estimator": "k1"}, {"kl_estimator": "k1", "beta": 0.1}),
@@ -26,12 +34,17 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"epsilon": 0.3, "loss_type": "sapo"}, {"epsilon": 0.3}),
     ({"gamma": 0.9}, {"gamma": 1.0}),
     ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, {"warmup_steps": 3}),
+    (
+        {"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "constant_with_warmup"},
+        {"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "cosine"},
+    ),
     ({"num_train_epochs": 2.0, "max_steps": 3}, {"num_train_epochs": 2.0}),
     ({"data_seed": 3, "shuffle_dataset": False}, {"data_seed": 3}),
     ({"eval_steps": 3}, {"eval_steps": 3, "eval_strategy": "steps"}),
     ({"save_steps": 3, "save_strategy": "no"}, {"save_steps": 3}),
     ({"logging_steps": 3, "logging_strategy": "no"}, {"logging_steps": 3}),
     ({"num_completions_to_print": 3}, {"num_completions_to_print": 3, "log_completions": True}),
+    ({"transcripts": 3}, {"transcripts": 3, "log_completions": True}),
     (
         {"greater_is_better": True},
         {"greater_is_better": True, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 500},
@@ -75,13 +88,28 @@ def test_each_rule_has_a_case_and_speaks_of_no_default() -> None:
 
 
 def test_arguments_of_the_trainer_decide_too() -> None:
-    config = GRPOConfig(learning_rate=1e-3, max_turns=3, scale_rewards="none", epsilon=0.3, warmup_steps=2)
-    assert [said.partition("=")[0] for said in config.without_effect(NOTHING)] == ["max_turns"]
+    config = GRPOConfig(
+        learning_rate=1e-3, max_turns=3, max_turn_length=2, scale_rewards="none", epsilon=0.3, warmup_steps=2,
+        data_seed=3, master_dtype="bfloat16",
+    )  # fmt: skip
+    assert [said.partition("=")[0] for said in config.without_effect(NOTHING)] == ["max_turns", "max_turn_length"]
     assert config.without_effect(NOTHING | {"episodes": True}) == []
     everything = dict.fromkeys(NOTHING, True)
     assert {said.partition("=")[0] for said in config.without_effect(everything)} == {
-        "learning_rate", "scale_rewards", "epsilon", "warmup_steps",
+        "learning_rate", "scale_rewards", "epsilon", "warmup_steps", "data_seed", "master_dtype",
     }  # fmt: skip
+
+
+def test_an_estimator_of_the_users_own_takes_the_place_of_the_one_that_is_chosen() -> None:
+    own = NOTHING | {"own_advantage": True}
+    (said,) = GRPOConfig(advantage="leave_one_out").without_effect(own)
+    assert said.startswith("advantage='leave_one_out' has no effect: advantage_function")
+    (said,) = GRPOConfig(multi_objective_aggregation="normalize_then_sum").without_effect(own)
+    assert said.startswith("multi_objective_aggregation=")
+    alone = {"num_generations": 1, "per_device_train_batch_size": 4}
+    with pytest.raises(UsageError, match="nothing to compare with"):
+        GRPOConfig(**alone)
+    assert GRPOConfig(advantage="reinforce_pp", **alone).without_effect(own) == []
 
 
 def test_an_estimator_of_the_users_own_may_ask_for_gamma_in_episodes() -> None:
@@ -108,6 +136,43 @@ def test_a_trainer_says_it_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
     ]  # fmt: skip
 
 
+def _told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    said = [record.message for record in caplog.records if "has no effect" in record.message]
+    caplog.clear()
+    return said
+
+
+def test_a_type_of_weights_is_told_of_where_no_weight_has_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = warm()
+    trainer(tmp_path, model=(model, tokenizer), master_dtype="bfloat16")
+    (said,) = _told(caplog)
+    assert said.startswith("master_dtype='bfloat16' has no effect: no weight of the given model has that type")
+    trainer(tmp_path, model=(copy.deepcopy(model).bfloat16(), tokenizer), master_dtype="bfloat16")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    trainer(tmp_path, model=(str(tmp_path / "model"), None), master_dtype="bfloat16")
+    trainer(tmp_path, model=(model, tokenizer), master_dtype="bfloat16", beta=0.1, ref_model=str(tmp_path / "model"))
+    assert _told(caplog) == []
+
+
+def test_a_seed_of_the_order_of_a_stream_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path, rows=datasets.Dataset.from_list(list(ROWS)).to_iterable_dataset(), data_seed=3)
+    assert [said.partition(";")[0] for said in _told(caplog)] == [
+        "data_seed=3 has no effect: the rows of a stream come in its own order"
+    ]
+
+
+def test_dropout_of_an_adapter_is_told_of_where_training_has_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rate, disabled in ((0.5, True), (0.5, False), (0.0, True)):
+        lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=rate)
+        trainer(tmp_path, peft_config=lora, disable_dropout=disabled)
+    assert [said.partition(";")[0] for said in _told(caplog)] == [
+        "peft_config: lora_dropout=0.5 has no effect: disable_dropout trains without dropout"
+    ]
+
+
 @pytest.mark.parametrize("name", recipe.names())
 def test_no_setting_of_a_recipe_is_without_effect(name: str) -> None:
     shipped = recipe.load(name)
@@ -118,6 +183,7 @@ def test_no_setting_of_a_recipe_is_without_effect(name: str) -> None:
 def test_a_run_by_a_recipe_speaks_of_what_was_changed_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     changes = {"max_steps": 1, "n_train": 16, "n_eval": 2, "eval_every": 0, "warm_start": {"steps": 1}}
     changes |= {"lr_scheduler_type": "constant", "warmup_steps": 2, "prompts_per_step": 2, "num_generations": 2}
+    changes |= {"transcripts": 4}
     training.train("tiny", tmp_path / "r", settings=changes, track=("none",), progress_bar=False)
     said = [record.message for record in caplog.records if "has no effect" in record.message]
     assert [line.partition(" has")[0] for line in said] == ["warmup_steps=2"]

@@ -111,7 +111,8 @@ def _train(
     recipe: Recipe, out: str | os.PathLike[str], overwrite: bool, progress_bar: bool | None,
     announce: Callable[[RunFolder], None] | None, evaluated: Evaluated | None, ranks: Ranks, chosen: set[str],
 ) -> RunResult:  # fmt: skip
-    config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar).with_chosen(chosen)
+    told = chosen - {"transcripts"}  # a run by a recipe writes them of each generation
+    config = _settings({**_defaults(recipe), **recipe.config}, out, progress_bar).with_chosen(told)
     check_trackers([name for name in config.report_to if name in OWN_TRACKERS])
     data = load_task_data(recipe)
     trainer = build(recipe, config, data)

@@ -35,12 +35,21 @@ RULES: tuple[Unread, ...] = (
         "no group is replaced; set dynamic_sampling=True, or leave it out",
     ),
     Unread(
-        ("scale_rewards", "gigpo_weight", "pass_k"), lambda c, about: about["own_advantage"],  # it may ask for gamma
+        ("scale_rewards", "gigpo_weight", "pass_k", "multi_objective_aggregation"),
+        lambda c, about: about["own_advantage"],  # it may ask for gamma
+        "advantage_function computes the advantages; leave one of the two out",
+    ),
+    Unread(
+        ("advantage",),
+        lambda c, about: about["own_advantage"] and c.num_generations > 1,  # it says whether one completion will do
         "advantage_function computes the advantages; leave one of the two out",
     ),
     OF_SCALE,
     Unread(
-        ("max_turns", "max_tool_calling_iterations", "history", "tool_timeout", "max_tool_output", "gamma"),
+        (
+            "max_turns", "max_turn_length", "max_tool_calling_iterations", "history", "tool_timeout", "max_tool_output",
+            "gamma",
+        ),
         lambda c, about: not about["episodes"],
         "a completion is one turn; it is for tools and environments",
     ),
@@ -56,11 +65,23 @@ RULES: tuple[Unread, ...] = (
         "lr_scheduler_type='constant' has no warmup; set 'constant_with_warmup', or leave it out",
     ),
     Unread(
+        ("lr_scheduler_kwargs",), lambda c, _: c.lr_scheduler_type in ("constant", "constant_with_warmup"),
+        "the schedule that lr_scheduler_type names takes no further arguments; leave it out",
+    ),
+    Unread(
         ("num_train_epochs",), lambda c, _: c.max_steps > 0,
         "max_steps says how long the run is; leave one of them out",
     ),
     Unread(
         ("data_seed",), lambda c, _: not c.shuffle_dataset, "shuffle_dataset=False keeps the order of the dataset",
+    ),
+    Unread(
+        ("data_seed",), lambda c, about: about["streamed"],
+        "the rows of a stream come in its own order; shuffle the stream itself, or leave it out",
+    ),
+    Unread(
+        ("master_dtype",), lambda c, about: about["other_dtype"],
+        "no weight of the given model has that type; load it with this dtype, or leave it out",
     ),
     Unread(
         ("eval_steps",), lambda c, _: c.eval_strategy != "steps",
@@ -84,6 +105,10 @@ RULES: tuple[Unread, ...] = (
         "no completions are printed; set log_completions=True, or leave it out",
     ),
     Unread(
+        ("transcripts",), lambda c, _: not c.log_completions,
+        "no transcripts are written; set log_completions=True, or leave it out",
+    ),
+    Unread(
         ("gradient_checkpointing_kwargs",), lambda c, _: not (c.gradient_checkpointing or c.fsdp),
         "nothing is recomputed; set gradient_checkpointing=True, or leave it out",
     ),
@@ -100,5 +125,6 @@ RULES: tuple[Unread, ...] = (
     ),
 )  # fmt: skip
 """All of them. They know, beside the settings: ``episodes``, whether the model acts in several turns;
-``own_optimizer``, ``own_schedule``, ``own_advantage`` and ``own_surrogate``, whether it was given.
+``own_optimizer``, ``own_schedule``, ``own_advantage`` and ``own_surrogate``, whether it was given; ``streamed``,
+whether the prompts of training come from a stream; ``other_dtype``, whether ``master_dtype`` is that of no weight.
 """

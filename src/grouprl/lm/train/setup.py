@@ -169,6 +169,9 @@ def _make_setup(
     if sharded is not None:
         sharded.take(model)
         parameters = ShardedParameters(model, ranks)
+    typed_by_settings = isinstance(ref_model, str | Path) or any(
+        p.dtype == getattr(torch, config.master_dtype) for p in model.parameters()
+    )
     if isinstance(ref_model, str | Path):
         ref_model, _ = load(ref_model, tokenizer=tokenizer, dtype=config.master_dtype)
     policy = Policy(model, tokenizer, config, unwrapped(ref_model), ranks, sharded)
@@ -183,9 +186,10 @@ def _make_setup(
     about = {
         "episodes": any(vars(acting).values()), "own_optimizer": optimizer is not None,
         "own_schedule": scheduler is not None, "own_advantage": functions.advantage is not None,
-        "own_surrogate": functions.surrogate is not None,
+        "own_surrogate": functions.surrogate is not None, "streamed": prompts is not None and prompts.streamed,
+        "other_dtype": not typed_by_settings,
     }  # fmt: skip
-    for said in config.without_effect(about) if ranks.first else ():
+    for said in (*config.without_effect(about), *_dropout_left_out(config, peft_config)) if ranks.first else ():
         _log.warning(said)
     player = make_player(policy, tokenizer, rewards, config, interactions, acting, prompts)
     eval_player = player if eval_rewards is rewards else player.judged_by(eval_rewards)
@@ -295,6 +299,17 @@ def _configuration(args: Any) -> GRPOConfig:
             "same settings" + (": GRPOConfig(**args.to_dict())" if hasattr(args, "to_dict") else "")
         )
     return args.in_use()
+
+
+def _dropout_left_out(config: GRPOConfig, peft_config: Any) -> list[str]:
+    """What to say of dropout that an adapter was asked to have, and does not have in training."""
+    rates = [field for field in getattr(peft_config, "__dataclass_fields__", {}).values() if "dropout" in field.name]
+    return [
+        f"peft_config: {rate.name}={value} has no effect: disable_dropout trains without dropout; set "
+        "disable_dropout=False, or leave it out"
+        for rate in rates
+        if config.disable_dropout and (value := getattr(peft_config, rate.name)) and value != rate.default
+    ]
 
 
 _OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
