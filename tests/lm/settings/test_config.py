@@ -175,6 +175,7 @@ def test_a_setting_that_changes_in_a_run_is_refused_with_what_takes_its_place() 
         ({"max_steps": 0}, "max_steps=0: must be at least 1, or -1"),
         ({"logging_steps": 2.5}, r"logging_steps=2\.5: must be a whole number"),
         ({"transcripts": -1}, "transcripts=-1: must be at least 0"),
+        ({"save_strategy": "best"}, "save_strategy='best': .*'epoch'; .* load_best_model_at_end=True and save_tot"),
         ({"epsilon": 2, "beta": -1}, r"epsilon=2: .*; beta=-1: "),
     ],
 )

@@ -426,6 +426,31 @@ def test_several_evaluation_datasets_are_logged_under_their_names(tmp_path: Path
     assert all("eval_hard_rewards/reverse/mean" in e for e in evaluations)
 
 
+def test_one_of_several_evaluation_datasets_is_evaluated_by_its_name(tmp_path: Path) -> None:
+    asked: set[str] = set()
+
+    def judge(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        asked.update(prompts)
+        return [float(len(said)) for said in completions]
+
+    made = trainer(tmp_path, reward=judge, eval_dataset={"easy": EVAL_ROWS[:2], "hard": EVAL_ROWS[2:]})
+    assert "eval_reward" in made.evaluate("hard")  # as in transformers, and not eval_hard_reward
+    assert asked == {row["prompt"] for row in EVAL_ROWS[2:]}
+    with pytest.raises(UsageError, match="eval_dataset"):
+        made.evaluate("other")
+
+
+def test_a_callback_with_a_budget_of_tokens_hears_of_those_of_prompts_and_completions(tmp_path: Path) -> None:
+    class Budget(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.num_input_tokens_seen >= 100
+
+    made = trainer(tmp_path, callbacks=[Budget()], num_iterations=2)
+    made.train()
+    seen = [entry["num_tokens"] for entry in logged(made) if "num_tokens" in entry]
+    assert made.state.num_input_tokens_seen == seen[-1] >= 100 > seen[-2]
+
+
 def test_evaluating_changes_nothing_in_training(tmp_path: Path) -> None:
     plain = trainer(tmp_path / "a", max_steps=3)
     plain.train()

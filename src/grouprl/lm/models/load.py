@@ -79,8 +79,9 @@ def load(
         if isinstance(layer, torch.nn.Embedding):
             layer.padding_idx = None
     if len(tokenizer) > (rows := embedding.weight.shape[0]):
+        said = f"the model {name}" if name else "the model"
         raise UsageError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {name} embeddings for {rows}. "
+            f"The tokenizer has {len(tokenizer)} tokens, and {said} has embeddings for {rows}. "
             "Pass the tokenizer that belongs to the model, or call model.resize_token_embeddings first."
         )
     return model, tokenizer

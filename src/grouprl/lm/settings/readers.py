@@ -29,7 +29,12 @@ def _is_utf8(text: str) -> bool:
 
 
 def strategy(value: Any) -> Any:
-    """False is "no", because YAML reads a bare no as false."""
+    """False is "no", because YAML reads a bare no as false. What transformers calls "best" has settings of its own."""
+    if isinstance(value, str) and value == "best":
+        raise ValueError(
+            "must be 'no', 'steps' or 'epoch'; to keep the best model, set load_best_model_at_end=True and "
+            "save_total_limit=1"
+        )
     return "no" if value is False else value
 
 

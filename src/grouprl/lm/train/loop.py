@@ -180,6 +180,7 @@ class Run:
             self.samples, metrics = self.collector.collect(
                 self.plan.prompts_per_generation, self.plan.group_size, book.state
             )
+            book.state.num_input_tokens_seen = self.collector.tokens  # as in TRL: callbacks may have a budget
             self.update = 0
             self._divide()
             # Steps that come after the policy has moved need to know what it was; with dropout all that are repeated,

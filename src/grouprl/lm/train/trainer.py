@@ -271,6 +271,7 @@ class GRPOTrainer(ScriptMethods):
         """Mean rewards on ``eval_dataset`` (default: the trainer's), logged and returned as ``eval_reward`` and so on.
 
         Args:
+            eval_dataset: a dataset, or the name of one of the trainer's, if the trainer has several.
             greedy: one completion per prompt of the likeliest tokens, instead of ``num_generations_eval`` sampled ones.
 
         The draws come from a stream of their own, the same at every evaluation: evaluating changes nothing in training.
@@ -284,7 +285,9 @@ class GRPOTrainer(ScriptMethods):
         self._check_settings()
         setup = self.setup
         sources = setup.eval_prompts
-        if eval_dataset is not None:
+        if isinstance(eval_dataset, str) and eval_dataset in sources:
+            sources = {"": sources[eval_dataset]}
+        elif eval_dataset is not None:
             sources = read_eval_prompts(setup.read, eval_dataset)
         if not sources:
             raise UsageError("there is no eval_dataset; give one to GRPOTrainer or to evaluate")
