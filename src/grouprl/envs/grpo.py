@@ -414,7 +414,7 @@ class GRPO:
     def checkpoint(
         self, path: str | Path, *, may_restart: bool = False, extra: Mapping[str, Any] | None = None
     ) -> None:
-        """Write everything a resumed run needs to go on as if it had never stopped: see :mod:`grouprl.envs.checkpoint`.
+        """Write everything a resumed run needs to go on exactly: see :mod:`grouprl.envs.checkpoint`.
 
         Args:
             path: the file, ``.safetensors``.
@@ -431,6 +431,9 @@ class GRPO:
         surrogate_function: TensorFunction | None = None,
     ) -> GRPO:  # fmt: skip
         """Read what :meth:`checkpoint` wrote, ready for ``learn`` to go on.
+
+        A call of ``learn`` begins its schedules anew (``lr_schedule``, ``sticky``, ``gamma_final``). A run folder keeps
+        its plan, and :func:`grouprl.envs.training.resume` goes on as if the run had never stopped.
 
         Raises:
             UsageError: not a checkpoint, or a damaged one (DamagedFileError).

@@ -55,7 +55,7 @@ ATTRIBUTES = {
     "metrics.csv and TensorBoard's files (grouprl.envs.callbacks)",
     "set_logger": "a callback gets the metrics of every update, and can log them where you like",
     "ep_info_buffer": "agent.recent_returns has the returns of the last 100 training episodes",
-    "ep_success_buffer": "agent.recent_returns has the returns of the last 100 training episodes",
+    "ep_success_buffer": "info is not read here; play episodes with agent.predict and count successes there",
     "set_parameters": "agent.policy.load_state_dict(tensors) is it; GRPO.load(path) reads a saved agent",
     "get_vec_normalize_env": "observations are normalised inside the policy, and saved with it",
     "rollout_buffer": "a batch is gone when it was learned from; a callback gets its metrics",
