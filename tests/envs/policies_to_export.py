@@ -19,6 +19,8 @@ NESTED = spaces.Dict(
     {
         "picture": spaces.Box(0, 255, (20, 24, 3), np.uint8),
         "frames": spaces.Box(0, 255, (4, 16, 16), np.uint8),
+        "film": spaces.Box(0, 255, (2, 16, 18, 3), np.uint8),
+        "film channels first": spaces.Box(0, 255, (2, 3, 16, 18), np.uint8),
         "grey": spaces.Box(0, 255, (17, 16), np.uint8),
         "place": spaces.Discrete(5, start=2),
         "pair": spaces.Tuple([spaces.MultiDiscrete([2, 3]), spaces.Box(-9, 9, (2, 2), np.float32)]),

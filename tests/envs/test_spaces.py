@@ -160,6 +160,9 @@ class TestImages:
             ((84, 84, 1), (1, 84, 84)),
             ((16, 16, 16), (16, 16, 16)),
             ((16, 20, 16), (16, 16, 20)),
+            ((4, 84, 84, 3), (12, 84, 84)),
+            ((4, 84, 84, 1), (4, 84, 84)),
+            ((4, 3, 84, 84), (12, 84, 84)),
         ],
     )
     def test_a_uint8_picture_is_an_image_with_channels_first(
@@ -180,8 +183,13 @@ class TestImages:
             pixels(84, 15, 3),
             pixels(17, 17, 17),
             pixels(64),
-            pixels(2, 16, 16, 3),
+            pixels(17, 16, 16, 3),
+            pixels(2, 15, 16, 3),
+            pixels(2, 2, 16, 16, 3),
             spaces.Box(0, 1, (84, 84), np.float32),
+            spaces.Box(0, 2, (84, 84), np.uint8),
+            spaces.Box(1, 255, (84, 84), np.uint8),
+            spaces.Box(0, np.full((16, 16), 255, np.uint8) - np.eye(16, dtype=np.uint8), dtype=np.uint8),
         ],
         ids=str,
     )
@@ -190,6 +198,14 @@ class TestImages:
         assert codec.images == {}
         assert codec.n_flat == np.prod(space.shape)
         assert codec.normalise.all()
+
+    @pytest.mark.parametrize("channels_last", [True, False])
+    def test_frames_in_colour_become_channels_the_newest_last(self, channels_last: bool) -> None:
+        shape = (4, 16, 20, 3) if channels_last else (4, 3, 16, 20)
+        given = np.random.default_rng(0).integers(0, 256, (5, *shape), np.uint8)
+        encoded = ObservationCodec(pixels(*shape)).encode(given)["image:"]
+        newest = given[:, -1].transpose(0, 3, 1, 2) if channels_last else given[:, -1]
+        np.testing.assert_array_equal(encoded[:, -3:], newest)
 
 
 class TestActionMask:

@@ -57,7 +57,11 @@ class _Image(nn.Module):
         self.layout, self.body = layout, body
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.layout == "HWC":
+        if self.layout == "FHWC":
+            x = x.permute(0, 1, 4, 2, 3).flatten(1, 2)
+        elif self.layout == "FCHW":
+            x = x.flatten(1, 2)
+        elif self.layout == "HWC":
             x = x.permute(0, 3, 1, 2)
         elif self.layout == "HW":
             x = x.unsqueeze(1)

@@ -18,6 +18,8 @@ from grouprl.errors import UsageError, error_text
 Array: TypeAlias = npt.NDArray[Any]
 Space: TypeAlias = spaces.Space[Any]
 Path: TypeAlias = tuple[Any, ...]
+Layout: TypeAlias = Literal["HW", "HWC", "CHW", "FHWC", "FCHW"]
+"""The axes of an image: frames, height, width, channels."""
 
 _MASK = "action_mask"
 """What a Dict calls the action mask."""
@@ -30,22 +32,36 @@ def _name(path: Path) -> str:
     return "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in path)
 
 
-def _image_layout(space: Space) -> Literal["HW", "HWC", "CHW"] | None:
+def _image_layout(space: Space) -> Layout | None:
     """How a Box holds an image, or None if it is no image.
 
-    An image is uint8, [H, W] or with one channel axis, first or last: the smaller of the two, last if they are equal
-    (as Gymnasium renders), of at most 16 channels; H and W are at least 16. A stack of frames (4, 84, 84) is CHW.
+    An image is uint8 with bounds 0 and 255 throughout, [H, W] or with one channel axis, first or last: the smaller of
+    the two, last if they are equal (as Gymnasium renders), of at most 16 channels; H and W are at least 16. A stack of
+    frames (4, 84, 84) is CHW. An axis of at most 16 frames may precede the axes of an image with channels.
     """
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3):
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+        return None
+    if (space.low != 0).any() or (space.high != 255).any():
+        return None
+    if len(space.shape) == 4:
+        layout = _layout_of_shape(space.shape[1:])
+        if layout is None or not 1 <= space.shape[0] <= _MAX_IMAGE_CHANNELS:
+            return None
+        return "FHWC" if layout == "HWC" else "FCHW"
+    return _layout_of_shape(space.shape)
+
+
+def _layout_of_shape(shape: tuple[int, ...]) -> Literal["HW", "HWC", "CHW"] | None:
+    """How these axes hold one image, or None if they hold none."""
+    if len(shape) not in (2, 3):
         return None
     layout: Literal["HW", "HWC", "CHW"]
-    sides: tuple[int, ...]
-    if len(space.shape) == 2:
-        layout, channels, sides = "HW", 1, space.shape
-    elif space.shape[0] < space.shape[2]:
-        layout, channels, sides = "CHW", space.shape[0], space.shape[1:]
+    if len(shape) == 2:
+        layout, channels, sides = "HW", 1, shape
+    elif shape[0] < shape[2]:
+        layout, channels, sides = "CHW", shape[0], shape[1:]
     else:
-        layout, channels, sides = "HWC", space.shape[2], space.shape[:2]
+        layout, channels, sides = "HWC", shape[2], shape[:2]
     return layout if 1 <= channels <= _MAX_IMAGE_CHANNELS and min(sides) >= _MIN_IMAGE_SIDE else None
 
 
@@ -127,9 +143,13 @@ class _OneHots:
 class _Image:
     path: Path
     shape: tuple[int, ...]
-    layout: Literal["HW", "HWC", "CHW"]
+    layout: Layout
 
     def channels_first(self, values: Array) -> Array:
+        if self.layout == "FHWC":
+            values = values.transpose(0, 1, 4, 2, 3)
+        if self.layout in ("FHWC", "FCHW"):  # the channels of the newest frame are the last ones
+            return values.reshape(len(values), -1, *values.shape[3:])
         if self.layout == "HWC":
             return values.transpose(0, 3, 1, 2)
         return values[:, None] if self.layout == "HW" else values
@@ -140,7 +160,7 @@ class ObservationCodec:
 
     Box (any shape and number dtype), Discrete and MultiDiscrete (one-hot, any start), MultiBinary, and Dict or Tuple of
     these, nested. All but images are concatenated into "flat" float32 [n, D]; each image (see ``_image_layout``: uint8
-    of at least 16 x 16) stays apart as "image:<path>" [n, C, H, W] in its own dtype.
+    from 0 to 255, of at least 16 x 16) stays apart as "image:<path>" [n, C, H, W] in its own dtype.
 
     A leaf "action_mask" of a Dict, of zeros and ones, is the action mask and no input. ``mask_size`` is the size the
     action space needs: 0 means that it takes no masks; None accepts any size.
@@ -271,7 +291,7 @@ class ObservationCodec:
     def encode(self, observations: Any) -> dict[str, Array]:
         """The arrays of n observations in Gymnasium's batched layout (dicts and tuples of arrays [n, ...]).
 
-        A single flat float32 Box and every image come back as views of what was given: copy what is kept.
+        A single flat float32 Box and images come back as views of what was given: copy what is kept.
         Values are not checked for NaN. Raises UsageError for a Discrete value outside its space.
         """
         encoded: dict[str, Array] = {}
