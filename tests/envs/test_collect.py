@@ -1,6 +1,7 @@
 """Collection, on scripted environments whose every number is known beforehand."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -261,6 +262,29 @@ def test_the_episodes_of_a_group_share_their_start_and_no_other_group_does():
         assert len(starts) == len(counts) >= 4  # at least two rounds of two groups
         assert all(len(values) == 1 for values in starts.values())
         assert len(set.union(*starts.values())) == len(starts)
+
+
+class Unseeded(Seeded):
+    """Draws its start from somewhere else than its own generator; shows it in one of two leaves."""
+
+    observation_space = spaces.Dict({"a": spaces.Discrete(9), "b": Seeded.observation_space})
+    draws = np.random.default_rng(0)
+
+    def _seen(self) -> Any:
+        self.np_random = self.draws
+        return {"a": np.int64(self.time), "b": super()._seen()}
+
+
+def test_groups_whose_episodes_begin_differently_are_warned_of_once():
+    settings = {"collect": "episodes", "group_size": 3, "min_steps": 30}
+    made, policy = collector(sync([Unseeded] * 6), **settings)
+    with pytest.warns(UserWarning, match="group_size=3 .* different observations .* self.np_random"):
+        made.collect(policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.collect(policy)
+        made, policy = collector(sync([Seeded] * 6), **settings)
+        made.collect(policy)
 
 
 def test_repeated_actions_are_marked_and_the_environment_really_got_them():

@@ -7,6 +7,7 @@ The loop keeps plain lists of arrays, one entry per vector step; all bookkeeping
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,7 @@ class Collector:
         self._watch = StepWatch(venv, lambda: self.stepper.steps, config.env_timeout)
         self.sticky_envs = sticky_envs(self.n)
         self._seed: int | list[int] | None = None
+        self._starts_compared = False
         self._in_flight = InFlight.none(self.n)
         self._last_action: Array | None = None
         self._started_from: int | list[int] | None = None
@@ -100,6 +102,23 @@ class Collector:
         else:
             starts = self.rng.integers(0, 2**31 - 1, self.n // size)
             self._reset([int(s) for s in np.repeat(starts, size)])
+            if not self._starts_compared:
+                self._starts_compared = True
+                self._compare_starts(size)
+
+    def _compare_starts(self, size: int) -> None:
+        """Warn if the episodes of a group, reset from one seed, begin with different observations."""
+        for values in self.stepper.encoded().values():
+            groups = values.reshape(self.n // size, size, -1)
+            if not np.array_equal(groups, np.broadcast_to(groups[:, :1], groups.shape), equal_nan=True):
+                warnings.warn(
+                    f"group_size={size} compares episodes from one start, but those of a group begin with different "
+                    "observations although they were reset from the same seed; let the environment call "
+                    "super().reset(seed=seed) first in reset and draw from self.np_random only, not from np.random or "
+                    "random",
+                    stacklevel=2,
+                )
+                return
 
     @property
     def steps_since_reset(self) -> int:
