@@ -163,6 +163,29 @@ def test_evaluations_are_remembered_and_the_best_policy_is_saved(tmp_path: Path)
     assert GRPO.load(tmp_path / "best").num_timesteps == first_best <= agent.num_timesteps
 
 
+class Endless(gym.Env[Any, Any]):
+    """Pays 1 for each step and never ends."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+def test_evaluations_cut_episodes_that_do_not_end() -> None:
+    evaluations = Evaluations(64, episodes=2, env=Endless, max_steps=7)
+    GRPO(Endless, preset=None, n_envs=2, collect="segments", n_steps=32, skip_without_signal=False).learn(
+        64, callback=evaluations
+    )
+    assert evaluations.best_return == 7.0
+    with pytest.raises(UsageError, match="max_steps=0"):
+        Evaluations(64, max_steps=0)
+
+
 def test_evaluating_changes_nothing_of_training() -> None:
     plain = GRPO(make, seed=4, **SMALL).learn(2000)
     watched = GRPO(make, seed=4, **SMALL).learn(2000, callback=Evaluations(300, episodes=3))

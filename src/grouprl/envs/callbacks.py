@@ -16,6 +16,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
+from grouprl.envs.arguments import whole_number
 from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loading import chosen_environment
@@ -143,6 +144,8 @@ class Evaluations:
         env: where; default: what the agent is trained on, made anew. env_kwargs: for its constructor, for ids; without
             ``env`` for the id that the agent is trained on.
         best: file for the policy with the highest mean return; None: it is not saved.
+        max_steps: where to cut an episode that has not ended; default: nowhere if the environment has a time limit,
+            else after 100,000 steps, as :func:`~grouprl.envs.evaluation.evaluate` does.
 
     Attributes:
         history: (steps, mean return) of each evaluation. best_return: the highest, None before the first.
@@ -151,9 +154,11 @@ class Evaluations:
     def __init__(
         self, every: int, episodes: int = 20, *, env: EnvLike | None = None,
         env_kwargs: Mapping[str, Any] | None = None, best: str | os.PathLike[str] | None = None,
+        max_steps: int | None = None,
     ) -> None:  # fmt: skip
         if episodes < 1:
             raise UsageError(f"episodes={episodes} must be at least 1")
+        self.max_steps = None if max_steps is None else whole_number("max_steps", max_steps, least=1)
         self.episodes, self.env, self.env_kwargs = episodes, env, env_kwargs
         self.best, self._due = None if best is None else user_path(best), _Due(every)
         self.history: list[tuple[int, float]] = []
@@ -180,7 +185,7 @@ class Evaluations:
                 "middle of training; give another one, such as Evaluations(every, env=lambda: MyEnv())"
             )
         n_envs, timeout = min(self.episodes, 20), agent.config.env_timeout
-        self._evaluator = Evaluator(env, kwargs, n_envs, how, timeout=timeout)
+        self._evaluator = Evaluator(env, kwargs, n_envs, how, self.max_steps, timeout)
         try:
             yield
         finally:
