@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -57,6 +58,19 @@ def test_an_estimator_of_the_users_own_is_given_the_discount_of_the_batch() -> N
     asked.clear()
     agent.learn(300)  # another call begins at gamma again
     assert asked[0] < logged[-1]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_discount_that_a_partial_binds_is_left_alone(nested: bool) -> None:
+    used: list[tuple[float, bool]] = []
+
+    def own(rewards: Any, lengths: Any, group: Any, gamma: float = 0.5, values: Any = None, scale: float = 1.0) -> Any:
+        used.append((gamma, values is None))
+        return scale * rewards.cumsum(0)
+
+    bound = partial(partial(own, gamma=1.0), scale=2.0) if nested else partial(own, gamma=1.0)
+    GRPO("CartPole-v1", **SMALL, preset=None, gamma=0.9, advantage_function=bound).learn(300)
+    assert set(used) == {(1.0, False)}  # what it does not bind is still given
 
 
 def test_an_estimator_by_name_is_given_the_discount_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

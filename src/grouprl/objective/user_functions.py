@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,10 @@ def per_token(name: str, found: object, like: Tensor) -> Tensor:
 
 
 def asked_for(function: TensorFunction | None) -> dict[str, bool]:
-    """The names that a function asks for after its three tensors, and whether it cannot do without."""
+    """The names that a function asks for after its three tensors, and whether it cannot do without.
+
+    It does not ask for what ``functools.partial`` has given it already.
+    """
     if function is None:
         return {}
     try:
@@ -54,7 +58,8 @@ def asked_for(function: TensorFunction | None) -> dict[str, bool]:
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     by_name = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
     others = [p for p in by_place[3:] if p.kind == p.POSITIONAL_OR_KEYWORD]
-    return {p.name: p.default is p.empty for p in (*others, *by_name)}
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    return {p.name: p.default is p.empty for p in (*others, *by_name) if p.name not in bound}
 
 
 def check_asked(function: TensorFunction | None, offered: Collection[str]) -> None:
