@@ -186,6 +186,34 @@ def test_evaluations_cut_episodes_that_do_not_end() -> None:
         Evaluations(64, max_steps=0)
 
 
+def test_callbacks_serve_one_agent_after_another(tmp_path: Path) -> None:
+    evaluations, keeper = Evaluations(500, episodes=1), Checkpoints(tmp_path / "c", every=500, keep=2)
+    videos = Videos(tmp_path / "v", every=500)
+    first: list[Any] = []
+    for seed in range(3):
+        for file in tmp_path.glob("v/*"):
+            file.unlink()
+        evaluations.history.clear()
+        agent = GRPO(lambda: Mine("rgb_array"), seed=seed, **SMALL)
+        agent.learn(1200, callback=[evaluations, keeper, videos])
+        steps = [step for step, _ in evaluations.history]
+        films = sorted(path.name for path in tmp_path.glob("v/*"))
+        first = first or [steps, films]
+        assert [steps, films] == first
+        assert len(steps) == len(films) == 2
+        assert sorted((tmp_path / "c").iterdir()) == keeper.written
+        assert GRPO.from_checkpoint(keeper.written[-1], make).config.seed == seed
+
+
+def test_another_call_of_learn_goes_on_counting() -> None:
+    evaluations, whole = Evaluations(500, episodes=1), Evaluations(500, episodes=1)
+    agent = GRPO(make, seed=1, **SMALL)
+    for _ in range(6):
+        agent.learn(256, callback=evaluations)
+    GRPO(make, seed=1, **SMALL).learn(agent.num_timesteps, callback=whole)
+    assert [step for step, _ in evaluations.history] == [step for step, _ in whole.history]
+
+
 def test_evaluating_changes_nothing_of_training() -> None:
     plain = GRPO(make, seed=4, **SMALL).learn(2000)
     watched = GRPO(make, seed=4, **SMALL).learn(2000, callback=Evaluations(300, episodes=3))

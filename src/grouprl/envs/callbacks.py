@@ -1,7 +1,8 @@
 """Callbacks for `GRPO.learn`: a whole run folder, or only checkpoints, evaluations, an early end, or videos.
 
 Any function ``callback(agent, metrics)`` is a callback. These are objects because they remember when they are due. Give
-several as a list: each sees what those before it have added to ``metrics``.
+several as a list: each sees what those before it have added to ``metrics``. One of them may serve several agents, one
+after the other.
 """
 
 from __future__ import annotations
@@ -31,19 +32,31 @@ from grouprl.runs.files import user_path
 _log = logging.getLogger("grouprl")
 
 
-class _Due:
-    """Every so many steps, counted from 0."""
+class _Scheduled:
+    """A callback with something to do every so many steps, counted from 0."""
 
     def __init__(self, every: int) -> None:
         if every < 1:
             raise UsageError(f"every={every} must be at least 1 step")
         self.every, self._next = every, every
 
-    def now(self, steps: int) -> bool:
+    @contextmanager
+    def around(self, agent: GRPO, end: int) -> Iterator[None]:
+        """Around a call of ``learn``: what an agent that had come further has left is no later than the next multiple.
+
+        For the agent of the call before, which has come on since, nothing changes.
+        """
+        self._next = min(self._next, self._after(agent.num_timesteps))
+        yield
+
+    def _after(self, steps: int) -> int:
+        return steps - steps % self.every + self.every
+
+    def _due(self, steps: int) -> bool:
         """Whether it is time; after that, not again before the next multiple."""
         if steps < self._next:
             return False
-        self._next = steps - steps % self.every + self.every
+        self._next = self._after(steps)
         return True
 
 
@@ -109,7 +122,7 @@ class Run:
         return self._recorder(agent, metrics)
 
 
-class Checkpoints:
+class Checkpoints(_Scheduled):
     """Writes ``folder/step_N.safetensors`` every so many steps; ``GRPO.from_checkpoint(path, env)`` goes on from one.
 
     Args:
@@ -119,22 +132,23 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], every: int, keep: int = 3) -> None:
         if keep < 1:
             raise UsageError(f"keep={keep} must be at least 1")
-        self.folder, self.keep, self._due = user_path(folder), keep, _Due(every)
+        super().__init__(every)
+        self.folder, self.keep = user_path(folder), keep
         self.written: list[Path] = []
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> None:
         """Write one if it is due."""
-        if not self._due.now(agent.num_timesteps):
+        if not self._due(agent.num_timesteps):
             return
         path = self.folder / f"step_{agent.num_timesteps:012d}.safetensors"
         agent.checkpoint(path, may_restart=True)
-        self.written.append(path)
+        self.written = [*(old for old in self.written if old != path), path]  # another agent may have come as far
         for old in self.written[: -self.keep]:
             old.unlink(missing_ok=True)
         self.written = self.written[-self.keep :]
 
 
-class Evaluations:
+class Evaluations(_Scheduled):
     """Plays complete greedy episodes every so many steps, and saves the best policy so far.
 
     Adds ``eval_return`` to the metrics of the update, for callbacks after it.
@@ -158,9 +172,10 @@ class Evaluations:
     ) -> None:  # fmt: skip
         if episodes < 1:
             raise UsageError(f"episodes={episodes} must be at least 1")
+        super().__init__(every)
         self.max_steps = None if max_steps is None else whole_number("max_steps", max_steps, least=1)
         self.episodes, self.env, self.env_kwargs = episodes, env, env_kwargs
-        self.best, self._due = None if best is None else user_path(best), _Due(every)
+        self.best = None if best is None else user_path(best)
         self.history: list[tuple[int, float]] = []
         self.best_return: float | None = None
 
@@ -187,14 +202,15 @@ class Evaluations:
         n_envs, timeout = min(self.episodes, 20), agent.config.env_timeout
         self._evaluator = Evaluator(env, kwargs, n_envs, how, self.max_steps, timeout)
         try:
-            yield
+            with super().around(agent, end):
+                yield
         finally:
             if not isinstance(env, gym.Env | VectorEnv):
                 self._evaluator.close()
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> None:
         """Evaluate if it is due."""
-        if not self._due.now(agent.num_timesteps):
+        if not self._due(agent.num_timesteps):
             return
         played = self._evaluator.run(agent, self.episodes, seed=agent.config.seed + 1)
         mean = metrics["eval_return"] = played.summary()["mean_return"]
@@ -221,7 +237,7 @@ class StopAtReturn:
         return not metrics.get(self.metric, float("nan")) >= self.value
 
 
-class Videos:
+class Videos(_Scheduled):
     """Films greedy episodes every so many steps, as ``folder/step_N.mp4``.
 
     Args:
@@ -229,11 +245,12 @@ class Videos:
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int, episodes: int = 1) -> None:
-        self.folder, self.episodes, self._due = user_path(folder), episodes, _Due(every)
+        super().__init__(every)
+        self.folder, self.episodes = user_path(folder), episodes
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> None:
         """Film if it is due; a warning says why nothing could be filmed."""
-        if self._due.now(agent.num_timesteps) and agent.loop.ranks.first:
+        if self._due(agent.num_timesteps) and agent.loop.ranks.first:
             path = self.folder / f"step_{agent.num_timesteps:012d}.mp4"
             for note in record_episodes(agent, path, self.episodes, seed=agent.config.seed + 1):
                 _log.warning("%s", note)
