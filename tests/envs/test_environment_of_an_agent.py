@@ -22,6 +22,7 @@ from gymnasium.wrappers import TransformReward
 
 from grouprl import GRPO, TrainingError, UsageError, evaluate
 from grouprl.envs import training
+from grouprl.envs.callbacks import Evaluations
 from grouprl.envs.env_kwargs import from_json, to_json
 from grouprl.envs.watch import make_rendering, play_episode
 
@@ -230,6 +231,25 @@ def test_an_environment_of_the_users_is_closed_only_with_the_agent() -> None:
     agent.close()
     agent.close()
     assert len(closed) == 6
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_training_goes_on_in_no_episode_of_a_loop_of_ones_own(vectorization: str) -> None:
+    agent = GRPO(Sign, **QUICK | {"vectorization": vectorization}).learn(16)
+    venv: Any = agent.get_env()
+    for _ in range(2):
+        venv.reset()
+        for _ in range(7):
+            venv.step(np.zeros(2, int))
+        before = len(agent.loop.recent_lengths)
+        agent.learn(32)
+        assert list(agent.loop.recent_lengths)[before:] == [10, 10]
+    agent.close()
+
+
+def test_episodes_of_an_environment_that_nobody_else_has_go_on() -> None:
+    agent = GRPO(Sign, **QUICK).learn(32).learn(32, callback=Evaluations(8, episodes=1))
+    assert list(agent.loop.recent_lengths) == [10] * 6
 
 
 def test_copies_train_by_themselves() -> None:

@@ -193,7 +193,7 @@ class Evaluations(_Scheduled):
                 f"evaluations need an environment of their own, and {agent.env_id} was given as an object; give "
                 "Evaluations(every, env=lambda: MyEnv())"
             )
-        training = agent.get_env()
+        training = agent._held.venv
         if isinstance(env, gym.Env | VectorEnv) and training is not None and share_environments(env, training):
             raise UsageError(
                 f"Evaluations was given the environment that {agent.env_id} is trained on, and would step it in the "

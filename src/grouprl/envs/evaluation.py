@@ -184,5 +184,5 @@ def evaluate(
     finally:
         if not isinstance(target, gym.Env | VectorEnv):
             evaluator.close()
-        elif (venv := agent.get_env()) is not None and share_environments(target, venv):
+        elif (venv := agent._held.venv) is not None and share_environments(target, venv):
             agent.restart_episodes()

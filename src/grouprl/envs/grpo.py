@@ -262,8 +262,11 @@ class GRPO:
         self.loop.forget_batches()
 
     def get_env(self) -> VectorEnv[Any, Any, Any] | None:
-        """The vector environment batches are collected from, or None after :meth:`load` without one."""
-        return self._held.venv
+        """The vector environment batches are collected from, or None after :meth:`load` without one.
+
+        Whoever has it may step it: from then on each call of :meth:`learn` begins with fresh episodes.
+        """
+        return self._held.hand_out()
 
     def restart_episodes(self) -> None:
         """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
@@ -288,8 +291,9 @@ class GRPO:
     ) -> GRPO:
         """Train for ``total_timesteps`` environment steps (the last batch may go over) and return ``self``.
 
-        An ``Env`` or a ``VectorEnv`` that was given may have been stepped by others in the meantime: each call begins
-        with fresh episodes there. After an exception the next call does so too, whatever was given.
+        An ``Env`` or a ``VectorEnv`` that was given, or that :meth:`get_env` has handed out, may have been stepped by
+        others in the meantime: each call begins with fresh episodes there. After an exception the next call does so
+        too, whatever was given.
 
         Args:
             total_timesteps: steps of this call, over all environments; warm-up steps count.

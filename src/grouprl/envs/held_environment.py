@@ -35,11 +35,11 @@ class HeldEnvironment:
         self.description, self.loop = description, loop
         self.given: EnvLike | None = None
         self.venv: VectorEnv[Any, Any, Any] | None = None
-        self._interrupted = self._stepped = False
+        self._interrupted = self._stepped = self._handed_out = False
 
     @property
     def made_here(self) -> bool:
-        """Whether the environments were made here, from an id or a callable, so that nobody else holds them."""
+        """Whether the environments were made here, from an id or a callable; others get them from `hand_out` alone."""
         return not isinstance(self.given, gym.Env | VectorEnv)
 
     def hold(self, env: EnvLike, venv: VectorEnv[Any, Any, Any]) -> None:
@@ -49,7 +49,8 @@ class HeldEnvironment:
             UsageError: the number of environments is no multiple of ``group_size``.
         """
         self._check_groups(venv)
-        self.given, self.venv, self._interrupted = env, venv, False
+        self.given, self.venv = env, venv
+        self._interrupted = self._handed_out = False
         self.loop.attach(venv)
 
     def _check_groups(self, venv: VectorEnv[Any, Any, Any]) -> None:
@@ -118,9 +119,14 @@ class HeldEnvironment:
         assert self.loop.collector is not None
         return self.loop.collector
 
+    def hand_out(self) -> VectorEnv[Any, Any, Any] | None:
+        """See :meth:`grouprl.envs.grpo.GRPO.get_env`."""
+        self._handed_out = True
+        return self.venv
+
     def begin(self) -> None:
         """A call of ``learn`` begins: what the user may have stepped since the call before starts fresh episodes."""
-        if self._stepped and not self.made_here:
+        if self._stepped and (self._handed_out or not self.made_here):
             self.loop.restart_episodes()
         self._stepped = True
 
