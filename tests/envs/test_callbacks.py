@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from grouprl.bench.folders import of_folders
 from grouprl.doctor import examine
 from grouprl.envs import training
 from grouprl.envs.callbacks import Checkpoints, Evaluations, Run, StopAtReturn, Videos
+from grouprl.envs.metric_names import NOW_AND_THEN
+from grouprl.envs.update import UpdateStats
 from grouprl.runs import RunFolder, read_metrics
 from grouprl.runs.state import load_state
 
@@ -228,6 +231,29 @@ def test_evaluating_changes_nothing_of_training() -> None:
 def test_training_ends_once_a_return_is_reached(callbacks: list[Any]) -> None:
     agent = GRPO(make, **SMALL | {"learning_rate": 3e-3}).learn(50_000, callback=callbacks)
     assert 256 <= agent.num_timesteps < 30_000
+
+
+@pytest.mark.parametrize(("metric", "said"), [("retrun_mean", "did you mean 'return_mean'"), ("x", "there are agree")])
+def test_a_metric_that_is_none_is_refused(metric: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"metric={metric!r} is no metric of an update; {said}"):
+        GRPO(make, **SMALL).learn(1000, callback=StopAtReturn(1, metric))
+
+
+def test_a_metric_may_come_now_and_then_or_from_a_callback_of_ones_own() -> None:
+    def half(agent: GRPO, metrics: dict[str, float]) -> None:
+        metrics["half"] = metrics["return_mean"] / 2
+
+    callbacks = [half, StopAtReturn(99.0, "half"), *(StopAtReturn(1e9, name) for name in NOW_AND_THEN)]
+    assert GRPO(make, **SMALL).learn(600, callback=callbacks).num_timesteps >= 600
+
+
+def test_every_metric_of_an_update_that_is_missing_in_another_is_known() -> None:
+    rows: list[dict[str, float]] = []
+    agent = GRPO(make, **SMALL, preset=None, lr_schedule="adaptive", reuse=2)
+    agent.learn(1000, callback=[Evaluations(500, episodes=1), lambda agent, metrics: rows.append(metrics)])
+    always = set.intersection(*map(set, rows))
+    assert set.union(*map(set, rows)) - always <= NOW_AND_THEN
+    assert {field.name for field in fields(UpdateStats)} - {"undone"} <= NOW_AND_THEN
 
 
 def test_videos_are_filmed_when_due_and_a_reason_is_given_where_they_cannot_be(

@@ -7,6 +7,7 @@ after the other.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loading import chosen_environment
 from grouprl.envs.loop import Metrics
+from grouprl.envs.metric_names import NOW_AND_THEN
 from grouprl.envs.recorder import Recorder, RunResult, as_written, plan, recording
 from grouprl.envs.vector import EnvLike, share_environments
 from grouprl.envs.watch import record_episodes
@@ -226,14 +228,23 @@ class StopAtReturn:
 
     Args:
         value: the return. metric: where it is read: ``return_mean``, of the last 100 episodes of training, or
-            ``eval_return``, which :class:`Evaluations` or :class:`Run` before it in the list give.
+            ``eval_return``, which :class:`Evaluations` or :class:`Run` before it in the list give. A metric that a
+            callback of your own adds is to be there with every update, NaN where it is not known.
     """
 
     def __init__(self, value: float, metric: str = "return_mean") -> None:
         self.value, self.metric = value, metric
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
-        """False where the return is reached."""
+        """False where the return is reached.
+
+        Raises:
+            UsageError: there is no such metric.
+        """
+        if self.metric not in (known := NOW_AND_THEN | metrics.keys()):
+            close = difflib.get_close_matches(self.metric, sorted(known), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+            raise UsageError(f"StopAtReturn: metric={self.metric!r} is no metric of an update; {hint}")
         return not metrics.get(self.metric, float("nan")) >= self.value
 
 

@@ -9,6 +9,15 @@ _ROLLOUT = frozenset(
 )
 _TIME = frozenset(("step", "update", "train_seconds", "steps_per_second", "memory_gb", "cpu_wait"))
 
+NOW_AND_THEN = frozenset(
+    (
+        "eval_return", "gamma", "policy_std", "explained_variance", "reuse_effective", "shared_states",
+        "degenerate_groups", "policy_loss", "kl", "approx_kl", "clip_fraction", "grad_norm", "agreement", "epochs",
+        "optimizer_steps", "time_advantages", "time_update", "memory_gb", "cpu_wait",
+    )
+)  # fmt: skip
+"""Metrics that not every update has: those of an evaluation, of learning from a batch, and of some settings."""
+
 
 def tracked_name(metric: str) -> str:
     """The name of ``metric`` in trackers: ``rollout/``, ``time/``, ``eval/`` or ``train/`` and its own."""
