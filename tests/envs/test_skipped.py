@@ -113,10 +113,15 @@ def test_a_second_call_counts_its_own_batches() -> None:
 
 
 def test_an_update_that_was_undone_counts_as_skipped() -> None:
-    with pytest.warns(RuntimeWarning, match="undone"):
-        _, rows, moved = trained(Survive, 256, kl_stop=1e-9, learning_rate=0.5, lr_schedule="constant", epochs=1)
+    with pytest.warns(RuntimeWarning, match=r"was undone\. Lower learning_rate, or raise kl_stop$"):
+        agent, rows, moved = trained(Survive, 256, kl_stop=1e-9, learning_rate=0.5, lr_schedule="constant", epochs=1)
     assert not moved
     assert rows[-1]["skipped_batches"] == len(rows)
+    agent.loop.skipped["undone"] -= 1
+    agent.loop.skipped["no_signal"] += 1
+    said = agent.loop.say_skipped()
+    assert said is not None
+    assert said.endswith("or set skip_without_signal=False. Lower learning_rate, or raise kl_stop")
 
 
 def test_learning_from_every_batch_can_be_asked_for() -> None:

@@ -46,6 +46,12 @@ SKIPPED = {
 }
 """Why a batch moved no parameter, by the names that :attr:`Loop.skipped` counts them under."""
 
+_NO_SIGNAL_ADVICE = (
+    "Check the rewards and the ends of episodes that the environment gives, raise max_steps, or set "
+    "skip_without_signal=False"
+)
+_UNDONE_ADVICE = "Lower learning_rate, or raise kl_stop"
+
 
 class Seeds(NamedTuple):
     """What actions, minibatches and first states are drawn with."""
@@ -238,10 +244,9 @@ class Loop:
         if skipped.total() < n:
             usual = ", which is usual once a task is solved" if set(skipped) == {"no_signal"} else ""
             return f"{skipped.total()} of {n} batches moved no parameter{reasons}{usual}"
-        return (
-            f"nothing was learned, none of {n} batches moved a parameter{reasons}. Check the rewards and the ends of "
-            "episodes that the environment gives, raise max_steps, or set skip_without_signal=False"
-        )
+        advice = [_NO_SIGNAL_ADVICE] if set(skipped) - {"undone"} else []
+        advice += [_UNDONE_ADVICE] if "undone" in skipped else []
+        return f"nothing was learned, none of {n} batches moved a parameter{reasons}. {'. '.join(advice)}"
 
     def _describe(self, rollout: Rollout) -> Metrics:
         distribution = self.policy.distribution
