@@ -1,6 +1,7 @@
 """The agent as a whole: seeds, saving, predicting, and what it says to wrong input."""
 
 import os
+import re
 import time
 
 import gymnasium as gym
@@ -16,6 +17,8 @@ from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.policy import ACTING_ROWS
 from grouprl.envs.vector import make_vector
 from grouprl.envs.workers import close_vector
+from grouprl.errors import DamagedFileError
+from grouprl.runs.state import load_state, save_state
 
 QUICK = {**probes.FAST, "n_steps": 16, "minibatch_size": 32, "epochs": 2}
 
@@ -408,10 +411,21 @@ class TestSaving:
         with pytest.raises(UsageError, match="no file"):
             GRPO.load(tmp_path)  # a folder without a model
 
-    def test_a_policy_that_its_own_configuration_does_not_fit_is_refused(self, tmp_path):
-        path = trained(steps=100).save(tmp_path / "x")
-        with pytest.raises(UsageError, match="does not fit"):
-            GRPO.load(path, hidden_sizes=(5,))
+    def test_a_setting_that_the_weights_do_not_fit_is_named(self, tmp_path):
+        path = trained(steps=100, hidden_sizes=(4,)).save(tmp_path / "x")
+        for sizes in ((5,), (4, 4), (4, 2)):
+            said = f"do not fit hidden_sizes={sizes}; they were saved with hidden_sizes=(4,)"
+            with pytest.raises(UsageError, match=re.escape(said)) as caught:
+                GRPO.load(path, hidden_sizes=sizes)
+            assert not isinstance(caught.value, DamagedFileError)
+
+    def test_a_damaged_file_is_called_so_whatever_the_settings(self, tmp_path):
+        agent = trained(steps=100)
+        path = agent.save(tmp_path / "x")
+        tensors, meta = load_state(path)
+        save_state(path, {name: value for name, value in tensors.items() if "layers.0" not in name}, meta)
+        with pytest.raises(DamagedFileError, match="lacks the tensor"):
+            GRPO.load(path, hidden_sizes=(5,), learning_rate=0.5)
 
 
 class TestEnvironments:

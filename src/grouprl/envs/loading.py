@@ -45,8 +45,8 @@ def from_model(
         settings: override the saved ones.
 
     Raises:
-        UsageError: ``meta`` describes no agent (DamagedFileError), a setting is not allowed, or the policy was trained
-            with a network of the user's and ``network`` is None.
+        UsageError: ``meta`` describes no agent (DamagedFileError), a setting is not allowed or the weights do not fit
+            it, or the policy was trained with a network of the user's and ``network`` is None.
     """
     saved = Description.from_json(path, meta, settings)
     if saved.custom_network and network is None:
@@ -65,8 +65,22 @@ def from_model(
         network,
         functions,
     )
-    fill_policy(agent.policy, tensors, path)
+    try:
+        fill_policy(agent.policy, tensors, path)
+    except UsageError:
+        if not settings:
+            raise
+        own = from_model(cls, path, tensors, meta, network, functions, {}).config.model_dump()  # or it is the file
+        given = {name: value for name, value in agent.config.model_dump().items() if value != own[name]}
+        raise UsageError(
+            f"the weights in {path} do not fit {_listed(given)}; they were saved with "
+            f"{_listed({name: own[name] for name in given})}"
+        ) from None
     return agent
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
 
 
 def from_checkpoint(
