@@ -56,6 +56,7 @@ def _layout_of_shape(shape: tuple[int, ...]) -> Literal["HW", "HWC", "CHW"] | No
     if len(shape) not in (2, 3):
         return None
     layout: Literal["HW", "HWC", "CHW"]
+    sides: tuple[int, ...]
     if len(shape) == 2:
         layout, channels, sides = "HW", 1, shape
     elif shape[0] < shape[2]:
