@@ -73,7 +73,8 @@ def agent_for(name: str, steps: int = 256) -> GRPO:
 
         def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
             super().reset(seed=seed)
-            self.observation_space.seed(seed)
+            if seed is not None:  # else what follows the seed of the first reset would be drawn anew
+                self.observation_space.seed(seed)
             self.time = 0
             return self.look(), self.info()
 

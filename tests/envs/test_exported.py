@@ -123,7 +123,7 @@ def test_what_differs_from_predict_is_not_left(tmp_path: Path, monkeypatch: pyte
     agent = agent_for("box")
     shift = agent.policy.normalisation()
     monkeypatch.setattr(agent.policy, "normalisation", lambda: (shift[0] + 0.01, *shift[1:]))
-    with pytest.raises(TrainingError, match=r"differs from predict by \d.\de-0[123], more than 1e-05"):
+    with pytest.raises(TrainingError, match=r"differs from predict by \d\.\de-0[1-4], more than 1e-05"):
         export_policy(agent, tmp_path / "out", "torch")
     assert not any(tmp_path.iterdir())
 
