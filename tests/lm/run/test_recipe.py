@@ -114,7 +114,7 @@ def test_the_starts_of_an_environment_are_even_seeds_to_train_on_and_odd_ones_he
 
 
 def test_an_environment_whose_class_is_no_text_environment_is_played_as_it_is() -> None:
-    name = "grouprl.lm.agents.environments.text:Episodes"
+    name = "grouprl.lm.agents.environments.text_episodes:Episodes"
     assert load_task_data(Recipe("mine", "tiny", environment=name)).environment.__name__ == "Episodes"
     with pytest.raises(UsageError, match="is no text environment and takes none"):
         load_task_data(Recipe("mine", "tiny", environment=name, environment_options={"cue": "x"}))

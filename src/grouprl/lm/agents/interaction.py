@@ -6,6 +6,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from grouprl.errors import UsageError
+
 Message = Mapping[str, Any]
 """A message of a conversation: ``role``, ``content``, and what else the chat template knows (``tool_calls``, ...)."""
 
@@ -82,3 +84,11 @@ class Interaction(Protocol):
 
     def close(self) -> None:
         """Release what the object holds."""
+
+
+def in_use(factory: str, made: object) -> UsageError:
+    """The error for a factory, called ``factory``, that returned an object in which another episode is played."""
+    return UsageError(
+        f"{factory} returned a {type(made).__name__} that is in use already; episodes run side by side, so return a "
+        "new object each time"
+    )

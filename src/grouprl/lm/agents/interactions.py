@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown, with_type
-from grouprl.lm.agents.interaction import Interaction, Message
+from grouprl.lm.agents.interaction import Interaction, Message, in_use
 from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, kind_of, reward_functions
 from grouprl.lm.agents.tools import Function, schema_of
 from grouprl.lm.fingerprint import digest
@@ -185,12 +185,9 @@ class Interactions:
             raise UsageError(
                 f"{called} raised {error_text(error)}; it is called without arguments and returns an environment"
             ) from error
-        in_use = itertools.chain(self._playing.values(), *self._idle.values())
-        if any(made is other or made is getattr(other, "environment", other) for other in in_use):
-            raise UsageError(
-                f"{called} returned a {type(made).__name__} that is in use already; episodes run side by side, so "
-                "return a new object each time"
-            )
+        others = itertools.chain(self._playing.values(), *self._idle.values())
+        if any(made is other or made is getattr(other, "environment", other) for other in others):
+            raise in_use(called, made)
         if callable(getattr(made, "begin", None)) and callable(getattr(made, "answer", None)):
             if self._functions:
                 raise UsageError(

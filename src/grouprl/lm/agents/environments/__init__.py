@@ -2,7 +2,8 @@
 
 :func:`text_environment` is the only door. Behind it stand
 
-- ``text.py``: one episode, turn by turn,
+- ``text_settings.py``: how an environment is made and told in text, and the checks of these arguments,
+- ``text_episodes.py``: one episode, turn by turn,
 - ``returned.py``: the checks of what an environment returns,
 - ``of_gymnasium.py``: Gymnasium's spaces in words; the only module of the language arena that imports Gymnasium,
 - ``known.py``: FrozenLake, CliffWalking, Taxi, Blackjack and MiniGrid in words,
