@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from grouprl.cli.setting_rows import of_environments, of_language_models
 from grouprl.errors import UsageError
 
 # Typer brings its own copy of Click since 0.16; the exception is the one beside those that Typer exports.
@@ -46,7 +47,6 @@ def _said_of(option: str, command: str, options: Sequence[str]) -> str | None:
     Args:
         options: those that the command has, of which alone the answer may speak.
     """
-    from grouprl.cli.listing import of_environments, of_language_models
     from grouprl.envs.stable_baselines import EVERYWHERE
     from grouprl.lm.settings.other_libraries import ELSEWHERE
     from grouprl.settings.names import ALIASES

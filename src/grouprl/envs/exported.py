@@ -15,7 +15,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from inspect import signature
@@ -32,6 +31,7 @@ from grouprl.envs.finite import check_policy
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.likely_observations import assembled, draw_masks, draw_observations
 from grouprl.envs.model_card import model_card
+from grouprl.envs.ports import Exported, Port
 from grouprl.envs.space_json import space_to_json
 from grouprl.errors import TrainingError, UsageError, error_text, shown
 from grouprl.extras import how_to_install, require
@@ -49,39 +49,6 @@ TOLERANCE = 1e-5
 CHECKED = (1, 255)
 """Batches of this many observations are compared."""
 _OUTPUTS = ("action", "parameters")
-
-
-@dataclass(frozen=True)
-class Port:
-    """One array that an exported policy takes or gives: its name, its shape without the batch, its type in NumPy."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As policy.json has it."""
-        return {"name": self.name, "shape": ["batch", *self.shape], "dtype": self.dtype}
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What :func:`export_policy` left.
-
-    Attributes:
-        folder: where it is. file: the policy in it.
-        inputs, outputs: arrays, each with a batch axis before ``shape``.
-        checked: what it was compared in, and with how many observations. difference: the largest that was found.
-        notes: for a person to read.
-    """
-
-    folder: Path
-    file: Path
-    inputs: list[Port]
-    outputs: list[Port]
-    checked: str
-    difference: float
-    notes: list[str]
 
 
 def export_policy(

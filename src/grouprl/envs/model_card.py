@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.env_kwargs import to_json
+from grouprl.envs.ports import Exported, Port
 from grouprl.printing import in_markdown
 from grouprl.redaction import redact, without_secrets
 from grouprl.runs import RunFolder
 
 if TYPE_CHECKING:
-    from grouprl.envs.exported import Exported, Port
     from grouprl.envs.grpo import GRPO
 
 
