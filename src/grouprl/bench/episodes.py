@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode
 from grouprl.envs.batch_checks import autoreset_mode
 from grouprl.envs.evaluation import MAX_STEPS
 from grouprl.envs.vector import make_vector
+from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 
 AT_ONCE = 20
@@ -53,4 +54,4 @@ def play(
             total[over], length[over] = 0.0, 0
         return returns
     finally:
-        venv.close()
+        close_vector(venv)

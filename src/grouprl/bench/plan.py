@@ -247,8 +247,9 @@ def check(plan: Plan) -> None:
             raise UsageError(f"method {cell.method} on {cell.subject}: {error}") from None
     for cell in {c.subject: c for c in own.values() if c.arena == ENVIRONMENTS}.values():
         from grouprl.envs.vector import make_vector
+        from grouprl.envs.workers import close_vector
 
-        make_vector(str(cell.env_id), 1, "auto", cell.env_kwargs).close()
+        close_vector(make_vector(str(cell.env_id), 1, "auto", cell.env_kwargs))
 
 
 # --- reading what people wrote ----------------------------------------------------------------------------------------

@@ -200,6 +200,7 @@ def play(
     The file is written where there is no screen.
     """
     from grouprl.envs import watch
+    from grouprl.envs.closing import close
     from grouprl.envs.grpo import GRPO
 
     _check_arena(run, language=False)
@@ -212,7 +213,7 @@ def play(
                 *_, total = watch.play_episode(agent, env, seed + episode, not sampled)
                 print(f"episode {episode + 1}: return {total:g}", flush=True)
         finally:
-            env.close()
+            close(env)
         return
     path = video or (run / "play.mp4" if run.is_dir() else run.with_name("play.mp4"))
     if video is None:

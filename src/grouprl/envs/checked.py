@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 
+from grouprl.envs.closing import close
 from grouprl.envs.env_errors import environment_error
 from grouprl.envs.masks import one_mask
 from grouprl.errors import GrouprlError, TrainingError, UsageError, with_type
@@ -102,10 +103,10 @@ class Checked(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, self._mask(info, over)
 
     def close(self) -> None:
-        """Close it, once."""
+        """Close it, once. A warning names it where its own ``close`` fails, so that others beside it are closed too."""
         if not self._closed:
             self._closed = True
-            super().close()
+            close(self.env)
 
     def _mask(self, info: Mapping[str, Any], over: bool) -> dict[str, Any]:
         if "action_mask" in info:

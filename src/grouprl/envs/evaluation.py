@@ -17,6 +17,7 @@ from grouprl.envs.loading import chosen_environment
 from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Stepper
 from grouprl.envs.vector import EnvLike, horizon, is_vectorised, make_vector, share_environments
+from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError, with_type
 from grouprl.machine.threads import single_threaded_kernels
 
@@ -142,8 +143,8 @@ class Evaluator:
         return Evaluation(returns, lengths, cut)
 
     def close(self) -> None:
-        """Close the environments."""
-        self.venv.close()
+        """Close the environments; a warning names one that cannot be closed."""
+        close_vector(self.venv)
 
 
 def evaluate(

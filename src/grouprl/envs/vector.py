@@ -16,6 +16,7 @@ from gymnasium.wrappers import TimeLimit
 
 from grouprl.envs.batch_checks import check_vector
 from grouprl.envs.checked import Checked
+from grouprl.envs.closing import close
 from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, unknown_id_message
 from grouprl.envs.pool import make_envpool
 from grouprl.envs.shared import Shared
@@ -217,9 +218,9 @@ def _check_same_environment(env_id: str, venv: VectorEnv[Any, Any, Any], kwargs:
     one = gym.make(env_id, **kwargs)
     same = (one.observation_space, one.action_space) == (venv.single_observation_space, venv.single_action_space)
     spaces = f"{one.observation_space} and {one.action_space}"
-    one.close()
+    close(one)
     if not same:
-        venv.close()
+        close(venv)
         raise UsageError(
             f"the vector entry point of {env_id} is another environment than gymnasium.make gives: it has the spaces "
             f"{venv.single_observation_space} and {venv.single_action_space}, and not {spaces}; use "

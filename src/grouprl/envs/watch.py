@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from grouprl.envs.checked import Checked
+from grouprl.envs.closing import close
 from grouprl.envs.env_errors import cannot_make_message, environment_error, missing_extra_message, unknown_id_message
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.step_watch import StepWatch, making
@@ -57,7 +58,7 @@ def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
     except Exception as error:  # whatever its constructor raises
         raise UsageError(f"{env_id} cannot render with render_mode={render_mode!r}: {first_line(error)}") from error
     if env.render_mode != render_mode:
-        env.close()
+        close(env)
         raise UsageError(
             f"{env_id} does not support render_mode={render_mode!r}; it offers {env.metadata.get('render_modes')}"
         )
@@ -76,7 +77,7 @@ def _from_callable(make: Any, render_mode: str) -> gym.Env[Any, Any]:
     except Exception as error:
         raise UsageError(cannot_make_message(env_name(make), {}, error)) from error
     if env.render_mode != render_mode:
-        env.close()
+        close(env)
         raise UsageError(
             f"what {env_name(make)} makes has render_mode={env.render_mode!r}, and {render_mode!r} is needed; let it "
             f"make its environment so, such as lambda: MyEnv(render_mode={render_mode!r})"

@@ -17,6 +17,7 @@ import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 
+from grouprl.envs.closing import close
 from grouprl.envs.env_errors import DIED
 from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text
 
@@ -138,6 +139,8 @@ def _kill(processes: Sequence[BaseProcess], parent: int) -> None:
 def close_vector(venv: VectorEnv[Any, Any, Any], patience: float = PATIENCE) -> None:
     """Close ``venv``; workers that are dead, or busy for longer than ``patience`` seconds, stop nobody.
 
+    Where it cannot be closed, a warning says so.
+
     Gymnasium's own ``close`` waits for an answer of each worker, and fails or hangs where one of them died.
     """
     if isinstance(venv, AsyncVectorEnv):
@@ -145,7 +148,7 @@ def close_vector(venv: VectorEnv[Any, Any, Any], patience: float = PATIENCE) -> 
             close_workers(venv, patience)
             venv.closed = True
     else:
-        venv.close()
+        close(venv)
 
 
 def close_workers(venv: AsyncVectorEnv, patience: float) -> None:
