@@ -208,6 +208,31 @@ def test_callbacks_serve_one_agent_after_another(tmp_path: Path) -> None:
         assert GRPO.from_checkpoint(keeper.written[-1], make).config.seed == seed
 
 
+def test_what_evaluations_remember_is_of_one_agent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    evaluations = Evaluations(256, episodes=2, best=tmp_path / "best")
+    good = GRPO(lambda: Lasts(9), **SMALL).learn(600, callback=evaluations)
+    assert evaluations.best_return == 9.0
+    seen = evaluations.history
+    good.learn(600, callback=evaluations)
+    assert evaluations.history is seen  # of the same agent
+    assert not caplog.text
+    GRPO(lambda: Lasts(3), seed=7, **SMALL).learn(300, callback=evaluations)
+    assert (evaluations.best_return, len(evaluations.history)) == (3.0, 1)
+    assert GRPO.load(tmp_path / "best").config.seed == 7
+    assert "the best policy of the agent before with a mean return of 9" in caplog.text
+    assert len(seen) >= 4
+
+
+def test_a_schedule_begins_where_the_agent_stands(tmp_path: Path) -> None:
+    agent = GRPO(make, seed=1, **SMALL).learn(2200)
+    evaluations, keeper = Evaluations(1000, episodes=1), Checkpoints(tmp_path, every=1000)
+    agent.learn(2000, callback=[evaluations, keeper])
+    steps = [step for step, _ in evaluations.history]
+    assert [step // 1000 for step in steps] == [3, 4]
+    assert all(step % 1000 < 256 for step in steps)
+    assert len(keeper.written) == 2
+
+
 def test_another_call_of_learn_goes_on_counting() -> None:
     evaluations, whole = Evaluations(500, episodes=1), Evaluations(500, episodes=1)
     agent = GRPO(make, seed=1, **SMALL)

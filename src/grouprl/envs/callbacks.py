@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,8 @@ class _Scheduled:
 
     @contextmanager
     def around(self, agent: GRPO, end: int) -> Iterator[None]:
-        """Around a call of ``learn``: what an agent that had come further has left is no later than the next multiple.
-
-        For the agent of the call before, which has come on since, nothing changes.
-        """
-        self._next = min(self._next, self._after(agent.num_timesteps))
+        """Around a call of ``learn``: the next time is the first multiple beyond the steps that ``agent`` has done."""
+        self._next = self._after(agent.num_timesteps)
         yield
 
     def _after(self, steps: int) -> int:
@@ -153,7 +151,8 @@ class Checkpoints(_Scheduled):
 class Evaluations(_Scheduled):
     """Plays complete greedy episodes every so many steps, and saves the best policy so far.
 
-    Adds ``eval_return`` to the metrics of the update, for callbacks after it.
+    Adds ``eval_return`` to the metrics of the update, for callbacks after it. What it remembers is of one agent: for
+    another one it begins anew, and the file ``best`` becomes that agent's.
 
     Args:
         every: environment steps. episodes: of one evaluation.
@@ -164,7 +163,7 @@ class Evaluations(_Scheduled):
             else after 100,000 steps, as :func:`~grouprl.envs.evaluation.evaluate` does.
 
     Attributes:
-        history: (steps, mean return) of each evaluation. best_return: the highest, None before the first.
+        history: (steps, mean return) of each evaluation of the agent. best_return: the highest, None before the first.
     """
 
     def __init__(
@@ -180,6 +179,19 @@ class Evaluations(_Scheduled):
         self.best = None if best is None else user_path(best)
         self.history: list[tuple[int, float]] = []
         self.best_return: float | None = None
+        self._agent: Callable[[], GRPO | None] = lambda: None
+
+    def _begin(self, agent: GRPO) -> None:
+        """Forget what was remembered of another agent; a warning says whose policy the file will be."""
+        if self._agent() is agent:
+            return
+        if self.best is not None and self.best_return is not None:
+            _log.warning(
+                "Evaluations was given to another agent: %s, the best policy of the agent before with a mean return of "
+                "%g, gives way to the best one of this agent; to keep both, give each agent an Evaluations with a file "
+                "of its own", self.best, self.best_return,
+            )  # fmt: skip
+        self._agent, self.history, self.best_return = weakref.ref(agent), [], None
 
     @contextmanager
     def around(self, agent: GRPO, end: int) -> Iterator[None]:
@@ -201,6 +213,7 @@ class Evaluations(_Scheduled):
                 f"Evaluations was given the environment that {agent.env_id} is trained on, and would step it in the "
                 "middle of training; give another one, such as Evaluations(every, env=lambda: MyEnv())"
             )
+        self._begin(agent)
         n_envs, timeout = min(self.episodes, 20), agent.config.env_timeout
         self._evaluator = Evaluator(env, kwargs, n_envs, how, self.max_steps, timeout)
         try:
