@@ -19,6 +19,7 @@ from grouprl.envs import training
 from grouprl.envs.callbacks import Checkpoints, Evaluations, Run, StopAtReturn, Videos
 from grouprl.envs.metric_names import NOW_AND_THEN
 from grouprl.envs.update import UpdateStats
+from grouprl.envs.watch import make_rendering
 from grouprl.runs import RunFolder, read_metrics
 from grouprl.runs.state import load_state
 
@@ -342,6 +343,22 @@ def test_a_film_that_fails_costs_only_the_film(env: type[Mine], why: str, tmp_pa
     names = {path.name for path in run.folder.path.iterdir()}
     assert {"summary.json", "report.html", "episodes.html"} <= names
     assert "episode.mp4" not in names
+
+
+@pytest.mark.parametrize("mode", ["rgb_array", None])
+def test_a_render_mode_of_training_does_not_stand_in_the_way_of_a_film(mode: str | None, tmp_path: Path) -> None:
+    gym.register("Filmed-v0", entry_point=Mine)
+    try:
+        run = training.train(
+            "Filmed-v0", tmp_path / "run", preset=None, steps=600, settings=SMALL, run=QUIET, progress_bar=False,
+            env_kwargs={"render_mode": mode},
+        )  # fmt: skip
+        assert not [note for note in run.notes if "no video" in note]
+        assert (run.folder.path / "episode.mp4").stat().st_size > 0
+        assert call("play", run.folder.path, "--episodes", "1", "--video", tmp_path / "play.mp4") == 0
+        assert make_rendering(run.agent, "human").render_mode == "human"  # pictures shown by Gymnasium's own wrapper
+    finally:
+        del gym.registry["Filmed-v0"]
 
 
 def schedule(agent: GRPO, steps: int, run: Run, stop: int | None = None) -> list[float]:

@@ -35,7 +35,7 @@ def has_screen() -> bool:
 
 
 def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
-    """One environment like the agent's, that renders.
+    """One environment like the agent's, that renders in ``render_mode``, whatever that of training does.
 
     Raises:
         UsageError: it cannot be made again, or does not render in that mode.
@@ -50,7 +50,7 @@ def make_rendering(agent: GRPO, render_mode: str) -> gym.Env[Any, Any]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*render_mode.*")  # it is said below
-            env = gym.make(env_id, render_mode=render_mode, **kwargs)
+            env = gym.make(env_id, **{**kwargs, "render_mode": render_mode})
     except gym.error.DependencyNotInstalled as error:
         raise UsageError(missing_extra_message(env_id, str(gym.spec(env_id).entry_point), error)) from None
     except (gym.error.Error, ImportError) as error:
