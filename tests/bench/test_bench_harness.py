@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ from grouprl.bench import clock, harness, heard, results, tables, worker
 from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.episodes import play
 from grouprl.bench.noise import noisy
+from grouprl.bench.plan import check
+from grouprl.bench.plan import read as read_plan
 from grouprl.bench.rows import Rows, read_rows
+from grouprl.envs import evaluation
 from grouprl.envs.evaluation import Evaluator
-from grouprl.errors import DamagedFileError, UsageError
+from grouprl.errors import DamagedFileError, TrainingError, UsageError
 
 WORKER = """
 import json, sys
@@ -437,3 +442,74 @@ def test_episodes_of_any_policy_are_those_that_the_evaluator_plays() -> None:
     assert sorted(played) == sorted(ours)
     more = play(lambda seen: agent.predict(seen, deterministic=True)[0], "CartPole-v1", episodes=25, seed=5)
     assert len(more) == 25
+
+
+class Endless(gym.Env[Any, Any]):
+    """Pays 1 for each step and never ends; one more than ``quick`` of them are made and the next takes for ever."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    made = 0
+
+    def __init__(self, quick: int = 10**6) -> None:
+        Endless.made += 1
+        while Endless.made > quick:
+            time.sleep(0.01)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+@pytest.fixture
+def endless() -> Iterator[str]:
+    gym.register("Endless-v0", entry_point=Endless)
+    Endless.made = 0
+    yield "Endless-v0"
+    del gym.registry["Endless-v0"]
+
+
+def test_a_run_whose_episodes_never_end_leaves_a_row_that_says_so(
+    endless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "LEAST_PATIENCE", 300)
+    points: list[dict[str, Any]] = []
+    found = worker.run({**CELL, "env_id": endless}, points.append)
+    assert [point["greedy"] for point in points] == [300.0] * 3
+    for played in (found["greedy"], found["sampled"]):
+        assert (played["returns"], played["cut"]) == ([300.0] * 5, 5)
+    assert [said for said in found["warnings"] if "episodes were cut that had not ended after 300 steps" in said]
+    limited = worker.run({**CELL, "env_id": endless, "env_kwargs": {"max_episode_steps": 20}}, points.append)
+    assert (limited["greedy"]["returns"], limited["greedy"]["cut"]) == ([20.0] * 5, 0)
+    assert not [said for said in limited["warnings"] if "cut" in said]
+
+
+def test_episodes_of_any_policy_are_cut_where_they_do_not_end(endless: str) -> None:
+    def nothing(seen: Any) -> Any:
+        return np.zeros(len(seen), int)
+
+    with pytest.warns(RuntimeWarning, match="had not ended after 7 steps"):
+        assert play(nothing, endless, episodes=3, seed=0, max_steps=7) == [7.0] * 3
+    with pytest.raises(UsageError, match="max_steps=0"):
+        play(nothing, endless, episodes=3, seed=0, max_steps=0)
+
+
+@pytest.mark.parametrize("quick", [4, 6], ids=["along the way", "at the end"])
+def test_environments_of_evaluations_that_cannot_be_made_in_time_end_the_run(endless: str, quick: int) -> None:
+    settings = {**CELL["settings"], "env_timeout": 0.5}
+    cell = {**CELL, "env_id": endless, "env_kwargs": {"quick": quick, "max_episode_steps": 10}, "settings": settings}
+    with pytest.raises(TrainingError, match=r"making environment 0 \(Endless-v0\) had not ended after 0.5 s"):
+        worker.run(cell, lambda point: None)
+
+
+def test_an_environment_that_cannot_be_made_in_time_is_told_before_any_run(endless: str, tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text(
+        "methods: {a: {settings: {env_timeout: 0.5}}}\n"
+        f"environments: {{{endless}: {{steps: 100, env_kwargs: {{quick: 0}}}}}}\n"
+        "seeds: 0-1\n"
+    )
+    with pytest.raises(TrainingError, match=r"had not ended after 0\.5 s"):
+        check(read_plan(tmp_path / "b.yaml"))

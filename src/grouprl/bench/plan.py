@@ -226,9 +226,11 @@ def checksum(functions: Mapping[str, str], folder: Path | None = None) -> str:
 def check(plan: Plan) -> None:
     """Try everything that can be tried before a run begins: settings, environments, recipes.
 
-    Raises UsageError for the first that cannot work.
+    Raises UsageError for the first that cannot work, and TrainingError for an environment that takes longer to be made
+    than its settings allow.
     """
     own = {(c.method, c.subject): c for c in plan.cells if not c.worker}
+    timeouts: dict[str, float | None] = {}
     for cell in own.values():
         try:
             if "seed" in cell.settings:
@@ -242,14 +244,14 @@ def check(plan: Plan) -> None:
                 from grouprl.envs.config import make_config
 
                 preset = {} if cell.preset is None else presets.load(cell.preset).config
-                make_config({**preset, **cell.settings})
+                timeouts[cell.subject] = make_config({**preset, **cell.settings}).env_timeout
         except UsageError as error:
             raise UsageError(f"method {cell.method} on {cell.subject}: {error}") from None
     for cell in {c.subject: c for c in own.values() if c.arena == ENVIRONMENTS}.values():
         from grouprl.envs.vector import make_vector
         from grouprl.envs.workers import close_vector
 
-        close_vector(make_vector(str(cell.env_id), 1, "auto", cell.env_kwargs))
+        close_vector(make_vector(str(cell.env_id), 1, "auto", cell.env_kwargs, timeout=timeouts[cell.subject]))
 
 
 # --- reading what people wrote ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from grouprl.errors import GrouprlError, error_text
 from grouprl.importing import load_function
 
 if TYPE_CHECKING:
-    from grouprl.envs.evaluation import Evaluator
+    from grouprl.envs.evaluation import Evaluation, Evaluator
     from grouprl.envs.grpo import GRPO
     from grouprl.lm.train.evaluation import HeldOut
 
@@ -63,14 +63,20 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     agent = GRPO(**environment, preset=cell["preset"], seed=cell["seed"], **functions, **cell["settings"])
     how = agent.config.how_to_evaluate
     watch = Watch(agent.config.model_dump(), language_model=False, goal=reward_threshold(cell["env_id"]))
-    evaluator = Evaluator(cell["env_id"], cell["env_kwargs"], min(AT_ONCE, cell["point_episodes"]), how)
+
+    def evaluator_of(episodes: int) -> Evaluator:
+        n_envs, timeout = min(AT_ONCE, episodes), agent.config.env_timeout
+        return Evaluator(cell["env_id"], cell["env_kwargs"], n_envs, how, timeout=timeout)
+
+    evaluator = evaluator_of(cell["point_episodes"])
     every = max(1, cell["steps"] // cell["points"])
     due = every
     moved: list[float] = []
 
     def greedy_now() -> float:
         with clock.paused():
-            return evaluator.run(agent, cell["point_episodes"], seed=cell["curve_starts"]).summary()["mean_return"]
+            played = _played(evaluator, agent, cell["point_episodes"], cell["curve_starts"])
+            return played.summary()["mean_return"]
 
     def after_update(agent: GRPO, metrics: dict[str, float]) -> None:
         nonlocal due
@@ -97,9 +103,12 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     agent.learn(cell["steps"], callback=after_update)
     spent = {"train_seconds": agent.train_seconds, "train_cpu_seconds": clock.cpu_seconds}
     evaluator.close()
-    last = Evaluator(cell["env_id"], cell["env_kwargs"], min(AT_ONCE, cell["episodes"]), how)
-    greedy, sampled = (_played(last, agent, cell, deterministic) for deterministic in (True, False))
+    last = evaluator_of(cell["episodes"])
+    ended = [
+        _played(last, agent, cell["episodes"], cell["final_starts"], deterministic) for deterministic in (True, False)
+    ]
     last.close()
+    greedy, sampled = ({**returns_of(played.returns), "cut": played.cut} for played in ended)
     return {
         "steps_done": agent.num_timesteps, **spent, "greedy": greedy, "sampled": sampled,
         "parameters": sum(p.numel() for p in agent.policy.parameters()), "approx_kl": moved,
@@ -107,9 +116,21 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _played(evaluator: Evaluator, agent: GRPO, cell: dict[str, Any], deterministic: bool) -> dict[str, Any]:
-    played = evaluator.run(agent, cell["episodes"], deterministic, seed=cell["final_starts"])
-    return {**returns_of(played.returns), "cut": played.cut}
+def _played(evaluator: Evaluator, agent: GRPO, episodes: int, starts: int, deterministic: bool = True) -> Evaluation:
+    """Play episodes, of which none goes on for ever; a warning says where some were cut.
+
+    A benchmark plays many of them, so that episodes count as endless soon where training has seen none end.
+    """
+    from grouprl.bench.episodes import say_cut
+    from grouprl.envs.evaluation import LEAST_PATIENCE, patience
+    from grouprl.envs.vector import horizon
+
+    if horizon(evaluator.venv) is None:
+        evaluator.max_steps = patience(agent, evaluator.venv) or LEAST_PATIENCE
+    played = evaluator.run(agent, episodes, deterministic, seed=starts)
+    if played.cut:
+        say_cut(evaluator.max_steps)
+    return played
 
 
 def run_language_model(cell: dict[str, Any], point: Tell) -> dict[str, Any]:

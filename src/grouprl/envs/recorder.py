@@ -20,13 +20,13 @@ from grouprl.doctor.report import write_report
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.episodes import batch_of
-from grouprl.envs.evaluation import Evaluator, evaluate
+from grouprl.envs.evaluation import Evaluator, evaluate, patience
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import tracked
 from grouprl.envs.native import kernels
 from grouprl.envs.rollout import Rollout
-from grouprl.envs.vector import horizon, reward_threshold
+from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError
 from grouprl.machine.usage import Usage
@@ -42,9 +42,6 @@ AVG_REWARD_EPISODES = 20
 
 EPISODES_KEPT = 12
 """Batches of a run of which some episodes are kept to be looked at."""
-
-LEAST_PATIENCE = 5000
-"""Least steps of a greedy episode that is cut for want of an end."""
 
 
 @dataclass(frozen=True)
@@ -184,14 +181,8 @@ class Recorder:
         return not self.stopped
 
     def patience(self, agent: GRPO) -> int | None:
-        """Steps after which a greedy episode is taken for one that never ends, by those of training.
-
-        None, as usual, where the environment has a time limit: it ends its episodes itself.
-        """
-        lengths = agent.loop.recent_lengths
-        if not lengths or horizon(self.evaluator.venv) is not None:
-            return None
-        return max(LEAST_PATIENCE, 10 * max(lengths))
+        """See :func:`~grouprl.envs.evaluation.patience`."""
+        return patience(agent, self.evaluator.venv)
 
     def _evaluate(self, agent: GRPO) -> float:
         self.evaluator.max_steps = self.patience(agent) or self.evaluator.max_steps
@@ -323,8 +314,8 @@ def _finish(folder: RunFolder, run: RunSettings, agent: GRPO, recorder: Recorder
         notes.append(skipped)
     with ThreadPoolExecutor(1) as pool:
         curve = pool.submit(plot_run, folder, threshold=recorder.threshold)
-        patience = recorder.patience(agent)
-        played = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2, max_steps=patience)
+        limit = recorder.patience(agent)
+        played = evaluate(agent, episodes=run.final_episodes, seed=agent.config.seed + 2, max_steps=limit)
         final = played.summary()
         if played.cut:
             notes.append(
