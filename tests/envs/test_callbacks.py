@@ -18,6 +18,7 @@ from grouprl.doctor import examine
 from grouprl.envs import training
 from grouprl.envs.callbacks import Checkpoints, Evaluations, Run, StopAtReturn, Videos
 from grouprl.envs.metric_names import NOW_AND_THEN
+from grouprl.envs.recorder import plan
 from grouprl.envs.update import UpdateStats
 from grouprl.envs.watch import make_rendering
 from grouprl.runs import RunFolder, read_metrics
@@ -297,6 +298,54 @@ def test_videos_are_filmed_when_due_and_a_reason_is_given_where_they_cannot_be(
 def test_numbers_that_cannot_be_are_refused(made: Any) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         made()
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (
+            lambda: Run("r", checkpoint_every="abc"),
+            r"checkpoint_every='abc' \(str\) must be a whole number, at least 1",
+        ),
+        (lambda: Run("r", eval_episodes=2.5), r"eval_episodes=2.5 \(float\) must be a whole number, at least 1"),
+        (lambda: Run("r", keep_checkpoints=True), r"keep_checkpoints=True \(bool\) must be a whole number"),
+        (lambda: Run("r", video="nein"), r"video='nein' \(str\) must be True or False"),
+        (
+            lambda: Run("r", track="none"),
+            r"track='none' \(str\) must be a list of names, .* Allowed: tensorboard, wandb",
+        ),
+        (lambda: Run("r", track=None), r"track=None \(NoneType\) must be a list of names"),
+        (lambda: Run("r", overwrite="no"), r"overwrite='no' \(str\) must be True or False"),
+        (lambda: training.train("CartPole-v1", "r", steps="abc"), r"steps='abc' \(str\) must be a whole number"),
+        (lambda: training.train("CartPole-v1", "r", overwrite="no"), r"overwrite='no' \(str\) must be True or False"),
+        (lambda: training.resume("r", steps=0.5), r"steps=0.5 \(float\) must be a whole number"),
+        (lambda: Evaluations("often"), r"every='often' \(str\) must be a whole number"),
+        (lambda: Evaluations(10, episodes="2"), r"episodes='2' \(str\) must be a whole number"),
+        (lambda: Checkpoints("c", 5.5), r"every=5.5 \(float\) must be a whole number"),
+        (lambda: Checkpoints("c", 5, keep=None), r"keep=None \(NoneType\) must be a whole number"),
+        (lambda: Videos("v", 5, episodes=0), r"episodes=0 \(int\) must be a whole number, at least 1"),
+        (lambda: StopAtReturn("195"), r"value='195' \(str\) must be a number, such as 195"),
+        (lambda: StopAtReturn(float("nan")), r"value=nan \(float\) must be a number"),
+        (lambda: StopAtReturn(True), r"value=True \(bool\) must be a number"),
+        (lambda: StopAtReturn(195, 3), r"metric=3 \(int\) must be the name of a metric"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(made: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        made()
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
+    run = plan(1e3, {"eval_episodes": 1e1, "keep_checkpoints": np.int64(2), "track": ["none"], "video": np.False_})
+    numbers = (run.total_timesteps, run.eval_every, run.checkpoint_every, run.eval_episodes, run.keep_checkpoints)
+    assert numbers == (1000, 50, 100, 10, 2)
+    assert all(type(number) is int for number in numbers)
+    assert (run.track, run.video) == (("none",), False)
+    evaluations = Evaluations(5e2, episodes=2.0)
+    keeper = Checkpoints(tmp_path / "c", every=5e2, keep=1.0)
+    GRPO(make, **SMALL).learn(1e3, callback=[evaluations, keeper, StopAtReturn(np.float32(1e9))])
+    assert len(evaluations.history) == 2
+    assert len(keeper.written) == 1
 
 
 class NoMethod(Mine):

@@ -11,7 +11,7 @@ import typer
 from grouprl.cli.common import app, assigned, command, count
 from grouprl.errors import UsageError
 from grouprl.printing import show
-from grouprl.reading import read_yaml
+from grouprl.reading import read_yaml, with_numbers
 
 if TYPE_CHECKING:
     from grouprl.envs.recorder import RunResult
@@ -170,9 +170,8 @@ def _from_file(
             "GRPO(..., network=...), or name a function: --set advantage_function=module:function"
         )
     try:
-        saved_run = dict(saved["run"])
+        saved_run = with_numbers(dict(saved["run"]))
         total = saved_run.pop("total_timesteps")
-        saved_run["track"] = tuple(saved_run["track"])
         return (
             env or saved["env_id"],
             "default",

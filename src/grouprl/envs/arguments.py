@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -24,3 +25,22 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if number is None or number < least or isinstance(value, bool):
         raise UsageError(f"{name}={with_type(value)} must be a whole number, at least {least}")
     return number
+
+
+def real_number(name: str, value: Any) -> float:
+    """``value`` as a float: a number of Python or NumPy, infinite ones included.
+
+    Raises:
+        UsageError: it is none, or NaN.
+    """
+    kinds = int | float | np.integer | np.floating
+    if isinstance(value, bool) or not isinstance(value, kinds) or math.isnan(value):
+        raise UsageError(f"{name}={with_type(value)} must be a number, such as 195 or -0.5")
+    return float(value)
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """``value`` as a bool of Python. Raises UsageError if it is none of Python or NumPy."""
+    if not isinstance(value, bool | np.bool_):
+        raise UsageError(f"{name}={with_type(value)} must be True or False")
+    return bool(value)

@@ -19,7 +19,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
-from grouprl.envs.arguments import whole_number
+from grouprl.envs.arguments import real_number, whole_number, yes_or_no
 from grouprl.envs.evaluation import Evaluator
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.loading import chosen_environment
@@ -28,7 +28,7 @@ from grouprl.envs.metric_names import NOW_AND_THEN
 from grouprl.envs.recorder import Recorder, RunResult, as_written, plan, recording
 from grouprl.envs.vector import EnvLike, share_environments
 from grouprl.envs.watch import record_episodes
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, with_type
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 
@@ -39,9 +39,7 @@ class _Scheduled:
     """A callback with something to do every so many steps, counted from 0."""
 
     def __init__(self, every: int) -> None:
-        if every < 1:
-            raise UsageError(f"every={every} must be at least 1 step")
-        self.every, self._next = every, every
+        self.every = self._next = whole_number("every", every, least=1)
 
     @contextmanager
     def around(self, agent: GRPO, end: int) -> Iterator[None]:
@@ -83,7 +81,8 @@ class Run:
         if "total_timesteps" in settings:
             raise UsageError("total_timesteps is what learn is called with; leave it out")
         plan(1, settings)  # names and bounds
-        self.folder, self.overwrite, self.settings = user_path(folder).absolute(), overwrite, settings
+        self.folder, self.overwrite = user_path(folder).absolute(), yes_or_no("overwrite", overwrite)
+        self.settings = settings
         self.result: RunResult | None = None
         self._recorder: Recorder | None = None
 
@@ -130,10 +129,8 @@ class Checkpoints(_Scheduled):
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int, keep: int = 3) -> None:
-        if keep < 1:
-            raise UsageError(f"keep={keep} must be at least 1")
         super().__init__(every)
-        self.folder, self.keep = user_path(folder), keep
+        self.folder, self.keep = user_path(folder), whole_number("keep", keep, least=1)
         self.written: list[Path] = []
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> None:
@@ -171,11 +168,9 @@ class Evaluations(_Scheduled):
         env_kwargs: Mapping[str, Any] | None = None, best: str | os.PathLike[str] | None = None,
         max_steps: int | None = None,
     ) -> None:  # fmt: skip
-        if episodes < 1:
-            raise UsageError(f"episodes={episodes} must be at least 1")
         super().__init__(every)
         self.max_steps = None if max_steps is None else whole_number("max_steps", max_steps, least=1)
-        self.episodes, self.env, self.env_kwargs = episodes, env, env_kwargs
+        self.episodes, self.env, self.env_kwargs = whole_number("episodes", episodes, least=1), env, env_kwargs
         self.best = None if best is None else user_path(best)
         self.history: list[tuple[int, float]] = []
         self.best_return: float | None = None
@@ -246,7 +241,9 @@ class StopAtReturn:
     """
 
     def __init__(self, value: float, metric: str = "return_mean") -> None:
-        self.value, self.metric = value, metric
+        if not isinstance(metric, str):
+            raise UsageError(f"metric={with_type(metric)} must be the name of a metric, such as 'return_mean'")
+        self.value, self.metric = real_number("value", value), metric
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
         """False where the return is reached.
@@ -270,7 +267,7 @@ class Videos(_Scheduled):
 
     def __init__(self, folder: str | os.PathLike[str], every: int, episodes: int = 1) -> None:
         super().__init__(every)
-        self.folder, self.episodes = user_path(folder), episodes
+        self.folder, self.episodes = user_path(folder), whole_number("episodes", episodes, least=1)
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> None:
         """Film if it is due; a warning says why nothing could be filmed."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grouprl.doctor import Watch
 from grouprl.doctor.report import write_report
+from grouprl.envs.arguments import whole_number, yes_or_no
 from grouprl.envs.config import GRPOConfig
 from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.episodes import batch_of
@@ -28,7 +29,7 @@ from grouprl.envs.native import kernels
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
-from grouprl.errors import TrainingError, UsageError
+from grouprl.errors import TrainingError, UsageError, shown
 from grouprl.machine.usage import Usage
 from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
 from grouprl.runs.episodes import EpisodeLog, Strip, write_html
@@ -55,6 +56,9 @@ class RunSettings:
         checkpoint_every: steps between checkpoints; keep_checkpoints: how many of the newest stay.
         track: ``tensorboard``, ``wandb`` or ``none``.
         video: whether to film one episode at the end.
+
+    Raises:
+        UsageError: a number is not whole or below 1, a tracker is none, or ``video`` is neither True nor False.
     """
 
     total_timesteps: int
@@ -75,9 +79,10 @@ class RunSettings:
             "checkpoint_every",
             "keep_checkpoints",
         ):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
         check_trackers(self.track)
+        object.__setattr__(self, "track", tuple(self.track))
+        object.__setattr__(self, "video", yes_or_no("video", self.video))
 
 
 @dataclass(frozen=True)
@@ -222,16 +227,23 @@ class Recorder:
 
 
 def plan(total: int, given: Mapping[str, Any], eval_every: int | None = None) -> RunSettings:
-    """The settings of a run of ``total`` steps, with ``given`` fields; 20 evaluations and 10 checkpoints by default."""
+    """The settings of a run of ``total`` steps, with ``given`` fields; 20 evaluations and 10 checkpoints by default.
+
+    Raises:
+        UsageError: there is no such field, or a value is not allowed.
+    """
+    if unknown := [name for name in given if name not in RunSettings.__dataclass_fields__]:
+        raise UsageError(
+            f"unknown settings of a run: {', '.join(map(shown, unknown))}; known ones: "
+            f"{', '.join(RunSettings.__dataclass_fields__)}"
+        )
+    total = whole_number("total_timesteps", total, least=1)
     usual = {
         "total_timesteps": total,
         "eval_every": eval_every or max(1, total // 20),
         "checkpoint_every": max(1, total // 10),
     }
-    try:
-        return RunSettings(**{**usual, **given})
-    except TypeError as error:
-        raise UsageError(f"{error}; known run settings: {', '.join(RunSettings.__dataclass_fields__)}") from None
+    return RunSettings(**{**usual, **given})
 
 
 def as_written(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.envs import loading, presets
+from grouprl.envs.arguments import whole_number, yes_or_no
 from grouprl.envs.config import check_names
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.learn_call import train_until
@@ -66,6 +67,9 @@ def train(
     check_names(values)
     if seed is not None:
         values["seed"] = seed
+    overwrite = yes_or_no("overwrite", overwrite)
+    if steps is not None:
+        steps = whole_number("steps", steps, least=1)
     total = steps if steps is not None else chosen.total_timesteps if chosen else 500_000
     planned = plan(total, run or {}, chosen.eval_every if chosen else None)
     ranks = join(gpu=str(values.get("device", "cpu")).startswith("cuda"))
@@ -129,6 +133,8 @@ def resume(
         UsageError: no run folder, no readable checkpoint, a run that is already finished or that another process
             works on; or config.yaml says other settings than the checkpoint, which hold.
     """
+    if steps is not None:
+        steps = whole_number("steps", steps, least=1)
     folder = RunFolder.open(path)
     config = folder.read_config()
     ranks = join(gpu=str(dict(config.get("config") or {}).get("device", "cpu")).startswith("cuda"))
@@ -144,11 +150,11 @@ def _resume(
 ) -> RunResult:  # fmt: skip
     try:
         options = (
-            config["run"]
-            | {"track": tuple(config["run"]["track"])}
+            with_numbers(dict(config["run"]))
+            | {"track": config["run"]["track"]}
             | ({} if steps is None else {"total_timesteps": steps})
         )
-        planned = RunSettings(**options)
+        planned = _as_planned(folder, options)
         functions = {**_loaded(_split_functions({**config.get("functions", {})})[1]), **own}
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
@@ -164,6 +170,14 @@ def _resume(
     again = None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}}
     ranks.once(lambda: folder.reopen(again))
     return _run(folder, planned, agent, config.get("begun_at", 0), progress_bar)
+
+
+def _as_planned(folder: RunFolder, options: Mapping[str, Any]) -> RunSettings:
+    """What config.yaml says of the run. Raises UsageError, which names the file, for a value that is not allowed."""
+    try:
+        return RunSettings(**options)
+    except UsageError as error:
+        raise UsageError(f"{folder.config_path}, under run: {error}") from None
 
 
 def _check_settings(folder: RunFolder, written: Mapping[str, Any], agent: GRPO) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlparse
 
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, with_type
 from grouprl.extras import how_to_install
 from grouprl.redaction import redact, without_secrets
 from grouprl.runs.files import explain_os_error
@@ -151,7 +151,11 @@ class WandbTracker:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises UsageError for a name that is not in TRACKERS, or if a tracker's package is missing."""
+    """Raises UsageError for a name that is not in TRACKERS, no list of names, or a tracker whose package is missing."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UsageError(
+            f"track={with_type(names)} must be a list of names, such as ['wandb']. Allowed: {', '.join(TRACKERS)}."
+        )
     unknown = [n for n in names if n not in TRACKERS]
     if unknown:
         raise UsageError(f"Unknown tracker {', '.join(map(repr, unknown))}. Allowed: {', '.join(TRACKERS)}.")
