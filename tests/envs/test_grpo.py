@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -418,6 +419,39 @@ class TestSaving:
             with pytest.raises(UsageError, match=re.escape(said)) as caught:
                 GRPO.load(path, hidden_sizes=sizes)
             assert not isinstance(caught.value, DamagedFileError)
+
+    @pytest.mark.parametrize(("name", "value", "saved"), [("normalize_observations", False, True),
+                                                          ("activation", "relu", "tanh")])  # fmt: skip
+    def test_a_setting_that_would_make_another_policy_is_refused(self, name, value, saved, tmp_path):
+        path = trained(steps=100, beta=0.1).save(tmp_path / "x")
+        said = rf"{name}={value!r} would make another policy of the weights in .* trained with {name}={saved!r}"
+        with pytest.raises(UsageError, match=said):
+            GRPO.load(path, **{name: value})
+        assert GRPO.load(path, **{name: saved}).config == GRPO.load(path).config
+        other = GRPO("CartPole-v1", **QUICK | {name: value, "beta": 0.1, "reference": str(path)})
+        with pytest.raises(UsageError, match=f"was trained with {name}={saved!r}, and this agent has {name}={value!r}"):
+            other.learn(100)
+        GRPO("CartPole-v1", **QUICK | {"beta": 0.1, "reference": str(path)}).learn(100)
+
+    def test_a_network_of_the_users_has_an_activation_of_its_own(self, tmp_path):
+        agent = GRPO("CartPole-v1", **QUICK, network=torch.nn.Linear)
+        with pytest.warns(UserWarning, match="activation='relu' has no effect: the network is one of your own"):
+            loaded = GRPO.load(agent.save(tmp_path / "x"), network=torch.nn.Linear, activation="relu")
+        assert torch.equal(weights(loaded), weights(agent))
+
+    def test_a_setting_without_effect_is_named_as_where_an_agent_is_made(self, tmp_path, recwarn):
+        path = trained(steps=100).save(tmp_path / "x")
+        recwarn.clear()
+        GRPO.load(path, learning_rate=0.5, n_envs=8, warmup_steps=GRPO.load(path).config.warmup_steps)
+        assert not recwarn.list
+        given = {"output_gain": 0.5, "log_std_init": -1.0, "warmup_steps": 5, "kl_estimator": "k3"}
+        GRPO.load(path, **given)
+        said = [str(one.message) for one in recwarn if "has no effect" in str(one.message)]
+        assert sorted(one.partition("=")[0] for one in said) == sorted(given)
+        assert all(Path(one.filename) == Path(__file__) for one in recwarn)
+        recwarn.clear()
+        GRPO.load(path, env=gym.make("CartPole-v1"), n_envs=3)
+        assert [str(one.message) for one in recwarn] == ["n_envs=3 has no effect: the environment given holds 1"]
 
     def test_a_damaged_file_is_called_so_whatever_the_settings(self, tmp_path):
         agent = trained(steps=100)

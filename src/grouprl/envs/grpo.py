@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from grouprl.envs.stable_baselines import (
     refuse_arguments,
     refuse_positional,
 )
-from grouprl.envs.unread import RULES
+from grouprl.envs.unread import OF_LOADED, RULES
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
@@ -49,7 +49,7 @@ from grouprl.machine.room import check_room
 from grouprl.objective.user_functions import TensorFunction, UserFunctions
 from grouprl.runs.files import user_path
 from grouprl.runs.state import load_state, save_state
-from grouprl.settings.unread import without_effect
+from grouprl.settings.unread import Unread, without_effect
 
 Callback = Callable[["GRPO", Metrics], bool | None]
 """Told of every update, with the agent and the named values; returning False stops training."""
@@ -136,18 +136,7 @@ class GRPO:
             raise
         if chosen is not None and not isinstance(env, str):
             presets.warn_of_another_environment(chosen, venv.spec)
-        about = {
-            "fits_baseline": self.loop.baseline is not None, "continuous": self.policy.gaussian,
-            "own_network": network is not None, "own_advantage": advantage_function is not None,
-            "own_surrogate": surrogate_function is not None, "one_object": isinstance(env, gym.Env | VectorEnv),
-            "one_environment": venv.num_envs == 1,
-        }  # fmt: skip
-        for said in without_effect(RULES, config, settings, about):
-            warnings.warn(said, stacklevel=2)
-        if settings.get("n_envs", venv.num_envs) != venv.num_envs:
-            warnings.warn(
-                f"n_envs={config.n_envs} has no effect: the environment given holds {venv.num_envs}", stacklevel=2
-            )
+        self._warn_of_unread(RULES, settings)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -172,6 +161,22 @@ class GRPO:
         self._held = HeldEnvironment(description, self.loop)
         self._predict_rng = np.random.default_rng(predict)
         self.extra: dict[str, Any] = {}
+
+    def _warn_of_unread(self, rules: Sequence[Unread], given: Collection[str]) -> None:
+        """Warn, in the name of the caller's caller, of each of the settings ``given`` that nothing reads."""
+        own = self._held.description
+        about = {
+            "fits_baseline": self.loop.baseline is not None, "continuous": self.policy.gaussian,
+            "own_network": own.custom_network, "own_advantage": own.custom_advantage,
+            "own_surrogate": own.custom_surrogate, "one_object": not self._held.made_here,
+            "one_environment": self.n_envs == 1, "begun": self.num_timesteps > 0,
+        }  # fmt: skip
+        for said in without_effect(rules, self.config, given, about):
+            warnings.warn(said, stacklevel=3)
+        if "n_envs" in given and self.config.n_envs != self.n_envs:
+            warnings.warn(
+                f"n_envs={self.config.n_envs} has no effect: the environment given holds {self.n_envs}", stacklevel=3
+            )
 
     @property
     def config(self) -> GRPOConfig:
@@ -401,18 +406,22 @@ class GRPO:
                 was trained on something else than an id needs it. env_kwargs: for its constructor, for ids.
             network, advantage_function, surrogate_function: the same as at construction, where there was one; without
                 the functions the agent acts but does not train.
-            **settings: override saved settings.
+            **settings: override saved settings of training. A warning names one that has no effect.
 
         Raises:
-            UsageError: no such file, a foreign or damaged one (DamagedFileError), or an environment with other spaces.
+            UsageError: no such file, a foreign or damaged one (DamagedFileError), or an environment with other spaces;
+                or a setting with which the weights do not fit or make another policy, such as ``hidden_sizes``,
+                ``activation`` or ``normalize_observations``.
         """
         path = model_file(user_path(path))
         functions = UserFunctions(advantage_function, surrogate_function)
         with offering_another(path):
             tensors, meta = load_state(path)
             agent = loading.from_model(cls, path, tensors, meta, network, functions, settings)
+            changed = loading.changed_settings(path, meta, agent.config) if settings else []
         if env is not None or env_kwargs is not None:
             loading.set_environment(agent, env, env_kwargs)
+        agent._warn_of_unread((*RULES, *OF_LOADED), changed)
         return agent
 
     def checkpoint(

@@ -205,7 +205,7 @@ class Learner:
             if self.config.reference in ("initial", "periodic"):
                 self.refresh_reference()
             elif model_file(user_path(self.config.reference)).exists():
-                load_policy(self.reference, user_path(self.config.reference))
+                load_policy(self.reference, user_path(self.config.reference), self.config)
             else:
                 raise UsageError(
                     f"reference={self.config.reference!r} is neither old, initial, periodic nor a saved model; "

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from grouprl.envs import checkpoint
+from grouprl.envs.config import GRPOConfig
 from grouprl.envs.description import Description
 from grouprl.envs.env_kwargs import was_an_id
-from grouprl.envs.model_file import fill_policy
+from grouprl.envs.model_file import computed_otherwise, fill_policy, listed
 from grouprl.envs.policy import Network
 from grouprl.envs.vector import EnvLike
 from grouprl.errors import UsageError, shown
@@ -45,8 +46,9 @@ def from_model(
         settings: override the saved ones.
 
     Raises:
-        UsageError: ``meta`` describes no agent (DamagedFileError), a setting is not allowed or the weights do not fit
-            it, or the policy was trained with a network of the user's and ``network`` is None.
+        UsageError: ``meta`` describes no agent (DamagedFileError), a setting is not allowed, the weights do not fit it
+            or make another policy with it, or the policy was trained with a network of the user's and ``network`` is
+            None.
     """
     saved = Description.from_json(path, meta, settings)
     if saved.custom_network and network is None:
@@ -73,14 +75,22 @@ def from_model(
         own = from_model(cls, path, tensors, meta, network, functions, {}).config.model_dump()  # or it is the file
         given = {name: value for name, value in agent.config.model_dump().items() if value != own[name]}
         raise UsageError(
-            f"the weights in {path} do not fit {_listed(given)}; they were saved with "
-            f"{_listed({name: own[name] for name in given})}"
+            f"the weights in {path} do not fit {listed(given)}; they were saved with "
+            f"{listed({name: own[name] for name in given})}"
         ) from None
+    if other := computed_otherwise(agent.policy, meta, agent.config):
+        chosen = listed({name: getattr(agent.config, name) for name in other})
+        raise UsageError(
+            f"{chosen} would make another policy of the weights in {path}, which were trained with {listed(other)}; "
+            f"leave it out, or train a new agent with it: GRPO(env, {chosen})"
+        )
     return agent
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
+def changed_settings(path: Path, meta: Mapping[str, Any], config: GRPOConfig) -> list[str]:
+    """The settings whose value in ``config`` is another than the file at ``path`` has, as its ``meta`` says."""
+    saved = Description.from_json(path, meta, {}).config
+    return [name for name in type(config).model_fields if getattr(config, name) != getattr(saved, name)]
 
 
 def from_checkpoint(

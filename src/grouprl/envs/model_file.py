@@ -6,14 +6,17 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from grouprl.envs.config import GRPOConfig
+from grouprl.envs.mlp import MLP
 from grouprl.envs.policy import Policy
-from grouprl.errors import DamagedFileError, UsageError
+from grouprl.errors import DamagedFileError, UsageError, shown
 from grouprl.runs import RunFolder
 from grouprl.runs.folder import newest_good
-from grouprl.runs.state import check_like, load_state
+from grouprl.runs.state import check_like, load_state, taking_up
 
 POLICY_PREFIX = "policy."
 """What the names of the policy's tensors begin with in a checkpoint. In a saved model they have no prefix."""
@@ -60,14 +63,48 @@ def offering_another(file: Path) -> Iterator[None]:
         raise DamagedFileError(f"{error} The newest good checkpoint of this run is {found[0]}.") from error
 
 
-def load_policy(policy: Policy, path: Path) -> None:
-    """Load the policy saved at ``path`` (a file or a run folder) into ``policy``.
+def load_policy(policy: Policy, path: Path, config: GRPOConfig) -> None:
+    """Load the policy saved at ``path`` (a file or a run folder) into ``policy``, which was made by ``config``.
 
     Raises:
-        UsageError: no such file, a foreign one, or one for other spaces or another network.
+        UsageError: no such file, a foreign one, or one for other spaces or another network; or the saved policy
+            computes otherwise from its weights than ``policy`` does.
     """
-    tensors, _ = load_state(model_file(path))
+    tensors, meta = load_state(model_file(path))
+    with taking_up(path):
+        saved = computed_otherwise(policy, meta, config)
+    if saved:
+        raise UsageError(
+            f"the policy in {path} was trained with {listed(saved)}, and this agent has "
+            f"{listed({name: getattr(config, name) for name in saved})}, with which its weights make another policy; "
+            "give this agent the setting of the saved one, or name another policy"
+        )
     fill_policy(policy, tensors, path)
+
+
+def computed_otherwise(policy: Policy, meta: Mapping[str, Any], config: GRPOConfig) -> dict[str, Any]:
+    """Settings that would make another policy of saved weights although the weights fit, with the values as saved.
+
+    Args:
+        policy: made by ``config``, to be filled with the weights.
+        meta: what the file says of itself.
+        config: the settings that ``policy`` has.
+    """
+    saved, codec = meta["config"], policy.observations
+    counts = {
+        "activation": isinstance(policy.network, MLP),
+        "normalize_observations": bool((codec.normalise | (codec.scale != 1)).any()),
+    }
+    return {
+        name: saved[name]
+        for name, has_effect in counts.items()
+        if has_effect and name in saved and saved[name] != getattr(config, name)
+    }
+
+
+def listed(settings: Mapping[str, Any]) -> str:
+    """Settings with their values, for a message."""
+    return ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
 
 
 def fill_policy(policy: Policy, tensors: Mapping[str, Tensor], path: Path) -> None:

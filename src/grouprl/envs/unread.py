@@ -77,7 +77,20 @@ RULES: tuple[Unread, ...] = (
         "the network is one of your own; build this into it",
     ),
 )  # fmt: skip
-"""All of them. They know, beside the settings: ``fits_baseline``, whether the closed-form baseline is; ``continuous``,
-whether actions are drawn around a mean; ``own_network``, ``own_advantage`` and ``own_surrogate``, whether it was given;
-``one_object``, whether the environment was given as an object; ``one_environment``, whether there is one alone.
+"""All that hold of a new agent. They know, beside the settings: ``fits_baseline``, whether the closed-form baseline is;
+``continuous``, whether actions are drawn around a mean; ``own_network``, ``own_advantage`` and ``own_surrogate``,
+whether it was given; ``one_object``, whether the environment was given as an object; ``one_environment``, whether there
+is one alone.
 """
+
+OF_LOADED: tuple[Unread, ...] = (
+    Unread(
+        ("hidden_gain", "output_gain", "log_std_init"), lambda _, about: True,
+        "only a new policy begins by it, and this one was loaded with its weights; leave it out",
+    ),
+    Unread(
+        ("warmup_steps",), lambda _, about: about["begun"],
+        "only the first steps of an agent are a warm-up, and this one has gone beyond them; leave it out",
+    ),
+)  # fmt: skip
+"""What holds of a loaded agent beside. They know ``begun``, whether it was trained before."""
