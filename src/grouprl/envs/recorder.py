@@ -103,14 +103,21 @@ class RunResult:
 class Recorder:
     """A callback that evaluates, logs, tracks and writes checkpoints; told of every update.
 
+    Args:
+        folder, run, agent: what is recorded where, and how.
+        threshold: the mean return that counts as solved, or None.
+        stack: closes what is opened here.
+        past: what :meth:`checkpoint` wrote down of this very run, which goes on; None for a run that begins.
+
     Attributes:
         stopped: whether it shall end training after this update. solved_at: steps and seconds, or None.
         result: what the run left, once it has ended.
     """
 
     def __init__(
-        self, folder: RunFolder, run: RunSettings, agent: GRPO, threshold: float | None, stack: ExitStack
-    ) -> None:
+        self, folder: RunFolder, run: RunSettings, agent: GRPO, threshold: float | None, stack: ExitStack,
+        past: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.run, self.threshold = folder, run, threshold
         self.stopped = False
         self.result: RunResult | None = None
@@ -123,7 +130,9 @@ class Recorder:
         self._usage = Usage()
         self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
         self.ranks = agent.loop.ranks
-        self._restore(agent)
+        if past is not None:
+            self._next_eval, self._next_checkpoint = past["next_eval"], past["next_checkpoint"]
+            self.solved_at, self._next_episodes = past["solved_at"], past["next_episodes"]
         if not self.ranks.first:
             return
         how, n_envs = agent.config.how_to_evaluate, min(run.eval_episodes, 20)
@@ -142,17 +151,9 @@ class Recorder:
         )
         for tracker in self.trackers:
             stack.callback(tracker.close)
-        if agent.extra:
-            self.log.resume(agent.num_timesteps, agent.extra["metrics"])
-            self.episodes.resume(agent.num_timesteps, agent.extra["episodes"])
-
-    def _restore(self, agent: GRPO) -> None:
-        """Take up where the checkpoint the agent came from left off; nothing to do for a new agent."""
-        if not agent.extra:
-            return
-        self._next_eval, self._next_checkpoint = agent.extra["next_eval"], agent.extra["next_checkpoint"]
-        self.solved_at = agent.extra["solved_at"]
-        self._next_episodes = agent.extra["next_episodes"]
+        if past is not None:
+            self.log.resume(agent.num_timesteps, past["metrics"])
+            self.episodes.resume(agent.num_timesteps, past["episodes"])
 
     def _keep_episodes(self, agent: GRPO, rollout: Rollout, advantages: Tensor, gamma: float) -> None:
         """Keep some episodes of a batch that is learned from, where they are due."""
@@ -282,10 +283,13 @@ def _called(function: Any) -> str:
 
 
 @contextmanager
-def recording(folder: RunFolder, run: RunSettings, agent: GRPO) -> Iterator[Recorder]:
+def recording(
+    folder: RunFolder, run: RunSettings, agent: GRPO, past: Mapping[str, Any] | None = None
+) -> Iterator[Recorder]:
     """Around training: yields the callback that records it, and leaves model, checkpoint and result in the end.
 
-    Ctrl-C and its like end training after the update in progress.
+    ``past`` is what a checkpoint holds of this very run, which goes on; a run that begins has none, whatever the agent
+    has been through. Ctrl-C and its like end training after the update in progress.
 
     Raises:
         TrainingError: as raised within, with the last checkpoint named.
@@ -293,7 +297,7 @@ def recording(folder: RunFolder, run: RunSettings, agent: GRPO) -> Iterator[Reco
     with suppress(Exception):  # a standard error that is no file
         faulthandler.enable()  # an environment that ends the process by a signal is named, with its line
     with ExitStack() as stack:
-        recorder = Recorder(folder, run, agent, reward_threshold(agent.where()[0]), stack)
+        recorder = Recorder(folder, run, agent, reward_threshold(agent.where()[0]), stack, past)
 
         def stop() -> None:
             recorder.stopped = True

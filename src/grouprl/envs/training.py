@@ -169,7 +169,7 @@ def _resume(
         )
     again = None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}}
     ranks.once(lambda: folder.reopen(again))
-    return _run(folder, planned, agent, config.get("begun_at", 0), progress_bar)
+    return _run(folder, planned, agent, config.get("begun_at", 0), progress_bar, agent.extra)
 
 
 def _as_planned(folder: RunFolder, options: Mapping[str, Any]) -> RunSettings:
@@ -223,11 +223,14 @@ def _agent_of(
     return agent
 
 
-def _run(folder: RunFolder, run: RunSettings, agent: GRPO, begun_at: int, progress_bar: bool | None) -> RunResult:
-    """Train on schedules that run from ``begun_at`` to the last step of ``run``, and record it."""
+def _run(
+    folder: RunFolder, run: RunSettings, agent: GRPO, begun_at: int, progress_bar: bool | None,
+    past: Mapping[str, Any] | None = None,
+) -> RunResult:  # fmt: skip
+    """Train on schedules that run from ``begun_at`` to the last step of ``run``, and record it, after ``past``."""
     with ExitStack() as stack:
         stack.callback(agent.close)
-        with recording(folder, run, agent) as recorder:
+        with recording(folder, run, agent, past) as recorder:
             train_until(agent, begun_at, run.total_timesteps, recorder, progress_bar)
         assert recorder.result is not None
         return recorder.result
