@@ -103,7 +103,7 @@ def test_every_advantage_of_a_batch_has_its_discount(settings: dict[str, Any], m
     batches: list[tuple[float, float, set[float]]] = []
     told: list[float] = []
     agent = GRPO("CartPole-v1", **SMALL, gamma=0.9, gamma_final=0.999, **settings)
-    agent.loop.on_batch = lambda rollout, advantages, gamma: told.append(gamma)
+    agent.loop.on_batch.append(lambda rollout, advantages, gamma: told.append(gamma))
 
     def watch(agent: GRPO, metrics: dict[str, float]) -> None:
         if told:  # nothing is estimated for a batch without a signal

@@ -38,7 +38,7 @@ def seen(agent: GRPO, steps: int) -> tuple[list[Rollout], list[Any], list[Batch]
         loop = agent.loop
         kept.append(batch_of(rollout, made, loop.baseline, agent.policy, step=loop.n_steps, gamma=gamma, estimator="x"))
 
-    agent.loop.on_batch = keep
+    agent.loop.on_batch.append(keep)
     agent.learn(steps)
     return rollouts, advantages, kept
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 
 from grouprl import GRPO
 from grouprl.envs import training
-from grouprl.envs.callbacks import Run
+from grouprl.envs.callbacks import Evaluations, Run, StopAtReturn
 from grouprl.runs import RunFolder, read_metrics
+from grouprl.runs.state import load_state
 
 SMALL: dict[str, Any] = {
     "n_envs": 4, "collect": "segments", "n_steps": 64, "minibatch_size": 64, "epochs": 2, "warmup_steps": 64,
@@ -59,3 +61,57 @@ def test_a_new_run_of_an_agent_that_a_run_has_left_keeps_books_of_its_own(
     assert 2 <= np.isfinite(metrics["eval_return"]).sum() <= 3
     assert len(RunFolder.open(tmp_path / "second").checkpoints()) >= 3
     assert (tmp_path / "second" / "episodes.jsonl").stat().st_size > 0
+
+
+def learn(steps: int, *callbacks: Any) -> GRPO:
+    return GRPO("CartPole-v1", preset=None, seed=1, **SMALL).learn(steps, callback=list(callbacks))
+
+
+def numbers(folder: Path) -> dict[str, list[float]]:
+    """What a run's metrics say, but for times and memory."""
+    metrics = read_metrics(folder / "metrics.csv")
+    timed = ("time_", "train_seconds", "steps_per_second", "cpu_wait", "memory_gb")
+    return {name: np.nan_to_num(values).tolist() for name, values in metrics.items() if not name.startswith(timed)}
+
+
+def test_two_runs_in_one_list_both_leave_all_that_one_alone_leaves(tmp_path: Path) -> None:
+    often = QUIET | {"eval_every": 250}
+    learn(1500, Run(tmp_path / "alone", **QUIET))
+    learn(1500, Run(tmp_path / "alone, often", **often))
+    both = [Run(tmp_path / "one", **QUIET), Run(tmp_path / "other", **often)]
+    learn(1500, *both)
+    for name, alone in (("one", "alone"), ("other", "alone, often")):
+        one, other = tmp_path / name, tmp_path / alone
+        assert (one / "episodes.jsonl").read_bytes() == (other / "episodes.jsonl").read_bytes()
+        assert numbers(one) == numbers(other)
+        assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+
+
+def test_an_evaluation_before_a_run_is_seen_by_what_comes_after_it(tmp_path: Path) -> None:
+    run = Run(tmp_path / "r", **QUIET | {"eval_every": 10**6})
+    learn(1500, evaluations := Evaluations(250, episodes=1), run, StopAtReturn(1.0, "eval_return"))
+    assert len(evaluations.history) == 1
+    assert not np.isfinite(read_metrics(tmp_path / "r" / "metrics.csv")["eval_return"]).any()
+
+
+def interrupt(agent: GRPO, metrics: dict[str, float]) -> None:
+    """As Ctrl-C after more than 1,500 steps, of which runs after it in the list hear in the same update."""
+    if agent.num_timesteps > 1500:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_stops_both_of_two_runs_and_either_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grouprl.envs.loop.RESTART_AFTER", 0.1)  # scheduled checkpoints begin fresh episodes
+    learn(2500, Run(tmp_path / "whole", **QUIET))
+    both = [Run(tmp_path / name, **QUIET) for name in ("one", "other")]
+    learn(2500, interrupt, *both)
+    whole, _ = load_state(tmp_path / "whole" / "model.safetensors")
+    for run in both:
+        assert run.result is not None
+        assert not run.result.finished
+        assert training.resume(run.folder, progress_bar=False).finished
+        resumed, _ = load_state(run.folder / "model.safetensors")
+        assert all(bool((whole[name] == resumed[name]).all()) for name in whole)
+        assert numbers(run.folder) == numbers(tmp_path / "whole")

@@ -97,8 +97,8 @@ class Loop:
             )
         self.functions = functions
         self.collector: Collector | None = None
-        self.on_batch: Callable[[Rollout, Tensor, float], None] | None = None
-        """Told of each batch that is learned from, its advantages ``[S]`` and its discount, before the update."""
+        self.on_batch: list[Callable[[Rollout, Tensor, float], None]] = []
+        """Each is told of a batch that is learned from, its advantages ``[S]`` and its discount, before the update."""
         self.n_steps = n_steps
         """Environment steps so far, those of the warm-up included."""
         self.seconds, self.untimed_steps = 0.0, n_steps
@@ -143,10 +143,15 @@ class Loop:
     def bound_replay(self, may_restart: bool) -> None:
         """Begin fresh episodes if repeating all actions since the last reset would take too long, or cannot be done.
 
+        If the next batch begins with fresh episodes already, as after another checkpoint of the same step, they stay
+        the ones that were drawn.
+
         Args:
             may_restart: too long counts, not only what cannot be done.
         """
         assert self.collector is not None
+        if not self.collector.stepper.started:
+            return
         since = self.collector.steps_since_reset
         far = since > RESTART_AFTER * (horizon(self.collector.venv) or DEFAULT_HORIZON)
         if (may_restart and far) or not self.collector.replayable:
@@ -218,8 +223,9 @@ class Loop:
             metrics = metrics | reused
         estimated = perf_counter()
         metrics = metrics | {"time_advantages": estimated - began}
-        if self.on_batch is not None:
-            self.on_batch(rollout, advantage[: rollout.n_steps], config.gamma)
+        for tell in self.on_batch:
+            tell(rollout, advantage[: rollout.n_steps], config.gamma)
+        if self.on_batch:
             estimated = perf_counter()
         if equal:
             return "equal_advantages", metrics

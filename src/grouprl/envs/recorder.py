@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -139,8 +140,9 @@ class Recorder:
         self.evaluator = Evaluator(*agent.where(), n_envs, how, timeout=agent.config.env_timeout)
         stack.callback(self.evaluator.close)
         self.episodes = stack.enter_context(EpisodeLog(folder.episodes_path))
-        agent.loop.on_batch = lambda *batch: self._keep_episodes(agent, *batch)
-        stack.callback(setattr, agent.loop, "on_batch", None)
+        keep_episodes = functools.partial(self._keep_episodes, agent)
+        agent.loop.on_batch.append(keep_episodes)
+        stack.callback(agent.loop.on_batch.remove, keep_episodes)
         self.log = stack.enter_context(MetricsLog(folder.metrics_path))
         self.trackers = make_trackers(
             run.track,
@@ -170,16 +172,16 @@ class Recorder:
         )
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
-        step = agent.num_timesteps
+        step, own = agent.num_timesteps, float("nan")  # the evaluation of this run, and not of a callback before it
         if step >= self._next_eval:
             self._next_eval = step - step % self.run.eval_every + self.run.eval_every
-            metrics["eval_return"] = mean = self.ranks.once(lambda: self._evaluate(agent))
-            if self.solved_at is None and self.threshold is not None and mean >= self.threshold:
+            metrics["eval_return"] = own = self.ranks.once(lambda: self._evaluate(agent))
+            if self.solved_at is None and self.threshold is not None and own >= self.threshold:
                 self.solved_at = (step, agent.train_seconds)
-        else:
-            metrics["eval_return"] = float("nan")
+        metrics.setdefault("eval_return", own)
         if self.ranks.first:
-            self._record(agent, metrics, step)
+            metrics |= self._usage.read()
+            self._record(agent, metrics | {"eval_return": own}, step)
         self.stopped = self.ranks.agree(self.stopped)[0]
         if step >= self._next_checkpoint and step < self.run.total_timesteps:
             self._next_checkpoint = step - step % self.run.checkpoint_every + self.run.checkpoint_every
@@ -196,7 +198,6 @@ class Recorder:
         return played.summary()["mean_return"]
 
     def _record(self, agent: GRPO, metrics: Metrics, step: int) -> None:
-        metrics |= self._usage.read()
         self.log.append(metrics)
         self._watch.note(metrics, step / self.run.total_timesteps)
         recent = agent.recent_returns[-AVG_REWARD_EPISODES:]

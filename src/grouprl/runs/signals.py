@@ -16,6 +16,9 @@ Handler = Callable[[int, FrameType | None], object]
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+_stops: list[Callable[[], None]] = []
+"""What each `stopping_on_signals` that was entered calls: of several around each other, a signal stops all."""
+
 _left: list[bool] = []
 """For each `leaving_on_signals` that was entered, whether a signal has come since."""
 
@@ -44,11 +47,13 @@ def _is_importing(frame: FrameType | None) -> bool:
 def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Within, the first signal calls ``stop`` and lets the current update end; a second one acts at once.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    Where one is entered within another, as for two runs of one agent, the first signal calls the ``stop`` of each. A
+    signal that is ignored, as SIGHUP is under nohup, stays ignored.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop()
+        for each in dict.fromkeys([stop, *_stops]):
+            each()
         show("stopping after this update; once more to stop at once", sys.stderr)
         for n in heard:
             signal.signal(n, at_once)
@@ -59,7 +64,13 @@ def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
     leave_if_asked()
     with _handling(handle) as heard:
-        yield
+        if heard:
+            _stops.append(stop)
+        try:
+            yield
+        finally:
+            if heard:
+                _stops.remove(stop)
 
 
 @contextmanager
