@@ -132,7 +132,8 @@ class Recorder:
         self._watch = Watch(agent.config.model_dump(), language_model=False, goal=threshold)
         self.ranks = agent.loop.ranks
         if past is not None:
-            self._next_eval, self._next_checkpoint = past["next_eval"], past["next_checkpoint"]
+            self._next_eval = min(self._next_eval, past["next_eval"])  # sooner where config.yaml has been edited
+            self._next_checkpoint = min(self._next_checkpoint, past["next_checkpoint"])
             self.solved_at, self._next_episodes = past["solved_at"], past["next_episodes"]
         if not self.ranks.first:
             return
@@ -298,7 +299,9 @@ def recording(
     with suppress(Exception):  # a standard error that is no file
         faulthandler.enable()  # an environment that ends the process by a signal is named, with its line
     with ExitStack() as stack:
-        recorder = Recorder(folder, run, agent, reward_threshold(agent.where()[0]), stack, past)
+        usual = reward_threshold(agent.where()[0])
+        threshold = agent.loop.ranks.once(lambda: folder.read_config().get("reward_threshold", usual))
+        recorder = Recorder(folder, run, agent, threshold, stack, past)
 
         def stop() -> None:
             recorder.stopped = True

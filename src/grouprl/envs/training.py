@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 from grouprl.envs import loading, presets
 from grouprl.envs.arguments import whole_number, yes_or_no
 from grouprl.envs.config import check_names
+from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.grpo import GRPO
 from grouprl.envs.learn_call import train_until
 from grouprl.envs.policy import Network
@@ -25,7 +27,7 @@ from grouprl.reading import with_numbers
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
-from grouprl.runs.state import load_state, taking_up
+from grouprl.runs.state import load_state, read_meta, taking_up
 
 
 def train(
@@ -115,8 +117,8 @@ def _loaded(functions: Mapping[str, str]) -> dict[str, Callable[..., Any]]:
 
 def resume(
     path: str | os.PathLike[str], *, steps: int | None = None, env: EnvLike | None = None,
-    progress_bar: bool | None = None, network: Network | None = None, advantage_function: TensorFunction | None = None,
-    surrogate_function: TensorFunction | None = None,
+    env_kwargs: Mapping[str, Any] | None = None, progress_bar: bool | None = None, network: Network | None = None,
+    advantage_function: TensorFunction | None = None, surrogate_function: TensorFunction | None = None,
 ) -> RunResult:  # fmt: skip
     """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
 
@@ -126,12 +128,15 @@ def resume(
         path: the run folder.
         steps: a new total number of steps, to make a finished run longer (its schedules then differ from those of a run
             planned that long).
-        env: the environment, where the run was given a callable that no id names.
+        env: the environment, where the run was given a callable that no id names, or where the run shall go on in
+            another one. env_kwargs: for its constructor, for ids; without ``env`` for the run's own id.
+        progress_bar: True, False, or None for "if standard error is a terminal".
         network, advantage_function, surrogate_function: the run's own, where they were given to ``GRPO`` as functions.
 
     Raises:
         UsageError: no run folder, no readable checkpoint, a run that is already finished or that another process
-            works on; or config.yaml says other settings than the checkpoint, which hold.
+            works on; or config.yaml says other settings, another seed or, where none is given here, another
+            environment than the checkpoint, by which a run goes on.
     """
     if steps is not None:
         steps = whole_number("steps", steps, least=1)
@@ -141,12 +146,13 @@ def resume(
     with ranks.telling(), folder.locked() if ranks.first else nullcontext():
         given = {"advantage_function": advantage_function, "surrogate_function": surrogate_function}
         own = {name: function for name, function in given.items() if function is not None}
-        return _resume(folder, config, steps, env, progress_bar, ranks, network, own)
+        return _resume(folder, config, steps, env, env_kwargs, progress_bar, ranks, network, own)
 
 
 def _resume(
-    folder: RunFolder, config: dict[str, Any], steps: int | None, env: EnvLike | None, progress_bar: bool | None,
-    ranks: Ranks, network: Network | None, own: Mapping[str, TensorFunction],
+    folder: RunFolder, config: dict[str, Any], steps: int | None, env: EnvLike | None,
+    env_kwargs: Mapping[str, Any] | None, progress_bar: bool | None, ranks: Ranks, network: Network | None,
+    own: Mapping[str, TensorFunction],
 ) -> RunResult:  # fmt: skip
     try:
         options = (
@@ -158,17 +164,25 @@ def _resume(
         functions = {**_loaded(_split_functions({**config.get("functions", {})})[1]), **own}
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
-    read = functools.partial(_agent_of, env=env, network=network, functions=functions)
-    agent = _newest_agent(folder, read, ranks)
-    if agent is None:
+    read = functools.partial(_agent_of, env=env, env_kwargs=env_kwargs, network=network, functions=functions)
+    found = _newest_agent(folder, read, ranks)
+    if found is None:
         raise UsageError(f"{folder.path} holds no checkpoint that can be used; train anew with another --out")
-    _check_settings(folder, config.get("config", {}), agent)
+    checkpoint, agent = found
+    elsewhere = env is not None or env_kwargs is not None
+    try:
+        _check_settings(folder, config, read_meta(checkpoint), elsewhere)
+    except UsageError:
+        agent.close()
+        raise
     if agent.num_timesteps >= planned.total_timesteps and folder.is_finished():
         raise UsageError(
             f"{folder.path} has done all of its {planned.total_timesteps} steps; give a larger total with --steps"
         )
-    again = None if steps is None else config | {"run": config["run"] | {"total_timesteps": steps}}
-    ranks.once(lambda: folder.reopen(again))
+    now = {} if steps is None else {"run": config["run"] | {"total_timesteps": steps}}
+    if elsewhere and not agent.env_lost:
+        now |= {"env_id": agent.env_id, "env_kwargs": to_json(agent.env_kwargs)}
+    ranks.once(lambda: folder.reopen(config | now if now else None))
     return _run(folder, planned, agent, config.get("begun_at", 0), progress_bar, agent.extra)
 
 
@@ -180,35 +194,59 @@ def _as_planned(folder: RunFolder, options: Mapping[str, Any]) -> RunSettings:
         raise UsageError(f"{folder.config_path}, under run: {error}") from None
 
 
-def _check_settings(folder: RunFolder, written: Mapping[str, Any], agent: GRPO) -> None:
-    """Raises UsageError if config.yaml says something else than the checkpoint, which decides how a run goes on."""
-    held = agent.config.model_dump(mode="json")
-    written = with_numbers(dict(written))
-    other = [name for name, value in written.items() if name in held and held[name] != value]
-    if other:
-        agent.close()
-        said = ", ".join(f"{name}={shown(written[name])} (the checkpoint: {shown(held[name])})" for name in other)
-        raise UsageError(
-            f"{folder.config_path} has other settings than the run's checkpoint: {said}. A run goes on with those of "
-            "its checkpoint: put them back, or start a new run with grouprl train --config"
-        )
+def _check_settings(folder: RunFolder, config: Mapping[str, Any], saved: Mapping[str, Any], elsewhere: bool) -> None:
+    """Raises UsageError if config.yaml says something else than the checkpoint, which decides how a run goes on.
+
+    Args:
+        folder: of the run.
+        config: what its config.yaml says.
+        saved: what its checkpoint says of itself.
+        elsewhere: the environment was given anew, and neither of the two decides on it.
+    """
+    written, held = with_numbers(dict(config.get("config", {}))), saved["config"]
+    other = [(name, value, held[name]) for name, value in written.items() if name in held and held[name] != value]
+    if config.get("seed", held["seed"]) != held["seed"]:
+        other.append(("the seed at the top", config["seed"], held["seed"]))
+    places = [] if elsewhere else [(name, config.get(name, saved[name]), saved[name]) for name in ENVIRONMENT]
+    moved = [(name, said, has) for name, said, has in places if _as_text(said) != _as_text(has)]
+    if not other and not moved:
+        return
+    said = ", ".join(f"{name}={shown(value)} (the checkpoint: {shown(has)})" for name, value, has in other + moved)
+    anew = (
+        f"; in another environment it goes on by training.resume({str(folder.path)!r}, env=..., env_kwargs=...)"
+        if moved
+        else ""
+    )
+    raise UsageError(
+        f"{folder.config_path} has other settings than the run's checkpoint: {said}. A run goes on with those of "
+        f"its checkpoint: put them back, or start a new run with grouprl train --config{anew}"
+    )
 
 
-def _newest_agent(folder: RunFolder, agent_of: Callable[[Path], GRPO], ranks: Ranks) -> GRPO | None:
-    """The agent of the newest good checkpoint, or None. Of several processes the first says which that is."""
+ENVIRONMENT = ("env_id", "env_kwargs")
+"""What config.yaml and a checkpoint both say of the environment."""
+
+
+def _as_text(value: Any) -> str:
+    """JSON, for comparing: NaN is like NaN, and 1 unlike 1.0 and true, as it may be to a constructor."""
+    return json.dumps(with_numbers(value), sort_keys=True, default=str)
+
+
+def _newest_agent(folder: RunFolder, agent_of: Callable[[Path], GRPO], ranks: Ranks) -> tuple[Path, GRPO] | None:
+    """The newest good checkpoint and its agent, or None. Of several processes the first says which that is."""
     if ranks.world > 1:
         best = ranks.once(lambda: newest_good(folder.checkpoints(), load_state))
-        return None if best is None else agent_of(best[0])
-    found = newest_good(folder.checkpoints(), agent_of)
-    return None if found is None else found[1]
+        return None if best is None else (best[0], agent_of(best[0]))
+    return newest_good(folder.checkpoints(), agent_of)
 
 
 def _agent_of(
-    path: Path, env: EnvLike | None, network: Network | None, functions: Mapping[str, Callable[..., Any]]
-) -> GRPO:
+    path: Path, env: EnvLike | None, env_kwargs: Mapping[str, Any] | None, network: Network | None,
+    functions: Mapping[str, Callable[..., Any]],
+) -> GRPO:  # fmt: skip
     """The agent of a run, as a checkpoint has it. Raises DamagedFileError, or UsageError for its environment."""
     own = UserFunctions(*map(functions.get, FUNCTIONS))
-    agent = loading.from_checkpoint(GRPO, path, env, network=network, functions=own)
+    agent = loading.from_checkpoint(GRPO, path, env, env_kwargs, network, own)
     with taking_up(path):
         extra = agent.extra
         solved = extra["solved_at"]

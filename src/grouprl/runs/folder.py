@@ -114,6 +114,11 @@ class RunFolder(RunLayout):
             number = config.get(name, 0)
             if isinstance(number, bool) or not isinstance(number, int):
                 raise DamagedFileError(f"{self.config_path}: {name} is {shown(number)}, and must be a whole number")
+        solved = config.get("reward_threshold")
+        if solved is not None and (isinstance(solved, bool) or not isinstance(solved, int | float)):
+            raise DamagedFileError(
+                f"{self.config_path}: reward_threshold is {shown(solved)}, and must be a number, or null for none"
+            )
         return config
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
