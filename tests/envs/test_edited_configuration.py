@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from grouprl import UsageError
+from command_line import call
+from grouprl import GRPO, UsageError
 from grouprl.envs import training
+from grouprl.envs.callbacks import Run
 from grouprl.errors import DamagedFileError
 
 SMALL: dict[str, Any] = {
@@ -117,3 +119,37 @@ def test_a_threshold_that_is_edited_holds(tmp_path: Path) -> None:
     edit(path, reward_threshold="high")
     with pytest.raises(DamagedFileError, match="reward_threshold is 'high', and must be a number, or null for none"):
         training.resume(tmp_path / "r", steps=600, progress_bar=False)
+
+
+def test_two_seeds_in_one_file_are_refused_unless_the_command_says_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = begun(tmp_path / "r")
+    edit(path, seed=5)
+    again = ("train", "--config", path, "--quiet", "--out")
+    assert call(*again, tmp_path / "a") == 2
+    assert "two seeds: seed=5 at the top and seed=0 under config" in " ".join(capsys.readouterr().err.split())
+    for folder, said, seed in (("b", ("--seed", "3"), 3), ("c", ("--set", "seed=4"), 4)):
+        assert call(*again, tmp_path / folder, *said) == 0
+        assert yaml.safe_load((tmp_path / folder / "config.yaml").read_text())["seed"] == seed
+    edit(path, config=yaml.safe_load(path.read_text())["config"] | {"seed": 5})
+    assert call(*again, tmp_path / "d") == 0
+    assert yaml.safe_load((tmp_path / "d" / "config.yaml").read_text())["config"]["seed"] == 5
+
+
+def test_a_run_that_began_from_weights_is_not_done_again_from_random_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agent = GRPO("Lasts-v0", preset=None, **SMALL).learn(200)
+    agent.learn(200, callback=Run(tmp_path / "r", **QUIET))
+    path = tmp_path / "r" / "config.yaml"
+    assert call("train", "--config", path, "--quiet", "--out", tmp_path / "a") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"after its {agent.num_timesteps - 256} steps" in said
+    assert "resume" in said
+    assert "GRPO.load(MODEL)" in said
+    assert not (tmp_path / "a").exists()
+    config = yaml.safe_load(path.read_text())
+    del config["begun_at"]
+    path.write_text(yaml.safe_dump(config))
+    assert call("train", "--config", path, "--quiet", "--out", tmp_path / "a") == 0

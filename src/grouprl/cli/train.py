@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grouprl.cli.common import app, assigned, command, count
-from grouprl.errors import UsageError
+from grouprl.errors import UsageError, shown
 from grouprl.printing import show
 from grouprl.reading import read_yaml, with_numbers
 
@@ -161,6 +161,7 @@ def _from_file(
     from grouprl.envs.env_kwargs import from_json
 
     saved = read_yaml(path)
+    _check_reproducible(path, saved, seed if seed is not None else settings.get("seed"))
     own = saved.get("own", {}) if isinstance(saved, dict) else {}
     lost = {name: called for name, called in own.items() if name not in settings} if isinstance(own, dict) else {}
     if lost:
@@ -183,6 +184,34 @@ def _from_file(
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UsageError(f"{path} is not the config.yaml of a run; give one that grouprl train left") from None
+
+
+def _check_reproducible(path: Path, saved: Any, seed: int | None) -> None:
+    """Raises UsageError for a config.yaml whose run would silently become another one.
+
+    Args:
+        path: of the file; named in the error.
+        saved: what it says.
+        seed: what the command line says of it, which wins, or None.
+    """
+    config = saved.get("config") if isinstance(saved, dict) else None
+    if not isinstance(config, dict):
+        return
+    top, own = saved.get("seed"), config.get("seed")
+    if seed is None and top is not None and top != own:
+        raise UsageError(
+            f"{path} has two seeds: seed={shown(top)} at the top and seed={shown(own)} under config; put the same into "
+            "both, or say which: --seed N"
+        )
+    if saved.get("begun_at"):
+        there = shlex.quote(str(path.parent))
+        raise UsageError(
+            f"{path} is of a run that began from the weights of another agent, after its {shown(saved['begun_at'])} "
+            "steps, and the file does not hold them, so training would begin from random weights. To go on with that "
+            f"run: {command('grouprl')} resume {there}; to do it again, in Python: "
+            "GRPO.load(MODEL).learn(n, callback=Run(FOLDER)), with the model it began from; to begin from random "
+            "weights, take the line begun_at out of the file"
+        )
 
 
 def report(result: RunResult) -> None:
