@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grouprl import GRPO
+from command_line import call
+from grouprl import GRPO, UsageError
 from grouprl.envs import training
 from grouprl.envs.callbacks import Evaluations, Run, StopAtReturn
 from grouprl.runs import RunFolder, read_metrics
@@ -115,3 +117,60 @@ def test_a_signal_stops_both_of_two_runs_and_either_goes_on_exactly(
         resumed, _ = load_state(run.folder / "model.safetensors")
         assert all(bool((whole[name] == resumed[name]).all()) for name in whole)
         assert numbers(run.folder) == numbers(tmp_path / "whole")
+
+
+def half(agent: GRPO, metrics: dict[str, float]) -> None:
+    metrics["half"] = metrics["return_mean"] / 2
+
+
+class Whole:
+    """Hears what the run and its callbacks before this one have added, and stops the run after so many steps."""
+
+    def __init__(self, stop: float = float("inf")) -> None:
+        self.stop, self.heard = stop, dict[int, float]()
+
+    def __call__(self, agent: GRPO, metrics: dict[str, float]) -> None:
+        self.heard[agent.num_timesteps] = metrics["half"]
+        if agent.num_timesteps > self.stop:
+            self.stop = float("inf")
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_callbacks_beside_a_run_are_noted_missed_aloud_and_given_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard = Whole()
+    learn(2000, half, Run(tmp_path / "whole", **QUIET), heard)
+    first, then = Whole(stop=900), Whole()
+    learn(2000, half, run := Run(tmp_path / "cut", **QUIET), first)
+    noted = {"before": [f"{__name__}:half"], "after": [f"{__name__}:Whole"]}
+    assert RunFolder.open(tmp_path / "cut").read_config()["callbacks"] == noted
+    shutil.copytree(tmp_path / "cut", tmp_path / "without")
+    with pytest.raises(UsageError, match="a callback is a function"):
+        training.resume(run.folder, callback=3, progress_bar=False)  # type: ignore[arg-type]
+    assert training.resume(run.folder, callback=[half, then], progress_bar=False).finished
+    assert "callbacks beside Run" not in caplog.text
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    assert first.heard | then.heard == heard.heard
+    other = Whole()
+    assert training.resume(tmp_path / "without", callback=half, progress_bar=False).finished
+    assert f"goes on without {__name__}:Whole; where they ended training" in caplog.text
+    assert not other.heard
+    assert RunFolder.open(tmp_path / "without").read_config()["callbacks"] == noted
+    assert call("train", "--config", run.folder / "config.yaml", "--out", tmp_path / "again", "--quiet") == 0
+    assert "had callbacks, which a command does not call" in capsys.readouterr().out
+
+
+def test_a_callback_that_is_given_anew_is_noted_too(tmp_path: Path) -> None:
+    learn(600, Run(tmp_path / "r", **QUIET))
+    assert "callbacks" not in RunFolder.open(tmp_path / "r").read_config()
+    heard: list[int] = []
+
+    def new(agent: GRPO, metrics: dict[str, float]) -> bool:
+        heard.append(agent.num_timesteps)
+        return len(heard) < 2
+
+    result = training.resume(tmp_path / "r", steps=2000, callback=new, progress_bar=False)
+    assert result.agent.num_timesteps == heard[-1] < 2000
+    after = RunFolder.open(tmp_path / "r").read_config()["callbacks"]["after"]
+    assert [name.rpartition(".")[2] for name in after] == ["new"]

@@ -171,6 +171,8 @@ def _from_file(
             "GRPO(..., network=...), or name a function: --set advantage_function=module:function"
         )
     try:
+        if beside := [str(name) for place in saved.get("callbacks", {}).values() for name in place]:
+            show(f"note: the run of {path} had callbacks, which a command does not call: {', '.join(beside)}")
         saved_run = with_numbers(dict(saved["run"]))
         total = saved_run.pop("total_timesteps")
         return (

@@ -25,7 +25,7 @@ from grouprl.envs.grpo import GRPO
 from grouprl.envs.loading import chosen_environment
 from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import NOW_AND_THEN
-from grouprl.envs.recorder import Recorder, RunResult, as_written, plan, recording
+from grouprl.envs.recorder import Beside, Recorder, RunResult, as_written, called, plan, recording
 from grouprl.envs.vector import EnvLike, share_environments
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import UsageError, with_type
@@ -105,7 +105,7 @@ class Run:
         place = RunFolder(ranks.once(lambda: self.folder))
         ranks.once(lambda: place.check_free(self.overwrite))
         with place.locked() if ranks.first else nullcontext():
-            about = as_written(agent, settings, agent.env_id, None)
+            about = as_written(agent, settings, agent.env_id, None, beside=self._beside(agent))
             folder = RunFolder(ranks.once(lambda: RunFolder.create(place.path, about, overwrite=self.overwrite).path))
             in_order = folder.kept_in_order() if ranks.first else nullcontext()
             with in_order, recording(folder, settings, agent) as self._recorder:
@@ -113,6 +113,12 @@ class Run:
         self.result = self._recorder.result
         for note in self.result.notes if self.result is not None else ():
             _log.warning("%s", note)
+
+    def _beside(self, agent: GRPO) -> Beside:
+        """The other callbacks of the list, by name, before and after this one."""
+        names = [called(one) for one in agent._callbacks]
+        place = next((i for i, one in enumerate(agent._callbacks) if one is self), len(names))  # it may be within one
+        return {"before": names[:place], "after": names[place + 1 :]}
 
     def __call__(self, agent: GRPO, metrics: Metrics) -> bool:
         """Record an update."""

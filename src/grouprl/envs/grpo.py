@@ -161,6 +161,8 @@ class GRPO:
         self._held = HeldEnvironment(description, self.loop)
         self._predict_rng = np.random.default_rng(predict)
         self.extra: dict[str, Any] = {}
+        self._callbacks: Sequence[Callback] = ()
+        """Those of the present call of :meth:`learn`, in their order."""
 
     def _warn_of_unread(self, rules: Sequence[Unread], given: Collection[str]) -> None:
         """Warn, in the name of the caller's caller, of each of the settings ``given`` that nothing reads."""

@@ -62,6 +62,8 @@ def _train(
 ) -> None:
     ranks = agent.loop.ranks
     with ExitStack() as stack:
+        agent._callbacks = callbacks
+        stack.callback(setattr, agent, "_callbacks", ())
         for call in callbacks:
             if hasattr(call, "around"):
                 stack.enter_context(call.around(agent, end))

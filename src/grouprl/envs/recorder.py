@@ -86,6 +86,10 @@ class RunSettings:
         object.__setattr__(self, "video", yes_or_no("video", self.video))
 
 
+Beside = dict[str, list[str]]
+"""Names of the callbacks ``before`` and ``after`` that which records a run, in their order."""
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What a finished (or interrupted) run left behind."""
@@ -250,11 +254,13 @@ def plan(total: int, given: Mapping[str, Any], eval_every: int | None = None) ->
 
 
 def as_written(
-    agent: GRPO, run: RunSettings, env_id: str, preset: str | None, functions: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+    agent: GRPO, run: RunSettings, env_id: str, preset: str | None, functions: Mapping[str, str] | None = None,
+    beside: Beside | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What config.yaml says of a run: enough to do it again, if its environment can be made by ``env_id``.
 
-    What was the user's own, and no name in ``functions`` finds again, is named under ``own``.
+    What was the user's own, and no name in ``functions`` finds again, is named under ``own``; callbacks ``beside`` that
+    which records the run, under ``callbacks``.
     """
     named = dict(functions or {})
     given = {
@@ -262,7 +268,7 @@ def as_written(
         "advantage_function": agent.loop.functions.advantage,
         "surrogate_function": agent.loop.functions.surrogate,
     }
-    own = {name: _called(value) for name, value in given.items() if value is not None and name not in named}
+    own = {name: called(value) for name, value in given.items() if value is not None and name not in named}
     return {
         "grouprl": version("grouprl"),
         "env_id": env_id,
@@ -275,10 +281,11 @@ def as_written(
         "config": agent.config.model_dump(mode="json"),
         **({"functions": named} if named else {}),
         **({"own": own} if own else {}),
+        **({"callbacks": beside} if beside and any(beside.values()) else {}),
     }
 
 
-def _called(function: Any) -> str:
+def called(function: Any) -> str:
     """``module:name`` of a function or class; of another object that of its class."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}:{named.__qualname__}"

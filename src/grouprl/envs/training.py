@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from grouprl.envs import loading, presets
 from grouprl.envs.arguments import whole_number, yes_or_no
 from grouprl.envs.config import check_names
 from grouprl.envs.env_kwargs import to_json
-from grouprl.envs.grpo import GRPO
+from grouprl.envs.grpo import GRPO, Callback
 from grouprl.envs.learn_call import train_until
 from grouprl.envs.policy import Network
-from grouprl.envs.recorder import RunResult, RunSettings, as_written, plan, recording
+from grouprl.envs.recorder import Beside, RunResult, RunSettings, as_written, called, plan, recording
+from grouprl.envs.stable_baselines import checked_callbacks
 from grouprl.envs.vector import EnvLike
 from grouprl.errors import UsageError, shown
 from grouprl.importing import load_function
@@ -28,6 +30,8 @@ from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
 from grouprl.runs.folder import newest_good
 from grouprl.runs.state import load_state, read_meta, taking_up
+
+_log = logging.getLogger("grouprl")
 
 
 def train(
@@ -119,6 +123,7 @@ def resume(
     path: str | os.PathLike[str], *, steps: int | None = None, env: EnvLike | None = None,
     env_kwargs: Mapping[str, Any] | None = None, progress_bar: bool | None = None, network: Network | None = None,
     advantage_function: TensorFunction | None = None, surrogate_function: TensorFunction | None = None,
+    callback: Callback | Sequence[Callback] | None = None,
 ) -> RunResult:  # fmt: skip
     """Go on with an interrupted run, from its newest checkpoint, exactly as if it had not stopped.
 
@@ -132,6 +137,9 @@ def resume(
             another one. env_kwargs: for its constructor, for ids; without ``env`` for the run's own id.
         progress_bar: True, False, or None for "if standard error is a terminal".
         network, advantage_function, surrogate_function: the run's own, where they were given to ``GRPO`` as functions.
+        callback: the callbacks that stood beside ``Run``, as for ``GRPO.learn``, in their order; a file cannot hold
+            them, and a warning names those that are missing. One that stood before ``Run`` is called before the update
+            is recorded, any other one after it. What they remember of the run so far, only the caller can give back.
 
     Raises:
         UsageError: no run folder, no readable checkpoint, a run that is already finished or that another process
@@ -146,13 +154,14 @@ def resume(
     with ranks.telling(), folder.locked() if ranks.first else nullcontext():
         given = {"advantage_function": advantage_function, "surrogate_function": surrogate_function}
         own = {name: function for name, function in given.items() if function is not None}
-        return _resume(folder, config, steps, env, env_kwargs, progress_bar, ranks, network, own)
+        callbacks = checked_callbacks(callback)
+        return _resume(folder, config, steps, env, env_kwargs, progress_bar, ranks, network, own, callbacks)
 
 
 def _resume(
     folder: RunFolder, config: dict[str, Any], steps: int | None, env: EnvLike | None,
     env_kwargs: Mapping[str, Any] | None, progress_bar: bool | None, ranks: Ranks, network: Network | None,
-    own: Mapping[str, TensorFunction],
+    own: Mapping[str, TensorFunction], callbacks: Sequence[Callback],
 ) -> RunResult:  # fmt: skip
     try:
         options = (
@@ -162,6 +171,7 @@ def _resume(
         )
         planned = _as_planned(folder, options)
         functions = {**_loaded(_split_functions({**config.get("functions", {})})[1]), **own}
+        noted = {place: list(map(str, config.get("callbacks", {}).get(place, ()))) for place in ("before", "after")}
     except (KeyError, TypeError) as error:
         raise UsageError(f"{folder.config_path} is not the configuration of an environment run ({error})") from None
     read = functools.partial(_agent_of, env=env, env_kwargs=env_kwargs, network=network, functions=functions)
@@ -182,8 +192,38 @@ def _resume(
     now = {} if steps is None else {"run": config["run"] | {"total_timesteps": steps}}
     if elsewhere and not agent.env_lost:
         now |= {"env_id": agent.env_id, "env_kwargs": to_json(agent.env_kwargs)}
+    before, after, beside = _around_the_recorder(callbacks, noted)
+    if beside != noted:
+        now |= {"callbacks": beside}
     ranks.once(lambda: folder.reopen(config | now if now else None))
-    return _run(folder, planned, agent, config.get("begun_at", 0), progress_bar, agent.extra)
+    return _run(folder, planned, agent, config.get("begun_at", 0), progress_bar, agent.extra, before, after)
+
+
+def _around_the_recorder(callbacks: Sequence[Callback], noted: Beside) -> tuple[list[Callback], list[Callback], Beside]:
+    """Which callbacks are called before the recorder of the run, and which after it.
+
+    A warning names those of ``noted``, the run's own so far, that are not among ``callbacks``.
+
+    Returns:
+        Those before, those after, and all names to note from now on: the missing ones stay.
+    """
+    missing = {place: list(names) for place, names in noted.items()}
+    placed: dict[str, list[Callback]] = {"before": [], "after": []}
+    for one in callbacks:
+        name = called(one)
+        place = "before" if name in missing["before"] else "after"
+        placed[place].append(one)
+        if name in missing[place]:
+            missing[place].remove(name)
+    lost = missing["before"] + missing["after"]
+    if lost:
+        _log.warning(
+            "this run had callbacks beside Run, and goes on without %s; where they ended training, saved or changed "
+            "something, give them again: training.resume(folder, callback=[...])",
+            ", ".join(lost),
+        )
+    beside = {place: [called(one) for one in placed[place]] + missing[place] for place in placed}
+    return placed["before"], placed["after"], beside
 
 
 def _as_planned(folder: RunFolder, options: Mapping[str, Any]) -> RunSettings:
@@ -263,12 +303,15 @@ def _agent_of(
 
 def _run(
     folder: RunFolder, run: RunSettings, agent: GRPO, begun_at: int, progress_bar: bool | None,
-    past: Mapping[str, Any] | None = None,
+    past: Mapping[str, Any] | None = None, before: Sequence[Callback] = (), after: Sequence[Callback] = (),
 ) -> RunResult:  # fmt: skip
-    """Train on schedules that run from ``begun_at`` to the last step of ``run``, and record it, after ``past``."""
+    """Train on schedules that run from ``begun_at`` to the last step of ``run``, and record it.
+
+    ``past`` is for :func:`recording`; ``before`` and ``after`` are callbacks around the one that records.
+    """
     with ExitStack() as stack:
         stack.callback(agent.close)
         with recording(folder, run, agent, past) as recorder:
-            train_until(agent, begun_at, run.total_timesteps, recorder, progress_bar)
+            train_until(agent, begun_at, run.total_timesteps, [*before, recorder, *after], progress_bar)
         assert recorder.result is not None
         return recorder.result

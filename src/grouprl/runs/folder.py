@@ -107,7 +107,7 @@ class RunFolder(RunLayout):
                 self.config_path,
             )
         config = _mapping(config, self.config_path)
-        for name in ("run", "config", "env_kwargs"):
+        for name in ("run", "config", "env_kwargs", "callbacks"):
             if not isinstance(config.get(name, {}), dict):
                 raise DamagedFileError(f"{self.config_path}: {name} is {shown(config[name])}, and must be a mapping")
         for name in ("seed", "begun_at"):
