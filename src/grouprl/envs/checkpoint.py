@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grouprl.envs.finite import check_policy
 from grouprl.envs.loop import Loop
+from grouprl.envs.running_statistics import running_statistics
 from grouprl.errors import DamagedFileError, TrainingError
 from grouprl.machine.record import describe_machine, other_machine
 from grouprl.runs.state import check_like, load_state, save_state, taking_up
@@ -72,4 +73,7 @@ def restore(path: Path, loop: Loop, tensors: Mapping[str, Tensor], meta: Mapping
         others = other_machine(meta["machine"], _machine(loop))
         if others is not None:
             _log.warning("numbers will differ from those of a run that never stopped: %s", others)
+        assert loop.collector is not None
+        if (kept := running_statistics(loop.collector.venv)) is not None:
+            _log.warning("numbers will differ from those of a run that never stopped: %s", kept)
         return dict(saved["extra"])

@@ -28,6 +28,7 @@ from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import tracked
 from grouprl.envs.native import kernels
 from grouprl.envs.rollout import Rollout
+from grouprl.envs.running_statistics import running_statistics
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import TrainingError, UsageError, shown
@@ -161,6 +162,8 @@ class Recorder:
         if past is not None:
             self.log.resume(agent.num_timesteps, past["metrics"])
             self.episodes.resume(agent.num_timesteps, past["episodes"])
+        elif (kept := running_statistics(self.evaluator.venv)) is not None:
+            _log.warning("evaluations, and this run if it is resumed, will show the policy other numbers: %s", kept)
 
     def _keep_episodes(self, agent: GRPO, rollout: Rollout, advantages: Tensor, gamma: float) -> None:
         """Keep some episodes of a batch that is learned from, where they are due."""
