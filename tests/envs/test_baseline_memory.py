@@ -8,10 +8,12 @@ from typing import Any
 import probes
 import pytest
 import torch
+from gymnasium.wrappers import TimeLimit
 
 from grouprl import GRPO, UsageError
 from grouprl.envs.baseline_memory import BaselineMemory, Seen
 from grouprl.envs.config import make_config
+from grouprl.envs.estimate import DEFAULT_HORIZON
 from grouprl.objective import RandomFeatures
 from grouprl.runs.state import load_state
 
@@ -72,6 +74,16 @@ def test_a_run_keeps_batches_until_another_environment_is_set(tmp_path: Path) ->
     assert kept(agent) == []
     without = GRPO(probes.Delayed, **SETTINGS | {"baseline_memory": 0}).learn(64 + 2 * 256)
     assert kept(without) == []
+
+
+def test_the_time_in_an_episode_is_measured_by_the_limit_of_the_environment_that_is_trained_on() -> None:
+    agent = GRPO(lambda: TimeLimit(probes.Delayed(), 30), **SETTINGS)
+    assert agent.loop.baseline is not None
+    assert agent.loop.baseline.horizon == 30
+    agent.set_env(lambda: TimeLimit(probes.Delayed(), 50))
+    assert agent.loop.baseline.horizon == 50
+    agent.set_env(probes.Delayed)
+    assert agent.loop.baseline.horizon == DEFAULT_HORIZON
 
 
 def test_a_copy_keeps_them_too() -> None:

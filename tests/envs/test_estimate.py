@@ -117,6 +117,20 @@ def test_a_pulled_fit_values_a_batch_by_the_weights_before_it(monkeypatch: pytes
         assert not torch.equal(baseline.weights, w)
 
 
+@pytest.mark.parametrize("elapsed", [0, 10**6])
+def test_the_baseline_sees_as_much_late_in_an_endless_episode_as_at_its_start(elapsed: int) -> None:
+    config = make_config({"gamma": 0.0, "gae_lambda": 0.0})
+    seen = torch.randn(4097, 2, generator=torch.Generator().manual_seed(0))
+    rollout = replace(
+        chain(1, 4096),
+        inputs={"flat": seen[:-1]}, last_inputs={"flat": seen[-1:]}, rewards=torch.sin(2 * seen[:-1, 0]),
+        elapsed=torch.arange(4096) + elapsed, last_elapsed=torch.tensor([4096 + elapsed]),
+        terminated=torch.zeros(1, dtype=torch.bool),
+    )  # fmt: skip
+    _, _, explained = Baseline.create(2, config, horizon=1000).fit(rollout, config)
+    assert explained > 0.9
+
+
 def test_a_batch_of_equal_rewards_has_a_signal_only_if_it_can_end_early() -> None:
     rollout = chain(2, 3)
     assert estimate.has_signal(rollout)

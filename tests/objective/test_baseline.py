@@ -37,6 +37,16 @@ def test_features_are_what_the_formula_says():
     assert phi[1, 5:].tolist() == [10.0, 0.0, 100.0, 0.0, 1.0, 1.0, 1.0]  # clipped at 10
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_time_beyond_the_horizon_counts_as_its_end(cosine):
+    features = RandomFeatures.create(2, 5, seed=3, cosine=cosine)
+    observations = torch.randn(3, 2)
+    late = features(observations, torch.tensor([1.0, 1.01, 1e6]))
+    assert torch.equal(late, features(observations, torch.ones(3)))
+    weights = torch.randn(features.n_outputs)
+    assert_close(features.dot(observations, torch.full((3,), 50.0), weights), late @ weights)
+
+
 def test_features_are_fixed_by_their_seed():
     first, again, other = (RandomFeatures.create(3, 8, seed) for seed in (1, 1, 2))
     assert torch.equal(first.weight, again.weight)

@@ -46,6 +46,7 @@ class Baseline:
 
     features: RandomFeatures
     horizon: int
+    """Steps of an episode, by which the time in it is divided; later steps count as the last one of these."""
     weights: Tensor | None = None
     sketch: Sketch | None = None
     """Of a summary that is too wide for the features."""

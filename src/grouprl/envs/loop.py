@@ -119,10 +119,13 @@ class Loop:
         own = self.functions.advantage
         check_asked(own, OFFERED)
         fits = "values" in asked_for(own) if own is not None else self.config.advantage == "baseline"
+        limit = horizon(venv) or DEFAULT_HORIZON
         if fits and self.baseline is None:
             width = n_summary(observations.n_flat, dict(observations.images))
-            self.baseline = Baseline.create(width, self.config, horizon(venv) or DEFAULT_HORIZON)
+            self.baseline = Baseline.create(width, self.config, limit)
             self.baseline.load(self._state_of_baseline)
+        elif self.baseline is not None:
+            self.baseline.horizon = limit
 
     def detach(self) -> None:
         """Forget the environments; training on needs :meth:`attach` first."""

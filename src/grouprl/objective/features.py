@@ -14,6 +14,7 @@ from grouprl.errors import UsageError
 
 _OBSERVATION_LIMIT = 10.0
 _COSINE_SCALE = 0.25
+_LATEST = 1.0
 _TIME_SCALE = 4.0  # elapsed lies in [0, 1]: stretched to the spread of a normalised observation
 
 
@@ -25,6 +26,9 @@ class RandomFeatures:
         tanh:   N(0, 1) / sqrt(max(1, D/4)),          U(-2, 2)
         cosine: N(0, 1) / (4 sqrt(max(1, D/4))),      U(-pi, pi)
     Cosines vary slowly, over about 2 sqrt(D) deviations of an observation: a regression on them is smooth.
+
+    The time u of a step is at most 1. Where episodes outlast what is taken for their horizon, a time that went on
+    growing would drown the observation within f.
     """
 
     weight: Tensor
@@ -57,7 +61,8 @@ class RandomFeatures:
     def __call__(self, observations: Tensor, elapsed: Tensor) -> Tensor:
         """[S, F] float32 from observations [S, D] and elapsed [S].
 
-        Observations come normalised and are clipped to +-10; elapsed is the time in the episode over its horizon.
+        Observations come normalised and are clipped to +-10; elapsed is the time in the episode over its horizon, and
+        counts as 1 beyond it.
         Raises UsageError on shapes that do not fit.
         """
         hidden, s, u = self._parts(observations, elapsed)
@@ -84,7 +89,7 @@ class RandomFeatures:
                 f"elapsed must have shape [{observations.shape[0]}], one per observation, got {list(elapsed.shape)}."
             )
         s = observations.float().clamp(-_OBSERVATION_LIMIT, _OBSERVATION_LIMIT)
-        u = elapsed.to(s).unsqueeze(1)
+        u = elapsed.to(s).clamp(max=_LATEST).unsqueeze(1)
         weight, offset = self.weight.to(s.device), self.offset.to(s.device)
         inputs = torch.cat((s, _TIME_SCALE * u), 1)
         if self.cosine:
