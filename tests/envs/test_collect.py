@@ -20,6 +20,8 @@ from grouprl.envs.config import make_config
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
 from grouprl.envs.spaces import ObservationCodec
+from grouprl.envs.stepper import Choice, Stepped
+from grouprl.envs.trace import Trace
 
 LENGTHS = (3, 2, 4)
 """Episode k of a counter has LENGTHS[k % 3] steps and ends by truncation where k is odd."""
@@ -109,6 +111,43 @@ def test_a_batch_holds_what_was_scripted():
     assert rollout.episode_returns == [3, 21]
     assert rollout.episode_lengths == [3, 2]
     assert rollout.episode_envs == [0, 0]
+
+
+def rows_of(rng: np.random.Generator, n_rows: int, n: int, kinds: int) -> Iterator[tuple[Stepped, np.ndarray]]:
+    """Vector steps whose rewards have at most so many values, and where each step is one of an episode."""
+    some = rng.standard_normal(kinds).astype(np.float32)
+    for _ in range(n_rows):
+        ends = rng.random(n) < 0.1
+        yield Stepped(rng.choice(some, n), ends, ends, np.empty(0, np.intp), None), rng.random(n) < 0.8
+
+
+def add(trace: Trace, stepped: Stepped, valid: np.ndarray) -> None:
+    n = len(valid)
+    trace.add_choice({"flat": np.zeros((n, 1))}, Choice(np.zeros((n, 2)), None, np.zeros(n)), valid)
+    trace.add_outcome(stepped)
+
+
+@pytest.mark.parametrize("kinds", [1, 2, 3, 50])
+@pytest.mark.parametrize("n", [1, 4])
+def test_signals_are_unusual_rewards_and_terminations_of_all_steps_so_far(kinds, n):
+    trace, rng = Trace(), np.random.default_rng(kinds)
+    for number, (stepped, valid) in enumerate(rows_of(rng, 60, n, kinds)):
+        add(trace, stepped, valid if number else np.ones(n, bool))
+        if number % 7 == 0:
+            seen = np.stack(trace.valid)
+            rewards = np.stack(trace.rewards).astype(np.float32)[seen]
+            expected = (rewards != np.median(rewards)).sum() + np.stack(trace.terminated)[seen].sum()
+            assert trace.signals() == trace.signals() == expected
+
+
+def test_signals_read_no_step_twice():
+    trace, rng = Trace(), np.random.default_rng(0)
+    for stepped, _ in rows_of(rng, 30, 2, 2):
+        add(trace, stepped, np.ones(2, bool))
+    before = trace.signals()
+    trace.rewards[:] = [np.full(2, np.nan)] * 30
+    trace.terminated[:] = [np.ones(2, bool)] * 30
+    assert trace.signals() == before
 
 
 def test_an_episode_that_goes_on_in_the_next_batch_keeps_its_time_and_return():

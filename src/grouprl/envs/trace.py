@@ -33,6 +33,38 @@ class InFlight(NamedTuple):
 
 
 @dataclass
+class _Counted:
+    """Which rewards came how often in the first ``rows`` vector steps of a trace, and how many terminations.
+
+    A batch is complete once enough rewards are unusual, so few values are distinct as long as it is not.
+    """
+
+    rows: int = 0
+    terminations: int = 0
+    values: Array = field(default_factory=lambda: np.empty(0, np.float32))
+    """The distinct rewards in their order, and in ``counts`` how often each came."""
+    counts: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def add(self, rewards: Array, terminated: Bools) -> None:
+        """Count ``m`` more steps, by their rewards ``[m]`` and whether the episode terminated ``[m]``."""
+        fresh, counts = np.unique(rewards, return_counts=True)
+        self.values, place = np.unique(np.concatenate([self.values, fresh]), return_inverse=True)
+        every = np.concatenate([self.counts, counts])
+        self.counts = np.zeros(len(self.values), np.int64)
+        np.add.at(self.counts, place, every)
+        self.terminations += int(terminated.sum())
+
+    def unusual(self) -> int:
+        """Rewards that are not the median of all, which is NaN where one of them is."""
+        total = int(self.counts.sum())
+        if not total or np.isnan(self.values[-1]):
+            return total
+        middle = np.searchsorted(self.counts.cumsum(), [(total - 1) // 2, total // 2], side="right")
+        median = np.median(self.values[np.unique(middle)])
+        return total - int(self.counts[self.values == median].sum())
+
+
+@dataclass
 class Trace:
     """What one collection saw, one entry per vector step of ``n`` environments, each ``[n, ...]``.
 
@@ -62,6 +94,7 @@ class Trace:
     last: list[dict[str, Array]] = field(default_factory=list)
     masked: bool = False
     """Whether any step so far had a mask."""
+    _counted: _Counted = field(default_factory=_Counted)
 
     def add_choice(self, encoded: dict[str, Array], choice: Choice, valid: Bools) -> None:
         """Note what was seen and chosen; :meth:`add_outcome` must follow."""
@@ -88,11 +121,16 @@ class Trace:
         return int(self.valid[-1].sum())
 
     def signals(self) -> int:
-        """Steps with an unusual reward (not the median) plus terminations: events there is something to learn from."""
-        valid = np.stack(self.valid)
-        rewards = np.stack(self.rewards)[valid]
-        unusual = int((rewards != np.median(rewards)).sum())
-        return unusual + int(np.stack(self.terminated)[valid].sum())
+        """Steps with an unusual reward (not the median) plus terminations: events there is something to learn from.
+
+        Each call reads only the vector steps that are new since the last one.
+        """
+        new = slice(self._counted.rows, len(self.rewards))
+        if self.rewards[new]:
+            valid = np.stack(self.valid[new])
+            self._counted.add(np.stack(self.rewards[new])[valid], np.stack(self.terminated[new])[valid])
+            self._counted.rows = new.stop
+        return self._counted.unusual() + self._counted.terminations
 
 
 def pack(
