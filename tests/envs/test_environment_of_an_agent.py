@@ -252,6 +252,28 @@ def test_episodes_of_an_environment_that_nobody_else_has_go_on() -> None:
     assert list(agent.loop.recent_lengths) == [10] * 6
 
 
+def test_returns_of_another_environment_are_not_counted_any_more() -> None:
+    agent = GRPO(Sign, **QUICK).learn(64)
+    seen = agent.recent_returns
+    agent.set_env(Sign)
+    assert agent.recent_returns == seen != []
+    agent.set_env(lambda: Sign())
+    assert agent.recent_returns == []
+    assert list(agent.loop.recent_lengths) == []
+    agent.close()
+
+
+def test_returns_of_the_same_id_with_the_same_arguments_count_on() -> None:
+    short = {"max_episode_steps": 8}
+    agent = GRPO("CliffWalking-v1", env_kwargs=short, **QUICK).learn(64)
+    seen = agent.recent_returns
+    agent.set_env("CliffWalking-v1", short)
+    assert agent.recent_returns == seen != []
+    agent.set_env("CliffWalking-v1", {"max_episode_steps": 9})
+    assert agent.recent_returns == []
+    agent.close()
+
+
 def test_copies_train_by_themselves() -> None:
     agent = GRPO(Sign, **QUICK, seed=1).learn(64)
     plain = {name: value.clone() for name, value in agent.policy.state_dict().items()}

@@ -260,13 +260,18 @@ class GRPO:
     def set_env(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None = None) -> None:
         """Train on another environment with the same spaces from now on; its next batch starts with fresh episodes.
 
-        Nothing is learned any more from earlier batches, as ``baseline_memory`` and ``reuse`` have them.
+        Nothing is learned any more from earlier batches, as ``baseline_memory`` and ``reuse`` have them. Returns and
+        lengths of earlier episodes no longer count in :attr:`recent_returns` and in metrics, unless this is the same
+        environment again: the same object, or the same id with the same arguments.
 
         Raises:
             UsageError: its spaces differ from those the policy was built for.
         """
+        another = not self._held.holds(env, env_kwargs)
         self._held.set(env, env_kwargs)
         self.loop.forget_batches()
+        if another:
+            self.loop.forget_episodes()
 
     def get_env(self) -> VectorEnv[Any, Any, Any] | None:
         """The vector environment batches are collected from, or None after :meth:`load` without one.

@@ -12,7 +12,7 @@ from gymnasium.vector import VectorEnv
 
 from grouprl.envs.collect import Collector
 from grouprl.envs.description import Description
-from grouprl.envs.env_kwargs import why_not_again
+from grouprl.envs.env_kwargs import to_json, why_not_again
 from grouprl.envs.loop import Loop
 from grouprl.envs.vector import EnvLike, env_name, make_vector
 from grouprl.envs.workers import check_settled, close_vector, settled
@@ -84,6 +84,18 @@ class HeldEnvironment:
             self.description, env_id=env_name(env), env_kwargs=kwargs, env_lost=why_not_again(env, kwargs)
         )
         self.hold(env, venv)
+
+    def holds(self, env: EnvLike, env_kwargs: Mapping[str, Any] | None) -> bool:
+        """Whether ``env`` is the environment already: the same object, or the same id with the same arguments."""
+        if not isinstance(env, str):
+            return env is self.given
+        known = self.description
+        if env != known.env_id or known.env_lost:
+            return False
+        try:
+            return to_json(env_kwargs or {}) == to_json(known.env_kwargs)
+        except TypeError:  # arguments that cannot be compared
+            return False
 
     def where(self) -> tuple[EnvLike, dict[str, Any]]:
         """See :meth:`grouprl.envs.grpo.GRPO.where`."""

@@ -138,6 +138,11 @@ class Loop:
         if self.reuse is not None:
             self.reuse.clear()
 
+    def forget_episodes(self) -> None:
+        """Report no more returns and lengths of earlier episodes, as where they are another environment's."""
+        self.recent_returns.clear()
+        self.recent_lengths.clear()
+
     def restart_episodes(self) -> None:
         """Begin the next batch with fresh episodes, as it must where someone else has stepped the environment."""
         if self.collector is not None:
