@@ -146,13 +146,13 @@ def test_a_run_beside_others_on_its_core_is_told_that_the_machine_is_busy(tmp_pa
 
 def test_an_environment_without_an_end_is_named() -> None:
     rows: list[dict[str, float]] = []
-    settings = SMALL | {"n_envs": 64, "minibatch_size": 4096, "epochs": 1}
+    settings = SMALL | {"n_steps": 1024, "minibatch_size": 4096, "epochs": 1}
     agent = GRPO(Endless, preset=None, seed=0, **settings)
     agent.learn(51_000, callback=lambda _, metrics: rows.append(dict(metrics)))  # a run would evaluate it for long
     columns = {name: np.array([row.get(name, np.nan) for row in rows]) for name in rows[-1]}
-    assert "no-episode-ends" in {one.name for one in examine_table(Table(columns), language_model=False)}
+    assert "no-episode-ends" in {one.name for one in examine_table(Table(columns, settings), language_model=False)}
     fewer = {name: values[:-1] for name, values in columns.items()}
-    assert "no-episode-ends" not in {one.name for one in examine_table(Table(fewer), language_model=False)}
+    assert "no-episode-ends" not in {one.name for one in examine_table(Table(fewer, settings), language_model=False)}
 
 
 def test_a_policy_that_must_not_decide_is_evaluated_far_below_training(tmp_path: Path) -> None:

@@ -56,6 +56,11 @@ CASES: list[tuple[Rule, Table, Table]] = [
         table(skipped_batches=0, degenerate_groups=0.5),
     ),
     (environments.no_episode_ends, table(step=STEPS * 2000, episodes=0), table(step=STEPS * 2000, episodes=STEPS == 9)),
+    (  # each of 64 environments has done 1,000 steps, or 10,000
+        environments.no_episode_ends,
+        table(settings={"n_envs": 64}, step=STEPS * 640_000 / STEPS[-1], episodes=0),
+        table(settings={"n_envs": 64}, step=STEPS * 64_000 / STEPS[-1], episodes=0),
+    ),
     (environments.return_flat, table(return_batch=NOISE), table(return_batch=RISING)),
     (environments.return_flat, table(return_batch=-RISING), table(9.0, return_batch=NOISE, eval_return=9)),
     (

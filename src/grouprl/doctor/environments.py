@@ -66,17 +66,20 @@ def no_signal(table: Table) -> Diagnosis | None:
 
 
 def no_episode_ends(table: Table) -> Diagnosis | None:
-    """No episode has ended in 50,000 steps or more.
+    """No episode has ended in 50,000 steps or more, of which each environment has done 10,000 or more.
 
     Environments of Gymnasium end their episodes after at most some thousand steps. Without an end there is no return
-    to learn from or to report, and whatever goes wrong is never reset.
+    to learn from or to report, and whatever goes wrong is never reset. Many environments side by side do many steps in
+    all before the first of them can reach its time limit.
     """
     steps, episodes = table.values("step"), table.values("episodes")
-    if not len(steps) or steps[-1] < 50_000 or episodes.sum() > 0:
+    n_envs = int(table.settings.get("n_envs", 1))
+    if not len(steps) or steps[-1] < max(50_000, 10_000 * n_envs) or episodes.sum() > 0:
         return None
+    each = f", {steps[-1] / n_envs:,.0f} in each of {n_envs} environments" if n_envs > 1 else ""
     return Diagnosis(
         "no-episode-ends",
-        f"no episode has ended in {steps[-1]:,.0f} steps",
+        f"no episode has ended in {steps[-1]:,.0f} steps{each}",
         "Give the environment a time limit: max_episode_steps where it is registered, or gymnasium.wrappers.TimeLimit.",
     )
 
