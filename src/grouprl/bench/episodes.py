@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode
 from grouprl.envs.arguments import whole_number
 from grouprl.envs.batch_checks import autoreset_mode
 from grouprl.envs.evaluation import longest
-from grouprl.envs.vector import make_vector
+from grouprl.envs.vector import horizon, make_vector
 from grouprl.envs.workers import close_vector
 from grouprl.errors import UsageError
 
@@ -61,7 +61,7 @@ def play(
         left = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
         total, length, resetting = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, bool)
         returns: list[float] = []
-        limit, cut = max_steps or longest(venv), False
+        limit, cut = max_steps or longest(horizon(venv)), False
         observations, _ = venv.reset(seed=seed)
         while left.any():
             observations, rewards, terminated, truncated, _ = venv.step(act(observations))

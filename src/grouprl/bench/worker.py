@@ -123,10 +123,9 @@ def _played(evaluator: Evaluator, agent: GRPO, episodes: int, starts: int, deter
     """
     from grouprl.bench.episodes import say_cut
     from grouprl.envs.evaluation import LEAST_PATIENCE, patience
-    from grouprl.envs.vector import horizon
 
-    if horizon(evaluator.venv) is None:
-        evaluator.max_steps = patience(agent, evaluator.venv) or LEAST_PATIENCE
+    if evaluator.horizon is None:
+        evaluator.max_steps = patience(agent, None) or LEAST_PATIENCE
     played = evaluator.run(agent, episodes, deterministic, seed=starts)
     if played.cut:
         say_cut(evaluator.max_steps)

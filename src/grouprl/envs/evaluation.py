@@ -28,22 +28,22 @@ LEAST_PATIENCE = 5000
 """Least steps of a greedy episode that is cut for want of an end."""
 
 
-def longest(venv: VectorEnv[Any, Any, Any]) -> int:
-    """Where to cut an episode if nobody says: after ``MAX_STEPS``, and nowhere below a time limit that is known.
+def longest(limit: int | None) -> int:
+    """Where to cut an episode if nobody says: after ``MAX_STEPS``, and nowhere below a time ``limit`` that is known.
 
     With a time limit the environment ends its episodes there by itself, or never had that limit.
     """
-    return max(MAX_STEPS, 2 * (horizon(venv) or 0))
+    return max(MAX_STEPS, 2 * (limit or 0))
 
 
-def patience(agent: GRPO, venv: VectorEnv[Any, Any, Any]) -> int | None:
-    """Steps after which a greedy episode of ``agent`` in ``venv`` is taken for one that never ends.
+def patience(agent: GRPO, limit: int | None) -> int | None:
+    """Steps after which a greedy episode of ``agent`` is taken for one that never ends.
 
     It is ten times the longest of the last episodes of training, and at least ``LEAST_PATIENCE``. None where the
-    environment has a time limit, because it ends its episodes itself, and where no episode of training has ended.
+    environment has a time ``limit``, because it ends its episodes itself, and where no episode of training has ended.
     """
     lengths = agent.loop.recent_lengths
-    if not lengths or horizon(venv) is not None:
+    if not lengths or limit is not None:
         return None
     return max(LEAST_PATIENCE, 10 * max(lengths))
 
@@ -98,7 +98,9 @@ class Evaluator:
             max_steps = whole_number("max_steps", max_steps, least=1)
         how = "auto" if vectorization == "async" else vectorization
         self.venv = make_vector(env, n_envs, how, env_kwargs, seed=12345, timeout=timeout)
-        self.max_steps = max_steps or longest(self.venv)
+        self.horizon = horizon(self.venv)
+        """Time limit of one episode in steps, or None if there is none to be known."""
+        self.max_steps = max_steps or longest(self.horizon)
 
     def run(self, agent: GRPO, episodes: int = 100, deterministic: bool = True, seed: int = 0) -> Evaluation:
         """Play ``episodes`` with the agent's policy, from starts drawn from ``seed``.

@@ -97,6 +97,8 @@ class Loop:
             )
         self.functions = functions
         self.collector: Collector | None = None
+        self.horizon = DEFAULT_HORIZON
+        """Time limit of one episode of the environments attached, in steps, or what stands for it."""
         self.on_batch: list[Callable[[Rollout, Tensor, float], None]] = []
         """Each is told of a batch that is learned from, its advantages ``[S]`` and its discount, before the update."""
         self.n_steps = n_steps
@@ -119,13 +121,13 @@ class Loop:
         own = self.functions.advantage
         check_asked(own, OFFERED)
         fits = "values" in asked_for(own) if own is not None else self.config.advantage == "baseline"
-        limit = horizon(venv) or DEFAULT_HORIZON
+        self.horizon = horizon(venv) or DEFAULT_HORIZON
         if fits and self.baseline is None:
             width = n_summary(observations.n_flat, dict(observations.images))
-            self.baseline = Baseline.create(width, self.config, limit)
+            self.baseline = Baseline.create(width, self.config, self.horizon)
             self.baseline.load(self._state_of_baseline)
         elif self.baseline is not None:
-            self.baseline.horizon = limit
+            self.baseline.horizon = self.horizon
 
     def detach(self) -> None:
         """Forget the environments; training on needs :meth:`attach` first."""
@@ -161,7 +163,7 @@ class Loop:
         if not self.collector.stepper.started:
             return
         since = self.collector.steps_since_reset
-        far = since > RESTART_AFTER * (horizon(self.collector.venv) or DEFAULT_HORIZON)
+        far = since > RESTART_AFTER * self.horizon
         if (may_restart and far) or not self.collector.replayable:
             self.restart_episodes()
 

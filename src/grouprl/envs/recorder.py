@@ -198,7 +198,7 @@ class Recorder:
 
     def patience(self, agent: GRPO) -> int | None:
         """See :func:`~grouprl.envs.evaluation.patience`."""
-        return patience(agent, self.evaluator.venv)
+        return patience(agent, self.evaluator.horizon)
 
     def _evaluate(self, agent: GRPO) -> float:
         self.evaluator.max_steps = self.patience(agent) or self.evaluator.max_steps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +21,7 @@ from grouprl.envs.env_errors import cannot_make_message, missing_extra_message, 
 from grouprl.envs.pool import make_envpool
 from grouprl.envs.shared import Shared
 from grouprl.envs.step_watch import making
-from grouprl.envs.workers import Workers
+from grouprl.envs.workers import Workers, time_limit_in_workers
 from grouprl.errors import GrouprlError, UsageError, with_type
 from grouprl.importing import import_here
 from grouprl.machine.ranks import ALONE, Ranks
@@ -284,14 +284,31 @@ def share_environments(one: Any, other: Any) -> bool:
 
 
 def horizon(venv: VectorEnv[Any, Any, Any]) -> int | None:
-    """The time limit of one episode in steps, or None if there is none to be known."""
-    first = getattr(venv, "envs", [None])[0]
-    limits = [getattr(one, "max_episode_steps", None) for one in (venv, venv.spec, getattr(first, "spec", None))]
-    while isinstance(first, gym.Wrapper):  # such as a TimeLimit that a user's callable has put around its environment
-        if isinstance(first, TimeLimit):
-            limits.append(first._max_episode_steps)
-        first = first.env
-    return next((int(limit) for limit in limits if isinstance(limit, int | np.integer) and limit > 0), None)
+    """The time limit of one episode in steps, or None if there is none to be known.
+
+    It is looked for in the vector environment and in those that it wraps, then in the first of its environments. If
+    these are in processes of their own, they are asked, so ask once and not between steps that are under way.
+    """
+    return next((int(limit) for limit in _limits(venv) if isinstance(limit, int | np.integer) and limit > 0), None)
+
+
+def _limits(venv: VectorEnv[Any, Any, Any]) -> Iterator[Any]:
+    """Whatever may be the time limit, in the order in which it is believed."""
+    layers = [venv]
+    while isinstance(inner := getattr(layers[-1], "env", getattr(layers[-1], "own", None)), VectorEnv):
+        layers.append(inner)
+    if venv.unwrapped not in layers:  # a wrapper that keeps what it wraps under another name
+        layers.append(venv.unwrapped)
+    yield from (getattr(layer, "max_episode_steps", None) for layer in layers)
+    yield from (getattr(layer.spec, "max_episode_steps", None) for layer in layers)
+    for layer in layers:
+        first = getattr(layer, "envs", [None])[0]
+        yield getattr(getattr(first, "spec", None), "max_episode_steps", None)
+        while isinstance(first, gym.Wrapper):  # such as a TimeLimit that a user's callable has put around it
+            if isinstance(first, TimeLimit):
+                yield first._max_episode_steps
+            first = first.env
+    yield time_limit_in_workers(layers[-1])
 
 
 def reward_threshold(env: EnvLike) -> float | None:

@@ -197,6 +197,17 @@ def settled(venv: VectorEnv[Any, Any, Any], patience: float = PATIENCE) -> bool:
     return True
 
 
+def time_limit_in_workers(venv: VectorEnv[Any, Any, Any]) -> Any:
+    """Steps after which ``gymnasium.wrappers.TimeLimit`` ends the episodes of the first worker, or None if none does.
+
+    None also where ``venv`` has no workers, or they do not answer now.
+    """
+    if not isinstance(venv, AsyncVectorEnv) or not settled(venv):
+        return None
+    name = "_max_episode_steps"  # a worker that is asked for what its environment lacks ends
+    return venv.get_attr(name)[0] if all(venv.call("has_wrapper_attr", name)) else None
+
+
 def check_settled(venv: VectorEnv[Any, Any, Any]) -> None:
     """Raise UsageError unless :func:`settled`."""
     if not settled(venv):
