@@ -260,6 +260,22 @@ def test_training_ends_once_a_return_is_reached(callbacks: list[Any]) -> None:
     assert 256 <= agent.num_timesteps < 30_000
 
 
+@pytest.mark.parametrize("rewards", [[0.9], [0.3, 0.3, 0.3], [0.1] * 9, [-0.7]])
+@pytest.mark.parametrize("metric", ["return_mean", "return_batch"])
+def test_a_return_that_is_the_wanted_one_but_for_rounding_is_reached(rewards: list[float], metric: str) -> None:
+    class Paying(Mine):
+        def step(self, action: Any) -> Any:
+            seen, _, _, _, info = super().step(action)
+            return seen, rewards[self.t - 1], False, self.t == len(rewards), info
+
+    stop = StopAtReturn(round(sum(rewards), 1), metric)
+    agent = GRPO(Paying, **SMALL | {"skip_without_signal": False}).learn(5_000, callback=stop)
+    done = agent.num_timesteps
+    assert done < 2_000
+    more = StopAtReturn(round(sum(rewards), 1) + 1e-6, metric)
+    assert agent.learn(500, callback=more).num_timesteps >= done + 500
+
+
 @pytest.mark.parametrize(("metric", "said"), [("retrun_mean", "did you mean 'return_mean'"), ("x", "there are agree")])
 def test_a_metric_that_is_none_is_refused(metric: str, said: str) -> None:
     with pytest.raises(UsageError, match=f"metric={metric!r} is no metric of an update; {said}"):

@@ -113,6 +113,38 @@ def test_a_batch_holds_what_was_scripted():
     assert rollout.episode_envs == [0, 0]
 
 
+class Tenths(Counter):
+    """Each step gives 0.1, which float32 does not hold."""
+
+    def step(self, action):
+        seen, _, terminated, truncated, info = super().step(action)
+        return seen, 0.1, terminated, truncated, info
+
+
+def test_returns_are_of_rewards_as_they_were_given_and_learning_has_its_own():
+    made, policy = collector(sync([Tenths]), n_steps=8)
+    for _ in range(2):  # the third episode goes on in the second batch
+        rollout = made.collect(policy)
+        assert rollout.rewards.dtype == torch.float32
+        for length, exact, rounded in zip(
+            rollout.episode_lengths, rollout.episode_returns, rollout.learned_returns, strict=True
+        ):
+            assert exact == pytest.approx(length * 0.1, rel=1e-15)
+            assert rounded == pytest.approx(length * float(np.float32(0.1)), rel=1e-15)
+            assert exact != rounded
+    under_way, _ = made.state()
+    assert under_way["exact_return"] != under_way["episode_return"]
+
+
+def test_a_checkpoint_that_has_one_return_of_an_episode_under_way_is_read():
+    made, policy = collector(sync([Counter]), n_steps=6)
+    made.collect(policy)
+    arrays, state = made.state()
+    again, _ = collector(sync([Counter]), n_steps=6)
+    again.load({name: value for name, value in arrays.items() if name != "exact_return"}, state)
+    assert again.collect(policy).episode_returns == [20 + 21 + 22 + 23, 30 + 31 + 32]
+
+
 def rows_of(rng: np.random.Generator, n_rows: int, n: int, kinds: int) -> Iterator[tuple[Stepped, np.ndarray]]:
     """Vector steps whose rewards have at most so many values, and where each step is one of an episode."""
     some = rng.standard_normal(kinds).astype(np.float32)

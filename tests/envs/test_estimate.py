@@ -37,6 +37,7 @@ def chain(samples: int, length: int) -> Rollout:
         terminated=torch.ones(samples, dtype=torch.bool),
         truncated=torch.zeros(samples, dtype=torch.bool),
         episode_returns=none,
+        learned_returns=none,
         episode_lengths=none,
         episode_envs=none,
     )

@@ -13,6 +13,7 @@ from grouprl.doctor.signs import (
     risen,
 )
 from grouprl.doctor.table import Diagnosis, Rule, Table
+from grouprl.runs.metrics import reached
 
 
 def solved(table: Table) -> bool:
@@ -23,7 +24,7 @@ def solved(table: Table) -> bool:
     """
     if table.goal is None:
         return False
-    return any(value >= table.goal for value in (*table.last("eval_return"), table.late("return_mean")))
+    return any(reached(value, table.goal) for value in (*table.last("eval_return"), table.late("return_mean")))
 
 
 def _returns(table: Table) -> str:

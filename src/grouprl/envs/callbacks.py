@@ -31,6 +31,7 @@ from grouprl.envs.watch import record_episodes
 from grouprl.errors import UsageError, with_type
 from grouprl.runs import RunFolder
 from grouprl.runs.files import user_path
+from grouprl.runs.metrics import reached
 
 _log = logging.getLogger("grouprl")
 
@@ -241,7 +242,7 @@ class StopAtReturn:
     """Ends training once a mean return is reached.
 
     Args:
-        value: the return. metric: where it is read: ``return_mean``, of the last 100 episodes of training, or
+        value: the return; a mean that is below it by rounding alone counts. metric: where it is read: ``return_mean``, of the last 100 episodes of training, or
             ``eval_return``, which :class:`Evaluations` or :class:`Run` before it in the list give. A metric that a
             callback of your own adds is to be there with every update, NaN where it is not known.
     """
@@ -261,7 +262,7 @@ class StopAtReturn:
             close = difflib.get_close_matches(self.metric, sorted(known), n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
             raise UsageError(f"StopAtReturn: metric={self.metric!r} is no metric of an update; {hint}")
-        return not metrics.get(self.metric, float("nan")) >= self.value
+        return not reached(metrics.get(self.metric, float("nan")), self.value)
 
 
 class Videos(_Scheduled):

@@ -45,6 +45,10 @@ MAX_EPISODE = 100_000
 """Steps after which an episode that has not ended is taken for one that never will (whole-episode collection)."""
 
 
+_IN_FLIGHT = {"elapsed": "elapsed", "episode_return": "learned", "exact_return": "returns"}
+"""What the parts of :class:`~grouprl.envs.trace.InFlight` are called in a checkpoint."""
+
+
 class Collector:
     """Steps a ``VectorEnv`` and turns what happens into :class:`~grouprl.envs.rollout.Rollout` batches.
 
@@ -134,7 +138,7 @@ class Collector:
         """Where the environments are, as something that can be written down: a seed and the actions since."""
         if not self.stepper.started:
             return {}, {"seed": self._seed, "replay": False}
-        arrays = {"elapsed": self._in_flight.elapsed.copy(), "episode_return": self._in_flight.returns.copy()}
+        arrays = {name: getattr(self._in_flight, part).copy() for name, part in _IN_FLIGHT.items()}
         if self._history:
             arrays["actions"] = np.stack(self._history)
         return arrays, {"seed": self._started_from, "replay": True}
@@ -153,7 +157,8 @@ class Collector:
         self.restart(seed)
         if not values["replay"]:
             return
-        shapes = {name: arrays[name].shape for name in ("elapsed", "episode_return")}
+        arrays = {"exact_return": arrays["episode_return"]} | dict(arrays)  # of a checkpoint that has one return alone
+        shapes = {name: arrays[name].shape for name in _IN_FLIGHT}
         if any(shape != (self.n,) for shape in shapes.values()):
             raise ValueError(f"{shapes} are not of {self.n} environments")
         steps = arrays.get("actions", np.zeros((0, self.n)))
@@ -163,7 +168,7 @@ class Collector:
         for actions in steps:
             self._advance(actions.copy())
             self._last_action = actions
-        self._in_flight = InFlight(arrays["elapsed"].copy(), arrays["episode_return"].copy())
+        self._in_flight = InFlight(**{part: arrays[name].copy() for name, part in _IN_FLIGHT.items()})
 
     def warm_up(self, policy: Policy, n_steps: int) -> int:
         """Step at random to start the observation statistics of ``policy``; returns the number of steps taken.

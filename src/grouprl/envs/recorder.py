@@ -35,6 +35,7 @@ from grouprl.errors import TrainingError, UsageError, shown
 from grouprl.machine.usage import Usage
 from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
 from grouprl.runs.episodes import EpisodeLog, Strip, write_html
+from grouprl.runs.metrics import reached
 from grouprl.runs.signals import stopping_on_signals
 from grouprl.runs.trackers import check_trackers
 
@@ -184,7 +185,7 @@ class Recorder:
         if step >= self._next_eval:
             self._next_eval = step - step % self.run.eval_every + self.run.eval_every
             metrics["eval_return"] = own = self.ranks.once(lambda: self._evaluate(agent))
-            if self.solved_at is None and self.threshold is not None and own >= self.threshold:
+            if self.solved_at is None and self.threshold is not None and reached(own, self.threshold):
                 self.solved_at = (step, agent.train_seconds)
         metrics.setdefault("eval_return", own)
         if self.ranks.first:

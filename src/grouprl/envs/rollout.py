@@ -34,7 +34,8 @@ class Rollout:
         group: ``[N]`` int64; samples with equal numbers may be compared.
         terminated, truncated: ``[N]`` bool, how the sample ended; neither where the batch cut it.
         episode_returns, episode_lengths: of the episodes completed within this batch, from their true beginning, in the
-            order they ended; episode_envs: the environment of each.
+            order they ended; episode_envs: the environment of each. These returns are of rewards as the environment
+            gave them, in float64; learned_returns: of ``rewards``, which are in float32.
     """
 
     observed: np.ndarray[Any, Any] | None
@@ -52,6 +53,7 @@ class Rollout:
     terminated: Tensor
     truncated: Tensor
     episode_returns: list[float]
+    learned_returns: list[float]
     episode_lengths: list[int]
     episode_envs: list[int]
     last_observed: np.ndarray[Any, Any] | None = None

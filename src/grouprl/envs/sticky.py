@@ -48,7 +48,7 @@ class StickyActions:
             rollout: the newest batch.
             repeats: ``[n]``, the environments that repeat actions.
         """
-        for env, value in zip(rollout.episode_envs, rollout.episode_returns, strict=True):
+        for env, value in zip(rollout.episode_envs, rollout.learned_returns, strict=True):
             self._returns[int(repeats[env])].append(value)
         plain, sticky = self._returns
         if min(len(plain), len(sticky)) >= max(1, len(repeats) // 4):

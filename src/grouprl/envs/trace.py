@@ -21,15 +21,22 @@ Prepare = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 class InFlight(NamedTuple):
-    """The episodes that a batch finds under way, or leaves so: steps and undiscounted return so far, each ``[n]``."""
+    """The episodes that a batch finds under way, or leaves so, each ``[n]``.
+
+    Attributes:
+        elapsed: steps so far.
+        returns: undiscounted return so far, of rewards as the environment gave them.
+        learned: the same, of rewards as learning has them, in float32.
+    """
 
     elapsed: Ints
     returns: npt.NDArray[np.float64]
+    learned: npt.NDArray[np.float64]
 
     @classmethod
     def none(cls, n: int) -> InFlight:
         """``n`` environments whose episodes are about to begin."""
-        return cls(np.zeros(n, np.int64), np.zeros(n, np.float64))
+        return cls(np.zeros(n, np.int64), np.zeros(n, np.float64), np.zeros(n, np.float64))
 
 
 @dataclass
@@ -73,7 +80,7 @@ class Trace:
         actions: as drawn. behaviour: parameters of the distribution they were drawn from, masks applied.
         masks: the valid actions, or None where the environments named none.
         repeated: where the environment got its last action again; empty where nothing is ever repeated.
-        rewards, terminated, done: as in :class:`~grouprl.envs.stepper.Stepped`.
+        rewards, terminated, done: as in :class:`~grouprl.envs.stepper.Stepped`; rewards in float64.
         valid: where the step was one of an episode that counts.
         rounds: how many times all environments had been reset before, one number per vector step.
         last_keys, last: per vector step on which episodes ended, and for these ``e`` episodes: the number of the step
@@ -110,8 +117,7 @@ class Trace:
         if stepped.last is not None:
             self.last_keys.append(len(self.rewards) * len(stepped.done) + stepped.ended)
             self.last.append(stepped.last)
-        with np.errstate(over="ignore"):  # a reward too large is found in pack
-            self.rewards.append(np.array(stepped.rewards, np.float32))
+        self.rewards.append(np.array(stepped.rewards, np.float64))
         self.terminated.append(np.array(stepped.terminated, bool))
         self.done.append(stepped.done)
 
@@ -128,7 +134,7 @@ class Trace:
         new = slice(self._counted.rows, len(self.rewards))
         if self.rewards[new]:
             valid = np.stack(self.valid[new])
-            self._counted.add(np.stack(self.rewards[new])[valid], np.stack(self.terminated[new])[valid])
+            self._counted.add(_learned(np.stack(self.rewards[new]))[valid], np.stack(self.terminated[new])[valid])
             self._counted.rows = new.stop
         return self._counted.unusual() + self._counted.terminations
 
@@ -159,11 +165,12 @@ def pack(
         TrainingError: an observation or a reward is not finite.
     """
     at = _Places.of(trace)
-    rewards = at.pick(trace.rewards)
-    episodes, after = _account(at, rewards, before)
+    given = at.pick(trace.rewards)
+    rewards = _learned(given)
+    check_rewards(rewards, at.env, at.time)
+    episodes, after = _account(at, given, rewards, before)
     raw = {key: at.pick([encoded[key] for encoded in trace.encoded]) for key in trace.encoded[0]}
     raw_last = _last_observations(trace, at, now)
-    check_rewards(rewards, at.env, at.time)
     check_observations(observations, raw, at.env, at.time)
     check_observations(observations, raw_last, at.sample_env, at.sample_time + 1)
     terminated = at.pick(trace.terminated)[at.last]
@@ -185,6 +192,7 @@ def pack(
         terminated=tensor(terminated),
         truncated=tensor(at.sample_done & ~terminated),
         episode_returns=episodes.returns[episodes.finished].tolist(),
+        learned_returns=episodes.learned[episodes.finished].tolist(),
         episode_lengths=episodes.total_length[episodes.finished].tolist(),
         episode_envs=at.sample_env[episodes.finished].tolist(),
         last_observed=raw_last.get("flat"),
@@ -238,31 +246,45 @@ class _Episodes(NamedTuple):
 
     Attributes:
         elapsed: steps since the start of the episode, before each step, ``[S]``.
-        total_length, returns: of the episode up to the end of each sample, ``[N]``.
+        total_length, returns, learned: of the episode up to the end of each sample, ``[N]``, as in :class:`InFlight`.
         finished: numbers of the samples that end an episode, in the order in which these ended.
     """
 
     elapsed: Ints
     total_length: Ints
     returns: npt.NDArray[np.float64]
+    learned: npt.NDArray[np.float64]
     finished: Ints
 
 
-def _account(at: _Places, rewards: Array, before: InFlight) -> tuple[_Episodes, InFlight]:
-    """Steps and returns of the episodes that ``rewards [S]`` belong to, and the episodes in flight afterwards."""
+def _learned(rewards: Array) -> Array:
+    """Rewards as learning has them, in float32. One that is too large becomes infinite, which is found in pack."""
+    with np.errstate(over="ignore"):
+        return rewards.astype(np.float32)
+
+
+def _account(at: _Places, given: Array, rewards: Array, before: InFlight) -> tuple[_Episodes, InFlight]:
+    """Steps and returns of the episodes that rewards ``[S]`` belong to, and the episodes in flight afterwards.
+
+    Args:
+        given: the rewards as the environment gave them. rewards: as learning has them.
+    """
     carries_on = np.append(True, at.sample_env[1:] != at.sample_env[:-1])  # an environment's first sample
     elapsed_before = np.where(carries_on, before.elapsed[at.sample_env], 0)
     total_length = elapsed_before + at.lengths
-    returns = np.add.reduceat(rewards, at.first, dtype=np.float64)
-    returns += np.where(carries_on, before.returns[at.sample_env], 0.0)
-    after = InFlight(before.elapsed.copy(), before.returns.copy())
+    returns, learned = (
+        np.add.reduceat(each, at.first, dtype=np.float64) + np.where(carries_on, so_far[at.sample_env], 0.0)
+        for each, so_far in ((given, before.returns), (rewards, before.learned))
+    )
+    after = InFlight(*(values.copy() for values in before))
     # Of several samples of an environment, the assignment keeps the last.
     after.elapsed[at.sample_env] = np.where(at.sample_done, 0, total_length)
     after.returns[at.sample_env] = np.where(at.sample_done, 0.0, returns)
+    after.learned[at.sample_env] = np.where(at.sample_done, 0.0, learned)
     elapsed = np.arange(len(at.env)) - np.repeat(at.first - elapsed_before, at.lengths)
     finished = np.flatnonzero(at.sample_done)
     finished = finished[np.argsort(at.sample_time[finished], kind="stable")]
-    return _Episodes(elapsed, total_length, returns, finished), after
+    return _Episodes(elapsed, total_length, returns, learned, finished), after
 
 
 def _last_observations(trace: Trace, at: _Places, now: Mapping[str, Array]) -> dict[str, Array]:

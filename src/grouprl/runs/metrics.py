@@ -23,6 +23,13 @@ MetricRow = Mapping[str, float | int | None]
 
 _WHAT = "metrics file"
 
+_ROUNDING = 1e-9
+
+
+def reached(value: float, goal: float) -> bool:
+    """Whether a mean is at least ``goal``, up to the rounding of its sum: three times 0.3 reach 0.9. NaN never does."""
+    return value >= goal - _ROUNDING * abs(goal)
+
 
 class MetricsLog:
     """Appends rows to a CSV file; opens one that exists and goes on from its last whole row.
