@@ -242,7 +242,8 @@ class StopAtReturn:
     """Ends training once a mean return is reached.
 
     Args:
-        value: the return; a mean that is below it by rounding alone counts. metric: where it is read: ``return_mean``, of the last 100 episodes of training, or
+        value: the return; a mean that is below it by rounding alone counts.
+        metric: where it is read: ``return_mean``, of the last 100 episodes of training, or
             ``eval_return``, which :class:`Evaluations` or :class:`Run` before it in the list give. A metric that a
             callback of your own adds is to be there with every update, NaN where it is not known.
     """

@@ -20,6 +20,7 @@ from grouprl.envs.config import GRPOConfig
 from grouprl.envs.finite import check_observations, check_params
 from grouprl.envs.policy import Policy
 from grouprl.envs.rollout import Rollout
+from grouprl.envs.rounding import Rounding
 from grouprl.envs.spaces import ObservationCodec
 from grouprl.envs.step_watch import StepWatch
 from grouprl.envs.stepper import Array, Bools, Stepped, Stepper
@@ -173,6 +174,8 @@ class Collector:
     def warm_up(self, policy: Policy, n_steps: int) -> int:
         """Step at random to start the observation statistics of ``policy``; returns the number of steps taken.
 
+        A warning names a number that changes by less than float32 tells apart where it is.
+
         Args:
             policy: observes what is seen; it does not act.
             n_steps: how many steps over all environments, about.
@@ -188,15 +191,17 @@ class Collector:
     def _warm_up(self, policy: Policy, n_steps: int) -> int:
         self._start()
         seed = self.rng.integers(2**31 - 1)
-        rows, taken = [], 0
+        rows, taken, rounding = [], 0, Rounding(policy.observations)
         zeros = np.zeros((self.n, self.actions.distribution.n_params), np.float32)
         for _ in range(max(8, -(-n_steps // self.n))):
             playing = self.stepper.playing
             rows.append(self.stepper.encoded()["flat"][playing].copy())
             time = np.full(len(rows[-1]), len(rows) - 1)
             check_observations(policy.observations, {"flat": rows[-1]}, np.flatnonzero(playing), time)
+            rounding.add(self.stepper.numbers()[playing])
             taken += int(playing.sum())
             self._advance(self.actions.to_env(self.stepper.choose(zeros, playing, self.rng).actions))
+        rounding.warn()
         policy.observe(np.concatenate(rows))
         self.restart(int(seed))
         return taken

@@ -311,6 +311,15 @@ class ObservationCodec:
             encoded[key] = image.channels_first(np.asarray(_take(observations, image.path)))
         return encoded
 
+    def numbers(self, observations: Any) -> npt.NDArray[np.float64]:
+        """ "flat" before it becomes float32, [n, D]; 0 in one-hots. The observations are as in :meth:`encode`."""
+        arrays = [np.asarray(_take(observations, leaf.path)) for leaf in self._flat]
+        flat = np.zeros((len(arrays[0]) if arrays else 0, self._n_flat))
+        for leaf, array in zip(self._flat, arrays, strict=True):
+            if isinstance(leaf, _Numbers):
+                leaf.write(flat, array)
+        return flat
+
     def encode_single(self, observation: Any) -> dict[str, Array]:
         """The arrays, with n = 1, of one observation of a single environment."""
         return self.encode(self.batch_of_one(observation))

@@ -123,6 +123,10 @@ class Stepper:
         """The observations now, each ``[n, ...]``. They may be views of memory that the next step overwrites."""
         return self.observations.encode(self._obs)
 
+    def numbers(self) -> npt.NDArray[np.float64]:
+        """The numbers of the observations now, ``[n, D]``, as :meth:`ObservationCodec.numbers` gives them."""
+        return self.observations.numbers(self._obs)
+
     def mask(self, playing: Bools) -> Bools | None:
         """Valid actions now, ``[n, M]``, or None where the environment names none.
 
