@@ -276,7 +276,7 @@ def _account(at: _Places, given: Array, rewards: Array, before: InFlight) -> tup
         np.add.reduceat(each, at.first, dtype=np.float64) + np.where(carries_on, so_far[at.sample_env], 0.0)
         for each, so_far in ((given, before.returns), (rewards, before.learned))
     )
-    after = InFlight(*(values.copy() for values in before))
+    after = InFlight(before.elapsed.copy(), before.returns.copy(), before.learned.copy())
     # Of several samples of an environment, the assignment keeps the last.
     after.elapsed[at.sample_env] = np.where(at.sample_done, 0, total_length)
     after.returns[at.sample_env] = np.where(at.sample_done, 0.0, returns)
