@@ -23,7 +23,7 @@ from grouprl.bench import plan
 from grouprl.bench.worker import run_environment
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
-from grouprl.envs.recorder import RunSettings
+from grouprl.envs.run_settings import RunSettings
 from grouprl.lm import GRPOConfig as LanguageConfig
 from grouprl.lm import GRPOTrainer
 from grouprl.lm.models.tiny import build_tiny

@@ -18,7 +18,7 @@ from grouprl.doctor import examine
 from grouprl.envs import training
 from grouprl.envs.callbacks import Checkpoints, Evaluations, Run, StopAtReturn, Videos
 from grouprl.envs.metric_names import NOW_AND_THEN
-from grouprl.envs.recorder import plan
+from grouprl.envs.run_settings import plan
 from grouprl.envs.update import UpdateStats
 from grouprl.envs.watch import make_rendering
 from grouprl.runs import RunFolder, read_metrics

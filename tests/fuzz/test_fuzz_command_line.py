@@ -15,7 +15,8 @@ from odd import result_or_clear_error
 from grouprl import cli
 from grouprl.envs import training
 from grouprl.envs.config import GRPOConfig
-from grouprl.envs.recorder import RunResult, RunSettings
+from grouprl.envs.recorder import RunResult
+from grouprl.envs.run_settings import RunSettings
 from grouprl.lm.run import recipe
 from grouprl.lm.run import training as language
 from grouprl.lm.settings.fields import Fields

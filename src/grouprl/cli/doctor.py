@@ -60,7 +60,7 @@ def report(
 
         defaults = GRPOConfig().to_dict()
     else:
-        from grouprl.envs.recorder import default_settings
+        from grouprl.envs.run_settings import default_settings
 
         defaults = default_settings()
     show(f"wrote {write_report(run, defaults)}")

@@ -12,7 +12,7 @@ Row = tuple[str, Any, str]
 def of_environments() -> Iterator[tuple[str, list[Row]]]:
     """The settings of ``train``, under headings."""
     from grouprl.envs.config import GRPOConfig
-    from grouprl.envs.recorder import RunSettings
+    from grouprl.envs.run_settings import RunSettings
     from grouprl.settings.describe import sections
 
     yield from _configuration(GRPOConfig, sections(GRPOConfig))

@@ -142,7 +142,7 @@ def _announce(folder: RunFolder) -> None:
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of learning, and settings of the run."""
-    from grouprl.envs.recorder import RunSettings
+    from grouprl.envs.run_settings import RunSettings
 
     run = {key: value for key, value in values.items() if key in RunSettings.__dataclass_fields__}
     return {key: value for key, value in values.items() if key not in run}, run

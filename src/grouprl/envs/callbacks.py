@@ -25,7 +25,8 @@ from grouprl.envs.grpo import GRPO
 from grouprl.envs.loading import chosen_environment
 from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import NOW_AND_THEN
-from grouprl.envs.recorder import Beside, Recorder, RunResult, as_written, called, plan, recording
+from grouprl.envs.recorder import Recorder, RunResult, recording
+from grouprl.envs.run_settings import Beside, as_written, called, plan
 from grouprl.envs.vector import EnvLike, share_environments
 from grouprl.envs.watch import record_episodes
 from grouprl.errors import UsageError, with_type
@@ -72,7 +73,7 @@ class Run:
 
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.
-        **settings: fields of :class:`~grouprl.envs.recorder.RunSettings` but ``total_timesteps``, which ``learn`` says.
+        **settings: fields of :class:`~grouprl.envs.run_settings.RunSettings` but ``total_timesteps``, which ``learn`` says.
 
     Attributes:
         result: what the run left, once ``learn`` has ended.

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,6 @@ from torch import Tensor
 
 from grouprl.doctor import Watch
 from grouprl.doctor.report import write_report
-from grouprl.envs.arguments import whole_number, yes_or_no
-from grouprl.envs.config import GRPOConfig
-from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.episodes import batch_of
 from grouprl.envs.evaluation import Evaluator, evaluate, patience
 from grouprl.envs.grpo import GRPO
@@ -28,16 +24,16 @@ from grouprl.envs.loop import Metrics
 from grouprl.envs.metric_names import tracked
 from grouprl.envs.native import kernels
 from grouprl.envs.rollout import Rollout
+from grouprl.envs.run_settings import RunSettings, default_settings
 from grouprl.envs.running_statistics import running_statistics
 from grouprl.envs.vector import reward_threshold
 from grouprl.envs.watch import record_episodes
-from grouprl.errors import TrainingError, UsageError, shown
+from grouprl.errors import TrainingError, UsageError
 from grouprl.machine.usage import Usage
 from grouprl.runs import MetricsLog, RunFolder, make_trackers, read_metrics
 from grouprl.runs.episodes import EpisodeLog, Strip, write_html
 from grouprl.runs.metrics import reached
 from grouprl.runs.signals import stopping_on_signals
-from grouprl.runs.trackers import check_trackers
 
 _log = logging.getLogger("grouprl")
 
@@ -46,50 +42,6 @@ AVG_REWARD_EPISODES = 20
 
 EPISODES_KEPT = 12
 """Batches of a run of which some episodes are kept to be looked at."""
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What a run does beside learning.
-
-    Attributes:
-        total_timesteps: environment steps to train for.
-        eval_every: steps between periodic greedy evaluations (counted from 0); each update at most once.
-        eval_episodes: episodes of a periodic evaluation; final_episodes: of the last one.
-        checkpoint_every: steps between checkpoints; keep_checkpoints: how many of the newest stay.
-        track: ``tensorboard``, ``wandb`` or ``none``.
-        video: whether to film one episode at the end.
-
-    Raises:
-        UsageError: a number is not whole or below 1, a tracker is none, or ``video`` is neither True nor False.
-    """
-
-    total_timesteps: int
-    eval_every: int
-    eval_episodes: int = 20
-    final_episodes: int = 100
-    checkpoint_every: int = 100_000
-    keep_checkpoints: int = 3
-    track: tuple[str, ...] = ("tensorboard",)
-    video: bool = True
-
-    def __post_init__(self) -> None:
-        for name in (
-            "total_timesteps",
-            "eval_every",
-            "eval_episodes",
-            "final_episodes",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
-        check_trackers(self.track)
-        object.__setattr__(self, "track", tuple(self.track))
-        object.__setattr__(self, "video", yes_or_no("video", self.video))
-
-
-Beside = dict[str, list[str]]
-"""Names of the callbacks ``before`` and ``after`` that which records a run, in their order."""
 
 
 @dataclass(frozen=True)
@@ -237,64 +189,6 @@ class Recorder:
             self.folder.settle()
 
 
-def plan(total: int, given: Mapping[str, Any], eval_every: int | None = None) -> RunSettings:
-    """The settings of a run of ``total`` steps, with ``given`` fields; 20 evaluations and 10 checkpoints by default.
-
-    Raises:
-        UsageError: there is no such field, or a value is not allowed.
-    """
-    if unknown := [name for name in given if name not in RunSettings.__dataclass_fields__]:
-        raise UsageError(
-            f"unknown settings of a run: {', '.join(map(shown, unknown))}; known ones: "
-            f"{', '.join(RunSettings.__dataclass_fields__)}"
-        )
-    total = whole_number("total_timesteps", total, least=1)
-    usual = {
-        "total_timesteps": total,
-        "eval_every": eval_every or max(1, total // 20),
-        "checkpoint_every": max(1, total // 10),
-    }
-    return RunSettings(**{**usual, **given})
-
-
-def as_written(
-    agent: GRPO, run: RunSettings, env_id: str, preset: str | None, functions: Mapping[str, str] | None = None,
-    beside: Beside | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """What config.yaml says of a run: enough to do it again, if its environment can be made by ``env_id``.
-
-    What was the user's own, and no name in ``functions`` finds again, is named under ``own``; callbacks ``beside`` that
-    which records the run, under ``callbacks``.
-    """
-    named = dict(functions or {})
-    given = {
-        "network": agent._network,
-        "advantage_function": agent.loop.functions.advantage,
-        "surrogate_function": agent.loop.functions.surrogate,
-    }
-    own = {name: called(value) for name, value in given.items() if value is not None and name not in named}
-    return {
-        "grouprl": version("grouprl"),
-        "env_id": env_id,
-        "preset": preset,
-        "seed": agent.config.seed,
-        "env_kwargs": {} if agent.env_lost else to_json(agent.env_kwargs),
-        "run": {**run.__dict__, "track": list(run.track)},
-        **({"begun_at": agent.num_timesteps} if agent.num_timesteps else {}),
-        "reward_threshold": reward_threshold(agent.where()[0]),
-        "config": agent.config.model_dump(mode="json"),
-        **({"functions": named} if named else {}),
-        **({"own": own} if own else {}),
-        **({"callbacks": beside} if beside and any(beside.values()) else {}),
-    }
-
-
-def called(function: Any) -> str:
-    """``module:name`` of a function or class; of another object that of its class."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}:{named.__qualname__}"
-
-
 @contextmanager
 def recording(
     folder: RunFolder, run: RunSettings, agent: GRPO, past: Mapping[str, Any] | None = None
@@ -391,8 +285,3 @@ def _leave_pages(folder: RunFolder, strip: Strip) -> list[str]:
         notes.append(f"no page of episodes: {error}")
     write_report(folder.path, default_settings())
     return notes
-
-
-def default_settings() -> dict[str, Any]:
-    """Every setting of learning and its default, as config.yaml holds them."""
-    return GRPOConfig().model_dump(mode="json")

@@ -18,7 +18,8 @@ from grouprl.envs.env_kwargs import to_json
 from grouprl.envs.grpo import GRPO, Callback
 from grouprl.envs.learn_call import train_until
 from grouprl.envs.policy import Network
-from grouprl.envs.recorder import Beside, RunResult, RunSettings, as_written, called, plan, recording
+from grouprl.envs.recorder import RunResult, recording
+from grouprl.envs.run_settings import Beside, RunSettings, as_written, called, plan
 from grouprl.envs.stable_baselines import checked_callbacks
 from grouprl.envs.vector import EnvLike
 from grouprl.errors import UsageError, shown
