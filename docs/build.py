@@ -251,7 +251,7 @@ def run_settings_part() -> str:
         "## Settings of a run\n\nAlso set with `--set` (or by options of `grouprl train`). They change nothing of the "
         "algorithm, but a scheduled checkpoint may begin fresh episodes ([why](architecture.md#exact-resume)). Without "
         "a preset that says otherwise a run has 500,000 steps, 20 evaluations and 10 checkpoints.\n\n"
-        + definition("grouprl.envs.recorder", "RunSettings")
+        + definition("grouprl.envs.run_settings", "RunSettings")
     )
 
 
