@@ -162,6 +162,9 @@ def main(out: Path) -> None:
             found[f"error {name}"] = f"KeyError: {error}"
     found["stopped"] = resumed(out / "resumed", stop=4, resume=False)
     found["on"] = resumed(out / "alone", stop=None, resume=True)  # from what one process left
+    made = trainer(out / "saved", bf16=False)
+    if made.is_world_process_zero():  # as scripts do
+        made.save_model(out / "saved" / "model")
     torch.save(found, out / f"rank{place.rank}.pt")
 
 

@@ -15,7 +15,7 @@ from rank_cases import LORA, Gradients, some
 from small_runs import EVAL_ROWS, ROWS, Stop, logged, mixture, trainer, warm, without_times
 from transformers import TrainerCallback
 
-from grouprl.errors import GrouprlError
+from grouprl.errors import GrouprlError, TrainingError
 from grouprl.learning.shards import held, whole
 from grouprl.lm import GRPOTrainer
 from grouprl.machine.ranks import here
@@ -161,6 +161,12 @@ def main(out: Path) -> None:
     if place.rank == 0:  # to be gone on with by one process
         shutil.copytree(out / "parts", out / "parts at 3")
     found["parts on"] = chain(out / "parts", stop=None, resume=True, **parts)
+    made = _trainer(out / "of one")
+    try:
+        if made.is_world_process_zero():
+            made.save_model(out / "of one" / "model")
+    except TrainingError as error:
+        found["saved by one"] = str(error)
     torch.save(found, out / f"rank{place.rank}.pt")
 
 

@@ -10,6 +10,8 @@ import pytest
 import rank_cases
 from compared import check_learned_alike, furthest
 from rank_cases import SAME
+from small_runs import warm
+from transformers import AutoModelForCausalLM
 
 from several import of_two, one_thread
 
@@ -38,6 +40,11 @@ def test_one_process_alone_writes(both: Any) -> None:
     lines = (out / "resumed" / "checkpoint-4" / "trainer_state.json").read_text()
     assert '"global_step": 4' in lines
     assert not list((out / "runs" / "usual").glob("checkpoint-*"))
+
+
+def test_the_first_process_alone_may_save_the_model(both: Any) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(both[0] / "saved" / "model")
+    assert furthest(dict(saved.named_parameters()), dict(warm()[0].named_parameters())) == 0
 
 
 ERRORS = {

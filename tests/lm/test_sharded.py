@@ -61,6 +61,11 @@ def test_the_model_at_the_end_is_saved_whole(both: Any) -> None:
     assert json.loads((Path(found["saved"]) / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_sharded_weights_cannot_be_saved_by_one_process_and_the_error_says_so(both: Any) -> None:
+    assert "with fsdp save_model too, in every process" in both[1][0]["saved by one"]
+    assert not (both[0] / "of one" / "model").exists()
+
+
 def test_an_adapter_at_the_end_is_saved_alone(both: Any) -> None:
     from peft import PeftModel
 

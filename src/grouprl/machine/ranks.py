@@ -205,8 +205,9 @@ class Ranks:
             )
         else:
             self._told = TrainingError(
-                f"rank {self.rank} lost another rank, which ended without a word: it was killed, or ran out of memory; "
-                "resume from the newest checkpoint, or let torchrun --max-restarts do it"
+                f"rank {self.rank} lost another rank, which ended without a word: it was killed, ran out of memory, or "
+                "had nothing more to do; resume from the newest checkpoint, or let torchrun --max-restarts do it, and "
+                "call train, evaluate, and with fsdp save_model too, in every process"
             )
         return self._told
 

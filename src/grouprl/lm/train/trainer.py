@@ -302,6 +302,9 @@ class GRPOTrainer(ScriptMethods):
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the model as a plain Hugging Face folder (or PEFT adapter folder).
 
+        Of several processes the first writes, and the others do not wait for it. So it may be called in all of them or
+        in the first alone. Weights that ``fsdp`` shards are gathered: then all processes must call it.
+
         Args:
             output_dir: default: ``args.output_dir``, beside the checkpoints, as transformers does.
 
@@ -309,10 +312,17 @@ class GRPOTrainer(ScriptMethods):
             UsageError: the place cannot be written.
             TrainingError: the disk is full, or trained weights are not finite: an older model stays as it is.
         """
-        with self.policy.ranks.telling():
+        ranks = self.policy.ranks
+        if self.policy.sharded is None:
             self.setup.check_finite()
-            state = gathered_state(self.model, first=self.policy.ranks.first)
-            self.policy.ranks.once(lambda: self._save_model(output_dir, state))
+            if ranks.first:
+                self._save_model(output_dir, None)
+            return
+        with ranks.telling():
+            self.setup.check_finite()
+            ranks.gather(None, "save the model")
+            state = gathered_state(self.model, first=ranks.first)
+            ranks.once(lambda: self._save_model(output_dir, state))
 
     def _save_model(self, output_dir: str | Path | None, state: dict[str, Tensor] | None) -> None:
         place = self.setup.output_dir if output_dir is None else user_path(output_dir)
