@@ -64,6 +64,19 @@ class PromptSource:
         """Whether rows can only be read one after the other."""
         return self._streamed
 
+    @property
+    def name(self) -> str:
+        """What the dataset is called in messages."""
+        return self._name
+
+    @property
+    def columns(self) -> list[str] | None:
+        """The columns beside ``prompt``; None where only reading all rows would tell."""
+        names = getattr(self._rows, "column_names", None)
+        if names is None and isinstance(self._rows, list | tuple):
+            names = dict.fromkeys(name for row in self._rows if isinstance(row, Mapping) for name in row)
+        return None if names is None else [name for name in names if name != "prompt"]
+
     def __getitem__(self, index: int) -> Prompt:
         """The prompt of row `index`. Raises UsageError if the row cannot be used, naming it and the fix."""
         if index < 0 or (self._size is not None and not self._streamed and index >= self._size):

@@ -426,6 +426,37 @@ def test_several_evaluation_datasets_are_logged_under_their_names(tmp_path: Path
     assert all("eval_hard_rewards/reverse/mean" in e for e in evaluations)
 
 
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_a_column_that_a_reward_function_needs_is_missed_before_training(tmp_path: Path, as_dataset: bool) -> None:
+    def judge(completions: list[str], answer: list[str]) -> list[float]:
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    def given(rows: Any) -> Any:
+        return datasets.Dataset.from_list(rows) if as_dataset else rows
+
+    bare = given([{"prompt": row["prompt"], "level": 1} for row in EVAL_ROWS])
+    with pytest.raises(UsageError, match=r"'answer', which is neither a column of eval_dataset \(level\) nor one of"):
+        trainer(tmp_path, reward=judge, rows=given(ROWS), eval_dataset=bare)
+    with pytest.raises(UsageError, match=r"neither a column of eval_dataset\['b'\] \(level\)"):
+        trainer(tmp_path, reward=judge, rows=given(ROWS), eval_dataset={"a": given(EVAL_ROWS), "b": bare})
+    with pytest.raises(UsageError, match=r"neither a column of train_dataset \(level\)"):
+        trainer(tmp_path, reward=judge, rows=bare, eval_dataset=given(EVAL_ROWS))
+    made = trainer(tmp_path, reward=judge, rows=given(ROWS), eval_dataset=given(EVAL_ROWS))
+    with pytest.raises(UsageError, match="neither a column of eval_dataset"):
+        made.evaluate(bare)
+    with pytest.raises(UsageError, match="neither a column of train_dataset"):
+        made.train_dataset = bare
+    with pytest.raises(UsageError, match="neither a column of eval_dataset"):
+        made.eval_dataset = bare
+    assert made.evaluate()["eval_reward"] >= 0.0
+
+
+def test_a_column_under_a_name_that_is_taken_is_refused_before_training_begins(tmp_path: Path) -> None:
+    rows = [{**row, "completions": 1} for row in EVAL_ROWS]
+    with pytest.raises(UsageError, match="eval_dataset has a column 'completions', under which"):
+        trainer(tmp_path, eval_dataset=rows)
+
+
 def test_one_of_several_evaluation_datasets_is_evaluated_by_its_name(tmp_path: Path) -> None:
     asked: set[str] = set()
 

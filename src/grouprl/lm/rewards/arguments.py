@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,21 +20,31 @@ RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_ex
 def columns_of(rows: Sequence[Prompt]) -> dict[str, list[Any]]:
     """The columns of the dataset, an entry for each row. Raises UsageError if one has a name that is taken."""
     names = dict.fromkeys(name for row in rows for name in row.columns)
-    for name in names:
-        if name in RESERVED:
-            raise UsageError(
-                f"the dataset has a column {name!r}, under which reward functions are given something else; rename it: "
-                f"dataset.rename_column({name!r}, ...)"
-            )
+    check_names(names)
     return {name: [row.columns.get(name) for row in rows] for name in names}
 
 
-def arguments_for(function: Any, name: str, offered: Mapping[str, Any]) -> dict[str, Any]:
+def check_names(names: Iterable[Any], dataset: str = "the dataset") -> None:
+    """Raises UsageError if a column of ``dataset`` has a name that is taken."""
+    for name in names:
+        if name in RESERVED:
+            raise UsageError(
+                f"{dataset} has a column {name!r}, under which reward functions are given something else; rename it: "
+                f"dataset.rename_column({name!r}, ...)"
+            )
+
+
+def arguments_for(
+    function: Any, name: str, offered: Mapping[str, Any], dataset: str = "the dataset"
+) -> dict[str, Any]:  # fmt: skip
     """What ``function`` is called with: everything if it takes ``**kwargs``, else what its signature names.
+
+    Args:
+        name: the function's, for messages. offered: columns of the dataset, and the rest. dataset: what it is called.
 
     Raises UsageError if it asks for what is not offered, or cannot be given what is.
     """
-    _check_partial(function, name, offered)
+    _check_partial(function, name, offered, dataset)
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some built-in functions have none
@@ -49,7 +59,7 @@ def arguments_for(function: Any, name: str, offered: Mapping[str, Any]) -> dict[
         if named and parameter.default is parameter.empty and parameter.name not in offered:
             columns = ", ".join(str(key) for key in offered if key not in RESERVED) or "none"
             raise UsageError(
-                f"reward function {name!r} asks for {parameter.name!r}, which is neither a column of the dataset "
+                f"reward function {name!r} asks for {parameter.name!r}, which is neither a column of {dataset} "
                 f"({columns}) nor one of {', '.join(RESERVED)}"
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -58,7 +68,7 @@ def arguments_for(function: Any, name: str, offered: Mapping[str, Any]) -> dict[
             if not isinstance(key, str) or key in bound:
                 why = "has that name for itself" if isinstance(key, str) else "is given columns by name, which is text"
                 raise UsageError(
-                    f"the dataset has a column {key!r}, and reward function {name!r} {why}; rename the column: "
+                    f"{dataset} has a column {key!r}, and reward function {name!r} {why}; rename the column: "
                     f"dataset.rename_column({key!r}, ...)"
                 )
         return _owned(offered)
@@ -66,13 +76,13 @@ def arguments_for(function: Any, name: str, offered: Mapping[str, Any]) -> dict[
     return _owned({key: value for key, value in offered.items() if key in wanted})
 
 
-def _check_partial(function: Any, name: str, offered: Mapping[str, Any]) -> None:
+def _check_partial(function: Any, name: str, offered: Mapping[str, Any], dataset: str) -> None:
     """Raises UsageError where a column would take the place of what functools.partial was given."""
     while isinstance(function, functools.partial):
         for key, value in function.keywords.items():
             if key in offered:
                 raise UsageError(
-                    f"the dataset has a column {key!r}, which would take the place of {key}={shown(value)} that "
+                    f"{dataset} has a column {key!r}, which would take the place of {key}={shown(value)} that "
                     f"functools.partial gave to reward function {name!r}; rename the column: "
                     f"dataset.rename_column({key!r}, ...)"
                 )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown
 from grouprl.lm.prompts import Prompt
-from grouprl.lm.rewards.arguments import arguments_for, columns_of
+from grouprl.lm.rewards.arguments import RESERVED, arguments_for, check_names, columns_of
 from grouprl.lm.rewards.event_loop import EventLoop, Late
 from grouprl.lm.rewards.returned import completion, numbers_of, plain_float
 from grouprl.machine.torch_defaults import torch_defaults
@@ -166,6 +166,18 @@ class RewardCaller:
                 "None; return a number for every completion from at least one of them"
             )
         return Rewards(values, self.names, log.columns(len(rows)), log.means())
+
+    def check_columns(self, columns: Sequence[str], dataset: str, *, environments: bool) -> None:
+        """Raises UsageError if a function asks for what it would not be given, or cannot be given what it would be.
+
+        Args:
+            columns: of ``dataset``, which is what it is called. environments: whether there are any.
+        """
+        check_names(columns, dataset)
+        given = [name for name in RESERVED if environments or name != "environments"]
+        offered: dict[str, Any] = {name: () for name in (*columns, *given)}
+        for function, name in zip(self.functions, self.names, strict=True):
+            arguments_for(function, name, offered, dataset)
 
     def _run(self, offered: Mapping[str, Any]) -> list[Any]:
         arguments = [

@@ -67,7 +67,7 @@ class Setup:
         policy: samples from the model and differentiates it. parameters: its trained weights.
         optimizer: steps the weights. default_optimizer: whether it is AdamW by the configuration.
         own_scheduler: a schedule of the user's own, or None for the configuration's, made anew for each run.
-        rewards: the reward functions. player: samples, and has the reward functions judge.
+        rewards: the reward functions. eval_rewards: those of evaluations. player: samples, and has the reward functions judge.
         eval_player: the same for evaluations, which other functions may judge.
         read: the prompts of a dataset, which it is given with the name of the argument.
         functions: an estimator and a surrogate of the user's own.
@@ -86,6 +86,7 @@ class Setup:
     default_optimizer: bool
     own_scheduler: Any
     rewards: RewardCaller
+    eval_rewards: RewardCaller
     player: Player
     eval_player: Player
     read: Read
@@ -102,6 +103,21 @@ class Setup:
         """
         self.parameters.check()
         self.check_finite()
+
+    def check_columns(self) -> None:
+        """Raises UsageError if a reward function needs a column that a dataset lacks, or cannot be given one it has.
+
+        A ``rollout_func`` may give columns of its own, so of one only a call tells.
+        """
+        if self.acting["rollout_func"] is not None:
+            return
+        judged = [
+            (self.prompts, self.rewards),
+            *((prompts, self.eval_rewards) for prompts in self.eval_prompts.values()),
+        ]
+        for prompts, rewards in judged:
+            if prompts is not None and prompts.columns is not None:
+                rewards.check_columns(prompts.columns, prompts.name, environments="environments" in self.acting)
 
     def check_finite(self) -> None:
         """Raises TrainingError if a trained weight is not finite."""
@@ -193,14 +209,16 @@ def _make_setup(
         _log.warning(said)
     player = make_player(policy, tokenizer, rewards, config, interactions, acting, prompts)
     eval_player = player if eval_rewards is rewards else player.judged_by(eval_rewards)
-    return Setup(
+    setup = Setup(
         config=config, plan=plan, model=model, tokenizer=tokenizer, policy=policy, parameters=parameters,
         optimizer=make_optimizer(parameters, config) if optimizer is None else optimizer,
         default_optimizer=optimizer is None, own_scheduler=scheduler, rewards=rewards,
-        player=shared_out(player, policy), eval_player=shared_out(eval_player, policy),
+        eval_rewards=eval_rewards, player=shared_out(player, policy), eval_player=shared_out(eval_player, policy),
         read=read, functions=functions, prompts=prompts, eval_prompts=eval_prompts,
         output_dir=ranks.once(lambda: _output_dir(model, config)), acting=about_acting(acting, interactions),
     )  # fmt: skip
+    setup.check_columns()
+    return setup
 
 
 _FROM_FIRST = ("output_dir", "run_name")

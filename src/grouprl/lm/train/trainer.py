@@ -209,6 +209,7 @@ class GRPOTrainer(ScriptMethods):
         if self.is_in_train:
             raise UsageError(f"{name} cannot be changed while it is trained on; let the training end first")
         setup = replace(self.setup, **parts)
+        setup.check_columns()
         self.book.setup = setup
         vars(self).update({"setup": setup, f"_{name}": value})
 
@@ -289,6 +290,7 @@ class GRPOTrainer(ScriptMethods):
             sources = {"": sources[eval_dataset]}
         elif eval_dataset is not None:
             sources = read_eval_prompts(setup.read, eval_dataset)
+            replace(setup, prompts=None, eval_prompts=sources).check_columns()
         if not sources:
             raise UsageError("there is no eval_dataset; give one to GRPOTrainer or to evaluate")
         metrics: dict[str, float] = {}
