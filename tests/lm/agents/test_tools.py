@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from fractions import Fraction
 
 import pytest
 
@@ -43,7 +44,10 @@ def give(kind: str) -> object:
     """
     return {
         "int": 7, "none": None, "list": [1, "a"], "bytes": b"abc", "object": object(), "megabytes": "x" * 5_000_000,
-        "surrogate": "a\ud800b",
+        "surrogate": "a\ud800b", "generator": (i for i in "ab"), "function": give, "map": map(str, [1]),
+        "image": [{"type": "text", "text": "See:"}, {"type": "image", "image": object()}],
+        "url": {"type": "image_url", "image_url": {"url": "https://a.org/b.png"}}, "nested": {"found": [object()]},
+        "table": [{"type": "image", "name": "b.png"}], "trace": ["<generator object f at 0x7f00>"], "fraction": Fraction(1, 3),
     }[kind]  # fmt: skip
 
 
@@ -66,7 +70,10 @@ def test_a_call_gives_what_the_function_returns(function) -> None:
     assert (found.text, found.failed, found.late) == ("hello", False, False)
 
 
-@pytest.mark.parametrize(("kind", "text"), [("int", "7"), ("none", "None"), ("list", "[1, 'a']"), ("surrogate", "a?b")])
+@pytest.mark.parametrize(("kind", "text"), [
+    ("int", "7"), ("none", "None"), ("list", "[1, 'a']"), ("surrogate", "a?b"), ("fraction", "1/3"),
+    ("table", "[{'type': 'image', 'name': 'b.png'}]"), ("trace", "['<generator object f at 0x7f00>']"),
+])  # fmt: skip
 def test_what_is_plain_becomes_text(kind: str, text: str) -> None:
     assert tools(give).call("give", {"kind": kind}).text == text
 
@@ -76,6 +83,12 @@ def test_what_is_plain_becomes_text(kind: str, text: str) -> None:
     [
         ("give", {"kind": "bytes"}, "the tool give returned bytes, which is not text"),
         ("give", {"kind": "object"}, "the tool give returned object, which is not text"),
+        ("give", {"kind": "generator"}, "the tool give returned generator, which is not text"),
+        ("give", {"kind": "function"}, "the tool give returned function, which is not text"),
+        ("give", {"kind": "map"}, "the tool give returned map, which is not text"),
+        ("give", {"kind": "image"}, "the tool give returned list with a part of the type 'image', which is not text"),
+        ("give", {"kind": "url"}, "the tool give returned a part of the type 'image_url', which is not text"),
+        ("give", {"kind": "nested"}, "the tool give returned dict with object, which is not text"),
         ("give", {"kind": "?"}, "KeyError"),
         ("fail", {"how": "exit"}, "SystemExit"),
         ("fail", {"how": "long"}, "ValueError: yyy"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,18 +136,49 @@ def plain_text(result: Any, whose: str) -> str:
     """What a tool returned as text: text as it is, also in parts; numbers, lists and the like as Python writes them.
 
     Raises:
-        NotTextError: it is bytes, or an object that has no text of its own.
+        NotTextError: it is or holds bytes, an object that has no text of its own, or an image or the like.
     """
     if isinstance(result, str):
         return result
     if is_text_blocks(result):
         return text_of(result)
-    kind: Any = type(result)
-    if isinstance(result, bytes | bytearray | memoryview) or (
-        kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
-    ):
-        raise NotTextError(f"{whose} returned {kind.__name__}, which is not text")
+    for part in _parts(result):
+        if (kind := _not_text(part)) is not None:
+            holds = "" if part is result else f"{type(result).__name__} with "
+            raise NotTextError(f"{whose} returned {holds}{kind}, which is not text")
     return str(result)
+
+
+_ADDRESS = re.compile(r"<.* at 0x[0-9a-fA-F]+.*>", re.DOTALL)
+"""What Python writes of an object that has no text of its own, such as a generator: where it is in memory."""
+
+_MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url")
+_OF_MEDIA = {*_MEDIA, "type", "url", "path", "data", "base64", "source", "format", "detail", "mime_type", "mimeType"}
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value, and whatever it holds if it is a container of Python's, each once."""
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        part = left.pop()
+        yield part
+        if isinstance(part, list | tuple | set | frozenset | dict) and id(part) not in seen:
+            seen.add(id(part))
+            left += [*part, *part.values()] if isinstance(part, dict) else [*part][::-1]
+
+
+def _not_text(part: Any) -> str | None:
+    """What a value is, if it has no text: bytes, a nameless object, or a part of a message that is no text."""
+    if isinstance(part, str | int | float | None):
+        return None
+    if isinstance(part, dict):
+        media = part.get("type") in _MEDIA and part.keys() <= _OF_MEDIA
+        return f"a part of the type {part['type']!r}" if media else None
+    if isinstance(part, list | tuple | set | frozenset):
+        return None
+    nameless = isinstance(part, bytes | bytearray | memoryview) or _ADDRESS.fullmatch(str(part))
+    return type(part).__name__ if nameless else None
 
 
 def is_text_blocks(given: Any) -> bool:
