@@ -65,6 +65,14 @@ def test_text_without_a_call_is_text() -> None:
         ('{"arguments": {}}', "no name with arguments"),
         ('{"name": "add", "arguments": 3}', "no name with arguments"),
         ("[3]", "no name with arguments"),
+        ("[]", "the list [] holds no call; write one as add(a=3, b=3)"),
+        ("add(1, a=2)", "the call of add gives 'a' twice; give it once"),
+        ("add(a=1, a=2)", "the call of add gives 'a' twice"),
+        ("add(**{'a': 1, 'b': 2})", "has **; write each argument as add(name=value)"),
+        ('{"name": "add", "arguments": {"a": 1, "a": 2}}', "an object of the call gives 'a' twice"),
+        ('{"name": "add", "arguments": "{\\"a\\": 1, \\"a\\": 2}"}', "an object of the call gives 'a' twice"),
+        ('{"name": "add", "arguments": {"a": NaN}}', "nan is no finite number"),
+        ("add(1e999, 1)", "inf is no finite number"),
     ],
 )
 def test_what_is_no_call_is_said_in_a_line(body: str, said: str) -> None:

@@ -109,7 +109,9 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, Mapping) and all(isinstance(key, str | int | float | None) for key in value):
         return {_utf8(str(key)): _plain(part) for key, part in value.items()}
-    what = "that number is too large" if isinstance(value, int | float) else f"it is a {type(value).__name__}"
+    what = f"it is a {type(value).__name__}"
+    if isinstance(value, int | float):
+        what = f"{value} is no finite number" if isinstance(value, float) else "that number is too large"
     raise NotACallError(f"an argument cannot be used: {what}; write text, numbers, lists and objects as in JSON")
 
 
@@ -123,19 +125,41 @@ def _read(body: str, schemas: Sequence[Schema]) -> list[dict[str, Any]]:
         raise NotACallError(f"the call has {len(body)} characters; write a shorter one")
     if body[:1] in ("{", "["):
         try:
-            given = json.loads(body)
+            given = _of_json_text(body)
+        except NotACallError:
+            raise
         except (ValueError, RecursionError) as error:
             raise NotACallError(f"the call {shown(body)} is not JSON: {error}") from None
+        if given == []:
+            raise NotACallError(f"the list [] holds no call; write one as {_example(schemas[0])}")
         return [of_json(entry) for entry in (given if isinstance(given, list) else [given])]
     try:
         tree = ast.parse(body, mode="eval").body
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
             raise ValueError
+        name = tree.func.id
         positional = [ast.literal_eval(value) for value in tree.args]
-        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in tree.keywords}
+        named = [(keyword.arg, ast.literal_eval(keyword.value)) for keyword in tree.keywords]
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise NotACallError(f"the call {shown(body)} cannot be read; write it as {_example(schemas[0])}") from None
-    return [as_call(tree.func.id, _by_name(tree.func.id, positional, schemas) | named)]
+    if any(key is None for key, _ in named):
+        raise NotACallError(f"the call {shown(body)} has **; write each argument as {name}(name=value)")
+    return [as_call(name, _each_once([*_by_name(name, positional, schemas).items(), *named], f"the call of {name}"))]
+
+
+def _of_json_text(text: str) -> Any:
+    """What JSON holds. Raises NotACallError if an object has a key twice, ValueError if it is no JSON."""
+    return json.loads(text, object_pairs_hook=lambda pairs: _each_once(pairs, "an object of the call"))
+
+
+def _each_once(pairs: Sequence[tuple[Any, Any]], what: str) -> dict[str, Any]:
+    """Keys with their values. Raises NotACallError if one comes twice: nobody knows which value was meant."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise NotACallError(f"{what} gives {shown(key)} twice; give it once")
+        found[key] = value
+    return found
 
 
 def of_json(entry: Any) -> dict[str, Any]:
@@ -144,7 +168,9 @@ def of_json(entry: Any) -> dict[str, Any]:
     arguments = function.get("arguments", function.get("parameters", {})) if isinstance(function, Mapping) else None
     if isinstance(arguments, str):  # JSON within JSON
         try:
-            arguments = json.loads(arguments)
+            arguments = _of_json_text(arguments)
+        except NotACallError:
+            raise
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
