@@ -93,16 +93,23 @@ class PromptSource:
 
         So a row that cannot be used is met before training and not in its middle. Raises UsageError as `read_row`.
         """
-        rows = self._rows
-        if self._streamed:
-            return
-        if hasattr(rows, "select_columns"):
-            rows = rows.select_columns(["prompt"])
-        elif not isinstance(rows, list | tuple):
-            return  # reading a row may be slow
-        lengths = [characters(check_row(row, i, self._name)) for i, row in zip(range(_LOOKED_OVER), rows, strict=False)]
+        lengths = [characters(check_row(row, i, self._name)) for i, row in self.first_rows("prompt")]
         for i in heapq.nlargest(_TRIED, range(len(lengths)), key=lengths.__getitem__):
             self[i]
+
+    def first_rows(self, *columns: str) -> Iterator[tuple[int, Any]]:
+        """The first 20,000 rows with their numbers, and at least these columns; the first alone if reading may be slow.
+
+        Rows may lack a column.
+        """
+        rows = self._rows
+        if hasattr(rows, "select_columns") and not self._streamed:
+            there = [name for name in columns if name in rows.column_names]
+            rows = rows.select_columns(there) if there else [{}]
+        elif not isinstance(rows, list | tuple):
+            first = self[0]
+            rows = [{**first.columns, "prompt": first.prompt}]
+        yield from zip(range(_LOOKED_OVER), rows, strict=False)
 
     def fingerprint(self, rows: int | None = None) -> dict[str, Any]:
         """Fingerprints by which the same data in the same order are known again.
@@ -284,6 +291,8 @@ def prepare_starts(dataset: Any, name: str = "train_dataset", *, needs_prompt: b
         raise UsageError(no_prompt(name, columns))
     source = PromptSource(rows, functools.partial(read_start, needs_prompt=needs_prompt), name, streamed)
     source[0]
+    for i, row in source.first_rows("prompt"):
+        read_start(row, i, name, needs_prompt=needs_prompt)
     return source
 
 

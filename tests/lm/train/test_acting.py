@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from small_agents import ASKED, CALLS, WORDS, Buttons, trainer
@@ -142,6 +143,29 @@ def test_environments_own_their_rewards_and_their_data(tmp_path: Path) -> None:
         trainer(tmp_path, tools=[press], train_dataset=ROWS)
     with pytest.raises(UsageError, match="there is no train_dataset"):
         trainer(tmp_path, tools=[press], reward_funcs=lambda completions: [0.0] * len(completions)).train()
+
+
+@pytest.mark.parametrize("as_dataset", [False, True])
+def test_rows_from_which_no_episode_can_begin_are_met_before_training_begins(tmp_path: Path, as_dataset: bool) -> None:
+    def named(*names: Any, **others: Any) -> Any:
+        rows = [{"environment": name, **others} for name in names]
+        return datasets.Dataset.from_list(rows) if as_dataset else rows
+
+    several = {"a": Buttons, "b": Buttons}
+    trainer(tmp_path, environment_factory=several, train_dataset=named("a", "b"))
+    with pytest.raises(UsageError, match=r"row 2 of train_dataset names the environment 'c' in column 'environment'"):
+        trainer(tmp_path, environment_factory=several, train_dataset=named("a", "b", "c"))
+    with pytest.raises(UsageError, match=r"row 1 of eval_dataset names the environment None in column"):
+        trainer(tmp_path, environment_factory=several, train_dataset=named("a"), eval_dataset=named("a", None))
+    bare = named("a", right="a").remove_columns("environment") if as_dataset else [{"right": "a"}]
+    with pytest.raises(UsageError, match=r"row 0 of train_dataset names the environment None in column"):
+        trainer(tmp_path, environment_factory=several, train_dataset=bare)
+    with pytest.raises(UsageError, match=r"row 1 of train_dataset has 1\.5 \(float\) in column 'seed'"):
+        seeds = [{"seed": 1.0}, {"seed": 1.5}]
+        trainer(tmp_path, train_dataset=datasets.Dataset.from_list(seeds) if as_dataset else seeds)
+    with pytest.raises(UsageError, match=r"row 1 of train_dataset has an empty prompt ' '"):
+        asked: Any = [{"prompt": "Go."}, {"prompt": " "}]
+        trainer(tmp_path, train_dataset=datasets.Dataset.from_list(asked) if as_dataset else asked)
 
 
 def test_an_episode_longer_than_the_context_is_an_error_at_its_start_and_cut_later(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from grouprl.lm.agents.interaction import Interaction, Message, in_use
 from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, kind_of, reward_functions
 from grouprl.lm.agents.tools import Function, schema_of
 from grouprl.lm.fingerprint import digest
-from grouprl.lm.prompts import Prompt
+from grouprl.lm.prompts import Prompt, PromptSource
 from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.event_loop import EventLoop
 from grouprl.machine.torch_defaults import torch_defaults
@@ -91,6 +91,13 @@ class Interactions:
             "tools as they are described": digest(schemas),
         }
 
+    def check_rows(self, starts: PromptSource) -> None:
+        """Raises UsageError if one of the first rows names no environment that there is, or has a seed that is none."""
+        for index, row in starts.first_rows(ENVIRONMENT_COLUMN, SEED_COLUMN):
+            where = f"row {index} of {starts.name}"
+            if self._factories[self._name(row, where)] is not None:
+                _seed_of(row.get(SEED_COLUMN), 0, where)
+
     def begin(self, row: Prompt, seed: int, where: str) -> tuple[Interaction, Sequence[Message] | str]:
         """An interaction that has begun an episode, and its prompt.
 
@@ -104,7 +111,7 @@ class Interactions:
         Raises:
             GrouprlError: the environment cannot begin, or the row has a seed that is none.
         """
-        name = self._name(row, where)
+        name = self._name(row.columns, where)
         columns = {"prompt": row.prompt, **row.columns} if row.prompt else row.columns
         if self._factories[name] is not None:  # tools alone begin from no seed
             seed = _seed_of(row.columns.get(SEED_COLUMN), seed, where)
@@ -140,7 +147,7 @@ class Interactions:
         """An episode is over; a broken interaction is not used again."""
         self._playing.pop(id(interaction), None)
         if not broken:
-            self._idle[self._name(row, "")].append(interaction)
+            self._idle[self._name(row.columns, "")].append(interaction)
 
     def close(self) -> None:
         """Close all that are idle; more are made when they are needed."""
@@ -156,16 +163,16 @@ class Interactions:
                     _log.warning("%s could not be closed: %s", name_of(interaction), error_text(error))
         self.loop.close()
 
-    def _name(self, row: Prompt, where: str) -> str | None:
+    def _name(self, columns: Mapping[str, Any], where: str) -> str | None:
         if not self.several:
             return None
-        name = row.columns.get(ENVIRONMENT_COLUMN)
-        if name not in self._factories:
+        name = columns.get(ENVIRONMENT_COLUMN)
+        if not isinstance(name, str) or name not in self._factories:
             raise UsageError(
                 f"{where} names the environment {shown(name)} in column {ENVIRONMENT_COLUMN!r}; environment_factory "
                 f"has {', '.join(map(repr, self._factories))}"
             )
-        return str(name)
+        return name
 
     def _make(self, name: str | None) -> Interaction:
         factory, called = self._factories[name], f"environment_factory{'' if name is None else f'[{name!r}]'}"

@@ -16,7 +16,7 @@ from grouprl.lm.generate.rollout_function import RolloutPlayer
 from grouprl.lm.models.context import context_length
 from grouprl.lm.models.load import eos_token_ids
 from grouprl.lm.policy.policy import Policy
-from grouprl.lm.prompts import PromptSource, room_for_prompts
+from grouprl.lm.prompts import PromptSource, prepare_starts, room_for_prompts
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.rewards.model import RewardModel, with_models
 from grouprl.lm.settings.batch_plan import BatchPlan
@@ -135,6 +135,13 @@ def starts_without_rows(config: GRPOConfig, plan: BatchPlan, interactions: Inter
             "GRPOConfig(max_steps=100)"
         )
     return [{} for _ in range(plan.prompts_per_generation)]
+
+
+def read_starts(interactions: Interactions, dataset: Any, name: str, *, needs_prompt: bool) -> PromptSource:
+    """The rows of a dataset as starts of episodes. Raises UsageError if it cannot be used, or one of the first rows."""
+    starts = prepare_starts(dataset, name, needs_prompt=needs_prompt)
+    interactions.check_rows(starts)
+    return starts
 
 
 def make_player(

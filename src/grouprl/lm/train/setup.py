@@ -30,7 +30,7 @@ from grouprl.lm.models.restore import load_weights
 from grouprl.lm.models.tokenizer import tokenizer_of
 from grouprl.lm.policy.policy import Policy
 from grouprl.lm.policy.sharded import ShardedModels
-from grouprl.lm.prompts import PromptSource, prepare_starts
+from grouprl.lm.prompts import PromptSource
 from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.finite import not_finite
 from grouprl.lm.settings.batch_plan import BatchPlan, batch_plan, least_bytes
@@ -43,6 +43,7 @@ from grouprl.lm.train.acting import (
     make_interactions,
     make_player,
     make_rewards,
+    read_starts,
     starts_without_rows,
 )
 from grouprl.lm.train.datasets import Read, read_eval_prompts, read_prompts
@@ -165,7 +166,7 @@ def _make_setup(
     if interactions is None:
         read: Read = functools.partial(read_prompts, model, tokenizer, config)
     else:
-        read = functools.partial(prepare_starts, needs_prompt=acting.environment_factory is None)
+        read = functools.partial(read_starts, interactions, needs_prompt=acting.environment_factory is None)
         if train_dataset is None and acting.environment_factory is not None:
             train_dataset = starts_without_rows(config, plan, interactions)
     prompts = None if train_dataset is None else read(train_dataset, "train_dataset")
