@@ -47,7 +47,8 @@ def give(kind: str) -> object:
         "surrogate": "a\ud800b", "generator": (i for i in "ab"), "function": give, "map": map(str, [1]),
         "image": [{"type": "text", "text": "See:"}, {"type": "image", "image": object()}],
         "url": {"type": "image_url", "image_url": {"url": "https://a.org/b.png"}}, "nested": {"found": [object()]},
-        "table": [{"type": "image", "name": "b.png"}], "trace": ["<generator object f at 0x7f00>"], "fraction": Fraction(1, 3),
+        "table": [{"type": "image", "name": "b.png"}], "trace": ["<generator object f at 0x7f00>"],
+        "fraction": Fraction(1, 3),
     }[kind]  # fmt: skip
 
 

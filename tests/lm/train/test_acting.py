@@ -160,12 +160,41 @@ def test_rows_from_which_no_episode_can_begin_are_met_before_training_begins(tmp
     bare = named("a", right="a").remove_columns("environment") if as_dataset else [{"right": "a"}]
     with pytest.raises(UsageError, match=r"row 0 of train_dataset names the environment None in column"):
         trainer(tmp_path, environment_factory=several, train_dataset=bare)
-    with pytest.raises(UsageError, match=r"row 1 of train_dataset has 1\.5 \(float\) in column 'seed'"):
-        seeds = [{"seed": 1.0}, {"seed": 1.5}]
-        trainer(tmp_path, train_dataset=datasets.Dataset.from_list(seeds) if as_dataset else seeds)
-    with pytest.raises(UsageError, match=r"row 1 of train_dataset has an empty prompt ' '"):
-        asked: Any = [{"prompt": "Go."}, {"prompt": " "}]
-        trainer(tmp_path, train_dataset=datasets.Dataset.from_list(asked) if as_dataset else asked)
+    for rows, said in (
+        ([{"seed": 1.0}, {"seed": 1.5}], r"row 1 of train_dataset has 1\.5 \(float\) in column 'seed'"),
+        ([{"prompt": "Go."}, {"prompt": " "}], "row 1 of train_dataset has an empty prompt ' '"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            trainer(tmp_path, train_dataset=datasets.Dataset.from_list(rows) if as_dataset else rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (ValueError("no judge"), "get_reward of the environment Judges raised ValueError: no judge; let it return"),
+        ("1", "get_reward of the environment Judges returned '1' of str for completion 0 of 8, of the prompt"),
+        (float("nan"), "get_reward of the environment Judges returned nan for completion 0"),
+        (
+            None,
+            "no reward function applies to completion 0 of 8, .*: get_reward of the environment Judges returned None",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_fault_of_get_reward_is_told_as_such(tmp_path: Path, given: Any, said: str, is_async: bool) -> None:
+    class Judges(Buttons):
+        def get_reward(self) -> Any:
+            if isinstance(given, Exception):
+                raise given
+            return given
+
+    class Later(Judges):
+        async def get_reward(self) -> Any:
+            return super().get_reward()
+
+    Later.__name__ = "Judges"
+    with pytest.raises((TrainingError, UsageError), match=said):
+        trainer(tmp_path, environment_factory=Later if is_async else Judges).train()
 
 
 def test_an_episode_longer_than_the_context_is_an_error_at_its_start_and_cut_later(tmp_path: Path) -> None:

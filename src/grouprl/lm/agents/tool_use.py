@@ -290,5 +290,5 @@ def _reward_function(cls: Any, name: str, is_async: bool) -> Callable[..., Any]:
         return values
 
     function: Any = judged_side_by_side if is_async else judged
-    function.__name__ = name
+    function.__name__, function.whose = name, f"get_reward of the environment {name}"
     return function  # type: ignore[no-any-return]

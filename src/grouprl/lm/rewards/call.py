@@ -81,7 +81,8 @@ class RewardCaller:
     """The reward functions of a run. One that takes unusually long is named in the log.
 
     Args:
-        functions: one or several. weights: a number for each; default 1.
+        functions: one or several; one with an attribute ``whose`` is called that in messages.
+        weights: a number for each; default 1.
         timeout: seconds that a call of one may take, and asynchronous ones together; default: as long as it takes.
         alone: whether nothing else gives rewards. Otherwise there may be no function, and none need apply.
         loop: where asynchronous functions run: that of tools and environments where there are some, so that clients
@@ -106,6 +107,10 @@ class RewardCaller:
             _check_function(function)
         self.functions: list[RewardFunction] = given
         self.names = _unique([_name(function) for function in given])
+        self._said = [
+            getattr(function, "whose", f"reward function {name!r}")
+            for function, name in zip(given, self.names, strict=True)
+        ]
         if weights is not None and len(weights) != len(given):
             raise UsageError(
                 f"reward_weights has {len(weights)} numbers for {len(given)} reward functions "
@@ -121,7 +126,7 @@ class RewardCaller:
             )
         self._timeout = timeout
         advice = "" if timeout is not None else "; set reward_timeout, in seconds, to end a run that waits for it"
-        self._watches = [Watch(f"reward function {name!r}", advice=advice) for name in self.names]
+        self._watches = [Watch(said, advice=advice) for said in self._said]
         self._loop = EventLoop() if loop is None else loop
 
     def __call__(
@@ -157,12 +162,13 @@ class RewardCaller:
             offered["environments"] = list(environments)
         with torch_defaults():
             returned = self._run(offered)
-        columns = [numbers_of(output, name, rows) for name, output in zip(self.names, returned, strict=True)]
+        columns = [numbers_of(output, said, rows) for said, output in zip(self._said, returned, strict=True)]
         values = torch.tensor(columns, dtype=torch.float64).reshape(len(columns), len(rows)).T.contiguous()
         unscored = torch.isnan(values).all(dim=1).nonzero()
         if unscored.numel() and self._alone:
+            said = (getattr(f, "whose", name) for f, name in zip(self.functions, self.names, strict=True))
             raise UsageError(
-                f"no reward function applies to {completion(int(unscored[0]), rows)}: {', '.join(self.names)} returned "
+                f"no reward function applies to {completion(int(unscored[0]), rows)}: {', '.join(said)} returned "
                 "None; return a number for every completion from at least one of them"
             )
         return Rewards(values, self.names, log.columns(len(rows)), log.means())
@@ -175,7 +181,7 @@ class RewardCaller:
         """
         check_names(columns, dataset)
         given = [name for name in RESERVED if environments or name != "environments"]
-        offered: dict[str, Any] = {name: () for name in (*columns, *given)}
+        offered: dict[str, Any] = dict.fromkeys((*columns, *given), ())
         for function, name in zip(self.functions, self.names, strict=True):
             arguments_for(function, name, offered, dataset)
 
@@ -204,7 +210,7 @@ class RewardCaller:
                 if isinstance(output, GrouprlError | KeyboardInterrupt):
                     raise output
                 if isinstance(output, BaseException):
-                    raise _failed(self.names[i], output) from output
+                    raise _failed(self._said[i], output) from output
                 outputs[i] = output
         return outputs
 
@@ -215,17 +221,17 @@ class RewardCaller:
             except (GrouprlError, KeyboardInterrupt, Expired):  # the first says what is wrong already
                 raise
             except BaseException as error:  # sys.exit too
-                raise _failed(self.names[i], error) from error
+                raise _failed(self._said[i], error) from error
 
         with self._watches[i]:
             try:
-                return within(self._timeout, guarded, name=f"reward function {self.names[i]!r}")
+                return within(self._timeout, guarded, name=self._said[i])
             except TimeoutError as error:
                 raise self._late(i) from error
 
     def _late(self, i: int) -> TrainingError:
         return TrainingError(
-            f"reward function {self.names[i]!r} had not returned after {self._timeout:g} s, which reward_timeout "
+            f"{self._said[i]} had not returned after {self._timeout:g} s, which reward_timeout "
             "allows; raise reward_timeout, or let the function give up by itself and return None"
         )
 
@@ -297,8 +303,8 @@ def _unique(names: list[str]) -> tuple[str, ...]:
     return tuple(unique)
 
 
-def _failed(name: str, error: BaseException) -> TrainingError:
+def _failed(whose: str, error: BaseException) -> TrainingError:
     return TrainingError(
-        f"reward function {name!r} raised {error_text(error)}; let it return 0.0, or None where it does not apply, for "
+        f"{whose} raised {error_text(error)}; let it return 0.0, or None where it does not apply, for "
         "completions it cannot judge"
     )

@@ -11,29 +11,26 @@ from grouprl.lm.prompts import Prompt
 from grouprl.objective.groups import LARGEST_RETURN
 
 
-def numbers_of(output: Any, name: str, rows: Sequence[Prompt]) -> list[float]:
-    """N floats, NaN for None: what the function ``name`` returned for N completions of the prompts ``rows``.
+def numbers_of(output: Any, whose: str, rows: Sequence[Prompt]) -> list[float]:
+    """N floats, NaN for None: what a function, ``whose`` in messages, returned for N completions of the prompts ``rows``.
 
     Raises TrainingError for anything but one finite number of moderate size, or None, per completion.
     """
     wanted = f"return a list of {len(rows)} numbers or None, one per completion"
     shape = getattr(output, "shape", None)
     if isinstance(shape, tuple) and len(shape) != 1:
-        raise TrainingError(f"reward function {name!r} returned an array of shape {list(shape)}; {wanted}")
+        raise TrainingError(f"{whose} returned an array of shape {list(shape)}; {wanted}")
     try:
         entries = output.tolist() if hasattr(output, "tolist") else output
     except Exception as error:  # a tensor without values, or of another layout
         raise TrainingError(
-            f"reward function {name!r} returned {shown(output)}, whose entries cannot be read "
-            f"({first_line(error)}); {wanted}"
+            f"{whose} returned {shown(output)}, whose entries cannot be read ({first_line(error)}); {wanted}"
         ) from error
     if not isinstance(entries, list | tuple):
-        raise TrainingError(f"reward function {name!r} returned {shown(output)} of {type(output).__name__}; {wanted}")
+        raise TrainingError(f"{whose} returned {shown(output)} of {type(output).__name__}; {wanted}")
     if len(entries) != len(rows):
-        raise TrainingError(
-            f"reward function {name!r} returned {len(entries)} rewards for {len(rows)} completions; {wanted}"
-        )
-    return [_number(entry, name, i, rows) for i, entry in enumerate(entries)]
+        raise TrainingError(f"{whose} returned {len(entries)} rewards for {len(rows)} completions; {wanted}")
+    return [_number(entry, whose, i, rows) for i, entry in enumerate(entries)]
 
 
 def plain_float(value: Any) -> float | None:
@@ -55,18 +52,18 @@ def plain_float(value: Any) -> float | None:
         return None
 
 
-def _number(entry: Any, name: str, i: int, rows: Sequence[Prompt]) -> float:
+def _number(entry: Any, whose: str, i: int, rows: Sequence[Prompt]) -> float:
     if entry is None:
         return math.nan
     value = plain_float(entry)
     if value is None:
         raise TrainingError(
-            f"reward function {name!r} returned {shown(entry)} of {type(entry).__name__} for {completion(i, rows)}; "
+            f"{whose} returned {shown(entry)} of {type(entry).__name__} for {completion(i, rows)}; "
             "return a number or None for each completion"
         )
     if not abs(value) <= LARGEST_RETURN:
         raise TrainingError(
-            f"reward function {name!r} returned {value} for {completion(i, rows)}; return a finite number, "
+            f"{whose} returned {value} for {completion(i, rows)}; return a finite number, "
             f"at most {LARGEST_RETURN:g} in size, or None where the function does not apply"
         )
     return value

@@ -68,7 +68,8 @@ class Setup:
         policy: samples from the model and differentiates it. parameters: its trained weights.
         optimizer: steps the weights. default_optimizer: whether it is AdamW by the configuration.
         own_scheduler: a schedule of the user's own, or None for the configuration's, made anew for each run.
-        rewards: the reward functions. eval_rewards: those of evaluations. player: samples, and has the reward functions judge.
+        rewards: the reward functions. eval_rewards: those of evaluations.
+        player: samples, and has the reward functions judge.
         eval_player: the same for evaluations, which other functions may judge.
         read: the prompts of a dataset, which it is given with the name of the argument.
         functions: an estimator and a surrogate of the user's own.
