@@ -21,6 +21,7 @@ from grouprl.lm.agents.interactions import Interactions
 from grouprl.lm.agents.tool_calls import as_call
 from grouprl.lm.agents.tool_use import Limits, reward_of
 from grouprl.lm.prompts import Prompt
+from grouprl.lm.rewards.call import RewardCaller
 from grouprl.lm.sample.turns import Turn
 
 ASKED = [{"role": "user", "content": "Go. "}]
@@ -462,6 +463,30 @@ def test_an_environment_that_hangs_when_it_is_asked_is_replaced(method: str, cap
     over.set()
     assert (answer.terminated, answer.truncated, answer.reward, playing.broken) == (False, True, 0.0, True)
     assert f"the environment Hangs is replaced by a new one: its {method} had not returned after 0.1 s" in caplog.text
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_get_reward_that_hangs_gives_0_and_its_environment_is_replaced(is_async: bool, caplog) -> None:
+    over = threading.Event()
+
+    class Hangs(Counter):
+        def get_reward(self):
+            return 1.0 if self.count else over.wait(60)
+
+    class Waits(Counter):
+        async def get_reward(self):
+            await asyncio.sleep(0.0 if self.count else 60.0)
+            return 1.0
+
+    interactions = made(Waits if is_async else Hangs, timeout=0.1)
+    hanging, other = (interactions.begin(row(start=start), 1, "row 0")[0] for start in (0, 1))
+    judged = RewardCaller(interactions.rewards, alone=False)(
+        [row()] * 2, ["", ""], [[], []], environments=[hanging.environment, other.environment]
+    )
+    over.set()
+    assert judged.values.tolist() == [[0.0], [1.0]]
+    assert (hanging.broken, other.broken) == (True, False)
+    assert "is replaced by a new one: its get_reward had not returned after 0.1 s" in caplog.text
 
 
 def test_a_close_that_hangs_does_not_hold_up_the_end(caplog) -> None:

@@ -80,7 +80,8 @@ class Interactions:
                 type(e): (type(e).__name__, inspect.iscoroutinefunction(e.get_reward))
                 for e in environments
                 if callable(getattr(e, "get_reward", None))
-            }
+            },
+            self._playing_with,
         )
         self.gives_rewards = any(made.gives_rewards for made in first.values())
         self.has_tools = bool(self._functions) or any(made.tools for made in first.values())
@@ -162,6 +163,9 @@ class Interactions:
                 except (Exception, SystemExit) as error:  # the training is over, and its result stands
                     _log.warning("%s could not be closed: %s", name_of(interaction), error_text(error))
         self.loop.close()
+
+    def _playing_with(self, environment: Any) -> ToolUse:
+        return next(i for i in self._playing.values() if isinstance(i, ToolUse) and i.environment is environment)
 
     def _name(self, columns: Mapping[str, Any], where: str) -> str | None:
         if not self.several:

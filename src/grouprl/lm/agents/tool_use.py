@@ -8,6 +8,7 @@ given a number that is equal for all members of a group.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import sys
@@ -171,6 +172,20 @@ class ToolUse(Interaction):
         done = not self.broken and self._done()
         return self._judged(Answer(messages, terminated=done, truncated=self.broken, metrics=counts))
 
+    def reward(self) -> Any:
+        """What ``get_reward`` says of the whole episode; 0.0 if it hangs, and then the environment is broken."""
+        return self._ask("get_reward", 0.0)
+
+    async def reward_later(self) -> Any:
+        """As :meth:`reward`, of an asynchronous ``get_reward``, within the loop where several are waited for."""
+        task = asyncio.ensure_future(self.environment.get_reward())
+        done, _ = await asyncio.wait({task}, timeout=self._limits.timeout)
+        if done:
+            return task.result()
+        task.cancel()
+        self._give_up("get_reward")
+        return 0.0
+
     def close(self) -> Any:
         """Call the environment's own ``close``, if it has one. Returns what that returns, which may be awaitable."""
         close = getattr(self.environment, "close", None)
@@ -247,9 +262,12 @@ class ToolUse(Interaction):
         except TimeoutError as error:
             if error.args or seconds is None:  # its own
                 raise
-            self.broken = True
-            _log.warning("%s is replaced by a new one: its %s had not returned after %g s", self.name, method, seconds)
+            self._give_up(method)
             return late
+
+    def _give_up(self, method: str) -> None:
+        self.broken, seconds = True, self._limits.timeout
+        _log.warning("%s is replaced by a new one: its %s had not returned after %g s", self.name, method, seconds)
 
 
 def reward_of(given: Any, whose: str) -> float:
@@ -266,26 +284,27 @@ def reward_of(given: Any, whose: str) -> float:
     return value
 
 
-def reward_functions(kinds: Mapping[type, tuple[str, bool]]) -> list[Callable[..., Any]]:
+def reward_functions(
+    kinds: Mapping[type, tuple[str, bool]], playing: Callable[[Any], ToolUse]
+) -> list[Callable[..., Any]]:  # fmt: skip
     """A reward function for each class of environments with ``get_reward``, None for environments of other classes.
 
     Args:
         kinds: for each class its name and whether ``get_reward`` is asynchronous.
+        playing: what plays with an environment.
     """
-    return [_reward_function(cls, name, is_async) for cls, (name, is_async) in kinds.items()]
+    return [_reward_function(cls, name, is_async, playing) for cls, (name, is_async) in kinds.items()]
 
 
-def _reward_function(cls: Any, name: str, is_async: bool) -> Callable[..., Any]:
+def _reward_function(cls: Any, name: str, is_async: bool, playing: Callable[[Any], ToolUse]) -> Callable[..., Any]:
     def judged(environments: Sequence[Any]) -> list[Any]:
-        return [e.get_reward() if type(e) is cls else None for e in environments]
+        return [playing(e).reward() if type(e) is cls else None for e in environments]
 
     async def judged_side_by_side(environments: Sequence[Any]) -> list[Any]:
-        import asyncio
-
-        mine = [(i, e) for i, e in enumerate(environments) if type(e) is cls]
-        found = await asyncio.gather(*(e.get_reward() for _, e in mine))
+        mine = [i for i, e in enumerate(environments) if type(e) is cls]
+        found = await asyncio.gather(*(playing(environments[i]).reward_later() for i in mine))
         values: list[Any] = [None] * len(environments)
-        for (i, _), value in zip(mine, found, strict=True):
+        for i, value in zip(mine, found, strict=True):
             values[i] = value
         return values
 

@@ -12,7 +12,7 @@ from grouprl.objective.groups import LARGEST_RETURN
 
 
 def numbers_of(output: Any, whose: str, rows: Sequence[Prompt]) -> list[float]:
-    """N floats, NaN for None: what a function, ``whose`` in messages, returned for N completions of the prompts ``rows``.
+    """N floats, NaN for None: what a function, ``whose`` in messages, returned for completions of the prompts ``rows``.
 
     Raises TrainingError for anything but one finite number of moderate size, or None, per completion.
     """
