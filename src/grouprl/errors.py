@@ -1,5 +1,6 @@
 """The two kinds of error a user can meet. Every message says what was given, what is allowed and how to fix it."""
 
+import traceback
 from collections.abc import Sequence
 
 from grouprl.redaction import redact
@@ -55,6 +56,12 @@ def error_text(error: BaseException, *, whole: bool = False) -> str:
     """
     kind, said = type(error).__name__, _message(error) if whole else first_line(error)
     return kind if said in ("", kind) else f"{kind}: {said}"
+
+
+def line_of_fault(error: BaseException) -> str:
+    """Where an error was raised, to be added to its text: ``, at line 3 of game.py``; "" if nobody knows."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f", at line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
 
 
 def _message(error: BaseException) -> str:

@@ -564,13 +564,18 @@ def test_an_environment_that_exits_does_not_end_the_program_unsaid(method: str) 
     setattr(Exits, method, lambda self, **row: sys.exit(3))
     interactions = made(Exits)
     if method == "reset":
-        with pytest.raises(TrainingError, match=r"Exits raised SystemExit: 3 when it began row 0; see its reset"):
+        with pytest.raises(
+            TrainingError,
+            match=r"SystemExit: 3 when it began row 0; the fault is inside its reset, at line \d+ of .*\.py",
+        ):
             interactions.begin(row(), 1, "row 0")
         return
     form = ChatFormat(tokenizer(CHATML), {}, [tokenizer(CHATML).eos_token_id])
     playing, prompt = interactions.begin(row(), 1, "row 0")
     c = Conversation(playing, row(), form.first(prompt, [], row(), "row 0"), form, Rules(None, False, 5.0, 100))
-    with pytest.raises(TrainingError, match=r"Exits raised SystemExit: 3 in turn 1 of an episode"):
+    with pytest.raises(
+        TrainingError, match=r"Exits raised SystemExit: 3 in turn 1 of an episode, at line \d+ of .*\.py"
+    ):
         c._answer(calling(("up", {"by": 1})))
 
 

@@ -203,8 +203,10 @@ def test_an_episode_longer_than_the_context_is_an_error_at_its_start_and_cut_lat
             super().reset()
             return " go" * 300
 
-    with pytest.raises(UsageError, match=r"row \d of the dataset has a prompt of \d+ tokens, but the model's"):
+    with pytest.raises(UsageError, match=r"start \d \(seed \d+\) has a prompt of \d+ tokens, but the model's"):
         trainer(tmp_path, environment_factory=Long).train()
+    with pytest.raises(UsageError, match=r"row \d of the dataset has a prompt of \d+ tokens, but the model's"):
+        trainer(tmp_path, environment_factory=Long, train_dataset=[{"right": "a"}] * 2).train()
     with pytest.raises(UsageError, match="max_completion_length=256 leaves no room for a prompt"):
         trainer(tmp_path, {"max_completion_length": 256})
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from grouprl.errors import GrouprlError, TrainingError, error_text, shown, with_type
+from grouprl.errors import GrouprlError, TrainingError, error_text, line_of_fault, shown, with_type
 from grouprl.lm.agents.chat_format import ChatFormat
 from grouprl.lm.agents.interaction import Answer, Interaction, Message, Said
 from grouprl.lm.agents.tool_use import reward_of
@@ -174,7 +174,8 @@ class Conversation:
 
     def _failed(self, error: BaseException) -> TrainingError:
         return TrainingError(
-            f"{self.name} raised {error_text(error)} in turn {len(self.rewards) + 1} of an episode; let it say in "
+            f"{self.name} raised {error_text(error)} in turn {len(self.rewards) + 1} of an episode"
+            f"{line_of_fault(error)}; let it say in "
             "its answer what is wrong, for the model to read, and end the episode if it must"
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, shown, with_type
+from grouprl.errors import GrouprlError, TrainingError, UsageError, error_text, line_of_fault, shown, with_type
 from grouprl.lm.agents.interaction import Interaction, Message, in_use
 from grouprl.lm.agents.tool_use import Kind, Limits, ToolUse, kind_of, reward_functions
 from grouprl.lm.agents.tools import Function, schema_of
@@ -194,7 +194,8 @@ class Interactions:
             raise
         except (Exception, SystemExit) as error:
             raise UsageError(
-                f"{called} raised {error_text(error)}; it is called without arguments and returns an environment"
+                f"{called} raised {error_text(error)}{line_of_fault(error)}; it is called without arguments and "
+                "returns an environment"
             ) from error
         others = itertools.chain(self._playing.values(), *self._idle.values())
         if any(made is other or made is getattr(other, "environment", other) for other in others):
@@ -226,7 +227,10 @@ def name_of(interaction: Any) -> str:
 
 
 def _cannot_begin(interaction: Interaction, where: str, error: BaseException) -> TrainingError:
-    return TrainingError(f"{name_of(interaction)} raised {error_text(error)} when it began {where}; see its reset")
+    return TrainingError(
+        f"{name_of(interaction)} raised {error_text(error)} when it began {where}; the fault is inside its reset"
+        f"{line_of_fault(error)}"
+    )
 
 
 def _seed_of(given: Any, of_group: int, where: str) -> int:

@@ -148,7 +148,7 @@ class EpisodePlayer:
         running: list[Conversation] = []
         try:
             for row, number in zip(prompts, numbers, strict=True):
-                self._begin(row, group_seed(self.config.seed, number), group_size, running)
+                self._begin(row, number, group_size, running)
             starts = [conversation.start for conversation in running[::group_size]]
             partner = Conversations(running)
             sampled = self.policy.sample_episodes(
@@ -188,9 +188,11 @@ class EpisodePlayer:
                 "each turn anew"
             )
 
-    def _begin(self, row: Prompt, seed: int, group_size: int, running: list[Conversation]) -> None:
+    def _begin(self, row: Prompt, number: int, group_size: int, running: list[Conversation]) -> None:
         """Begin the episodes of a group, and add them to those that are running."""
-        where = f"row {row.index} of the dataset"
+        seed = group_seed(self.config.seed, number)
+        bare = not row.prompt and not row.columns  # as where there is no dataset
+        where = f"start {number} (seed {seed})" if bare else f"row {row.index} of the dataset"
         first: Conversation | None = None
         for _ in range(group_size):
             interaction, prompt = self.interactions.begin(row, seed, where)

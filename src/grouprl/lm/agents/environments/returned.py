@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grouprl.errors import GrouprlError, TrainingError, error_text, with_type
+from grouprl.errors import GrouprlError, TrainingError, error_text, line_of_fault, with_type
 from grouprl.lm.rewards.returned import plain_float
 from grouprl.objective.groups import LARGEST_RETURN
 from grouprl.runs.time_limit import within
@@ -120,8 +119,6 @@ class Calls:
         except (GrouprlError, TimeoutError):
             raise
         except (Exception, SystemExit) as error:  # an environment that exits is no end of training
-            frames = traceback.extract_tb(error.__traceback__)
-            place = f", at line {frames[-1].lineno} of {frames[-1].filename}" if frames else ""
             raise TrainingError(
-                f"{self.name} failed {when}: {error_text(error)}; the fault is inside it{place}"
+                f"{self.name} failed {when}: {error_text(error)}; the fault is inside it{line_of_fault(error)}"
             ) from error
