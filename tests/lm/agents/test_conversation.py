@@ -125,7 +125,10 @@ def raises() -> Answer:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (raises, r"the environment Scripted raised KeyError: 'x' in turn 1 of an episode, at line \d+ of .*; let it say"),
+        (
+            raises,
+            r"the environment Scripted raised KeyError: 'x' in turn 1 of an episode, at line \d+ of .*; let it say",
+        ),
         (None, "turn 1 of an episode of the environment Scripted was answered with None; answer must return an Answer"),
         (Answer(3), "turn 1 .* was answered with 3 of type int, which is not text"),
         (Answer([3]), "was answered with 3 of type int, which is not text"),

@@ -81,11 +81,32 @@ def test_what_trl_calls_by_a_name_can_be_read_under_it(shared: GRPOTrainer) -> N
     assert read.model_wrapped is shared.model
     assert read.eos_token_id == shared.processing_class.eos_token_id
     assert (read.compute_metrics, read.is_in_train) == (None, False)
+    assert read.eos_token_ids == [shared.processing_class.eos_token_id]
+    assert (read.aux_loss_enabled, read._total_train_tokens) == (False, shared.state.num_input_tokens_seen)
+    assert read._tokenizer is shared.processing_class
     with pytest.raises(AttributeError, match=r"trainer\.policy\.reference"):
         _ = read.ref_model
     with pytest.raises(AttributeError, match="log_history"):
         _ = read._metrics
     assert not hasattr(read, "push_to_hub")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("environments", "reward functions are given theirs as `environments`"),
+        ("environment_factories", "a variable of your own"),
+        ("tools", "a variable of your own"),
+        ("rollout_func", "a variable of your own"),
+        ("llm", r"trainer\.policy\.sample"),
+        ("vllm_generation", r"trainer\.policy\.sample"),
+        ("_step", r"trainer\.state\.global_step"),
+        ("_buffered_inputs", r"trainer\.last_samples"),
+    ],
+)
+def test_what_trl_has_and_is_not_here_says_what_is(shared: GRPOTrainer, name: str, advice: str) -> None:
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}': .*{advice}"):
+        getattr(shared, name)
 
 
 def test_without_a_reference_there_is_no_reference_model(tmp_path: Path) -> None:

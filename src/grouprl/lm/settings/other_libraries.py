@@ -8,12 +8,16 @@ _ADVICE = (
         "pass GRPOTrainer(peft_config=LoraConfig(...)); in a recipe it is the setting lora",
     ),
     (
-        "load_in_4bit load_in_8bit use_bnb_nested_quant bnb_4bit_quant_type",
+        "load_in_4bit load_in_8bit use_bnb_nested_quant bnb_4bit_quant_type quantization_config",
         "weights are trained in float32 or bfloat16; leave it out",
     ),
     (
         "dtype torch_dtype attn_implementation device_map revision model_revision",
         "it says how a model is loaded; put it into model_init_kwargs, or pass a loaded model to GRPOTrainer",
+    ),
+    (
+        "chat_template_path chat_template",
+        "set tokenizer.chat_template to the text of the template, and pass GRPOTrainer(processing_class=tokenizer)",
     ),
     (
         "model_name model_name_or_path model_id",

@@ -12,6 +12,7 @@ from grouprl.lm.settings.trl import FOREIGN, FOREIGN_ARGUMENTS, RENAMED, TRAINER
 _HUB = "upload when training is done: trainer.model.push_to_hub(name) and trainer.processing_class.push_to_hub(name)"
 OWN_LOOP = "the training loop is grouprl.lm.train.loop.Run; a callback is told of every step"
 _LOGS = "trainer.state.log_history holds what was logged, trainer.last_samples the completions"
+_SAMPLING = "trainer.policy.sample samples as in training, by vLLM where use_vllm says so"
 
 MISSING = {
     "push_to_hub": _HUB,
@@ -29,6 +30,14 @@ MISSING = {
     "_logs": _LOGS,
     "_textual_logs": _LOGS,
     "generation_config": "trainer.args holds the settings of sampling",
+    "environments": "environments are made as episodes need them; reward functions are given theirs as `environments`",
+    "environment_factories": "keep environment_factory, which you gave to GRPOTrainer, in a variable of your own",
+    "tools": "keep the list of tools, which you gave to GRPOTrainer, in a variable of your own",
+    "rollout_func": "keep rollout_func, which you gave to GRPOTrainer, in a variable of your own",
+    "llm": _SAMPLING,
+    "vllm_generation": _SAMPLING,
+    "_step": "trainer.state.global_step counts optimizer steps; micro-batches have no number",
+    "_buffered_inputs": "trainer.last_samples holds what the last step learned from",
 }
 """Methods and attributes of transformers' and TRL's trainers that do not exist here, and what to do instead."""
 
@@ -78,6 +87,10 @@ ALIASES: Mapping[str, Callable[[Any], Any]] = {
     "epsilon_high": lambda t: t.args.epsilon if t.args.epsilon_high is None else t.args.epsilon_high,
     "eos_token_id": lambda t: t.processing_class.eos_token_id,
     "pad_token_id": lambda t: t.processing_class.pad_token_id,
+    "eos_token_ids": lambda t: sorted(t.policy.sampler.end_ids),
+    "aux_loss_enabled": lambda t: t.policy.log_probs.experts is not None,
+    "_tokenizer": lambda t: t.processing_class,
+    "_total_train_tokens": lambda t: t.state.num_input_tokens_seen,
     "pad_token": lambda t: t.processing_class.pad_token,
     "data_collator": _nothing,
     "compute_metrics": _nothing,
