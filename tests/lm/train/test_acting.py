@@ -12,6 +12,7 @@ from small_agents import ASKED, CALLS, WORDS, Buttons, trainer
 from small_runs import TIMES, logged, same, weights
 
 from grouprl.errors import TrainingError, UsageError
+from grouprl.lm.agents.environments import text_environment
 from grouprl.lm.agents.interaction import Answer, Interaction
 from grouprl.lm.policy import policy
 from grouprl.lm.train import evaluation
@@ -197,6 +198,32 @@ def test_a_fault_of_get_reward_is_told_as_such(tmp_path: Path, given: Any, said:
         trainer(tmp_path, environment_factory=Later if is_async else Judges).train()
 
 
+def test_a_column_that_a_text_environment_and_no_reward_function_reads_is_warned_of(tmp_path: Path, caplog) -> None:
+    class Says:
+        def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[str, dict]:
+            return " go", {}
+
+        def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+            return " go", 1.0, True, False, {}
+
+    def judge(completions: list[Any], level: list[int]) -> list[float]:
+        return [float(number) for number in level]
+
+    rows = [{"seed": 1, "options": {"hard": True}, "level": 2, "hard": True}] * 2
+    factory = text_environment(Says)
+    trainer(tmp_path, environment_factory=factory, train_dataset=rows, reward_funcs=judge)
+    (said,) = [text for text in caplog.messages if "reads" in text]
+    assert said.startswith(
+        "train_dataset has columns that neither the environment nor a reward function reads: 'hard';"
+    )
+    assert "'options', a mapping" in said
+    caplog.clear()
+    trainer(tmp_path, environment_factory=factory, train_dataset=rows, reward_funcs=lambda completions, **others: [0.0])
+    trainer(tmp_path, environment_factory=factory, train_dataset=[{"seed": 1, "options": {}}])
+    trainer(tmp_path, environment_factory=Buttons, train_dataset=rows)  # whose reset is given all
+    assert not [text for text in caplog.messages if "reads" in text]
+
+
 def test_an_episode_longer_than_the_context_is_an_error_at_its_start_and_cut_later(tmp_path: Path) -> None:
     class Long(Buttons):
         def reset(self, **row):
@@ -238,7 +265,9 @@ def test_members_of_a_group_that_do_not_start_equal_are_an_error(tmp_path: Path)
             Different.made += 1
             return " yes" if Different.made % 2 else " no"
 
-    with pytest.raises(UsageError, match=r"Different began row .* with .*yes.* and then .*no.*must start equal: let"):
+    with pytest.raises(
+        UsageError, match=r"Different began start \d \(seed \d+\) with .*yes.* and then .*no.*must start equal: let"
+    ):
         trainer(tmp_path, environment_factory=Different).train()
 
 

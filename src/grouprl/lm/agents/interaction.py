@@ -64,12 +64,15 @@ class Interaction(Protocol):
             episode, and another object takes its place.
         counted: the metrics that every episode has: 0, plus what its answers say. A metric that is in few answers needs
             this, because its mean over several steps leaves out the steps that do not have it.
+        reads: the columns of the row that ``begin`` reads, so that a column which nobody reads is warned of; None if
+            it may read any.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
     gives_rewards: bool = True
     keeps_time: bool = False
     counted: Sequence[str] = ()
+    reads: Sequence[str] | None = None
 
     def begin(self, row: Mapping[str, Any], seed: int) -> Sequence[Message] | str:
         """Start an episode. Returns the first prompt, messages or text.

@@ -22,6 +22,7 @@ from grouprl.lm.fingerprint import digest
 from grouprl.lm.prompts import Prompt, PromptSource
 from grouprl.lm.rewards.arguments import copied
 from grouprl.lm.rewards.event_loop import EventLoop
+from grouprl.lm.tokenising import TEMPLATE_COLUMN
 from grouprl.machine.torch_defaults import torch_defaults
 from grouprl.runs.time_limit import within
 from grouprl.runs.watchdog import Watch
@@ -46,6 +47,7 @@ class Interactions:
         rewards: a reward function for each class of environments that has ``get_reward``.
         gives_rewards: whether one of the environments gives rewards for turns.
         has_tools: whether there is any tool.
+        reads: the columns of the dataset that some environment reads, or None if nobody can tell.
         described: environments and tools as plain values, which tell these from others.
         loop: where what is asynchronous runs, so that clients which belong to a loop keep theirs.
 
@@ -84,6 +86,9 @@ class Interactions:
             self._playing_with,
         )
         self.gives_rewards = any(made.gives_rewards for made in first.values())
+        known: list[Any] = [getattr(made, "reads", None) for made in first.values()]
+        own = (SEED_COLUMN, ENVIRONMENT_COLUMN, TEMPLATE_COLUMN)
+        self.reads = None if None in known else {*own, *itertools.chain.from_iterable(known)}
         self.has_tools = bool(self._functions) or any(made.tools for made in first.values())
         schemas = [*self._schemas, *(schema for made in first.values() for schema in made.tools)]
         self.described = {

@@ -173,8 +173,10 @@ class RewardCaller:
             )
         return Rewards(values, self.names, log.columns(len(rows)), log.means())
 
-    def check_columns(self, columns: Sequence[str], dataset: str, *, environments: bool) -> None:
-        """Raises UsageError if a function asks for what it would not be given, or cannot be given what it would be.
+    def check_columns(self, columns: Sequence[str], dataset: str, *, environments: bool) -> set[str]:
+        """The columns that functions are given.
+
+        Raises UsageError if a function asks for what it would not be given, or cannot be given what it would be.
 
         Args:
             columns: of ``dataset``, which is what it is called. environments: whether there are any.
@@ -182,8 +184,10 @@ class RewardCaller:
         check_names(columns, dataset)
         given = [name for name in RESERVED if environments or name != "environments"]
         offered: dict[str, Any] = dict.fromkeys((*columns, *given), ())
+        read: set[str] = set()
         for function, name in zip(self.functions, self.names, strict=True):
-            arguments_for(function, name, offered, dataset)
+            read |= arguments_for(function, name, offered, dataset).keys()
+        return read & {*columns}
 
     def _run(self, offered: Mapping[str, Any]) -> list[Any]:
         arguments = [

@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,6 +76,7 @@ class Setup:
         prompts: what is trained on, or None. eval_prompts: what is evaluated on, by name ("" if there is one).
         output_dir: the folder of checkpoints and of what is recorded, the same wherever the process goes.
         acting: what the model acts with, as plain values.
+        reads: the columns that environments read, or None if nobody can tell.
     """
 
     config: GRPOConfig
@@ -97,6 +98,7 @@ class Setup:
     eval_prompts: Mapping[str, PromptSource]
     output_dir: Path
     acting: Mapping[str, Any]
+    reads: Set[str] | None
 
     def check_weights(self) -> None:
         """Check that the model has the parameters it had at first, and finite weights.
@@ -107,19 +109,26 @@ class Setup:
         self.check_finite()
 
     def check_columns(self) -> None:
-        """Raises UsageError if a reward function needs a column that a dataset lacks, or cannot be given one it has.
+        """Warns of columns that nobody reads, which a text environment may have been meant to read.
 
         A ``rollout_func`` may give columns of its own, so of one only a call tells.
+
+        Raises UsageError if a reward function needs a column that a dataset lacks, or cannot be given one it has.
         """
         if self.acting["rollout_func"] is not None:
             return
-        judged = [
-            (self.prompts, self.rewards),
-            *((prompts, self.eval_rewards) for prompts in self.eval_prompts.values()),
-        ]
+        judged = [(self.prompts, self.rewards), *((one, self.eval_rewards) for one in self.eval_prompts.values())]
         for prompts, rewards in judged:
-            if prompts is not None and prompts.columns is not None:
-                rewards.check_columns(prompts.columns, prompts.name, environments="environments" in self.acting)
+            if prompts is None or prompts.columns is None:
+                continue
+            read = rewards.check_columns(prompts.columns, prompts.name, environments="environments" in self.acting)
+            unread = [name for name in prompts.columns if name not in read and name not in (self.reads or ())]
+            if unread and self.reads is not None and self.policy.ranks.first:
+                _log.warning(
+                    "%s has columns that neither the environment nor a reward function reads: %s; put what its reset "
+                    "is to be given into a column 'options', a mapping, and remove the others",
+                    prompts.name, ", ".join(map(repr, unread)),
+                )  # fmt: skip
 
     def check_finite(self) -> None:
         """Raises TrainingError if a trained weight is not finite."""
@@ -218,6 +227,7 @@ def _make_setup(
         eval_rewards=eval_rewards, player=shared_out(player, policy), eval_player=shared_out(eval_player, policy),
         read=read, functions=functions, prompts=prompts, eval_prompts=eval_prompts,
         output_dir=ranks.once(lambda: _output_dir(model, config)), acting=about_acting(acting, interactions),
+        reads=None if interactions is None else interactions.reads,
     )  # fmt: skip
     setup.check_columns()
     return setup

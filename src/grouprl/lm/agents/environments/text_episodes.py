@@ -33,6 +33,7 @@ class Episodes:
     tools: Sequence[Mapping[str, Any]] = ()
     gives_rewards = True
     keeps_time = True
+    reads: Sequence[str] | None = ("options",)
     counted = ("success", "environment/invalid_actions", "environment/timeouts")
 
     def __init__(self, settings: TextSettings) -> None:
