@@ -171,7 +171,7 @@ def test_numbers_without_a_dot_in_scientific_notation_are_numbers(tmp_path: Path
         (["train", "CartPole-v1", "--set", "n_envs"], "KEY=VALUE"),
         (["train", "CartPole-v1", "--env", "gravity=1"], "gravity"),
         (["train", "CartPole-v1", "--track", "sheet"], "tensorboard"),
-        (["train", "CartPole-v1", "--steps", "0"], "total_timesteps=0"),
+        (["train", "CartPole-v1", "--steps", "0"], "steps=0"),
         (["train", "CartPole-v1", "--set", "env=3"], "unknown setting 'env'"),
         (
             ["train", "CartPole-v1", "--lr", "1e-3"],

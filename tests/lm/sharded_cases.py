@@ -32,13 +32,17 @@ SAME: dict[str, dict[str, Any]] = {
     "adapter": {"peft_config": LORA, "beta": 0.1},
     "several passes": {
         "max_steps": 3, "steps_per_generation": 2, "num_iterations": 2, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"},
+        "seed": 4,
     },
     "experts": {"mixture": True, "router_aux_loss_coef": 0.5},
     "some tokens": {"reward": some, "top_entropy_quantile": 0.5},
     "recomputed": {"reward": some, "fsdp_config": {"activation_checkpointing": True}},
     "evaluation": {"eval_dataset": EVAL_ROWS[:5], "eval_strategy": "steps", "eval_steps": 2},
 }  # fmt: skip
-"""Settings of trainings that give the same on one process and sharded on two."""
+"""Settings of trainings that give the same on one process and sharded on two.
+
+With seed 3 one number of "several passes" falls within 3e-7 of where the next token begins, and rounding decides.
+"""
 
 
 def _trainer(folder: Path, **given: Any) -> GRPOTrainer:
@@ -89,7 +93,7 @@ def agents(folder: Path) -> dict[str, Any]:
 
 
 CHAIN = {"steps_per_generation": 2, "num_iterations": 2, "max_steps": 7, "beta": 0.1, "sync_ref_model": True,
-         "ref_model_sync_steps": 2}  # fmt: skip
+         "ref_model_sync_steps": 2, "seed": 4}  # fmt: skip
 """Settings of a run that is stopped and gone on with, in the middle of generations."""
 
 
