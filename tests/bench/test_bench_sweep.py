@@ -138,11 +138,23 @@ def test_a_setting_that_breaks_does_not_stop_the_others(tmp_path: Path) -> None:
     assert len(calls(tmp_path)) == 4
 
 
-def test_the_same_settings_asked_for_twice_are_run_once(tmp_path: Path) -> None:
-    one = replace(made(tmp_path), sampler="random", trials=6)
-    found = sweep.run(one, tmp_path / "out", jobs=3, say=lambda line: None)
-    assert len(found.ranked) == 6
-    assert len(calls(tmp_path)) == len(set(calls(tmp_path)))
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_no_settings_are_tried_twice(tmp_path: Path, sampler: str) -> None:
+    one = replace(made(tmp_path), sampler=sampler, trials=6)
+    said: list[str] = []
+    found = sweep.run(one, tmp_path / "out", jobs=3, say=said.append)
+    assert sorted(found.ranked) == ["a=large", "a=small"]
+    assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == 4
+    assert said.count("note: 2 settings are tried instead of 6: of 1,000 more that were drawn all had been tried") == 1
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_sweep_that_goes_on_tries_what_it_has_not_tried(tmp_path: Path, sampler: str) -> None:
+    one = replace(made(tmp_path), space=Space.read({"a": "1..1000"}), sampler=sampler, seeds=[0])
+    for trials in (2, 4, 9):
+        found = sweep.run(replace(one, trials=trials), tmp_path / "out", jobs=2, say=lambda line: None)
+        assert len(set(found.ranked)) == len(found.ranked) == trials
+        assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == trials
 
 
 def test_values_are_lists_ranges_or_stay() -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 SAMPLERS = ("grid", "random", "tpe")
 _STARTUP_TRIALS = 4
 """Trials that are run to their ends before any is pruned."""
+_DRAWS = 1000
+"""Settings that are drawn, one after the other, in the place of one that was tried before."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Sweep:
 
     Attributes:
         cell: a run with the settings that stay. space: those that change. seeds: of every trial.
-        sampler: grid, random or tpe. trials: how many; of a grid, all of them count.
+        sampler: grid, random or tpe. trials: how many settings, each counted once; of a grid, all of them.
         metric: greedy or sampled, of the end, whose IQM over the seeds is to be large.
         prune: whether trials that are below the median of the others at the same point end early.
     """
@@ -113,12 +115,11 @@ def _study(sweep: Sweep, journal: Path) -> Study:
         Path(f"{journal}.lock").unlink()
     if journal.exists() and (data := journal.read_bytes()) != whole_lines(data):
         write_bytes(journal, whole_lines(data))
-    samplers = {"tpe": optuna.samplers.TPESampler(seed=0), "random": optuna.samplers.RandomSampler(seed=0)}
     points = sweep.cell.points
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=sweep.name, storage=JournalStorage(JournalFileBackend(str(journal))), load_if_exists=True,
-            direction="maximize", sampler=samplers.get(sweep.sampler, samplers["random"]),
+            direction="maximize",
             pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=points // 4),
         )  # fmt: skip
     except OSError:
@@ -128,14 +129,16 @@ def _study(sweep: Sweep, journal: Path) -> Study:
             f"{journal} is no journal of a sweep, or a damaged one ({error_text(error)}); move it away: "
             "runs that have a row are not done again"
         ) from error
+    kind = optuna.samplers.TPESampler if sweep.sampler == "tpe" else optuna.samplers.RandomSampler
+    study.sampler = kind(seed=len(study.trials))  # one that goes on draws other numbers than it began with
+    return study
 
 
 @dataclass
 class _Running:
     """A trial whose runs are not all done."""
 
-    trials: list[Trial]
-    """Several, where the same settings were asked for again meanwhile."""
+    trial: Trial
     cells: list[Cell]
 
 
@@ -148,12 +151,13 @@ class _Search:
         self.queue: deque[Cell] = deque()
         self.running: dict[str, _Running] = {}
         """By the label of the trial."""
+        self.exhausted = False
 
     def run(self) -> Swept:
         from optuna.trial import TrialState
 
         self._take_up()
-        known = sum(trial.state.is_finished() and not _lost(trial) for trial in self.study.trials)
+        known = len(self._tried())
         self.say(
             f"{self.sweep.trials} trials of {len(self.sweep.seeds)} seeds, {known} done before; rows: {self.rows.path}"
         )
@@ -162,23 +166,25 @@ class _Search:
             dropped=lambda cell: cell.method not in self.running,
         )  # fmt: skip
         found = Swept()
-        kept = [trial for trial in self.study.trials if trial.state.is_finished() and not _lost(trial)]
-        for trial in sorted(kept, key=lambda trial: -(trial.value if trial.value is not None else -np.inf)):
-            label = self._label(trial.params)
+        kept = {self._label(t.params): t for t in self.study.trials if t.state.is_finished() and not _lost(t)}
+        for label, trial in sorted(
+            kept.items(), key=lambda one: -(one[1].value if one[1].value is not None else -np.inf)
+        ):
             lists = {TrialState.COMPLETE: found.ranked, TrialState.PRUNED: found.pruned}
             lists.get(trial.state, found.broken).append(label)
-        for label in dict.fromkeys(found.ranked + found.broken):
-            cells = self.sweep.cells(self._settings_of(label))
+        for label in found.ranked + found.broken:
+            cells = self.sweep.cells(self.sweep.space.of_text(kept[label].params))
             found.rows += [self.rows.by_id[cell.id] for cell in cells if cell.id in self.rows.by_id]
         return found
 
     def _label(self, params: dict[str, Any]) -> str:
         return self.sweep.space.label(self.sweep.space.of_text(params))
 
-    def _settings_of(self, label: str) -> Settings:
-        return next(
-            self.sweep.space.of_text(trial.params) for trial in self.study.trials if self._label(trial.params) == label
-        )
+    def _tried(self) -> set[str]:
+        """Labels of the trials that have begun."""
+        from optuna.trial import TrialState
+
+        return {self._label(t.params) for t in self.study.trials if t.state != TrialState.WAITING and not _lost(t)}
 
     def _take_up(self) -> None:
         """Trials that were running when a sweep was killed are asked for again; a grid is filled up."""
@@ -201,21 +207,38 @@ class _Search:
 
     def _next(self) -> Cell | None:
         """The next run: of a trial that has begun, or of a new one while there are any to come."""
-        from optuna.trial import TrialState
-
         while not self.queue:
-            asked = [t for t in self.study.trials if t.state != TrialState.WAITING and not _lost(t)]
-            if len(asked) >= self.sweep.trials:
+            tried = self._tried()
+            trial = self._new(tried) if len(tried) < self.sweep.trials and not self.exhausted else None
+            if trial is None:
                 return None
-            trial = self.study.ask(self.distributions)
             cells = self.sweep.cells(self.sweep.space.of_text(trial.params))
-            if cells[0].method in self.running:
-                self.running[cells[0].method].trials.append(trial)
-                continue
-            self.running[cells[0].method] = _Running([trial], cells)
+            self.running[cells[0].method] = _Running(trial, cells)
             self.queue.extend(cell for cell in cells if cell.id not in self.rows.by_id)
             self._end_if_done(cells[0].method)
         return self.queue.popleft()
+
+    def _new(self, tried: set[str]) -> Trial | None:
+        """A trial of settings that were not tried; where the sampler's were, of others that are drawn at random."""
+        from optuna.samplers import RandomSampler
+        from optuna.trial import TrialState
+
+        trial = self.study.ask(self.distributions)
+        if self._label(trial.params) not in tried:
+            return trial
+        self.study.tell(trial, state=TrialState.FAIL)
+        sampler, last = RandomSampler(seed=len(self.study.trials)), self.study.trials[-1]
+        for _ in range(_DRAWS):
+            drawn = {n: sampler.sample_independent(self.study, last, n, d) for n, d in self.distributions.items()}
+            if self._label(drawn) not in tried:
+                self.study.enqueue_trial(drawn)
+                return self.study.ask(self.distributions)
+        self.exhausted = True
+        self.say(
+            f"note: {len(tried)} settings are tried instead of {self.sweep.trials}: of {_DRAWS:,} more that were drawn "
+            "all had been tried"
+        )
+        return None
 
     def _done(self, cell: Cell, outcome: pool.Outcome) -> None:
         self.rows.append(cell, outcome, self.jobs)
@@ -234,12 +257,11 @@ class _Search:
             return
         del self.running[label]
         scores = [row[self.sweep.metric]["mean"] for row in found if row is not None and row["status"] == "done"]
-        for trial in one.trials:
-            if len(scores) == len(found):
-                self.study.tell(trial, float(iqm(np.array(scores, dtype=np.float64))))
-            else:
-                trial.set_user_attr(_BROKEN, True)
-                self.study.tell(trial, state=TrialState.FAIL)
+        if len(scores) == len(found):
+            self.study.tell(one.trial, float(iqm(np.array(scores, dtype=np.float64))))
+        else:
+            one.trial.set_user_attr(_BROKEN, True)
+            self.study.tell(one.trial, state=TrialState.FAIL)
 
     def _point(self, cell: Cell, point: dict[str, Any]) -> None:
         """Report a point of a curve, each at a place of its own; end the trial if the others were better there."""
@@ -249,13 +271,11 @@ class _Search:
         place = round(cell.points * point["step"] / cell.steps)
         if one is None or place < 1:
             return
-        first = one.trials[0]
-        first.report(point["greedy"], self.sweep.seeds.index(cell.seed) * cell.points + place)
-        if first.should_prune():
+        one.trial.report(point["greedy"], self.sweep.seeds.index(cell.seed) * cell.points + place)
+        if one.trial.should_prune():
             del self.running[cell.method]
             self.queue = deque(waiting for waiting in self.queue if waiting.method != cell.method)
-            for trial in one.trials:
-                self.study.tell(trial, state=TrialState.PRUNED)
+            self.study.tell(one.trial, state=TrialState.PRUNED)
             self.say(f"{cell.method}: pruned at step {point['step']:,} of seed {cell.seed}")
 
 
@@ -263,7 +283,7 @@ _BROKEN = "broken"
 
 
 def _lost(trial: FrozenTrial) -> bool:
-    """Whether a trial was running when the sweep was killed: another one with its settings takes its place."""
+    """Whether a trial came to nothing: the sweep was killed meanwhile, or its settings had been tried before."""
     from optuna.trial import TrialState
 
     return trial.state == TrialState.FAIL and not trial.user_attrs.get(_BROKEN)
