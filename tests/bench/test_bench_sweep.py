@@ -123,6 +123,23 @@ def test_a_setting_of_which_one_seed_failed_has_no_rank(tmp_path: Path) -> None:
     assert (found.ranked, found.broken) == (["a=small"], ["a=large"])
 
 
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_settings_that_failed_are_tried_again_if_that_is_asked_for(tmp_path: Path, sampler: str) -> None:
+    one = replace(made(tmp_path), space=Space.read({"a": ["breaks", "large"]}), sampler=sampler, trials=2)
+    out, said = tmp_path / "out", list[str]()
+    assert sweep.run(one, out, jobs=1, say=said.append).broken == ["a=breaks"]
+    script = tmp_path / "fake.py"
+    script.write_text(script.read_text().replace('== "breaks"', '== "mended"').replace('"small"', '"breaks"'))
+    assert sweep.run(one, out, jobs=1, say=said.append).broken == ["a=breaks"]
+    assert said[-1] == "note: of 1 settings a run failed before, and they stay so; --again tries them again"
+    assert len(calls(tmp_path)) == 4
+    for again in (True, True, False):
+        found = sweep.run(one, out, jobs=1, again=again, say=said.append)
+        assert (found.ranked, found.broken) == (["a=large", "a=breaks"], [])
+        assert [row["status"] for row in found.rows] == ["done"] * 4
+        assert sorted(calls(tmp_path)) == ["breaks/0", "breaks/0", "breaks/1", "breaks/1", "large/0", "large/1"]
+
+
 def test_a_grid_takes_no_number_of_trials(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a grid tries all 2 settings; set sampler=random"):
         asked("CartPole-v1", {"of_command": Space.parse(["lr=1e-3,3e-4"]), "trials": 1})

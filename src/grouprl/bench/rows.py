@@ -84,6 +84,10 @@ class Rows:
             finally:
                 rows._file.close()
 
+    def forget_failed(self) -> None:
+        """Those of runs that failed count no more; they stay in the file."""
+        self.by_id = {name: row for name, row in self.by_id.items() if row["status"] == "done"}
+
     def append(self, cell: Cell, outcome: Outcome, jobs: int) -> Row:
         """Write down what came of a cell, without the secrets among its settings."""
         finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

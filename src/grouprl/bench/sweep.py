@@ -95,14 +95,19 @@ class Swept:
     rows: list[Row] = field(default_factory=list)
 
 
-def run(sweep: Sweep, out: Path, *, jobs: int, say: Callable[[str], None] = print) -> Swept:
+def run(sweep: Sweep, out: Path, *, jobs: int, again: bool = False, say: Callable[[str], None] = print) -> Swept:
     """Do what is left of a sweep in the folder ``out``, which keeps its rows and its study.
+
+    Args:
+        jobs: how many runs at once. again: whether to try settings again of which a run failed.
 
     Raises UsageError if another process works in the folder, or it cannot be written.
     """
     with Rows.held(out) as rows:
         study = _study(sweep, out / "study.journal")
-        return _Search(sweep, study, rows, jobs, say).run()
+        if again:
+            rows.forget_failed()
+        return _Search(sweep, study, rows, jobs, again, say).run()
 
 
 def _study(sweep: Sweep, journal: Path) -> Study:
@@ -145,28 +150,35 @@ class _Running:
 class _Search:
     """Asks the study for trials, runs them, and tells it what came of them."""
 
-    def __init__(self, sweep: Sweep, study: Study, rows: Rows, jobs: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, sweep: Sweep, study: Study, rows: Rows, jobs: int, again: bool, say: Callable[[str], None]
+    ) -> None:
         self.sweep, self.study, self.rows, self.jobs, self.say = sweep, study, rows, jobs, say
         self.distributions = sweep.space.distributions()
         self.queue: deque[Cell] = deque()
         self.running: dict[str, _Running] = {}
         """By the label of the trial."""
         self.exhausted = False
+        self.given_up = {t.number for t in study.trials if again and _BROKEN in t.user_attrs}
+        """Numbers of trials that broke, and whose settings are tried again."""
 
     def run(self) -> Swept:
         from optuna.trial import TrialState
 
         self._take_up()
         known = len(self._tried())
+        broken = {self._label(t.params) for t in self._kept() if _BROKEN in t.user_attrs}
         self.say(
             f"{self.sweep.trials} trials of {len(self.sweep.seeds)} seeds, {known} done before; rows: {self.rows.path}"
         )
+        if broken:
+            self.say(f"note: of {len(broken)} settings a run failed before, and they stay so; --again tries them again")
         pool.run(
             self._next, self._done, jobs=self.jobs, point=self._point if self.sweep.prune else None,
             dropped=lambda cell: cell.method not in self.running,
         )  # fmt: skip
         found = Swept()
-        kept = {self._label(t.params): t for t in self.study.trials if t.state.is_finished() and not _lost(t)}
+        kept = {self._label(trial.params): trial for trial in self._kept() if trial.state.is_finished()}
         for label, trial in sorted(
             kept.items(), key=lambda one: -(one[1].value if one[1].value is not None else -np.inf)
         ):
@@ -184,22 +196,24 @@ class _Search:
         """Labels of the trials that have begun."""
         from optuna.trial import TrialState
 
-        return {self._label(t.params) for t in self.study.trials if t.state != TrialState.WAITING and not _lost(t)}
+        return {self._label(trial.params) for trial in self._kept() if trial.state != TrialState.WAITING}
+
+    def _kept(self) -> list[FrozenTrial]:
+        """Trials that count: of several with the same settings the last one."""
+        return [trial for trial in self.study.trials if not _lost(trial) and trial.number not in self.given_up]
 
     def _take_up(self) -> None:
-        """Trials that were running when a sweep was killed are asked for again; a grid is filled up."""
+        """Trials that were running when a sweep was killed, or are given up, are asked for again; a grid is filled."""
         from optuna.trial import TrialState
 
-        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+        running = self.study.get_trials(states=(TrialState.RUNNING,))
+        for trial in running:
             self.study.tell(trial.number, state=TrialState.FAIL)
-            if self.sweep.sampler != "grid":
+        if self.sweep.sampler != "grid":
+            for trial in [*running, *(self.study.trials[number] for number in sorted(self.given_up))]:
                 self.study.enqueue_trial(trial.params)
         if self.sweep.sampler == "grid":
-            have = [
-                trial.params or trial.system_attrs.get("fixed_params")
-                for trial in self.study.trials
-                if not _lost(trial)
-            ]
+            have = [trial.params or trial.system_attrs.get("fixed_params") for trial in self._kept()]
             for settings in self.sweep.space.grid():
                 params = self.sweep.space.as_text(settings)
                 if params not in have:

@@ -114,6 +114,7 @@ def sweep(
     ] = None,
     metric: Annotated[str | None, typer.Option(help="greedy (default) or sampled returns at the end.")] = None,
     jobs: Jobs = None,
+    again: Again = False,
     out: Annotated[Path | None, typer.Option(help="The folder of the sweep.  [default: runs/sweep-NAME]")] = None,
 ) -> None:
     """Try settings with several seeds each, and rank them.
@@ -146,7 +147,7 @@ def sweep(
     swept.check()
     folder = user_path(out) if out is not None else Path("runs") / f"sweep-{Path(swept.cell.subject).stem}"
     with leaving_on_signals("stopped; the same command goes on, and runs that have a row are not done again"):
-        found = sweeping.run(swept, folder, jobs=jobs or len(pool.cores()), say=show)
+        found = sweeping.run(swept, folder, jobs=jobs or len(pool.cores()), again=again, say=show)
     show(f"\n{harness.report_sweep(swept, found, folder)}\nwrote {folder / 'table.md'} and {folder / 'sweep.png'}")
     if found.broken:
         raise typer.Exit(1)
