@@ -21,6 +21,13 @@ def test_a_function_is_found_in_the_current_directory_and_in_the_given_folder(tm
     assert load_function("grouprl.lm.rewards.builtin:completion_text")("a") == "a"
 
 
+def test_a_folder_is_named_once_where_a_module_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (None, tmp_path, "."):
+        with pytest.raises(UsageError, match=f"looked for in {tmp_path} and among the installed packages"):
+            load_function("reward_nowhere:f", folder)
+
+
 def test_a_file_named_like_an_installed_package_does_not_hide_it(tmp_path, monkeypatch):
     (tmp_path / "colorsys.py").write_text("stolen = True\n")
     monkeypatch.chdir(tmp_path)

@@ -22,11 +22,21 @@ def import_here(name: str, folder: str | os.PathLike[str] | None = None) -> Modu
     Both folders go to the end of the search path, where they cannot hide an installed package. What the import raises
     is passed on.
     """
-    for place in (Path.cwd(), *([Path(folder).resolve()] if folder is not None else [])):
+    look_in(folder)
+    return importlib.import_module(name)
+
+
+def look_in(folder: str | os.PathLike[str] | None) -> None:
+    """From now on modules in the current directory and in ``folder`` are found, wherever they are asked for."""
+    for place in _places(folder):
         if str(place) not in sys.path:
             sys.path.append(str(place))
     importlib.invalidate_caches()
-    return importlib.import_module(name)
+
+
+def _places(folder: str | os.PathLike[str] | None) -> list[Path]:
+    """The current directory, and ``folder`` where that is another one."""
+    return list(dict.fromkeys((Path.cwd().resolve(), *([] if folder is None else [Path(folder).resolve()]))))
 
 
 def load_function(name: str, folder: str | os.PathLike[str] | None = None) -> Callable[..., Any]:
@@ -44,8 +54,8 @@ def load_function(name: str, folder: str | os.PathLike[str] | None = None) -> Ca
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; something it imports is not
         raise UsageError(
-            f"there is no module {error.name!r}; it is looked for in {Path.cwd()}"
-            f"{'' if folder is None else f', in {Path(folder).resolve()}'} and among the installed packages."
+            f"there is no module {error.name!r}; it is looked for in {', in '.join(map(str, _places(folder)))} and "
+            "among the installed packages."
         ) from error
     function = getattr(module, attribute, None)
     if function is None:

@@ -377,6 +377,36 @@ def test_a_run_on_an_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found["train_cpu_seconds"] >= spent[-1] > 0
 
 
+OWN_ENV = """
+import gymnasium as gym
+class Short(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 5
+        return self.observation_space.sample(), {}
+    def step(self, action):
+        self.left -= 1
+        return self.observation_space.sample(), float(action), self.left == 0, False, {}
+"""
+
+
+def test_an_environment_beside_the_file_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "own_env_beside.py").write_text(OWN_ENV)
+    (tmp_path / "there" / "own.yaml").write_text(
+        "methods: {plain: {settings: {n_envs: 2, collect: segments, n_steps: 10, warmup_steps: 0}}}\n"
+        "environments: ['own_env_beside:Short']\nsteps: 20\nseeds: [0]\nepisodes: 1\npoints: 1\npoint_episodes: 1\n"
+    )
+    assert call("bench", "there/own.yaml", "--out", "out") == 0, capsys.readouterr()
+    (row,) = read_rows(tmp_path / "out" / "rows.jsonl")
+    assert (row["status"], row["folder"]) == ("done", "")  # a folder of one machine says nothing on another
+
+
 def test_noise_is_on_the_rewards_of_training_and_not_on_those_of_evaluations() -> None:
     points: list[dict[str, Any]] = []
     found = worker.run({**CELL, "reward_noise": 0.5}, points.append)

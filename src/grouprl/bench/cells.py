@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from grouprl.errors import UsageError, shown
@@ -32,7 +32,8 @@ class Cell:
         reward_noise: the standard deviation of Gaussian noise on every reward of training, in the reward's units.
         episodes: played at the end, greedily and again sampled. points: evaluations along the way; point_episodes: of
             each. A language model is evaluated on its recipe's held-out rows, as often as that says.
-        code: a checksum of the files that hold the functions. folder: where they are found, beside the current one.
+        code: a checksum of the files that hold the functions.
+        folder: of the benchmark's file; modules in it are found, beside those in the current one.
         ready_made: a checksum of what the preset, or the recipe, holds.
     """
 
@@ -64,12 +65,14 @@ class Cell:
     @property
     def id(self) -> str:
         """A hash of all that decides its outcome, wherever its file lies."""
-        decides = replace(self, folder="").as_hashed()
-        return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.as_hashed(), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def as_hashed(self) -> dict[str, Any]:
-        """Its fields without those that came later, where they hold nothing: the hash of older rows stays theirs."""
-        fields = asdict(self)
+        """What decides its outcome, wherever its file lies.
+
+        Fields that came later are left out where they hold nothing, so that the hash of older rows stays theirs.
+        """
+        fields = {**asdict(self), "folder": ""}
         for later in ("reward_noise", "ready_made"):
             if not fields[later]:
                 del fields[later]

@@ -17,7 +17,7 @@ from typing import Any
 
 from grouprl.bench.cells import ENVIRONMENTS, LANGUAGE, Cell, check_distinct, parse_seeds
 from grouprl.errors import UsageError, shown
-from grouprl.importing import load_function
+from grouprl.importing import load_function, look_in
 from grouprl.reading import read_yaml, with_numbers
 
 FUNCTIONS = ("advantage_function", "surrogate_function")
@@ -141,7 +141,7 @@ def _cell(
     return Cell(
         method, subject, arena, seed=0, settings=settings, functions=functions, worker=worker,
         preset=preset, ready_made=ready_made(preset, rest.get("recipe")), code=checksum(functions, folder),
-        folder=str(folder.absolute()) if functions else "", **rest,
+        folder=str(folder.absolute()), **rest,
     )  # fmt: skip
 
 
@@ -229,6 +229,8 @@ def check(plan: Plan) -> None:
     Raises UsageError for the first that cannot work, and TrainingError for an environment that takes longer to be made
     than its settings allow.
     """
+    for folder in {cell.folder for cell in plan.cells}:
+        look_in(folder or None)
     own = {(c.method, c.subject): c for c in plan.cells if not c.worker}
     timeouts: dict[str, float | None] = {}
     for cell in own.values():

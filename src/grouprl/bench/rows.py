@@ -98,7 +98,7 @@ class Rows:
         return self._write(cell, {**row, "same_as": row["id"]})
 
     def _write(self, cell: Cell, says: Row) -> Row:
-        row: Row = without_secrets({**says, "id": cell.id, **asdict(cell)})
+        row: Row = without_secrets({**says, "id": cell.id, **asdict(cell), "folder": ""})  # it is of this machine
         self._file.append(json.dumps(row) + "\n")
         self.by_id[cell.id] = row
         return row

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from grouprl.bench.heard import warnings_heard
 from grouprl.errors import GrouprlError, error_text
-from grouprl.importing import load_function
+from grouprl.importing import load_function, look_in
 
 if TYPE_CHECKING:
     from grouprl.envs.evaluation import Evaluation, Evaluator
@@ -54,9 +54,7 @@ def run_environment(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     from grouprl.envs.grpo import GRPO
     from grouprl.envs.vector import reward_threshold
 
-    functions: dict[str, Any] = {
-        name: load_function(function, cell["folder"] or None) for name, function in cell["functions"].items()
-    }
+    functions: dict[str, Any] = {name: load_function(function) for name, function in cell["functions"].items()}
     environment: dict[str, Any] = {"env": cell["env_id"], "env_kwargs": cell["env_kwargs"]}
     if sigma := cell.get("reward_noise", 0.0):
         environment = {"env": noisy_maker(cell["env_id"], cell["env_kwargs"], sigma, cell["seed"])}
@@ -144,8 +142,6 @@ def run_language_model(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     def evaluated(step: int, seconds: float, found: HeldOut) -> None:
         point({"step": step, "seconds": seconds, "greedy": found.accuracy, "reward": found.reward})
 
-    for function in cell["functions"].values():
-        load_function(function, cell["folder"] or None)  # found from now on, also by the name that the recipe has
     with tempfile.TemporaryDirectory() as folder:
         result = training.train(
             cell["recipe"], Path(folder) / "run", settings={**cell["settings"], **cell["functions"]},
@@ -168,6 +164,7 @@ def run_language_model(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
 def run(cell: dict[str, Any], point: Tell) -> dict[str, Any]:
     """Do a cell of either arena; returns what a row says of it, with what was warned of."""
     do = run_environment if cell["env_id"] is not None else run_language_model
+    look_in(cell.get("folder") or None)
     with warnings_heard() as warned:
         return {**do(cell, point), "warnings": warned}
 
