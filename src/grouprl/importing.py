@@ -6,8 +6,10 @@ Modules in the current directory are found, as they are by a script that lies th
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +34,27 @@ def look_in(folder: str | os.PathLike[str] | None) -> None:
         if str(place) not in sys.path:
             sys.path.append(str(place))
     importlib.invalidate_caches()
+
+
+def own_file(module: str, folder: str | os.PathLike[str] | None = None) -> Path | None:
+    """The file of a module of the user's own, found without importing it.
+
+    None if there is no such module, or it belongs to grouprl, to Python or to an installed package.
+    """
+    look_in(folder)
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if found is None or not found.has_location or found.origin is None or module.partition(".")[0] in _NOT_OWN:
+        return None
+    file = Path(found.origin).resolve()
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return None if installed.intersection(file.parents) else file
+
+
+_NOT_OWN = ("grouprl", "benchmarks")
+"""This library, and the benchmarks in its repository: the commit says which code of theirs it was."""
 
 
 def _places(folder: str | os.PathLike[str] | None) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,6 +138,26 @@ def test_an_estimator_that_was_changed_is_another_run(tmp_path: Path, monkeypatc
         (tmp_path / "own_plan_module.py").write_text(f"def f(rewards, lengths, group):\n    return {body}\n")
         ids.append(plan.read(file).cells[0].id)
     assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize("worker", ["", "worker: python peer.py"])
+def test_an_environment_of_ones_own_that_was_changed_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = write(
+        tmp_path, f"methods: {{a: {{{worker}}}}}\nenvironments: {{'own_plan_env:Env': {{steps: 10}}}}\nseeds: 0"
+    )
+    ids = []
+    for body in ("raise RuntimeError('it is not imported')", "x = 1"):
+        (tmp_path / "own_plan_env.py").write_text(body)
+        ids.append(plan.read(file).cells[0].id)
+    assert ids[0] != ids[1]
+
+
+def test_the_code_of_an_installed_environment_is_not_in_the_hash() -> None:
+    for env_id in ("CartPole-v1", "grouprl.envs.grpo:GRPO", "benchmarks.pixels:A", "gymnasium:A", "json:A", "none:A"):
+        assert plan.checksum({}, env_id, Path(__file__).parents[2]) == ""
 
 
 def test_a_function_beside_the_file_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def asked(what: str, options: Mapping[str, Any]) -> Sweep:
     fixed = {name: value for name, value in space.fixed.items() if name not in FUNCTIONS}
     preset = preset_of(given.get("preset", "auto"), subject) if arena == ENVIRONMENTS else None
     cell = Cell(
-        "", subject, arena, seed=0, functions=functions, code=checksum(functions), preset=preset,
+        "", subject, arena, seed=0, functions=functions, code=checksum(functions, about.get("env_id")), preset=preset,
         ready_made=ready_made(preset, about.get("recipe")),
         episodes=whole(given.get("episodes", 100), "episodes"), **about,
     )  # fmt: skip

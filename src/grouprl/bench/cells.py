@@ -32,7 +32,7 @@ class Cell:
         reward_noise: the standard deviation of Gaussian noise on every reward of training, in the reward's units.
         episodes: played at the end, greedily and again sampled. points: evaluations along the way; point_episodes: of
             each. A language model is evaluated on its recipe's held-out rows, as often as that says.
-        code: a checksum of the files that hold the functions.
+        code: a checksum of the files that hold the functions, and the environment where it is one of the user's own.
         folder: of the benchmark's file; modules in it are found, beside those in the current one.
         ready_made: a checksum of what the preset, or the recipe, holds.
     """

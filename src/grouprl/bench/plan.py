@@ -17,7 +17,7 @@ from typing import Any
 
 from grouprl.bench.cells import ENVIRONMENTS, LANGUAGE, Cell, check_distinct, parse_seeds
 from grouprl.errors import UsageError, shown
-from grouprl.importing import load_function, look_in
+from grouprl.importing import load_function, look_in, own_file
 from grouprl.reading import read_yaml, with_numbers
 
 FUNCTIONS = ("advantage_function", "surrogate_function")
@@ -140,7 +140,7 @@ def _cell(
     preset = preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None
     return Cell(
         method, subject, arena, seed=0, settings=settings, functions=functions, worker=worker,
-        preset=preset, ready_made=ready_made(preset, rest.get("recipe")), code=checksum(functions, folder),
+        preset=preset, ready_made=ready_made(preset, rest.get("recipe")), code=checksum(functions, rest.get("env_id"), folder),
         folder=str(folder.absolute()), **rest,
     )  # fmt: skip
 
@@ -213,14 +213,17 @@ def _settings_of(preset: str | None) -> Mapping[str, Any]:
     return {} if preset is None else presets.load(preset).config
 
 
-def checksum(functions: Mapping[str, str], folder: Path | None = None) -> str:
-    """Of the files that hold the functions: with another estimator under the same name it is another run."""
-    found = hashlib.sha256()
+def checksum(functions: Mapping[str, str], env_id: str | None = None, folder: Path | None = None) -> str:
+    """Of the user's own files that hold the functions and the environment: with other code it is another run."""
+    held = []
     for function in functions.values():
         load_function(function, folder)
         file = getattr(sys.modules[function.partition(":")[0]], "__file__", None)
-        found.update(Path(file).read_bytes() if file else b"")
-    return found.hexdigest()[:16] if functions else ""
+        held.append(Path(file).read_bytes() if file else b"")
+    module, _, _ = (env_id or "").rpartition(":")
+    file = own_file(module, folder) if module else None
+    held += [Path(file).read_bytes()] if file else []
+    return hashlib.sha256(b"".join(held)).hexdigest()[:16] if held else ""
 
 
 def check(plan: Plan) -> None:
