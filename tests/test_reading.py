@@ -105,3 +105,17 @@ def test_a_line_of_data_that_is_none_is_refused_in_a_line(tmp_path: Path, line: 
         load_jsonl(path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [("a: 1\nb: 2\na: 3", "'a'", 3), ("x:\n- {b: 1, 'b': 2}", "'b'", 2), ("1: a\n1: b", "'1'", 2)],
+)
+def test_a_key_that_is_given_twice_is_refused_with_its_line(text, key, line):
+    with pytest.raises(UsageError, match=f"it has the key {key} twice in one mapping, again in line {line}; only the"):
+        parse_yaml(text, "it")
+
+
+def test_a_key_that_takes_the_place_of_a_merged_one_is_no_second_one():
+    assert parse_yaml("a: &x {k: 1, j: 2}\nb: {<<: *x, k: 3}", "it")["b"] == {"k": 3, "j": 2}
+    assert parse_yaml("- a: 1\n- a: 2", "it") == [{"a": 1}, {"a": 2}]

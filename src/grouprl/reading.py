@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from grouprl.errors import UsageError, first_line
+from grouprl.errors import UsageError, first_line, shown
 
 LONGEST = 200_000
 """Characters of what a person writes."""
@@ -44,10 +44,12 @@ def parse_yaml(text: str, where: str, longest: int = LONGEST) -> Any:
     """
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is much faster
     if len(text) > longest:
         raise UsageError(f"{where} has {len(text)} characters, and {longest} are the most")
     try:
-        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the first is much faster
+        twice = _key_given_twice(yaml.compose(text, loader))
+        value = None if twice else yaml.load(text, loader)
     except RecursionError:
         raise UsageError(f"{where} is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
@@ -56,8 +58,35 @@ def parse_yaml(text: str, where: str, longest: int = LONGEST) -> Any:
         raise UsageError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
     except Exception as error:  # the values of tags and dates are read by Python's own functions
         raise UsageError(f"{where} is not YAML: {first_line(error)}") from None
+    if twice is not None:
+        raise UsageError(
+            f"{where} has the key {shown(twice.value)} twice in one mapping, again in line {twice.start_mark.line + 1}; "
+            "only the last would count: leave one out, or give it another name"
+        )
     check_size(value, where)
     return value
+
+
+def _key_given_twice(root: Any) -> Any:
+    """The node of the first key that its mapping has already; None if there is none."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))
+        keys = set()
+        for part in node.value:
+            if not isinstance(part, tuple):  # a node of a list
+                waiting.append(part)
+                continue
+            waiting += part
+            key = (part[0].tag, part[0].value)
+            if isinstance(part[0].value, str) and part[0].tag != "tag:yaml.org,2002:merge":
+                if key in keys:
+                    return part[0]
+                keys.add(key)
+    return None
 
 
 def with_numbers(value: Any) -> Any:

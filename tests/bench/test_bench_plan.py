@@ -226,6 +226,8 @@ def test_language_models_are_recipes(tmp_path: Path) -> None:
         ("methods: [a]\nenvironments: [CartPole-v1]\nseeds: []", "seeds=[] names no seed"),
         ("methods: [a]\nenvironments: [CartPole-v1]\nepisodes: .inf", "episodes in"),
         ("methods: [a]\nenvironments: [CartPole-v1]\nsteps: .nan", "must be a whole number, at least 1"),
+        ("methods:\n  a: {}\n  b: {}\n  a: {preset: auto}\n", "the key 'a' twice in one mapping, again in line 4"),
+        ("methods: {1: {}, '1': {}}\nenvironments: [CartPole-v1]", "'1' is named twice, once in quotes"),
         (
             "methods: {a: {preset: CartPole-v1}}\nrecipes: [tiny]",
             "is tried on the recipe tiny, and preset='CartPole-v1'",

@@ -140,8 +140,8 @@ def _cell(
     preset = preset_of(options.get("preset"), subject) if arena == ENVIRONMENTS and not worker else None
     return Cell(
         method, subject, arena, seed=0, settings=settings, functions=functions, worker=worker,
-        preset=preset, ready_made=ready_made(preset, rest.get("recipe")), code=checksum(functions, rest.get("env_id"), folder),
-        folder=str(folder.absolute()), **rest,
+        preset=preset, ready_made=ready_made(preset, rest.get("recipe")), folder=str(folder.absolute()),
+        code=checksum(functions, rest.get("env_id"), folder), **rest,
     )  # fmt: skip
 
 
@@ -271,6 +271,8 @@ def _named(values: Mapping[str, Any], key: str, path: Path) -> list[tuple[Any, A
     if not isinstance(given, dict):
         raise UsageError(f"{key} in {path} must be a mapping of names to options, or a list of names")
     for name in given:
+        if not isinstance(name, str) and str(name) in given:
+            raise UsageError(f"{key} in {path}: {str(name)!r} is named twice, once in quotes and once without")
         if "/" in str(name) and key == "methods":
             raise UsageError(f"method {shown(name)} in {path}: a method's name cannot hold a slash")
     return list(given.items())
