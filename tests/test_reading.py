@@ -112,7 +112,7 @@ def test_a_line_of_data_that_is_none_is_refused_in_a_line(tmp_path: Path, line: 
     [("a: 1\nb: 2\na: 3", "'a'", 3), ("x:\n- {b: 1, 'b': 2}", "'b'", 2), ("1: a\n1: b", "'1'", 2)],
 )
 def test_a_key_that_is_given_twice_is_refused_with_its_line(text, key, line):
-    with pytest.raises(UsageError, match=f"it has the key {key} twice in one mapping, again in line {line}; only the"):
+    with pytest.raises(UsageError, match=f"it has the key {key} twice in one mapping, again in line {line}: leave one"):
         parse_yaml(text, "it")
 
 

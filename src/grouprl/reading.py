@@ -59,9 +59,10 @@ def parse_yaml(text: str, where: str, longest: int = LONGEST) -> Any:
     except Exception as error:  # the values of tags and dates are read by Python's own functions
         raise UsageError(f"{where} is not YAML: {first_line(error)}") from None
     if twice is not None:
+        line = twice.start_mark.line + 1
         raise UsageError(
-            f"{where} has the key {shown(twice.value)} twice in one mapping, again in line {twice.start_mark.line + 1}; "
-            "only the last would count: leave one out, or give it another name"
+            f"{where} has the key {shown(twice.value)} twice in one mapping, again in line {line}: "
+            "leave one out, or give it another name"
         )
     check_size(value, where)
     return value

@@ -212,7 +212,7 @@ def test_language_models_are_recipes(tmp_path: Path) -> None:
         ("methods: {a/b: {}}\nenvironments: [CartPole-v1]", "cannot hold a slash"),
         ("methods: [a]\nenvironments: [CartPole-v1]\nseeds: 0-", "write whole numbers and ranges: 0-4,7"),
         ("methods: [a]\nenvironments: [CartPole-v1]\nsteps: 1.5", "must be a whole number, at least 1"),
-        ("methods: [a]\nenvironments: {CartPole-v1: {scale: 3}}", "must be two numbers"),
+        ("methods: [a]\nenvironments: {CartPole-v1: {scale: 3}}", "must be two finite numbers"),
         (
             "methods: {a: {subjects: [Acrobot-v1]}}\nenvironments: [CartPole-v1]",
             "the file does not have: CartPole-v1",
@@ -227,6 +227,13 @@ def test_language_models_are_recipes(tmp_path: Path) -> None:
         ("methods: [a]\nenvironments: [CartPole-v1]\nepisodes: .inf", "episodes in"),
         ("methods: [a]\nenvironments: [CartPole-v1]\nsteps: .nan", "must be a whole number, at least 1"),
         ("methods:\n  a: {}\n  b: {}\n  a: {preset: auto}\n", "the key 'a' twice in one mapping, again in line 4"),
+        *(
+            (
+                f"methods: [a]\nenvironments: {{CartPole-v1: {{scale: {scale}}}}}",
+                "must be two finite numbers that differ",
+            )
+            for scale in ("[0, .inf]", "[.nan, 1]", "[false, true]", "[1, 1.0]", "[1, 2, 3]", "5", "[0, a]")
+        ),
         ("methods: {1: {}, '1': {}}\nenvironments: [CartPole-v1]", "'1' is named twice, once in quotes"),
         (
             "methods: {a: {preset: CartPole-v1}}\nrecipes: [tiny]",

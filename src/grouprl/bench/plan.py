@@ -326,8 +326,12 @@ def _positive(given: object, where: str, *, zero: bool = False) -> float:
 
 
 def _scale(given: object, subject: str) -> Scale:
-    if isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(one, int | float) for one in given):
-        low, high = float(given[0]), float(given[1])
-        if low < high or low > high:
-            return low, high
-    raise UsageError(f"scale of {subject} must be two numbers, the returns that count as 0 and as 1: [-500, -100]")
+    """Two finite numbers that differ; the first is the larger one where less is better."""
+    ends = with_numbers(given) if isinstance(given, list) else []
+    numbers = [float(end) for end in ends if isinstance(end, int | float) and not isinstance(end, bool)]
+    if len(ends) == len(numbers) == len(set(numbers)) == 2 and all(map(math.isfinite, numbers)):
+        return numbers[0], numbers[1]
+    raise UsageError(
+        f"scale of {subject} is {shown(given)}, and must be two finite numbers that differ, the returns that count as 0 "
+        "and as 1, such as [-500, -100]"
+    )
