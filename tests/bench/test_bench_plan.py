@@ -234,6 +234,12 @@ def test_language_models_are_recipes(tmp_path: Path) -> None:
             )
             for scale in ("[0, .inf]", "[.nan, 1]", "[false, true]", "[1, 1.0]", "[1, 2, 3]", "5", "[0, a]")
         ),
+        ("methods: {a: {subjects: []}}\nenvironments: [CartPole-v1]", "method a has no subjects; name some of CartP"),
+        ("methods: {}\nenvironments: [CartPole-v1]", "must name methods"),
+        (
+            "methods: {a: {subjects: [CartPole-v1]}}\nenvironments: [CartPole-v1, Acrobot-v1]",
+            "no method is tried on Acrobot-v1",
+        ),
         ("methods: {1: {}, '1': {}}\nenvironments: [CartPole-v1]", "'1' is named twice, once in quotes"),
         (
             "methods: {a: {preset: CartPole-v1}}\nrecipes: [tiny]",

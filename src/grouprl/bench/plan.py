@@ -298,12 +298,19 @@ def _list(given: object, where: str) -> list[str]:
 
 
 def _check_subjects(methods: Mapping[str, Mapping[str, Any]], subjects: list[str]) -> None:
+    tried: set[str] = set()
     for method, options in methods.items():
-        for name in options.get("subjects", []):
+        own = _list(options.get("subjects", subjects), f"subjects of method {method}")
+        if not own:
+            raise UsageError(f"method {method} has no subjects; name some of {', '.join(subjects)}, or leave them out")
+        tried.update(own)
+        for name in own:
             if name not in subjects:
                 raise UsageError(
                     f"method {method} has the subject {name!r}, which the file does not have: {', '.join(subjects)}"
                 )
+    if left := [name for name in subjects if name not in tried]:
+        raise UsageError(f"no method is tried on {left[0]}; add it to the subjects of one, or leave it out of the file")
 
 
 def whole(given: object, where: str) -> int:
@@ -332,6 +339,6 @@ def _scale(given: object, subject: str) -> Scale:
     if len(ends) == len(numbers) == len(set(numbers)) == 2 and all(map(math.isfinite, numbers)):
         return numbers[0], numbers[1]
     raise UsageError(
-        f"scale of {subject} is {shown(given)}, and must be two finite numbers that differ, the returns that count as 0 "
-        "and as 1, such as [-500, -100]"
+        f"scale of {subject} is {shown(given)}, and must be two finite numbers that differ, the returns that count as "
+        "0 and as 1, such as [-500, -100]"
     )
