@@ -167,6 +167,18 @@ def test_agents_made_in_several_threads_are_those_of_one() -> None:
             {"advantage_function": lambda rewards, lengths, group: rewards, "scale_rewards": "none"},
             "scale_rewards='none'",
         ),
+        (
+            {
+                "advantage_function": lambda rewards, lengths, group: rewards,
+                "advantage": "outcome",
+                "collect": "episodes",
+            },
+            "advantage='outcome'",
+        ),
+        (
+            {"surrogate_function": lambda logp, old, advantages: logp, "loss_type": "spo"},
+            "loss_type='spo'",
+        ),
         ({"scale_rewards": "none"}, "scale_rewards='none'"),
         ({"advantage": "outcome", "gamma": 0.9}, "gamma=0.9"),
         ({"advantage": "leave_one_out", "gamma_final": 0.999}, "gamma_final=0.999"),
@@ -198,6 +210,7 @@ def test_a_setting_without_effect_on_an_environment_that_was_given_as_an_object_
 def test_settings_with_an_effect_are_not_named(recwarn: pytest.WarningsRecorder) -> None:
     GRPO("Pendulum-v1", preset=None, log_std_min=-1.0, baseline_level=True, baseline_memory=40_960, gae_lambda=0.9)
     GRPO(Plain, preset=None, advantage_function=lambda rewards, lengths, group, values: values, baseline_level=True)
+    GRPO(Plain, preset=None, advantage_function=lambda rewards, lengths, group: rewards, advantage="outcome")
     GRPO(Plain, preset=None, beta=0.1, reference="periodic", reference_every=3, kl_estimator="k1", hidden_sizes=[8])
     GRPO(Plain, preset=None, lr_final=0.5, lr_max=0.1, kl_target=0.1, epsilon=0.3)
     GRPO(Plain, preset=None, gamma=0.9, gamma_final=0.999, sticky=0.5, n_envs=2, warmup_steps=64, vectorization="sync")

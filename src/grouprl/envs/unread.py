@@ -33,6 +33,11 @@ RULES: tuple[Unread, ...] = (
         ("scale_rewards", "gigpo_weight"), lambda c, about: about["own_advantage"],
         "advantage_function computes the advantages; leave one of the two out",
     ),
+    Unread(
+        ("advantage",),  # it says whether a batch holds whole episodes
+        lambda c, about: about["own_advantage"] and (c.collect == "episodes" or not c.whole_episodes),
+        "advantage_function computes the advantages; leave one of the two out",
+    ),
     OF_SCALE,
     OF_DISCOUNT,
     Unread(

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from grouprl.errors import shown
 from grouprl.objective import ESTIMATORS, LOSSES
+from grouprl.objective.losses import Loss
 
 
 class Unread(NamedTuple):
@@ -25,11 +26,20 @@ class Unread(NamedTuple):
     why: str
 
 
+def _usual(config: BaseModel) -> Loss:
+    """The loss of who chooses none."""
+    return LOSSES[type(config).model_fields["loss_type"].default]
+
+
 OF_LOSS = (
     Unread(
         tuple(sorted({name for loss in LOSSES.values() for name in loss.parameters})),
         lambda c, about: about["own_surrogate"],
         "surrogate_function computes the loss of a step; build this into it",
+    ),
+    Unread(
+        ("loss_type",), lambda c, about: about["own_surrogate"] and LOSSES[c.loss_type].weights is _usual(c).weights,
+        "surrogate_function computes the loss of a step, and steps weigh as without it; leave one of the two out",
     ),
     Unread(
         ("epsilon",), lambda c, _: "epsilon" not in LOSSES[c.loss_type].parameters,
