@@ -347,7 +347,7 @@ def test_a_report_of_nothing_is_a_mistake(tmp_path: Path) -> None:
 # --- the workers -----------------------------------------------------------------------------------------------------
 CELL = {
     "env_id": "CartPole-v1", "env_kwargs": {}, "preset": None, "seed": 3, "steps": 400, "points": 2, "functions": {},
-    "folder": "", "point_episodes": 2, "episodes": 5, "curve_starts": 10_003, "final_starts": 20_003,
+    "folder": "", "point_episodes": 2, "episodes": 5, "curve_starts": 70_000, "final_starts": 80_000,
     "settings": {"n_envs": 4, "collect": "segments", "n_steps": 25, "epochs": 1, "warmup_steps": 0},
 }  # fmt: skip
 

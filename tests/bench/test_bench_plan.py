@@ -126,6 +126,19 @@ seeds: 0
     assert replace(cells[1], reward_noise=1.0).id != cells[1].id
 
 
+def test_runs_with_different_seeds_share_no_start_and_methods_with_one_seed_share_all() -> None:
+    def starts(method: str, seed: int) -> tuple[int, int]:
+        given = Cell(method, "CartPole-v1", ENVIRONMENTS, 100, seed).given()
+        return given["curve_starts"], given["final_starts"]
+
+    assert starts("a", 0) == (10_000, 20_000)
+    assert starts("a", 3) == starts("b", 3)
+    seeds = [*range(30), 9_999, 10_000, 99_999]
+    blocks = sorted(start for seed in seeds for start in starts("a", seed))
+    assert all(after - before >= 10_000 for before, after in zip(blocks, blocks[1:], strict=False))
+    assert max(starts("a", 999_999_999)) < 2**31
+
+
 def test_runs_without_noise_are_those_of_rows_that_know_of_none() -> None:
     assert Cell("a", "CartPole-v1", ENVIRONMENTS, 100, 3, env_id="CartPole-v1").id == "e065db9e297ef518"
 

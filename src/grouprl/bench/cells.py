@@ -15,7 +15,9 @@ ENVIRONMENTS, LANGUAGE = "environments", "language models"
 """The two arenas, as rows name them."""
 
 CURVE_STARTS, FINAL_STARTS = 10_000, 20_000
-"""Where the seeds of episodes begin that are played for the curve, and at the end; the seed of the run is added."""
+"""Where the seeds of episodes begin that are played for the curve, and at the end, in the run with seed 0."""
+_STARTS_OF_A_SEED, _SEEDS_APART = 20_000, 100_000
+"""Each seed has its own block of them, so that no two share a start; after so many it begins anew: below 2**31."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Cell:
 
     def given(self) -> dict[str, Any]:
         """What a worker is told, as plain values."""
-        starts = {"curve_starts": CURVE_STARTS + self.seed, "final_starts": FINAL_STARTS + self.seed}
+        block = _STARTS_OF_A_SEED * (self.seed % _SEEDS_APART)
+        starts = {"curve_starts": CURVE_STARTS + block, "final_starts": FINAL_STARTS + block}
         return {**asdict(self), **starts}
 
 
