@@ -267,6 +267,14 @@ def row(method: str, seed: int, greedy: float, steps: int = 100) -> dict[str, An
     }  # fmt: skip
 
 
+def test_the_mean_of_a_curve_does_not_hang_on_the_number_of_its_points() -> None:
+    often = [{"step": step, "greedy": float(step)} for step in range(0, 100, 10)]
+    for curve in (often, often[:1], [often[0], often[5], often[6]]):
+        found = results.of_rows([{**row("a", 0, 100.0), "steps_done": 100, "curve": curve}])
+        assert found.scores("A", "a", "curve_mean").tolist() == [50.0]
+    assert results.of_rows([row("a", 0, 7.0)]).scores("A", "a", "curve_mean").tolist() == [7.0]
+
+
 def test_a_seed_is_counted_once() -> None:
     found = results.of_rows([row("a", 0, 1.0), row("a", 0, 3.0), row("a", 1, 5.0), row("a", 1, 7.0, steps=50)])
     assert found.scores("A", "a", "greedy").tolist() == [3.0, 5.0]

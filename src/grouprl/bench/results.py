@@ -15,7 +15,7 @@ import numpy as np
 
 from grouprl.bench.cells import Cell
 from grouprl.bench.rows import Row
-from grouprl.bench.statistics import Array
+from grouprl.bench.statistics import Array, area_mean
 from grouprl.errors import UsageError
 
 RETURNS = ("greedy", "sampled", "curve_mean")
@@ -181,8 +181,7 @@ def _of_row(row: Row) -> Result:
     end = float(row.get("steps_done") or row["steps"])
     if not curve or curve[-1][0] < end:
         curve.append((end, float(values["greedy"])))
-    if curve:
-        values["curve_mean"] = float(np.mean([y for _, y in curve]))
+    values["curve_mean"] = area_mean(curve)
     known = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
     processor = str((row.get("machine") or {}).get("processor", ""))
     clock = _clock(row, end)

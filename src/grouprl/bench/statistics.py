@@ -106,6 +106,12 @@ def on_grid(curve: Sequence[tuple[float, float]], grid: Array) -> Array:
     return np.interp(grid, [x for x, _ in ordered], [y for _, y in ordered])
 
 
+def area_mean(curve: Sequence[tuple[float, float]]) -> float:
+    """The mean of a curve over its steps, straight between its points: where there are many points weighs no more."""
+    x, y = np.array(sorted(curve), dtype=np.float64).T
+    return float(np.trapezoid(y, x) / (x[-1] - x[0])) if x[-1] > x[0] else float(y.mean())
+
+
 def common_grid(curves: Sequence[Sequence[tuple[float, float]]], points: int = 50) -> Array:
     """Steps that all curves cover, evenly spaced. Empty if they have none in common."""
     first = max(min(x for x, _ in curve) for curve in curves)
