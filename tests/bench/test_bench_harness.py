@@ -275,6 +275,18 @@ def test_the_mean_of_a_curve_does_not_hang_on_the_number_of_its_points() -> None
     assert results.of_rows([row("a", 0, 7.0)]).scores("A", "a", "curve_mean").tolist() == [7.0]
 
 
+def test_the_steps_of_a_table_are_those_that_were_trained() -> None:
+    rows = [row("a", seed, 1.0) | {"steps_done": 101} for seed in range(5)]
+    assert tables.warnings(results.of_rows(rows)) == []
+    assert "| A | a | 101 |" in tables.table(results.of_rows(rows), "greedy")
+    rows += [row("b", seed, 1.0) | {"steps_done": 300 + 100 * seed} for seed in range(5)]
+    assert "| A | b | 300 to 700 |" in tables.table(results.of_rows(rows), "greedy")
+    assert [note.partition(":")[0] for note in tables.warnings(results.of_rows(rows))] == [
+        "b on A was trained for 700 steps where 100 were asked for",
+        "settings on A were trained for different numbers of steps",
+    ]
+
+
 def test_a_seed_is_counted_once() -> None:
     found = results.of_rows([row("a", 0, 1.0), row("a", 0, 3.0), row("a", 1, 5.0), row("a", 1, 7.0, steps=50)])
     assert found.scores("A", "a", "greedy").tolist() == [3.0, 5.0]

@@ -64,7 +64,10 @@ def _result(folder: RunFolder, setting: str) -> Result:
     points = zip(metrics.get("step", ()), metrics.get(greedy, ()), strict=False)
     curve = [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     steps = config.get("config", {}).get("max_steps") if language else config.get("run", {}).get("total_timesteps")
-    return Result(setting, str(subject_of(config)), int(config.get("seed", 0)), values, curve, int(steps or 0))
+    return Result(
+        setting, str(subject_of(config)), int(config.get("seed", 0)), values, curve, int(steps or 0),
+        trained=values.get("step", 0.0),
+    )  # fmt: skip
 
 
 def _of_summary(folder: RunFolder) -> dict[str, float]:

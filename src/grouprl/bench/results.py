@@ -33,6 +33,7 @@ class Result:
         values: what it reached, by the name of the metric. curve: (step, value) of greedy evaluations.
         steps: its budget. clock: (step, CPU seconds of training until then), where they were measured.
         processor: on which it ran, "" where that is not known; seconds of two do not compare.
+        trained: steps that it was trained for, 0 where that is not known.
         experiment: all that decides its outcome but the seed, as text: what differs there is no seed of the same.
     """
 
@@ -45,6 +46,7 @@ class Result:
     clock: Sequence[tuple[float, float]] = ()
     processor: str = ""
     experiment: str = ""
+    trained: float = 0
 
 
 @dataclass
@@ -186,8 +188,9 @@ def _of_row(row: Row) -> Result:
     processor = str((row.get("machine") or {}).get("processor", ""))
     clock = _clock(row, end)
     return Result(
-        row["method"], row["subject"], row["seed"], known, curve, row["steps"], clock, processor, experiment_of(row)
-    )
+        row["method"], row["subject"], row["seed"], known, curve, row["steps"], clock, processor, experiment_of(row),
+        trained=end,
+    )  # fmt: skip
 
 
 def _clock(row: Row, end: float) -> list[tuple[float, float]]:

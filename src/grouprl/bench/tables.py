@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from grouprl.bench.plan import Scale
-from grouprl.bench.results import RETURNS, Results
+from grouprl.bench.results import RETURNS, Result, Results
 from grouprl.bench.statistics import FEW_SEEDS, Array, difference, improvement, interval, iqm
 from grouprl.printing import in_markdown
 
@@ -16,6 +16,10 @@ _METHOD = (
     "seeds. `{column}`: the probability that a run of this setting has a larger `{metric}` than one of {reference}, "
     "with its interval; ties count half."
 )
+
+
+_ALIKE = 1.05
+"""Numbers of steps count as the same up to this factor."""
 
 
 def method(metric: str, reference: str) -> str:
@@ -88,12 +92,23 @@ def table(results: Results, metric: str, reference: str | None = None) -> str:
             spread = f"{number(scores.min())} to {number(scores.max())}" if len(scores) else ""
             beside = results.scores(subject, against, metric)
             lines.append([
-                subject, setting, f"{max(run.steps for run in runs):,}", str(len(runs)),
+                subject, setting, _range([run.trained or run.steps for run in runs]), str(len(runs)),
                 with_interval([scores]), spread,
                 "" if setting == against or not len(beside) else better([scores], [beside]),
                 *(middle(results.scores(subject, setting, name)) for name in others),
             ])  # fmt: skip
     return markdown(lines)
+
+
+def _range(steps: Sequence[float]) -> str:
+    """Numbers of steps: the most, or from the least to the most where they do not do for one another."""
+    low, high = min(steps), max(steps)
+    return f"{high:,.0f}" if _alike(low, high) else f"{low:,.0f} to {high:,.0f}"
+
+
+def _alike(low: float, high: float) -> bool:
+    """Whether two numbers of steps may stand for each other."""
+    return high <= _ALIKE * low
 
 
 def _has(results: Results, subject: str, metric: str) -> bool:
@@ -145,9 +160,31 @@ def warnings(results: Results) -> list[str]:
         numbers = {len(runs) for runs in by.values()}
         if len(numbers) > 1:
             notes.append(f"settings on {subject} have different numbers of seeds: {min(numbers)} to {max(numbers)}")
+        notes += _of_steps(subject, by)
         budgets = {run.steps for runs in by.values() for run in runs}
         if len(budgets) > 1:
             notes.append(f"runs on {subject} have different budgets: {min(budgets):,} to {max(budgets):,} steps")
+    return notes
+
+
+def _of_steps(subject: str, by: Mapping[str, Sequence[Result]]) -> list[str]:
+    """What is to be said of the steps that the settings of a subject were trained for, beside those of their budgets."""
+    done = {setting: [run.trained or run.steps for run in runs] for setting, runs in by.items()}
+    most = max(done, key=lambda setting: max(done[setting]))
+    least = min(done, key=lambda setting: min(done[setting]))
+    low, high = min(done[least]), max(done[most])
+    budget = max(run.steps for run in by[most])
+    notes = []
+    if not _alike(budget, high):
+        notes.append(
+            f"{most} on {subject} was trained for {high:,.0f} steps where {budget:,} were asked for: a batch is "
+            "always finished; ask for more steps, or for smaller batches"
+        )
+    if most != least and not _alike(low, high):
+        notes.append(
+            f"settings on {subject} were trained for different numbers of steps: {low:,.0f} ({least}) to {high:,.0f} "
+            f"({most}); more steps are an advantage"
+        )
     return notes
 
 
