@@ -14,10 +14,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from command_line import call
 from grouprl import GRPO
-from grouprl.bench import clock, harness, heard, results, tables, worker
+from grouprl.bench import clock, figures, harness, heard, results, tables, worker
 from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.episodes import play
 from grouprl.bench.noise import noisy
@@ -285,6 +286,32 @@ def test_the_steps_of_a_table_are_those_that_were_trained() -> None:
         "b on A was trained for 700 steps where 100 were asked for",
         "settings on A were trained for different numbers of steps",
     ]
+
+
+def test_a_curve_of_fewer_points_than_were_asked_for_is_a_note() -> None:
+    points = [{"step": step, "greedy": 1.0} for step in (0, 60, 130)]
+    rows = [{**row("a", seed, 1.0), "points": 6, "curve": points} for seed in range(2)]
+    said = "a on A: 2 of 6 points of the curve: a batch holds more steps than lie between them"
+    assert results.of_rows(rows).notes == [said]
+    assert results.of_rows([{**one, "points": 2} for one in rows]).notes == []
+
+
+def test_the_panel_of_all_subjects_goes_to_the_end_of_training_and_few_evaluations_have_marks() -> None:
+    def drawn(points: int) -> list[Any]:
+        curve = [{"step": 1000 * i / points, "greedy": 100 * i / points} for i in range(points + 1)]
+        rows = [
+            {**row("a", seed, 100.0), "subject": subject, "steps_done": 1000, "curve": curve}
+            for subject in "AB" for seed in range(2)
+        ]  # fmt: skip
+        axes = Figure().add_subplot()
+        scales = dict.fromkeys("AB", (0.0, 100.0))
+        figures._overall(axes, results.of_rows(rows), ["A", "B"], scales, ["a"])
+        return list(axes.lines)
+
+    line, marks = drawn(5)
+    assert line.get_xydata()[[0, -1]].tolist() == [[0.05, pytest.approx(0.05)], [1.0, 1.0]]
+    assert marks.get_xdata().tolist() == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert len(drawn(20)[1].get_xdata()) == 0
 
 
 def test_a_seed_is_counted_once() -> None:

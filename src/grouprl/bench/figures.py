@@ -23,15 +23,17 @@ Panel = Callable[["Axes"], None]
 
 _BAND_RESAMPLES = 1000
 _PROFILE_POINTS = 60
+_FEW_EVALUATIONS = 12
+"""Curves of fewer evaluations have a mark at each, so that nobody takes the lines between them for measured."""
 _FEW, _DPI, _DPI_OF_MANY = 6, 150, 100
 
 
 def curves(results: Results, scales: Mapping[str, Scale], out: Path, order: Sequence[str] = ()) -> None:
     """Sample efficiency: the IQM of greedy evaluations over steps, a panel for each subject, and one for all of them.
 
-    The panel of all has normalised scores over the share of the budget, if two subjects or more have a scale. It shows
-    the settings that have runs of all of these subjects. ``order`` has settings whose colours come first, whether there
-    are runs of them or not: so the colours of several figures are the same.
+    The panel of all has normalised scores over the share of the steps that were trained, if two subjects or more have a
+    scale. It shows the settings that have runs of all of these subjects. ``order`` has settings whose colours come
+    first, whether there are runs of them or not: so the colours of several figures are the same.
     """
     colours = _ordered(results, order)
     subjects = [subject for subject in results.runs if _curves_of(results, subject)]
@@ -144,23 +146,31 @@ def _curves_of(results: Results, subject: str) -> dict[str, list[Result]]:
     return {setting: runs for setting, runs in found.items() if runs}
 
 
-def _line(axes: Axes, grid: Array, strata: list[Array], setting: str, colours: list[str]) -> None:
-    """The IQM of strata ``[points, runs]`` over a grid, with its 95 % interval as a band."""
-    colour = _colour(setting, colours)
-    axes.plot(grid, iqm(*strata), color=colour, linestyle=_style(setting, colours), linewidth=1.8)
+def _line(axes: Axes, grid: Array, strata: list[Array], evaluated: Array, setting: str, colours: list[str]) -> None:
+    """The IQM of strata ``[points, runs]`` over a grid, with its 95 % interval as a band, and marks on the line."""
+    colour, middle = _colour(setting, colours), iqm(*strata)
+    axes.plot(grid, middle, color=colour, linestyle=_style(setting, colours), linewidth=1.8)
+    axes.plot(evaluated, np.interp(evaluated, grid, middle), "o", color=colour, markersize=3.5)
     band = interval(iqm, strata, resamples=_BAND_RESAMPLES)
     if band is not None:
         axes.fill_between(grid, *band, color=colour, alpha=0.15, linewidth=0)
+
+
+def _evaluated(curves: Sequence[Sequence[tuple[float, float]]], grid: Array) -> Array:
+    """Where within a grid the runs were evaluated, if that is not often."""
+    few = max(map(len, curves)) < _FEW_EVALUATIONS
+    return np.array(sorted({x for curve in curves for x, _ in curve if few and grid[0] <= x <= grid[-1]}))
 
 
 def _efficiency(axes: Axes, results: Results, subject: str, colours: list[str]) -> None:
     from matplotlib.ticker import EngFormatter
 
     for setting, runs in _curves_of(results, subject).items():
-        grid = common_grid([run.curve for run in runs])
+        evaluations = [run.curve for run in runs]
+        grid = common_grid(evaluations)
         if len(grid):
-            values = np.stack([on_grid(run.curve, grid) for run in runs], axis=-1)
-            _line(axes, grid, [values], setting, colours)
+            values = np.stack([on_grid(curve, grid) for curve in evaluations], axis=-1)
+            _line(axes, grid, [values], _evaluated(evaluations, grid), setting, colours)
     axes.set_title(_plain(subject), fontsize=10)
     axes.set_xlabel("steps")
     axes.set_ylabel("greedy return, IQM")
@@ -188,7 +198,7 @@ def _over_seconds(axes: Axes, results: Results, subject: str, colours: list[str]
         grid = common_grid(timed)
         if len(grid):
             values = np.stack([on_grid(curve, grid) for curve in timed], axis=-1)
-            _line(axes, 10**grid, [values], setting, colours)
+            _line(axes, 10**grid, [values], 10 ** _evaluated(timed, grid), setting, colours)
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())  # labels between powers of ten run into each other
     axes.set_title(_plain(subject), fontsize=10)
@@ -196,22 +206,29 @@ def _over_seconds(axes: Axes, results: Results, subject: str, colours: list[str]
     axes.set_ylabel("greedy return, IQM")
 
 
+def _over_shares(run: Result) -> list[tuple[float, float]]:
+    """The curve of a run over the share of the steps that it was trained for."""
+    return [(step / (run.trained or run.steps), value) for step, value in run.curve]
+
+
 def _overall(
     axes: Axes, results: Results, subjects: list[str], scales: Mapping[str, Scale], colours: list[str]
 ) -> None:  # fmt: skip
     shares = np.linspace(0.05, 1, 20)
     for setting in results.settings:
-        strata = []
+        strata, evaluations = [], []
         for subject in subjects:
             low, high = scales[subject]
             runs = _curves_of(results, subject).get(setting, [])
             if runs:
-                values = np.stack([on_grid(run.curve, shares * run.steps) for run in runs], axis=-1)
+                own = [_over_shares(run) for run in runs]
+                values = np.stack([on_grid(curve, shares) for curve in own], axis=-1)
                 strata.append((values - low) / (high - low))
+                evaluations += own
         if len(strata) == len(subjects):
-            _line(axes, shares, strata, setting, colours)
+            _line(axes, shares, strata, _evaluated(evaluations, shares), setting, colours)
     axes.set_title(f"all {len(subjects)}, normalised", fontsize=10)
-    axes.set_xlabel("share of the budget")
+    axes.set_xlabel("share of the steps")
     axes.set_ylabel("normalised greedy return, IQM")
 
 

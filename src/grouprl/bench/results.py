@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from grouprl.bench.cells import Cell
+from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.rows import Row
 from grouprl.bench.statistics import Array, area_mean
 from grouprl.errors import UsageError
@@ -21,6 +21,8 @@ from grouprl.errors import UsageError
 RETURNS = ("greedy", "sampled", "curve_mean")
 """Metrics that are returns: more is better, and the scale of a subject is of them."""
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
+_ENOUGH = 0.75
+"""The share of the points asked for that a curve must have."""
 _MEASURED = ("train_seconds", "train_cpu_seconds", "seconds", "cpu_seconds", "peak_memory_mb")
 
 
@@ -144,7 +146,7 @@ def of_rows(rows: Iterable[Row]) -> Results:
     for row in rows:
         if row["status"] == "done":
             done.append(_of_row(row))
-            for said in row.get("warnings") or ():
+            for said in (*(row.get("warnings") or ()), *_few_points(row)):
                 alike = (row["method"], row["subject"], _NUMBER.sub("", said))
                 warned.setdefault(alike, []).append(f"{row['method']} on {row['subject']}: {said}")
         else:
@@ -170,6 +172,14 @@ def _default(part: Field[Any]) -> object:
 def _of_several(notes: Sequence[str]) -> str:
     """The first of notes that differ in their numbers at most, as those of several seeds do, and of how many more."""
     return f"{notes[0]} ({len(notes) - 1} more like it)" if len(set(notes)) > 1 else notes[0]
+
+
+def _few_points(row: Row) -> list[str]:
+    """A sentence if the curve of a run has clearly fewer points than were asked for."""
+    asked, found = row.get("points", 0), sum(point["step"] > 0 for point in row.get("curve", ()))
+    if row["arena"] != ENVIRONMENTS or not row.get("curve") or found >= _ENOUGH * asked:
+        return []
+    return [f"{found} of {asked} points of the curve: a batch holds more steps than lie between them"]
 
 
 def _of_row(row: Row) -> Result:

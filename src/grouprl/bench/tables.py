@@ -168,7 +168,7 @@ def warnings(results: Results) -> list[str]:
 
 
 def _of_steps(subject: str, by: Mapping[str, Sequence[Result]]) -> list[str]:
-    """What is to be said of the steps that the settings of a subject were trained for, beside those of their budgets."""
+    """What is to be said of the steps that the settings of a subject were trained for, beside their budgets."""
     done = {setting: [run.trained or run.steps for run in runs] for setting, runs in by.items()}
     most = max(done, key=lambda setting: max(done[setting]))
     least = min(done, key=lambda setting: min(done[setting]))
