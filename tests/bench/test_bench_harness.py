@@ -80,7 +80,8 @@ def test_a_benchmark_leaves_rows_a_table_and_figures(folder: Path, capsys: pytes
         "101.0", "101"
     )
     assert "| 0.00 [0.00, 0.00] |" in text  # bad is never better than good
-    assert "broken/Acrobot-v1/0 failed: it broke" in text
+    assert text.count(" failed: ") == 1
+    assert "Note: broken/CartPole-v1/0,1,2; broken/Acrobot-v1/0,1,2 failed: it broke.\n" in text
     assert "Normalised scores: 0 to 1 is CartPole-v1 0 to 100.0; Acrobot-v1 -500.0 to -100.0." in text
     assert "with fewer than 5" in text
     for picture in ("curves.png", "scores.png"):
@@ -312,6 +313,18 @@ def test_the_panel_of_all_subjects_goes_to_the_end_of_training_and_few_evaluatio
     assert line.get_xydata()[[0, -1]].tolist() == [[0.05, pytest.approx(0.05)], [1.0, 1.0]]
     assert marks.get_xdata().tolist() == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert len(drawn(20)[1].get_xdata()) == 0
+
+
+def test_seeds_that_failed_are_counted_beside_a_score() -> None:
+    failed = [{**row("a", seed, 0.0), "status": "failed", "error": f"nan at step {seed}"} for seed in (3, 4)]
+    found = results.of_rows(
+        [*(row("a", seed, 1.0) for seed in range(3)), *failed, *(row("b", s, 1.0) for s in range(5))]
+    )
+    assert "| A | a | 100 | 3 of 5 |" in tables.table(found, "greedy")
+    assert "| A | b | 100 | 5 |" in tables.table(found, "greedy")
+    notes = tables.warnings(found)
+    assert notes[0] == "a/A/3,4 failed: nan at step 3"
+    assert "2 of 5 runs of a on A failed, and its score is that of the others" in notes
 
 
 def test_a_seed_is_counted_once() -> None:

@@ -150,7 +150,7 @@ def test_a_setting_that_breaks_does_not_stop_the_others(tmp_path: Path) -> None:
     one = replace(one, space=Space.read({"a": ["breaks", "large"]}))
     found = sweep.run(one, tmp_path / "out", jobs=1, say=lambda line: None)
     assert (found.ranked, found.broken) == (["a=large"], ["a=breaks"])
-    assert "a=breaks/Env/0 failed: it broke" in harness.report_sweep(one, found, tmp_path / "out")
+    assert "a=breaks/Env/0,1 failed: it broke" in harness.report_sweep(one, found, tmp_path / "out")
     assert sweep.run(one, tmp_path / "out", jobs=1, say=lambda line: None).broken == ["a=breaks"]
     assert len(calls(tmp_path)) == 4
 

@@ -34,7 +34,7 @@ def of_folders(paths: Sequence[str | os.PathLike[str]]) -> Results:
     runs: list[tuple[str, RunFolder]] = []
     for path in dict.fromkeys(Path(os.path.realpath(user_path(path))) for path in paths):
         if (path / "rows.jsonl").is_file():
-            rows += read_rows(path / "rows.jsonl")
+            rows += {row["id"]: row for row in read_rows(path / "rows.jsonl")}.values()  # of each run the last
             continue
         folder = RunFolder.open(path)
         config = folder.read_config()
@@ -46,6 +46,7 @@ def of_folders(paths: Sequence[str | os.PathLike[str]]) -> Results:
     given = [run for settings in benchmarks.runs.values() for of_one in settings.values() for run in of_one]
     given += [_result(folder, names[identity]) for identity, folder in runs]
     results = Results.of(given)
+    results.failed = benchmarks.failed
     results.notes += benchmarks.notes
     results.notes += [f"{folder.path} is not finished" for _, folder in runs if not folder.is_finished()]
     return results

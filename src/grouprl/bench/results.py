@@ -21,6 +21,8 @@ from grouprl.errors import UsageError
 RETURNS = ("greedy", "sampled", "curve_mean")
 """Metrics that are returns: more is better, and the scale of a subject is of them."""
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?")
+_NAMED = 10
+"""Methods on subjects that a note of failures names."""
 _ENOUGH = 0.75
 """The share of the points asked for that a curve must have."""
 _MEASURED = ("train_seconds", "train_cpu_seconds", "seconds", "cpu_seconds", "peak_memory_mb")
@@ -57,10 +59,12 @@ class Results:
 
     Attributes:
         runs: subject -> setting -> runs, by seed. notes: what was left out.
+        failed: how many runs of (subject, setting) failed.
     """
 
     runs: dict[str, dict[str, list[Result]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    failed: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, given: Iterable[Result]) -> Results:
@@ -112,6 +116,7 @@ class Results:
         return Results(
             {s: {k: v for k, v in by.items() if k in settings} for s, by in self.runs.items() if s in subjects},
             self.notes,
+            self.failed,
         )
 
     def scores(self, subject: str, setting: str, metric: str) -> Array:
@@ -141,7 +146,8 @@ def check_metric_of_rows(metric: str) -> None:
 
 def of_rows(rows: Iterable[Row]) -> Results:
     """The runs that are done among rows; those that failed, and warnings of the others, become notes."""
-    done, failed = [], []
+    done, lost = [], Counter[tuple[str, str]]()
+    failed: dict[str, list[Row]] = {}
     warned: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         if row["status"] == "done":
@@ -150,10 +156,22 @@ def of_rows(rows: Iterable[Row]) -> Results:
                 alike = (row["method"], row["subject"], _NUMBER.sub("", said))
                 warned.setdefault(alike, []).append(f"{row['method']} on {row['subject']}: {said}")
         else:
-            failed.append(f"{row['method']}/{row['subject']}/{row['seed']} failed: {row.get('error')}")
+            failed.setdefault(_NUMBER.sub("", str(row.get("error"))), []).append(row)
+            lost[row["subject"], row["method"]] += 1
     results = Results.of(done)
-    results.notes += [*failed, *(_of_several(notes) for notes in warned.values())]
+    results.failed = lost
+    results.notes += [*map(_of_failed, failed.values()), *(_of_several(notes) for notes in warned.values())]
     return results
+
+
+def _of_failed(rows: Sequence[Row]) -> str:
+    """Runs that failed with errors that differ in their numbers at most: which they are, and the first one's error."""
+    seeds: dict[str, list[str]] = {}
+    for row in rows:
+        seeds.setdefault(f"{row['method']}/{row['subject']}", []).append(str(row["seed"]))
+    named = [f"{name}/{','.join(those)}" for name, those in seeds.items()]
+    more = [f"{len(named) - _NAMED} more"] if len(named) > _NAMED else []
+    return f"{'; '.join([*named[:_NAMED], *more])} failed: {rows[0].get('error')}"
 
 
 def experiment_of(row: Row) -> str:

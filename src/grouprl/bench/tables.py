@@ -91,8 +91,10 @@ def table(results: Results, metric: str, reference: str | None = None) -> str:
             scores = results.scores(subject, setting, metric)
             spread = f"{number(scores.min())} to {number(scores.max())}" if len(scores) else ""
             beside = results.scores(subject, against, metric)
+            failed = results.failed[subject, setting]
             lines.append([
-                subject, setting, _range([run.trained or run.steps for run in runs]), str(len(runs)),
+                subject, setting, _range([run.trained or run.steps for run in runs]),
+                f"{len(runs)} of {len(runs) + failed}" if failed else str(len(runs)),
                 with_interval([scores]), spread,
                 "" if setting == against or not len(beside) else better([scores], [beside]),
                 *(middle(results.scores(subject, setting, name)) for name in others),
@@ -160,6 +162,12 @@ def warnings(results: Results) -> list[str]:
         numbers = {len(runs) for runs in by.values()}
         if len(numbers) > 1:
             notes.append(f"settings on {subject} have different numbers of seeds: {min(numbers)} to {max(numbers)}")
+        for setting, runs in by.items():
+            if failed := results.failed[subject, setting]:
+                notes.append(
+                    f"{failed} of {len(runs) + failed} runs of {setting} on {subject} failed, and its score is that of "
+                    "the others"
+                )
         notes += _of_steps(subject, by)
         budgets = {run.steps for runs in by.values() for run in runs}
         if len(budgets) > 1:
