@@ -134,9 +134,33 @@ def test_a_method_without_runs_on_a_subject_is_named_beside_its_score_over_all(f
     (folder / "some.yaml").write_text(text)
     only = ("--only", "good", "--only", "b$x^{$/CartPole-v1")
     assert call("bench", "some.yaml", *only, "--out", "out") == 0
-    written = (folder / "out" / "table.md").read_text()
+    written = (folder / "out" / "part-table.md").read_text()
     assert "Note: b$x^{$ has no run on Acrobot-v1; its score over all does not compare." in written
-    assert (folder / "out" / "scores.png").stat().st_size > 10_000
+    assert (folder / "out" / "part-scores.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("named", [(), ("--reference", "broken")])
+def test_nothing_takes_the_place_of_a_reference_whose_runs_failed(folder: Path, named: tuple[str, ...]) -> None:
+    first, rest = FILE.split("  good:"), FILE.split("  broken:")[1].partition("environments:")
+    (folder / "some.yaml").write_text(
+        first[0] + "  broken:" + rest[0] + "  good:" + first[1].replace("  broken:" + rest[0], "")
+    )
+    assert call("bench", "some.yaml", "--out", "out", *named) == 1
+    text = (folder / "out" / "table.md").read_text()
+    assert "than one of broken, with its interval" in text
+    assert "no run of broken on CartPole-v1, Acrobot-v1 is done, so nothing is compared there" in text
+    assert all(line.split("|")[7].strip() == "" for line in text.splitlines() if line.startswith("| CartPole"))
+
+
+def test_a_part_of_the_runs_leaves_the_report_of_all_as_it_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call("bench", "some.yaml", "--out", "out")
+    names = ("table.md", "curves.png", "scores.png")
+    whole = [(folder / "out" / name).read_bytes() for name in names]
+    for options in (("--only", "good"), ("--seeds", "0-1", "--only", "bad"), ("--steps", "50", "--only", "good/*/0")):
+        assert call("bench", "some.yaml", "--out", "out", *options) == 0
+        assert [(folder / "out" / name).read_bytes() for name in names] == whole
+        assert all((folder / "out" / f"part-{name}").exists() for name in names)
+        assert "wrote out/part-table.md, part-curves.png and part-scores.png" in capsys.readouterr().out
 
 
 def test_one_run_under_several_names_is_done_once(
@@ -347,6 +371,13 @@ def test_five_seeds_are_no_reason_to_warn_and_unequal_numbers_are() -> None:
     assert tables.warnings(results.of_rows(five)) == []
     notes = tables.warnings(results.of_rows([*five, *(row("b", seed, 1.0) for seed in range(6))]))
     assert notes == ["settings on A have different numbers of seeds: 5 to 6"]
+
+
+def test_a_note_ends_in_one_full_stop() -> None:
+    warned = [{**row("a", seed, 1.0), "warnings": ["doctor: less is more. Try: less."]} for seed in range(5)]
+    assert "Note: a on A: doctor: less is more. Try: less.\n" in harness.table_text(
+        results.of_rows(warned), "greedy", None
+    )
 
 
 def test_a_warning_about_a_setting_is_a_note() -> None:

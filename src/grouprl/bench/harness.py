@@ -102,33 +102,44 @@ def rows_in(plan: Plan, out: Path) -> list[Row]:
 
 def report(
     rows: list[Row], out: Path, title: str, *, scales: Mapping[str, Scale] | None = None, metric: str = "greedy",
-    reference: str | None = None, about: str = "", missing: int = 0,
+    reference: str | None = None, about: str = "", missing: int = 0, prefix: str = "",
 ) -> str:  # fmt: skip
     """Write table.md, curves.png and scores.png into ``out``, and return the text.
 
     Args:
         scales: of subjects, for scores over all of them where the metric is a return. metric: what the table is of.
-        reference: the method that the others are compared with; default: the first. missing: runs that have no row yet.
+        reference: the method that the others are compared with; default: the first that has a run. Where none of its
+            runs is done, nothing is compared. missing: runs that have no row yet. prefix: of the files' names.
 
-    Raises UsageError if there is no run that is done, no run has the metric, or there is no such method.
+    Raises UsageError if there is no run that is done, or no run has the metric.
     """
     results = of_rows(rows)
     _check_some(results)
     of_metric = (scales or {}) if metric in RETURNS else {}
     text = _text(results, title, about, metric, reference, of_metric)
     notes = tables.warnings(results) + ([f"{missing} runs are still to be done"] if missing else [])
-    text += "".join(f"\nNote: {note}.\n" for note in notes)
-    figures.curves(results, scales or {}, out / "curves.png")
-    figures.scores(results, metric, of_metric, out / "scores.png")
-    text += f"\n![Greedy evaluations over steps](curves.png)\n\n![Scores](scores.png)\n\n{made_of(rows)}"
-    write_text(out / "table.md", text)
+    text += _noted([*notes, *_not_compared(results, tables.reference_of(results, reference))])
+    curves, scores = f"{prefix}curves.png", f"{prefix}scores.png"
+    figures.curves(results, scales or {}, out / curves)
+    figures.scores(results, metric, of_metric, out / scores)
+    text += f"\n![Greedy evaluations over steps]({curves})\n\n![Scores]({scores})\n\n{made_of(rows)}"
+    write_text(out / f"{prefix}table.md", text)
     return text
+
+
+def _noted(notes: Iterable[str]) -> str:
+    return "".join(f"\nNote: {note.rstrip('.')}.\n" for note in notes)
+
+
+def _not_compared(results: Results, against: str) -> list[str]:
+    """A sentence if the method that others are compared with has no run that is done on some subjects."""
+    without = [subject for subject, by in results.runs.items() if against not in by]
+    return [f"no run of {against} on {', '.join(without)} is done, so nothing is compared there"] if without else []
 
 
 def _text(
     results: Results, title: str, about: str, metric: str, reference: str | None, scales: Mapping[str, Scale]
 ) -> str:
-    _check_reference(results.settings, reference)
     require("scipy")
     against = tables.reference_of(results, reference)
     text = f"# {title}\n\n" + (f"{about}\n\n" if about else "") + tables.method(metric, against) + "\n\n"
@@ -179,7 +190,7 @@ def table_text(results: Results, metric: str, reference: str | None) -> str:
     _check_reference(results.settings, reference)
     text = tables.method(metric, tables.reference_of(results, reference)) + "\n\n"
     text += tables.table(results, metric, reference)
-    return text + "".join(f"\nNote: {note}.\n" for note in tables.warnings(results))
+    return text + _noted(tables.warnings(results))
 
 
 def draw(results: Results, metric: str, out: Path) -> None:

@@ -79,11 +79,12 @@ def bench(
         with leaving_on_signals("stopped; the same command goes on, and runs that have a row are not done again"):
             failed = harness.run(planned, folder, jobs=jobs or len(pool.cores()), again=again, say=show)
     found = harness.rows_in(planned, folder)
+    part = "part-" if only or seeds is not None or steps is not None else ""  # the report of all runs stays
     text = harness.report(
-        found, folder, planned.name, scales=planned.scales, metric=metric, reference=reference, about=planned.about,
-        missing=len(planned.cells) - len(found),
+        found, folder, planned.name, scales=planned.scales, metric=metric, about=planned.about, prefix=part,
+        reference=reference or planned.cells[0].method, missing=len(planned.cells) - len(found),
     )  # fmt: skip
-    show(f"\n{text}\nwrote {folder / 'table.md'}, curves.png and scores.png")
+    show(f"\n{text}\nwrote {folder / f'{part}table.md'}, {part}curves.png and {part}scores.png")
     if failed:
         print(f"error: {failed} runs failed; their rows say why", file=sys.stderr)
         raise typer.Exit(1)
