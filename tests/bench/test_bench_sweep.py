@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import call
 from grouprl.bench import harness, sweep
 from grouprl.bench.asked import asked
 from grouprl.bench.cells import ENVIRONMENTS, Cell
@@ -259,6 +260,34 @@ def test_a_sweep_is_of_an_environment_a_recipe_or_a_file(tmp_path: Path, monkeyp
     assert of_file.cells({"learning_rate": 0.001})[0].settings == {"epochs": 2, "learning_rate": 0.001}
 
 
+def test_a_function_beside_the_file_of_a_sweep_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "own_sweep_module.py").write_text("def f(rewards, lengths, group):\n    return rewards\n")
+    (tmp_path / "there" / "some.yaml").write_text(
+        "environment: CartPole-v1\nset: {advantage_function: 'own_sweep_module:f', learning_rate: [1e-3, 1e-2]}\n"
+    )
+    one = asked("there/some.yaml", {})
+    assert one.cell.folder == str(tmp_path / "there")
+    assert one.name == replace(one, cell=replace(one.cell, folder="/elsewhere")).name
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("set: {learning_rate: '1e-3,3e-4'}", "write several values as a list: learning_rate: [1e-3,3e-4]"),
+        ("set: {lr: [1e-3, 1e-2]}\nprune: 'false'", "prune is 'false', and must be true or false, without quotes"),
+        ("set: {lr: [1e-3, 1e-2]}\nprune: 1", "prune is 1, and must be true or false"),
+    ],
+)
+def test_what_a_file_of_a_sweep_says_in_another_way_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "some.yaml").write_text(f"environment: CartPole-v1\n{line}\n")
+    with pytest.raises(UsageError) as caught:
+        asked(str(tmp_path / "some.yaml"), {})
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("what", "given", "said"),
     [
@@ -295,3 +324,16 @@ def test_a_journal_of_something_else_is_one_line_that_says_what_to_do(tmp_path: 
     with pytest.raises(DamagedFileError, match=r"study\.journal is no journal of a sweep[^\n]*; move it away: [^\n]*$"):
         sweep.run(made(tmp_path), journal.parent, jobs=1, say=lambda line: None)
     assert not calls(tmp_path)
+
+
+def test_the_folder_of_a_sweep_has_a_name_that_every_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("own_sweep_env.py").write_text("from gymnasium.envs.classic_control import CartPoleEnv as Own\n")
+    monkeypatch.setattr(sweep, "run", lambda *_, **__: sweep.Swept())
+    said: list[Path] = []
+    monkeypatch.setattr(harness, "report_sweep", lambda _, __, folder: said.append(folder))
+    assert call("sweep", "own_sweep_env:Own", "--set", "lr=1e-3,1e-2", "--steps", "10") == 0
+    assert said == [Path("runs/sweep-own_sweep_env-Own")]

@@ -18,7 +18,7 @@ KEYS = (
     "environment", "env_kwargs", "recipe", "preset", "set", "seeds", "steps", "sampler", "trials", "metric", "prune",
     "episodes",
 )  # fmt: skip
-_TRIALS = 20
+_TRIALS, _FILES = 20, (".yaml", ".yml")
 
 
 def asked(what: str, options: Mapping[str, Any]) -> Sweep:
@@ -44,9 +44,11 @@ def asked(what: str, options: Mapping[str, Any]) -> Sweep:
         raise UsageError(f"{wrong[0]} cannot be swept; compare functions with grouprl bench")
     fixed = {name: value for name, value in space.fixed.items() if name not in FUNCTIONS}
     preset = preset_of(given.get("preset", "auto"), subject) if arena == ENVIRONMENTS else None
+    path = user_path(what)
+    folder = path.absolute().parent if path.suffix in _FILES else None
     cell = Cell(
-        "", subject, arena, seed=0, functions=functions, code=checksum(functions, about.get("env_id")), preset=preset,
-        ready_made=ready_made(preset, about.get("recipe")),
+        "", subject, arena, seed=0, functions=functions, code=checksum(functions, about.get("env_id"), folder),
+        folder=str(folder or ""), preset=preset, ready_made=ready_made(preset, about.get("recipe")),
         episodes=whole(given.get("episodes", 100), "episodes"), **about,
     )  # fmt: skip
     sampler = str(given.get("sampler", "tpe" if space.ranges else "grid"))
@@ -55,10 +57,12 @@ def asked(what: str, options: Mapping[str, Any]) -> Sweep:
             f"trials={shown(given['trials'])} is for random and tpe; a grid tries all {len(space.grid())} settings; "
             "set sampler=random, or leave trials out"
         )
+    if not isinstance(given.get("prune", False), bool):
+        raise UsageError(f"prune is {shown(given['prune'])}, and must be true or false, without quotes")
     trials = len(space.grid()) if sampler == "grid" else whole(given.get("trials", _TRIALS), "trials")
     return Sweep(
         cell, replace(space, fixed=fixed), parse_seeds(given.get("seeds", "0-4")), sampler, trials,
-        metric=str(given.get("metric", "greedy")), prune=bool(given.get("prune", False)),
+        metric=str(given.get("metric", "greedy")), prune=given.get("prune", False),
     )  # fmt: skip
 
 
@@ -69,12 +73,12 @@ def _file_set(given: Mapping[str, Any]) -> dict[str, Any]:
 def _source(what: str) -> dict[str, Any]:
     """What is swept, by its key; a file that holds more, with all of it."""
     path = user_path(what)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
+    if path.suffix in _FILES and path.is_file():
         values = read_yaml(path)
         if isinstance(values, dict) and "model" in values:
             return {"recipe": what}
         return mapping(values, what, KEYS)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in _FILES:
         raise UsageError(f"there is no file {shown(what)}")
     from grouprl.lm.run import recipe
 

@@ -46,6 +46,8 @@ class Space:
             name = ALIASES.get(name, name)
             if name in (*fixed, *choices, *ranges):
                 raise UsageError(f"the setting {name!r} is given twice")
+            if isinstance(value, str) and "," in value:  # the command line's are a list by now
+                raise UsageError(f"{name}={shown(value)} is text; write several values as a list: {name}: [{value}]")
             if isinstance(value, str) and ".." in value:
                 ranges[name] = _ends(name, value)
             elif isinstance(value, list) and len(value) > 1:

@@ -146,7 +146,8 @@ def sweep(
     }  # fmt: skip
     swept = asked.asked(what, options)
     swept.check()
-    folder = user_path(out) if out is not None else Path("runs") / f"sweep-{Path(swept.cell.subject).stem}"
+    name = Path(swept.cell.subject).stem.replace(":", "-")  # a name of a folder on any system
+    folder = user_path(out) if out is not None else Path("runs") / f"sweep-{name}"
     with leaving_on_signals("stopped; the same command goes on, and runs that have a row are not done again"):
         found = sweeping.run(swept, folder, jobs=jobs or len(pool.cores()), again=again, say=show)
     show(f"\n{harness.report_sweep(swept, found, folder)}\nwrote {folder / 'table.md'} and {folder / 'sweep.png'}")
