@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 import warnings
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 
 from command_line import call
 from grouprl import GRPO
-from grouprl.bench import clock, figures, harness, heard, results, tables, worker
+from grouprl.bench import clock, figures, harness, heard, results, rows, tables, worker
 from grouprl.bench.cells import ENVIRONMENTS, Cell
 from grouprl.bench.episodes import play
 from grouprl.bench.noise import noisy
@@ -118,6 +119,29 @@ def test_what_has_a_row_is_not_done_again(folder: Path, capsys: pytest.CaptureFi
     assert (folder / "calls").read_text().endswith("good2 broken0 ")
     assert call("bench", "some.yaml", "--out", "out", "--only", "broken/CartPole-v1/0", "--list") == 0
     assert capsys.readouterr().out.endswith("done    broken/CartPole-v1/0 (100 steps)\n")
+
+
+def test_rows_of_changed_code_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = ("bench", "some.yaml", "--only", "good/CartPole-v1/0", "--out", "out")
+    code = {"commit": "abc-dirty", "source": "111"}
+    for name in code:
+        monkeypatch.setattr(rows, name, lambda name=name: code[name])
+    monkeypatch.setattr(rows, "_context", lambda: dict(code))
+    for _ in range(2):
+        assert call(*some) == 0
+        assert "note: rows of" not in capsys.readouterr().out
+    code["source"] = "222"
+    assert call(*some) == 0
+    said = "note: rows of commit abc-dirty, source 111 count, here is commit abc-dirty, source 222; use another --out"
+    assert said in capsys.readouterr().out
+    assert rows.other_code([{"commit": "abc-dirty"}]) is None  # an older row knows no more
+    assert "rows of commit old count" in str(rows.other_code([{"commit": "old"}]))
+
+
+def test_the_checksum_of_the_source_is_of_its_files() -> None:
+    assert re.fullmatch("[0-9a-f]{12}", rows.source())
 
 
 def test_what_a_worker_says_of_itself_does_not_change_what_was_run(folder: Path) -> None:

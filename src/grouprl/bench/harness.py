@@ -9,7 +9,7 @@ from grouprl.bench import figures, pool, tables
 from grouprl.bench.cells import Cell
 from grouprl.bench.plan import Plan, Scale, does
 from grouprl.bench.results import RETURNS, Results, check_metric_of_rows, of_rows
-from grouprl.bench.rows import Row, Rows, commit, read_rows
+from grouprl.bench.rows import Row, Rows, other_code, read_rows
 from grouprl.bench.sweep import Sweep, Swept
 from grouprl.errors import UsageError, shown
 from grouprl.extras import require
@@ -37,9 +37,8 @@ def run(plan: Plan, out: Path, *, jobs: int, again: bool = False, say: Say = pri
         say(f"{len(plan.cells)} runs, {len(known) - len(broken)} done before, {len(todo)} to do; rows: {rows.path}")
         if broken and not again:
             say(f"note: {len(broken)} runs failed before and stay so; --again tries them again")
-        others = sorted({str(rows.by_id[cell.id].get("commit")) for cell in known} - {str(commit())})
-        if others:
-            say(f"note: rows of {', '.join(others)} count, here is {commit()}; use another --out if code may matter")
+        if others := other_code(rows.by_id[cell.id] for cell in known):
+            say(others)
         total, ended = len(todo), 0
         what = {cell.id: does(cell) for cell in plan.cells}
         same: dict[str, list[Cell]] = {}

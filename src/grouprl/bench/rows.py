@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -106,13 +107,41 @@ class Rows:
 
 @cache
 def _context() -> dict[str, Any]:
-    return {"commit": commit(), "machine": machine()}
+    return {"commit": commit(), "source": source(), "machine": machine()}
 
 
 def machine() -> dict[str, Any]:
     """What rows were measured on."""
     name = processor_name(described_processor())
     return {"processor": name, "cores": len(cores()), "system": platform.system()}
+
+
+@cache
+def source() -> str:
+    """A checksum of the source of grouprl that runs: two edits of one commit, or two installed versions, differ."""
+    found = hashlib.sha256()
+    here = Path(__file__).resolve().parents[1]
+    for file in sorted(one for one in here.rglob("*") if one.suffix in _SOURCE):
+        found.update(file.relative_to(here).as_posix().encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+_SOURCE = (".py", ".c", ".h", ".yaml")
+
+
+def other_code(rows: Iterable[Row]) -> str | None:
+    """A note if rows were measured with other code than runs now; older rows name the commit alone."""
+    ours = commit(), source()
+    found = {(row.get("commit"), row.get("source")) for row in rows}
+    others = {one for one in found if one[1] != ours[1] and (one[1] or one[0] != ours[0])}
+    if not others:
+        return None
+    named = "; ".join(sorted(_named(*one) for one in others))
+    return f"note: rows of {named} count, here is {_named(*ours)}; use another --out if code may matter"
+
+
+def _named(commit: str | None, source: str | None) -> str:
+    return ", ".join([f"commit {commit}", *([f"source {source}"] if source else [])])
 
 
 @cache

@@ -16,7 +16,7 @@ import numpy as np
 from grouprl.bench import plan, pool
 from grouprl.bench.cells import Cell
 from grouprl.bench.plan import Plan
-from grouprl.bench.rows import Row, Rows
+from grouprl.bench.rows import Row, Rows, other_code
 from grouprl.bench.space import Settings, Space
 from grouprl.bench.statistics import iqm
 from grouprl.bench.tables import number
@@ -171,6 +171,8 @@ class _Search:
         self.say(
             f"{self.sweep.trials} trials of {len(self.sweep.seeds)} seeds, {known} done before; rows: {self.rows.path}"
         )
+        if others := other_code(self.rows.by_id.values()):
+            self.say(others)
         if broken:
             self.say(f"note: of {len(broken)} settings a run failed before, and they stay so; --again tries them again")
         pool.run(
