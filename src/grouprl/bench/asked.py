@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from grouprl.bench.cells import ENVIRONMENTS, LANGUAGE, Cell, parse_seeds
-from grouprl.bench.plan import FUNCTIONS, checksum, mapping, preset_of, ready_made, subject_fields, whole
+from grouprl.bench.plan import FUNCTIONS, checksum, preset_of, ready_made, subject_fields
 from grouprl.bench.space import Space
 from grouprl.bench.sweep import Sweep
+from grouprl.bench.values import mapping, whole
 from grouprl.errors import UsageError, shown
 from grouprl.reading import read_yaml
 from grouprl.runs.files import user_path

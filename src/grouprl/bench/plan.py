@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import hashlib
 import json
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grouprl.bench.cells import ENVIRONMENTS, LANGUAGE, Cell, check_distinct, parse_seeds
+from grouprl.bench.values import mapping, named, names, positive, whole
 from grouprl.errors import UsageError, shown
 from grouprl.importing import load_function, look_in, own_file
 from grouprl.reading import read_yaml, with_numbers
@@ -78,11 +78,11 @@ def read(path: Path, *, steps: int | None = None, seeds: str | None = None) -> P
     Raises UsageError for what it must not hold; nothing is made yet (:func:`check` does that).
     """
     values = mapping(read_yaml(path), str(path), _FILE)
-    methods = {str(name): mapping(given, f"method {name}", _METHOD) for name, given in _named(values, "methods", path)}
+    methods = {str(name): mapping(given, f"method {name}", _METHOD) for name, given in named(values, "methods", path)}
     subjects = [
         (str(name), arena, mapping(given, f"{name} in {path}", _SUBJECT[arena]))
         for arena, key in ((ENVIRONMENTS, "environments"), (LANGUAGE, "recipes"))
-        for name, given in _named(values, key, path)
+        for name, given in named(values, key, path)
     ]
     if not methods or not subjects:
         raise UsageError(f"{path} must name methods, and environments or recipes to try them on")
@@ -96,7 +96,7 @@ def read(path: Path, *, steps: int | None = None, seeds: str | None = None) -> P
         about["steps"] = whole(steps if steps is not None else about["steps"], f"steps of {subject}")
         tried = seeds if seeds is not None else given.get("seeds", values.get("seeds", "0-4"))
         for method, options in methods.items():
-            if subject in _list(options.get("subjects", [subject]), f"subjects of method {method}"):
+            if subject in names(options.get("subjects", [subject]), f"subjects of method {method}"):
                 cell = _cell(method, options, subject, arena, {**about, **counts}, path.parent)
                 cell = replace(cell, reward_noise=_noise(method, options, subject, arena, given))
                 cells += [replace(cell, seed=seed) for seed in parse_seeds(tried)]
@@ -147,7 +147,7 @@ def _cell(
 
 def _noise(method: str, options: Mapping[str, Any], subject: str, arena: str, given: Mapping[str, Any]) -> float:
     """Of a method on a subject: the method's noise, in the size of the subject's reward."""
-    sigma = _positive(options.get("reward_noise", 0.0), f"reward_noise of method {method}", zero=True)
+    sigma = positive(options.get("reward_noise", 0.0), f"reward_noise of method {method}", zero=True)
     if sigma and arena == LANGUAGE:
         raise UsageError(
             f"reward_noise of method {method} is for environments, and {subject} is a language model; name the "
@@ -159,7 +159,7 @@ def _noise(method: str, options: Mapping[str, Any], subject: str, arena: str, gi
             f"reward_noise of method {method} with vectorization={settings['vectorization']}: the environments with "
             "noise are made one by one in one process; leave vectorization out"
         )
-    return sigma * _positive(given.get("reward_size", 1.0), f"reward_size of {subject}")
+    return sigma * positive(given.get("reward_size", 1.0), f"reward_size of {subject}")
 
 
 def preset_of(name: object, subject: str) -> str | None:
@@ -259,48 +259,10 @@ def check(plan: Plan) -> None:
         close_vector(make_vector(str(cell.env_id), 1, "auto", cell.env_kwargs, timeout=timeouts[cell.subject]))
 
 
-# --- reading what people wrote ----------------------------------------------------------------------------------------
-def _named(values: Mapping[str, Any], key: str, path: Path) -> list[tuple[Any, Any]]:
-    """Names with their options: a mapping, or a list of names that need none."""
-    given = values.get(key) or {}
-    if isinstance(given, list):
-        twice = [name for name in given if given.count(name) > 1]
-        if twice:
-            raise UsageError(f"{key} in {path}: {shown(twice[0])} is named twice")
-        given = {name: {} for name in given} if all(isinstance(name, str) for name in given) else None
-    if not isinstance(given, dict):
-        raise UsageError(f"{key} in {path} must be a mapping of names to options, or a list of names")
-    for name in given:
-        if not isinstance(name, str) and str(name) in given:
-            raise UsageError(f"{key} in {path}: {str(name)!r} is named twice, once in quotes and once without")
-        if "/" in str(name) and key == "methods":
-            raise UsageError(f"method {shown(name)} in {path}: a method's name cannot hold a slash")
-    return list(given.items())
-
-
-def mapping(given: object, where: str, known: Collection[str] | None) -> dict[str, Any]:
-    if given is None:
-        return {}
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise UsageError(f"{where} must be a mapping, not {shown(given)}")
-    for key in given if known is not None else ():
-        if key not in (known or ()):
-            close = difflib.get_close_matches(key, known or (), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known or ())}"
-            raise UsageError(f"{where}: unknown key {key!r}; {hint}")
-    return given
-
-
-def _list(given: object, where: str) -> list[str]:
-    if isinstance(given, list) and all(isinstance(one, str) for one in given):
-        return given
-    raise UsageError(f"{where} must be a list of names, not {shown(given)}")
-
-
 def _check_subjects(methods: Mapping[str, Mapping[str, Any]], subjects: list[str]) -> None:
     tried: set[str] = set()
     for method, options in methods.items():
-        own = _list(options.get("subjects", subjects), f"subjects of method {method}")
+        own = names(options.get("subjects", subjects), f"subjects of method {method}")
         if not own:
             raise UsageError(f"method {method} has no subjects; name some of {', '.join(subjects)}, or leave them out")
         tried.update(own)
@@ -311,25 +273,6 @@ def _check_subjects(methods: Mapping[str, Mapping[str, Any]], subjects: list[str
                 )
     if left := [name for name in subjects if name not in tried]:
         raise UsageError(f"no method is tried on {left[0]}; add it to the subjects of one, or leave it out of the file")
-
-
-def whole(given: object, where: str) -> int:
-    if isinstance(given, str):  # YAML reads 1e6 as text
-        try:
-            given = float(given)
-        except ValueError:
-            given = None
-    number = isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
-    if not number or given < 1 or given != int(given):  # type: ignore[operator, call-overload]
-        raise UsageError(f"{where} must be a whole number, at least 1, such as 100000 or 1e6")
-    return int(given)  # type: ignore[call-overload, no-any-return]
-
-
-def _positive(given: object, where: str, *, zero: bool = False) -> float:
-    number = with_numbers({"it": given})["it"]  # YAML reads 1e-3 as text
-    if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf and (number or zero):
-        return float(number)
-    raise UsageError(f"{where}={shown(given)} must be a number{' of 0 or more' if zero else ' above 0'}, such as 0.5")
 
 
 def _scale(given: object, subject: str) -> Scale:
