@@ -73,7 +73,8 @@ class Run:
 
     Args:
         folder: must not exist, or be empty, unless ``overwrite``.
-        **settings: fields of :class:`~grouprl.envs.run_settings.RunSettings` but ``total_timesteps``, which ``learn`` says.
+        **settings: fields of :class:`~grouprl.envs.run_settings.RunSettings` but ``total_timesteps``, which ``learn``
+            says.
 
     Attributes:
         result: what the run left, once ``learn`` has ended.
