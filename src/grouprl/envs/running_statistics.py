@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gymnasium import Env
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv, VectorWrapper
 
 NAMES = {"obs_rms": "observations", "return_rms": "rewards"}
@@ -26,7 +27,10 @@ def running_statistics(venv: VectorEnv[Any, Any, Any]) -> str | None:
         found |= NAMES.keys() & vars(layer).keys()
         layer = layer.env
     own = getattr(layer, "own", layer)  # of several processes', those of this one
-    if isinstance(own, SyncVectorEnv | AsyncVectorEnv):
+    if isinstance(own, SyncVectorEnv):
+        wrapped = [env for env in own.envs if isinstance(env, Env)]
+        found |= {name for name in NAMES if any(env.has_wrapper_attr(name) for env in wrapped)}
+    elif isinstance(own, AsyncVectorEnv):
         found |= {name for name in NAMES if any(own.call("has_wrapper_attr", name))}
     kept = [name for name in NAMES if name in found]
     if not kept:
