@@ -337,7 +337,8 @@ def changed(variant: Variant, settings: list[str], work: str, device: str) -> Va
     if device == "cpu" and not any(setting.startswith("bf16=") for setting in settings):
         import torch  # on a processor without instructions for bfloat16, products in float32 are the faster ones
 
-        variant = replace(variant, bf16=variant.bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        variant = replace(variant, bf16=variant.bf16 and fast)
     if device == "cuda":  # the allocators are those of the CPU's memory
         variant = replace(variant, malloc="plain")
         whole = lm_work.WORKS[work].samples if work in lm_work.WORKS else lm_work.TASK.prompts * lm_work.TASK.group

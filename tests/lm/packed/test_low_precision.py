@@ -247,3 +247,22 @@ def test_a_gradient_is_made_where_there_is_none_and_added_where_there_is() -> No
 def test_devices_without_bfloat16_products_say_so() -> None:
     assert supports_bf16(torch.device("meta")) is False
     assert isinstance(supports_bf16(torch.device("cpu")), bool)
+
+
+@pytest.mark.parametrize(
+    ("onednn", "avx512", "instructions", "fast"),
+    [
+        (False, False, False, False),  # x86 with AVX2
+        (True, True, False, False),  # AVX-512 of Skylake to Ice Lake: oneDNN takes it, and converts to float32
+        (True, True, True, True),
+        (True, False, False, True),  # ARM with bfloat16
+    ],
+)
+def test_bfloat16_is_for_processors_with_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, onednn: bool, avx512: bool, instructions: bool, fast: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert supports_bf16(torch.device("cpu")) is fast
