@@ -36,7 +36,7 @@ def test_two_processes_play_and_learn_as_one_does(name: str, both: Any, tmp_path
 
 ERRORS = {
     "answer": "rank 1: step 1: the environment Fails raised ValueError: the board is gone in turn",
-    "begin": "rank 1: step 1: the environment CannotBegin raised ValueError: no board when it began row",
+    "begin": "rank 1: step 1: the environment CannotBegin raised ValueError: no board when it began start",
     "function": "rank 1: step 1: rollout_func raised ValueError: the server is down",
 }
 

@@ -132,12 +132,12 @@ def test_both_passes_over_a_generation_have_the_gradient_of_the_objective(settin
     ref = naive_values(reference, run.config.temperature) if settings.get("beta") else None
     step = run.step(of)
     wanted = naive_gradient(run.model, run.config, of, old, ref)
-    assert relative_error(run.gradient(step, remember=True), wanted) < 1e-5
+    assert relative_error(run.gradient(step, remember=True), wanted) < 2e-5
     run.perturb()
     wanted = naive_gradient(run.model, run.config, of, old, ref)
     moved = (naive_values(run.model, run.config.temperature) - old).abs()
     assert float(moved.max()) > 0.2  # some ratios lie outside of any clip range
-    assert relative_error(run.gradient(step), wanted) < 1e-5
+    assert relative_error(run.gradient(step), wanted) < 2e-5
 
 
 def test_what_is_far_from_the_sampler_drops_out_from_the_first_pass_on() -> None:
@@ -148,9 +148,9 @@ def test_what_is_far_from_the_sampler_drops_out_from_the_first_pass_on() -> None
         of.logp_sampled, of.sampled_elsewhere = (old + nats).float(), True
         found = run.gradient(run.step(of))
         wanted = samples(ADVANTAGES if kept == "all" else ADVANTAGES.clamp(min=0.0))
-        assert relative_error(found, naive_gradient(run.model, policy_settings(run), wanted, old, None)) < 1e-5, kept
+        assert relative_error(found, naive_gradient(run.model, policy_settings(run), wanted, old, None)) < 2e-5, kept
     of.sampled_elsewhere = False  # as with a sampler of one's own that leaves out unlikely tokens: nothing has moved
-    assert relative_error(run.gradient(run.step(of)), naive_gradient(run.model, run.config, of, old, None)) < 1e-5
+    assert relative_error(run.gradient(run.step(of)), naive_gradient(run.model, run.config, of, old, None)) < 2e-5
 
 
 def policy_settings(run: Run) -> GRPOConfig:
