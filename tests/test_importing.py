@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from grouprl.errors import UsageError
-from grouprl.importing import load_function
+from grouprl.importing import load_function, own_file
 
 
 def test_a_function_is_found_in_the_current_directory_and_in_the_given_folder(tmp_path, monkeypatch):
@@ -56,3 +60,17 @@ def test_what_the_module_itself_raises_is_passed_on(tmp_path, monkeypatch):
         load_function("reward_importing:f")
     with pytest.raises(ZeroDivisionError):
         load_function("reward_failing:f")
+
+
+def test_a_package_of_the_users_own_is_so_whatever_its_name(tmp_path: Path) -> None:
+    """In a process of its own, as modules of the same name may be there already."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "mine.py").touch()
+    program = "from grouprl.importing import own_file; print(own_file('benchmarks.mine'), own_file('grouprl.errors'))"
+    said = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [str((tmp_path / "benchmarks" / "mine.py").resolve()), "None"]
+
+
+def test_the_benchmarks_of_the_repository_are_not_the_users_own() -> None:
+    assert own_file("benchmarks.pixels", Path(__file__).parents[1]) is None

@@ -46,14 +46,15 @@ def own_file(module: str, folder: str | os.PathLike[str] | None = None) -> Path 
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
-    if found is None or not found.has_location or found.origin is None or module.partition(".")[0] in _NOT_OWN:
+    if found is None or not found.has_location or found.origin is None:
         return None
     file = Path(found.origin).resolve()
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return None if installed.intersection(file.parents) else file
+    return None if installed.union(_OURS).intersection(file.parents) else file
 
 
-_NOT_OWN = ("grouprl", "benchmarks")
+_PACKAGE = Path(__file__).resolve().parent
+_OURS = {_PACKAGE, _PACKAGE.parents[1] / "benchmarks"}
 """This library, and the benchmarks in its repository: the commit says which code of theirs it was."""
 
 
