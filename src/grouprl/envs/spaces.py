@@ -4,163 +4,37 @@ The codec is built from the space of a *single* environment and works on batches
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
 from grouprl.envs.masks import many_masks
+from grouprl.envs.space_leaves import (
+    Array,
+    Image,
+    Numbers,
+    OneHots,
+    Path,
+    Space,
+    image_layout,
+    leaf_name,
+    leaves_of,
+    take,
+)
 from grouprl.errors import UsageError, error_text
-
-Array: TypeAlias = npt.NDArray[Any]
-Space: TypeAlias = spaces.Space[Any]
-Path: TypeAlias = tuple[Any, ...]
-Layout: TypeAlias = Literal["HW", "HWC", "CHW", "FHWC", "FCHW"]
-"""The axes of an image: frames, height, width, channels."""
 
 _MASK = "action_mask"
 """What a Dict calls the action mask."""
-_MIN_IMAGE_SIDE = 16
-_MAX_IMAGE_CHANNELS = 16
-
-
-def _name(path: Path) -> str:
-    """A path as one string, escaped as a JSON pointer (RFC 6901): different paths get different names."""
-    return "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in path)
-
-
-def _image_layout(space: Space) -> Layout | None:
-    """How a Box holds an image, or None if it is no image.
-
-    An image is uint8 with bounds 0 and 255 throughout, [H, W] or with one channel axis, first or last: the smaller of
-    the two, last if they are equal (as Gymnasium renders), of at most 16 channels; H and W are at least 16. A stack of
-    frames (4, 84, 84) is CHW. An axis of at most 16 frames may precede the axes of an image with channels.
-    """
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
-        return None
-    if (space.low != 0).any() or (space.high != 255).any():
-        return None
-    if len(space.shape) == 4:
-        layout = _layout_of_shape(space.shape[1:])
-        if layout is None or not 1 <= space.shape[0] <= _MAX_IMAGE_CHANNELS:
-            return None
-        return "FHWC" if layout == "HWC" else "FCHW"
-    return _layout_of_shape(space.shape)
-
-
-def _layout_of_shape(shape: tuple[int, ...]) -> Literal["HW", "HWC", "CHW"] | None:
-    """How these axes hold one image, or None if they hold none."""
-    if len(shape) not in (2, 3):
-        return None
-    layout: Literal["HW", "HWC", "CHW"]
-    sides: tuple[int, ...]
-    if len(shape) == 2:
-        layout, channels, sides = "HW", 1, shape
-    elif shape[0] < shape[2]:
-        layout, channels, sides = "CHW", shape[0], shape[1:]
-    else:
-        layout, channels, sides = "HWC", shape[2], shape[:2]
-    return layout if 1 <= channels <= _MAX_IMAGE_CHANNELS and min(sides) >= _MIN_IMAGE_SIDE else None
-
-
-def _leaves(space: Space, path: Path = ()) -> Iterator[tuple[Path, Space]]:
-    """The leaves of a nested space with their paths; UsageError for a leaf without a fixed array form."""
-    if isinstance(space, spaces.Dict):
-        for key, part in space.spaces.items():
-            yield from _leaves(part, (*path, key))
-    elif isinstance(space, spaces.Tuple):
-        for index, part in enumerate(space.spaces):
-            yield from _leaves(part, (*path, index))
-    elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        yield path, space
-    else:
-        fix = "gymnasium.wrappers.TransformObservation with a function to one of these spaces"
-        if _flattens(space):
-            fix = f"gymnasium.wrappers.FlattenObservation, or in {fix}"
-        elif path:
-            fix = f"gymnasium.wrappers.FilterObservation to leave it out, or in {fix}"
-        where = f"leaf {_name(path)!r} of the observation space" if path else "observation space"
-        raise UsageError(
-            f"The {where} is {type(space).__name__}: {space}. Allowed are Box, Discrete, MultiDiscrete, MultiBinary, "
-            f"and Dict or Tuple of these. Wrap the environment in {fix}."
-        )
-
-
-def _flattens(space: Space) -> bool:
-    """Whether Gymnasium can flatten the space; a space of someone else's need not say."""
-    try:
-        return space.is_np_flattenable
-    except NotImplementedError:
-        return False
-
-
-def _take(observation: Any, path: Path) -> Any:
-    for key in path:
-        observation = observation[key]
-    return observation
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """A flat leaf copied into columns [start, stop)."""
-
-    path: Path
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def write(self, flat: Array, values: Array) -> None:
-        flat[:, self.start : self.stop] = values.reshape(len(values), self.stop - self.start)
-
-
-@dataclass(frozen=True, eq=False)
-class _OneHots:
-    """A leaf of integers; component i sets one of the ``sizes[i]`` columns from ``columns[i]``."""
-
-    path: Path
-    shape: tuple[int, ...]
-    lowest: Array
-    sizes: Array
-    columns: Array
-
-    def write(self, flat: Array, values: Array) -> None:
-        index = values.reshape(len(values), len(self.sizes)).astype(np.int64)
-        index -= self.lowest
-        # As unsigned numbers negative ones are huge: one comparison finds both, and none spills into another leaf.
-        if (index.view(np.uint64) >= self.sizes).any():
-            raise UsageError(
-                f"An observation{f' at {_name(self.path)!r}' if self.path else ''} lies outside its space: allowed are "
-                f"{self.lowest.tolist()} to {(self.lowest + self.sizes.astype(np.int64) - 1).tolist()}, given were "
-                f"{values.min()} to {values.max()}. Correct the environment's observation or its observation_space."
-            )
-        index += self.columns
-        flat[np.arange(len(flat))[:, None], index] = 1.0
-
-
-@dataclass(frozen=True)
-class _Image:
-    path: Path
-    shape: tuple[int, ...]
-    layout: Layout
-
-    def channels_first(self, values: Array) -> Array:
-        if self.layout == "FHWC":
-            values = values.transpose(0, 1, 4, 2, 3)
-        if self.layout in ("FHWC", "FCHW"):  # the channels of the newest frame are the last ones
-            return values.reshape(len(values), -1, *values.shape[3:])
-        if self.layout == "HWC":
-            return values.transpose(0, 3, 1, 2)
-        return values[:, None] if self.layout == "HW" else values
 
 
 class ObservationCodec:
     """Turns batched observations into the arrays a policy reads.
 
     Box (any shape and number dtype), Discrete and MultiDiscrete (one-hot, any start), MultiBinary, and Dict or Tuple of
-    these, nested. All but images are concatenated into "flat" float32 [n, D]; each image (see ``_image_layout``: uint8
+    these, nested. All but images are concatenated into "flat" float32 [n, D]; each image (see ``image_layout``: uint8
     from 0 to 255, of at least 16 x 16) stays apart as "image:<path>" [n, C, H, W] in its own dtype.
 
     A leaf "action_mask" of a Dict, of zeros and ones, is the action mask and no input. ``mask_size`` is the size the
@@ -173,24 +47,24 @@ class ObservationCodec:
     def __init__(self, space: Space, mask_size: int | None = None) -> None:
         self.space = space
         self._mask_path, self._mask_size = _mask_leaf(space, mask_size)
-        self._flat: list[_Numbers | _OneHots] = []
-        self._images: dict[str, _Image] = {}
+        self._flat: list[Numbers | OneHots] = []
+        self._images: dict[str, Image] = {}
         self._image_shapes: dict[str, tuple[int, int, int]] = {}
         self._shapes: list[tuple[Path, tuple[int, ...]]] = []
         self._leaf_spaces: list[Space] = []
         normalise: list[npt.NDArray[np.bool_]] = []
         scale: list[Array] = []
         n_flat = 0
-        for path, leaf in _leaves(space):
+        for path, leaf in leaves_of(space):
             shape = tuple(leaf.shape or ())
             self._shapes.append((path, shape))
             self._leaf_spaces.append(leaf)
-            layout = _image_layout(leaf)
+            layout = image_layout(leaf)
             if path == self._mask_path:
                 continue
             if layout is not None:
-                key = f"image:{_name(path)}"
-                self._images[key] = _Image(path, shape, layout)
+                key = f"image:{leaf_name(path)}"
+                self._images[key] = Image(path, shape, layout)
                 _, channels, height, width = self._images[key].channels_first(np.empty((1, *shape), np.uint8)).shape
                 self._image_shapes[key] = (channels, height, width)
                 continue
@@ -198,12 +72,12 @@ class ObservationCodec:
                 sizes = np.atleast_1d(leaf.n if isinstance(leaf, spaces.Discrete) else leaf.nvec).ravel()
                 columns = n_flat + np.cumsum(sizes, dtype=np.int64) - sizes
                 lowest = np.broadcast_to(leaf.start, shape).ravel().astype(np.int64)
-                self._flat.append(_OneHots(path, shape, lowest, sizes.astype(np.uint64), columns.astype(np.int64)))
+                self._flat.append(OneHots(path, shape, lowest, sizes.astype(np.uint64), columns.astype(np.int64)))
                 width = int(sizes.sum())
                 scale.append(np.repeat(np.sqrt(sizes), sizes).astype(np.float32))
             else:
                 width = prod(shape)
-                self._flat.append(_Numbers(path, shape, n_flat, n_flat + width))
+                self._flat.append(Numbers(path, shape, n_flat, n_flat + width))
                 scale.append(np.ones(width, np.float32))
             normalise.append(np.full(width, isinstance(leaf, spaces.Box)))
             n_flat += width
@@ -239,7 +113,7 @@ class ObservationCodec:
     @property
     def leaf_names(self) -> list[str]:
         """Where each array of an observation stands, in the order of the space; one empty name if it is no Dict."""
-        return [_name(path) for path, _ in self._shapes]
+        return [leaf_name(path) for path, _ in self._shapes]
 
     @property
     def leaves(self) -> list[tuple[str, Space]]:
@@ -259,7 +133,7 @@ class ObservationCodec:
         return [
             (
                 self._place(leaf.path),
-                None if isinstance(leaf, _Numbers) else (leaf.lowest.tolist(), [int(size) for size in leaf.sizes]),
+                None if isinstance(leaf, Numbers) else (leaf.lowest.tolist(), [int(size) for size in leaf.sizes]),
             )
             for leaf in self._flat
         ]
@@ -281,10 +155,10 @@ class ObservationCodec:
         if key != "flat":
             return f"observation {key.removeprefix('image:')!r}" if key != "image:" else "the image"
         for leaf in self._flat:
-            width = leaf.stop - leaf.start if isinstance(leaf, _Numbers) else int(leaf.sizes.sum())
+            width = leaf.stop - leaf.start if isinstance(leaf, Numbers) else int(leaf.sizes.sum())
             if component < width:
                 where = f"component {component}"
-                return f"{where} of {_name(leaf.path)!r}" if leaf.path else where
+                return f"{where} of {leaf_name(leaf.path)!r}" if leaf.path else where
             component -= width
         return f"component {component}"
 
@@ -296,27 +170,27 @@ class ObservationCodec:
         Values are not checked for NaN. Raises UsageError for a Discrete value outside its space.
         """
         encoded: dict[str, Array] = {}
-        if len(self._flat) == 1 and isinstance(self._flat[0], _Numbers):
-            values = np.asarray(_take(observations, self._flat[0].path), dtype=np.float32)
+        if len(self._flat) == 1 and isinstance(self._flat[0], Numbers):
+            values = np.asarray(take(observations, self._flat[0].path), dtype=np.float32)
             if values.ndim != 2:
                 values = values.reshape(len(values), self._n_flat)
             encoded["flat"] = values
         elif self._n_flat:
-            arrays = [np.asarray(_take(observations, leaf.path)) for leaf in self._flat]
+            arrays = [np.asarray(take(observations, leaf.path)) for leaf in self._flat]
             flat = np.zeros((len(arrays[0]), self._n_flat), dtype=np.float32)
             for leaf, array in zip(self._flat, arrays, strict=True):
                 leaf.write(flat, array)
             encoded["flat"] = flat
         for key, image in self._images.items():
-            encoded[key] = image.channels_first(np.asarray(_take(observations, image.path)))
+            encoded[key] = image.channels_first(np.asarray(take(observations, image.path)))
         return encoded
 
     def numbers(self, observations: Any) -> npt.NDArray[np.float64]:
         """ "flat" before it becomes float32, [n, D]; 0 in one-hots. The observations are as in :meth:`encode`."""
-        arrays = [np.asarray(_take(observations, leaf.path)) for leaf in self._flat]
+        arrays = [np.asarray(take(observations, leaf.path)) for leaf in self._flat]
         flat = np.zeros((len(arrays[0]) if arrays else 0, self._n_flat))
         for leaf, array in zip(self._flat, arrays, strict=True):
-            if isinstance(leaf, _Numbers):
+            if isinstance(leaf, Numbers):
                 leaf.write(flat, array)
         return flat
 
@@ -332,13 +206,13 @@ class ObservationCodec:
         """The action mask [n, actions] of n observations, True where allowed; None if the space has none."""
         if self._mask_path is None:
             return None
-        values = np.asarray(_take(observations, self._mask_path))
+        values = np.asarray(take(observations, self._mask_path))
         return many_masks(values, len(values), self._mask_size)
 
     def is_batched(self, observation: Any) -> bool:
         """Whether this is a batch [n, ...] (True) or one observation (False); UsageError if it is neither."""
         try:
-            given = {path: np.shape(_take(observation, path)) for path, _ in self._shapes}
+            given = {path: np.shape(take(observation, path)) for path, _ in self._shapes}
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UsageError(
                 f"The observation given ({type(observation).__name__}) is not laid out as its space {self.space}: "
@@ -350,8 +224,8 @@ class ObservationCodec:
         batched = all(len(given[path]) == len(shape) + 1 and given[path][1:] == shape for path, shape in self._shapes)
         if batched and len({shape[0] for shape in given.values()}) == 1:
             return True
-        shown = ", ".join(f"{_name(path)!r} " * bool(path) + str(shape) for path, shape in given.items())
-        wanted = ", ".join(f"{_name(path)!r} " * bool(path) + str(shape) for path, shape in self._shapes)
+        shown = ", ".join(f"{leaf_name(path)!r} " * bool(path) + str(shape) for path, shape in given.items())
+        wanted = ", ".join(f"{leaf_name(path)!r} " * bool(path) + str(shape) for path, shape in self._shapes)
         raise UsageError(
             f"The observation given has shapes {shown}; allowed are {wanted} for one observation, or the same with one "
             "leading batch axis of equal length everywhere. Reshape it to either."
@@ -364,11 +238,11 @@ def _mask_leaf(space: Space, size: int | None) -> tuple[Path | None, int]:
     if not found:
         return None, 0
     path, leaf = found[0]
-    name = _name(path)
+    name = leaf_name(path)
     if len(found) > 1:
         raise UsageError(
             f"The observation space has {len(found)} leaves {_MASK!r}: "
-            f"{', '.join(_name(where) for where, _ in found)}; allowed is one, the mask of the actions. Rename the "
+            f"{', '.join(leaf_name(where) for where, _ in found)}; allowed is one, the mask of the actions. Rename the "
             "others."
         )
     shape = tuple(leaf.shape or ())
